@@ -1,0 +1,206 @@
+"""`generate`: prompts in, texts out, through the jitted loop, whole or as a stream.
+
+This is the host side: it checks the request, chooses the bucket, feeds the prompt in chunks, and runs the loop to its end
+or m steps at a time.
+"""
+
+import dataclasses
+import time
+from collections.abc import Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from decoding import loop
+from decoding.drafter import Drafter
+from decoding.drafters.plain import Plain
+from decoding.sampling import Sampling, batch_warps
+from decoding.stats import Stats
+from decoding.verify import Typical
+from models.errors import UserError
+from models.target import Target
+
+PREFILL_CHUNK = 512
+
+
+@dataclasses.dataclass(frozen=True)
+class Generation:
+    """Finished texts, one per prompt.
+
+    Attributes:
+      tokens: new tokens, a stop token included.
+      writers: beside each, who wrote it: 0 the target, d the accepted draft of depth d.
+      stats: one per prompt.
+      prefill_seconds: reading the prompts and choosing the first tokens.
+      decode_seconds: the loop.
+    """
+
+    tokens: list[list[int]]
+    writers: list[list[int]]
+    stats: list[Stats]
+    prefill_seconds: float
+    decode_seconds: float
+
+
+def bucket(size: int, smallest: int = 64) -> int:
+    """Rounds a size up so that few shapes are compiled: four steps per power of two, at most a quarter wasted."""
+    if size <= smallest:
+        return smallest
+    step = max(smallest // 4, 1 << ((size - 1).bit_length() - 3))
+    return -(-size // step) * step
+
+
+def generate(
+    target: Target,
+    prompts: Sequence[Sequence[int]],
+    *,
+    drafter: Drafter | None = None,
+    drafter_params=None,
+    max_new_tokens: int | Sequence[int] = 128,
+    sampling: Sampling | Sequence[Sampling] = Sampling(),  # noqa: B008
+    seeds: int | Sequence[int] = 0,
+    stop: Sequence[Sequence[int]] | None = None,
+    typical: Typical | None = None,
+    capacity: int | None = None,
+    stream_every: int = 8,
+    on_tokens: Callable[[int, list[int], list[int]], None] | None = None,
+    mesh=None,
+) -> Generation:
+    """Decodes a batch of prompts; ragged lengths are fine.
+
+    Args:
+      target: the model whose text it is.
+      prompts: token ids, at least one per prompt.
+      drafter: what proposes candidates; None is plain decoding.
+      drafter_params: its parameters.
+      max_new_tokens: per prompt, or one for all.
+      sampling: settings per prompt, or one for all; the default is greedy.
+      seeds: one per prompt, or a first one from which they count up. A row's text depends on its own prompt, seed and
+        settings alone.
+      stop: token sequences that end a text; None means the target's end tokens. They are part of the output.
+      typical: lossy typical acceptance instead of lossless verification.
+      capacity: cache slots per row; by default the smallest bucket that fits.
+      stream_every: steps between calls of `on_tokens`.
+      on_tokens: called with (row, new tokens, their writers) as text is committed.
+      mesh: where the cache lives; None is the default device.
+
+    Raises:
+      UserError: an empty prompt, a token outside the vocabulary, or a request that does not fit the context or cache.
+    """
+    config, params = target.config, target.params
+    drafter = drafter or Plain()
+    drafter.check(config)
+    batch = len(prompts)
+    limits = _per_row(max_new_tokens, batch, "max_new_tokens")
+    needed, padded = _check_request(config, prompts, limits, drafter)
+    if capacity is None:
+        capacity = bucket(max(needed, padded))
+    elif capacity < max(needed, padded):
+        raise UserError(
+            f"a cache of {capacity} slots is too small: the request needs {max(needed, padded)} (longest prompt, new "
+            f"tokens and {drafter.max_depth + 1} rows of draft)"
+        )
+    lengths = np.array([len(prompt) for prompt in prompts], np.int32)
+    seeds = [seeds + row for row in range(batch)] if isinstance(seeds, int) else list(seeds)
+    sampling = [sampling] * batch if isinstance(sampling, Sampling) else list(sampling)
+    request = loop.Request(
+        prompt_length=lengths,
+        limit=lengths + np.array(limits, np.int32),
+        stops=_pack_stops(stop if stop is not None else [[eos] for eos in config.eos_ids], batch),
+        keys=jax.vmap(jax.random.key)(jnp.array(seeds, jnp.uint32)),
+        warps=batch_warps(sampling),
+    )
+    text = np.zeros((batch, padded), np.int32)
+    for row, prompt in enumerate(prompts):
+        text[row, : len(prompt)] = prompt
+
+    dtype = params["embed"]["embedding"].dtype
+    started = time.perf_counter()
+    state = loop.init_state(config, drafter, batch, capacity, dtype, text, mesh=mesh)
+    hidden = jnp.zeros((batch, config.width), dtype)
+    for chunk in _chunks(text):
+        state, hidden = loop.prefill_chunk(config, drafter, params, drafter_params, state, hidden, request, chunk)
+    state = jax.block_until_ready(loop.choose_first(config, params, state, hidden, request))
+    prefilled = time.perf_counter()
+    every = 2**31 - 1 if on_tokens is None else stream_every
+    sent = lengths.copy()
+    while True:
+        if on_tokens is not None:
+            sent = _stream(state, sent, on_tokens)
+        if bool(jnp.all(state.done)):
+            break
+        state = loop.run(config, drafter, params, drafter_params, state, request, np.int32(every), typical)
+    jax.block_until_ready(state)
+    finished = time.perf_counter()
+
+    tokens, writers, ends = (np.asarray(x) for x in (state.tokens, state.writers, state.length + 1))
+    span = [slice(int(start), int(end)) for start, end in zip(lengths, ends, strict=True)]
+    return Generation(
+        tokens=[tokens[row, s].tolist() for row, s in enumerate(span)],
+        writers=[writers[row, s].tolist() for row, s in enumerate(span)],
+        stats=[Stats.of(state.counters, row) for row in range(batch)],
+        prefill_seconds=prefilled - started,
+        decode_seconds=finished - prefilled,
+    )
+
+
+def _per_row(value: int | Sequence[int], batch: int, name: str) -> list[int]:
+    rows = [value] * batch if isinstance(value, int) else list(value)
+    if len(rows) != batch:
+        raise UserError(f"{name} has {len(rows)} entries for {batch} prompts")
+    if min(rows, default=1) < 1:
+        raise UserError(f"{name} must be at least 1, got {min(rows)}")
+    return rows
+
+
+def _check_request(config, prompts, limits, drafter) -> tuple[int, int]:
+    """Cache slots that decoding needs, and those that the padded prompt chunks need."""
+    if not prompts:
+        raise UserError("there is no prompt to decode")
+    needed = 0
+    for row, (prompt, limit) in enumerate(zip(prompts, limits, strict=True)):
+        if not prompt:
+            raise UserError(f"prompt {row} is empty: a text needs at least one token to begin with")
+        if min(prompt) < 0 or max(prompt) >= config.vocab_size:
+            bad = min(prompt) if min(prompt) < 0 else max(prompt)
+            raise UserError(f"prompt {row} has token {bad}, outside the target's vocabulary of {config.vocab_size}")
+        if len(prompt) + limit > config.max_position:
+            raise UserError(
+                f"prompt {row} has {len(prompt)} tokens and {limit} new ones were asked for, more than the target's "
+                f"context of {config.max_position}"
+            )
+        # The last step starts one token before the limit and writes a full path.
+        needed = max(needed, len(prompt) + limit + drafter.max_depth + 1)
+    return needed, sum(_chunk_sizes(max(map(len, prompts))))
+
+
+def _chunk_sizes(length: int) -> list[int]:
+    whole, rest = divmod(length, PREFILL_CHUNK)
+    return [PREFILL_CHUNK] * whole + ([bucket(rest, smallest=16)] if rest else [])
+
+
+def _chunks(text: np.ndarray) -> list[np.ndarray]:
+    sizes = [PREFILL_CHUNK] * (text.shape[1] // PREFILL_CHUNK)
+    sizes += [text.shape[1] % PREFILL_CHUNK] if text.shape[1] % PREFILL_CHUNK else []
+    return np.split(text, np.cumsum(sizes)[:-1], axis=1)
+
+
+def _pack_stops(stops: Sequence[Sequence[int]], batch: int) -> np.ndarray:
+    """`[B, K, L]`, right-aligned, padded with -1; one all-padding row when there is nothing to stop at."""
+    if any(not sequence for sequence in stops):
+        raise UserError("a stop sequence is empty")
+    longest = max(map(len, stops), default=1)
+    packed = np.full((max(len(stops), 1), longest), -1, np.int32)
+    for row, sequence in enumerate(stops):
+        packed[row, longest - len(sequence) :] = sequence
+    return np.broadcast_to(packed, (batch, *packed.shape))
+
+
+def _stream(state, sent, on_tokens):
+    tokens, writers, ends = (np.asarray(x) for x in (state.tokens, state.writers, state.length + 1))
+    for row in range(len(sent)):
+        if ends[row] > sent[row]:
+            span = slice(int(sent[row]), int(ends[row]))
+            on_tokens(row, tokens[row, span].tolist(), writers[row, span].tolist())
+    return ends

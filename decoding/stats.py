@@ -1,0 +1,115 @@
+"""What a decode counts, and the one definition of each number made from the counts.
+
+* **Acceptance length** (tau): tokens committed per target forward, bonus included; the token that prefill chooses is
+  not counted. Plain decoding has exactly 1.
+* **Accepted by depth**: entry d-1 counts the steps whose draft of depth d was accepted and emitted.
+* **Conditional acceptance** at depth d: steps that accepted depth d over steps that accepted depth d-1.
+
+A step that a stop token or the length limit cuts short counts what it emitted.
+"""
+
+import dataclasses
+
+import jax.numpy as jnp
+import numpy as np
+from flax import struct
+from jaxtyping import Array, Int
+
+
+@struct.dataclass
+class Counters:
+    """Device-side counts per batch row.
+
+    Attributes:
+      steps: target forwards after prefill in which the row was live.
+      committed: tokens those steps emitted.
+      accepted: steps in which the draft of depth d+1 was accepted and emitted.
+      nodes: times that node was accepted, for trees whose nodes keep their meaning from step to step.
+    """
+
+    steps: Int[Array, "B"]
+    committed: Int[Array, "B"]
+    accepted: Int[Array, "B D"]
+    nodes: Int[Array, "B N"]
+
+    @classmethod
+    def zeros(cls, batch: int, depth: int, nodes: int) -> "Counters":
+        """All counts at 0."""
+        zero = lambda *shape: jnp.zeros(shape, jnp.int32)  # noqa: E731
+        return cls(zero(batch), zero(batch), zero(batch, depth), zero(batch, nodes))
+
+    def record(
+        self, path: Int[Array, "B R"], emitted: Int[Array, "B"], drafts: Int[Array, "B"], live: Array
+    ) -> "Counters":
+        """Adds one step: `emitted` tokens of which the first `drafts` are accepted candidates along `path`."""
+        depth_D = jnp.arange(1, self.accepted.shape[1] + 1)
+        hit_BD = (depth_D <= drafts[:, None]).astype(jnp.int32)
+        rows = jnp.arange(path.shape[0])[:, None]
+        return Counters(
+            self.steps + live,
+            self.committed + emitted,
+            self.accepted + hit_BD,
+            self.nodes.at[rows, path[:, 1:]].add(hit_BD),
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class Stats:
+    """Counts of one or more finished texts, on the host.
+
+    Attributes:
+      steps: target forwards after prefill.
+      committed: tokens they emitted.
+      accepted_by_depth: int `[D]`.
+      accepted_by_node: int `[N]`, root included (always 0 there).
+    """
+
+    steps: int
+    committed: int
+    accepted_by_depth: np.ndarray
+    accepted_by_node: np.ndarray
+
+    @classmethod
+    def of(cls, counters: Counters, row: int | slice = slice(None)) -> "Stats":
+        """Sums of the chosen batch rows."""
+        pick = slice(row, row + 1) if isinstance(row, int) else row
+        host = [np.asarray(x)[pick].sum(axis=0) for x in (counters.steps, counters.committed)]
+        return cls(
+            int(host[0]),
+            int(host[1]),
+            np.asarray(counters.accepted)[pick].sum(axis=0),
+            np.asarray(counters.nodes)[pick].sum(axis=0),
+        )
+
+    def __add__(self, other: "Stats") -> "Stats":
+        return Stats(
+            self.steps + other.steps,
+            self.committed + other.committed,
+            self.accepted_by_depth + other.accepted_by_depth,
+            self.accepted_by_node + other.accepted_by_node,
+        )
+
+    @property
+    def acceptance_length(self) -> float:
+        """Tokens per target forward; 1.0 when no forward was needed."""
+        return self.committed / self.steps if self.steps else 1.0
+
+    @property
+    def conditional_acceptance(self) -> np.ndarray:
+        """Float `[D]`: acceptance at depth d among steps that reached it; nan where none did."""
+        reached = np.concatenate([[self.steps], self.accepted_by_depth])[:-1]
+        return np.where(reached > 0, self.accepted_by_depth / np.maximum(reached, 1), np.nan)
+
+    @property
+    def histogram(self) -> np.ndarray:
+        """Int `[D + 1]`: steps that accepted exactly n drafts."""
+        at_least = np.concatenate([[self.steps], self.accepted_by_depth, [0]])
+        return at_least[:-1] - at_least[1:]
+
+    def line(self) -> str:
+        """One line for people."""
+        by_depth = " ".join(f"{x:.2f}" for x in self.conditional_acceptance)
+        text = (
+            f"{self.committed} tokens in {self.steps} target forwards, acceptance length {self.acceptance_length:.2f}"
+        )
+        return text + (f", conditional acceptance by depth {by_depth}" if by_depth else "")

@@ -1,0 +1,250 @@
+"""Draft trees: which candidate follows which.
+
+A *topology* is static: a set of rank paths, where (0, 2) means "the third best child of the best child of the root". It
+is hashable, so it can be a jit constant, and everything else (parents, depths, ancestors, children) follows from it. A
+*token tree* is what a drafter hands to verification: a topology with tokens in it, batched. Node 0 is the root, the
+pending token that the target chose and has not read yet; node i occupies row `i` of the verify forward and stands at
+position `length + depth(i)`.
+"""
+
+import dataclasses
+import functools
+import json
+import math
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+from flax import struct
+from jaxtyping import Array, Bool, Int
+
+from models.errors import UserError
+
+LAWS = ("match", "point")
+
+
+@struct.dataclass
+class TokenTree:
+    """N candidate rows per batch row, root included.
+
+    Attributes:
+      tokens: candidate tokens; `tokens[:, 0]` is the root.
+      parent: node index of each node's parent, -1 at the root; always smaller than the node's own.
+      depth: 0 at the root.
+      valid: nodes that take part; the others are never accepted.
+      children: node indices in the order in which they are offered, padded with -1.
+      ancestors: `[b, i, j]`: j is i or lies on the path from the root to i.
+      law: how the candidates were proposed, which decides how they may be verified (Spec. sheets call them `match`,
+        any tree built independently of the verifier's draws, and `point`, deterministic distinct tokens).
+    """
+
+    tokens: Int[Array, "B N"]
+    parent: Int[Array, "#B N"]
+    depth: Int[Array, "#B N"]
+    valid: Bool[Array, "#B N"]
+    children: Int[Array, "#B N C"]
+    ancestors: Bool[Array, "#B N N"]
+    law: str = struct.field(pytree_node=False)
+
+    def __post_init__(self):
+        if self.law not in LAWS:
+            raise ValueError(f"a token tree's law must be one of {', '.join(LAWS)}, got {self.law!r}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Topology:
+    """A static draft tree given by its rank paths, kept sorted by (length, lexicographic).
+
+    Raises:
+      UserError: a path whose parent or better-ranked sibling is missing, a negative rank or a duplicate; the message
+        names the path.
+    """
+
+    paths: tuple[tuple[int, ...], ...]
+
+    def __post_init__(self):
+        paths = tuple(sorted((tuple(int(r) for r in path) for path in self.paths), key=lambda p: (len(p), p)))
+        known = set(paths)
+        if len(known) != len(paths):
+            repeated = next(path for path in paths if paths.count(path) > 1)
+            raise UserError(f"draft tree lists path {list(repeated)} twice")
+        for path in paths:
+            if not path or min(path) < 0:
+                raise UserError(f"draft tree has the path {list(path)}: paths are non-empty lists of ranks from 0")
+            if len(path) > 1 and path[:-1] not in known:
+                raise UserError(f"draft tree has path {list(path)} without its parent {list(path[:-1])}")
+            if path[-1] and (*path[:-1], path[-1] - 1) not in known:
+                sibling = [*path[:-1], path[-1] - 1]
+                raise UserError(f"draft tree has path {list(path)} without its better-ranked sibling {sibling}")
+        object.__setattr__(self, "paths", paths)
+
+    @functools.cached_property
+    def size(self) -> int:
+        """Nodes, root included."""
+        return len(self.paths) + 1
+
+    @functools.cached_property
+    def max_depth(self) -> int:
+        """Depth of the deepest node; 0 for a bare root."""
+        return max((len(path) for path in self.paths), default=0)
+
+    @functools.cached_property
+    def max_rank(self) -> int:
+        """Candidates that a head must provide: one more than the largest rank."""
+        return max((max(path) + 1 for path in self.paths), default=0)
+
+    @functools.cached_property
+    def depth(self) -> np.ndarray:
+        """Int32 `[N]`."""
+        return np.array([0, *map(len, self.paths)], np.int32)
+
+    @functools.cached_property
+    def rank(self) -> np.ndarray:
+        """Int32 `[N]`: rank among siblings; 0 at the root."""
+        return np.array([0, *(path[-1] for path in self.paths)], np.int32)
+
+    @functools.cached_property
+    def parent(self) -> np.ndarray:
+        """Int32 `[N]`: -1 at the root."""
+        node = {(): 0} | {path: i + 1 for i, path in enumerate(self.paths)}
+        return np.array([-1, *(node[path[:-1]] for path in self.paths)], np.int32)
+
+    @functools.cached_property
+    def ancestors(self) -> np.ndarray:
+        """Bool `[N, N]`: self, root and everything between."""
+        seen = np.eye(self.size, dtype=bool)
+        for i in range(1, self.size):
+            seen[i] |= seen[self.parent[i]]
+        return seen
+
+    @functools.cached_property
+    def children(self) -> np.ndarray:
+        """Int32 `[N, C]`, padded with -1; C is at least 1."""
+        lists: list[list[int]] = [[] for _ in range(self.size)]
+        for i in range(1, self.size):
+            lists[self.parent[i]].append(i)
+        width = max(1, max(map(len, lists)))
+        return np.array([row + [-1] * (width - len(row)) for row in lists], np.int32)
+
+    @functools.cached_property
+    def lineage(self) -> np.ndarray:
+        """Int32 `[N, max_depth + 1]`: the nodes from the root down to each node, then that node repeated."""
+        rows = []
+        for i in range(self.size):
+            up = [i]
+            while self.parent[up[-1]] >= 0:
+                up.append(int(self.parent[up[-1]]))
+            rows.append(up[::-1] + [i] * (self.max_depth + 1 - len(up)))
+        return np.array(rows, np.int32)
+
+    def level(self, depth: int) -> np.ndarray:
+        """Nodes at `depth`, in order."""
+        return np.flatnonzero(self.depth == depth).astype(np.int32)
+
+    def expanded(self, depth: int) -> np.ndarray:
+        """Nodes at `depth` that have children."""
+        nodes = self.level(depth)
+        return nodes[self.children[nodes, 0] >= 0]
+
+    def fill(self, tokens: Int[Array, "B N"], law: str) -> TokenTree:
+        """The token tree of this topology with `tokens` in it."""
+        return TokenTree(
+            tokens=tokens,
+            parent=jnp.asarray(self.parent)[None],
+            depth=jnp.asarray(self.depth)[None],
+            valid=jnp.ones((1, self.size), bool),
+            children=jnp.asarray(self.children)[None],
+            ancestors=jnp.asarray(self.ancestors)[None],
+            law=law,
+        )
+
+    def check(self, *, heads: int, vocab_size: int) -> None:
+        """Raises UserError when the tree is deeper than the heads reach or wider than the vocabulary."""
+        if self.max_depth > heads:
+            raise UserError(f"draft tree is {self.max_depth} deep, but the drafter has {heads} heads")
+        if self.max_rank > vocab_size:
+            raise UserError(
+                f"draft tree asks for {self.max_rank} candidates, but the vocabulary has {vocab_size} tokens"
+            )
+
+
+def from_child_counts(counts: dict[tuple[int, ...], int]) -> Topology:
+    """A topology from parent path -> number of children."""
+    return Topology(tuple((*path, rank) for path, count in counts.items() for rank in range(count)))
+
+
+def chain(depth: int) -> Topology:
+    """The single best path, `depth` deep."""
+    return Topology(tuple((0,) * (d + 1) for d in range(depth)))
+
+
+# Published with Medusa and used at every size by Hydra; 63 candidates, depth histogram 10/28/23/2.
+MC_SIM_7B_63 = from_child_counts(
+    {(): 10, (0,): 10, (1,): 7, (2,): 3, (3,): 2}
+    | {(rank,): 1 for rank in range(4, 10)}
+    | {(0, 0): 10, (0, 1): 3, (0, 2): 2}
+    | {(0, rank): 1 for rank in range(3, 8)}
+    | {(1, 0): 2, (2, 0): 1, (0, 0, 0): 2}
+)
+
+NAMED = {"mc_sim_7b_63": MC_SIM_7B_63}
+
+
+def load_topology(spec: "str | Path | Iterable[Sequence[int]]", where: str = "tree") -> Topology:
+    """A topology from a published name, `chain:DEPTH`, a JSON file of paths, or the paths themselves.
+
+    Raises:
+      UserError: none of these, a file that is missing or not a list of lists of integers, or a tree that is not closed.
+    """
+    if isinstance(spec, str) and spec in NAMED:
+        return NAMED[spec]
+    if isinstance(spec, str) and spec.startswith("chain:") and spec[6:].isdigit():
+        return chain(int(spec[6:]))
+    if isinstance(spec, str | Path):
+        path = Path(spec)
+        if not path.is_file():
+            names = ", ".join([*NAMED, "chain:DEPTH"])
+            raise UserError(f"{where} {str(spec)!r} is neither a published tree ({names}) nor a file")
+        try:
+            spec = json.loads(path.read_text())
+        except json.JSONDecodeError as error:
+            raise UserError(f"{path} is not JSON: {error}") from None
+        where = str(path)
+    if not isinstance(spec, list | tuple) or not all(
+        isinstance(row, list | tuple) and all(isinstance(rank, int) for rank in row) for row in spec
+    ):
+        raise UserError(f"{where} must be a list of paths, each a list of integer ranks, such as [[0], [1], [0, 0]]")
+    return Topology(tuple(tuple(row) for row in spec))
+
+
+def greedy_search(accuracy: np.ndarray, candidates: int) -> list[tuple[tuple[int, ...], float]]:
+    """Grows the tree with the largest expected acceptance, one candidate at a time (Medusa, section 3.2).
+
+    Args:
+      accuracy: `[depth, rank]`, the probability that the rank-k guess at depth d is right given that its parent is.
+      candidates: how many to choose.
+
+    Returns:
+      (path, score) in the order chosen, score = product of accuracies along the path; the first n of them are the best
+      tree of n candidates, and 1 + the sum of their scores is its expected acceptance length.
+    """
+    depths, ranks = accuracy.shape
+    frontier: dict[tuple[int, ...], float] = {(0,): float(accuracy[0, 0])}
+    chosen: list[tuple[tuple[int, ...], float]] = []
+    while frontier and len(chosen) < candidates:
+        path = max(frontier, key=lambda p: (frontier[p], -len(p), tuple(-r for r in p)))
+        score = frontier.pop(path)
+        chosen.append((path, score))
+        depth, rank = len(path) - 1, path[-1]
+        if rank + 1 < ranks:
+            above = score / accuracy[depth, rank] if accuracy[depth, rank] > 0 else 0.0
+            frontier[(*path[:-1], rank + 1)] = above * float(accuracy[depth, rank + 1])
+        if depth + 1 < depths:
+            frontier[(*path, 0)] = score * float(accuracy[depth + 1, 0])
+    return chosen
+
+
+def expected_acceptance(topology: Topology, accuracy: np.ndarray) -> float:
+    """1 + the sum over nodes of the product of accuracies along their path: predicted acceptance length."""
+    return 1.0 + sum(math.prod(accuracy[d, rank] for d, rank in enumerate(path)) for path in topology.paths)

@@ -1,0 +1,172 @@
+"""The layers every network here is built from: RMSNorm, RoPE, attention over two key sources, the gated MLP.
+
+Letters: B batch, T new rows, S cache slots, H width, N query heads, K key/value heads, G = N/K, D head size, F MLP
+width. Matrix products run in the dtype of the parameters; norms, RoPE angles, softmax and scores run in float32 or,
+if the parameters are wider, in theirs.
+"""
+
+import functools
+import math
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from models.config import RopeScaling, TransformerConfig
+from models.layout import Layout
+
+
+def wide(dtype) -> jnp.dtype:
+    """The dtype for norms, softmax and logits: float32, or `dtype` if that is wider."""
+    return jnp.promote_types(dtype, jnp.float32)
+
+
+def softcap(x: Float[Array, "*shape"], cap: float | None) -> Float[Array, "*shape"]:
+    """cap * tanh(x / cap), or x when there is no cap (Gemma-2, section 2)."""
+    return x if cap is None else cap * jnp.tanh(x / cap)
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * scale, or * (1 + scale) when `zero_centred` (Gemma)."""
+
+    epsilon: float
+    zero_centred: bool = False
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "*B H"]) -> Float[Array, "*B H"]:
+        init = nn.initializers.zeros if self.zero_centred else nn.initializers.ones
+        scale_H = self.param("scale", init, (x.shape[-1],)).astype(wide(x.dtype))
+        x_wide = x.astype(wide(x.dtype))
+        normed = x_wide * jax.lax.rsqrt(jnp.mean(jnp.square(x_wide), axis=-1, keepdims=True) + self.epsilon)
+        return (normed * (1 + scale_H if self.zero_centred else scale_H)).astype(x.dtype)
+
+
+def rope_frequencies(head_dim: int, theta: float, scaling: RopeScaling | None) -> Float[Array, "D/2"]:
+    """Radians per token of each rotary pair: theta^(-2i/D), stretched as `RopeScaling` says (Llama 3.1)."""
+    frequency = theta ** -(jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
+    if scaling is None:
+        return frequency
+    if scaling.kind == "linear":
+        return frequency / scaling.factor
+    wavelength = 2 * math.pi / frequency
+    turns = scaling.original_max_position / wavelength
+    keep = jnp.clip((turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor), 0.0, 1.0)
+    return keep * frequency + (1 - keep) * frequency / scaling.factor
+
+
+def rope_angles(config: TransformerConfig, positions: Int[Array, "B T"]) -> Float[Array, "B T 1 D/2"]:
+    """Rotation of every pair at every position, in radians; computed once per forward and shared by all layers."""
+    frequency = rope_frequencies(config.head_dim, config.rope_theta, config.rope_scaling)
+    return (positions[..., None].astype(jnp.float32) * frequency)[:, :, None, :]
+
+
+def apply_rope(x: Float[Array, "B T N D"], angles: Float[Array, "B T 1 D/2"]) -> Float[Array, "B T N D"]:
+    """Rotates pairs (i, i + D/2), the half-split convention of Hugging Face checkpoints."""
+    cos, sin = jnp.cos(angles), jnp.sin(angles)
+    left, right = jnp.split(x.astype(wide(x.dtype)), 2, axis=-1)
+    return jnp.concatenate([left * cos - right * sin, right * cos + left * sin], axis=-1).astype(x.dtype)
+
+
+def attend(
+    q_BTND: Float[Array, "B T N D"],
+    rows: dict[str, Float[Array, "B K T D"]],
+    prefix: dict[str, Float[Array, "B K S D"]] | None,
+    layout: Layout,
+    *,
+    scale: float,
+    cap: float | None = None,
+    window: int | Int[Array, ""] | None = None,
+) -> Float[Array, "B T N*D"]:
+    """Softmax attention over the committed prefix and the new rows, under one normaliser.
+
+    Keeping the two sources apart means that the fresh keys of a draft tree never have to be written to the cache: only
+    rows that verification accepts are (`decoding/cache.py`). Both products are batched over (B, K) with contiguous
+    heads, the form in which XLA reads a cache without transposing it first.
+    """
+    B, T, N, D = q_BTND.shape
+    K = rows["k"].shape[1]
+    dtype = wide(q_BTND.dtype)
+    q_BKRD = (q_BTND * scale).reshape(B, T, K, N // K, D).transpose(0, 2, 1, 3, 4).reshape(B, K, -1, D)
+
+    def scores(k_BKSD, seen_BTS):
+        s_BKRS = jnp.einsum("BKRD,BKSD->BKRS", q_BKRD, k_BKSD, preferred_element_type=dtype)
+        s_BKTGS = softcap(s_BKRS, cap).reshape(B, K, T, N // K, -1)
+        return jnp.where(seen_BTS[:, None, :, None], s_BKTGS, jnp.finfo(dtype).min)
+
+    sources = [rows] if prefix is None else [prefix, rows]
+    seen = [] if prefix is None else [layout.sees_prefix(prefix["k"].shape[2], window)]
+    seen.append(layout.sees_rows(window))
+    s = [scores(source["k"], mask) for source, mask in zip(sources, seen, strict=True)]
+    top = functools.reduce(jnp.maximum, [jnp.max(x, axis=-1, keepdims=True) for x in s])
+    e = [jnp.exp(x - top) for x in s]
+    total = sum(jnp.sum(x, axis=-1, keepdims=True) for x in e).reshape(B, K, -1, 1)
+    mixed_BKRD = sum(
+        jnp.einsum(
+            "BKRS,BKSD->BKRD",
+            x.reshape(B, K, T * N // K, -1).astype(source["v"].dtype),
+            source["v"],
+            preferred_element_type=dtype,
+        )
+        for x, source in zip(e, sources, strict=True)
+    )
+    mixed = (mixed_BKRD / total).astype(q_BTND.dtype)
+    return mixed.reshape(B, K, T, N // K, D).transpose(0, 2, 1, 3, 4).reshape(B, T, N * D)
+
+
+class Attention(nn.Module):
+    """Grouped-query self-attention of one block (Llama, Mistral, Qwen2 biases, Qwen3 q/k norms, Gemma-2 caps)."""
+
+    config: TransformerConfig
+
+    @nn.compact
+    def __call__(self, x_BTH, angles, layout, prefix, window):
+        """Returns the attention output `[B, T, H]` and the fresh `{'k', 'v'}` rows `[B, K, T, D]`."""
+        c = self.config
+        B, T, _ = x_BTH.shape
+
+        def heads(name, count):
+            return nn.Dense(count * c.head_dim, use_bias=c.qkv_bias, name=name)(x_BTH).reshape(B, T, count, c.head_dim)
+
+        q, k, v = heads("q", c.num_heads), heads("k", c.num_kv_heads), heads("v", c.num_kv_heads)
+        if c.qk_norm:
+            q = RMSNorm(c.norm_eps, c.zero_centred_norm, name="q_norm")(q)
+            k = RMSNorm(c.norm_eps, c.zero_centred_norm, name="k_norm")(k)
+        rows = {"k": apply_rope(k, angles).swapaxes(1, 2), "v": v.swapaxes(1, 2)}
+        scale = c.head_dim**-0.5 if c.query_scale is None else c.query_scale
+        mixed = attend(apply_rope(q, angles), rows, prefix, layout, scale=scale, cap=c.attention_softcap, window=window)
+        return nn.Dense(c.width, use_bias=c.output_bias, name="o")(mixed), rows
+
+
+class MLP(nn.Module):
+    """down(act(gate(x)) * up(x)): SwiGLU, or GeGLU for Gemma."""
+
+    width: int
+    hidden: int
+    activation: str = "silu"
+
+    @nn.compact
+    def __call__(self, x):
+        act = nn.silu if self.activation == "silu" else lambda y: nn.gelu(y, approximate=True)
+        gate = nn.Dense(self.hidden, use_bias=False, name="gate")(x)
+        up = nn.Dense(self.hidden, use_bias=False, name="up")(x)
+        return nn.Dense(self.width, use_bias=False, name="down")(act(gate) * up)
+
+
+class Block(nn.Module):
+    """One pre-norm residual block; Gemma-2 also norms what each half adds."""
+
+    config: TransformerConfig
+
+    @nn.compact
+    def __call__(self, x_BTH, angles, layout, prefix=None, window=None):
+        """Returns the residual stream `[B, T, H]` and the fresh key/value rows."""
+        c = self.config
+
+        def norm(name, y):
+            return RMSNorm(c.norm_eps, c.zero_centred_norm, name=name)(y)
+
+        mixed, rows = Attention(c, name="attention")(norm("attention_norm", x_BTH), angles, layout, prefix, window)
+        x_BTH = x_BTH + (norm("post_attention_norm", mixed) if c.post_norms else mixed)
+        wider = MLP(c.width, c.mlp_width, c.activation, name="mlp")(norm("mlp_norm", x_BTH))
+        return x_BTH + (norm("post_mlp_norm", wider) if c.post_norms else wider), rows

@@ -1,0 +1,183 @@
+"""The one transformer forward that trains targets, serves them, and is the target of every drafter.
+
+    forward(config, params, inputs, layout, cache, layers, taps) -> Output(logits, hidden, taps, rows)
+
+It is a pure function. The KV cache is an argument that it only reads: the keys and values of the new rows come back in
+`Output.rows`, and whoever decides which rows become text writes those (`decoding/cache.py`). Parameters are plain nested
+dicts in one of two layouts: a *list* of layers (decoding; stacked weights cost about 3x inside a token loop on CPU) or
+one *stacked* layer tree with a leading axis, scanned (training; compile time does not grow with depth).
+
+    {'embed': {'embedding'}, 'layers': [...] or {...}, 'final_norm': {'scale'}, 'head': {'kernel'} unless tied}
+"""
+
+import functools
+from collections.abc import Sequence
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from flax import struct
+from jaxtyping import Array, Float, Int
+
+from models.config import TransformerConfig
+from models.layers import Block, RMSNorm, rope_angles, softcap, wide
+from models.layout import Layout
+
+Params = dict
+Rows = dict[str, Float[Array, "B K T D"]]
+Cache = list[dict[str, Float[Array, "B K S D"]]]
+
+
+@struct.dataclass
+class Output:
+    """What a forward computed for its T new rows.
+
+    Attributes:
+      logits: scores of the next token, float32 or wider; XLA drops the head's product when they are not used.
+      hidden: the residual stream after the final norm, which the head multiplies.
+      taps: the features asked for by name.
+      rows: fresh keys and values, one `{'k', 'v'}` per layer that ran, in cache dtype and RoPE-rotated.
+    """
+
+    logits: Float[Array, "B T V"]
+    hidden: Float[Array, "B T H"]
+    taps: dict[str, Float[Array, "B T H"]]
+    rows: list[Rows]
+
+
+def init(config: TransformerConfig, key: Array, dtype=jnp.float32) -> Params:
+    """Random parameters, layers as a list: normal of std 0.02, residual outputs scaled by 1/sqrt(2 L) (GPT-2)."""
+    block = Block(config)
+    x = jnp.zeros((1, 1, config.width), jnp.float32)
+    layout = Layout.causal(1, 1)
+    shapes = jax.eval_shape(
+        lambda k: block.init(k, x, rope_angles(config, layout.positions), layout)["params"], jax.random.key(0)
+    )
+    embed_key, head_key, *layer_keys = jax.random.split(key, config.num_layers + 2)
+    draw = nn.initializers.normal(0.02)
+    norm = (jnp.zeros if config.zero_centred_norm else jnp.ones)((config.width,), dtype)
+    params = {
+        "embed": {"embedding": draw(embed_key, (config.vocab_size, config.width), dtype)},
+        "layers": [_init_layer(config, shapes, k, dtype) for k in layer_keys],
+        "final_norm": {"scale": norm},
+    }
+    if not config.tied_embeddings:
+        params["head"] = {"kernel": draw(head_key, (config.width, config.vocab_size), dtype)}
+    return params
+
+
+def _init_layer(config: TransformerConfig, shapes: Params, key: Array, dtype) -> Params:
+    leaves, structure = jax.tree.flatten_with_path(shapes)
+    out = []
+    for leaf_key, (path, shape) in zip(jax.random.split(key, len(leaves)), leaves, strict=True):
+        owner, name = path[-2].key, path[-1].key
+        if name == "kernel":
+            std = 0.02 / (2 * config.num_layers) ** 0.5 if owner in ("o", "down") else 0.02
+            out.append(nn.initializers.normal(std)(leaf_key, shape.shape, dtype))
+        else:
+            ones = name == "scale" and not config.zero_centred_norm
+            out.append((jnp.ones if ones else jnp.zeros)(shape.shape, dtype))
+    return jax.tree.unflatten(structure, out)
+
+
+def param_shapes(config: TransformerConfig, dtype=jnp.float32) -> Params:
+    """The tree of `ShapeDtypeStruct`s that `init` would return, without allocating."""
+    return jax.eval_shape(functools.partial(init, config, dtype=dtype), jax.random.key(0))
+
+
+def stack_layers(params: Params) -> Params:
+    """List of layers -> one layer tree with a leading layer axis (the training layout)."""
+    return {**params, "layers": jax.tree.map(lambda *leaves: jnp.stack(leaves), *params["layers"])}
+
+
+def unstack_layers(params: Params) -> Params:
+    """The inverse of `stack_layers`; done once, outside any loop."""
+    stacked = params["layers"]
+    count = jax.tree.leaves(stacked)[0].shape[0]
+    return {**params, "layers": [jax.tree.map(lambda leaf, i=i: leaf[i], stacked) for i in range(count)]}
+
+
+def embed(config: TransformerConfig, params: Params, tokens: Int[Array, "B T"]) -> Float[Array, "B T H"]:
+    """Input embeddings, scaled if the family does so."""
+    x = params["embed"]["embedding"][tokens]
+    return x * jnp.asarray(config.width**0.5, x.dtype) if config.embed_scale else x
+
+
+def head(config: TransformerConfig, params: Params, hidden: Float[Array, "*B H"]) -> Float[Array, "*B V"]:
+    """Logits of post-norm features, float32 or wider, soft-capped if the family does so."""
+    dtype = wide(hidden.dtype)
+    if config.tied_embeddings:
+        logits = jnp.einsum("...H,VH->...V", hidden, params["embed"]["embedding"], preferred_element_type=dtype)
+    else:
+        logits = jnp.einsum("...H,HV->...V", hidden, params["head"]["kernel"], preferred_element_type=dtype)
+    return softcap(logits, config.logit_softcap)
+
+
+def final_norm(config: TransformerConfig, params: Params, residual: Float[Array, "*B H"]) -> Float[Array, "*B H"]:
+    """The norm between the last block and the head."""
+    return RMSNorm(config.norm_eps, config.zero_centred_norm).apply({"params": params["final_norm"]}, residual)
+
+
+def forward(
+    config: TransformerConfig,
+    params: Params,
+    inputs: Int[Array, "B T"] | Float[Array, "B T H"],
+    layout: Layout,
+    cache: Cache | None = None,
+    layers: tuple[int, int] | None = None,
+    taps: Sequence[str] = (),
+) -> Output:
+    """Runs the new rows through the stack, or through a slice of it.
+
+    Args:
+      config: the shape of the network.
+      params: its parameters, layers as a list or stacked.
+      inputs: token ids, or embeddings / the residual stream entering layer `layers[0]`.
+      layout: positions and visibility of the new rows.
+      cache: keys and values of the committed prefix, one entry per layer of the whole stack; None when there is none.
+      layers: half-open range of layers to run; None means all.
+      taps: features to return: `pre_norm` (the residual stream leaving the last layer run), `post_norm`, `layer:k`
+        (the residual stream entering layer k).
+
+    Raises:
+      ValueError: a tap that does not exist, or stacked parameters with a cache or a slice.
+    """
+    lo, hi = layers or (0, config.num_layers)
+    inner = [int(tap.removeprefix("layer:")) for tap in taps if tap.startswith("layer:")]
+    known = {"pre_norm", "post_norm", *(f"layer:{k}" for k in range(lo, hi))}
+    if unknown := set(taps) - known:
+        raise ValueError(f"no tap {sorted(unknown)[0]!r}: have pre_norm, post_norm and layer:{lo} to layer:{hi - 1}")
+    x_BTH = embed(config, params, inputs) if jnp.issubdtype(inputs.dtype, jnp.integer) else inputs
+    angles = rope_angles(config, layout.positions)
+    block = Block(config)
+    taken: dict[str, Array] = {}
+    rows: list[Rows] = []
+    if isinstance(params["layers"], list):
+        for k in range(lo, hi):
+            if k in inner:
+                taken[f"layer:{k}"] = x_BTH
+            prefix = None if cache is None else cache[k]
+            x_BTH, fresh = block.apply({"params": params["layers"][k]}, x_BTH, angles, layout, prefix, config.window(k))
+            rows.append(fresh)
+    else:
+        if cache is not None or (lo, hi) != (0, config.num_layers):
+            raise ValueError("stacked layers run whole and without a cache; use unstack_layers for decoding")
+        x_BTH, entering = _scan_layers(config, params["layers"], x_BTH, angles, layout, keep=bool(inner))
+        taken.update({f"layer:{k}": entering[k] for k in inner})
+    hidden_BTH = final_norm(config, params, x_BTH)
+    taken.update(pre_norm=x_BTH, post_norm=hidden_BTH)
+    logits_BTV = head(config, params, hidden_BTH)
+    return Output(logits_BTV, hidden_BTH, {tap: taken[tap] for tap in taps}, rows)
+
+
+def _scan_layers(config, stacked, x_BTH, angles, layout, keep):
+    block = Block(config)
+    # A traced window needs a number even where attention is global: one no position difference reaches.
+    windows = jnp.array([w or 2**30 for w in config.windows], jnp.int32) if any(config.windows) else None
+
+    def body(x, layer_and_window):
+        layer, window = layer_and_window
+        y, _ = block.apply({"params": layer}, x, angles, layout, None, window)
+        return y, (x if keep else None)
+
+    return jax.lax.scan(body, x_BTH, (stacked, windows))
