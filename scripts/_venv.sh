@@ -1,0 +1,65 @@
+# Sourced by scripts/test.sh and scripts/quickstart.sh: one virtual environment with exactly the pinned requirements.
+#
+#   venv_ready FILE...    makes $VENV if need be and installs FILE... into it, unless these very files were installed
+#                         there before; afterwards "$VENV/bin/python" is ready
+#
+# TANDEM_VENV moves the environment (default: .venv beside README.md), TANDEM_PYTHON names the interpreter to make it
+# with (default: the first of python3.11, python3.12, python3 that is 3.11 or 3.12).
+
+set -euo pipefail
+ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+VENV=${TANDEM_VENV:-$ROOT/.venv}
+unset PYTHONPATH
+export PIP_DISABLE_PIP_VERSION_CHECK=1
+
+fail() {
+    echo "error: $*" >&2
+    exit 2
+}
+
+# Runs each candidate instead of trusting its name: version managers leave stubs on the PATH that only print an error.
+find_python() {
+    local candidate without_venv="" candidates=${TANDEM_PYTHON:-python3.11 python3.12 python3 python}
+    for candidate in $candidates; do
+        "$candidate" -c 'import sys; sys.exit(sys.version_info[:2] not in ((3, 11), (3, 12)))' 2>/dev/null || continue
+        if "$candidate" -c 'import ensurepip, venv' 2>/dev/null; then
+            echo "$candidate"
+            return
+        fi
+        without_venv=$candidate
+    done
+    [ -z "$without_venv" ] || fail "$without_venv cannot make virtual environments: install its venv module" \
+        "(on Debian and Ubuntu: apt-get install python3-venv) and try again"
+    fail "Python 3.11 or 3.12 is needed, and none of these is one: $candidates;" \
+        "install it, or name one with TANDEM_PYTHON=PATH"
+}
+
+make_venv() {
+    local python
+    "$VENV/bin/python" -m pip --version >/dev/null 2>&1 && return
+    # Only an environment (perhaps one whose making was interrupted) or nothing at all may be replaced.
+    if [ -e "$VENV" ] && [ ! -e "$VENV/pyvenv.cfg" ] && [ -n "$(ls -A "$VENV")" ]; then
+        fail "$VENV exists and is no virtual environment: move it away, or set TANDEM_VENV to another path"
+    fi
+    python=$(find_python) || exit
+    echo "Making a virtual environment in $VENV with $("$python" --version)"
+    "$python" -m venv --clear "$VENV" || fail "could not make a virtual environment in $VENV"
+}
+
+venv_ready() {
+    local file stamp wanted requirements=()
+    make_venv
+    stamp=$VENV/.installed-$(echo "$@" | tr -c 'a-z0-9\n' '-')
+    wanted=$(cd "$ROOT" && "$VENV/bin/python" -c 'import hashlib, sys; print(
+        hashlib.sha256(b"".join(open(path, "rb").read() for path in sys.argv[1:])).hexdigest())' requirements.txt "$@")
+    [ "$(cat "$stamp" 2>/dev/null)" != "$wanted" ] || return 0
+    for file in "$@"; do
+        requirements+=(-r "$ROOT/$file")
+    done
+    echo "Installing $* into $VENV (the first time takes a few minutes)"
+    rm -f "$stamp"
+    "$VENV/bin/python" -m pip install "${requirements[@]}" |
+        awk '/^(Collecting|Building|Installing|Successfully)|^ *Downloading .*\([0-9.]+ [MG]B\)/ { print "  " substr($0, 1, 110); fflush() }' ||
+        fail "pip could not install $*; its message is above"
+    echo "$wanted" >"$stamp"
+}

@@ -1,0 +1,51 @@
+#!/usr/bin/env bash
+# Sets up what the tests need, then lints, type-checks and tests.
+#
+#   bash scripts/test.sh [--parity] [pytest arguments]
+#
+# Without arguments the whole of tests/ runs, except what is marked slow (`-m slow` runs those). --parity also installs
+# torch and transformers and compares with them; without it those comparisons use committed golden files and the rest of
+# them is reported as skipped. See scripts/_venv.sh for TANDEM_VENV and TANDEM_PYTHON; JAX_COMPILATION_CACHE_DIR moves
+# the cache of compiled programs (default: .cache/jax), which makes every run after the first much shorter.
+set -euo pipefail
+source "$(dirname "${BASH_SOURCE[0]}")/_venv.sh"
+cd "$ROOT"
+
+requirements=(requirements-dev.txt)
+arguments=()
+for argument in "$@"; do
+    case $argument in
+    --parity) requirements+=(requirements-parity.txt) ;;
+    -h | --help)
+        sed -n '2,/^set/s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"
+        exit
+        ;;
+    *) arguments+=("$argument") ;;
+    esac
+done
+
+export JAX_COMPILATION_CACHE_DIR=${JAX_COMPILATION_CACHE_DIR:-$ROOT/.cache/jax}
+summary=""
+failed=0
+
+# Runs every stage even when one fails, so that one run tells everything that is wrong.
+stage() {
+    local name=$1 start=$SECONDS verdict=ok
+    shift
+    printf '\n== %s\n' "$name"
+    "$@" || { verdict=FAILED failed=1; }
+    summary+=$(printf '%-12s %4d s  %s' "$name" $((SECONDS - start)) "$verdict")$'\n'
+}
+
+start=$SECONDS
+venv_ready "${requirements[@]}"
+summary+=$(printf '%-12s %4d s  ok' set-up $((SECONDS - start)))$'\n'
+stage lint "$VENV/bin/python" -m ruff check
+stage format "$VENV/bin/python" -m ruff format --check
+stage types "$VENV/bin/python" -m mypy
+# While the tests run, every call into these packages is checked against its annotations, shapes and dtypes included, so
+# that a signature cannot lie. Inside jit this happens while tracing.
+stage tests "$VENV/bin/python" -m pytest --jaxtyping-packages=models,decoding,beartype.beartype \
+    ${arguments[@]+"${arguments[@]}"}
+printf '\n%s' "$summary"
+exit "$failed"
