@@ -1,0 +1,252 @@
+"""From files to data sets: every kind of source, what is held out, and what happens when something is wrong."""
+
+import gzip
+import json
+import os
+import sysconfig
+
+import pytest
+
+from models.errors import UserError
+from models.tokenizer import Tokenizer
+from scripts import build_dataset
+from scripts.build_dataset import RawDocument, build, hold_out
+from train.data import open_split
+
+CHATML = "{% for m in messages %}<|{{ m.role }}|>\n{{ m.content }}<eos>\n{% endfor %}" + (
+    "{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
+)
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Tokenizer:
+    return Tokenizer.train(["once upon a time there was text\n"], 270).with_chat_template(CHATML)
+
+
+@pytest.fixture
+def tokenizer_dir(tokenizer, tmp_path):
+    tokenizer.save(tmp_path / "tokenizer")
+    return tmp_path / "tokenizer"
+
+
+def texts(directory, split="train") -> dict[str, str]:
+    tokenizer = Tokenizer.load(directory / "tokenizer")
+    documents = open_split(directory, split, tokenizer_fingerprint=tokenizer.fingerprint)
+    return {documents[i]["name"]: tokenizer.decode(documents[i]["tokens"]) for i in range(len(documents))}
+
+
+def run(*arguments) -> None:
+    build_dataset.main([str(argument) for argument in arguments])
+
+
+def fails(capsys, *arguments) -> str:
+    """Runs a command that must fail, and returns its one line on stderr."""
+    with pytest.raises(SystemExit) as stopped:
+        run(*arguments)
+    assert stopped.value.code == 2
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    return line
+
+
+def test_jsonl(tokenizer_dir, tmp_path, capsys):
+    source = tmp_path / "a.jsonl.gz"
+    rows = [{"q": "once?", "a": "Ünce <eos>"}, {"q": " ", "a": ""}, {"q": "time?", "a": "was\n"}]
+    with gzip.open(source, "wt", encoding="utf-8") as file:
+        file.write("\n\n".join(json.dumps(row) for row in rows))
+    run("--kind", "jsonl", "--src", source, "--field", "q,a", "--tokenizer", tokenizer_dir, "--out", tmp_path / "out")
+    assert texts(tmp_path / "out") == {"a.jsonl.gz:1": "once?\nÜnce <eos>", "a.jsonl.gz:5": "time?\nwas\n"}
+    assert "out: train" in capsys.readouterr().out
+    manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
+    documents = open_split(tmp_path / "out", "train")
+    assert manifest["splits"]["train"] == {
+        "documents": 2,
+        "tokens": int(documents.lengths.sum()),
+        "labels": int(documents.lengths.sum()),
+        "bytes": sum(len(text.encode()) for text in texts(tmp_path / "out").values()),
+    }
+    assert manifest["source"] == {"src": str(source), "field": "q,a"} and manifest["chat_template"] is None
+
+
+def test_text_and_its_separators(tmp_path):
+    source = tmp_path / "a.txt"
+    source.write_text("one\ntwo\n<|endoftext|>\nthree\n\n  \nfour\n<|endoftext|>\n", encoding="utf-8")
+    for separator, expected in [
+        (build_dataset.END_OF_TEXT, ["one\ntwo", "three\n\n  \nfour"]),
+        (build_dataset.BLANK_LINE, ["one\ntwo\n<|endoftext|>\nthree", "four\n<|endoftext|>"]),
+        ("e\n", ["on", "two\n<|endoftext|>\nthre", "\n  \nfour\n<|endoftext|>"]),
+    ]:
+        out = tmp_path / str(len(separator))
+        run("--kind", "text", "--src", source, "--separator", separator, "--train_tokenizer", 260, "--out", out)
+        assert list(texts(out).values()) == [piece.strip("\n") for piece in expected]
+
+
+def test_source_folder(tokenizer_dir, tmp_path):
+    files = {"b.py": "b = 1", "a/c.py": "c = 2", "a/test/d.py": "d", "copy.py": "c = 2", "x.txt": "x", "a/e.py": ""}
+    for name, content in files.items():
+        path = tmp_path / "src" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(content)
+    (tmp_path / "src" / "latin.py").write_bytes("é".encode("latin-1"))
+    common = ["--kind", "source", "--src", tmp_path / "src", "--tokenizer", tokenizer_dir]
+    run(*common, "--glob", "**/*.py", "--exclude", "te?t,b*", "--out", tmp_path / "few")
+    assert texts(tmp_path / "few") == {"a/c.py": "c = 2"}
+    run(*common, "--glob", "**/*.py", "--exclude", "a/*/d.py", "--out", tmp_path / "more")
+    assert texts(tmp_path / "more") == {"a/c.py": "c = 2", "b.py": "b = 1"}
+    run(*common, "--max_documents", 1, "--out", tmp_path / "one")
+    assert list(texts(tmp_path / "one")) == ["a/c.py"]
+
+
+def test_chat_forms_give_the_same_tokens_and_masks(tokenizer_dir, tokenizer, tmp_path):
+    messages = [{"role": "user", "content": "once?"}, {"role": "assistant", "content": "a time"}]
+    conversations = [{"from": "human", "value": "once?"}, {"from": "gpt", "value": "a time"}]
+    source = tmp_path / "chat.jsonl"
+    source.write_text(json.dumps({"messages": messages}) + "\n" + json.dumps({"conversations": conversations}))
+    run("--kind", "chat", "--src", source, "--tokenizer", tokenizer_dir, "--out", tmp_path / "out")
+    documents = open_split(tmp_path / "out", "train")
+    assert documents[0]["tokens"].tolist() == documents[1]["tokens"].tolist() == tokenizer.encode_chat(messages, False)
+    assert tokenizer.decode(documents[0]["tokens"][documents[0]["mask"] == 1], skip_specials=False) == "a time<eos>"
+    assert documents.manifest["chat_template"] == CHATML
+    assert documents.manifest["splits"]["train"]["labels"] == 2 * int(documents[0]["mask"].sum())
+
+
+def test_chat_template_file_goes_with_the_data(tmp_path):
+    source, template = tmp_path / "chat.jsonl", tmp_path / "template.jinja"
+    source.write_text(json.dumps({"messages": [{"role": "assistant", "content": "a time"}]}))
+    template.write_text("{% for m in messages %}{% generation %}{{ m.content }}!{% endgeneration %}{% endfor %}")
+    command = ["--kind", "chat", "--src", source, "--train_tokenizer", 260, "--chat_template", template]
+    run(*command, "--out", tmp_path / "out")
+    assert list(texts(tmp_path / "out").values()) == ["a time!"]
+    assert Tokenizer.load(tmp_path / "out" / "tokenizer").apply_chat([{"role": "user", "content": "x"}]) == "x!"
+
+
+def test_the_standard_library_becomes_a_data_set(tmp_path):
+    library = sysconfig.get_paths()["stdlib"]
+    common = ["--kind", "source", "--src", library, "--glob", "[a-c]*.py", "--valid_fraction", 0.2]
+    run(*common, "--train_tokenizer", 300, "--out", tmp_path / "out")
+    held_out, trained_on = texts(tmp_path / "out", "valid"), texts(tmp_path / "out")
+    assert held_out and not held_out.keys() & trained_on.keys()
+    for name, text in held_out.items():
+        with open(os.path.join(library, name), encoding="utf-8", newline="") as file:
+            assert text == file.read()
+
+
+def test_held_out_documents_are_fixed_by_their_names():
+    documents = [RawDocument(f"file {index}", "text") for index in range(400)]
+    splits = {name: [document.name for document in part] for name, part in hold_out(documents, fraction=0.1).items()}
+    assert 20 < len(splits["valid"]) < 60
+    assert sorted(splits["train"] + splits["valid"]) == sorted(document.name for document in documents)
+    fewer = {document.name for document in hold_out(documents[::2], fraction=0.1)["valid"]}
+    assert fewer == set(splits["valid"]) & {document.name for document in documents[::2]}
+    counted = hold_out((document for document in documents), count=7)
+    assert [len(list(counted[name])) for name in ("valid", "valid", "train")] == [7, 7, 393]
+    assert list(hold_out(documents)) == ["train"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"fraction": 0.1, "count": 1}, "not both"),
+        ({"fraction": 1.0}, "got 1.0"),
+        ({"count": -1}, "got -1"),
+        ({"count": 2}, "cannot hold out 2 documents of 2"),
+    ],
+)
+def test_hold_outs_that_cannot_be(arguments, message):
+    with pytest.raises(UserError, match=message):
+        hold_out([RawDocument("a", "x"), RawDocument("b", "x"), RawDocument("c", " ")], **arguments)
+
+
+def test_the_same_documents_give_the_same_bytes(tokenizer, tmp_path):
+    documents = [RawDocument(f"file {index}", f"text {index}") for index in range(100)]
+    for name in ("first", "second"):
+        build(hold_out(documents, fraction=0.1), tokenizer, tmp_path / name)
+    first, second = (
+        sorted(path for path in (tmp_path / name).rglob("*") if path.is_file()) for name in ("first", "second")
+    )
+    assert [path.name for path in first] == [path.name for path in second]
+    for one, other in zip(first, second, strict=True):
+        if not one.name.endswith(".json") or one.name in ("manifest.json", "tokenizer.json"):
+            assert one.read_bytes() == other.read_bytes(), one.name
+
+
+def test_failure_leaves_nothing_behind(tokenizer, tmp_path):
+    def documents():
+        yield from (RawDocument(f"{index}", "text") for index in range(100))
+        raise UserError("the source broke")
+
+    for splits, message in [
+        ({"train": documents()}, "^the source broke$"),
+        ({"train": [RawDocument("a", "a")], "valid": []}, "'valid' is empty"),
+        ({"train": [RawDocument("a", messages=({"role": "user", "content": "x"},))]}, "^a: .* no assistant turn"),
+    ]:
+        with pytest.raises(UserError, match=message):
+            build(splits, tokenizer, tmp_path / "out")
+        assert list(tmp_path.iterdir()) == []
+
+
+def test_what_is_there_is_not_lost(tokenizer, tokenizer_dir, tmp_path, capsys):
+    out = tmp_path / "out"
+    build({"train": [RawDocument("old", "old")]}, tokenizer, out)
+    (tmp_path / "new.txt").write_text("new")
+    command = ["--kind", "text", "--src", tmp_path / "new.txt", "--tokenizer", tokenizer_dir, "--out"]
+    assert "already holds a data set" in fails(capsys, *command, out)
+    assert "is no data set" in fails(capsys, *command, tokenizer_dir)
+    (tmp_path / "empty.txt").write_text(" \n")
+    assert "'train' is empty" in fails(capsys, *command, out, "--overwrite", "--src", tmp_path / "empty.txt")
+    assert texts(out) == {"old": "old"}
+    run(*command, out, "--overwrite")
+    assert texts(out) == {"new.txt:1": "new"}
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["empty.txt", "new.txt", "out", "tokenizer"]
+
+
+@pytest.mark.parametrize(
+    ("kind", "content", "message"),
+    [
+        ("jsonl", None, "no file"),
+        ("jsonl", b'{"text": "a"}\n{"text": ', "line 2: not valid JSON"),
+        ("jsonl", b'{"text": "a"}\n\n{"body": "b"}', "line 3: expected a string field 'text'; the line holds body"),
+        ("jsonl", b'{"text": 3}', "line 1: expected a string field 'text'"),
+        ("jsonl", b"[1]", "line 1: expected a JSON object, got list"),
+        ("jsonl", b'{"text": "\\ud800"}', "half a surrogate pair"),
+        ("jsonl", b"", "'train' is empty"),
+        ("text", b"\xff\xfe", "is not UTF-8 text"),
+        ("chat", b'{"text": "a"}', "line 1: expected a list of turns"),
+        (
+            "chat",
+            b'{"messages": [{"role": "user"}]}',
+            "line 1: expected every turn to hold the strings 'role' and 'content'",
+        ),
+        (
+            "chat",
+            b'{"messages": [{"role": "user", "content": "a"}]}',
+            "source:1: the conversation has no assistant turn",
+        ),
+        ("source", b"", "no folder"),
+    ],
+)
+def test_bad_sources(tokenizer_dir, tmp_path, capsys, kind, content, message):
+    source = tmp_path / "source"
+    if content is not None:
+        source.write_bytes(content)
+    line = fails(capsys, "--kind", kind, "--src", source, "--tokenizer", tokenizer_dir, "--out", tmp_path / "out")
+    assert message in line and not (tmp_path / "out").exists()
+    assert not list(tmp_path.glob(".out*"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "give either --tokenizer DIR or --train_tokenizer"),
+        (["--train_tokenizer", 300, "--tokenizer", "x"], "give either --tokenizer DIR or --train_tokenizer"),
+        (["--tokenizer", "nowhere"], "no tokenizer in nowhere"),
+        (["--train_tokenizer", 10], "at least 258"),
+        (["--train_tokenizer", 300, "--max_documents", 0], "max_documents must be at least 1"),
+        (["--train_tokenizer", 300, "--chat_template", "nowhere"], "no file nowhere: expected a Jinja"),
+        (["--train_tokenizer", 300, "--valid_src", "x", "--valid_documents", 1], "--valid_src gives the valid split"),
+        (["--train_tokenizer", 300, "--valid_src", "nowhere"], "no file nowhere"),
+    ],
+)
+def test_bad_options(tmp_path, capsys, arguments, message):
+    (tmp_path / "a.txt").write_text("text")
+    line = fails(capsys, "--kind", "text", "--src", tmp_path / "a.txt", "--out", tmp_path / "out", *arguments)
+    assert message in line and not (tmp_path / "out").exists()

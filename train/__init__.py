@@ -1,0 +1,1 @@
+"""How parameters are learned: one trainer, objectives, data, checkpoints, metrics."""
