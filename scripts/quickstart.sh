@@ -1,0 +1,66 @@
+#!/usr/bin/env bash
+# The whole path on this machine, without a download: a target pretrained on Python's own standard library, Medusa and
+# Hydra heads trained on it, and all three decoding held-out files in one interleaved benchmark.
+#
+#   bash scripts/quickstart.sh [--out DIR] [--fresh]
+#
+# Every line that starts with $ is a command of its own, to be copied, changed and run again. Asking again reuses what is
+# finished and continues what was interrupted; --fresh starts over. See scripts/_venv.sh for TANDEM_VENV.
+set -euo pipefail
+source "$(dirname "${BASH_SOURCE[0]}")/_venv.sh"
+
+out=$ROOT/runs/quickstart
+fresh=""
+while [ $# -gt 0 ]; do
+    case $1 in
+    --out)
+        [ $# -gt 1 ] || fail "--out needs a directory"
+        out=$2
+        shift
+        ;;
+    --out=*) out=${1#*=} ;;
+    --fresh) fresh=yes ;;
+    -h | --help)
+        sed -n '2,/^set/s/^# \{0,1\}//p' "${BASH_SOURCE[0]}" | sed '$d'
+        exit
+        ;;
+    *) fail "unknown argument $1; usage: bash scripts/quickstart.sh [--out DIR] [--fresh]" ;;
+    esac
+    shift
+done
+mkdir -p "$out" 2>/dev/null && [ -w "$out" ] || fail "cannot write to $out"
+out=$(cd "$out" && pwd)
+cd "$ROOT"
+venv_ready requirements.txt
+export JAX_COMPILATION_CACHE_DIR=${JAX_COMPILATION_CACHE_DIR:-$ROOT/.cache/jax}
+began=$SECONDS
+
+# Only what this script makes is removed: DIR may hold other things.
+[ -z "$fresh" ] || rm -rf "$out"/{data,lm,medusa,hydra,results,trees.txt}
+
+run() {
+    printf '\n$ python -m %s\n' "$*"
+    "$VENV/bin/python" -m "$@"
+}
+
+if [ ! -d "$out/data" ]; then
+    library=$("$VENV/bin/python" -c 'import sysconfig; print(sysconfig.get_paths()["stdlib"])')
+    run scripts.build_dataset --kind source --src "$library" --glob '**/*.py' \
+        --exclude 'site-packages,test,tests,idle_test' --train_tokenizer 1024 --valid_fraction 0.03 --out "$out/data"
+fi
+run train.main --config=configs/lm.py:quickstart --config.data.path="$out/data" --workdir="$out/lm"
+for drafter in medusa hydra; do
+    run train.main --config=configs/$drafter.py:quickstart --config.objective.target="$out/lm/target" \
+        --config.data.path="$out/data" --workdir="$out/$drafter"
+done
+if [ ! -e "$out/trees.txt" ]; then
+    for drafter in medusa hydra; do
+        run eval.tree --target "$out/lm/target" --drafter "$out/$drafter/drafter" --data "$out/data" --write |
+            tee -a "$out/trees.partial"
+    done
+    mv "$out/trees.partial" "$out/trees.txt"
+fi
+run eval.main --config=configs/eval/decode.py:quickstart --config.target="$out/lm/target" \
+    --config.drafters="none,$out/medusa/drafter,$out/hydra/drafter" --config.data="$out/data" --config.out="$out/results"
+
+printf '\nFinished in %d min %d s after installation.\n' $(((SECONDS - began) / 60)) $(((SECONDS - began) % 60))
