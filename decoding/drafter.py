@@ -36,7 +36,7 @@ class TargetView:
     length: Int[Array, "B"]
     warps: Warps
 
-    def embed(self, tokens: Int[Array, "B R"]) -> Float[Array, "B R H"]:
+    def embed(self, tokens: Int[Array, "*B"]) -> Float[Array, "*B H"]:
         """The target's input embeddings."""
         return transformer.embed(self.config, self.params, tokens)
 
@@ -87,6 +87,10 @@ class Drafter:
 
     def check(self, config: TransformerConfig) -> None:
         """Raises UserError when this drafter cannot serve a target of that shape."""
+
+    def prepare(self, params):
+        """Parameters in the layout that `draft` reads; called once before the loop, in the same compilation."""
+        return params
 
     def init(self, config: TransformerConfig, batch: int, capacity: int, dtype):
         """The state before any text: a pytree of arrays with the batch leading."""

@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Int
 
 from decoding import loop
 from decoding.drafter import Drafter
@@ -51,6 +52,12 @@ def bucket(size: int, smallest: int = 64) -> int:
     return -(-size // step) * step
 
 
+def slots_needed(prompt_length: int, max_new_tokens: int, max_depth: int) -> int:
+    """Cache slots that a request takes: its text with the rows of one last draft, or its padded prompt if longer."""
+    # The last step starts one token before the limit and writes a full path.
+    return max(prompt_length + max_new_tokens + max_depth + 1, sum(_chunk_sizes(prompt_length)))
+
+
 def generate(
     target: Target,
     prompts: Sequence[Sequence[int]],
@@ -58,7 +65,7 @@ def generate(
     drafter: Drafter | None = None,
     drafter_params=None,
     max_new_tokens: int | Sequence[int] = 128,
-    sampling: Sampling | Sequence[Sampling] = Sampling(),  # noqa: B008
+    sampling: Sampling | Sequence[Sampling] = Sampling(),
     seeds: int | Sequence[int] = 0,
     stop: Sequence[Sequence[int]] | None = None,
     typical: Typical | None = None,
@@ -93,6 +100,10 @@ def generate(
     drafter.check(config)
     batch = len(prompts)
     limits = _per_row(max_new_tokens, batch, "max_new_tokens")
+    if min(limits, default=1) < 1:
+        raise UserError(f"max_new_tokens must be at least 1, got {min(limits)}")
+    if stream_every < 1:
+        raise UserError(f"stream_every must be at least 1 step, got {stream_every}")
     needed, padded = _check_request(config, prompts, limits, drafter)
     if capacity is None:
         capacity = bucket(max(needed, padded))
@@ -102,14 +113,16 @@ def generate(
             f"tokens and {drafter.max_depth + 1} rows of draft)"
         )
     lengths = np.array([len(prompt) for prompt in prompts], np.int32)
-    seeds = [seeds + row for row in range(batch)] if isinstance(seeds, int) else list(seeds)
-    sampling = [sampling] * batch if isinstance(sampling, Sampling) else list(sampling)
+    seeds = _per_row([seeds + row for row in range(batch)] if isinstance(seeds, int) else seeds, batch, "seeds")
+    if min(seeds) < 0 or max(seeds) >= 2**32:
+        raise UserError(f"seeds must be in [0, 2^32), got {min(seeds) if min(seeds) < 0 else max(seeds)}")
+    settings = _per_row(sampling, batch, "sampling")
     request = loop.Request(
-        prompt_length=lengths,
-        limit=lengths + np.array(limits, np.int32),
+        prompt_length=jnp.asarray(lengths),
+        limit=jnp.asarray(lengths + np.array(limits, np.int32)),
         stops=_pack_stops(stop if stop is not None else [[eos] for eos in config.eos_ids], batch),
         keys=jax.vmap(jax.random.key)(jnp.array(seeds, jnp.uint32)),
-        warps=batch_warps(sampling),
+        warps=batch_warps(settings),
     )
     text = np.zeros((batch, padded), np.int32)
     for row, prompt in enumerate(prompts):
@@ -145,12 +158,10 @@ def generate(
     )
 
 
-def _per_row(value: int | Sequence[int], batch: int, name: str) -> list[int]:
-    rows = [value] * batch if isinstance(value, int) else list(value)
+def _per_row(value, batch: int, name: str) -> list:
+    rows = list(value) if isinstance(value, Sequence) else [value] * batch
     if len(rows) != batch:
         raise UserError(f"{name} has {len(rows)} entries for {batch} prompts")
-    if min(rows, default=1) < 1:
-        raise UserError(f"{name} must be at least 1, got {min(rows)}")
     return rows
 
 
@@ -170,8 +181,7 @@ def _check_request(config, prompts, limits, drafter) -> tuple[int, int]:
                 f"prompt {row} has {len(prompt)} tokens and {limit} new ones were asked for, more than the target's "
                 f"context of {config.max_position}"
             )
-        # The last step starts one token before the limit and writes a full path.
-        needed = max(needed, len(prompt) + limit + drafter.max_depth + 1)
+        needed = max(needed, slots_needed(len(prompt), limit, drafter.max_depth))
     return needed, sum(_chunk_sizes(max(map(len, prompts))))
 
 
@@ -186,15 +196,20 @@ def _chunks(text: np.ndarray) -> list[np.ndarray]:
     return np.split(text, np.cumsum(sizes)[:-1], axis=1)
 
 
-def _pack_stops(stops: Sequence[Sequence[int]], batch: int) -> np.ndarray:
-    """`[B, K, L]`, right-aligned, padded with -1; one all-padding row when there is nothing to stop at."""
+def _pack_stops(stops: Sequence[Sequence[int]], batch: int) -> Int[Array, "B K L"]:
+    """`[B, K, L]`, right-aligned, padded with -1; K and L are rounded up to multiples of 4 and 8.
+
+    So requests that stop at different things share a compilation: an all-padding row stops nothing.
+    """
     if any(not sequence for sequence in stops):
         raise UserError("a stop sequence is empty")
-    longest = max(map(len, stops), default=1)
-    packed = np.full((max(len(stops), 1), longest), -1, np.int32)
+    if any(min(sequence) < 0 for sequence in stops):
+        raise UserError(f"a stop sequence holds the token {min(map(min, stops))}: token ids begin at 0")
+    longest = 8 * -(-max(map(len, stops), default=1) // 8)
+    packed = np.full((4 * -(-max(len(stops), 1) // 4), longest), -1, np.int32)
     for row, sequence in enumerate(stops):
         packed[row, longest - len(sequence) :] = sequence
-    return np.broadcast_to(packed, (batch, *packed.shape))
+    return jnp.broadcast_to(packed, (batch, *packed.shape))
 
 
 def _stream(state, sent, on_tokens):

@@ -121,7 +121,7 @@ def choose_first(
     zero = jnp.zeros_like(state.length)
     # The root goes to `tokens[length]`, one place before where a step's tokens go.
     before = state.replace(length=state.length - 1)
-    state, _ = _emit(before, request, root[:, None], zero)
+    state, _ = emit(before, request, root[:, None], zero)
     return state
 
 
@@ -137,6 +137,7 @@ def run(
     typical: Typical | None = None,
 ) -> DecodeState:
     """At most `steps` steps, fewer when every row is done."""
+    drafter_params = drafter.prepare(drafter_params)
 
     def going(carry):
         step, state = carry
@@ -150,7 +151,7 @@ def run(
 
 
 def decode_step(config, drafter, params, drafter_params, state, request, typical=None) -> DecodeState:
-    """One draft, one target forward, one verdict."""
+    """One draft, one target forward, one verdict; `drafter_params` are prepared."""
     view = TargetView(config, params, state.cache, state.length, request.warps)
     root = jnp.take_along_axis(state.tokens, state.length[:, None], axis=1)[:, 0]
     with jax.named_scope("draft"):
@@ -165,10 +166,13 @@ def decode_step(config, drafter, params, drafter_params, state, request, typical
         else:
             verdict = verify_typical(tree, out.logits, typical, *arguments)
     with jax.named_scope("commit"):
-        after, emitted = _emit(state, request, verdict.tokens, verdict.drafts)
+        after, emitted = emit(state, request, verdict.tokens, verdict.drafts)
         path = verdict.path if drafter.max_depth else None
+        # XLA updates the cache in place only if it can tell that every layer has read it before. Plain decoding writes
+        # the same row whatever the verdict, so the place is made to depend on it: tokens are never negative.
+        start = state.length + jnp.minimum(verdict.tokens[:, 0], 0)
         after = after.replace(
-            cache=commit(state.cache, out.rows, path, state.length),
+            cache=commit(state.cache, out.rows, path, start),
             counters=state.counters.record(
                 verdict.path, emitted, jnp.minimum(verdict.drafts, emitted), (~state.done).astype(jnp.int32)
             ),
@@ -182,7 +186,7 @@ def decode_step(config, drafter, params, drafter_params, state, request, typical
     return after.replace(drafter=drafter_state)
 
 
-def _emit(
+def emit(
     state: DecodeState, request: Request, tokens: Int[Array, "B R"], drafts: Int[Array, "B"]
 ) -> tuple[DecodeState, Int[Array, "B"]]:
     """Appends `drafts + 1` tokens to each live row, cut at its limit and after its first stop sequence.

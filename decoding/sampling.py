@@ -10,7 +10,6 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import struct
 from jaxtyping import Array, Float, Int
 
@@ -65,10 +64,10 @@ class Sampling:
 def batch_warps(settings: list[Sampling]) -> Warps:
     """Stacks the requests' settings into arrays of batch rows."""
     return Warps(
-        temperature=np.array([s.temperature for s in settings], np.float32),
-        top_k=np.array([s.top_k for s in settings], np.int32),
-        top_p=np.array([s.top_p for s in settings], np.float32),
-        min_p=np.array([s.min_p for s in settings], np.float32),
+        temperature=jnp.array([s.temperature for s in settings], jnp.float32),
+        top_k=jnp.array([s.top_k for s in settings], jnp.int32),
+        top_p=jnp.array([s.top_p for s in settings], jnp.float32),
+        min_p=jnp.array([s.min_p for s in settings], jnp.float32),
         greedy=all(s.temperature == 0 for s in settings),
         sorts=any(s.temperature > 0 and (s.top_k > 0 or s.top_p < 1) for s in settings),
     )

@@ -32,7 +32,7 @@ from models.storage import (
     write_json,
 )
 from models.tokenizer import Tokenizer
-from models.transformer import Params, param_shapes, unstack_layers
+from models.transformer import Params, param_shapes, split_projections, unstack_layers
 
 __all__ = ["load_config", "load_params", "save_target", "tensor_names"]
 
@@ -141,6 +141,7 @@ def save_target(
     """
     if not isinstance(params["layers"], list):
         params = unstack_layers(params)
+    params = split_projections(config, params)
     leaves = leaves_by_path(params)
     _check_params(config, leaves)
     hf_config = config_to_hf(config, str(leaves["embed/embedding"].dtype))

@@ -11,10 +11,14 @@ import math
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int
 
 from models.config import RopeScaling, TransformerConfig
 from models.layout import Layout
+
+# One layer's keys `k` [B, K, D, S] and values `v` [B, K, S, D], of S cache slots or of S = T new rows.
+Rows = dict[str, Float[Array, "B K _ _"]]
 
 
 def wide(dtype) -> jnp.dtype:
@@ -42,7 +46,7 @@ class RMSNorm(nn.Module):
         return (normed * (1 + scale_H if self.zero_centred else scale_H)).astype(x.dtype)
 
 
-def rope_frequencies(head_dim: int, theta: float, scaling: RopeScaling | None) -> Float[Array, "D/2"]:
+def rope_frequencies(head_dim: int, theta: float, scaling: RopeScaling | None) -> Float[Array, "half"]:
     """Radians per token of each rotary pair: theta^(-2i/D), stretched as `RopeScaling` says (Llama 3.1)."""
     frequency = theta ** -(jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
     if scaling is None:
@@ -55,13 +59,13 @@ def rope_frequencies(head_dim: int, theta: float, scaling: RopeScaling | None) -
     return keep * frequency + (1 - keep) * frequency / scaling.factor
 
 
-def rope_angles(config: TransformerConfig, positions: Int[Array, "B T"]) -> Float[Array, "B T 1 D/2"]:
+def rope_angles(config: TransformerConfig, positions: Int[Array, "B T"]) -> Float[Array, "B T 1 half"]:
     """Rotation of every pair at every position, in radians; computed once per forward and shared by all layers."""
     frequency = rope_frequencies(config.head_dim, config.rope_theta, config.rope_scaling)
     return (positions[..., None].astype(jnp.float32) * frequency)[:, :, None, :]
 
 
-def apply_rope(x: Float[Array, "B T N D"], angles: Float[Array, "B T 1 D/2"]) -> Float[Array, "B T N D"]:
+def apply_rope(x: Float[Array, "B T N D"], angles: Float[Array, "B T 1 half"]) -> Float[Array, "B T N D"]:
     """Rotates pairs (i, i + D/2), the half-split convention of Hugging Face checkpoints."""
     cos, sin = jnp.cos(angles), jnp.sin(angles)
     left, right = jnp.split(x.astype(wide(x.dtype)), 2, axis=-1)
@@ -70,8 +74,8 @@ def apply_rope(x: Float[Array, "B T N D"], angles: Float[Array, "B T 1 D/2"]) ->
 
 def attend(
     q_BTND: Float[Array, "B T N D"],
-    rows: dict[str, Float[Array, "B K T D"]],
-    prefix: dict[str, Float[Array, "B K S D"]] | None,
+    rows: Rows,
+    prefix: Rows | None,
     layout: Layout,
     *,
     scale: float,
@@ -81,21 +85,21 @@ def attend(
     """Softmax attention over the committed prefix and the new rows, under one normaliser.
 
     Keeping the two sources apart means that the fresh keys of a draft tree never have to be written to the cache: only
-    rows that verification accepts are (`decoding/cache.py`). Both products are batched over (B, K) with contiguous
-    heads, the form in which XLA reads a cache without transposing it first.
+    rows that verification accepts are (`decoding/cache.py`). Keys lie as [B, K, D, S] and values as [B, K, S, D], the
+    two forms in which XLA multiplies a cache as it is; any other is transposed or packed anew at every step.
     """
     B, T, N, D = q_BTND.shape
-    K = rows["k"].shape[1]
+    K = rows["v"].shape[1]
     dtype = wide(q_BTND.dtype)
     q_BKRD = (q_BTND * scale).reshape(B, T, K, N // K, D).transpose(0, 2, 1, 3, 4).reshape(B, K, -1, D)
 
-    def scores(k_BKSD, seen_BTS):
-        s_BKRS = jnp.einsum("BKRD,BKSD->BKRS", q_BKRD, k_BKSD, preferred_element_type=dtype)
+    def scores(k_BKDS, seen_BTS):
+        s_BKRS = jnp.einsum("BKRD,BKDS->BKRS", q_BKRD, k_BKDS, preferred_element_type=dtype)
         s_BKTGS = softcap(s_BKRS, cap).reshape(B, K, T, N // K, -1)
         return jnp.where(seen_BTS[:, None, :, None], s_BKTGS, jnp.finfo(dtype).min)
 
     sources = [rows] if prefix is None else [prefix, rows]
-    seen = [] if prefix is None else [layout.sees_prefix(prefix["k"].shape[2], window)]
+    seen = [] if prefix is None else [layout.sees_prefix(prefix["k"].shape[3], window)]
     seen.append(layout.sees_rows(window))
     s = [scores(source["k"], mask) for source, mask in zip(sources, seen, strict=True)]
     top = functools.reduce(jnp.maximum, [jnp.max(x, axis=-1, keepdims=True) for x in s])
@@ -114,6 +118,22 @@ def attend(
     return mixed.reshape(B, K, T, N // K, D).transpose(0, 2, 1, 3, 4).reshape(B, T, N * D)
 
 
+def joined_or_apart(module: nn.Module, names: tuple[str, ...], widths: list[int], bias: bool, x: Array) -> list[Array]:
+    """Linear maps of one input: one by one, or as a single product where the parameters were joined for decoding.
+
+    A few rows times many small kernels costs more than times few large ones (`models.transformer.join_projections`).
+    """
+    if module.has_variable("params", joined_name(names)):
+        both = nn.Dense(sum(widths), use_bias=bias, name=joined_name(names))(x)
+        return jnp.split(both, np.cumsum(widths)[:-1], axis=-1)
+    return [nn.Dense(width, use_bias=bias, name=name)(x) for name, width in zip(names, widths, strict=True)]
+
+
+def joined_name(names: tuple[str, ...]) -> str:
+    """`q`, `k`, `v` -> `q_k_v`."""
+    return "_".join(names)
+
+
 class Attention(nn.Module):
     """Grouped-query self-attention of one block (Llama, Mistral, Qwen2 biases, Qwen3 q/k norms, Gemma-2 caps)."""
 
@@ -121,18 +141,17 @@ class Attention(nn.Module):
 
     @nn.compact
     def __call__(self, x_BTH, angles, layout, prefix, window):
-        """Returns the attention output `[B, T, H]` and the fresh `{'k', 'v'}` rows `[B, K, T, D]`."""
+        """Returns the attention output `[B, T, H]` and the fresh key/value rows."""
         c = self.config
         B, T, _ = x_BTH.shape
 
-        def heads(name, count):
-            return nn.Dense(count * c.head_dim, use_bias=c.qkv_bias, name=name)(x_BTH).reshape(B, T, count, c.head_dim)
-
-        q, k, v = heads("q", c.num_heads), heads("k", c.num_kv_heads), heads("v", c.num_kv_heads)
+        widths = [count * c.head_dim for count in (c.num_heads, c.num_kv_heads, c.num_kv_heads)]
+        projected = joined_or_apart(self, ("q", "k", "v"), widths, c.qkv_bias, x_BTH)
+        q, k, v = (y.reshape(B, T, -1, c.head_dim) for y in projected)
         if c.qk_norm:
             q = RMSNorm(c.norm_eps, c.zero_centred_norm, name="q_norm")(q)
             k = RMSNorm(c.norm_eps, c.zero_centred_norm, name="k_norm")(k)
-        rows = {"k": apply_rope(k, angles).swapaxes(1, 2), "v": v.swapaxes(1, 2)}
+        rows = {"k": apply_rope(k, angles).transpose(0, 2, 3, 1), "v": v.transpose(0, 2, 1, 3)}
         scale = c.head_dim**-0.5 if c.query_scale is None else c.query_scale
         mixed = attend(apply_rope(q, angles), rows, prefix, layout, scale=scale, cap=c.attention_softcap, window=window)
         return nn.Dense(c.width, use_bias=c.output_bias, name="o")(mixed), rows
@@ -148,8 +167,7 @@ class MLP(nn.Module):
     @nn.compact
     def __call__(self, x):
         act = nn.silu if self.activation == "silu" else lambda y: nn.gelu(y, approximate=True)
-        gate = nn.Dense(self.hidden, use_bias=False, name="gate")(x)
-        up = nn.Dense(self.hidden, use_bias=False, name="up")(x)
+        gate, up = joined_or_apart(self, ("gate", "up"), [self.hidden] * 2, False, x)
         return nn.Dense(self.width, use_bias=False, name="down")(act(gate) * up)
 
 

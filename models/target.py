@@ -30,7 +30,7 @@ from models.hf import load_config, load_params
 from models.layout import Layout
 from models.sharding import param_shardings
 from models.tokenizer import Tokenizer
-from models.transformer import Output, Params, forward, param_shapes
+from models.transformer import Output, Params, forward, join_projections, param_shapes
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -39,7 +39,8 @@ class Target:
 
     Attributes:
       config: the shape of the network.
-      params: its parameters in the decode layout (a list of layers).
+      params: its parameters, a list of layers; on one device with joined projections
+        (`models.transformer.join_projections`).
       tokenizer: None if its directory holds none.
       path: the directory it was loaded from, if any.
     """
@@ -121,5 +122,7 @@ def load_target(directory: str | Path, dtype=None, mesh: Mesh | None = None) -> 
     config = load_config(directory)
     shardings = None if mesh is None else param_shardings(mesh, param_shapes(config, dtype))
     params = load_params(config, directory, dtype, shardings)
+    if mesh is None:
+        params = join_projections(params)
     tokenizer = Tokenizer.load(directory) if (directory / "tokenizer.json").exists() else None
     return Target(config, params, tokenizer, directory)

@@ -20,12 +20,11 @@ from flax import struct
 from jaxtyping import Array, Float, Int
 
 from models.config import TransformerConfig
-from models.layers import Block, RMSNorm, rope_angles, softcap, wide
+from models.layers import Block, RMSNorm, Rows, joined_name, rope_angles, softcap, wide
 from models.layout import Layout
 
 Params = dict
-Rows = dict[str, Float[Array, "B K T D"]]
-Cache = list[dict[str, Float[Array, "B K S D"]]]
+Cache = list[Rows]
 
 
 @struct.dataclass
@@ -36,7 +35,7 @@ class Output:
       logits: scores of the next token, float32 or wider; XLA drops the head's product when they are not used.
       hidden: the residual stream after the final norm, which the head multiplies.
       taps: the features asked for by name.
-      rows: fresh keys and values, one `{'k', 'v'}` per layer that ran, in cache dtype and RoPE-rotated.
+      rows: fresh keys (RoPE-rotated) and values, one entry per layer that ran.
     """
 
     logits: Float[Array, "B T V"]
@@ -46,7 +45,7 @@ class Output:
 
 
 def init(config: TransformerConfig, key: Array, dtype=jnp.float32) -> Params:
-    """Random parameters, layers as a list: normal of std 0.02, residual outputs scaled by 1/sqrt(2 L) (GPT-2)."""
+    """Random parameters, layers as a list: kernels of std 1/sqrt(fan-in), residual outputs further by 1/sqrt(2 L)."""
     block = Block(config)
     x = jnp.zeros((1, 1, config.width), jnp.float32)
     layout = Layout.causal(1, 1)
@@ -72,7 +71,8 @@ def _init_layer(config: TransformerConfig, shapes: Params, key: Array, dtype) ->
     for leaf_key, (path, shape) in zip(jax.random.split(key, len(leaves)), leaves, strict=True):
         owner, name = path[-2].key, path[-1].key
         if name == "kernel":
-            std = 0.02 / (2 * config.num_layers) ** 0.5 if owner in ("o", "down") else 0.02
+            depth = 2 * config.num_layers if owner in ("o", "down") else 1
+            std = (shape.shape[0] * depth) ** -0.5
             out.append(nn.initializers.normal(std)(leaf_key, shape.shape, dtype))
         else:
             ones = name == "scale" and not config.zero_centred_norm
@@ -97,7 +97,47 @@ def unstack_layers(params: Params) -> Params:
     return {**params, "layers": [jax.tree.map(lambda leaf, i=i: leaf[i], stacked) for i in range(count)]}
 
 
-def embed(config: TransformerConfig, params: Params, tokens: Int[Array, "B T"]) -> Float[Array, "B T H"]:
+# Maps of the same input, which decoding on one device runs as one product.
+_JOINED = {"attention": ("q", "k", "v"), "mlp": ("gate", "up")}
+
+
+def join_projections(params: Params) -> Params:
+    """Layers whose q, k, v and gate, up kernels lie side by side in one kernel; the forward takes them either way.
+
+    For one device: split over `tensor`, a joined kernel would put parts of q, k and v in the wrong places.
+    """
+
+    def join(module, names):
+        parts = [module[name] for name in names]
+        rest = {name: leaf for name, leaf in module.items() if name not in names}
+        return {**rest, joined_name(names): jax.tree.map(lambda *leaves: jnp.concatenate(leaves, axis=-1), *parts)}
+
+    layers = [
+        {**layer, **{name: join(layer[name], parts) for name, parts in _JOINED.items()}} for layer in params["layers"]
+    ]
+    return {**params, "layers": layers}
+
+
+def split_projections(config: TransformerConfig, params: Params) -> Params:
+    """The inverse of `join_projections`; parameters that are not joined come back as they are."""
+    query, key = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+    ends = {"attention": [query, query + key], "mlp": [config.mlp_width]}
+
+    def split(module, names, ends):
+        if joined_name(names) not in module:
+            return module
+        rest = {name: leaf for name, leaf in module.items() if name != joined_name(names)}
+        leaves = {kind: jnp.split(leaf, ends, axis=-1) for kind, leaf in module[joined_name(names)].items()}
+        return {**rest, **{name: {kind: leaf[i] for kind, leaf in leaves.items()} for i, name in enumerate(names)}}
+
+    layers = [
+        {**layer, **{name: split(layer[name], parts, ends[name]) for name, parts in _JOINED.items()}}
+        for layer in params["layers"]
+    ]
+    return {**params, "layers": layers}
+
+
+def embed(config: TransformerConfig, params: Params, tokens: Int[Array, "*B"]) -> Float[Array, "*B H"]:
     """Input embeddings, scaled if the family does so."""
     x = params["embed"]["embedding"][tokens]
     return x * jnp.asarray(config.width**0.5, x.dtype) if config.embed_scale else x

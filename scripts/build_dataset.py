@@ -242,22 +242,51 @@ def build(
     Raises:
       UserError: a split is empty, a document cannot be tokenised, or `out` holds something that must not be lost.
     """
+    counters = {name: _Counter(name, progress) for name in splits}
+    return write_dataset(
+        out,
+        tokenizer,
+        {name: lambda name=name: _tokenised(splits[name], tokenizer, counters[name]) for name in splits},
+        lambda: {
+            "kind": kind,
+            "source": source,
+            "chat_template": tokenizer.chat_template if kind == "chat" else None,
+            "splits": {name: counter.totals for name, counter in counters.items()},
+        },
+        overwrite=overwrite,
+    )
+
+
+def write_dataset(
+    out: str | Path,
+    tokenizer: Tokenizer,
+    splits: Mapping[str, Callable[[], Iterable[data.Document]]],
+    describe: Callable[[], Mapping[str, Any]],
+    *,
+    overwrite: bool = False,
+) -> dict[str, Any]:
+    """Writes tokenised documents as a data set, whole or not at all.
+
+    Args:
+      out: the directory to write.
+      tokenizer: what made the tokens, saved in `out/tokenizer`.
+      splits: for each split, a function that yields its documents.
+      describe: called when all are written, for the rest of the manifest.
+      overwrite: replace a data set that is there.
+
+    Returns:
+      The manifest.
+
+    Raises:
+      UserError: the records could not be written, or `out` holds something that must not be lost.
+    """
     out = Path(out)
     _check_out(out, overwrite)
-    counters = {name: _Counter(name, progress) for name in splits}
     temporary = out.absolute().with_name(f".{out.absolute().name}.{os.getpid()}.partial")
     try:
         _make_directory(temporary)
-        sources = {name: lambda name=name: _tokenised(splits[name], tokenizer, counters[name]) for name in splits}
-        data.write_splits(temporary, sources, f"Documents ({kind}) as tokens.")
-        manifest = {
-            "kind": kind,
-            "source": source,
-            "tokenizer": tokenizer.fingerprint,
-            "vocab_size": tokenizer.vocab_size,
-            "chat_template": tokenizer.chat_template if kind == "chat" else None,
-            "splits": {name: counter.totals for name, counter in counters.items()},
-        }
+        data.write_splits(temporary, splits, "Documents as tokens.")
+        manifest = {"tokenizer": tokenizer.fingerprint, "vocab_size": tokenizer.vocab_size, **describe()}
         (temporary / "manifest.json").write_text(json.dumps(manifest, indent=2, ensure_ascii=False) + "\n")
         tokenizer.save(temporary / "tokenizer")
         _put_in_place(temporary, out)

@@ -36,7 +36,7 @@ export JAX_COMPILATION_CACHE_DIR=${JAX_COMPILATION_CACHE_DIR:-$ROOT/.cache/jax}
 began=$SECONDS
 
 # Only what this script makes is removed: DIR may hold other things.
-[ -z "$fresh" ] || rm -rf "$out"/{data,lm,medusa,hydra,results,trees.txt}
+[ -z "$fresh" ] || rm -rf "$out"/{data,lm,continuations,medusa,hydra,results,trees.txt}
 
 run() {
     printf '\n$ python -m %s\n' "$*"
@@ -49,9 +49,12 @@ if [ ! -d "$out/data" ]; then
         --exclude 'site-packages,test,tests,idle_test' --train_tokenizer 1024 --valid_fraction 0.03 --out "$out/data"
 fi
 run train.main --config=configs/lm.py:quickstart --config.data.path="$out/data" --workdir="$out/lm"
+if [ ! -d "$out/continuations" ]; then
+    run scripts.continue_dataset --target "$out/lm/target" --data "$out/data" --out "$out/continuations" --documents 320
+fi
 for drafter in medusa hydra; do
     run train.main --config=configs/$drafter.py:quickstart --config.objective.target="$out/lm/target" \
-        --config.data.path="$out/data" --workdir="$out/$drafter"
+        --config.data.path="$out/continuations" --workdir="$out/$drafter"
 done
 if [ ! -e "$out/trees.txt" ]; then
     for drafter in medusa hydra; do

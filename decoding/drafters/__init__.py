@@ -7,6 +7,7 @@ parameters, `model.safetensors`, whose tensors are named by their path in the pa
 
 import contextlib
 import dataclasses
+import functools
 import typing
 from pathlib import Path
 
@@ -82,7 +83,7 @@ def load_drafter(spec: str | Path, target: Target) -> tuple[Drafter, typing.Any]
     drafter = build(record, str(directory / "drafter.json"))
     _check_base(directory, record.get("base", {}), target)
     drafter.check(target.config)
-    shapes = jax.eval_shape(drafter.heads.init, target.config, target.params, jax.random.key(0))
+    shapes = jax.eval_shape(functools.partial(drafter.heads.init, target.config), target.params, jax.random.key(0))
     wanted = {path.replace("/", "."): shape for path, shape in leaves_by_path(shapes).items()}
     with contextlib.ExitStack() as stack:
         files = open_tensors(directory, stack)

@@ -1,6 +1,7 @@
 """Hydra's drafter: level by level, each head reads the path of candidates that it continues.
 
-Level d evaluates head d once, on all nodes of depth d that have children. Hydra++ adds a one-layer KV cache of its own
+Level d evaluates head d once, on all nodes of depth d that have children; what a node's token contributes to the heads
+below it is computed once and inherited along the tree. Hydra++ adds a one-layer KV cache of its own
 that follows the target's: `ingest` runs its prefix block over exactly the rows that became text.
 """
 
@@ -8,6 +9,7 @@ import dataclasses
 from typing import ClassVar
 
 import jax.numpy as jnp
+import numpy as np
 
 from decoding.cache import commit, init_cache
 from decoding.drafters.heads import HeadDrafter, last_feature
@@ -36,19 +38,32 @@ class Hydra(HeadDrafter):
         if self.heads.prefix:
             layout = Layout.extend(rows.start, features_BRH.shape[1])
             features_BRH, fresh = self.heads.prefix_rows(target.config, params, features_BRH, layout, state["cache"][0])
-            state = {**state, "cache": commit(state["cache"], [fresh], None, rows.start)}
+            # As in the loop, the place is made to depend on what the block read, or XLA would copy the cache to write it:
+            # nothing exceeds infinity.
+            start = rows.start + jnp.any(features_BRH[:, 0] > jnp.inf, axis=-1)
+            state = {**state, "cache": commit(state["cache"], [fresh], None, start)}
         return {**state, "feature": last_feature(state["feature"], features_BRH, rows.count)}
 
+    def prepare(self, params):
+        return {**params, "joined": self.heads.join_inputs(params, self.tree.max_depth)}
+
     def draft(self, params, target, state, root, keys):
-        tree = self.tree
-        tokens_BN = jnp.zeros((root.shape[0], tree.size), jnp.int32).at[:, 0].set(root)
+        tree, joined = self.tree, params["joined"]
+
+        def read(source, x):
+            return jnp.einsum("...H,HKI->...KI", x, joined["sources"][source])
+
+        summed_BMKI = (joined["bias"] + read(0, state["feature"]))[:, None]
+        above = np.array([0])
+        levels = [root[:, None]]
         for i in range(tree.max_depth):
             parents = tree.expanded(i)
-            path_BMPH = target.embed(tokens_BN[:, tree.lineage[parents, : i + 1]])
-            feature_BMH = jnp.broadcast_to(state["feature"][:, None], (*path_BMPH.shape[:2], path_BMPH.shape[-1]))
-            hidden_BMH = self.heads.hidden(params, i, feature_BMH, path_BMPH)
+            picked_BM = levels[i][:, np.searchsorted(tree.level(i), parents)]
+            inherited = np.searchsorted(above, tree.parent[parents]) if i else above
+            summed_BMKI = summed_BMKI[:, inherited, min(i, 1) :] + read(i + 1, target.embed(picked_BM))
+            hidden_BMH = self.heads.hidden_joined(params, i, summed_BMKI[:, :, 0])
             nodes = tree.level(i + 1)
             best_BMK = best_tokens(self.heads.vocab(params, i, hidden_BMH), int(tree.rank[nodes].max()) + 1)
-            row = [list(parents).index(tree.parent[node]) for node in nodes]
-            tokens_BN = tokens_BN.at[:, nodes].set(best_BMK[:, row, tree.rank[nodes]])
-        return tree.fill(tokens_BN, law="point")
+            levels.append(best_BMK[:, np.searchsorted(parents, tree.parent[nodes]), tree.rank[nodes]])
+            above = parents
+        return tree.fill(jnp.concatenate(levels, axis=1), law="point")

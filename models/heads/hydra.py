@@ -103,6 +103,36 @@ class HydraHeads:
             x = ResBlock(width).apply({"params": block}, self._drop(x, key))
         return self._drop(x, keys[-1])
 
+    def join_inputs(self, params: Params, count: int) -> Params:
+        """The first blocks of heads 0 .. count-1, cut by what they read instead of by head.
+
+        z is a concatenation, so a first block is a sum of one product per piece of z, and a piece that several heads
+        read can meet all of their kernels at once. Source 0 is f, source 1 + j is E[y_j], read by heads j and up. A tree
+        then needs one product per node instead of one per path, with few wide kernels instead of many narrow ones.
+
+        Returns:
+          `sources`: per source a kernel [H, heads that read it, 2H], skip and gate side by side; `bias` [count, 2H].
+        """
+        first = [params["heads"][i]["blocks"][0] for i in range(count)]
+        sources = []
+        for source in range(count + 1):
+            readers = first[max(source - 1, 0) :]
+            pieces = [
+                jnp.concatenate([jnp.split(block[name]["kernel"], i + 2)[source] for name in ("residual", "linear")], 1)
+                for i, block in enumerate(readers, start=max(source - 1, 0))
+            ]
+            sources.append(jnp.stack(pieces, axis=1))
+        bias = jnp.stack([jnp.concatenate([b["residual"]["bias"], b["linear"]["bias"]]) for b in first])
+        return {"sources": sources, "bias": bias}
+
+    def hidden_joined(self, params: Params, i: int, summed: Float[Array, "*B H2"]) -> Float[Array, "*B H"]:
+        """What head i's vocabulary map reads, from the sum of its sources' products and its bias; equals `hidden`."""
+        skip, gate = jnp.split(summed, 2, axis=-1)
+        x = skip + nn.silu(gate)
+        for block in params["heads"][i]["blocks"][1:]:
+            x = ResBlock(x.shape[-1]).apply({"params": block}, x)
+        return x
+
     def _drop(self, x, key):
         if key is None or self.dropout == 0:
             return x

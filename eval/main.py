@@ -1,0 +1,197 @@
+"""Measures drafters against plain decoding, and the target itself.
+
+    python -m eval.main --config=configs/eval/decode.py --config.target=DIR --config.drafters=none,DIR,DIR
+        [--config.prompts=FILE ...]
+
+Prints the table of runs and writes `results.json` and `report.html` to `--config.out`.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+from absl import app, flags, logging
+from ml_collections import config_flags
+
+from decoding.drafters import load_drafter
+from decoding.drafters.heads import HeadDrafter
+from decoding.generate import generate
+from decoding.sampling import Sampling
+from decoding.verify import Typical
+from eval.benchmark import Contender, benchmark
+from eval.metrics import head_accuracy, perplexity, rows_of_text
+from eval.progress import Progress
+from eval.prompts import BUILT_IN, Prompt, Question, document_prompts, encode_questions, read_questions, spread
+from eval.report import print_table
+from eval.results import describe_target, samples, write_results
+from models.errors import UserError, exit_on_user_error
+from models.target import Target, load_target
+from train import schema
+from train.command_line import read_flags
+from train.schema import require
+
+DOCUMENTS = 16
+
+_CONFIG = config_flags.DEFINE_config_file("config", None, "The job: a file, perhaps with :variant.")
+
+
+@dataclasses.dataclass(frozen=True)
+class DecodeConfig:
+    """The schema of a decode benchmark.
+
+    Attributes:
+      target: a target directory.
+      drafters: drafter directories, comma-separated; `none` may be among them and runs in any case.
+      out: directory that receives the results.
+      prompts: a file of prompts (`eval/prompts.py`). Where there is none, prompts are the beginnings of documents of
+        `data`, or, without that too, a few built-in ones.
+      num_prompts: questions or documents to take, evenly spread; None takes all questions, or 16 documents.
+      prompt_tokens: length of a prompt from `data`.
+      chat: put prompts from a file in the tokenizer's chat template.
+      max_new_tokens: most tokens per prompt.
+      repeats: how often everything is decoded.
+      seed: of the draws when the temperature is above 0.
+      typical: lossy typical acceptance for all drafters.
+      sampling: temperature, top_k, top_p and min_p.
+      data: a data set directory or `tfds:NAME`; perplexity and head accuracies are measured on it.
+      split: its split.
+      text: a text file to measure those on instead.
+      length: tokens per row of what is measured on.
+      rows: how many rows, the first ones.
+      samples: prompts whose continuation the report shows.
+    """
+
+    target: str | None = None
+    drafters: str = "none"
+    out: str = "results"
+    prompts: str | None = None
+    num_prompts: int | None = None
+    prompt_tokens: int = 64
+    chat: bool = False
+    max_new_tokens: int = 128
+    repeats: int = 3
+    seed: int = 0
+    typical: bool = False
+    sampling: Sampling = dataclasses.field(default_factory=Sampling)
+    data: str | None = None
+    split: str = "valid"
+    text: str | None = None
+    length: int = 256
+    rows: int = 64
+    samples: int = 2
+
+    def __post_init__(self):
+        if self.target is None:
+            raise UserError("which target? Give --config.target=DIR")
+        require(bool(self.drafters.strip(" ,")), "drafters must name at least one, such as none", repr(self.drafters))
+        for name in ("prompt_tokens", "max_new_tokens", "repeats", "rows"):
+            require(getattr(self, name) >= 1, f"{name} must be at least 1", getattr(self, name))
+        require(self.length >= 2, "length must be at least 2", self.length)
+        require(self.samples >= 0, "samples must not be negative", self.samples)
+
+
+def run(config: DecodeConfig) -> dict[str, Any]:
+    """The whole evaluation.
+
+    Returns:
+      What it wrote to `results.json`, the environment apart.
+
+    Raises:
+      UserError: something that the config names is missing or does not fit.
+    """
+    with Progress() as progress:
+        progress(f"loading {config.target}")
+        target = load_target(str(config.target))
+        contenders = _contenders(config, target)
+        prompts = _prompts(config, target)
+        quality = _quality(config, target, contenders)
+        runs = benchmark(
+            target,
+            contenders,
+            prompts,
+            max_new_tokens=config.max_new_tokens,
+            repeats=config.repeats,
+            sampling=config.sampling,
+            seed=config.seed,
+            progress=progress,
+        )
+        for entry, accuracy in zip(runs, quality["head_accuracy"], strict=True):
+            entry["head_accuracy"] = accuracy
+        progress("writing the report")
+        shown = prompts[: config.samples]
+        options = {"sampling": config.sampling, "seeds": config.seed}
+        results = {
+            "config": schema.resolved(config),
+            "target": describe_target(target, perplexity=quality["perplexity"]),
+            "averages": "tokens/s: mean over questions, median over repeats; acceptance length: over all steps",
+            "runs": runs,
+            "samples": samples(target, contenders, shown, config.max_new_tokens, **options),
+        }
+        write_results(results, config.out)
+    print_table(results)
+    print(f"\nwrote {config.out}/results.json and {config.out}/report.html")
+    return results
+
+
+def _contenders(config: DecodeConfig, target: Target) -> list[Contender]:
+    """Plain decoding, then every other drafter in the order given."""
+    names = dict.fromkeys(["none", *(name.strip() for name in config.drafters.split(",") if name.strip())])
+    typical = Typical() if config.typical else None
+    contenders = []
+    for name in names:
+        drafter, params = load_drafter(name, target)
+        plain = drafter.max_depth == 0
+        contenders.append(Contender(drafter, params, None if plain else name, None if plain else typical))
+    return contenders
+
+
+def _prompts(config: DecodeConfig, target: Target) -> list[Prompt]:
+    if target.tokenizer is None:
+        raise UserError(f"{config.target} has no tokenizer, so it cannot read prompts")
+    if config.prompts is None and config.data is not None:
+        count = config.num_prompts or DOCUMENTS
+        return document_prompts(config.data, config.split, target, count, config.prompt_tokens)
+    if config.prompts is None:
+        questions = spread([Question(str(i), (text,)) for i, text in enumerate(BUILT_IN)], config.num_prompts)
+    else:
+        questions = read_questions(config.prompts, config.num_prompts)
+
+    def answer(tokens: list[int]) -> list[int]:
+        return generate(target, [tokens], max_new_tokens=config.max_new_tokens).tokens[0]
+
+    return encode_questions(questions, target.tokenizer, answer, config.chat)
+
+
+def _quality(config: DecodeConfig, target: Target, contenders: Sequence[Contender]) -> dict[str, Any]:
+    """Perplexity, and per contender the accuracy of its heads; None where there is nothing to measure (on)."""
+    if config.data is None and config.text is None:
+        return {"perplexity": None, "head_accuracy": [None] * len(contenders)}
+    data = None if config.text else config.data
+    batches = rows_of_text(target, data, config.split, config.text, config.length, config.rows)
+    accuracies = [
+        head_accuracy(target, contender.drafter, contender.params, batches)
+        if isinstance(contender.drafter, HeadDrafter)
+        else None
+        for contender in contenders
+    ]
+    return {"perplexity": perplexity(target, batches), "head_accuracy": accuracies}
+
+
+def eval_command(argv: list[str]) -> None:
+    """The command, once its flags are parsed."""
+    logging.set_verbosity(logging.ERROR)
+    if len(argv) > 1:
+        raise UserError(f"{argv[1]!r} is not a flag; options are written --name=value")
+    if _CONFIG.value is None:
+        raise UserError("what to measure? Give --config=configs/eval/decode.py")
+    source = flags.FLAGS["config"].config_filename  # type: ignore[attr-defined]
+    run(schema.parse(DecodeConfig, _CONFIG.value.to_dict(), place=source))
+
+
+@exit_on_user_error
+def main() -> None:
+    app.run(eval_command, flags_parser=read_flags)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,61 @@
+"""Hugging Face transformers on the same shape, for comparison: the only place besides tests that imports torch.
+
+Its `generate` runs as it does by default: dynamic cache, sdpa attention, greedy; with the threads that JAX may use.
+"""
+
+import importlib.util
+import os
+import time
+from collections.abc import Sequence
+
+import numpy as np
+
+from models.config import TransformerConfig
+from models.hf_config import config_to_hf
+
+
+def is_installed() -> bool:
+    """Whether torch and transformers can be imported."""
+    return all(importlib.util.find_spec(name) is not None for name in ("torch", "transformers"))
+
+
+class HuggingFace:
+    """Random weights of a given shape in transformers, ready to be timed (`eval.timing.Timed`)."""
+
+    def __init__(self, config: TransformerConfig, prompt: Sequence[int], new_tokens: int):
+        """Builds the model.
+
+        Args:
+          config: the shape; its end tokens are ignored, so that every text is as long as asked for.
+          prompt: token ids to continue.
+          new_tokens: tokens per sample.
+        """
+        import torch
+        import transformers
+
+        torch.set_num_threads(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
+        torch.manual_seed(0)
+        settings = config_to_hf(config)
+        settings = {key: value for key, value in settings.items() if key not in ("architectures", "eos_token_id")}
+        hf_config = transformers.AutoConfig.for_model(settings.pop("model_type"), **settings)
+        hf_config.eos_token_id = None
+        self._torch = torch
+        self._model = transformers.AutoModelForCausalLM.from_config(hf_config, attn_implementation="sdpa").eval()
+        self._model.generation_config.eos_token_id = None
+        self._model.generation_config.pad_token_id = 0
+        self._prompt = torch.tensor(np.asarray(prompt)[None])
+        self._new_tokens = new_tokens
+
+    def sample(self) -> float:
+        """Seconds per token after the first: a text of one token is timed too, and its time taken off."""
+        return (self._seconds(self._new_tokens + 1) - self._seconds(1)) / self._new_tokens
+
+    def _seconds(self, new_tokens: int) -> float:
+        mask = self._torch.ones_like(self._prompt)
+        started = time.perf_counter()
+        with self._torch.inference_mode():
+            made = self._model.generate(self._prompt, attention_mask=mask, max_new_tokens=new_tokens, do_sample=False)
+        seconds = time.perf_counter() - started
+        if made.shape[1] != self._prompt.shape[1] + new_tokens:
+            raise AssertionError(f"asked for {new_tokens} tokens, got {made.shape[1] - self._prompt.shape[1]}")
+        return seconds

@@ -1,0 +1,134 @@
+"""How long a piece of computation takes when nothing but it runs: the one stopwatch of every benchmark here.
+
+A part runs many times inside one jitted loop, so that neither Python nor dispatch is in the number, and samples of
+several parts are taken in turn, so that a machine that slows down slows all of them down. Compilation and the first run
+come before the first sample.
+"""
+
+import dataclasses
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool
+
+SAMPLE_SECONDS = 0.03  # A sample repeats a short part until it lasts about this long.
+MOST_TIMES = 2000
+
+
+@dataclasses.dataclass(frozen=True)
+class Timing:
+    """Milliseconds of one run of a part: median and minimum over samples."""
+
+    median: float
+    minimum: float
+
+
+class Timed(Protocol):
+    """Something that `measure` can time."""
+
+    def sample(self) -> float:
+        """Runs once or more and returns seconds per run; the first call may be slow and is thrown away."""
+
+
+class Part:
+    """A pure function, run again and again inside one compiled loop.
+
+    The compiler must not move work out of that loop. So some of what the function reads varies, as far as anybody can
+    tell at compile time: after each run one element of every varying array is changed in place by an amount that
+    depends on the result and is zero. All of the result is the next carry, so nothing of it is dropped either.
+    """
+
+    def __init__(self, function: Callable[[Any, Any, Any], Any], fixed: Any, varying: Any, carry: Any):
+        """Wraps `function(fixed, varying, carry) -> carry`.
+
+        Args:
+          function: what to time.
+          fixed: large things that are only read (parameters, caches).
+          varying: inputs such that every product in the function depends on at least one of them; copied.
+          carry: the result of a run that was not made, for functions that work on their last result; copied.
+        """
+        self._fixed = fixed
+        self._state = jax.tree.map(jnp.array, (varying, carry))
+        self._times: int | None = None
+
+        def body(fixed, state):
+            varying, carry = state
+            nothing = _never(jax.tree.leaves(carry)[0])
+            varying = jax.tree.map(lambda leaf: _touched(leaf, nothing), varying)
+            return varying, function(fixed, varying, carry)
+
+        def loop(fixed, state, times):
+            return jax.lax.fori_loop(0, times, lambda _, state: body(fixed, state), state)
+
+        self._loop = jax.jit(loop, donate_argnums=1)
+
+    @classmethod
+    def of(cls, function: Callable[[Any, Any], Any], fixed: Any, varying: Any) -> "Part":
+        """A part that ignores its last result: `function(fixed, varying)`."""
+        shapes = jax.eval_shape(function, fixed, varying)
+        carry = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+        return cls(lambda fixed, varying, _: function(fixed, varying), fixed, varying, carry)
+
+    def sample(self) -> float:
+        """Seconds per run."""
+        if self._times is None:
+            self._run(1)
+            once = self._run(1)
+            self._times = max(1, min(MOST_TIMES, round(SAMPLE_SECONDS / once)))
+        return self._run(self._times) / self._times
+
+    def text(self) -> str:
+        """The compiled program, for tests."""
+        return self._loop.lower(self._fixed, self._state, 1).compile().as_text()
+
+    def _run(self, times: int) -> float:
+        started = time.perf_counter()
+        self._state = jax.block_until_ready(self._loop(self._fixed, self._state, times))
+        return time.perf_counter() - started
+
+
+def _never(leaf: Array) -> Bool[Array, ""]:
+    """False, though the compiler cannot know: whether an element holds the largest value of its type."""
+    limits = jnp.finfo if jnp.issubdtype(leaf.dtype, jnp.inexact) else jnp.iinfo
+    return leaf[(0,) * leaf.ndim] == limits(leaf.dtype).max
+
+
+def _touched(leaf: Array, nothing: Bool[Array, ""]) -> Array:
+    """`leaf` with one element changed by `nothing`."""
+    first = (0,) * leaf.ndim
+    if leaf.dtype == bool:
+        return leaf.at[first].set(leaf[first] | nothing)
+    return leaf.at[first].add(nothing.astype(leaf.dtype))
+
+
+def measure(
+    parts: dict[str, Timed], rounds: int, progress: Callable[[str], None] = lambda line: None
+) -> dict[str, Timing]:
+    """Times parts in turn, `rounds` times each, after one run of each that is not counted.
+
+    Args:
+      parts: what to time, by name.
+      rounds: samples of each part.
+      progress: told what is being done.
+
+    Returns:
+      Timings by name.
+    """
+    for name, part in parts.items():
+        progress(f"compiling {name}")
+        part.sample()
+    seconds: dict[str, list[float]] = {name: [] for name in parts}
+    for turn in range(rounds):
+        progress(f"round {turn + 1} of {rounds}")
+        for name, part in parts.items():
+            seconds[name].append(part.sample())
+    return {name: summary(samples) for name, samples in seconds.items()}
+
+
+def summary(seconds: Sequence[float]) -> Timing:
+    """Median and minimum of samples in seconds, as milliseconds."""
+    return Timing(1e3 * statistics.median(seconds), 1e3 * min(seconds))

@@ -1,0 +1,324 @@
+"""Chooses a draft tree for the present device, from measured costs and measured head accuracies.
+
+    python -m eval.tree --target DIR --drafter DIR [--prompts FILE | --data DIR] [--write] [--max_nodes 64]
+
+1. The target continues the prompts greedily, and the heads, teacher-forced on that text, are asked for the rank of
+   every token among their guesses. That gives the accuracy of each rank at each depth.
+2. A greedy search grows nested trees from the accuracies (Medusa, section 3.2), once for every limit on the depth.
+3. For every tree the loop is walked through the text by the ranks, which gives the acceptance length it would have had.
+4. The time of a step is measured here: the target's forward against rows, each level of `draft` against the nodes that
+   it expands, and what the loop adds to a forward.
+5. The tree with the most tokens per second wins; `--write` puts it into the drafter's directory.
+
+The module is called `tree` because the command is `python -m eval.tree`. As `eval.tree`, run from the project's root,
+it does not shadow the library `tree` that TFDS imports, which a top-level `tree.py` would.
+"""
+
+import argparse
+import dataclasses
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float, Int
+
+from decoding.drafters import load_drafter, write_tree
+from decoding.drafters.heads import HeadDrafter
+from decoding.drafters.plain import Plain
+from decoding.generate import bucket, generate
+from decoding.trees import Topology, greedy_search
+from eval.metrics import RANKS, head_ranks, rank_accuracy
+from eval.parts import Scene, Step, draft_part, rows_forward
+from eval.progress import Progress
+from eval.prompts import BUILT_IN, Question, document_prompts, encode_questions, read_questions
+from eval.timing import Timed, measure
+from models.errors import UserError, exit_on_user_error
+from models.target import Target, load_target
+
+ROWS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)  # Of the target's forward, measured; between them interpolated.
+HEAD_ROWS = (1, 4, 16)  # That a level of `draft` is timed at.
+
+
+@dataclasses.dataclass(frozen=True)
+class Candidate:
+    """A tree with what is expected of it.
+
+    Attributes:
+      tree: the candidates; `tree.size` rows go through the target.
+      acceptance: tokens per step on the calibration text.
+      forward_ms: the target on its rows.
+      draft_ms: the heads on theirs.
+      step_ms: a whole step.
+    """
+
+    tree: Topology
+    acceptance: float
+    forward_ms: float
+    draft_ms: float
+    step_ms: float
+
+    @property
+    def tokens_per_second(self) -> float:
+        """What the choice maximises."""
+        return 1e3 * self.acceptance / self.step_ms
+
+
+@dataclasses.dataclass(frozen=True)
+class Choice:
+    """The outcome of a search.
+
+    Attributes:
+      best: the winner.
+      plain: plain decoding, the bare root.
+      table: the best candidate of each number of rows, in order.
+      accuracy: share of places where the rank-k guess of each head is right, given the true path above it.
+    """
+
+    best: Candidate
+    plain: Candidate
+    table: list[Candidate]
+    accuracy: Float[np.ndarray, "D K"]
+
+    @property
+    def tree(self) -> Topology:
+        """The tree to use."""
+        return self.best.tree
+
+
+def choose_tree(
+    target: Target,
+    drafter: HeadDrafter,
+    drafter_params: Any,
+    prompts: Sequence[Sequence[int]],
+    *,
+    max_new_tokens: int = 128,
+    max_nodes: int = 64,
+    rows: Sequence[int] = ROWS,
+    rounds: int = 7,
+    progress: Callable[[str], None] = lambda line: None,
+) -> Choice:
+    """Searches the tree that decodes fastest here.
+
+    Args:
+      target: the model.
+      drafter: heads; the tree they have now plays no part.
+      drafter_params: their parameters.
+      prompts: calibration prompts, token ids; the texts that are judged are their greedy continuations.
+      max_new_tokens: of each continuation.
+      max_nodes: most rows of the target's forward, root included.
+      rows: at which the forward is timed.
+      rounds: samples of each timing.
+      progress: told what is being done.
+
+    Raises:
+      UserError: `max_nodes` leaves no room for a candidate, or the continuations are shorter than the heads reach.
+    """
+    if max_nodes < 2:
+        raise UserError(
+            f"a draft tree needs the root and at least one candidate: max_nodes must be 2 or more, got {max_nodes}"
+        )
+    progress("decoding the calibration prompts")
+    ranks = calibration_ranks(target, drafter, drafter_params, prompts, max_new_tokens)
+    accuracy = rank_accuracy(np.concatenate(ranks, axis=1), min(RANKS, target.config.vocab_size))
+    length = int(np.median([len(prompt) for prompt in prompts])) + max_new_tokens // 2
+    cost = _measure_cost(target, drafter, drafter_params, length, [*rows, max_nodes], max_nodes, rounds, progress)
+    progress("searching")
+    candidates = []
+    for depth in range(1, len(accuracy) + 1):
+        grown = [path for path, score in greedy_search(accuracy[:depth], max_nodes - 1) if score > 0]
+        trees = [Topology(tuple(grown[:count])) for count in range(1, len(grown) + 1)]
+        candidates += [cost.candidate(tree, walk(ranks, tree)) for tree in trees if tree.max_depth == depth]
+    if not candidates:
+        raise UserError("no head guessed a single token of the calibration text: there is no tree to build")
+    table = {}
+    for candidate in sorted(candidates, key=lambda c: (c.tree.size, c.tokens_per_second)):
+        table[candidate.tree.size] = candidate
+    best = max(candidates, key=lambda candidate: candidate.tokens_per_second)
+    return Choice(best, cost.candidate(Topology(()), 1.0), list(table.values()), accuracy)
+
+
+def calibration_ranks(
+    target: Target, drafter: HeadDrafter, drafter_params: Any, prompts: Sequence[Sequence[int]], max_new_tokens: int
+) -> list[Int[np.ndarray, "D N"]]:
+    """Per prompt, the ranks of the true tokens at every place of its greedy continuation where a step may start.
+
+    Raises:
+      UserError: every continuation is shorter than the heads reach.
+    """
+    made = generate(target, prompts, max_new_tokens=max_new_tokens)
+    texts = [[*prompt, *new] for prompt, new in zip(prompts, made.tokens, strict=True)]
+    padded = np.zeros((len(texts), bucket(max(map(len, texts)))), np.int32)
+    for row, text in enumerate(texts):
+        padded[row, : len(text)] = text
+    ranks_DBT = head_ranks(target, drafter, drafter_params, padded)
+    depth = len(ranks_DBT)
+    # The first root is the first new token; the feature that chose it stands one place before.
+    spans = [(len(prompt) - 1, len(text) - 1 - depth) for prompt, text in zip(prompts, texts, strict=True)]
+    ranks = [ranks_DBT[:, row, first:end] for row, (first, end) in enumerate(spans) if end > first]
+    if not ranks:
+        raise UserError(
+            f"the continuations of the prompts are shorter than the {depth} heads reach: ask for more tokens"
+        )
+    return ranks
+
+
+def walk(ranks: Sequence[Int[np.ndarray, "D N"]], tree: Topology) -> float:
+    """Acceptance length that the loop with `tree` has on texts whose ranks are known.
+
+    Steps start where the one before ended, as in the loop, so this is no average over all places.
+    """
+    committed = steps = 0
+    width = tree.children.shape[1]
+    for ranks_DN in ranks:
+        node = np.zeros(ranks_DN.shape[1], np.int32)
+        accepted = np.zeros_like(node)
+        alive = np.ones(len(node), bool)
+        for rank in ranks_DN[: tree.max_depth]:
+            child = np.where(rank < width, tree.children[node, np.minimum(rank, width - 1)], -1)
+            alive &= child >= 0
+            node = np.where(alive, child, node)
+            accepted += alive
+        place = 0
+        while place < len(accepted):
+            place += int(accepted[place]) + 1
+            steps += 1
+        committed += place
+    return committed / steps
+
+
+@dataclasses.dataclass(frozen=True)
+class _Cost:
+    """Measured milliseconds: of the target's forward by rows, of each level of `draft` by rows, of the loop around."""
+
+    forward: dict[int, float]
+    levels: list[dict[int, float]]
+    overhead: float
+
+    def candidate(self, tree: Topology, acceptance: float) -> Candidate:
+        forward = _interpolate(self.forward, tree.size)
+        rows = [len(tree.expanded(depth)) for depth in range(tree.max_depth)]
+        draft = sum(_interpolate(level, count) for level, count in zip(self.levels, rows, strict=False))
+        return Candidate(tree, acceptance, forward, draft, forward + draft + self.overhead)
+
+
+def _interpolate(points: dict[int, float], rows: int) -> float:
+    """Piecewise linear, continued beyond the last point."""
+    known = sorted(points)
+    if rows > known[-1] and len(known) > 1:
+        low, high = known[-2:]
+        return points[high] + (points[high] - points[low]) * (rows - high) / (high - low)
+    return float(np.interp(rows, known, [points[k] for k in known]))
+
+
+def probe(level: int, rows: int) -> Topology:
+    """A tree whose last level of heads, `level`, is evaluated on `rows` nodes, and every one above it on one node."""
+    spine = [(0,) * d for d in range(level)]
+    wide = [(*spine[-1], rank) for rank in range(max(2, rows))] if level else [()]
+    paths = {(*path, rank) for path in spine[:-1] for rank in range(2)} | {path for path in wide if path}
+    expanded = wide[:rows]
+    return Topology(tuple(paths | {(*path, 0) for path in expanded} | {(*expanded[0], 1)}))
+
+
+def _measure_cost(target, drafter, drafter_params, length, rows, max_nodes, rounds, progress) -> _Cost:
+    """Times everything in turns: what a level adds to `draft` is a difference, and so is what the loop adds."""
+    scene = Scene.with_room(target.config, target.params, length, max_depth=0)
+    rows = sorted({1, *(count for count in rows if count <= max_nodes)})
+    widest = min(max_nodes // 2, target.config.vocab_size)
+    counts = [(1,)] + [tuple(n for n in HEAD_ROWS if n == 1 or n <= widest)] * (drafter.heads.num_heads - 1)
+    parts: dict[str, Timed] = {f"forward {count}": rows_forward(scene, count) for count in rows}
+    for level, widths in enumerate(counts):
+        for count in widths:
+            probing = dataclasses.replace(drafter, tree=probe(level, count))
+            parts[f"draft {level} {count}"] = draft_part(scene, probing, drafter_params)
+    parts["plain"] = Step(scene, Plain(), None)
+    ms = {name: timing.median for name, timing in measure(parts, rounds, progress).items()}
+    above = [0.0, *(ms[f"draft {level} 1"] for level in range(len(counts) - 1))]
+    levels = [
+        {count: max(0.0, ms[f"draft {level} {count}"] - above[level]) for count in widths}
+        for level, widths in enumerate(counts)
+    ]
+    forward = {count: ms[f"forward {count}"] for count in rows}
+    return _Cost(forward, levels, max(0.0, ms["plain"] - ms["forward 1"]))
+
+
+def print_choice(choice: Choice) -> None:
+    """Accuracies, and the table of trees by rows with the winner marked."""
+    print("accuracy of the heads' guesses by rank, in percent")
+    for depth, row in enumerate(choice.accuracy, 1):
+        print(f"  depth {depth}  " + " ".join(f"{100 * share:5.1f}" for share in row))
+    head = ("rows", "depth", "forward ms", "draft ms", "step ms", "acceptance", "tokens/s", "speed-up")
+    print("".join(name.rjust(12) for name in head))
+    for candidate in [choice.plain, *(c for c in choice.table if c.tree.size in ROWS or c is choice.best)]:
+        ratio = candidate.tokens_per_second / choice.plain.tokens_per_second
+        cells = (
+            f"{candidate.tree.size}",
+            f"{candidate.tree.max_depth}",
+            f"{candidate.forward_ms:.3f}",
+            f"{candidate.draft_ms:.3f}",
+            f"{candidate.step_ms:.3f}",
+            f"{candidate.acceptance:.3f}",
+            f"{candidate.tokens_per_second:.1f}",
+            f"{ratio:.2f}x",
+        )
+        print("".join(cell.rjust(12) for cell in cells) + ("  <- best" if candidate is choice.best else ""))
+
+
+def _calibration_prompts(args: argparse.Namespace, target: Target) -> list[list[int]]:
+    if args.data is not None:
+        prompts = document_prompts(args.data, args.split, target, args.num_prompts, args.prompt_tokens)
+        return [list(prompt.tokens) for prompt in prompts]
+    if target.tokenizer is None:
+        raise UserError(f"{args.target} has no tokenizer, so it cannot read prompts; give --data")
+    if args.prompts is not None:
+        questions = [dataclasses.replace(q, turns=q.turns[:1]) for q in read_questions(args.prompts, args.num_prompts)]
+    else:
+        questions = [Question(str(i), (text,)) for i, text in enumerate(BUILT_IN)]
+    return [list(prompt.tokens) for prompt in encode_questions(questions, target.tokenizer, lambda tokens: [])]
+
+
+@exit_on_user_error
+def main(argv: Sequence[str] | None = None) -> None:
+    """The command; see the module's docstring."""
+    parser = argparse.ArgumentParser(prog="python -m eval.tree", description=__doc__.splitlines()[0])
+    parser.add_argument("--target", required=True, help="target directory")
+    parser.add_argument("--drafter", required=True, help="directory of Medusa or Hydra heads")
+    source = parser.add_mutually_exclusive_group()
+    source.add_argument("--prompts", help="file of calibration prompts; by default a few built-in ones")
+    source.add_argument("--data", help="data set directory, whose documents' beginnings are the prompts")
+    parser.add_argument("--split", default="train", help="its split (train: what is measured later is unseen)")
+    parser.add_argument("--prompt_tokens", type=int, default=64, help="length of prompts from a data set (64)")
+    parser.add_argument("--num_prompts", type=int, default=16, help="how many prompts to use (16)")
+    parser.add_argument("--max_new_tokens", type=int, default=128, help="continuation of each prompt (128)")
+    parser.add_argument("--max_nodes", type=int, default=64, help="most rows of the tree, root included (64)")
+    parser.add_argument("--rounds", type=int, default=7, help="samples of each timing (7)")
+    parser.add_argument("--write", action="store_true", help="put the tree into the drafter's drafter.json")
+    args = parser.parse_args(argv)
+    for name in ("prompt_tokens", "num_prompts", "max_new_tokens", "rounds"):
+        if getattr(args, name) < 1:
+            raise UserError(f"--{name} must be at least 1, got {getattr(args, name)}")
+    target = load_target(args.target)
+    drafter, params = load_drafter(args.drafter, target)
+    if not isinstance(drafter, HeadDrafter):
+        raise UserError(f"the drafter {args.drafter!r} has no heads, so there is no tree to choose for it")
+    with Progress() as progress:
+        choice = choose_tree(
+            target,
+            drafter,
+            params,
+            _calibration_prompts(args, target),
+            max_new_tokens=args.max_new_tokens,
+            max_nodes=args.max_nodes,
+            rounds=args.rounds,
+            progress=progress,
+        )
+    print_choice(choice)
+    if choice.best.tokens_per_second <= choice.plain.tokens_per_second:
+        print("plain decoding is expected to be faster than any tree of these heads on this device")
+    if args.write:
+        write_tree(args.drafter, choice.tree)
+        print(f"wrote the tree of {choice.tree.size} rows to {Path(args.drafter) / 'drafter.json'}")
+
+
+if __name__ == "__main__":
+    main()

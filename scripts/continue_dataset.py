@@ -1,0 +1,125 @@
+"""Lets a target continue the documents of a data set: text of its own to train draft heads on (self-distillation).
+
+    python -m scripts.continue_dataset --target DIR --data DATASET --out DIR [--documents 512] [--valid_documents 32]
+        [--prompt_tokens 64] [--new_tokens 192] [--temperature 0] [--rows 32] [--seed 0] [--overwrite]
+
+Windows for `train` and `valid` come from the data set's own splits. A head is of use where it guesses what the target will say, not what the author of a text said. Every document of the
+result is a window of a training document and the target's continuation; the continuation alone is marked as label
+(`objective.labels = 'assistant'`). Medusa's self-distillation samples at temperature 0.3; 0 is for greedy decoding.
+"""
+
+import argparse
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from decoding.generate import generate
+from decoding.sampling import Sampling
+from models.errors import UserError, exit_on_user_error
+from models.target import Target, load_target
+from scripts.build_dataset import write_dataset
+from train import data
+
+
+def continuations(
+    target: Target,
+    documents: data.Documents,
+    count: int,
+    prompt: int,
+    new: int,
+    temperature: float,
+    rows: int,
+    seed: int,
+) -> Iterator[data.Document]:
+    """`count` windows of `prompt` tokens, from documents long enough, each continued by up to `new` tokens.
+
+    Windows are drawn with replacement, documents by their length, in batches of `rows` that decode together.
+    """
+    lengths = np.where(documents.lengths > prompt, documents.lengths - prompt, 0)
+    if not lengths.sum():
+        raise UserError(f"no document has more than {prompt} tokens; give a smaller --prompt_tokens")
+    rng = np.random.default_rng(seed)
+    began = time.monotonic()
+    for first in range(0, count, rows):
+        chosen = rng.choice(len(lengths), size=min(rows, count - first), p=lengths / lengths.sum())
+        starts = rng.integers(0, lengths[chosen])
+        prompts = [
+            np.asarray(documents[int(index)]["tokens"])[start : start + prompt].tolist()
+            for index, start in zip(chosen, starts, strict=True)
+        ]
+        decoded = generate(
+            target, prompts, max_new_tokens=new, sampling=Sampling(temperature), seeds=seed * count + first
+        )
+        for row, (text, continuation) in enumerate(zip(prompts, decoded.tokens, strict=True)):
+            yield {
+                "name": f"{documents[int(chosen[row])]['name']}@{starts[row]}",
+                "tokens": np.array([*text, *continuation], np.int32),
+                "mask": np.array([0] * len(text) + [1] * len(continuation), np.uint8),
+            }
+        done = first + len(prompts)
+        speed = sum(map(len, decoded.tokens)) / (decoded.prefill_seconds + decoded.decode_seconds)
+        print(f"{done}/{count} documents, {speed:,.0f} tokens/s, {time.monotonic() - began:.0f} s", file=sys.stderr)
+
+
+@exit_on_user_error
+def main(argv: Sequence[str] | None = None) -> None:
+    """The command: decodes, writes, and prints where the data set lies."""
+    arguments = _parser().parse_args(argv)
+    for name in ("documents", "prompt_tokens", "new_tokens", "rows"):
+        if getattr(arguments, name) < 1:
+            raise UserError(f"--{name} must be at least 1, got {getattr(arguments, name)}")
+    target = load_target(arguments.target)
+    if target.tokenizer is None:
+        raise UserError(f"{arguments.target} has no tokenizer.json")
+    wanted = {"train": arguments.documents, "valid": arguments.valid_documents}
+    splits = {
+        name: data.open_split(arguments.data, name, tokenizer_fingerprint=target.tokenizer.fingerprint)
+        for name, count in wanted.items()
+        if count
+    }
+    counts = {name: {"documents": 0, "tokens": 0, "labels": 0} for name in splits}
+    settings = (arguments.prompt_tokens, arguments.new_tokens, arguments.temperature, arguments.rows, arguments.seed)
+
+    def counted(name: str) -> Iterator[data.Document]:
+        for document in continuations(target, splits[name], wanted[name], *settings):
+            counts[name]["documents"] += 1
+            counts[name]["tokens"] += len(document["tokens"])
+            counts[name]["labels"] += int(document["mask"].sum())
+            yield document
+
+    source = {name: str(value) for name, value in vars(arguments).items() if name not in ("out", "overwrite")}
+    write_dataset(
+        arguments.out,
+        target.tokenizer,
+        {name: lambda name=name: counted(name) for name in splits},
+        lambda: {"kind": "continuations", "source": source, "chat_template": None, "splits": counts},
+        overwrite=arguments.overwrite,
+    )
+    for name, count in counts.items():
+        documents, tokens, labels = count.values()
+        print(f"{arguments.out}: {name} {documents} documents, {tokens:,} tokens, {labels:,} of them labels")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m scripts.continue_dataset", description=(__doc__ or "").split("\n")[0]
+    )
+    parser.add_argument("--target", required=True, type=Path, help="target directory")
+    parser.add_argument("--data", required=True, help="data set whose training documents are continued")
+    parser.add_argument("--out", required=True, type=Path, help="the directory to write")
+    parser.add_argument("--documents", type=int, default=512, help="how many to make (%(default)s)")
+    parser.add_argument("--valid_documents", type=int, default=32, help="as many from held-out ones (%(default)s)")
+    parser.add_argument("--prompt_tokens", type=int, default=64, help="tokens taken from a document (%(default)s)")
+    parser.add_argument("--new_tokens", type=int, default=192, help="tokens that the target adds (%(default)s)")
+    parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (%(default)s)")
+    parser.add_argument("--rows", type=int, default=32, help="documents decoded together (%(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="of windows and draws (%(default)s)")
+    parser.add_argument("--overwrite", action="store_true", help="replace a data set that is there")
+    return parser
+
+
+if __name__ == "__main__":
+    main()

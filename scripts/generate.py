@@ -1,0 +1,176 @@
+"""Continues a prompt and streams the text as it is committed.
+
+    python -m scripts.generate --target DIR [--drafter DIR] --prompt TEXT [--temperature 0.8] [--max_new_tokens 128]
+
+The last line tells how it went: tokens, target forwards, acceptance length, tokens per second. On a terminal, text that
+a drafter wrote is coloured, the deeper its draft the brighter.
+"""
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TextIO
+
+from decoding.drafters import load_drafter
+from decoding.generate import Generation, bucket, generate, slots_needed
+from decoding.sampling import Sampling
+from decoding.verify import Typical
+from models.errors import UserError, exit_on_user_error
+from models.target import Target, load_target
+from models.tokenizer import StreamDecoder, Tokenizer
+
+# Of the 256 colours of terminals: greens, from an accepted draft of depth 1 to the deepest.
+DEPTH_COLOURS = (71, 77, 83, 119, 155, 191)
+RESET = "\x1b[0m"
+_STOP = "end after the tokens of this text (those it has when it stands alone); repeatable"
+
+
+class TextStream:
+    """Writes tokens as text while they are committed."""
+
+    def __init__(self, tokenizer: Tokenizer, out: TextIO, color: bool, opening: str = ""):
+        """Writes to `out`, coloured by who wrote the token if `color`; `opening` comes first, with the first token."""
+        self._decoder, self._out, self._color = StreamDecoder(tokenizer), out, color
+        self._opening = opening
+
+    def __call__(self, row: int, tokens: Sequence[int], writers: Sequence[int]) -> None:
+        """Writes what `tokens` complete; the arguments are those of `generate`'s `on_tokens`."""
+        self._write(self._opening, 0)
+        self._opening = ""
+        for token, writer in zip(tokens, writers, strict=True):
+            self._write(self._decoder.feed([token]), writer)
+        self._out.flush()
+
+    def finish(self) -> None:
+        """Writes what was held back, and a line end."""
+        self._write(self._decoder.flush(), 0)
+        self._out.write("\n")
+        self._out.flush()
+
+    def _write(self, text: str, writer: int) -> None:
+        if text and writer and self._color:
+            colour = DEPTH_COLOURS[min(writer, len(DEPTH_COLOURS)) - 1]
+            # Line by line: some pagers forget a colour at a line's end.
+            text = "\n".join(f"\x1b[38;5;{colour}m{line}{RESET}" if line else "" for line in text.split("\n"))
+        self._out.write(text)
+
+
+def statistics_line(made: Generation) -> str:
+    """What the last line says: counts of the loop, tokens per second of its steps, and prefill."""
+    stats = made.stats[0]
+    rate = stats.committed / made.decode_seconds if stats.steps else 0.0
+    return f"{stats.line()}, {rate:.1f} tokens/s, prefill {1e3 * made.prefill_seconds:.1f} ms"
+
+
+def stream(
+    target: Target,
+    tokens: Sequence[int],
+    on_tokens: Callable[[int, list[int], list[int]], None],
+    *,
+    drafter: str,
+    max_new_tokens: int,
+    sampling: Sampling,
+    seed: int,
+    stop: Sequence[str],
+    typical: bool,
+) -> Generation:
+    """Decodes once for compilation, briefly, and then for the reader.
+
+    Args:
+      target: the model; it has a tokenizer.
+      tokens: the prompt.
+      on_tokens: receives tokens as they are committed.
+      drafter: a drafter directory, or `none`.
+      max_new_tokens: most tokens to write.
+      sampling: how tokens are chosen.
+      seed: of the draws.
+      stop: texts that end the output, beside the target's end tokens.
+      typical: lossy typical acceptance.
+
+    Raises:
+      UserError: a drafter that is missing or made for another target, or a request that does not fit the context.
+    """
+    assert target.tokenizer is not None
+    proposer, params = load_drafter(drafter, target)
+    stops = [[eos] for eos in target.config.eos_ids]
+    stops += [target.tokenizer.encode(text, bos=False) for text in stop]
+    options = {
+        "drafter": proposer,
+        "drafter_params": params,
+        "sampling": sampling,
+        "seeds": seed,
+        "stop": stops,
+        "typical": Typical() if typical else None,
+        "capacity": bucket(slots_needed(len(tokens), max_new_tokens, proposer.max_depth)),
+    }
+    # The stream would wait in its middle for the compiler, and the rate would tell how long that took.
+    generate(target, [tokens], max_new_tokens=min(2, max_new_tokens), **options)
+    return generate(target, [tokens], max_new_tokens=max_new_tokens, on_tokens=on_tokens, **options)
+
+
+@exit_on_user_error
+def main(argv: Sequence[str] | None = None) -> None:
+    """The command; see the module's docstring."""
+    args = _parser().parse_args(argv)
+    if args.max_new_tokens < 1:
+        raise UserError(f"--max_new_tokens must be at least 1, got {args.max_new_tokens}")
+    sampling = Sampling(args.temperature, args.top_k, args.top_p, args.min_p)
+    text = args.prompt if args.prompt is not None else _read(args.prompt_file)
+    if not text:
+        raise UserError("the prompt is empty: a text needs at least one token to begin with")
+    if "" in args.stop:
+        raise UserError("--stop must not be empty")
+    target = load_target(args.target)
+    tokenizer = target.tokenizer
+    if tokenizer is None:
+        raise UserError(f"{args.target} has no tokenizer: expected the file tokenizer.json of a Hugging Face directory")
+    tokens = tokenizer.encode_chat([{"role": "user", "content": text}]) if args.chat else tokenizer.encode(text)
+    color = sys.stdout.isatty() if args.color is None else args.color
+    writer = TextStream(tokenizer, sys.stdout, color, opening="" if args.chat else text)
+    made = stream(
+        target,
+        tokens,
+        writer,
+        drafter=args.drafter,
+        max_new_tokens=args.max_new_tokens,
+        sampling=sampling,
+        seed=args.seed,
+        stop=args.stop,
+        typical=args.typical,
+    )
+    writer.finish()
+    print(statistics_line(made) + (", lossy (typical acceptance)" if args.typical else ""))
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot read the prompt file {path}: {getattr(error, 'strerror', None) or error}") from None
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m scripts.generate", description=__doc__.splitlines()[0])
+    parser.add_argument("--target", required=True, help="target directory")
+    parser.add_argument("--drafter", default="none", help="drafter directory, or none (the default)")
+    prompt = parser.add_mutually_exclusive_group(required=True)
+    prompt.add_argument("--prompt", help="text to continue")
+    prompt.add_argument("--prompt_file", type=Path, help="file whose whole content is the prompt")
+    parser.add_argument("--chat", action="store_true", help="put the prompt in the tokenizer's chat template")
+    parser.add_argument("--temperature", type=float, default=0.0, help="0 (the default) takes the likeliest token")
+    parser.add_argument("--top_k", type=int, default=0, help="sample among this many tokens; 0 means all")
+    parser.add_argument(
+        "--top_p", type=float, default=1.0, help="sample among the likeliest tokens of this probability"
+    )
+    parser.add_argument("--min_p", type=float, default=0.0, help="drop tokens below this share of the likeliest one's")
+    parser.add_argument("--max_new_tokens", type=int, default=128, help="most tokens to write (128)")
+    parser.add_argument("--seed", type=int, default=0, help="of the draws when the temperature is above 0")
+    parser.add_argument("--stop", action="append", default=[], metavar="TEXT", help=_STOP)
+    parser.add_argument("--typical", action="store_true", help="lossy typical acceptance of drafts")
+    parser.add_argument("--color", action=argparse.BooleanOptionalAction, help="colour drafts (default: on a terminal)")
+    return parser
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,147 @@
+"""The drafters that must pass the battery (test_battery.py): a new one joins by adding its name to `CASES`.
+
+A case is a function of a target and a key that returns a drafter with small random parameters. Its tree should branch,
+below other children than the first too, and be small: the battery compiles every case several times.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array
+
+from decoding.drafter import Drafter
+from decoding.drafters.hydra import Hydra
+from decoding.drafters.medusa import Medusa
+from decoding.drafters.plain import Plain
+from decoding.trees import Topology
+from models import transformer
+from models.config import TransformerConfig
+from models.heads.hydra import HydraHeads
+from models.heads.medusa import MedusaHeads
+from models.target import Target
+
+# The second child has children where the first has none, and so has a second grandchild: order cannot be taken for granted.
+LOPSIDED = Topology(((0,), (1,), (2,), (0, 0), (1, 0), (1, 1), (1, 0, 0), (1, 1, 0), (1, 1, 1)))
+BUSHY = Topology(
+    ((0,), (1,), (2,), (3,), (0, 0), (0, 1), (1, 0), (2, 0), (0, 0, 0), (0, 1, 0), (0, 1, 1), (0, 1, 1, 0))
+)
+
+
+def plain(target: Target, key: Array) -> tuple[Drafter, Any]:
+    """No candidates."""
+    return Plain(), None
+
+
+def medusa(target: Target, key: Array) -> tuple[Drafter, Any]:
+    """Two residual blocks per head."""
+    return _random(Medusa(MedusaHeads(num_heads=4, num_layers=2), BUSHY), target, key)
+
+
+def hydra(target: Target, key: Array) -> tuple[Drafter, Any]:
+    """Heads that read their path, on a tree whose first child is not the one with descendants."""
+    return _random(Hydra(HydraHeads(num_heads=3), LOPSIDED), target, key)
+
+
+def hydra_prefix(target: Target, key: Array) -> tuple[Drafter, Any]:
+    """Hydra++: a prefix block with a cache of its own, several blocks per head."""
+    return _random(Hydra(HydraHeads(num_heads=4, num_layers=2, prefix=True), BUSHY), target, key)
+
+
+CASES: dict[str, Callable[[Target, Array], tuple[Drafter, Any]]] = {
+    "none": plain,
+    "medusa": medusa,
+    "hydra": hydra,
+    "hydra++": hydra_prefix,
+}
+
+
+def _random(drafter, target: Target, key: Array) -> tuple[Drafter, Any]:
+    """Fresh heads with noise on every parameter, so that no block is the identity that it starts as."""
+    params = drafter.heads.init(target.config, target.params, key)
+    leaves, structure = jax.tree.flatten(params)
+    keys = jax.random.split(key, len(leaves))
+    noisy = [leaf + 0.2 * jax.random.normal(k, leaf.shape, leaf.dtype) for leaf, k in zip(leaves, keys, strict=True)]
+    return drafter, jax.tree.unflatten(structure, noisy)
+
+
+def random_target(
+    *, vocab_size: int, width: int = 32, scale: float = 16.0, seed: int = 0, dtype=jnp.float64, **config
+) -> Target:
+    """A tiny target whose weights are large enough (`scale` times the usual) for lively text."""
+    shape = dict(num_layers=2, num_heads=4, num_kv_heads=2, head_dim=8, mlp_width=3 * width // 2) | config
+    shape = TransformerConfig(vocab_size=vocab_size, width=width, **shape)
+    params = transformer.init(shape, jax.random.key(seed))
+    params = jax.tree.map(lambda x: (x * (scale if x.ndim > 1 else 1)).astype(dtype), params)
+    return Target(shape, transformer.join_projections(params))
+
+
+@dataclasses.dataclass(frozen=True)
+class Oracle(Drafter):
+    """Knows the text and puts the truth at one rank of every list of children, and wrong tokens at the others.
+
+    Its parameters are the text, `[B, capacity]`, long enough for the deepest candidate.
+    """
+
+    tree: Topology
+    vocab_size: int
+    rank: int = 0
+    name = "oracle"
+
+    @property
+    def max_nodes(self) -> int:
+        return self.tree.size
+
+    @property
+    def max_depth(self) -> int:
+        return self.tree.max_depth
+
+    def draft(self, params, target, state, root, keys):
+        truth_BN = jnp.take_along_axis(params, target.length[:, None] + self.tree.depth, axis=1)
+        tokens_BN = (truth_BN + self.tree.rank - self.rank) % self.vocab_size
+        return self.tree.fill(tokens_BN.at[:, 0].set(root), law="point")
+
+
+@dataclasses.dataclass(frozen=True)
+class Recorder(Drafter):
+    """Another drafter, and what the loop computed in its last step: the tree, and the target's logits at every node."""
+
+    inner: Drafter
+    name = "recorder"
+
+    @property
+    def taps(self):
+        return self.inner.taps
+
+    @property
+    def max_nodes(self) -> int:
+        return self.inner.max_nodes
+
+    @property
+    def max_depth(self) -> int:
+        return self.inner.max_depth
+
+    def init(self, config, batch, capacity, dtype):
+        nodes = self.max_nodes
+        return {
+            "inner": self.inner.init(config, batch, capacity, dtype),
+            "tokens": jnp.zeros((batch, nodes), jnp.int32),
+            "ancestors": jnp.zeros((batch, nodes, nodes), bool),
+            "logits": jnp.zeros((batch, nodes, config.vocab_size), jnp.promote_types(dtype, jnp.float32)),
+        }
+
+    def prepare(self, params):
+        return self.inner.prepare(params)
+
+    def ingest(self, params, target, state, rows):
+        return {**state, "inner": self.inner.ingest(params, target, state["inner"], rows)}
+
+    def draft(self, params, target, state, root, keys):
+        return self.inner.draft(params, target, state["inner"], root, keys)
+
+    def observe(self, state, tree, output, verdict):
+        ancestors = jnp.broadcast_to(tree.ancestors, state["ancestors"].shape)
+        inner = self.inner.observe(state["inner"], tree, output, verdict)
+        return {"inner": inner, "tokens": tree.tokens, "ancestors": ancestors, "logits": output.logits}

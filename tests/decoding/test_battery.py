@@ -1,0 +1,411 @@
+"""What every drafter must prove: the seven items of losslessness, on tiny random models, in float64.
+
+A new drafter joins by adding its name in `drafter_cases.py`; nothing here knows any drafter by name, except where a
+construction is shown to be caught.
+"""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from decoding import loop
+from decoding.cache import SLOTS
+from decoding.drafter import Drafter
+from decoding.drafters.heads import HeadDrafter
+from decoding.generate import Generation, generate
+from decoding.replay import replay_acceptance
+from decoding.sampling import Sampling
+from decoding.trees import Topology, chain
+from models import transformer
+from models.errors import UserError
+from models.layout import Layout
+from models.target import Target
+from tests.decoding.drafter_cases import CASES, LOPSIDED, Oracle, Recorder, random_target
+
+PROMPTS = [[1, 2, 3], [4, 5, 6, 7, 8, 9, 10], [11], [0, 3, 3, 7, 1]]
+CAPACITY = 640
+WARPS = [
+    Sampling(temperature=0.7),
+    Sampling(temperature=5.0, top_p=0.9),
+    Sampling(temperature=9.0, top_k=4, min_p=0.05),
+    Sampling(temperature=6.0, top_k=7, top_p=0.8),
+]
+
+pytestmark = pytest.mark.usefixtures("x64")
+each_drafter = pytest.mark.parametrize("name", CASES)
+
+
+@functools.cache
+def target() -> Target:
+    with jax.enable_x64(True):
+        return random_target(vocab_size=12)
+
+
+@functools.cache
+def case(name: str) -> tuple[Drafter, Any]:
+    with jax.enable_x64(True):
+        return CASES[name](target(), jax.random.key(7))
+
+
+def decode(name: str, prompts=PROMPTS, **settings) -> Generation:
+    drafter, params = case(name)
+    return generate(target(), prompts, drafter=drafter, drafter_params=params, capacity=CAPACITY, **settings)
+
+
+def room(drafter: Drafter, prompt: list[int]) -> int:
+    """New tokens of a request that fills the cache to its last slot."""
+    return CAPACITY - drafter.max_depth - 1 - len(prompt)
+
+
+def full_limits(drafter: Drafter) -> list[int]:
+    """Different limits for every row; the first row's request fills the cache to its last slot."""
+    return [room(drafter, PROMPTS[0]), 500, 430, 571]
+
+
+@functools.cache
+def long_run(name: str) -> Generation:
+    with jax.enable_x64(True):
+        return decode(name, max_new_tokens=full_limits(case(name)[0]))
+
+
+@functools.cache
+def long_sampled_run(name: str) -> Generation:
+    with jax.enable_x64(True):
+        return decode(name, max_new_tokens=[200, 150, 180, 130], sampling=WARPS, seeds=[3, 1, 4, 1])
+
+
+# 1. Greedy output is plain greedy output.
+
+
+def test_baseline_is_the_argmax_of_a_whole_forward_and_lively() -> None:
+    baseline = long_run("none").tokens
+    for prompt, new in zip(PROMPTS, baseline, strict=True):
+        logits = target().apply([[*prompt, *new][:400]]).logits[0]
+        assert np.array_equal(np.argmax(logits[len(prompt) - 1 : -1], axis=-1), new[: 400 - len(prompt)])
+        assert len({tuple(new[i : i + 3]) for i in range(len(new) - 2)}) > 60
+
+
+@each_drafter
+def test_greedy_fills_ragged_rows_with_the_plain_text(name: str) -> None:
+    drafter, _ = case(name)
+    limits = full_limits(drafter)
+    generation = long_run(name)
+    for row, plain in enumerate(long_run("none").tokens):
+        assert len(generation.tokens[row]) == limits[row]
+        assert generation.tokens[row] == plain[: limits[row]]
+        assert generation.stats[row].steps >= 200
+        assert generation.stats[row].committed == limits[row] - 1
+    if drafter.max_depth:
+        accepted = sum(stats.accepted_by_depth for stats in generation.stats)
+        assert accepted[0] > 100 and accepted[1] > 10, "a case whose drafts are never accepted proves nothing"
+
+
+@each_drafter
+def test_greedy_of_one_row(name: str) -> None:
+    assert decode(name, PROMPTS[:1], max_new_tokens=400).tokens[0] == long_run("none").tokens[0][:400]
+
+
+@each_drafter
+def test_one_slot_less_is_an_error(name: str) -> None:
+    drafter, params = case(name)
+    arguments = dict(drafter=drafter, drafter_params=params, max_new_tokens=full_limits(drafter))
+    with pytest.raises(UserError, match=rf"cache of {CAPACITY - 1} slots is too small: the request needs {CAPACITY}"):
+        generate(target(), PROMPTS, capacity=CAPACITY - 1, **arguments)
+
+
+def cut_after(text: list[int], stop: list[int]) -> list[int]:
+    ends = (end for end in range(len(stop), len(text) + 1) if text[end - len(stop) : end] == stop)
+    return text[: next(ends, len(text))]
+
+
+def first_ends(text: list[int]) -> list[int]:
+    """Places where a text first shows the three tokens that end there."""
+    return [end for end in range(3, len(text) + 1) if len(cut_after(text, text[end - 3 : end])) == end]
+
+
+@each_drafter
+def test_stops_at_every_tree_position(name: str) -> None:
+    limit = 300
+    plain = [text[:limit] for text in long_run("none").tokens]
+    uncut = [writers[:limit] for writers in long_run(name).writers]
+    stops = [(0, end) for end in first_ends(plain[0])[:15]]
+    depths = range(case(name)[0].max_depth + 1)
+    for depth in depths:
+        found = [(row, end) for row in range(4) for end in first_ends(plain[row]) if uncut[row][end - 1] == depth]
+        stops += found[:3]
+    for row, end in stops:
+        stop = plain[row][end - 3 : end]
+        generation = decode(name, max_new_tokens=limit, stop=[stop, [99]])
+        assert generation.tokens == [cut_after(text, stop) for text in plain] and len(generation.tokens[row]) == end
+        for tokens, writers, stats, whole in zip(
+            generation.tokens, generation.writers, generation.stats, uncut, strict=True
+        ):
+            assert writers == whole[: len(tokens)] and stats.committed == len(tokens) - 1
+            assert stats.accepted_by_depth.tolist() == [writers.count(depth) for depth in depths[1:]]
+    assert {uncut[row][end - 1] for row, end in stops} >= {*depths[:3]}
+
+
+@each_drafter
+def test_stop_may_be_the_first_token(name: str) -> None:
+    first = long_run("none").tokens[0][0]
+    generation = decode(name, PROMPTS[:1], max_new_tokens=50, stop=[[first]])
+    assert generation.tokens == [[first]] and generation.stats[0].steps == 0
+
+
+# 2. Sampled output is the plain sampled output, token for token; its law is tested in test_losslessness.py.
+
+
+@each_drafter
+def test_sampled_output_is_the_plain_sampled_output(name: str) -> None:
+    generation, plain = long_sampled_run(name), long_sampled_run("none")
+    assert generation.tokens == plain.tokens
+    assert all(len(set(tokens)) > 3 for tokens in plain.tokens)
+    if case(name)[0].max_depth:
+        assert all(stats.acceptance_length > 1.05 for stats in generation.stats)
+
+
+# 3. Garbage is exact, the truth is accepted, wherever it stands.
+
+
+@each_drafter
+def test_garbage_is_exact(name: str) -> None:
+    drafter, params = case(name)
+    leaves, structure = jax.tree.flatten(params)
+    keys = jax.random.split(jax.random.key(1), len(leaves) + 1)
+    garbage = [5 * jax.random.normal(key, leaf.shape, leaf.dtype) for key, leaf in zip(keys, leaves, strict=False)]
+    arguments = dict(drafter=drafter, drafter_params=jax.tree.unflatten(structure, garbage), capacity=CAPACITY)
+    generation = generate(target(), PROMPTS, max_new_tokens=120, **arguments)
+    assert generation.tokens == [text[:120] for text in long_run("none").tokens]
+
+
+def oracle(tree: Topology, rank: int) -> dict[str, Any]:
+    """Arguments of `generate` for a drafter that has read the plain texts."""
+    text = np.zeros((len(PROMPTS), CAPACITY + 8), np.int32)
+    for row, (prompt, new) in enumerate(zip(PROMPTS, long_run("none").tokens, strict=True)):
+        text[row, : len(prompt) + len(new)] = [*prompt, *new]
+    drafter = Oracle(tree, target().config.vocab_size, rank)
+    return dict(drafter=drafter, drafter_params=jnp.array(text), capacity=CAPACITY)
+
+
+@pytest.mark.parametrize(("tree", "rank"), [(chain(4), 0), (LOPSIDED, 1)], ids=["first", "second"])
+def test_perfect_drafter_is_accepted_to_full_depth(tree: Topology, rank: int) -> None:
+    depth, steps = tree.max_depth, 50
+    size = 1 + steps * (depth + 1)
+    generation = generate(target(), PROMPTS, max_new_tokens=size, **oracle(tree, rank))
+    true_path = [i + 1 for i, path in enumerate(tree.paths) if set(path) == {rank}]
+    assert len(true_path) == depth
+    for row, stats in enumerate(generation.stats):
+        assert generation.tokens[row] == long_run("none").tokens[row][:size]
+        assert generation.writers[row] == [0] + [*range(1, depth + 1), 0] * steps
+        assert stats.steps == steps and stats.accepted_by_depth.tolist() == [steps] * depth
+        assert stats.acceptance_length == depth + 1
+        assert np.flatnonzero(stats.accepted_by_node).tolist() == true_path
+        assert set(stats.accepted_by_node[true_path]) == {steps}
+
+
+def test_stops_and_limits_cut_a_perfect_path_anywhere() -> None:
+    plain, arguments = long_run("none").tokens, oracle(chain(4), 0)
+    ends = first_ends(plain[0][:60])[:12]
+    assert {(end - 2) % 5 for end in ends} == {*range(5)}, "every depth, the bonus token included"
+    for end in ends:
+        stop = plain[0][end - 3 : end]
+        stopped = generate(target(), PROMPTS, max_new_tokens=200, stop=[stop], **arguments)
+        assert stopped.tokens == [cut_after(text[:200], stop) for text in plain]
+        limited = generate(target(), PROMPTS, max_new_tokens=end, **arguments)
+        assert limited.tokens == [text[:end] for text in plain]
+        for generation in (stopped, limited):
+            expected = [generation.writers[0].count(depth) for depth in range(1, 5)]
+            assert len(generation.tokens[0]) == end and generation.stats[0].committed == end - 1
+            assert generation.stats[0].accepted_by_depth.tolist() == expected
+
+
+@each_drafter
+def test_branches_other_than_the_first_are_accepted(name: str) -> None:
+    drafter, _ = case(name)
+    if not isinstance(drafter, HeadDrafter):
+        pytest.skip("has no static tree")
+    visits = sum(stats.accepted_by_node for stats in long_run(name).stats)
+    ranks = {path[0] for path, count in zip(drafter.tree.paths, visits[1:], strict=True) if count}
+    assert ranks == {path[0] for path in drafter.tree.paths}
+    assert any(count and path[-1] for path, count in zip(drafter.tree.paths, visits[1:], strict=True) if len(path) > 1)
+
+
+# 4 and 5. What a step computes is what a whole forward computes; what it leaves behind is what prefill would.
+
+
+@dataclasses.dataclass(frozen=True)
+class Seen:
+    """A copy on the host of what the loop carries."""
+
+    tokens: np.ndarray
+    length: np.ndarray
+    done: np.ndarray
+    cache: Any
+    drafter: Any
+
+    @classmethod
+    def of(cls, state: loop.DecodeState) -> "Seen":
+        return cls(**{f.name: jax.tree.map(np.array, getattr(state, f.name)) for f in dataclasses.fields(cls)})
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """What was there before and after one step of the loop."""
+
+    before: Seen
+    after: Seen
+
+
+@functools.cache
+def steps(name: str) -> tuple[list[Step], loop.Request]:
+    """Every step of a short decode, looked at by running the loop one step at a time."""
+    drafter, params = case(name)
+    seen, requests = [], []
+    run = loop.run
+
+    def watched(config, drafter, params, drafter_params, state, request, *rest):
+        before = Seen.of(state)
+        after = run(config, drafter, params, drafter_params, state, request, *rest)
+        seen.append(Step(before, Seen.of(after)))
+        requests.append(request)
+        return after
+
+    arguments = dict(
+        drafter=Recorder(drafter), drafter_params=params, capacity=CAPACITY, max_new_tokens=[30, 25, 33, 9]
+    )
+    with jax.enable_x64(True), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "run", watched)
+        generation = generate(target(), PROMPTS, stream_every=1, on_tokens=lambda *_: None, **arguments)
+    assert generation.tokens[0] == long_run("none").tokens[0][:30]
+    return seen, requests[0]
+
+
+@each_drafter
+def test_every_node_scores_like_a_plain_forward_over_its_root_path(name: str) -> None:
+    paths, scores = [], []
+    for step in steps(name)[0]:
+        recorded = step.after.drafter
+        for row in np.flatnonzero(~step.before.done):
+            text = step.before.tokens[row, : step.before.length[row]].tolist()
+            for node, seen in enumerate(recorded["ancestors"][row]):
+                paths.append(text + recorded["tokens"][row, np.flatnonzero(seen)].tolist())
+                scores.append(recorded["logits"][row, node])
+    assert len(paths) > 25 * case(name)[0].max_nodes
+    width = max(map(len, paths))
+    padded = np.array([path + [0] * (width - len(path)) for path in paths])
+    logits = np.asarray(target().apply(padded).logits)
+    expected = logits[np.arange(len(paths)), np.array([len(path) - 1 for path in paths])]
+    np.testing.assert_allclose(np.array(scores), expected, rtol=0, atol=1e-9)
+
+
+@each_drafter
+def test_cache_after_commit_is_a_fresh_prefill(name: str) -> None:
+    seen, _ = steps(name)
+    text = jnp.array(seen[-1].after.tokens[:, :64])
+    rows = transformer.forward(target().config, target().params, text, Layout.causal(*text.shape)).rows
+    for step in seen:
+        for layer, fresh in zip(step.after.cache, rows, strict=True):
+            for kind, axis in SLOTS.items():
+                for row, length in enumerate(step.after.length):
+                    text_alone = [np.asarray(x[kind][row]).take(range(length), axis - 1) for x in (layer, fresh)]
+                    np.testing.assert_allclose(*text_alone, rtol=0, atol=1e-9)
+
+
+def visible(leaf: np.ndarray, length: np.ndarray) -> np.ndarray:
+    """A leaf of a drafter's state without cache slots past the text, which nothing reads."""
+    if leaf.ndim != 4:
+        return leaf
+    places = np.arange(CAPACITY).reshape([-1 if size == CAPACITY else 1 for size in leaf.shape])
+    return np.where(places < length[:, None, None, None], leaf, 0)
+
+
+@each_drafter
+def test_drafter_state_is_that_of_the_committed_text(name: str) -> None:
+    drafter, params = case(name)
+    seen, request = steps(name)
+    for step in (seen[0], seen[len(seen) // 2], seen[-1]):
+        text, length = jnp.array(step.after.tokens[:, :64]), jnp.array(step.after.length)
+        state = loop.init_state(target().config, Recorder(drafter), len(PROMPTS), CAPACITY, jnp.float64)
+        hidden = jnp.zeros((len(PROMPTS), target().config.width))
+        whole = request.replace(prompt_length=length)
+        arguments = (target().config, Recorder(drafter), target().params, params, state, hidden, whole, text)
+        rebuilt = loop.prefill_chunk(*arguments)[0].drafter["inner"]
+        kept = step.after.drafter["inner"]
+        assert jax.tree.structure(kept) == jax.tree.structure(rebuilt)
+        for ours, theirs in zip(jax.tree.leaves(kept), jax.tree.leaves(rebuilt), strict=True):
+            expected = visible(np.asarray(theirs), length)
+            np.testing.assert_allclose(visible(ours, length), expected, rtol=0, atol=1e-9)
+
+
+# 6. The training-time forward finds the same hits.
+
+
+@each_drafter
+@pytest.mark.parametrize("run", [long_run, long_sampled_run], ids=["greedy", "sampled"])
+def test_teacher_forced_replay_counts_the_same_hits(name: str, run) -> None:
+    drafter, params = case(name)
+    if not isinstance(drafter, HeadDrafter):
+        pytest.skip("has no heads to replay")
+    generation = run(name)
+    counted = sum(stats.accepted_by_depth for stats in generation.stats)
+    assert replay_acceptance(target(), drafter, params, PROMPTS, generation).tolist() == counted.tolist()
+    other = jax.tree.map(lambda leaf: leaf + 0.1 * jnp.cos(jnp.arange(leaf.size)).reshape(leaf.shape), params)
+    assert replay_acceptance(target(), drafter, other, PROMPTS, generation).tolist() != counted.tolist()
+
+
+# 7. One compilation per bucket.
+
+
+@each_drafter
+def test_one_compilation_per_bucket(name: str) -> None:
+    plain, sampled = long_run(name), long_sampled_run(name)
+    before = loop.run._cache_size(), loop.prefill_chunk._cache_size()
+    decode(name, [[5], [6, 7], [8], [9] * 12], max_new_tokens=[3, 40, 5, 1], stop=[[1], [2, 3], [4] * 5])
+    decode(name, max_new_tokens=9, stop=[], stream_every=3, on_tokens=lambda *_: None, seeds=[9, 8, 7, 6])
+    decode(name, max_new_tokens=7, sampling=Sampling(temperature=2.0, top_p=0.3), seeds=11)
+    assert (loop.run._cache_size(), loop.prefill_chunk._cache_size()) == before
+    assert plain.tokens and sampled.tokens
+    decode(name, max_new_tokens=7, sampling=Sampling(temperature=2.0, min_p=0.3))
+    assert loop.run._cache_size() == before[0] + 1, "another static sampling mode must be seen as a compilation"
+
+
+# Rows do not feel their neighbours.
+
+
+def test_rows_are_bitwise_independent_at_full_width() -> None:
+    wide = random_target(vocab_size=64, width=256, head_dim=32, num_heads=8, scale=5.0, dtype=jnp.float32)
+    drafter, params = CASES["hydra++"](wide, jax.random.key(2))
+    settings = [Sampling(temperature=1.0), Sampling(temperature=0.8, top_p=0.9), Sampling(temperature=1.0), Sampling()]
+    requests = list(zip(PROMPTS, settings, [5, 6, 7, 8], strict=True))
+    states = []
+    run = loop.run
+
+    def decode_rows(rows) -> Generation:
+        prompts, sampling, seeds = (list(column) for column in zip(*rows, strict=True))
+        arguments = dict(drafter=Recorder(drafter), drafter_params=params, sampling=sampling, seeds=seeds)
+        return generate(wide, prompts, max_new_tokens=40, stop=[], **arguments)
+
+    def watched(*arguments):
+        states.append(run(*arguments))
+        return states[-1]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "run", watched)
+        alone = decode_rows(requests)
+        order = [2, 0, 3, 1]
+        shuffled = decode_rows([requests[row] for row in order])
+        strangers = decode_rows([requests[0], *[([40 + i, 50], Sampling(temperature=1.3), 90 + i) for i in range(3)]])
+    assert [shuffled.tokens[order.index(row)] for row in range(4)] == alone.tokens
+    assert strangers.tokens[0] == alone.tokens[0] and strangers.tokens[1] != alone.tokens[1]
+    assert len(states) == 3
+    for layer in range(2):
+        first, second, third = (np.asarray(state.cache[layer]["v"]) for state in states)
+        ends = np.asarray(states[0].length)
+        for row, end in enumerate(ends):
+            assert np.array_equal(first[row, :, :end], second[order.index(row), :, :end])
+        assert np.array_equal(first[0, :, : ends[0]], third[0, :, : ends[0]])

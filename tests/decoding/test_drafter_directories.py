@@ -1,0 +1,174 @@
+"""Drafter directories: what is saved is loaded, and everything that does not fit is one sentence."""
+
+import dataclasses
+import errno
+import json
+import pathlib
+from collections.abc import Callable
+
+import jax
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from decoding import drafters
+from decoding.drafters import build, describe, load_drafter, save_drafter, write_tree
+from decoding.drafters.plain import Plain
+from decoding.trees import chain
+from models.errors import UserError
+from models.target import Target
+from models.tokenizer import Tokenizer
+from tests.decoding.drafter_cases import CASES, LOPSIDED, random_target
+
+WITH_PARAMETERS = [name for name in CASES if name != "none"]
+
+
+@pytest.fixture(scope="module")
+def target() -> Target:
+    tokenizer = Tokenizer.train(["abc def.\n"] * 3, 270)
+    return dataclasses.replace(random_target(vocab_size=12, dtype=np.float32), tokenizer=tokenizer)
+
+
+@pytest.fixture
+def saved(target: Target, tmp_path: pathlib.Path) -> pathlib.Path:
+    drafter, params = CASES["hydra++"](target, jax.random.key(0))
+    save_drafter(tmp_path / "heads", drafter, params, target.fingerprint())
+    return tmp_path / "heads"
+
+
+def edit(directory: pathlib.Path, change: Callable[[dict], object]) -> None:
+    record = json.loads((directory / "drafter.json").read_text())
+    change(record)
+    (directory / "drafter.json").write_text(json.dumps(record))
+
+
+@pytest.mark.parametrize("name", WITH_PARAMETERS)
+def test_round_trip(name: str, target: Target, tmp_path: pathlib.Path) -> None:
+    drafter, params = CASES[name](target, jax.random.key(0))
+    save_drafter(tmp_path / "heads", drafter, params, target.fingerprint(), trained_steps=12)
+    loaded, loaded_params = load_drafter(tmp_path / "heads", target)
+    assert loaded == drafter and hash(loaded) == hash(drafter)
+    assert jax.tree.structure(loaded_params) == jax.tree.structure(params)
+    jax.tree.map(np.testing.assert_array_equal, loaded_params, params)
+    assert sorted(path.name for path in (tmp_path / "heads").iterdir()) == ["drafter.json", "model.safetensors"]
+    record = json.loads((tmp_path / "heads" / "drafter.json").read_text())
+    assert record["trained_steps"] == 12 and record["base"] == target.fingerprint()
+    assert build(describe(drafter), "here") == drafter
+
+
+def test_bare_name(target: Target) -> None:
+    assert load_drafter("none", target) == (Plain(), None)
+
+
+def test_tree_is_replaced_alone(saved: pathlib.Path, target: Target) -> None:
+    before = (saved / "model.safetensors").read_bytes()
+    write_tree(saved, chain(3))
+    assert load_drafter(saved, target)[0].tree == chain(3)
+    assert (saved / "model.safetensors").read_bytes() == before and len(list(saved.iterdir())) == 2
+
+
+def test_nothing_is_overwritten_unasked(saved: pathlib.Path, target: Target, tmp_path: pathlib.Path) -> None:
+    drafter, params = CASES["hydra"](target, jax.random.key(0))
+    with pytest.raises(UserError, match="already exists"):
+        save_drafter(saved, drafter, params, target.fingerprint())
+    save_drafter(saved, drafter, params, target.fingerprint(), overwrite=True)
+    assert load_drafter(saved, target)[0].tree == LOPSIDED
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis" / "chapter.txt").write_text("no copy of this anywhere")
+    with pytest.raises(UserError, match=r"holds no drafter\.json"):
+        save_drafter(tmp_path / "thesis", drafter, params, target.fingerprint(), overwrite=True)
+    assert (tmp_path / "thesis" / "chapter.txt").exists()
+
+
+@pytest.mark.parametrize("fails", ["save_tensors", "write_json"])
+@pytest.mark.parametrize("present", [False, True], ids=["new", "replacing"])
+def test_full_disk_leaves_nothing(
+    fails: str, present: bool, target: Target, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    old, new = (CASES[name](target, jax.random.key(0)) for name in ("medusa", "hydra"))
+    if present:
+        save_drafter(tmp_path / "heads", *old, target.fingerprint())
+
+    def full(path: pathlib.Path, content) -> None:
+        path.write_bytes(b"half")
+        raise OSError(errno.ENOSPC, "No space left on device", str(path))
+
+    monkeypatch.setattr(drafters, fails, full)
+    with pytest.raises(OSError, match="No space left"):
+        save_drafter(tmp_path / "heads", *new, target.fingerprint(), overwrite=True)
+    assert [path.name for path in tmp_path.iterdir()] == (["heads"] if present else [])
+    if present:
+        assert load_drafter(tmp_path / "heads", target)[0] == old[0]
+
+
+def test_full_disk_keeps_the_old_tree(saved: pathlib.Path, target: Target, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = (saved / "drafter.json").read_text()
+
+    def full(path: pathlib.Path, content) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", str(path))
+
+    monkeypatch.setattr(drafters, "write_json", full)
+    with pytest.raises(OSError, match="No space left"):
+        write_tree(saved, chain(2))
+    assert (saved / "drafter.json").read_text() == before
+
+
+def test_another_base_is_refused(saved: pathlib.Path, target: Target) -> None:
+    for other, complaint in (
+        (random_target(vocab_size=12, seed=1, dtype=np.float32), "embedding hash"),
+        (random_target(vocab_size=14, dtype=np.float32), "vocab_size 12"),
+        (random_target(vocab_size=12, num_layers=3, dtype=np.float32), "num_layers 2"),
+    ):
+        with pytest.raises(UserError, match=f"was made for another target: its base had {complaint}"):
+            load_drafter(saved, dataclasses.replace(other, tokenizer=target.tokenizer))
+    tokenizer = Tokenizer.train(["something else entirely\n"] * 3, 271)
+    with pytest.raises(UserError, match="its base had tokenizer hash"):
+        load_drafter(saved, dataclasses.replace(target, tokenizer=tokenizer))
+
+
+@pytest.mark.parametrize(
+    ("change", "complaint"),
+    [
+        (lambda r: r.update(method="eagle"), "names the method 'eagle'; known are none, medusa, hydra"),
+        (lambda r: r.pop("method"), "names the method None"),
+        (lambda r: r.pop("tree"), "has no entry 'tree'"),
+        (lambda r: r["heads"].update(colour="red"), "heads does not fit hydra.*colour"),
+        (lambda r: r.update(heads=[4]), "heads does not fit hydra"),
+        (lambda r: r.update(tree=[[0], [1, 0]]), r"path \[1, 0\] without its parent"),
+        (lambda r: r.update(tree=[[0] * d for d in range(1, 6)]), "draft tree is 5 deep, but the drafter has 4 heads"),
+        (lambda r: r.update(tree=[[i] for i in range(13)]), "13 candidates, but the vocabulary has 12"),
+        (lambda r: r["heads"].update(num_layers=3), r"tensor heads\.0\.blocks\.2\.\S+ is missing"),
+        (lambda r: r["heads"].update(prefix=False), r"tensor prefix\.\S+ is unknown to its drafter\.json"),
+    ],
+)
+def test_records_that_do_not_fit(saved: pathlib.Path, target: Target, change, complaint: str) -> None:
+    edit(saved, change)
+    with pytest.raises(UserError, match=complaint) as caught:
+        load_drafter(saved, target)
+    assert "\n" not in str(caught.value)
+
+
+def test_damaged_directories(saved: pathlib.Path, target: Target, tmp_path: pathlib.Path) -> None:
+    with pytest.raises(UserError, match=r"'absent' is neither a drafter directory \(.*\) nor one of none"):
+        load_drafter("absent", target)
+    weights = saved / "model.safetensors"
+    tensors = load_file(weights)
+    name = "heads.1.vocab.bias"
+    save_file({key: leaf for key, leaf in tensors.items() if key != name}, weights)
+    with pytest.raises(UserError, match=rf"tensor {name} is missing"):
+        load_drafter(saved, target)
+    save_file(tensors | {name: tensors[name][:-1]}, weights)
+    with pytest.raises(UserError, match=rf"tensor {name} has shape \[11\], drafter\.json implies \[12\]"):
+        load_drafter(saved, target)
+    save_file(tensors | {"stray": tensors[name]}, weights)
+    with pytest.raises(UserError, match="tensor stray is unknown"):
+        load_drafter(saved, target)
+    weights.write_bytes(weights.read_bytes()[:100])
+    with pytest.raises(UserError, match="damaged"):
+        load_drafter(saved, target)
+    weights.unlink()
+    with pytest.raises(UserError, match=r"there is no model\.safetensors"):
+        load_drafter(saved, target)
+    (saved / "drafter.json").write_text("{")
+    with pytest.raises(UserError):
+        load_drafter(saved, target)

@@ -1,0 +1,165 @@
+"""`generate`: streams, chunks, stop sequences, statistics, and one clear sentence for every bad request."""
+
+import dataclasses
+
+import jax
+import pytest
+
+from decoding import generate as module
+from decoding.drafters.medusa import Medusa
+from decoding.generate import bucket, generate, slots_needed
+from decoding.sampling import Sampling
+from decoding.trees import MC_SIM_7B_63
+from decoding.verify import Typical
+from models.errors import UserError
+from models.heads.medusa import MedusaHeads
+from models.target import Target
+from tests.decoding.drafter_cases import CASES, random_target
+
+PROMPTS = [[1, 2, 3], list(range(12)) * 3, [11]]
+
+
+@pytest.fixture(scope="module")
+def target() -> Target:
+    with jax.enable_x64(True):
+        return random_target(vocab_size=12)
+
+
+@pytest.fixture(scope="module")
+def drafter(target: Target) -> dict:
+    with jax.enable_x64(True):
+        drafter, params = CASES["hydra++"](target, jax.random.key(3))
+    return dict(drafter=drafter, drafter_params=params)
+
+
+pytestmark = pytest.mark.usefixtures("x64")
+
+
+@pytest.mark.parametrize("every", [1, 3])
+def test_stream_is_the_output_every_m_steps(target: Target, drafter: dict, every: int) -> None:
+    whole = generate(target, PROMPTS, max_new_tokens=[40, 25, 33], **drafter)
+    calls: list[tuple[int, list[int], list[int]]] = []
+    arguments = dict(max_new_tokens=[40, 25, 33], stream_every=every, **drafter)
+    streamed = generate(target, PROMPTS, on_tokens=lambda *call: calls.append(call), **arguments)
+    assert streamed.tokens == whole.tokens and streamed.writers == whole.writers
+    for row in range(3):
+        pieces = [(tokens, writers) for r, tokens, writers in calls if r == row]
+        assert sum((tokens for tokens, _ in pieces), []) == whole.tokens[row]
+        assert sum((writers for _, writers in pieces), []) == whole.writers[row]
+        assert pieces[0] == (whole.tokens[row][:1], [0]), "the token that prefill chose comes first"
+        # Every step ends with a token that the target wrote.
+        ends = [sum(writer == 0 for writer in writers) for _, writers in pieces[1:-1]]
+        assert ends == [every] * len(ends) and len(pieces) >= 1 + whole.stats[row].steps // every
+
+
+@pytest.mark.parametrize("name", ["none", "hydra++"])
+def test_chunked_prefill_is_whole_prefill(target: Target, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    drafter, params = CASES[name](target, jax.random.key(3))
+    arguments = dict(drafter=drafter, drafter_params=params, max_new_tokens=30, capacity=80)
+    whole = generate(target, PROMPTS, **arguments)
+    monkeypatch.setattr(module, "PREFILL_CHUNK", 16)
+    chunked = generate(target, PROMPTS, **arguments)
+    assert chunked.tokens == whole.tokens and chunked.writers == whole.writers
+    exact = generate(target, [PROMPTS[1][:32], [5]], **arguments)
+    assert exact.tokens[1] == generate(target, [[5], [6]], **arguments).tokens[0]
+
+
+def test_default_tree_is_lossless(target: Target) -> None:
+    heads = MedusaHeads(num_heads=4)
+    params = heads.init(target.config, target.params, jax.random.key(0))
+    drafted = generate(target, PROMPTS, drafter=Medusa(heads), drafter_params=params, max_new_tokens=60)
+    assert Medusa(heads).tree is MC_SIM_7B_63
+    assert drafted.tokens == generate(target, PROMPTS, max_new_tokens=60).tokens
+    assert sum(stats.committed for stats in drafted.stats) == 3 * 59
+    assert sum(stats.steps for stats in drafted.stats) < 3 * 59
+
+
+def test_stop_sequences(target: Target) -> None:
+    free = generate(target, PROMPTS[:1], max_new_tokens=60).tokens[0]
+
+    def stopped(*stop: list[int]) -> list[int]:
+        return generate(target, PROMPTS[:1], max_new_tokens=60, stop=stop).tokens[0]
+
+    assert stopped(free[7:10]) == free[: next(i for i in range(3, 60) if free[i - 3 : i] == free[7:10])]
+    # The earliest of several ends the text; longer than the text so far never matches.
+    assert stopped([99], free[5:9], free[20:22]) == min((stopped(free[5:9]), stopped(free[20:22])), key=len)
+    assert stopped(free[:9]) == free[:9] and stopped([99], [98] * 9) == free
+    # The prompt's tokens are not text: its end joined with the first new token stops nothing.
+    assert stopped([PROMPTS[0][-1], free[0], free[1]]) != free[:2]
+
+
+def test_end_tokens_of_the_config_stop(target: Target) -> None:
+    free = generate(target, PROMPTS, max_new_tokens=60).tokens
+    ends = free[0][4], free[2][9]
+    ending = Target(dataclasses.replace(target.config, eos_ids=ends), target.params)
+    stopped = generate(ending, PROMPTS, max_new_tokens=60).tokens
+    for row, text in enumerate(free):
+        cut = next((i + 1 for i, token in enumerate(text) if token in ends), 60)
+        assert stopped[row] == text[:cut]
+    assert generate(ending, PROMPTS, max_new_tokens=60, stop=[]).tokens == free
+
+
+def test_seeds_and_settings_belong_to_the_row(target: Target) -> None:
+    settings = [Sampling(temperature=4.0), Sampling(), Sampling(temperature=6.0, top_k=5)]
+    batch = generate(target, PROMPTS, max_new_tokens=20, sampling=settings, seeds=[7, 8, 9], capacity=80)
+    for row in range(3):
+        order = [row, *(other for other in range(3) if other != row)]
+        arguments = {"sampling": [settings[i] for i in order], "seeds": [7 + row, 1, 2]}
+        moved = generate(target, [PROMPTS[i] for i in order], max_new_tokens=20, capacity=80, **arguments)
+        assert moved.tokens[0] == batch.tokens[row]
+    counted = generate(target, PROMPTS, max_new_tokens=20, sampling=settings, seeds=7, capacity=80)
+    assert counted.tokens == batch.tokens
+    other = generate(target, PROMPTS, max_new_tokens=20, sampling=settings, seeds=70, capacity=80)
+    assert [a == b for a, b in zip(other.tokens, batch.tokens, strict=True)] == [False, True, False]
+
+
+def test_typical_acceptance_takes_more_and_differs(target: Target, drafter: dict) -> None:
+    plain = generate(target, PROMPTS, max_new_tokens=60, **drafter)
+    lossy = generate(target, PROMPTS, max_new_tokens=60, typical=Typical(epsilon=1e-3, delta=1e-3), **drafter)
+    assert lossy.tokens != plain.tokens and sum(s.steps for s in lossy.stats) < sum(s.steps for s in plain.stats)
+
+
+def test_one_new_token_takes_no_step(target: Target, drafter: dict) -> None:
+    one = generate(target, PROMPTS, max_new_tokens=1, **drafter)
+    assert [len(tokens) for tokens in one.tokens] == [1, 1, 1] and [s.steps for s in one.stats] == [0, 0, 0]
+    assert one.prefill_seconds > 0 and one.decode_seconds >= 0
+
+
+@pytest.mark.parametrize(
+    ("change", "complaint"),
+    [
+        (dict(prompts=[]), "there is no prompt"),
+        (dict(prompts=[[1], []]), "prompt 1 is empty"),
+        (dict(prompts=[[1, 12]]), "prompt 0 has token 12, outside the target's vocabulary of 12"),
+        (dict(prompts=[[-3, 1]]), "prompt 0 has token -3"),
+        (dict(max_new_tokens=0), "max_new_tokens must be at least 1, got 0"),
+        (dict(max_new_tokens=[3, 3]), "max_new_tokens has 2 entries for 3 prompts"),
+        (dict(max_new_tokens=3000), "more than the target's context of 2048"),
+        (dict(sampling=[Sampling()]), "sampling has 1 entries for 3 prompts"),
+        (dict(seeds=[1, 2]), "seeds has 2 entries for 3 prompts"),
+        (dict(seeds=[1, 2, -1]), r"seeds must be in \[0, 2\^32\), got -1"),
+        (dict(seeds=2**32 - 2), "seeds must be in"),
+        (dict(stop=[[1], []]), "a stop sequence is empty"),
+        (dict(stop=[[1, -1]]), "a stop sequence holds the token -1"),
+        (dict(stream_every=0), "stream_every must be at least 1 step, got 0"),
+        (dict(capacity=50), "a cache of 50 slots is too small: the request needs 57"),
+        (dict(max_new_tokens=1, capacity=39), "a cache of 39 slots is too small: the request needs 40"),
+        (dict(drafter=Medusa(MedusaHeads(2))), "draft tree is 4 deep, but the drafter has 2 heads"),
+        (dict(drafter=Medusa(MedusaHeads(4)), narrow=True), "asks for 10 candidates, but the vocabulary has 4 tokens"),
+    ],
+)
+def test_bad_requests_are_one_sentence(target: Target, change: dict, complaint: str) -> None:
+    arguments = dict(prompts=PROMPTS, max_new_tokens=20) | change
+    if arguments.pop("narrow", False):
+        target = Target(dataclasses.replace(target.config, vocab_size=4), target.params)
+    with pytest.raises(UserError, match=complaint) as caught:
+        generate(target, arguments.pop("prompts"), **arguments)
+    assert "\n" not in str(caught.value)
+
+
+def test_buckets_waste_at_most_a_quarter() -> None:
+    sizes = range(1, 3000)
+    assert all(size <= bucket(size) <= max(64, 1.25 * size) for size in sizes)
+    assert len({bucket(size) for size in sizes}) < 28
+    assert all(bucket(bucket(size)) == bucket(size) for size in sizes)
+    assert slots_needed(36, 20, 0) == 57 and slots_needed(36, 20, 4) == 61 and slots_needed(36, 1, 0) == 40

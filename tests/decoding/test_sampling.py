@@ -1,0 +1,130 @@
+"""Sampling warps against an independent numpy version, and draws that depend on request and position alone."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from decoding.sampling import Sampling, argmax, batch_warps, best_tokens, draw, warp_logits
+from models.errors import UserError
+
+VOCAB = 17
+
+
+def reference(logits: np.ndarray, s: Sampling) -> np.ndarray:
+    """Probabilities after temperature, top-k, top-p, min-p, each on what the one before left; loops, no sorting tricks."""
+    p = np.exp((logits - logits.max()) / s.temperature)
+    p /= p.sum()
+    order = sorted(range(len(p)), key=lambda i: -p[i])
+    if s.top_k:
+        for token in order[s.top_k :]:
+            p[token] = 0.0
+        p /= p.sum()
+    mass = 0.0
+    for token in order:
+        if s.top_p < 1 and mass >= s.top_p:
+            p[token], mass = 0.0, mass + p[token]
+        else:
+            mass += p[token]
+    p /= p.sum()
+    p[p < s.min_p * p.max()] = 0.0
+    return p / p.sum()
+
+
+SETTINGS = [
+    Sampling(temperature=1.0),
+    Sampling(temperature=0.6),
+    Sampling(temperature=2.0, top_k=4),
+    Sampling(temperature=1.0, top_k=100),
+    Sampling(temperature=1.0, top_p=0.6),
+    Sampling(temperature=1.5, top_p=0.01),
+    Sampling(temperature=3.0, top_k=9, top_p=0.7),
+    Sampling(temperature=1.2, min_p=0.1),
+    Sampling(temperature=2.0, top_k=8, top_p=0.8, min_p=0.3),
+]
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_warps_match_numpy(x64: None, seed: int) -> None:
+    logits = 2 * np.random.default_rng(seed).normal(size=(len(SETTINGS), VOCAB))
+    ours = jax.nn.softmax(warp_logits(jnp.array(logits), batch_warps(SETTINGS)), axis=-1)
+    theirs = np.stack([reference(row, setting) for row, setting in zip(logits, SETTINGS, strict=True)])
+    # Settings travel as float32.
+    np.testing.assert_allclose(ours, theirs, atol=1e-6)
+    assert np.array_equal(np.asarray(ours) > 0, theirs > 0)
+
+
+def test_static_facts() -> None:
+    assert batch_warps([Sampling(), Sampling(top_k=3)]).greedy and not batch_warps([Sampling(top_k=3)]).sorts
+    mixed = batch_warps([Sampling(), Sampling(temperature=1.0, top_p=0.9)])
+    assert mixed.sorts and not mixed.greedy
+    assert not batch_warps([Sampling(temperature=1.0, min_p=0.5)]).sorts
+
+
+def test_ties_at_a_threshold_are_kept() -> None:
+    logits = jnp.array([[1.0, 3.0, 3.0, 0.0], [0.0, 0.0, 0.0, 0.0]])
+    warped = warp_logits(
+        logits, batch_warps([Sampling(temperature=1.0, top_k=1), Sampling(temperature=1.0, top_p=0.2)])
+    )
+    assert np.isfinite(warped).tolist() == [[False, True, True, False], [True] * 4]
+
+
+def test_greedy_rows_ignore_warps_and_keys() -> None:
+    logits = jnp.array(np.random.default_rng(0).normal(size=(2, VOCAB)), jnp.float32)
+    settings = [Sampling(), Sampling(temperature=1.0)]
+    draws = []
+    for seed in range(20):
+        keys = jax.vmap(jax.random.key)(jnp.array([seed, seed]))
+        draws.append(np.asarray(draw(logits, batch_warps(settings), keys, jnp.array([5, 5]))))
+    first, second = np.array(draws).T
+    assert set(first) == {int(np.argmax(logits[0]))} and len(set(second)) > 3
+
+
+def test_draws_depend_on_key_and_position_only() -> None:
+    logits = jnp.zeros((4, 1000))
+    warps = batch_warps([Sampling(temperature=1.0)] * 4)
+    keys = jax.vmap(jax.random.key)(jnp.array([1, 1, 1, 2]))
+    drawn = draw(logits, warps, keys, jnp.array([7, 7, 8, 7])).tolist()
+    assert drawn[0] == drawn[1] and len(set(drawn)) == 3
+    alone = draw(logits[:1], batch_warps([Sampling(temperature=1.0)]), keys[2:3], jnp.array([8]))
+    assert int(alone[0]) == drawn[2]
+
+
+def test_draw_follows_the_distribution(x64: None) -> None:
+    logits = np.random.default_rng(3).normal(size=6)
+    setting, samples = Sampling(temperature=0.8, top_p=0.9), 4000
+    keys = jax.vmap(jax.random.key)(jnp.arange(samples))
+    warps = batch_warps([setting] * samples)
+    drawn = draw(jnp.broadcast_to(jnp.array(logits), (samples, 6)), warps, keys, jnp.full(samples, 3))
+    p = reference(logits, setting)
+    observed, expected = np.bincount(drawn, minlength=6), p * samples
+    assert observed[p == 0].sum() == 0
+    statistic = np.sum((observed - expected)[p > 0] ** 2 / expected[p > 0])
+    # p > 1e-4 for 5 degrees of freedom or fewer.
+    assert statistic < 25.7
+
+
+def test_argmax_takes_the_first_of_equals() -> None:
+    x = jnp.array([[1.0, 5.0, 5.0], [2.0, 2.0, 2.0], [-jnp.inf, -jnp.inf, 0.0]])
+    assert argmax(x).tolist() == [1, 0, 2]
+
+
+def test_best_tokens_are_best_first_and_distinct() -> None:
+    x = jnp.array([0.0, 3.0, 1.0, 3.0])
+    assert best_tokens(x, 1).tolist() == [1] and best_tokens(x, 3).tolist() == [1, 3, 2]
+
+
+@pytest.mark.parametrize(
+    ("setting", "complaint"),
+    [
+        (dict(temperature=-0.1), "temperature must be 0 or more, got -0.1"),
+        (dict(temperature=float("nan")), "temperature must be"),
+        (dict(top_k=-1), "top_k must be"),
+        (dict(top_p=0.0), r"top_p must be in \(0, 1\], got 0.0"),
+        (dict(top_p=1.1), "top_p must be"),
+        (dict(min_p=1.0), "min_p must be"),
+    ],
+)
+def test_settings_out_of_range(setting: dict, complaint: str) -> None:
+    with pytest.raises(UserError, match=complaint):
+        Sampling(**setting)

@@ -1,0 +1,127 @@
+"""Topologies against golden tables and published trees, closure errors, files, and the greedy search."""
+
+import itertools
+import json
+import math
+import pathlib
+
+import numpy as np
+import pytest
+
+from decoding.trees import MC_SIM_7B_63, Topology, chain, expected_acceptance, greedy_search, load_topology
+from models.errors import UserError
+
+GOLDEN = Topology(((0, 0, 0), (1, 0), (0,), (0, 1), (1,), (0, 0)))
+
+
+def test_golden_tree() -> None:
+    assert GOLDEN.paths == ((0,), (1,), (0, 0), (0, 1), (1, 0), (0, 0, 0))
+    assert GOLDEN.depth.tolist() == [0, 1, 1, 2, 2, 2, 3]
+    assert GOLDEN.rank.tolist() == [0, 0, 1, 0, 1, 0, 0]
+    assert GOLDEN.parent.tolist() == [-1, 0, 0, 1, 1, 2, 3]
+    assert GOLDEN.children.tolist() == [[1, 2], [3, 4], [5, -1], [6, -1], [-1, -1], [-1, -1], [-1, -1]]
+    rows = ["".join(map(str, row)) for row in GOLDEN.ancestors.astype(int)]
+    assert rows == ["1000000", "1100000", "1010000", "1101000", "1100100", "1010010", "1101001"]
+    assert GOLDEN.lineage[[6, 5, 4]].tolist() == [[0, 1, 3, 6], [0, 2, 5, 5], [0, 1, 4, 4]]
+    assert (GOLDEN.size, GOLDEN.max_depth, GOLDEN.max_rank) == (7, 3, 2)
+    assert GOLDEN.level(2).tolist() == [3, 4, 5] and GOLDEN.expanded(1).tolist() == [1, 2]
+
+
+def test_order_of_paths_does_not_matter() -> None:
+    assert hash(GOLDEN) == hash(Topology(tuple(reversed(GOLDEN.paths)))) and Topology(GOLDEN.paths[::-1]) == GOLDEN
+
+
+def test_bare_root_and_chain() -> None:
+    root = Topology(())
+    assert (root.size, root.max_depth, root.max_rank) == (1, 0, 0) and root.children.tolist() == [[-1]]
+    assert chain(3).parent.tolist() == [-1, 0, 1, 2] and chain(3).ancestors.sum() == 10
+
+
+def test_published_default() -> None:
+    assert MC_SIM_7B_63.size == 64
+    assert np.bincount(MC_SIM_7B_63.depth).tolist() == [1, 10, 28, 23, 2]
+    assert int((MC_SIM_7B_63.children[:, 0] < 0).sum()) == 42
+    expanded = [MC_SIM_7B_63.expanded(d) for d in range(4)]
+    assert list(map(len, expanded)) == [1, 10, 10, 1]
+    counts = [[int((MC_SIM_7B_63.children[node] >= 0).sum()) for node in level] for level in expanded]
+    assert counts == [[10], [10, 7, 3, 2, 1, 1, 1, 1, 1, 1], [10, 3, 2, 1, 1, 1, 1, 1, 2, 1], [2]]
+
+
+def test_every_published_tree_loads(shared_data: pathlib.Path) -> None:
+    published = json.loads((shared_data / "fixtures" / "tree_choices.json").read_text())
+    for name, tree in published.items():
+        topology = load_topology(tree["choices"], name)
+        assert topology.size == tree["nodes"] + 1 and topology.max_depth == tree["depth"]
+        assert np.bincount(topology.depth).max() == tree["max_width"]
+    for name in ("medusa/mc_sim_7b_63", "hydra/mc_sim_7b_63", "specbench_medusa/mc_sim_7b_63"):
+        assert load_topology(published[name]["choices"]) == MC_SIM_7B_63
+
+
+@pytest.mark.parametrize(
+    ("paths", "complaint"),
+    [
+        (((0,), (1, 0)), r"path \[1, 0\] without its parent \[1\]"),
+        (((0,), (2,)), r"path \[2\] without its better-ranked sibling \[1\]"),
+        (((0,), (0, 1)), r"path \[0, 1\] without its better-ranked sibling \[0, 0\]"),
+        (((0,), (0,)), r"path \[0\] twice"),
+        (((0,), (-1,)), r"the path \[-1\]"),
+        (((0,), ()), r"the path \[\]"),
+    ],
+)
+def test_open_trees_are_named(paths, complaint: str) -> None:
+    with pytest.raises(UserError, match=complaint):
+        Topology(paths)
+
+
+def test_check_against_heads_and_vocabulary() -> None:
+    GOLDEN.check(heads=3, vocab_size=2)
+    with pytest.raises(UserError, match="3 deep, but the drafter has 2 heads"):
+        GOLDEN.check(heads=2, vocab_size=10)
+    with pytest.raises(UserError, match="asks for 2 candidates, but the vocabulary has 1"):
+        GOLDEN.check(heads=3, vocab_size=1)
+
+
+def test_load_topology(tmp_path: pathlib.Path) -> None:
+    assert load_topology("mc_sim_7b_63") is MC_SIM_7B_63
+    assert load_topology("chain:2") == chain(2)
+    file = tmp_path / "tree.json"
+    file.write_text(json.dumps([list(path) for path in GOLDEN.paths]))
+    assert load_topology(str(file)) == load_topology(file) == GOLDEN
+    with pytest.raises(UserError, match="neither a published tree"):
+        load_topology("mc_sim_8b")
+    with pytest.raises(UserError, match="neither a published tree"):
+        load_topology(tmp_path / "absent.json")
+    file.write_text("[[0")
+    with pytest.raises(UserError, match=r"tree\.json is not JSON"):
+        load_topology(file)
+    for wrong in ('{"a": 1}', "[0, 1]", '[["0"]]', "[[0.5]]"):
+        file.write_text(wrong)
+        with pytest.raises(UserError, match=r"tree\.json must be a list of paths"):
+            load_topology(file)
+
+
+def closed_trees(depths: int, ranks: int, size: int) -> list[Topology]:
+    every = [path for d in range(1, depths + 1) for path in itertools.product(range(ranks), repeat=d)]
+    trees = []
+    for paths in itertools.combinations(every, size):
+        try:
+            trees.append(Topology(paths))
+        except UserError:
+            continue
+    return trees
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_greedy_search_finds_the_best_tree(seed: int) -> None:
+    accuracy = -np.sort(-np.random.default_rng(seed).dirichlet(np.ones(4), size=2), axis=1)[:, :3]
+    found = greedy_search(accuracy, 6)
+    for size in range(1, 7):
+        tree = Topology(tuple(path for path, _ in found[:size]))
+        best = max(expected_acceptance(other, accuracy) for other in closed_trees(2, 3, size))
+        assert math.isclose(expected_acceptance(tree, accuracy), best, rel_tol=1e-12)
+        assert math.isclose(expected_acceptance(tree, accuracy), 1 + sum(score for _, score in found[:size]))
+    assert [score for _, score in found] == sorted((score for _, score in found), reverse=True)
+
+
+def test_greedy_search_ends_when_nothing_is_left() -> None:
+    assert len(greedy_search(np.array([[0.5, 0.0], [0.2, 0.1]]), 100)) == 6

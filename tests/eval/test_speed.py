@@ -1,0 +1,112 @@
+"""eval.speed prints and saves the keys that it promises; its parts read what they say they read."""
+
+import json
+import pathlib
+
+import jax
+import numpy as np
+import pytest
+
+from eval import peer, speed
+from eval.timing import Timing
+from models import transformer
+from models.transformer import param_shapes
+
+MEBIBYTE = 2**20
+
+
+@pytest.fixture(scope="module")
+def results() -> dict:
+    sections = ("bandwidth", "rows", "plain", "drafters")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(speed, "ROWS", (1, 2, 8))
+        patch.setattr(speed, "DRAFTERS", {name: speed.DRAFTERS[name] for name in ("medusa", "hydra++")})
+        return speed.run("tiny", sections, rounds=1, bandwidth_bytes=MEBIBYTE)
+
+
+def test_keys(results: dict) -> None:
+    assert set(results) == {
+        *("shape", "bandwidth_gb_per_s", "bandwidth_by_kind_gb_per_s", "rows", "plain", "drafters", "environment")
+    }
+    assert [set(row) for row in results["rows"]] == [{"rows", "ms", "ms_min"}] * 3
+    assert {"ms_per_token", "bandwidth_share"} <= set(results["plain"])
+    wanted = {"tree_nodes", "draft_ms", "verify_ms", "commit_ms", "update_ms", "step_ms", "loop_efficiency"}
+    for entry in results["drafters"].values():
+        assert wanted <= set(entry) and entry["tree_nodes"] == 64
+        assert all(value > 0 for name, value in entry.items() if name != "network_ms")
+    json.dumps(results, allow_nan=False)
+
+
+def test_text_names_every_drafter(results: dict) -> None:
+    text = speed.describe(results)
+    assert all(word in text for word in ("bandwidth", "plain decoding", "medusa", "hydra++", "loop efficiency"))
+
+
+def test_derived_numbers_follow_their_definitions() -> None:
+    ms = {"draft": 3.0, "choice": 1.0, "forward": 20.0, "verdict": 1.0, "commit": 0.5, "update": 0.25, "step": 26.0}
+    timings = {f"medusa {name}": Timing(value, value) for name, value in ms.items()}
+    timings |= {"plain": Timing(11.0, 11.0), "rows 1": Timing(10.0, 10.0)}
+    entry = speed._drafter("medusa", timings)
+    assert entry["verify_ms"] == 21.0
+    assert entry["step_over_forwards"] == pytest.approx(26 / 22)
+    assert entry["draft_share"] == pytest.approx(3 / 26)
+    # Speed-up per accepted token 11/26, ideal 10/22.
+    assert entry["loop_efficiency"] == pytest.approx((11 / 26) / (10 / 22))
+
+
+def test_bandwidth_is_bytes_over_the_best_time() -> None:
+    timings = {"reduction": Timing(9.0, 4.0), "matvec": Timing(3.0, 2.0), "plain": Timing(1.0, 1.0)}
+    config = speed.SHAPES["tiny"]
+    params = transformer.init(config, jax.random.key(0))
+    found = speed._summarise(config, params, ("bandwidth", "plain"), MEBIBYTE, timings)
+    assert found["bandwidth_gb_per_s"] == pytest.approx(MEBIBYTE / 2e-3 / 1e9)
+    rate = sum(leaf.nbytes for leaf in jax.tree.leaves(params)) / 1e-3 / 1e9
+    assert found["plain"]["bandwidth_share"] == pytest.approx(rate / found["bandwidth_gb_per_s"])
+
+
+def test_bandwidth_parts_read_the_whole_block() -> None:
+    block = np.arange(16, dtype=np.float32).reshape(4, 4)
+    for part, expected in (
+        (speed.reduction(block), block.max(axis=1)),
+        (speed.matrix_vector(block), block.sum(axis=1)),
+    ):
+        part.sample()
+        assert np.array_equal(part._state[1], expected)
+    assert speed.bandwidth_block(MEBIBYTE).nbytes == MEBIBYTE
+
+
+def test_default_shape_has_110_million_parameters() -> None:
+    shapes = param_shapes(speed.SHAPES["110m"])
+    assert sum(leaf.size for leaf in jax.tree.leaves(shapes)) == pytest.approx(110e6, rel=0.01)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [(["--shape", "9t"], "no shape"), (["--sections", "rows,speed"], "no section"), (["--rounds", "0"], "rounds")],
+)
+def test_bad_arguments(arguments: list[str], complaint: str, capsys) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        speed.main(arguments)
+    assert stopped.value.code == 2 and complaint in capsys.readouterr().err
+
+
+def test_missing_peer_is_said_and_null(monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path, capsys) -> None:
+    monkeypatch.setattr(peer, "is_installed", lambda: False)
+    speed.main(
+        ["--shape", "tiny", "--sections", "huggingface", "--rounds", "1", "--out", str(tmp_path / "a" / "x.json")]
+    )
+    saved = json.loads((tmp_path / "a" / "x.json").read_text())
+    assert saved["huggingface"] is None and "environment" in saved
+    assert "not installed" in capsys.readouterr().out
+
+
+@pytest.mark.parity
+def test_peer_decodes_the_same_shape() -> None:
+    pytest.importorskip("torch")
+    pytest.importorskip("transformers")
+    config = speed.SHAPES["tiny"]
+    other = peer.HuggingFace(config, [1, 2, 3], new_tokens=3)
+    ours = sum(leaf.size for leaf in jax.tree.leaves(param_shapes(config)))
+    assert sum(weight.numel() for weight in other._model.parameters()) == ours
+    assert other._model.config._attn_implementation == "sdpa"
+    assert isinstance(other.sample(), float)

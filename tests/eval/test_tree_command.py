@@ -1,0 +1,145 @@
+"""The walk through ranks is the loop itself; the search follows costs and accuracies; the command writes the tree."""
+
+import dataclasses
+import json
+import pathlib
+import shutil
+
+import numpy as np
+import pytest
+
+from decoding.drafters import load_drafter
+from decoding.generate import generate
+from decoding.trees import Topology, chain, from_child_counts
+from eval import tree as command
+from eval.timing import Timing
+from eval.tree import Choice, calibration_ranks, choose_tree, probe, walk
+from models.errors import UserError
+from models.target import Target
+
+
+def test_walk_starts_where_the_last_step_ended() -> None:
+    # Depth 1 is right at places 0, 1, 3; depth 2 at 0 and 3. By rank 1 place 4 is right at depth 1.
+    ranks = np.array([[0, 0, 9, 0, 1, 9], [0, 9, 9, 0, 9, 9]])
+    # Steps with the chain: place 0 accepts two (to 3), 3 accepts two (to 6): two steps, six tokens.
+    assert walk([ranks], chain(2)) == 3.0
+    # With one guess: 0 -> 2 -> 3 -> 5 -> 6.
+    assert walk([ranks], chain(1)) == 6 / 4
+    # A second choice at depth 1 changes nothing here, because no step starts at place 4.
+    assert walk([ranks], Topology(((0,), (1,), (0, 0)))) == 3.0
+    assert walk([ranks[:, 4:]], Topology(((0,), (1,)))) == 2 / 1
+
+
+def test_bare_root_commits_one_token_a_step() -> None:
+    assert walk([np.zeros((2, 5), np.int64)], Topology(())) == 1.0
+
+
+@pytest.mark.parametrize("name", ["medusa", "hydra"])
+def test_walk_predicts_the_loop(target: Target, drafter_directories, name: str) -> None:
+    drafter, params = load_drafter(drafter_directories[name], target)
+    tree = from_child_counts({(): 10, (0,): 3, (1,): 2, (0, 0): 2})
+    prompts = [target.tokenizer.encode(text) for text in ("def f(x):", "once upon a time", "return x")]
+    ranks = calibration_ranks(target, drafter, params, prompts, 100)
+    assert len(ranks) == 3 and all(len(rows) == 3 for rows in ranks)
+    drafter = dataclasses.replace(drafter, tree=tree)
+    made = generate(target, prompts, drafter=drafter, drafter_params=params, max_new_tokens=100)
+    real = sum(stats.committed for stats in made.stats) / sum(stats.steps for stats in made.stats)
+    # The walk stops a few places early, where not every head has a label.
+    assert walk(ranks, tree) == pytest.approx(real, abs=0.05)
+    assert real > 1
+
+
+@pytest.fixture
+def costs(monkeypatch: pytest.MonkeyPatch):
+    """Timings as a test sets them: milliseconds of the forward and of a head, by rows."""
+
+    def use(forward, head, loop=0.0):
+        def measure(parts, rounds, progress):
+            return {name: Timing(time_of(name), time_of(name)) for name in parts}
+
+        def time_of(name: str) -> float:
+            kind, *numbers = name.split()
+            if kind == "draft":
+                return head * (1 + int(numbers[0]))
+            return forward(int(numbers[0])) if kind == "forward" else forward(1) + loop
+
+        monkeypatch.setattr(command, "measure", measure)
+
+    return use
+
+
+def search(target: Target, directory: pathlib.Path, ranks, monkeypatch, **options) -> Choice:
+    drafter, params = load_drafter(directory, target)
+    monkeypatch.setattr(command, "calibration_ranks", lambda *_: ranks)
+    return choose_tree(target, drafter, params, [[1, 2, 3]], **options)
+
+
+@pytest.fixture
+def ranks() -> list[np.ndarray]:
+    """2,000 places: the first choice is right in 70%, the second in 20%, at every depth alike."""
+    return [np.random.default_rng(0).choice([0, 1, 10], p=[0.7, 0.2, 0.1], size=(3, 2000))]
+
+
+def test_free_rows_give_the_largest_tree(target, drafter_directories, ranks, costs, monkeypatch) -> None:
+    costs(lambda rows: 1.0, 1e-6)
+    choice = search(target, drafter_directories["hydra"], ranks, monkeypatch, max_nodes=8)
+    assert choice.tree.size == 8 and choice.tree.max_depth == 3
+    assert choice.best.acceptance == max(candidate.acceptance for candidate in choice.table)
+
+
+def test_dear_rows_give_a_small_tree(target, drafter_directories, ranks, costs, monkeypatch) -> None:
+    costs(lambda rows: 1.0 + 0.65 * (rows - 1), 1e-6)
+    choice = search(target, drafter_directories["hydra"], ranks, monkeypatch, max_nodes=8)
+    assert choice.tree == chain(1)
+    assert choice.best.tokens_per_second > choice.plain.tokens_per_second == pytest.approx(1000.0)
+
+
+def test_dear_heads_give_a_shallow_tree(target, drafter_directories, ranks, costs, monkeypatch) -> None:
+    costs(lambda rows: 1.0, 2.0)
+    choice = search(target, drafter_directories["hydra"], ranks, monkeypatch, max_nodes=8)
+    assert choice.tree.max_depth == 1 and choice.tree.size == 3
+    assert choice.best.draft_ms == pytest.approx(2.0)
+
+
+def test_what_the_loop_adds_is_in_every_step(target, drafter_directories, ranks, costs, monkeypatch) -> None:
+    costs(lambda rows: 1.0, 0.1, loop=0.5)
+    choice = search(target, drafter_directories["medusa"], ranks, monkeypatch, max_nodes=4)
+    assert choice.plain.step_ms == pytest.approx(1.5)
+    for candidate in choice.table:
+        assert candidate.step_ms == pytest.approx(1.5 + 0.1 * candidate.tree.max_depth)
+
+
+@pytest.mark.parametrize(("level", "rows"), [(0, 1), (1, 1), (1, 4), (2, 1), (3, 16)])
+def test_probe_expands_as_it_says(level: int, rows: int) -> None:
+    tree = probe(level, rows)
+    assert tree.max_depth == level + 1
+    assert [len(tree.expanded(d)) for d in range(level + 1)] == [1] * level + [rows]
+    assert all(tree.rank[tree.level(d + 1)].max() >= 1 for d in range(level + 1)), "candidates are chosen, not one"
+
+
+def test_heads_that_are_never_right(target, drafter_directories, costs, monkeypatch) -> None:
+    costs(lambda rows: 1.0, 0.1)
+    with pytest.raises(UserError, match="no head guessed"):
+        search(target, drafter_directories["medusa"], [np.full((3, 50), 10)], monkeypatch)
+    with pytest.raises(UserError, match="max_nodes"):
+        search(target, drafter_directories["medusa"], [np.zeros((3, 50), int)], monkeypatch, max_nodes=1)
+
+
+def test_command_prints_and_writes(target_directory, drafter_directories, tmp_path, capsys) -> None:
+    drafter = tmp_path / "hydra"
+    shutil.copytree(drafter_directories["hydra"], drafter)
+    before = json.loads((drafter / "drafter.json").read_text())
+    arguments = ["--target", str(target_directory), "--drafter", str(drafter)]
+    command.main([*arguments, "--write", "--max_nodes", "4", "--rounds", "1", "--max_new_tokens", "40"])
+    after = json.loads((drafter / "drafter.json").read_text())
+    assert {**after, "tree": None} == {**before, "tree": None}
+    assert 1 <= len(after["tree"]) <= 3
+    out = capsys.readouterr().out
+    assert "<- best" in out and "depth 3" in out
+
+
+def test_command_refuses_what_has_no_heads(target_directory, capsys) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        command.main(["--target", str(target_directory), "--drafter", "none"])
+    assert stopped.value.code == 2
+    assert "no heads" in capsys.readouterr().err

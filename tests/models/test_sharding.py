@@ -1,0 +1,127 @@
+"""Meshes and the rules from path to place."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.sharding import AxisType, PartitionSpec
+
+from models import transformer
+from models.config import TransformerConfig
+from models.errors import UserError
+from models.heads.hydra import HydraHeads
+from models.sharding import AXES, make_mesh, param_shardings, param_specs
+from models.storage import leaves_by_path
+
+CONFIG = TransformerConfig(
+    vocab_size=18,
+    width=8,
+    num_layers=2,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=4,
+    mlp_width=12,
+    qkv_bias=True,
+    qk_norm=True,
+)
+P = PartitionSpec
+
+
+def specs(tree) -> dict[str, PartitionSpec]:
+    found = param_specs(tree)
+    return leaves_by_path(jax.tree.map(lambda spec: [spec], found, is_leaf=lambda x: isinstance(x, P)))
+
+
+def test_rules_by_path() -> None:
+    found = {path.removesuffix("/0"): spec for path, spec in specs(transformer.param_shapes(CONFIG)).items()}
+    layer = "layers/1"
+    assert found["embed/embedding"] == P("tensor", "fsdp") and found["head/kernel"] == P("fsdp", "tensor")
+    for name in ("q", "k", "v"):
+        assert found[f"{layer}/attention/{name}/kernel"] == P("fsdp", "tensor")
+        assert found[f"{layer}/attention/{name}/bias"] == P("tensor")
+    assert found[f"{layer}/attention/o/kernel"] == found[f"{layer}/mlp/down/kernel"] == P("tensor", "fsdp")
+    assert found[f"{layer}/mlp/gate/kernel"] == found[f"{layer}/mlp/up/kernel"] == P("fsdp", "tensor")
+    replicated = [path for path, spec in found.items() if spec == P()]
+    assert all("norm" in path for path in replicated) and len(replicated) == 2 * 4 + 1
+
+
+def test_stacked_layers_keep_their_leading_axis_whole() -> None:
+    stacked = jax.eval_shape(transformer.stack_layers, transformer.param_shapes(CONFIG))
+    found = param_specs(stacked)["layers"]
+    assert found["attention"]["q"]["kernel"] == P(None, "fsdp", "tensor")
+    assert found["attention"]["q"]["bias"] == P(None, "tensor") and found["mlp_norm"]["scale"] == P()
+
+
+def test_heads_follow_the_same_rules() -> None:
+    target = transformer.init(CONFIG, jax.random.key(0))
+    found = param_specs(HydraHeads(2, prefix=True).init(CONFIG, target, jax.random.key(1)))
+    assert found["heads"][0]["vocab"]["kernel"] == P("fsdp", "tensor") and found["heads"][0]["vocab"]["bias"] == P()
+    assert found["prefix"]["block"]["attention"]["o"]["kernel"] == P("tensor", "fsdp")
+
+
+def test_mesh_axes() -> None:
+    mesh = make_mesh()
+    assert mesh.axis_names == AXES and mesh.shape == {"data": jax.device_count(), "fsdp": 1, "tensor": 1}
+    assert mesh.axis_types == (AxisType.Auto,) * 3
+    assert make_mesh(data=1, tensor=-1, devices=jax.devices()[:1]).shape["tensor"] == 1
+
+
+@pytest.mark.parametrize(
+    ("axes", "complaint"),
+    [
+        (dict(data=-1, fsdp=-1), "at most one mesh axis may be -1, got data=-1, fsdp=-1, tensor=1"),
+        (dict(data=2), "mesh data=2, fsdp=1, tensor=1 does not cover the 1 devices"),
+        (dict(tensor=3), "mesh data=-1, fsdp=1, tensor=3 does not cover the 1 devices"),
+    ],
+)
+def test_wrong_meshes_are_one_sentence(axes: dict, complaint: str) -> None:
+    with pytest.raises(UserError, match=complaint):
+        make_mesh(**axes, devices=jax.devices()[:1])
+
+
+def test_several_devices_place_split_and_decode_alike(run_python) -> None:
+    """On 8 devices: axes that do not divide stay whole, sharded decoding gives the same text and gathers no cache."""
+    code = """
+import re
+import jax, jax.numpy as jnp, numpy as np
+jax.config.update("jax_enable_x64", True)
+from jax.sharding import PartitionSpec as P
+from decoding import loop
+from decoding.generate import generate, _pack_stops
+from decoding.sampling import Sampling, batch_warps
+from models import transformer
+from models.config import TransformerConfig
+from models.sharding import make_mesh, param_shardings
+from models.target import Target
+
+config = TransformerConfig(vocab_size=18, width=8, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=4, mlp_width=12)
+params = jax.tree.map(lambda x: 20.0 * x, transformer.init(config, jax.random.key(0), jnp.float64))
+mesh = make_mesh(data=2, fsdp=2, tensor=2)
+places = param_shardings(mesh, params)
+assert places["head"]["kernel"].spec == P("fsdp", "tensor")
+odd = make_mesh(data=2, fsdp=1, tensor=4)
+# 18 tokens are not a multiple of 4.
+assert param_shardings(odd, params)["head"]["kernel"].spec == P("fsdp", None)
+prompts = [[1, 2, 3], [4], [5, 6], [7]]
+alone = generate(Target(config, params), prompts, max_new_tokens=20)
+spread = generate(Target(config, jax.device_put(params, places)), prompts, max_new_tokens=20, mesh=mesh)
+assert alone.tokens == spread.tokens, (alone.tokens, spread.tokens)
+
+from decoding.drafters.plain import Plain
+state = loop.init_state(config, Plain(), 4, 96, jnp.float64, mesh=mesh)
+request = loop.Request(
+    jnp.ones(4, jnp.int32), jnp.full(4, 9), _pack_stops([], 4), jax.vmap(jax.random.key)(jnp.arange(4)), batch_warps([Sampling()] * 4)
+)
+arguments = (config, Plain(), jax.device_put(params, places), None, state, request, np.int32(3), None)
+text = loop.run.lower(*arguments).compile().as_text()
+assert "f64[2,1,96,4]" in text, "the cache is split"
+gathered = [line for line in text.splitlines() if "all-gather" in line and re.search(r"f64[^=]*96", line.split("all-gather(")[0])]
+assert not gathered, gathered
+print("alike")
+"""
+    assert run_python(code, devices=8).strip().endswith("alike")
+
+
+def test_shardings_cover_every_leaf() -> None:
+    shapes = transformer.param_shapes(CONFIG, jnp.bfloat16)
+    places = param_shardings(make_mesh(devices=jax.devices()[:1]), shapes)
+    assert jax.tree.structure(places) == jax.tree.structure(shapes)

@@ -1,0 +1,243 @@
+"""The forward: layouts of parameters, slices, taps, packing, caches, windows, RoPE, dtypes, and what XLA drops."""
+
+import dataclasses
+import math
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from decoding.cache import commit, init_cache
+from models import transformer
+from models.config import RopeScaling, TransformerConfig
+from models.layers import apply_rope, rope_frequencies, softcap
+from models.layout import Layout
+from models.transformer import forward
+
+LLAMA = TransformerConfig(
+    vocab_size=23, width=16, num_layers=3, num_heads=4, num_kv_heads=2, head_dim=6, mlp_width=20, norm_eps=1e-6
+)
+FAMILIES = {
+    "llama": LLAMA,
+    "qwen": dataclasses.replace(LLAMA, qkv_bias=True, qk_norm=True, tied_embeddings=True),
+    "gemma": dataclasses.replace(
+        LLAMA,
+        windows=(3, None, 3),
+        embed_scale=True,
+        attention_softcap=5.0,
+        logit_softcap=3.0,
+        post_norms=True,
+        zero_centred_norm=True,
+        activation="gelu_tanh",
+        tied_embeddings=True,
+        query_scale=0.3,
+    ),
+}
+TOKENS = jnp.array(np.random.default_rng(0).integers(23, size=(2, 9)))
+
+pytestmark = pytest.mark.usefixtures("x64")
+each_family = pytest.mark.parametrize("config", FAMILIES.values(), ids=FAMILIES)
+
+
+def lively(config: TransformerConfig, dtype=jnp.float64, seed: int = 0) -> dict:
+    """Parameters with noise on every one, biases and norms too, large enough to matter."""
+    leaves, structure = jax.tree.flatten(transformer.init(config, jax.random.key(seed), dtype))
+    keys = jax.random.split(jax.random.key(seed + 1), len(leaves))
+    noise = [0.3 * jax.random.normal(key, leaf.shape, dtype) for key, leaf in zip(keys, leaves, strict=True)]
+    return jax.tree.unflatten(structure, [leaf + extra for leaf, extra in zip(leaves, noise, strict=True)])
+
+
+def close(a, b, atol: float = 1e-10) -> None:
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=0, atol=atol), a, b)
+
+
+@each_family
+def test_stacked_is_the_list(config: TransformerConfig) -> None:
+    params = lively(config)
+    taps = ("layer:0", "layer:2", "pre_norm", "post_norm")
+    whole = forward(config, params, TOKENS, Layout.causal(2, 9), taps=taps)
+    stacked = forward(config, transformer.stack_layers(params), TOKENS, Layout.causal(2, 9), taps=taps)
+    close(stacked.logits, whole.logits)
+    close(stacked.taps, whole.taps)
+    close(transformer.unstack_layers(transformer.stack_layers(params)), params, atol=0)
+
+
+@each_family
+def test_joined_projections_are_the_separate_ones(config: TransformerConfig) -> None:
+    params = lively(config)
+    joined = transformer.join_projections(params)
+    assert "q_k_v" in joined["layers"][0]["attention"] and "q" not in joined["layers"][0]["attention"]
+    whole, ours = (forward(config, p, TOKENS, Layout.causal(2, 9)) for p in (params, joined))
+    close(ours.logits, whole.logits)
+    close(ours.rows, whole.rows)
+    back = transformer.split_projections(config, joined)
+    close(back, params, atol=0)
+    close(transformer.split_projections(config, params), params, atol=0)
+
+
+@each_family
+def test_slices_of_the_stack_compose(config: TransformerConfig) -> None:
+    params, layout = lively(config), Layout.causal(2, 9)
+    whole = forward(config, params, TOKENS, layout, taps=("layer:1", "pre_norm"))
+    for cut in (1, 2):
+        lower = forward(config, params, TOKENS, layout, layers=(0, cut), taps=("pre_norm",))
+        upper = forward(config, params, lower.taps["pre_norm"], layout, layers=(cut, 3))
+        close(upper.logits, whole.logits)
+        close(lower.rows + upper.rows, whole.rows)
+    first = forward(config, params, TOKENS, layout, layers=(0, 1), taps=("pre_norm",))
+    close(first.taps["pre_norm"], whole.taps["layer:1"])
+
+
+def test_taps_name_what_they_are() -> None:
+    params, layout = lively(LLAMA), Layout.causal(2, 9)
+    taken = forward(LLAMA, params, TOKENS, layout, taps=("layer:0", "pre_norm", "post_norm"))
+    close(taken.taps["layer:0"], transformer.embed(LLAMA, params, TOKENS))
+    close(taken.taps["post_norm"], taken.hidden)
+    close(transformer.final_norm(LLAMA, params, taken.taps["pre_norm"]), taken.hidden)
+    close(transformer.head(LLAMA, params, taken.hidden), taken.logits)
+    close(forward(LLAMA, params, taken.taps["layer:0"], layout).logits, taken.logits)
+    for tap in ("layer:3", "logits"):
+        with pytest.raises(ValueError, match=f"no tap '{tap}': have pre_norm, post_norm and layer:0 to layer:2"):
+            forward(LLAMA, params, TOKENS, layout, taps=(tap,))
+    with pytest.raises(ValueError, match="unstack_layers"):
+        forward(LLAMA, transformer.stack_layers(params), TOKENS, layout, layers=(0, 1))
+
+
+@each_family
+def test_packed_documents_are_separate_ones(config: TransformerConfig) -> None:
+    params = lively(config)
+    segments = jnp.array([[1, 1, 1, 1, 2, 2, 2, 2, 2], [1, 1, 2, 2, 2, 3, 0, 0, 0]])
+    for layers in (params, transformer.stack_layers(params)):
+        packed = forward(config, layers, TOKENS, Layout.causal(2, 9, segments)).logits
+        for row, start, end in ((0, 0, 4), (0, 4, 9), (1, 0, 2), (1, 2, 5), (1, 5, 6)):
+            alone = forward(config, params, TOKENS[row : row + 1, start:end], Layout.causal(1, end - start)).logits
+            close(packed[row : row + 1, start:end], alone)
+
+
+@each_family
+def test_cached_rows_are_whole_rows(config: TransformerConfig) -> None:
+    """A prefix of ragged length, then a chain of rows, then a tree with two branches."""
+    params = lively(config)
+    whole = forward(config, params, TOKENS, Layout.causal(2, 9))
+    length = jnp.array([4, 6])
+    cache = commit(init_cache(config, 2, 12, jnp.float64), whole.rows, None, jnp.zeros(2, jnp.int32))
+    following = jnp.take_along_axis(TOKENS, length[:, None] + jnp.arange(3), axis=1)
+    rest = forward(config, params, following, Layout.extend(length, 3), cache).logits
+    close(rest, jnp.stack([whole.logits[row, n : n + 3] for row, n in enumerate(length)]))
+
+    ancestors = jnp.array([[[1, 0, 0, 0], [1, 1, 0, 0], [1, 0, 1, 0], [1, 0, 1, 1]]], bool)
+    nodes = jnp.concatenate([following[:, :1], (following[:, 1:2] + 1) % 23, following[:, 1:]], axis=1)
+    layout = Layout(length[:, None] + jnp.array([0, 1, 1, 2]), length, ancestors)
+    branched = forward(config, params, nodes, layout, cache).logits
+    close(branched[:, [0, 2, 3]], rest)
+    assert np.abs(branched[:, 1] - rest[:, 1]).max() > 1e-3
+
+
+def test_window_limits_what_is_seen() -> None:
+    config = dataclasses.replace(LLAMA, num_layers=1, windows=(3,))
+    params = lively(config)
+    logits = forward(config, params, TOKENS, Layout.causal(2, 9)).logits
+    changed = forward(config, params, TOKENS.at[:, 2].set((TOKENS[:, 2] + 1) % 23), Layout.causal(2, 9)).logits
+    differs = np.abs(logits - changed).max(axis=(0, 2)) > 1e-9
+    assert differs.tolist() == [False, False, True, True, True, False, False, False, False]
+
+
+def test_rotation_depends_on_distance_alone() -> None:
+    params = lively(LLAMA)
+    layout = Layout.causal(2, 9)
+    shifted = layout.replace(positions=layout.positions + 1000)
+    close(forward(LLAMA, params, TOKENS, shifted).logits, forward(LLAMA, params, TOKENS, layout).logits, atol=1e-3)
+    stretched = layout.replace(positions=layout.positions * 2)
+    assert (
+        np.abs(forward(LLAMA, params, TOKENS, stretched).logits - forward(LLAMA, params, TOKENS, layout).logits).max()
+        > 0.01
+    )
+
+
+def test_rope_turns_pairs_half_a_head_apart() -> None:
+    x = np.random.default_rng(0).normal(size=(1, 2, 1, 4))
+    angles = np.array([[0.3, 1.1], [0.6, 2.2]]).reshape(1, 2, 1, 2)
+    pairs = x[..., :2] + 1j * x[..., 2:]
+    turned = pairs * np.exp(1j * angles)
+    expected = np.concatenate([turned.real, turned.imag], axis=-1)
+    np.testing.assert_allclose(apply_rope(jnp.array(x), jnp.array(angles)), expected, atol=1e-12)
+
+
+def llama3_by_cases(frequency: float, scaling: RopeScaling) -> float:
+    wavelength = 2 * math.pi / frequency
+    longest = scaling.original_max_position / scaling.low_freq_factor
+    shortest = scaling.original_max_position / scaling.high_freq_factor
+    if wavelength < shortest:
+        return frequency
+    if wavelength > longest:
+        return frequency / scaling.factor
+    smooth = scaling.original_max_position / wavelength - scaling.low_freq_factor
+    smooth /= scaling.high_freq_factor - scaling.low_freq_factor
+    return (1 - smooth) * frequency / scaling.factor + smooth * frequency
+
+
+def test_rope_scaling() -> None:
+    plain = [500_000.0 ** (-2 * i / 128) for i in range(64)]
+    np.testing.assert_allclose(rope_frequencies(128, 500_000.0, None), plain, rtol=1e-5)
+    linear = rope_frequencies(128, 500_000.0, RopeScaling("linear", 4.0))
+    np.testing.assert_allclose(linear, np.array(plain) / 4, rtol=1e-5)
+    scaling = RopeScaling("llama3", 8.0, 1.0, 4.0, 8192)
+    scaled = np.asarray(rope_frequencies(128, 500_000.0, scaling))
+    np.testing.assert_allclose(scaled, [llama3_by_cases(f, scaling) for f in plain], rtol=1e-4)
+    # Of Llama 3.1's 64 frequencies 29 are kept, 29 divided by 8, and 6 lie between.
+    ratio = np.array(plain) / scaled
+    kept, divided = np.isclose(ratio, 1, rtol=1e-4), np.isclose(ratio, 8, rtol=1e-4)
+    assert (kept.sum(), divided.sum()) == (29, 29) and kept[:29].all() and divided[35:].all()
+    with pytest.raises(ValueError, match="rope scaling must be 'linear' or 'llama3', got 'yarn'"):
+        RopeScaling("yarn", 2.0)
+
+
+def test_softcap_bounds_scores() -> None:
+    x = jnp.array([-1e6, -1.0, 0.0, 2.0, 1e6])
+    np.testing.assert_allclose(softcap(x, 3.0), 3 * np.tanh(np.asarray(x) / 3))
+    assert softcap(x, None) is x
+    gemma = FAMILIES["gemma"]
+    assert np.abs(forward(gemma, lively(gemma), TOKENS, Layout.causal(2, 9)).logits).max() <= 3.0
+
+
+@pytest.mark.parametrize(
+    ("dtype", "expected"), [(jnp.bfloat16, jnp.float32), (jnp.float32, jnp.float32), (jnp.float64, jnp.float64)]
+)
+def test_dtypes(dtype, expected) -> None:
+    params = lively(FAMILIES["gemma"], dtype)
+    out = forward(FAMILIES["gemma"], params, TOKENS, Layout.causal(2, 9))
+    assert out.logits.dtype == expected and out.hidden.dtype == dtype
+    assert {leaf.dtype for leaf in jax.tree.leaves(out.rows)} == {jnp.dtype(dtype)}
+    assert {leaf.dtype for leaf in jax.tree.leaves(transformer.init(LLAMA, jax.random.key(0), dtype))} == {
+        jnp.dtype(dtype)
+    }
+    exact = forward(
+        FAMILIES["gemma"], jax.tree.map(lambda x: x.astype(jnp.float64), params), TOKENS, Layout.causal(2, 9)
+    )
+    error = np.abs(out.logits.astype(jnp.float64) - exact.logits).max()
+    assert error < {jnp.bfloat16: 0.3, jnp.float32: 1e-4, jnp.float64: 1e-9}[dtype]
+
+
+def test_param_shapes_are_those_of_init() -> None:
+    for config in FAMILIES.values():
+        shapes, params = (
+            transformer.param_shapes(config, jnp.bfloat16),
+            transformer.init(config, jax.random.key(0), jnp.bfloat16),
+        )
+        assert jax.tree.map(lambda x: (x.shape, x.dtype), shapes) == jax.tree.map(lambda x: (x.shape, x.dtype), params)
+
+
+def test_unused_logits_cost_nothing() -> None:
+    config = dataclasses.replace(LLAMA, vocab_size=997)
+    params = transformer.init(config, jax.random.key(0))
+
+    def head_products(pick) -> int:
+        compiled = (
+            jax.jit(lambda p, t: pick(forward(config, p, t, Layout.causal(2, 9)))).lower(params, TOKENS).compile()
+        )
+        # Results as wide as the vocabulary: [2, 9, 997], flattened or not.
+        return len(re.findall(r"= \(?f32\[(?:2,9|18),997\]", compiled.as_text()))
+
+    assert head_products(lambda out: out.hidden) == 0 < head_products(lambda out: out.logits)

@@ -1,0 +1,191 @@
+"""Every way a config can be wrong, and the one sentence it gets."""
+
+import dataclasses
+import pathlib
+import subprocess
+import sys
+
+import pytest
+from absl import flags
+from ml_collections import ConfigDict, config_flags
+
+from models.errors import UserError
+from train import schema
+from train.command_line import load_config, read_flags
+from train.config import TrainConfig, parse
+from train.objectives import OBJECTIVES
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+LM = str(ROOT / "configs" / "lm.py")
+
+
+def lm(**changes) -> dict:
+    """The smoke config as plain data, with dotted changes; a change to `...` removes the key."""
+    config = load_config(f"{LM}:smoke").to_dict()
+    for place, value in changes.items():
+        *sections, key = place.split(".")
+        section = config
+        for name in sections:
+            section = section[name]
+        if value is ...:
+            del section[key]
+        else:
+            section[key] = value
+    return config
+
+
+def test_every_config_file_and_variant_parses():
+    for path in (ROOT / "configs").glob("*.py"):
+        if path.name == "__init__.py":
+            continue
+        for variant in ("", ":smoke"):
+            config = load_config(f"{path}{variant}")
+            for key in ("init_from", "target"):
+                if key in config.objective and config.objective[key] is None:
+                    config.objective[key] = "runs/lm/target"
+            parsed = parse(config, OBJECTIVES, path.name)
+            assert isinstance(parsed, TrainConfig)
+            # A key that a file leaves to its default could not be given on the command line.
+            sections = {**schema.resolved(parsed), "objective": None}
+            assert schema.flattened(sections).keys() == schema.flattened({**config.to_dict(), "objective": None}).keys()
+
+
+def test_values_arrive():
+    config = parse(
+        lm(**{"optimizer.learning_rate": 1, "objective.model.rope_scaling": {"kind": "linear", "factor": 2}}),
+        OBJECTIVES,
+    )
+    assert config.optimizer.learning_rate == 1.0 and isinstance(config.optimizer.learning_rate, float)
+    shape = config.objective.shape(vocab_size=99, bos_id=3, eos_ids=(4,))
+    assert (shape.vocab_size, shape.bos_id, shape.eos_ids, shape.width) == (99, 3, (4,), 64)
+    assert shape.rope_scaling.factor == 2.0
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"lenght": 3}, ["unknown key lenght", "did you mean 'length'"]),
+        ({"optimizer.learning_rat": 3.0}, ["unknown key optimizer.learning_rat", "'learning_rate'"]),
+        ({"objective.modle": None}, ["unknown key objective.modle", "'model'"]),
+        ({"objective.model.widht": 3}, ["unknown key objective.model.widht", "'width'"]),
+        ({"objective.name": "lmm"}, ["no objective 'lmm'", "did you mean 'lm'"]),
+        ({"objective": ...}, ["no section objective"]),
+        ({"objective": 3}, ["no section objective"]),
+        ({"steps": ...}, ["lacks steps (int)"]),
+        ({"data": ...}, ["lacks data (a section)"]),
+        ({"data": "data/python"}, ["data must be a section, got str 'data/python'"]),
+        ({"steps": 2.5}, ["steps must be int, got float 2.5"]),
+        ({"steps": True}, ["steps must be int, got bool True"]),
+        ({"steps": None}, ["steps must be int, got nothing"]),
+        ({"metrics.tensorboard": 1}, ["metrics.tensorboard must be bool, got int 1"]),
+        ({"optimizer.learning_rate": "1e-3"}, ["optimizer.learning_rate must be float, got str '1e-3'"]),
+        ({"optimizer.learning_rate": True}, ["optimizer.learning_rate must be float, got bool True"]),
+        ({"objective.model.windows": (4, "x")}, ["objective.model.windows[1] must be int or None, got str 'x'"]),
+        ({"objective.model.windows": [4, 4]}, ["objective.model.windows must be a tuple of int or None, got list"]),
+        ({"metrics.wandb": 3}, ["metrics.wandb must be str or None, got int 3"]),
+        ({"optimizer.schedule": "cosin"}, ["optimizer.schedule must be one of", "did you mean 'cosine'"]),
+        ({"optimizer.schedule": "constant"}, ["final_fraction must be 1.0 when", "'constant'"]),
+        ({"optimizer.warmup_steps": 40}, ["optimizer.warmup_steps (40) must be smaller than steps (40)"]),
+        ({"optimizer.learning_rate": 0.0}, ["optimizer.learning_rate must be positive, got 0.0"]),
+        ({"optimizer.b2": 1.0}, ["optimizer.b2 must lie in 0..1"]),
+        ({"mesh.data": 0}, ["mesh.data must be at least 1, or -1"]),
+        ({"checkpoint.keep": 0}, ["checkpoint.keep must be at least 1"]),
+        ({"evaluation.batches": 0}, ["evaluation.batches must be at least 1"]),
+        ({"seed": -1}, ["seed must lie in"]),
+        ({"objective.model": None}, ["either objective.model (a shape) or objective.init_from"]),
+        ({"objective.init_from": "runs/lm"}, ["either objective.model (a shape) or objective.init_from"]),
+        ({"objective.model.vocab_size": 9}, ["objective.model.vocab_size comes from the data set's tokenizer"]),
+        ({"objective.model.head_dim": 31}, ["model.head_dim must be even"]),
+        ({"objective.model.num_heads": "two"}, ["objective.model.num_heads must be int, got str 'two'"]),
+    ],
+)
+def test_a_wrong_file_gets_one_sentence(changes, words):
+    with pytest.raises(UserError) as caught:
+        parse(lm(**changes), OBJECTIVES, "my.py")
+    message = str(caught.value)
+    assert "\n" not in message
+    for word in words:
+        assert word in message, message
+
+
+def parse_flags(arguments: list[str]) -> ConfigDict:
+    """The command line read into flags of its own, apart from the process's."""
+    values, argv = flags.FlagValues(), ["train", *arguments]
+    holder = config_flags.DEFINE_config_file("config", None, "", flag_values=values, sys_argv=argv)
+    read_flags(argv, values)
+    return holder.value
+
+
+def test_overrides_arrive(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    given = ["--config.steps=7", "--config.data.fields=question,answer", "--config.metrics.wandb=tandem"]
+    config = parse(parse_flags(["--config=configs/lm.py:smoke", *given, "--config.optimizer.eps=1"]), OBJECTIVES)
+    assert (config.steps, config.data.fields, config.metrics.wandb) == (7, "question,answer", "tandem")
+    assert config.optimizer.eps == 1.0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--config=configs/ml.py"], ["no config file configs/ml.py", "'lm.py'"]),
+        (["--config=configs/lm.py:smok"], ["no variant 'smok'", "did you mean 'smoke'"]),
+        (["--config=configs/lm.py", "--config.stpes=3"], ["--config.stpes", "no key 'stpes'", "'steps'"]),
+        (["--config=configs/lm.py", "--config.optimizer.lr=3"], ["no key 'lr' in the section optimizer"]),
+        (["--config=configs/lm.py", "--config.optimiser.eps=3"], ["no key 'optimiser'", "'optimizer'"]),
+        (["--config=configs/lm.py", "--config.steps.x=3"], ["steps is 400, not a section"]),
+        (["--config=configs/lm.py", "--config.steps=many"], ["--config.steps must be int, got 'many'"]),
+        (["--config=configs/lm.py", "--config.steps=1.5"], ["--config.steps must be int, got '1.5'"]),
+        (["--config=configs/lm.py", "--config.metrics.tensorboard=maybe"], ["must be bool, got 'maybe'"]),
+        (["--config.steps=3", "--config=configs/lm.py"], ["before a value for --config"]),
+        (["--config.steps=3"], ["needs --config=FILE"]),
+        (["--confg=configs/lm.py"], ["Unknown command line flag 'confg'"]),
+    ],
+)
+def test_a_wrong_command_line_gets_one_sentence(arguments, words, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    with pytest.raises(UserError) as caught:
+        parse_flags(arguments)
+    assert "\n" not in str(caught.value)
+    for word in words:
+        assert word in str(caught.value), str(caught.value)
+
+
+def test_config_must_return_a_config_dict(tmp_path):
+    path = tmp_path / "config.py"
+    path.write_text("x = 1")
+    with pytest.raises(UserError, match="must define get_config"):
+        load_config(str(path))
+    path.write_text("def get_config(variant=''):\n    return {}")
+    with pytest.raises(UserError, match="must define get_config"):
+        load_config(str(path))
+    path.write_text("def get_config(")
+    with pytest.raises(UserError, match="fails with SyntaxError"):
+        load_config(str(path))
+    path.write_text("def get_config(variant=''):\n    return nothing")
+    with pytest.raises(UserError, match="fails with NameError"):
+        load_config(str(path))
+
+
+def test_command_exits_2_without_a_traceback():
+    done = subprocess.run(
+        [sys.executable, "-m", "train.main", "--config=configs/lm.py", "--config.stpes=3"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: --config.stpes") and done.stderr.count("\n") == 1
+    assert done.stdout == ""
+
+
+def test_resolved_and_flattened():
+    @dataclasses.dataclass(frozen=True)
+    class Section:
+        sizes: tuple[int, ...] = (1, 2)
+
+    tree = {"a": schema.resolved(Section()), "b": 3}
+    assert schema.flattened(tree) == {"a.sizes": [1, 2], "b": 3}
+
+
+def test_a_config_dict_is_read_like_a_dict():
+    assert parse(ConfigDict(lm()), OBJECTIVES) == parse(lm(), OBJECTIVES)

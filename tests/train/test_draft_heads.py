@@ -1,0 +1,177 @@
+"""The draft-head losses against their definition, and training against decoding."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from models import transformer
+from models.errors import UserError
+from models.layout import Layout
+from models.target import load_target
+from train import trainer
+from train.corpus import open_corpus
+from train.objectives.draft_heads import DraftHeads
+from train.objectives.shift import ahead
+
+
+@pytest.fixture
+def setting(job):
+    """`setting(objective={...})`: objective, random heads, frozen target, one batch."""
+
+    def make(**changes):
+        config = job("draft_heads", **changes)
+        corpus = open_corpus(config.data, config.objective.base)
+        plan = trainer.make_plan(config, corpus.tokenizer)
+        frozen = plan.objective.load_base(plan.mesh)
+        heads = plan.objective.init(jax.random.key(3), frozen)
+        leaves, structure = jax.tree.flatten(heads)
+        keys = jax.random.split(jax.random.key(4), len(leaves))
+        noisy = [leaf + 0.1 * jax.random.normal(key, leaf.shape) for leaf, key in zip(leaves, keys, strict=True)]
+        batch = {**next(corpus.batches(config.batch_size, config.length, 0))}
+        batch["mask"] = np.random.default_rng(0).integers(0, 2, batch["mask"].shape).astype(np.uint8)
+        return plan.objective, jax.tree.unflatten(structure, noisy), frozen, batch
+
+    return make
+
+
+@pytest.mark.parametrize("drafter", ["medusa", "hydra"])
+@pytest.mark.parametrize("term", ["hard", "soft", "feature"])
+def test_each_loss_equals_its_definition_row_by_row(drafter, term, setting):
+    only = {"hard": 0.0, "soft": 0.0, "feature": 0.0, term: 2.0}
+    objective, heads, frozen, batch = setting(objective={"drafter": drafter, "head_decay": 0.5, **only})
+    (sums, weights), metrics = objective.loss(heads, frozen, batch, jax.random.key(0))
+
+    tokens, segments, mask = (batch[name] for name in ("tokens", "segments", "mask"))
+    layout = Layout.causal(*tokens.shape, segments=jnp.asarray(segments))
+    target = transformer.forward(objective.model, frozen, jnp.asarray(tokens), layout)
+    embedding = np.asarray(frozen["embed"]["embedding"])
+    for i in range(2):
+        total, count = 0.0, 0
+        for b, p in np.ndindex(tokens.shape):
+            label = p + 2 + i
+            if label >= tokens.shape[1] or segments[b, p] != segments[b, label] or not mask[b, label]:
+                continue
+            path = jnp.asarray(embedding[tokens[b, p + 1 : p + 2 + i]])
+            hidden = objective.heads.hidden(heads, i, target.hidden[b, p], path)
+            guess = jax.nn.log_softmax(objective.heads.vocab(heads, i, hidden))
+            teacher = jax.nn.softmax(target.logits[b, p + 1 + i])
+            distance = jnp.abs(hidden - target.hidden[b, p + 1 + i])
+            smooth = jnp.where(distance < 1, 0.5 * distance**2, distance - 0.5)
+            total += {"hard": -guess[tokens[b, label]], "soft": -teacher @ guess, "feature": jnp.mean(smooth)}[term]
+            count += 1
+        assert count > 5 and float(weights[i]) == count
+        assert float(sums[i]) == pytest.approx(2.0 * 0.5**i * float(total), rel=1e-4)
+        assert float(metrics[f"loss_{i + 1}"][0]) == pytest.approx(2.0 * float(total), rel=1e-4)
+
+
+class Oracle:
+    """Heads that know the target's own logits: what every head should learn to say."""
+
+    def __init__(self, logits):
+        self.num_heads, self._logits = 2, logits
+
+    def features(self, config, params, post_norm, layout):
+        return post_norm
+
+    def hidden(self, params, i, feature, path):
+        return feature
+
+    def vocab(self, params, i, hidden):
+        return ahead(self._logits, i + 1)
+
+
+def test_a_perfect_head_always_agrees_with_the_target(setting, monkeypatch):
+    objective, heads, frozen, batch = setting(objective={"soft": 1.0, "hard": 0.0})
+    target, _ = objective.teacher_forced(heads, frozen, batch, None)
+    monkeypatch.setattr(objective, "heads", Oracle(target.logits))
+    sums = objective.evaluate(heads, frozen, batch)
+    for depth in (1, 2):
+        agreed, weight = sums[f"agreement_{depth}"]
+        assert float(agreed) == float(weight) > 5
+        labels, counted = objective._labels(depth - 1, batch)
+        choice = jnp.argmax(ahead(target.logits, depth), axis=-1)
+        assert float(sums[f"accuracy_{depth}"][0]) == float(jnp.sum((choice == labels) & counted))
+
+
+def test_no_gradient_needs_the_target(setting):
+    objective, heads, frozen, batch = setting(objective={"soft": 1.0, "feature": 1.0})
+
+    def loss(trainable, parameters):
+        (sums, weights), _ = objective.loss(trainable, parameters, batch, jax.random.key(0))
+        return jnp.sum(sums / weights)
+
+    gradient = jax.grad(loss)(heads, frozen)
+    assert jax.tree.structure(gradient) == jax.tree.structure(heads)
+    assert all(float(jnp.max(jnp.abs(leaf))) > 0 for leaf in jax.tree.leaves(gradient))
+
+
+def test_noise_and_dropout_act_in_training_only(setting):
+    heads = {"num_heads": 2, "dropout": 0.5}
+    objective, params, frozen, batch = setting(objective={"heads": heads, "noise": 10.0})
+    losses = [float(objective.loss(params, frozen, batch, jax.random.key(seed))[0][0][0]) for seed in (1, 1, 2)]
+    assert losses[0] == losses[1] != losses[2]
+    quiet = DraftHeads(dataclasses.replace(objective._config, noise=0.0), objective._tokenizer)
+    loud = objective.evaluate(params, frozen, batch)
+    assert jax.tree.all(jax.tree.map(jnp.array_equal, quiet.evaluate(params, frozen, batch), loud))
+
+
+@pytest.mark.parametrize("drafter", ["medusa", "hydra"])
+def test_the_loop_accepts_exactly_what_the_training_forward_says(drafter, setting, job, tmp_path):
+    config = job(
+        "draft_heads",
+        steps=30,
+        checkpoint={"every": 30},
+        objective={"drafter": drafter, "loop_prompts": 4, "loop_tokens": 40},
+    )
+    trainer.train(config, tmp_path)
+    _, _, frozen, batch = setting()
+    corpus = open_corpus(config.data, config.objective.base)
+    plan = trainer.make_plan(config, corpus.tokenizer)
+    checkpoints = trainer.Checkpoints(tmp_path / "checkpoints", keep=1)
+    with checkpoints:
+        state, _ = checkpoints.restore(30, plan.state)
+    found = plan.objective.probe(state["params"], frozen, iter([batch]))
+    assert found["loop_1"] == found["replay_1"] and found["loop_2"] == found["replay_2"]
+    assert 0 < found["loop_2"] <= found["loop_1"]
+
+
+@pytest.mark.parametrize(
+    ("objective", "words"),
+    [
+        ({"target": None}, "objective.target must be the directory"),
+        ({"hard": 0.0}, "are all 0: there is nothing to learn"),
+        ({"soft": -1.0}, "objective.soft must not be negative"),
+        ({"head_decay": 0.0}, "objective.head_decay must lie in 0..1"),
+        ({"heads": {"num_head": 2}}, "unknown key objective.heads.num_head (did you mean 'num_heads'?)"),
+        ({"heads": {"num_heads": 0}}, "objective.heads.num_heads must be at least 1"),
+        ({"drafter": "medusa", "heads": {"dropout": 0.1}}, "unknown key objective.heads.dropout"),
+        ({"drafter": "hydre"}, "did you mean 'hydra'"),
+    ],
+)
+def test_a_wrong_objective_gets_one_sentence(objective, words, job):
+    with pytest.raises(UserError) as caught:
+        job("draft_heads", objective=objective)
+    assert words in str(caught.value)
+
+
+def test_a_data_set_of_another_tokenizer_is_refused(job, target_directory, data_set, tmp_path):
+    other = tmp_path / "other"
+    load_target(target_directory).tokenizer.with_chat_template("x").save(other)
+    text = (other / "tokenizer.json").read_text().replace('"<eos>"', '"<end>"')
+    (other / "tokenizer.json").write_text(text)
+    config = (other / "tokenizer_config.json").read_text().replace("<eos>", "<end>")
+    (other / "tokenizer_config.json").write_text(config)
+    for name in ("config.json", "model.safetensors"):
+        (other / name).write_bytes((target_directory / name).read_bytes())
+    with pytest.raises(UserError, match="was tokenised by tokenizer"):
+        trainer.train(job("draft_heads", objective={"target": str(other)}), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_missing_target_is_one_sentence(job, tmp_path):
+    with pytest.raises(UserError, match="absent"):
+        trainer.train(job("draft_heads", objective={"target": str(tmp_path / "absent")}), tmp_path / "run")
+    assert not (tmp_path / "run").exists()

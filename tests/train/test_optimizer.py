@@ -1,0 +1,46 @@
+"""Schedules at the steps that matter, and what weight decay touches."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from models import transformer
+from models.config import TransformerConfig
+from train.config import OptimizerConfig
+from train.optimizer import decays, make_optimizer, make_schedule
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"schedule": "cosine", "final_fraction": 0.1}, {0: 0.25, 3: 1.0, 4: 1.0, 54: 0.55, 104: 0.1}),
+        ({"schedule": "linear", "final_fraction": 0.0}, {0: 0.25, 3: 1.0, 4: 1.0, 54: 0.5, 104: 0.0}),
+        ({"schedule": "constant", "final_fraction": 1.0}, {0: 0.25, 1: 0.5, 4: 1.0, 104: 1.0}),
+        ({"schedule": "linear", "final_fraction": 0.5, "warmup_steps": 0}, {0: 1.0, 52: 0.75, 104: 0.5}),
+        ({"schedule": "cosine", "warmup_steps": 1}, {0: 1.0, 1: 1.0}),
+    ],
+)
+def test_the_schedule_warms_up_and_falls(changes, expected):
+    config = OptimizerConfig(**{"learning_rate": 1.0, "warmup_steps": 4, **changes})
+    schedule = make_schedule(config, steps=104)
+    assert {step: pytest.approx(float(schedule(step)), abs=1e-6) for step in expected} == expected
+
+
+def test_decay_spares_scales_and_biases_of_stacked_layers():
+    shape = TransformerConfig(
+        vocab_size=8, width=4, num_layers=2, num_heads=1, num_kv_heads=1, head_dim=4, mlp_width=4, qkv_bias=True
+    )
+    params = transformer.stack_layers(transformer.init(shape, jax.random.key(0)))
+    mask = decays(params)
+    assert mask["layers"]["attention"]["q"] == {"bias": False, "kernel": True}
+    assert mask["layers"]["attention_norm"] == mask["final_norm"] == {"scale": False}
+    assert mask["embed"] == {"embedding": True}
+
+
+def test_gradients_are_clipped_before_adam_sees_them():
+    params = {"w": {"kernel": jnp.zeros((2, 2))}}
+    optimizer = make_optimizer(OptimizerConfig(learning_rate=1.0, clip_norm=0.5, b1=0.0), steps=2)
+    _, state = optimizer.update({"w": {"kernel": jnp.full((2, 2), 100.0)}}, optimizer.init(params), params)
+    (moment,) = (leaf for path, leaf in jax.tree.flatten_with_path(state)[0] if "mu" in str(path))
+    np.testing.assert_allclose(jnp.linalg.norm(moment), 0.5, rtol=1e-6)

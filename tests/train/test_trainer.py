@@ -1,0 +1,288 @@
+"""The trainer end to end: learning, resuming, freezing, sharding, stopping, and what it leaves behind."""
+
+import json
+import math
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import pytest
+
+from decoding.drafters import load_drafter
+from models.errors import UserError
+from models.storage import leaves_by_path
+from models.target import load_target
+from train import dry_run, provenance, trainer
+from train.corpus import open_corpus
+from train.metrics import Report
+from train.objectives.objective import Objective
+from train.schema import resolved
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+TIMINGS = ("step_seconds", "tokens_per_second", "data_share")
+
+
+class Killed(BaseException):
+    """Stands for the end of the process."""
+
+
+def lines(workdir: pathlib.Path) -> list[dict]:
+    """Metric lines without what a clock says."""
+    found = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in line.items() if key not in TIMINGS} for line in found]
+
+
+def weights(directory: pathlib.Path) -> bytes:
+    return (directory / "model.safetensors").read_bytes()
+
+
+def die_at(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The process ends while `step` is on its way."""
+    push = Report.push
+
+    def dying(self, at, metrics):
+        push(self, at, metrics)
+        if at == step:
+            raise Killed
+
+    monkeypatch.setattr(Report, "push", dying)
+
+
+def test_a_run_learns_and_leaves_a_target(job, tmp_path, capsys):
+    config = job("lm", steps=20, checkpoint={"every": 10}, evaluation={"every": 10})
+    trainer.train(config, tmp_path)
+    found = lines(tmp_path)
+    losses = [line["loss"] for line in found if "loss" in line]
+    valid = [line["valid/loss"] for line in found if "valid/loss" in line]
+    target = load_target(tmp_path / "target")
+    assert abs(losses[0] - math.log(target.config.vocab_size)) < 0.1
+    assert losses[-1] < losses[0] - 1.0 and valid[1] < valid[0]
+    assert [line["step"] for line in found if "loss" in line] == list(range(1, 21))
+    record = json.loads((tmp_path / "run.json").read_text())
+    assert record["finished"] and record["versions"]["jax"] == jax.__version__
+    assert record["config"] == json.loads(json.dumps(resolved(config)))
+    said = capsys.readouterr().out
+    for words in ("trainable parameters", "compiled in", "tokens/s", "ms/step", "data ", "perplexity", "finished 20"):
+        assert words in said
+
+
+def test_a_killed_run_ends_bitwise_as_one_that_was_not(job, tmp_path, monkeypatch, capsys):
+    config = job("lm", evaluation={"every": 3})
+    trainer.train(config, tmp_path / "whole")
+    for step in (3, 6):  # Between two checkpoints; then after the last step, before its checkpoint.
+        with monkeypatch.context() as patch, pytest.raises(Killed):
+            die_at(step, patch)
+            trainer.train(config, tmp_path / "broken")
+    trainer.train(config, tmp_path / "broken")
+    assert "resuming from step 4 of 6" in capsys.readouterr().out
+    assert weights(tmp_path / "whole" / "target") == weights(tmp_path / "broken" / "target")
+    assert lines(tmp_path / "whole") == lines(tmp_path / "broken")
+
+
+def test_draft_heads_resume_bitwise_with_noise_and_dropout(job, tmp_path, monkeypatch):
+    heads = {"num_heads": 2, "num_layers": 2, "prefix": True, "dropout": 0.3}
+    config = job("draft_heads", objective={"heads": heads, "noise": 5.0, "soft": 1.0})
+    trainer.train(config, tmp_path / "whole")
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        die_at(5, patch)
+        trainer.train(config, tmp_path / "broken")
+    trainer.train(config, tmp_path / "broken")
+    assert weights(tmp_path / "whole" / "drafter") == weights(tmp_path / "broken" / "drafter")
+
+
+@pytest.mark.slow
+def test_a_real_kill(data_set, tmp_path):
+    def command(workdir):
+        options = [f"--config.data.path={data_set}", f"--workdir={workdir}", "--config.steps=200"]
+        frequent = ["--config.checkpoint.every=7", "--config.metrics.every=1", "--config.batch_size=4"]
+        return [sys.executable, "-m", "train.main", "--config=configs/lm.py:smoke", *options, *frequent]
+
+    subprocess.run(command(tmp_path / "whole"), cwd=ROOT, check=True)
+    for least in (20, 90):
+        process = subprocess.Popen(command(tmp_path / "broken"), cwd=ROOT)
+        metrics = tmp_path / "broken" / "metrics.jsonl"
+        while not (metrics.exists() and metrics.read_text().count("\n") > least):
+            assert process.poll() is None
+            time.sleep(0.02)
+        os.kill(process.pid, signal.SIGKILL)
+        process.wait()
+    subprocess.run(command(tmp_path / "broken"), cwd=ROOT, check=True)
+    assert weights(tmp_path / "whole" / "target") == weights(tmp_path / "broken" / "target")
+    assert lines(tmp_path / "whole") == lines(tmp_path / "broken")
+
+
+def test_a_finished_run_says_so_and_another_config_is_refused(job, tmp_path, capsys):
+    config = job("lm", steps=2)
+    assert not provenance.is_finished(tmp_path, resolved(config))
+    trainer.train(config, tmp_path)
+    assert provenance.is_finished(tmp_path, resolved(config))
+    assert provenance.is_finished(tmp_path, resolved(job("lm", steps=2, checkpoint={"every": 9}, mesh={"data": 1})))
+    with pytest.raises(UserError, match=r"holds a run with optimizer\.learning_rate = 0\.01, not 0\.5"):
+        provenance.is_finished(tmp_path, resolved(job("lm", steps=2, optimizer={"learning_rate": 0.5})))
+
+
+def test_a_run_killed_before_its_export_only_exports(job, tmp_path, monkeypatch):
+    config = job("lm", steps=2)
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(trainer, "gathered", lambda params: (_ for _ in ()).throw(Killed))
+        trainer.train(config, tmp_path)
+    assert not (tmp_path / "target").exists()
+    written = lines(tmp_path)
+    trainer.train(config, tmp_path)
+    assert load_target(tmp_path / "target").config.width == 16 and lines(tmp_path) == written
+
+
+def test_finetuning_starts_from_the_target(job, target_directory, tmp_path):
+    config = job("lm", steps=2, objective={"model": None, "init_from": str(target_directory)})
+    corpus = open_corpus(config.data, config.objective.base)
+    plan = trainer.make_plan(config, corpus.tokenizer)
+    base = plan.objective.load_base(plan.mesh)
+    state = trainer.init_state(plan.objective, plan.optimizer, 0, base)
+    np.testing.assert_array_equal(state["params"]["embed"]["embedding"], base["embed"]["embedding"])
+    assert plan.frozen is None
+    trainer.train(config, tmp_path)
+    assert load_target(tmp_path / "target").config == load_target(target_directory).config
+
+
+def test_frozen_parameters_are_neither_changed_nor_optimized(job, tmp_path):
+    config = job("draft_heads")
+    corpus = open_corpus(config.data, config.objective.base)
+    plan = trainer.make_plan(config, corpus.tokenizer)
+    trainable = {path for path in leaves_by_path(plan.state["params"])}
+    moments = leaves_by_path(plan.state["optimizer"])
+    of_params = {path.split("mu/")[1] for path in moments if "mu/" in path}
+    assert of_params == trainable and not any("layers" in path for path in moments)
+
+    frozen = plan.objective.load_base(plan.mesh)
+    before = jax.tree.map(np.array, frozen)
+    state = trainer.init_state(plan.objective, plan.optimizer, 0, frozen)
+    batch = trainer.to_devices(plan, next(corpus.batches(config.batch_size, config.length, 0)))
+    step = jax.jit(trainer.make_step(plan), donate_argnums=0)
+    old = state["params"]["heads"][0]["vocab"]["kernel"]
+    state, _ = step(state, frozen, batch)
+    assert old.is_deleted() and not any(leaf.is_deleted() for leaf in jax.tree.leaves(frozen))
+    jax.tree.map(np.testing.assert_array_equal, before, frozen)
+    assert leaves_by_path(state["params"]).keys() == trainable
+
+
+def test_a_drafter_is_exported_for_its_base(job, target_directory, tmp_path):
+    trainer.train(job("draft_heads", steps=2), tmp_path)
+    drafter, params = load_drafter(tmp_path / "drafter", load_target(target_directory))
+    assert drafter.heads.num_heads == 2 and drafter.max_depth == 2
+    assert len(params["heads"]) == 2
+
+
+RUN = """
+import pathlib
+{config}
+from train import trainer
+trainer.train(config, pathlib.Path({workdir!r}))
+"""
+
+DIE_AT_STEP_5 = """
+from train.metrics import Report
+push = Report.push
+def push_or_die(self, step, metrics):
+    push(self, step, metrics)
+    if step == 5:
+        raise SystemExit(0)
+Report.push = push_or_die
+"""
+
+DRY_RUN = """
+{config}
+import jax
+from train import dry_run
+try:
+    print(dry_run.describe(config))
+except ValueError as error:
+    print("error:", error)
+print(len(jax.live_arrays()), "arrays")
+"""
+
+
+def test_two_devices_learn_what_one_learns(job, as_code, on_two_devices, tmp_path):
+    jobs = {
+        "data": ("lm", {"data": 2}),
+        "tensor": ("lm", {"data": 1, "tensor": 2}),
+        "heads": ("draft_heads", {"data": 2}),
+    }
+    code = "".join(
+        RUN.format(config=as_code(job(name, steps=3, mesh=mesh)), workdir=str(tmp_path / case))
+        for case, (name, mesh) in jobs.items()
+    )
+    on_two_devices(code)
+    expected = {}
+    for name in ("lm", "draft_heads"):
+        trainer.train(job(name, steps=3), tmp_path / name)
+        expected[name] = lines(tmp_path / name)
+    for case, (name, _) in jobs.items():
+        for ours, theirs in zip(expected[name], lines(tmp_path / case), strict=True):
+            assert ours.keys() == theirs.keys()
+            for key in ours.keys() - {"valid/accuracy"}:  # A near-tie may fall either way.
+                assert ours[key] == pytest.approx(theirs[key], rel=1e-4, abs=1e-6), (case, key)
+
+
+def test_a_checkpoint_restores_on_another_mesh(job, as_code, on_two_devices, tmp_path):
+    whole, broken = job("lm"), job("lm", mesh={"data": 1, "fsdp": 2})
+    trainer.train(whole, tmp_path / "whole")
+    on_two_devices(DIE_AT_STEP_5 + RUN.format(config=as_code(broken), workdir=str(tmp_path / "broken")))
+    assert not (tmp_path / "broken" / "target").exists()
+    trainer.train(whole, tmp_path / "broken")
+    ours, theirs = lines(tmp_path / "whole"), lines(tmp_path / "broken")
+    assert [line["step"] for line in ours] == [line["step"] for line in theirs]
+    assert ours[-1]["valid/loss"] == pytest.approx(theirs[-1]["valid/loss"], rel=1e-4)
+
+
+def test_a_batch_that_does_not_divide_is_refused(job, as_code, on_two_devices):
+    said = on_two_devices(DRY_RUN.format(config=as_code(job("lm", batch_size=3))))
+    assert "error: batch_size (3) must be a multiple of the mesh's data x fsdp size (2)" in said
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(job, tmp_path):
+    config = job("lm", steps=9, checkpoint={"every": 1}, optimizer={"learning_rate": 1e38, "warmup_steps": 0})
+    with pytest.raises(UserError) as caught:
+        trainer.train(config, tmp_path)
+    found = [int(path.name) for path in (tmp_path / "checkpoints").iterdir()]
+    assert "at step " in str(caught.value) and "nan" in str(caught.value)
+    assert f"the last good checkpoint: checkpoint {max(found)} in {tmp_path / 'checkpoints'}" in str(caught.value)
+    assert not (tmp_path / "target").exists()
+
+
+def test_dry_run_tells_all_and_allocates_nothing(job, as_code, on_two_devices, tmp_path):
+    config = job("draft_heads", mesh={"data": 1, "tensor": 2})
+    said = on_two_devices(DRY_RUN.format(config=as_code(config)))
+    assert said.strip().endswith("\n0 arrays")
+    for words in (
+        '"learning_rate": 0.01',
+        "heads/1/vocab/kernel",
+        "P('fsdp', 'tensor')",
+        "frozen: ",
+        "optimizer state",
+    ):
+        assert words in said, words
+    plan = trainer.make_plan(job("draft_heads"), open_corpus(config.data, config.objective.base).tokenizer)
+    assert f"trainable: {trainer.count(plan.state['params']):,} parameters" in said
+    assert f"frozen: {trainer.count(plan.frozen):,} parameters" in said
+
+
+def test_memory_counts_bytes_per_device(job):
+    config = job("lm")
+    plan = trainer.make_plan(config, open_corpus(config.data).tokenizer)
+    said = dry_run.describe(config)
+    size = 4 * trainer.count(plan.state["params"]) / 2**20
+    (line,) = (line for line in said.splitlines() if "trainable parameters  " in line)
+    assert float(line.split()[-2]) == pytest.approx(size, abs=0.06)
+
+
+def test_objectives_keep_the_protocol(job):
+    for name in ("lm", "draft_heads"):
+        config = job(name)
+        plan = trainer.make_plan(config, open_corpus(config.data, config.objective.base).tokenizer)
+        for member in [*Objective.__annotations__, *(m for m in vars(Objective) if not m.startswith("_"))]:
+            assert hasattr(plan.objective, member), (name, member)

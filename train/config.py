@@ -1,0 +1,189 @@
+"""The schema of a training job: every key a config file may hold, with its type, default and rules.
+
+The section `objective` belongs to the objective that its `name` selects, which brings its own dataclass; nothing here
+changes when an objective is added.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from ml_collections import ConfigDict
+
+from models.errors import UserError
+from train import schema
+from train.schema import require
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+    """What is read.
+
+    Attributes:
+      path: a data set directory written by `scripts/build_dataset.py`, or `tfds:NAME` from the TFDS catalogue.
+      split: the split to train on, perhaps a slice as TFDS writes it, such as `train[:90%]`.
+      valid_split: the split that evaluations pass over.
+      tokenizer: for catalogue sets, when training starts from no target: directory of the tokenizer; otherwise None.
+      fields: for catalogue sets: the text fields that make a document, comma-separated; None finds the usual ones.
+    """
+
+    path: str
+    split: str = "train"
+    valid_split: str = "valid"
+    tokenizer: str | None = None
+    fields: str | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW or Muon under a warm-up and a schedule.
+
+    Attributes:
+      name: `adamw`, or `muon`: orthogonalised momentum for kernels and AdamW for the rest (Jordan et al. 2024), with
+        updates scaled to AdamW's size so that one learning rate serves both (Liu et al. 2025, section 2.2).
+      learning_rate: the peak, reached after `warmup_steps`.
+      schedule: how the rate falls from the peak to `final_fraction` of it at the last step.
+      warmup_steps: steps of linear growth from 0.
+      final_fraction: last rate over peak; must be 1 when the schedule is constant.
+      weight_decay: decoupled, on matrices only (never on norm scales and biases).
+      clip_norm: gradients are scaled down to this global norm.
+    """
+
+    learning_rate: float
+    name: Literal["adamw", "muon"] = "adamw"
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    warmup_steps: int = 0
+    final_fraction: float = 0.1
+    weight_decay: float = 0.0
+    b1: float = 0.9
+    b2: float = 0.95
+    eps: float = 1e-8
+    clip_norm: float = 1.0
+
+    def __post_init__(self):
+        require(self.learning_rate > 0, "optimizer.learning_rate must be positive", self.learning_rate)
+        require(self.warmup_steps >= 0, "optimizer.warmup_steps must not be negative", self.warmup_steps)
+        require(0 <= self.final_fraction <= 1, "optimizer.final_fraction must lie in 0..1", self.final_fraction)
+        require(self.weight_decay >= 0, "optimizer.weight_decay must not be negative", self.weight_decay)
+        require(0 <= self.b1 < 1, "optimizer.b1 must lie in 0..1, 1 excluded", self.b1)
+        require(0 <= self.b2 < 1, "optimizer.b2 must lie in 0..1, 1 excluded", self.b2)
+        require(self.eps > 0, "optimizer.eps must be positive", self.eps)
+        require(self.clip_norm > 0, "optimizer.clip_norm must be positive", self.clip_norm)
+        if self.schedule == "constant" and self.final_fraction != 1:
+            raise UserError(
+                f"optimizer.final_fraction must be 1.0 when optimizer.schedule is 'constant', got {self.final_fraction}"
+            )
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshConfig:
+    """Devices per mesh axis (`models/sharding.py`); -1 takes what is left."""
+
+    data: int = -1
+    fsdp: int = 1
+    tensor: int = 1
+
+    def __post_init__(self):
+        for field in dataclasses.fields(self):
+            size = getattr(self, field.name)
+            require(size == -1 or size >= 1, f"mesh.{field.name} must be at least 1, or -1 for the rest", size)
+
+
+@dataclasses.dataclass(frozen=True)
+class EvaluationConfig:
+    """Every `every` steps and at the end, one pass over the valid split, or over its first `batches` batches."""
+
+    every: int
+    batches: int | None = None
+
+    def __post_init__(self):
+        require(self.every >= 1, "evaluation.every must be at least 1", self.every)
+        require(self.batches is None or self.batches >= 1, "evaluation.batches must be at least 1", self.batches)
+
+
+@dataclasses.dataclass(frozen=True)
+class CheckpointConfig:
+    """Every `every` steps and at the end the whole training state is saved; the newest `keep` stay on disk."""
+
+    every: int
+    keep: int = 2
+
+    def __post_init__(self):
+        require(self.every >= 1, "checkpoint.every must be at least 1", self.every)
+        require(self.keep >= 1, "checkpoint.keep must be at least 1", self.keep)
+
+
+@dataclasses.dataclass(frozen=True)
+class MetricsConfig:
+    """Where metrics go besides `metrics.jsonl`.
+
+    Attributes:
+      every: steps between lines.
+      tensorboard: also write TensorBoard events into the workdir.
+      wandb: project name for Weights & Biases, or None.
+    """
+
+    every: int = 10
+    tensorboard: bool = False
+    wandb: str | None = None
+
+    def __post_init__(self):
+        require(self.every >= 1, "metrics.every must be at least 1", self.every)
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    """A whole job.
+
+    Attributes:
+      objective: the dataclass of the objective (`train/objectives`), chosen by its field `name`.
+      steps: optimizer steps of the run.
+      batch_size: rows per step over all devices.
+      length: tokens per row.
+      seed: of initialisation, noise and the order of the data.
+    """
+
+    objective: Any
+    data: DataConfig
+    optimizer: OptimizerConfig
+    evaluation: EvaluationConfig
+    checkpoint: CheckpointConfig
+    steps: int
+    batch_size: int
+    length: int
+    seed: int = 0
+    mesh: MeshConfig = MeshConfig()
+    metrics: MetricsConfig = MetricsConfig()
+
+    def __post_init__(self):
+        require(self.steps >= 1, "steps must be at least 1", self.steps)
+        require(self.batch_size >= 1, "batch_size must be at least 1", self.batch_size)
+        require(self.length >= 2, "length must be at least 2", self.length)
+        require(0 <= self.seed < 2**31, "seed must lie in 0..2147483647", self.seed)
+        if self.optimizer.warmup_steps >= self.steps:
+            raise UserError(
+                f"optimizer.warmup_steps ({self.optimizer.warmup_steps}) must be smaller than steps ({self.steps})"
+            )
+
+
+def parse(raw: ConfigDict | Mapping[str, Any], objectives: Mapping[str, Any], place: str = "the config") -> TrainConfig:
+    """The schema applied to what a config file returned.
+
+    Args:
+      raw: a `ConfigDict`, or the same as nested dicts.
+      objectives: name -> objective class; each has its dataclass as `Config`.
+      place: how messages call the whole, for instance the file's name.
+
+    Raises:
+      UserError: one sentence that names the key, what was found and what was expected.
+    """
+    raw = raw.to_dict() if isinstance(raw, ConfigDict) else raw
+    section = raw.get("objective")
+    if not isinstance(section, Mapping):
+        raise UserError(f"{place} has no section objective, whose name chooses one of {', '.join(objectives)}")
+    name = str(section.get("name"))
+    if name not in objectives:
+        raise UserError(
+            f"{place}: there is no objective {name!r}{schema.nearest(name, objectives)}, only {', '.join(objectives)}"
+        )
+    return schema.parse(TrainConfig, raw, place=place, given={"objective": objectives[name].Config})

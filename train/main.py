@@ -1,0 +1,74 @@
+"""Trains.
+
+    python -m train.main --config=configs/X.py[:variant] --workdir=DIR [--config.key=value ...]
+        [--dry_run] [--profile_steps=FIRST:LAST]
+
+The same command again continues a run that was stopped, and says so if it is finished. `--dry_run` prints the resolved
+config, parameter counts, shardings and memory, and touches no device memory.
+"""
+
+import re
+import sys
+from pathlib import Path
+
+from absl import app, flags, logging
+from ml_collections import config_flags
+
+from models.errors import UserError, exit_on_user_error
+from train.command_line import read_flags
+
+_CONFIG = config_flags.DEFINE_config_file("config", None, "The job: a file, perhaps with :variant.")
+_WORKDIR = flags.DEFINE_string("workdir", None, "Receives checkpoints, metrics and what training makes.")
+_DRY_RUN = flags.DEFINE_bool("dry_run", False, "Print what would run and how large it is, then exit.")
+_PROFILE = flags.DEFINE_string("profile_steps", None, "Trace these steps, FIRST:LAST, into WORKDIR/profile.")
+
+
+def train_command(argv: list[str]) -> None:
+    """The command, once its flags are parsed."""
+    logging.set_verbosity(logging.FATAL)  # Orbax narrates, and logs with a traceback what it then raises.
+    if len(argv) > 1:
+        raise UserError(f"{argv[1]!r} is not a flag; options are written --name=value")
+    if _CONFIG.value is None:
+        raise UserError("which job? Give --config=configs/NAME.py")
+    if _WORKDIR.value is None and not _DRY_RUN.value:
+        raise UserError("where to? Give --workdir=DIR")
+    workdir = Path(_WORKDIR.value or ".")
+    profile = _steps(_PROFILE.value)
+
+    # Objectives and the trainer bring JAX, Orbax and TFDS; a mistyped flag is answered before that.
+    from train import dry_run, provenance, trainer
+    from train.config import parse
+    from train.objectives import OBJECTIVES
+    from train.schema import resolved
+
+    source = flags.FLAGS["config"].config_filename  # type: ignore[attr-defined]
+    config = parse(_CONFIG.value, OBJECTIVES, source)
+    if _DRY_RUN.value:
+        print(dry_run.describe(config))
+        return
+    if provenance.is_finished(workdir, resolved(config)):
+        print(f"{workdir} is finished ({config.steps} steps); remove it, or choose another --workdir, to train again")
+        return
+    try:
+        trainer.train(config, workdir, profile)
+    except KeyboardInterrupt:
+        print("\nstopped; the same command continues from the newest checkpoint", file=sys.stderr)
+        sys.exit(130)
+
+
+def _steps(text: str | None) -> tuple[int, int] | None:
+    if text is None:
+        return None
+    found = re.fullmatch(r"(\d+):(\d+)", text)
+    if found is None or not 1 <= int(found[1]) <= int(found[2]):
+        raise UserError(f"--profile_steps must be FIRST:LAST, such as 10:15, got {text!r}")
+    return int(found[1]), int(found[2])
+
+
+@exit_on_user_error
+def main() -> None:
+    app.run(train_command, flags_parser=read_flags)
+
+
+if __name__ == "__main__":
+    main()

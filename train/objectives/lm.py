@@ -1,0 +1,133 @@
+"""Next-token cross-entropy: pretraining a target, or finetuning one.
+
+The loss at p is -log p(x_{p+1} | x_{<=p}) under `shift.py`'s contract with distance 1, averaged over the labels of the
+whole batch. What training leaves behind is a target directory (Hugging Face format).
+"""
+
+import dataclasses
+import math
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+from jaxtyping import Array
+
+from models import transformer
+from models.config import TransformerConfig
+from models.errors import UserError
+from models.hf import load_config, save_target
+from models.layout import Layout
+from models.target import load_target
+from models.tokenizer import Tokenizer
+from train import schema
+from train.objectives.objective import Batch, Params, Sums
+from train.objectives.shift import label_mask, labels_at, log_likelihood
+
+# What the tokenizer decides; a config that repeated it could only contradict it.
+FROM_TOKENIZER = ("vocab_size", "bos_id", "eos_ids")
+
+
+@dataclasses.dataclass(frozen=True)
+class LMConfig:
+    """The section `objective` of a language-model job.
+
+    Attributes:
+      name: `lm`.
+      model: fields of `models.config.TransformerConfig` but those that the tokenizer decides; or None.
+      init_from: a target directory to finetune; or None. Exactly one of the two is given.
+      labels: which tokens are learnt: `assistant`, those that the data set marks, or `all`.
+    """
+
+    name: Literal["lm"]
+    model: Mapping[str, Any] | None = None
+    init_from: str | None = None
+    labels: Literal["assistant", "all"] = "all"
+
+    def __post_init__(self):
+        if (self.model is None) == (self.init_from is None):
+            raise UserError("give either objective.model (a shape) or objective.init_from (a target directory)")
+        if self.model is not None:
+            for name in FROM_TOKENIZER:
+                if name in self.model:
+                    raise UserError(f"objective.model.{name} comes from the data set's tokenizer; leave it out")
+            self.shape(vocab_size=1, bos_id=None, eos_ids=())
+
+    @property
+    def base(self) -> str | None:
+        """The target to finetune, or None."""
+        return self.init_from
+
+    def shape(self, vocab_size: int, bos_id: int | None, eos_ids: tuple[int, ...]) -> TransformerConfig:
+        """The model section completed by the tokenizer's facts. Raises UserError for a key that does not fit."""
+        facts = {"vocab_size": vocab_size, "bos_id": bos_id, "eos_ids": eos_ids}
+        return schema.parse(TransformerConfig, {**(self.model or {}), **facts}, "objective.model")
+
+
+class LM:
+    """The `lm` objective (see `objective.py` for the protocol)."""
+
+    Config: ClassVar[type] = LMConfig
+    product: ClassVar[str] = "target"
+    base_is_frozen = False
+
+    def __init__(self, config: LMConfig, tokenizer: Tokenizer):
+        """`tokenizer` is the data's, and the base's where there is one. Raises UserError for a broken `init_from`."""
+        self._config, self._tokenizer = config, tokenizer
+        if config.init_from is None:
+            self.model = config.shape(tokenizer.vocab_size, tokenizer.bos_id, tokenizer.eos_ids)
+            self.base: Params | None = None
+        else:
+            self.model = load_config(config.init_from)
+            self.base = transformer.param_shapes(self.model, jnp.float32)
+
+    def load_base(self, mesh: Mesh) -> Params:
+        """The target to finetune, in float32."""
+        assert self._config.init_from is not None
+        return load_target(self._config.init_from, dtype=jnp.float32, mesh=mesh).params
+
+    def init(self, key: Array, base: Params | None) -> Params:
+        """Random parameters, or the base's; layers stacked, in float32."""
+        params = transformer.init(self.model, key, jnp.float32) if base is None else base
+        return transformer.stack_layers(params)
+
+    def loss(self, trainable: Params, frozen: None, batch: Batch, key: Array):
+        """Mean cross-entropy over labels, in nats."""
+        likelihood_BT, weight_BT, _ = self._score(trainable, batch)
+        total, weight = -jnp.sum(likelihood_BT * weight_BT), jnp.sum(weight_BT)
+        return (total, weight), {}
+
+    def evaluate(self, trainable: Params, frozen: None, batch: Batch) -> Sums:
+        """Cross-entropy and first-choice accuracy per label."""
+        likelihood_BT, weight_BT, top_BT = self._score(trainable, batch)
+        weight = jnp.sum(weight_BT)
+        # The label is the first choice when nothing is likelier; comparing values is far cheaper than argmax on CPU.
+        right_BT = likelihood_BT >= top_BT
+        return {
+            "loss": (-jnp.sum(likelihood_BT * weight_BT), weight),
+            "accuracy": (jnp.sum(right_BT * weight_BT), weight),
+        }
+
+    def report(self, means: dict[str, float]) -> dict[str, float]:
+        """Adds perplexity per token, exp(loss)."""
+        return {"loss": means["loss"], "perplexity": math.exp(means["loss"]), "accuracy": means["accuracy"]}
+
+    def probe(self, trainable: Params, frozen: None, batches: Iterator[Batch]) -> dict[str, float]:
+        """Nothing: a language model is measured by its loss."""
+        return {}
+
+    def export(self, directory: Path, trainable: Params, frozen: None) -> None:
+        """Writes a target directory."""
+        save_target(directory, self.model, trainable, self._tokenizer, overwrite=True)
+
+    def _score(self, params, batch):
+        tokens_BT, segments_BT = batch["tokens"], batch["segments"]
+        labels_BT, weight_BT = labels_at({**batch, "mask": label_mask(batch, self._config.labels)}, 1)
+        batch_size, rows = tokens_BT.shape
+        layout = Layout.causal(batch_size, rows, segments_BT)
+        logits_BTV = transformer.forward(self.model, params, tokens_BT, layout).logits
+        likelihood_BT = log_likelihood(logits_BTV, labels_BT)
+        top_BT = jnp.max(logits_BTV, axis=-1) - jax.nn.logsumexp(logits_BTV, axis=-1)
+        return likelihood_BT, weight_BT.astype(logits_BTV.dtype), top_BT

@@ -1,0 +1,60 @@
+"""AdamW or Muon under a global-norm clip and a warmed-up schedule, from the schema's section."""
+
+import jax
+import optax
+import optax.contrib
+
+from train.config import OptimizerConfig
+
+
+def make_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
+    """Learning rate by step: linear from 0 to the peak, then cosine, linear or constant down to `final_fraction`.
+
+    Args:
+      config: the optimizer section.
+      steps: length of the run; the last rate is reached there.
+    """
+    peak, end, fall = config.learning_rate, config.learning_rate * config.final_fraction, steps - config.warmup_steps
+    after = {
+        "cosine": optax.cosine_decay_schedule(peak, fall, alpha=config.final_fraction),
+        "linear": optax.linear_schedule(peak, end, fall),
+        "constant": optax.constant_schedule(peak),
+    }[config.schedule]
+    if config.warmup_steps == 0:
+        return after
+    # Step 0 already moves: a warm-up that began at rate 0 would spend its first batch on nothing.
+    warmup = optax.linear_schedule(peak / config.warmup_steps, peak, max(config.warmup_steps - 1, 1))
+    return optax.join_schedules([warmup, after], [config.warmup_steps])
+
+
+def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
+    """The update rule over trainable parameters; its state holds nothing else."""
+    schedule = make_schedule(config, steps)
+    betas = {"b1": config.b1, "b2": config.b2}
+    if config.name == "muon":
+        rule = optax.contrib.muon(
+            schedule,
+            beta=config.b1,
+            eps=config.eps,
+            weight_decay=config.weight_decay,
+            weight_decay_mask=decays,
+            adam_learning_rate=schedule,
+            muon_weight_dimension_numbers=kernel_axes,
+            # The root mean square of an AdamW update, which keeps one learning rate right for both.
+            consistent_rms=0.2,
+            **{f"adam_{name}": beta for name, beta in betas.items()},
+        )
+    else:
+        rule = optax.adamw(schedule, eps=config.eps, weight_decay=config.weight_decay, mask=decays, **betas)
+    return optax.chain(optax.clip_by_global_norm(config.clip_norm), rule)
+
+
+def kernel_axes(params):
+    """Muon's view of the parameters: the [in, out] axes of kernels, stacked or not, and None for what AdamW updates."""
+    axes = optax.contrib.MuonDimensionNumbers(reduction_axis=(-2,), output_axis=(-1,))
+    return jax.tree_util.tree_map_with_path(lambda path, _: axes if path[-1].key == "kernel" else None, params)
+
+
+def decays(params):
+    """True for matrices, by name: stacked layers give norm scales and biases a second axis, so rank cannot tell."""
+    return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key not in ("scale", "bias"), params)

@@ -1,0 +1,313 @@
+"""The trainer, in the order one thinks: devices, mesh, data, state, sharding, step, checkpoint, evaluation, loop.
+
+    loss = sum over terms of  sum(loss over the global batch) / sum(weight over the global batch)
+
+Under `jit` the batch is one global array split over the mesh's data axes, so both sums, and the gradient, are those of
+the whole batch however it is sharded. State that changes (trainable parameters, optimizer, step, key) is donated to
+the step; frozen parameters are an argument beside it. Metrics are fetched one step late: the device already runs step n
+while the numbers of n - 1 are looked at. Before a state is saved its own numbers are looked at, so that no checkpoint
+is of a run that had already gone wrong.
+"""
+
+import contextlib
+import dataclasses
+import functools
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from models import sharding
+from models.errors import UserError
+from train import provenance
+from train.checkpoint import Checkpoints
+from train.config import TrainConfig
+from train.corpus import Corpus, open_corpus
+from train.metrics import NotFinite, Report
+from train.objectives import OBJECTIVES
+from train.objectives.objective import Batch, Objective, Params
+from train.optimizer import make_optimizer, make_schedule
+from train.schema import resolved
+
+BATCH_AXES = ("data", "fsdp")
+State = dict[str, Any]
+Metrics = dict[str, jax.Array]
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """A job with everything decided and nothing allocated.
+
+    Attributes:
+      config: the job.
+      mesh: its devices.
+      objective: its method.
+      optimizer: its update rule.
+      state: `ShapeDtypeStruct`s with shardings of what changes: `params`, `optimizer`, `step` (int32 []) and `key`
+        (raw key data, uint32).
+      base: the same of what is loaded from disk, or None.
+    """
+
+    config: TrainConfig
+    mesh: Mesh
+    objective: Objective
+    optimizer: optax.GradientTransformation
+    state: State
+    base: Params | None
+
+    @property
+    def frozen(self) -> Params | None:
+        """The part of `base` that lives as long as the run."""
+        return self.base if self.objective.base_is_frozen else None
+
+    @property
+    def batch_sharding(self) -> NamedSharding:
+        """Rows split over the data axes."""
+        return NamedSharding(self.mesh, PartitionSpec(BATCH_AXES))
+
+
+class Profiler:
+    """Traces a range of steps into `workdir/profile`, for xprof or TensorBoard's profile tab."""
+
+    def __init__(self, workdir: Path, steps: tuple[int, int] | None):
+        """`steps`: first and last step to trace, both included; None traces nothing."""
+        self._directory, self._steps = workdir / "profile", steps
+
+    @contextlib.contextmanager
+    def around(self, step: int) -> Iterator[None]:
+        """Marks one step; the trace ends once the devices have finished the last."""
+        if self._steps is None:
+            yield
+            return
+        if step == self._steps[0]:
+            jax.profiler.start_trace(self._directory)
+        with jax.profiler.StepTraceAnnotation("train", step_num=step):
+            yield
+        if step == self._steps[1]:
+            jax.effects_barrier()
+            jax.profiler.stop_trace()
+
+
+def make_plan(config: TrainConfig, tokenizer: Any) -> Plan:
+    """Mesh, objective, optimizer, and by `eval_shape` the state's shapes and shardings.
+
+    Raises:
+      UserError: the mesh does not cover the devices, the batch does not divide over it, or the objective refuses.
+    """
+    mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
+    parts = math.prod(mesh.shape[axis] for axis in BATCH_AXES)
+    if config.batch_size % parts:
+        raise UserError(f"batch_size ({config.batch_size}) must be a multiple of the mesh's data x fsdp size ({parts})")
+    objective = OBJECTIVES[config.objective.name](config.objective, tokenizer)
+    optimizer = make_optimizer(config.optimizer, config.steps)
+    state = jax.eval_shape(functools.partial(init_state, objective, optimizer, config.seed), objective.base)
+    return Plan(config, mesh, objective, optimizer, _place(mesh, state), _place(mesh, objective.base))
+
+
+def init_state(objective: Objective, optimizer: optax.GradientTransformation, seed: int, base: Params | None) -> State:
+    """The state at step 0; pure, so that it can be jitted, and evaluated for shapes alone."""
+    init_key, run_key = jax.random.split(jax.random.key(seed))
+    params = objective.init(init_key, base)
+    return {
+        "params": params,
+        "optimizer": optimizer.init(params),
+        "step": jnp.int32(0),
+        "key": jax.random.key_data(run_key),
+    }
+
+
+def make_step(plan: Plan) -> Callable[[State, Params | None, Batch], tuple[State, Metrics]]:
+    """The update: (state, frozen, batch) -> (state, scalar metrics)."""
+    schedule = make_schedule(plan.config.optimizer, plan.config.steps)
+
+    def step(state: State, frozen: Params | None, batch: Batch) -> tuple[State, Metrics]:
+        key = jax.random.fold_in(jax.random.wrap_key_data(state["key"]), state["step"])
+
+        def mean_loss(params):
+            (sums, weights), measured = plan.objective.loss(params, frozen, batch, key)
+            return jnp.sum(sums / jnp.maximum(weights, 1)), measured
+
+        (loss, measured), gradient = jax.value_and_grad(mean_loss, has_aux=True)(state["params"])
+        updates, optimizer = plan.optimizer.update(gradient, state["optimizer"], state["params"])
+        metrics = {
+            "loss": loss,
+            **{name: total / jnp.maximum(weight, 1) for name, (total, weight) in measured.items()},
+            "gradient_norm": optax.global_norm(gradient),
+            "learning_rate": schedule(state["step"]),
+        }
+        params = optax.apply_updates(state["params"], updates)
+        return {**state, "params": params, "optimizer": optimizer, "step": state["step"] + 1}, metrics
+
+    return step
+
+
+def train(config: TrainConfig, workdir: Path, profile: tuple[int, int] | None = None) -> None:
+    """Runs a job to its end, from its newest checkpoint if it has one, and exports what it made.
+
+    Args:
+      config: the job.
+      workdir: receives checkpoints, metrics, `run.json` and the product.
+      profile: trace steps first to last, both included, into `workdir/profile`.
+
+    Raises:
+      UserError: bad input, or the loss or its gradient stopped being finite.
+    """
+    corpus = open_corpus(config.data, config.objective.base)
+    plan = make_plan(config, corpus.tokenizer)
+    batches = corpus.batches(config.batch_size, config.length, config.seed)
+    evaluate = make_evaluation(plan, corpus)
+    first = jax.process_index() == 0
+    if first:
+        provenance.record_start(workdir, resolved(config), provenance.command_line())
+
+    with contextlib.ExitStack() as stack:
+        checkpoints = stack.enter_context(Checkpoints(workdir / "checkpoints", config.checkpoint.keep))
+        start = checkpoints.latest or 0
+        report = stack.enter_context(Report(config, workdir, start, show=first))
+        report.say(describe_job(plan))
+        with report.timed("setup"):
+            state, frozen, position = first_state(plan, checkpoints, start)
+        if position is not None:
+            batches.set_state(position)
+            report.say(f"resuming from step {start} of {config.steps}")
+        try:
+            state = loop(plan, state, frozen, batches, start, evaluate, checkpoints, report, Profiler(workdir, profile))
+        except NotFinite as error:
+            checkpoints.wait()
+            good = f"checkpoint {checkpoints.latest} in {workdir / 'checkpoints'}" if checkpoints.latest else "none yet"
+            raise UserError(f"{error}; the last good checkpoint: {good}") from None
+        product = workdir / plan.objective.product
+        params = gathered(state["params"])
+        checkpoints.wait()
+        if first:
+            plan.objective.export(product, params, frozen)
+            provenance.record_finish(workdir)
+        report.say(f"finished {config.steps} steps; the {plan.objective.product} is in {product}")
+
+
+def first_state(plan: Plan, checkpoints: Checkpoints, start: int) -> tuple[State, Params | None, dict[str, Any] | None]:
+    """State, frozen parameters and position in the data at step `start`: initialised at 0, else restored."""
+    objective = plan.objective
+    needs_base = plan.base is not None and (objective.base_is_frozen or start == 0)
+    base = objective.load_base(plan.mesh) if needs_base else None
+    frozen = base if objective.base_is_frozen else None
+    if start:
+        state, position = checkpoints.restore(start, plan.state)
+        return state, frozen, position
+    initialise = functools.partial(init_state, objective, plan.optimizer, plan.config.seed)
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, plan.state)
+    return jax.jit(initialise, out_shardings=shardings)(base), frozen, None
+
+
+def loop(
+    plan: Plan,
+    state: State,
+    frozen: Params | None,
+    batches: Any,
+    start: int,
+    evaluate: Callable[[Params, Params | None], dict[str, float]],
+    checkpoints: Checkpoints,
+    report: Report,
+    profiler: Profiler,
+) -> State:
+    """Steps `start` + 1 to the last, with evaluations and checkpoints on their way; returns the last state.
+
+    What belongs to a step (its metrics, its evaluation) is on disk before its checkpoint is, so a resumed run finds
+    every line up to the step it restores and drops the lines beyond.
+    """
+    config = plan.config
+    update = None
+    for step in range(start + 1, config.steps + 1):
+        with report.timed("data"):
+            batch = to_devices(plan, next(batches))
+        if update is None:
+            with report.timed("compile"):
+                update = compiled_step(plan, state, frozen, batch, report.say)
+        with profiler.around(step):
+            state, metrics = update(state, frozen, batch)
+        report.push(step, metrics)
+        last = step == config.steps
+        if last or step % config.evaluation.every == 0:
+            report.flush()
+            with report.timed("evaluation"):
+                values = evaluate(state["params"], frozen)
+            report.evaluation(step, values)
+        if last or step % config.checkpoint.every == 0:
+            report.flush()
+            with report.timed("checkpoint"):
+                checkpoints.save(step, state, batches.get_state())
+    return state
+
+
+def compiled_step(plan: Plan, state: State, frozen: Params | None, batch: Batch, say: Callable[[str], None]):
+    """`make_step` compiled ahead for these shardings, so that its time and memory can be told."""
+    say("compiling the step ...")
+    begin = time.perf_counter()
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, plan.state)
+    everywhere = NamedSharding(plan.mesh, PartitionSpec())
+    step = jax.jit(make_step(plan), donate_argnums=0, out_shardings=(shardings, everywhere))
+    compiled = step.lower(state, frozen, batch).compile()
+    memory = compiled.memory_analysis()
+    scratch = "" if memory is None else f", {memory.temp_size_in_bytes / 2**20:,.0f} MiB of scratch memory per device"
+    say(f"compiled in {time.perf_counter() - begin:.1f} s{scratch}")
+    return compiled
+
+
+def make_evaluation(plan: Plan, corpus: Corpus) -> Callable[[Params, Params | None], dict[str, float]]:
+    """The function from (trainable, frozen) to the numbers of one pass over the valid split."""
+    config, objective = plan.config, plan.objective
+    measure = jax.jit(objective.evaluate)
+
+    def batches() -> Iterator[Batch]:
+        for batch in corpus.validation(config.batch_size, config.length, config.evaluation.batches):
+            yield to_devices(plan, batch)
+
+    def evaluate(trainable: Params, frozen: Params | None) -> dict[str, float]:
+        totals: dict[str, list[float]] = {}
+        for batch in batches():
+            for name, pair in jax.device_get(measure(trainable, frozen, batch)).items():
+                total = totals.setdefault(name, [0.0, 0.0])
+                total[:] = total[0] + float(pair[0]), total[1] + float(pair[1])
+        means = {name: total / max(weight, 1.0) for name, (total, weight) in totals.items()}
+        return {**objective.report(means), **objective.probe(trainable, frozen, batches())}
+
+    return evaluate
+
+
+def to_devices(plan: Plan, batch: Mapping[str, Any]) -> Batch:
+    """This process's rows as its part of the global batch."""
+    return {name: jax.make_array_from_process_local_data(plan.batch_sharding, array) for name, array in batch.items()}
+
+
+def describe_job(plan: Plan) -> str:
+    """One line on the size of the job."""
+    config = plan.config
+    frozen = f", {count(plan.frozen):,} frozen" if plan.frozen is not None else ""
+    devices = f"{plan.mesh.size} {plan.mesh.devices.flat[0].platform} device" + "s" * (plan.mesh.size > 1)
+    return (
+        f"{config.objective.name}: {count(plan.state['params']):,} trainable parameters{frozen}; {config.steps} steps "
+        f"of {config.batch_size} x {config.length} tokens on {devices}"
+    )
+
+
+def count(tree: Any) -> int:
+    """Numbers held by a tree of arrays or shapes."""
+    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree))
+
+
+def gathered(params: Params) -> Params:
+    """Parameters that this process can read whole, whichever processes hold their shards."""
+    return multihost_utils.process_allgather(params, tiled=True) if jax.process_count() > 1 else params
+
+
+def _place(mesh: Mesh, tree: Any) -> Any:
+    """Shapes with the shardings that the rules of `models/sharding.py` give them."""
+    places = sharding.param_shardings(mesh, tree)
+    return jax.tree.map(lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), tree, places)
