@@ -69,9 +69,9 @@ def get_config(variant: str = "") -> ConfigDict:
     config.metrics = ConfigDict({"every": 10, "tensorboard": False, "wandb": config_dict.placeholder(str)})
 
     if variant == "quickstart":
-        config.steps, config.batch_size, config.length = 190, 8, 128
+        config.steps, config.batch_size, config.length = 180, 8, 128
         config.optimizer.warmup_steps = 15
-        config.evaluation.update(every=190, batches=32)
+        config.evaluation.update(every=180, batches=32)
         config.checkpoint.update(every=50, keep=1)
     if variant == "smoke":
         config.objective.model.update(width=64, num_layers=2, num_heads=2, num_kv_heads=1, head_dim=32, mlp_width=176)

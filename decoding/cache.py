@@ -1,7 +1,8 @@
 """The KV cache: per layer, keys `k` of shape [B, K, D, S] and values `v` of shape [B, K, S, D].
 
-Slot s holds the committed token at position s and nothing else is ever written below `length`. A forward reads the cache
-and returns fresh rows beside it; `commit` writes those that became text. What lies at or beyond `length` is never read.
+Slot s holds the committed token at position s and nothing else is ever written below `length`. A forward reads the
+cache and returns fresh rows beside it; `commit` writes those that became text. What lies at or beyond `length` is never
+read.
 """
 
 import jax

@@ -1,8 +1,9 @@
 """What a drafter is: a few pure functions over a state pytree, and some static facts.
 
-A drafter is a frozen, hashable dataclass, so that it can be a jit constant; its parameters and its state are pytrees. The
-loop calls, in this order, `draft` before each target forward, `ingest` with the rows that became text (and, before
-that, with the prompt), and `observe` with everything the forward said. Plain decoding is the drafter that proposes nothing.
+A drafter is a frozen, hashable dataclass, so that it can be a jit constant; its parameters and its state are pytrees.
+The loop calls, in this order, `draft` before each target forward, `ingest` with the rows that became text (and, before
+that, with the prompt), and `observe` with everything the forward said. Plain decoding is the drafter that proposes
+nothing.
 """
 
 from typing import ClassVar
@@ -87,6 +88,10 @@ class Drafter:
 
     def check(self, config: TransformerConfig) -> None:
         """Raises UserError when this drafter cannot serve a target of that shape."""
+
+    def init_params(self, config: TransformerConfig, target: Params, key: Array):
+        """Fresh parameters for a target; None for a drafter without."""
+        return None
 
     def prepare(self, params):
         """Parameters in the layout that `draft` reads; called once before the loop, in the same compilation."""

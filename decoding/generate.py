@@ -1,7 +1,7 @@
 """`generate`: prompts in, texts out, through the jitted loop, whole or as a stream.
 
-This is the host side: it checks the request, chooses the bucket, feeds the prompt in chunks, and runs the loop to its end
-or m steps at a time.
+This is the host side: it checks the request, chooses the bucket, feeds the prompt in chunks, and runs the loop to its
+end or m steps at a time.
 """
 
 import dataclasses

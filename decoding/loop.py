@@ -1,13 +1,14 @@
 """The decoding loop: one `lax.while_loop`, everything on the device.
 
-A step drafts a token tree, runs the target on all of its nodes at once, verifies, commits the accepted rows to the cache
-and tells the drafter what became text. One compilation serves a *bucket*, (batch, capacity, tree width, static sampling
-mode); lengths, limits, stop sequences, sampling settings and the number of steps are traced.
+A step drafts a token tree, runs the target on all of its nodes at once, verifies, commits the accepted rows to the
+cache and tells the drafter what became text. One compilation serves a *bucket*, (batch, capacity, tree width, static
+sampling mode); lengths, limits, stop sequences, sampling settings and the number of steps are traced.
 
 Invariant between steps: the cache holds `tokens[:, :length]`, and `tokens[:, length]` is the root, chosen but not yet
 read by the target.
 """
 
+import dataclasses
 import functools
 
 import jax
@@ -109,7 +110,7 @@ def prefill_chunk(
     last = jnp.maximum(count - 1, 0)[:, None, None]
     read = jnp.take_along_axis(out.hidden, last, axis=1)[:, 0]
     hidden = jnp.where((count > 0)[:, None], read, hidden)
-    return state.replace(cache=cache, length=length, drafter=drafter_state), hidden
+    return dataclasses.replace(state, cache=cache, length=length, drafter=drafter_state), hidden
 
 
 @functools.partial(jax.jit, static_argnames=("config",), donate_argnames=("state",))
@@ -120,7 +121,7 @@ def choose_first(
     root = draw(head(config, params, hidden), request.warps, request.keys, state.length)
     zero = jnp.zeros_like(state.length)
     # The root goes to `tokens[length]`, one place before where a step's tokens go.
-    before = state.replace(length=state.length - 1)
+    before = dataclasses.replace(state, length=state.length - 1)
     state, _ = emit(before, request, root[:, None], zero)
     return state
 
@@ -171,7 +172,8 @@ def decode_step(config, drafter, params, drafter_params, state, request, typical
         # XLA updates the cache in place only if it can tell that every layer has read it before. Plain decoding writes
         # the same row whatever the verdict, so the place is made to depend on it: tokens are never negative.
         start = state.length + jnp.minimum(verdict.tokens[:, 0], 0)
-        after = after.replace(
+        after = dataclasses.replace(
+            after,
             cache=commit(state.cache, out.rows, path, start),
             counters=state.counters.record(
                 verdict.path, emitted, jnp.minimum(verdict.drafts, emitted), (~state.done).astype(jnp.int32)
@@ -183,7 +185,7 @@ def decode_step(config, drafter, params, drafter_params, state, request, typical
         view = TargetView(config, params, after.cache, after.length, request.warps)
         drafter_state = drafter.ingest(drafter_params, view, state.drafter, rows)
         drafter_state = drafter.observe(drafter_state, tree, out, verdict)
-    return after.replace(drafter=drafter_state)
+    return dataclasses.replace(after, drafter=drafter_state)
 
 
 def emit(
@@ -203,7 +205,8 @@ def emit(
     writers_BR = jnp.where(place_R < drafts[:, None], place_R + 1, 0).astype(jnp.int8)
     length = state.length + count
     done = state.done | (first < R) | (length + 1 >= request.limit)
-    state = state.replace(
+    state = dataclasses.replace(
+        state,
         tokens=_write_text(state.tokens, tokens, state.length + 1),
         writers=_write_text(state.writers, writers_BR, state.length + 1),
         length=length,

@@ -45,7 +45,7 @@ def teacher_forced_ranks(
       the width of the tree at that depth when the token is not on the list.
     """
     heads, tree = drafter.heads, drafter.tree
-    layout = Layout.causal(*tokens.shape)
+    layout = Layout.causal(tokens.shape[0], tokens.shape[1])
     hidden_BTH = transformer.forward(config, target, tokens, layout).hidden
     feature_BTH = heads.features(config, params, hidden_BTH, layout)
     ranks = []

@@ -2,8 +2,8 @@
 
 Under the laws `match` and `point` there is one rule: at each node draw the target's own token; if a child holds it,
 descend, otherwise it is the next root. For deterministic children this is point-mass rejection sampling (SpecInfer's
-verification with q = 1; EAGLE-2) in its simplest form, and at temperature 0 it is greedy verification. It walks from the
-root, so the target distribution is evaluated at visited nodes only.
+verification with q = 1; EAGLE-2) in its simplest form, and at temperature 0 it is greedy verification. It walks from
+the root, so the target distribution is evaluated at visited nodes only.
 
 `typical` acceptance (Medusa, section 3.3) is here too. It is lossy: the text no longer follows the target distribution.
 """

@@ -1,8 +1,8 @@
 """Is sampled text really distributed as the target says? Exact law against observed counts, by chi-square.
 
-On a vocabulary of a few tokens every string of two or three tokens can be listed with its probability, from the target's
-own forward and the sampling warps. Thousands of decodes of one prompt are then counted against that law. A small p says
-that the decoder samples from something else; a large one says that this many samples could not tell.
+On a vocabulary of a few tokens every string of two or three tokens can be listed with its probability, from the
+target's own forward and the sampling warps. Thousands of decodes of one prompt are then counted against that law. A
+small p says that the decoder samples from something else; a large one says that this many samples could not tell.
 """
 
 import dataclasses

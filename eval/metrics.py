@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Array, Float, Int
 
 from decoding.drafters.heads import HeadDrafter
 from decoding.replay import teacher_forced_ranks
@@ -36,7 +36,7 @@ def text_documents(path: str | Path, target: Target) -> "Documents":
     Raises:
       UserError: no such file, or a target without a tokenizer.
     """
-    from train.data import Documents
+    from train.data import Document, Documents
 
     path = Path(path)
     if not path.is_file():
@@ -50,7 +50,7 @@ def text_documents(path: str | Path, target: Target) -> "Documents":
     tokens = np.asarray(target.tokenizer.encode(text, specials=False), np.int32)
     if len(tokens) < 2:
         raise UserError(f"{path} holds {len(tokens)} tokens, which is too little to measure anything on")
-    document = {"name": str(path), "tokens": tokens, "mask": np.ones(len(tokens), np.uint8)}
+    document = Document(name=str(path), tokens=tokens, mask=np.ones(len(tokens), np.uint8))
     return Documents(np.array([len(tokens)]), lambda _: document)
 
 
@@ -85,7 +85,8 @@ def rows_of_text(
 @functools.partial(jax.jit, static_argnames=("config",))
 def _negative_log_likelihood(config, params, batch):
     labels_BT, weight_BT = labels_at({**batch, "mask": label_mask(batch, "all")}, 1)
-    layout = Layout.causal(*batch["tokens"].shape, segments=batch["segments"])
+    rows, length = batch["tokens"].shape
+    layout = Layout.causal(rows, length, batch["segments"])
     likelihood_BT = log_likelihood(forward(config, params, batch["tokens"], layout).logits, labels_BT)
     return -jnp.sum(likelihood_BT * weight_BT), jnp.sum(weight_BT)
 
@@ -135,7 +136,8 @@ def head_accuracy(
     picked = []
     for batch in batches:
         ranks_DBT = head_ranks(target, drafter, drafter_params, batch["tokens"], width)
-        _, counts_BT = labels_at({**batch, "mask": label_mask(batch, "all")}, 1 + drafter.heads.num_heads)
+        arrays: dict[str, Array] = {name: jnp.asarray(array) for name, array in batch.items()}
+        _, counts_BT = labels_at({**arrays, "mask": label_mask(arrays, "all")}, 1 + drafter.heads.num_heads)
         picked.append(ranks_DBT[:, np.asarray(counts_BT)])
     ranks_DN = np.concatenate(picked, axis=1)
     if not ranks_DN.size:

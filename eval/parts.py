@@ -70,7 +70,7 @@ class Scene:
         """The loop's carry."""
         text = self.tokens(self.capacity)
         state = loop.init_state(self.config, drafter, 1, self.capacity, self.dtype, text)
-        return state.replace(length=jnp.full(1, self.length, jnp.int32))
+        return dataclasses.replace(state, length=jnp.full(1, self.length, jnp.int32))
 
 
 def rows_forward(scene: Scene, rows: int) -> Part:
@@ -143,7 +143,7 @@ def step_parts(scene: Scene, drafter: Drafter, drafter_params: Any) -> dict[str,
         text, cache = carry
         after, _ = loop.emit(text, request, verdict.tokens, verdict.drafts)
         cache = commit(cache, rows, verdict.path if drafter.max_depth else None, text.length)
-        return after.replace(length=text.length, done=text.done), cache
+        return dataclasses.replace(after, length=text.length, done=text.done), cache
 
     def update(fixed, varying, drafter_state):
         params, drafter_params, cache = fixed
@@ -158,7 +158,7 @@ def step_parts(scene: Scene, drafter: Drafter, drafter_params: Any) -> dict[str,
     # Outputs of zeros save the compilation of another forward.
     out = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), jax.eval_shape(read, (params, cache), tree))
     verdict = jax.jit(judge)((), (tree, out.logits))
-    text = state.replace(cache=[], drafter=())
+    text = dataclasses.replace(state, cache=[], drafter=())
     parts: dict[str, Timed] = {
         "draft": Part.of(lambda fixed, varying: draft(fixed, varying).tokens, models, varying),
         "forward": Part.of(lambda fixed, tree: read(fixed, tree).logits, (params, cache), tree),
@@ -187,7 +187,7 @@ class Step:
 
     def sample(self) -> float:
         """Seconds per step."""
-        state = self._state.replace(length=jnp.full(1, self._length, jnp.int32), done=jnp.zeros(1, bool))
+        state = dataclasses.replace(self._state, length=jnp.full(1, self._length, jnp.int32), done=jnp.zeros(1, bool))
         jax.block_until_ready(state)
         started = time.perf_counter()
         self._state = jax.block_until_ready(loop.run(*self._call, state, self._request, np.int32(STEPS_PER_SAMPLE)))

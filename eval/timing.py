@@ -83,7 +83,7 @@ class Part:
 
     def text(self) -> str:
         """The compiled program, for tests."""
-        return self._loop.lower(self._fixed, self._state, 1).compile().as_text()
+        return self._loop.lower(self._fixed, self._state, 1).compile().as_text() or ""
 
     def _run(self, times: int) -> float:
         started = time.perf_counter()

@@ -104,8 +104,8 @@ def attend(
     s = [scores(source["k"], mask) for source, mask in zip(sources, seen, strict=True)]
     top = functools.reduce(jnp.maximum, [jnp.max(x, axis=-1, keepdims=True) for x in s])
     e = [jnp.exp(x - top) for x in s]
-    total = sum(jnp.sum(x, axis=-1, keepdims=True) for x in e).reshape(B, K, -1, 1)
-    mixed_BKRD = sum(
+    total = functools.reduce(jnp.add, [jnp.sum(x, axis=-1, keepdims=True) for x in e]).reshape(B, K, -1, 1)
+    mixed = [
         jnp.einsum(
             "BKRS,BKSD->BKRD",
             x.reshape(B, K, T * N // K, -1).astype(source["v"].dtype),
@@ -113,9 +113,9 @@ def attend(
             preferred_element_type=dtype,
         )
         for x, source in zip(e, sources, strict=True)
-    )
-    mixed = (mixed_BKRD / total).astype(q_BTND.dtype)
-    return mixed.reshape(B, K, T, N // K, D).transpose(0, 2, 1, 3, 4).reshape(B, T, N * D)
+    ]
+    mixed_BKRD = (functools.reduce(jnp.add, mixed) / total).astype(q_BTND.dtype)
+    return mixed_BKRD.reshape(B, K, T, N // K, D).transpose(0, 2, 1, 3, 4).reshape(B, T, N * D)
 
 
 def joined_or_apart(module: nn.Module, names: tuple[str, ...], widths: list[int], bias: bool, x: Array) -> list[Array]:

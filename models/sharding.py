@@ -1,7 +1,7 @@
 """Meshes, and where every parameter lives on them.
 
-Three axes: `data` splits the batch, `fsdp` splits parameters (and, in training, the batch too), `tensor` splits heads, MLP
-channels and the vocabulary. A parameter's place follows from its path alone, by the first rule that matches.
+Three axes: `data` splits the batch, `fsdp` splits parameters (and, in training, the batch too), `tensor` splits heads,
+MLP channels and the vocabulary. A parameter's place follows from its path alone, by the first rule that matches.
 """
 
 import re

@@ -3,9 +3,9 @@
     forward(config, params, inputs, layout, cache, layers, taps) -> Output(logits, hidden, taps, rows)
 
 It is a pure function. The KV cache is an argument that it only reads: the keys and values of the new rows come back in
-`Output.rows`, and whoever decides which rows become text writes those (`decoding/cache.py`). Parameters are plain nested
-dicts in one of two layouts: a *list* of layers (decoding; stacked weights cost about 3x inside a token loop on CPU) or
-one *stacked* layer tree with a leading axis, scanned (training; compile time does not grow with depth).
+`Output.rows`, and whoever decides which rows become text writes those (`decoding/cache.py`). Parameters are plain
+nested dicts in one of two layouts: a *list* of layers (decoding; stacked weights cost about 3x inside a token loop on
+CPU) or one *stacked* layer tree with a leading axis, scanned (training; compile time does not grow with depth).
 
     {'embed': {'embedding'}, 'layers': [...] or {...}, 'final_norm': {'scale'}, 'head': {'kernel'} unless tied}
 """

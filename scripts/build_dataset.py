@@ -15,6 +15,7 @@ import argparse
 import contextlib
 import dataclasses
 import fnmatch
+import functools
 import gzip
 import hashlib
 import itertools
@@ -246,7 +247,7 @@ def build(
     return write_dataset(
         out,
         tokenizer,
-        {name: lambda name=name: _tokenised(splits[name], tokenizer, counters[name]) for name in splits},
+        {name: functools.partial(_tokenised, splits[name], tokenizer, counters[name]) for name in splits},
         lambda: {
             "kind": kind,
             "source": source,

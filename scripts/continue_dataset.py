@@ -3,12 +3,14 @@
     python -m scripts.continue_dataset --target DIR --data DATASET --out DIR [--documents 512] [--valid_documents 32]
         [--prompt_tokens 64] [--new_tokens 192] [--temperature 0] [--rows 32] [--seed 0] [--overwrite]
 
-Windows for `train` and `valid` come from the data set's own splits. A head is of use where it guesses what the target will say, not what the author of a text said. Every document of the
-result is a window of a training document and the target's continuation; the continuation alone is marked as label
-(`objective.labels = 'assistant'`). Medusa's self-distillation samples at temperature 0.3; 0 is for greedy decoding.
+Windows for `train` and `valid` come from the data set's own splits. A head is of use where it guesses what the target
+will say, not what the author of a text said. Every document of the result is a window of a training document and the
+target's continuation; the continuation alone is marked as label (`objective.labels = 'assistant'`). Medusa's
+self-distillation samples at temperature 0.3; 0 is for greedy decoding.
 """
 
 import argparse
+import functools
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -94,7 +96,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     write_dataset(
         arguments.out,
         target.tokenizer,
-        {name: lambda name=name: counted(name) for name in splits},
+        {name: functools.partial(counted, name) for name in splits},
         lambda: {"kind": "continuations", "source": source, "chat_template": None, "splits": counts},
         overwrite=arguments.overwrite,
     )

@@ -33,6 +33,8 @@ out=$(cd "$out" && pwd)
 cd "$ROOT"
 venv_ready requirements.txt
 export JAX_COMPILATION_CACHE_DIR=${JAX_COMPILATION_CACHE_DIR:-$ROOT/.cache/jax}
+# Large scratch buffers come and go at every training step; huge pages spare most of their page faults (glibc alone).
+export GLIBC_TUNABLES=${GLIBC_TUNABLES:-glibc.malloc.hugetlb=1}
 began=$SECONDS
 
 # Only what this script makes is removed: DIR may hold other things.
@@ -58,7 +60,7 @@ for drafter in medusa hydra; do
 done
 if [ ! -e "$out/trees.txt" ]; then
     for drafter in medusa hydra; do
-        run eval.tree --target "$out/lm/target" --drafter "$out/$drafter/drafter" --data "$out/data" --write |
+        run eval.tree --target "$out/lm/target" --drafter "$out/$drafter/drafter" --data "$out/data" --max_nodes 16 --write |
             tee -a "$out/trees.partial"
     done
     mv "$out/trees.partial" "$out/trees.txt"

@@ -1,8 +1,8 @@
 """Every drafter by name, and drafter directories.
 
-A drafter directory is `drafter.json` (method, hyper-parameters, tree, fingerprint of its base) and, where the method has
-parameters, `model.safetensors`, whose tensors are named by their path in the parameter tree (`heads.0.vocab.kernel`, as
-[in, out]).
+A drafter directory is `drafter.json` (method, hyper-parameters, tree, fingerprint of its base) and, where the method
+has parameters, `model.safetensors`, whose tensors are named by their path in the parameter tree
+(`heads.0.vocab.kernel`, as [in, out]).
 """
 
 import contextlib
@@ -83,7 +83,7 @@ def load_drafter(spec: str | Path, target: Target) -> tuple[Drafter, typing.Any]
     drafter = build(record, str(directory / "drafter.json"))
     _check_base(directory, record.get("base", {}), target)
     drafter.check(target.config)
-    shapes = jax.eval_shape(functools.partial(drafter.heads.init, target.config), target.params, jax.random.key(0))
+    shapes = jax.eval_shape(functools.partial(drafter.init_params, target.config), target.params, jax.random.key(0))
     wanted = {path.replace("/", "."): shape for path, shape in leaves_by_path(shapes).items()}
     with contextlib.ExitStack() as stack:
         files = open_tensors(directory, stack)
@@ -113,7 +113,7 @@ def write_tree(directory: str | Path, tree: Topology) -> None:
 def describe(drafter: Drafter) -> dict:
     """The JSON record of a drafter's static part; `build` is its inverse."""
     record: dict = {"method": drafter.name}
-    for field in dataclasses.fields(drafter):
+    for field in dataclasses.fields(typing.cast(typing.Any, drafter)):
         value = getattr(drafter, field.name)
         record[field.name] = (
             [list(p) for p in value.paths] if isinstance(value, Topology) else dataclasses.asdict(value)
@@ -133,7 +133,7 @@ def build(record: dict, where: str) -> Drafter:
     kind = DRAFTERS[method]
     types = typing.get_type_hints(kind)
     arguments = {}
-    for field in dataclasses.fields(kind):
+    for field in dataclasses.fields(typing.cast(typing.Any, kind)):
         if field.name not in record:
             raise UserError(f"{where} has no entry {field.name!r}")
         value = record[field.name]

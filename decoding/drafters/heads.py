@@ -31,6 +31,9 @@ class HeadDrafter(Drafter):
     def max_depth(self) -> int:
         return self.tree.max_depth
 
+    def init_params(self, config, target, key):
+        return self.heads.init(config, target, key)
+
     def check(self, config):
         self.tree.check(heads=self.heads.num_heads, vocab_size=config.vocab_size)
 

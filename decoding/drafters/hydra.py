@@ -22,13 +22,13 @@ from models.layout import Layout
 class Hydra(HeadDrafter):
     """Hydra or Hydra++ heads (`heads.prefix`) with a tree."""
 
-    heads: HydraHeads = HydraHeads()
+    heads: HydraHeads = dataclasses.field(default_factory=HydraHeads)
     name: ClassVar[str] = "hydra"
     taps: ClassVar[tuple[str, ...]] = ("post_norm",)
 
     def init(self, config, batch, capacity, dtype):
         """`feature` `[B, H]` that the heads read, and Hydra++'s one-layer `cache`."""
-        state = {"feature": jnp.zeros((batch, config.width), dtype)}
+        state: dict = {"feature": jnp.zeros((batch, config.width), dtype)}
         if self.heads.prefix:
             state["cache"] = init_cache(config, batch, capacity, dtype, layers=1)
         return state
@@ -38,8 +38,8 @@ class Hydra(HeadDrafter):
         if self.heads.prefix:
             layout = Layout.extend(rows.start, features_BRH.shape[1])
             features_BRH, fresh = self.heads.prefix_rows(target.config, params, features_BRH, layout, state["cache"][0])
-            # As in the loop, the place is made to depend on what the block read, or XLA would copy the cache to write it:
-            # nothing exceeds infinity.
+            # As in the loop, the place is made to depend on what the block read, or XLA would copy the cache to write
+            # it: nothing exceeds infinity.
             start = rows.start + jnp.any(features_BRH[:, 0] > jnp.inf, axis=-1)
             state = {**state, "cache": commit(state["cache"], [fresh], None, start)}
         return {**state, "feature": last_feature(state["feature"], features_BRH, rows.count)}

@@ -19,7 +19,7 @@ from models.heads.medusa import MedusaHeads
 class Medusa(HeadDrafter):
     """Medusa heads with a tree."""
 
-    heads: MedusaHeads = MedusaHeads()
+    heads: MedusaHeads = dataclasses.field(default_factory=MedusaHeads)
     name: ClassVar[str] = "medusa"
     taps: ClassVar[tuple[str, ...]] = ("post_norm",)
 

@@ -107,8 +107,8 @@ class HydraHeads:
         """The first blocks of heads 0 .. count-1, cut by what they read instead of by head.
 
         z is a concatenation, so a first block is a sum of one product per piece of z, and a piece that several heads
-        read can meet all of their kernels at once. Source 0 is f, source 1 + j is E[y_j], read by heads j and up. A tree
-        then needs one product per node instead of one per path, with few wide kernels instead of many narrow ones.
+        read can meet all of their kernels at once. Source 0 is f, source 1 + j is E[y_j], read by heads j and up. A
+        tree then needs one product per node instead of one per path, with few wide kernels instead of many narrow ones.
 
         Returns:
           `sources`: per source a kernel [H, heads that read it, 2H], skip and gate side by side; `bias` [count, 2H].

@@ -23,7 +23,7 @@ from models.heads.hydra import HydraHeads
 from models.heads.medusa import MedusaHeads
 from models.target import Target
 
-# The second child has children where the first has none, and so has a second grandchild: order cannot be taken for granted.
+# The second child has more descendants than the first: a builder that takes the first's for granted goes wrong.
 LOPSIDED = Topology(((0,), (1,), (2,), (0, 0), (1, 0), (1, 1), (1, 0, 0), (1, 1, 0), (1, 1, 1)))
 BUSHY = Topology(
     ((0,), (1,), (2,), (3,), (0, 0), (0, 1), (1, 0), (2, 0), (0, 0, 0), (0, 1, 0), (0, 1, 1), (0, 1, 1, 0))

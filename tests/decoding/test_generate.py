@@ -44,8 +44,8 @@ def test_stream_is_the_output_every_m_steps(target: Target, drafter: dict, every
     assert streamed.tokens == whole.tokens and streamed.writers == whole.writers
     for row in range(3):
         pieces = [(tokens, writers) for r, tokens, writers in calls if r == row]
-        assert sum((tokens for tokens, _ in pieces), []) == whole.tokens[row]
-        assert sum((writers for _, writers in pieces), []) == whole.writers[row]
+        assert [token for tokens, _ in pieces for token in tokens] == whole.tokens[row]
+        assert [writer for _, writers in pieces for writer in writers] == whole.writers[row]
         assert pieces[0] == (whole.tokens[row][:1], [0]), "the token that prefill chose comes first"
         # Every step ends with a token that the target wrote.
         ends = [sum(writer == 0 for writer in writers) for _, writers in pieces[1:-1]]

@@ -12,7 +12,7 @@ VOCAB = 17
 
 
 def reference(logits: np.ndarray, s: Sampling) -> np.ndarray:
-    """Probabilities after temperature, top-k, top-p, min-p, each on what the one before left; loops, no sorting tricks."""
+    """Probabilities after temperature, top-k, top-p, min-p, each on what the one before left, in loops."""
     p = np.exp((logits - logits.max()) / s.temperature)
     p /= p.sum()
     order = sorted(range(len(p)), key=lambda i: -p[i])

@@ -14,7 +14,6 @@ from models import transformer
 from models.config import RopeScaling, TransformerConfig
 from models.layers import apply_rope, rope_frequencies, softcap
 from models.layout import Layout
-from models.transformer import forward
 
 LLAMA = TransformerConfig(
     vocab_size=23, width=16, num_layers=3, num_heads=4, num_kv_heads=2, head_dim=6, mlp_width=20, norm_eps=1e-6
@@ -36,6 +35,8 @@ FAMILIES = {
     ),
 }
 TOKENS = jnp.array(np.random.default_rng(0).integers(23, size=(2, 9)))
+
+forward = jax.jit(transformer.forward, static_argnames=("config", "layers", "taps"))
 
 pytestmark = pytest.mark.usefixtures("x64")
 each_family = pytest.mark.parametrize("config", FAMILIES.values(), ids=FAMILIES)

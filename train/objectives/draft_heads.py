@@ -11,7 +11,6 @@ Medusa-1 and Hydra are hard = 1; Hydra++ is soft = 1.
 """
 
 import dataclasses
-import functools
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Literal, NamedTuple
@@ -26,6 +25,7 @@ from jaxtyping import Array, Float
 from decoding.drafters import DRAFTERS, save_drafter
 from decoding.drafters.heads import HeadDrafter
 from decoding.generate import generate
+from decoding.replay import replay_acceptance
 from decoding.sampling import argmax
 from decoding.trees import MC_SIM_7B_63, Topology, chain
 from models import transformer
@@ -37,7 +37,6 @@ from models.tokenizer import Tokenizer
 from models.transformer import Output
 from train import schema
 from train.objectives.objective import Batch, Params, Sums
-from train.objectives.replay import replay_hits
 from train.objectives.shift import ahead, label_mask, labels_at, log_likelihood
 
 
@@ -164,7 +163,7 @@ class DraftHeads:
         """Share of decoding steps that accept depth d: in the loop, and by the training-time forward on its text.
 
         The loop decodes the beginnings of held-out rows greedily, with the rank-0 chain as its tree. The two shares
-        must be equal (`replay.py`); a difference means that heads are not served as they are trained.
+        must be equal (`decoding/replay.py`); a difference means that heads are not served as they are trained.
         """
         tokens_BT = np.asarray(next(batches)["tokens"]) if jax.process_count() == 1 else np.zeros((0, 0), np.int32)
         prompts = tokens_BT[: self._config.loop_prompts, : max(tokens_BT.shape[1] // 4, 1)].tolist()
@@ -173,17 +172,10 @@ class DraftHeads:
         depth = self.heads.num_heads
         new_tokens = min(self._config.loop_tokens, self.model.max_position - len(prompts[0]))
         params = jax.tree.map(lambda leaf: leaf.astype(self._dtype), trainable)
-        decoded = generate(
-            Target(self.model, frozen, self._tokenizer),
-            prompts,
-            drafter=dataclasses.replace(self.drafter, tree=chain(depth)),
-            drafter_params=params,
-            max_new_tokens=new_tokens,
-        )
-        texts = np.zeros((len(prompts), len(prompts[0]) + new_tokens), np.int32)
-        for row, (prompt, new) in enumerate(zip(prompts, decoded.tokens, strict=True)):
-            texts[row, : len(prompt) + len(new)] = [*prompt, *new]
-        replayed = replay_hits(np.asarray(self._first_choices(trainable, frozen, texts)), prompts, decoded)
+        target = Target(self.model, frozen, self._tokenizer)
+        drafter = dataclasses.replace(self.drafter, tree=chain(depth))
+        decoded = generate(target, prompts, drafter=drafter, drafter_params=params, max_new_tokens=new_tokens)
+        replayed = replay_acceptance(target, drafter, params, prompts, decoded)
         stats = sum(decoded.stats[1:], decoded.stats[0])
         shares = {"loop": stats.accepted_by_depth, "replay": replayed}
         return {
@@ -229,12 +221,6 @@ class DraftHeads:
             hidden_BTH = self.heads.hidden(params, i, feature_BTH, path_BTPH, **extra)
             outputs.append(HeadOutput(self.heads.vocab(params, i, hidden_BTH), hidden_BTH))
         return target, outputs
-
-    @functools.partial(jax.jit, static_argnums=0)
-    def _first_choices(self, trainable, frozen, tokens_BT):
-        batch = {"tokens": tokens_BT, "segments": jnp.ones_like(tokens_BT)}
-        _, heads = self.teacher_forced(trainable, frozen, batch, None)
-        return jnp.stack([argmax(head.logits) for head in heads], axis=-1)
 
     def _labels(self, i, batch):
         return labels_at({**batch, "mask": label_mask(batch, self._config.labels)}, i + 2)
