@@ -93,7 +93,7 @@ def replay_acceptance(
         padded[row, : len(text)] = text
     ranks_DBT = np.asarray(teacher_forced_ranks(target.config, drafter, target.params, params, padded))
     for row, (prompt, writers) in enumerate(zip(prompts, generation.writers, strict=True)):
-        for root in np.flatnonzero(np.array(writers) == 0) + len(prompt):
+        for root in (len(prompt) + int(place) for place in np.flatnonzero(np.array(writers) == 0)):
             node = 0
             for depth in range(1, min(tree.max_depth, len(texts[row]) - 1 - root) + 1):
                 rank = ranks_DBT[depth - 1, row, root - 1]

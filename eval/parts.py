@@ -155,8 +155,8 @@ def step_parts(scene: Scene, drafter: Drafter, drafter_params: Any) -> dict[str,
 
     draft, models, varying = _drafting(scene, drafter, drafter_params)
     tree = jax.jit(draft)(models, varying)
-    # Outputs of zeros save the compilation of another forward.
-    out = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), jax.eval_shape(read, (params, cache), tree))
+    # Outputs of zeros depend on nothing, which saves the compilation of another forward.
+    out = jax.jit(lambda *inputs: jax.tree.map(jnp.zeros_like, read(*inputs)))((params, cache), tree)
     verdict = jax.jit(judge)((), (tree, out.logits))
     text = dataclasses.replace(state, cache=[], drafter=())
     parts: dict[str, Timed] = {

@@ -52,14 +52,15 @@ class Part:
           carry: the result of a run that was not made, for functions that work on their last result; copied.
         """
         self._fixed = fixed
-        self._state = jax.tree.map(jnp.array, (varying, carry))
+        leaves, structure = jax.tree.flatten((varying, carry))
+        self._state = [jnp.array(leaf) for leaf in leaves]
         self._times: int | None = None
 
         def body(fixed, state):
-            varying, carry = state
+            varying, carry = jax.tree.unflatten(structure, state)
             nothing = _never(jax.tree.leaves(carry)[0])
             varying = jax.tree.map(lambda leaf: _touched(leaf, nothing), varying)
-            return varying, function(fixed, varying, carry)
+            return jax.tree.leaves((varying, function(fixed, varying, carry)))
 
         def loop(fixed, state, times):
             return jax.lax.fori_loop(0, times, lambda _, state: body(fixed, state), state)

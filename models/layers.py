@@ -7,6 +7,7 @@ if the parameters are wider, in theirs.
 
 import functools
 import math
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -19,6 +20,11 @@ from models.layout import Layout
 
 # One layer's keys `k` [B, K, D, S] and values `v` [B, K, S, D], of S cache slots or of S = T new rows.
 Rows = dict[str, Float[Array, "B K _ _"]]
+
+
+def call(module: nn.Module, params: dict, *inputs) -> Any:
+    """A Linen module as a pure function of its parameters."""
+    return module.apply({"params": params}, *inputs)
 
 
 def wide(dtype) -> jnp.dtype:

@@ -5,6 +5,7 @@ MLP channels and the vocabulary. A parameter's place follows from its path alone
 """
 
 import re
+from typing import Any
 
 import jax
 import numpy as np
@@ -46,7 +47,7 @@ def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices=None) -> M
     return jax.make_mesh(tuple(sizes), AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
 
 
-def param_specs(params) -> dict:
+def param_specs(params: Any) -> Any:
     """The PartitionSpec of every leaf, from its path; a leading axis of stacked layers stays whole."""
 
     def spec(path, leaf):
@@ -57,7 +58,7 @@ def param_specs(params) -> dict:
     return jax.tree_util.tree_map_with_path(spec, params)
 
 
-def param_shardings(mesh: Mesh, params) -> dict:
+def param_shardings(mesh: Mesh, params: Any) -> Any:
     """NamedShardings for a tree of arrays or ShapeDtypeStructs.
 
     An axis of a parameter that its mesh axis does not divide is kept whole.

@@ -20,7 +20,7 @@ from flax import struct
 from jaxtyping import Array, Float, Int
 
 from models.config import TransformerConfig
-from models.layers import Block, RMSNorm, Rows, joined_name, rope_angles, softcap, wide
+from models.layers import Block, RMSNorm, Rows, call, joined_name, rope_angles, softcap, wide
 from models.layout import Layout
 
 Params = dict
@@ -155,7 +155,7 @@ def head(config: TransformerConfig, params: Params, hidden: Float[Array, "*B H"]
 
 def final_norm(config: TransformerConfig, params: Params, residual: Float[Array, "*B H"]) -> Float[Array, "*B H"]:
     """The norm between the last block and the head."""
-    return RMSNorm(config.norm_eps, config.zero_centred_norm).apply({"params": params["final_norm"]}, residual)
+    return call(RMSNorm(config.norm_eps, config.zero_centred_norm), params["final_norm"], residual)
 
 
 def forward(
@@ -197,7 +197,7 @@ def forward(
             if k in inner:
                 taken[f"layer:{k}"] = x_BTH
             prefix = None if cache is None else cache[k]
-            x_BTH, fresh = block.apply({"params": params["layers"][k]}, x_BTH, angles, layout, prefix, config.window(k))
+            x_BTH, fresh = call(block, params["layers"][k], x_BTH, angles, layout, prefix, config.window(k))
             rows.append(fresh)
     else:
         if cache is not None or (lo, hi) != (0, config.num_layers):
@@ -217,7 +217,7 @@ def _scan_layers(config, stacked, x_BTH, angles, layout, keep):
 
     def body(x, layer_and_window):
         layer, window = layer_and_window
-        y, _ = block.apply({"params": layer}, x, angles, layout, None, window)
+        y, _ = call(block, layer, x, angles, layout, None, window)
         return y, (x if keep else None)
 
     return jax.lax.scan(body, x_BTH, (stacked, windows))

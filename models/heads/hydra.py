@@ -17,7 +17,7 @@ from jaxtyping import Array, Float
 
 from models.config import TransformerConfig
 from models.heads.medusa import ResBlock, vocab_kernel
-from models.layers import Block, RMSNorm, rope_angles, wide
+from models.layers import Block, RMSNorm, call, rope_angles, wide
 from models.layout import Layout
 from models.transformer import Params
 
@@ -72,11 +72,16 @@ class HydraHeads:
 
     def prefix_rows(self, config, params, post_norm_BTH, layout, cache=None):
         """The prefix block on new rows: its normed output `[B, T, H]` and its fresh keys and values."""
-        x, rows = Block(config).apply(
-            {"params": params["prefix"]["block"]}, post_norm_BTH, rope_angles(config, layout.positions), layout, cache
+        x, rows = call(
+            Block(config),
+            params["prefix"]["block"],
+            post_norm_BTH,
+            rope_angles(config, layout.positions),
+            layout,
+            cache,
         )
         norm = RMSNorm(config.norm_eps, config.zero_centred_norm)
-        return norm.apply({"params": params["prefix"]["norm"]}, x), rows
+        return call(norm, params["prefix"]["norm"], x), rows
 
     def hidden(
         self,
@@ -100,7 +105,7 @@ class HydraHeads:
         blocks = params["heads"][i]["blocks"]
         keys = [None] * (len(blocks) + 1) if dropout_key is None else jax.random.split(dropout_key, len(blocks) + 1)
         for block, key in zip(blocks, keys, strict=False):
-            x = ResBlock(width).apply({"params": block}, self._drop(x, key))
+            x = call(ResBlock(width), block, self._drop(x, key))
         return self._drop(x, keys[-1])
 
     def join_inputs(self, params: Params, count: int) -> Params:
@@ -130,7 +135,7 @@ class HydraHeads:
         skip, gate = jnp.split(summed, 2, axis=-1)
         x = skip + nn.silu(gate)
         for block in params["heads"][i]["blocks"][1:]:
-            x = ResBlock(x.shape[-1]).apply({"params": block}, x)
+            x = call(ResBlock(x.shape[-1]), block, x)
         return x
 
     def _drop(self, x, key):

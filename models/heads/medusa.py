@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from models.config import TransformerConfig
-from models.layers import wide
+from models.layers import call, wide
 from models.transformer import Params
 
 
@@ -73,7 +73,7 @@ class MedusaHeads:
         """What head i's vocabulary map reads; the embeddings of the path are not used."""
         x = feature
         for block in params["heads"][i]["blocks"]:
-            x = ResBlock(x.shape[-1]).apply({"params": block}, x)
+            x = call(ResBlock(x.shape[-1]), block, x)
         return x
 
     def vocab(self, params: Params, i: int, hidden: Float[Array, "*B H"]) -> Float[Array, "*B V"]:

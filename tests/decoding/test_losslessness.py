@@ -117,7 +117,7 @@ def test_a_biased_verifier_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_another_temperature_and_the_impossible_are_seen() -> None:
     warmer = string_law(target(), PROMPT, LENGTH, Sampling(temperature=1.2))
-    assert chi_square(count_strings(plain_strings()[0], VOCAB), warmer).p_value < 1e-12
+    assert chi_square(count_strings(plain_strings()[0], VOCAB), warmer).p_value < 1e-6
     impossible = plain_strings()[2].copy()
     impossible[0] = np.argwhere(law("top_k") == 0)[0]
     assert chi_square(count_strings(impossible, VOCAB), law("top_k")).p_value == 0

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from models import load_target
-from models.hf import load_config, save_target, tensor_names
+from models.hf import load_config, load_params, save_target, tensor_names
 from models.hf_config import config_from_hf
 from models.tokenizer import Tokenizer
 from models.transformer import init, param_shapes
@@ -71,7 +71,7 @@ def test_our_files_in_their_forward(case: str, tmp_path: Path) -> None:
     # What they save of it is what we wrote.
     model.save_pretrained(tmp_path / "theirs")
     assert load_config(tmp_path / "theirs") == config
-    again = load_target(tmp_path / "theirs").params
+    again = load_params(config, tmp_path / "theirs")
     jax.tree.map(np.testing.assert_array_equal, again, params)
 
 

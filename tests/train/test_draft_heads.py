@@ -32,7 +32,7 @@ def setting(job):
         noisy = [leaf + 0.1 * jax.random.normal(key, leaf.shape) for leaf, key in zip(leaves, keys, strict=True)]
         batch = {**next(corpus.batches(config.batch_size, config.length, 0))}
         batch["mask"] = np.random.default_rng(0).integers(0, 2, batch["mask"].shape).astype(np.uint8)
-        return plan.objective, jax.tree.unflatten(structure, noisy), frozen, batch
+        return plan.objective, jax.tree.unflatten(structure, noisy), frozen, jax.tree.map(jnp.asarray, batch)
 
     return make
 
