@@ -205,6 +205,9 @@ def _run(
         "first_difference": difference,
         "lossy": one.contender.typical is not None,
         "new_tokens": sum(len(generation.tokens[0]) for generation in one.generations),
+        "distinct_token_share": statistics.fmean(
+            len(set(generation.tokens[0])) / len(generation.tokens[0]) for generation in one.generations
+        ),
         "steps": stats.steps,
         "accepted_by_depth": stats.accepted_by_depth.tolist(),
         "accepted_histogram": stats.histogram.tolist(),

@@ -20,6 +20,8 @@ The results (keys marked ? may be absent or None; what needs them is then left o
       first_difference?           dict of anything printable: where the output first left the baseline's
       lossy?          bool, the drafter or its acceptance rule does not promise the target's output
       new_tokens?, steps?         int, over all prompts of one repeat
+      distinct_token_share?       float, distinct over all tokens of a text, mean over texts: low where text repeats
+                      itself, which makes it easy to draft
       accepted_by_depth?          per depth 1, 2, ...: int, steps that accepted a draft of this depth
       accepted_histogram?         per 0, 1, 2, ... accepted drafts: int, steps that accepted so many
       prefill_seconds?, draft_share?, loop_efficiency?    float
@@ -167,6 +169,7 @@ def _columns(entries: Sequence[Entry]) -> list[Column]:
         Column("loop efficiency", cells("loop_efficiency", ".0%")),
         Column("prefill s", cells("prefill_seconds", ".3f")),
         Column("new tokens", cells("new_tokens", ",d")),
+        Column("distinct", cells("distinct_token_share", ".0%")),
     ]
     return [column for column in columns if any(column.cells)]
 

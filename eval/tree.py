@@ -1,6 +1,7 @@
 """Chooses a draft tree for the present device, from measured costs and measured head accuracies.
 
-    python -m eval.tree --target DIR --drafter DIR [--prompts FILE | --data DIR] [--write] [--max_nodes 64]
+    python -m eval.tree --target DIR --drafter DIR [--prompts FILE | --data DIR] [--max_nodes 64] [--write]
+    python -m eval.tree --target DIR --drafter DIR --tree TREE [--write]
 
 1. The target continues the prompts greedily, and the heads, teacher-forced on that text, are asked for the rank of
    every token among their guesses. That gives the accuracy of each rank at each depth.
@@ -27,7 +28,7 @@ from decoding.drafters import load_drafter, write_tree
 from decoding.drafters.heads import HeadDrafter
 from decoding.drafters.plain import Plain
 from decoding.generate import bucket, generate
-from decoding.trees import Topology, greedy_search
+from decoding.trees import Topology, greedy_search, load_topology
 from eval.metrics import RANKS, head_ranks, rank_accuracy
 from eval.parts import Scene, Step, draft_part, rows_forward
 from eval.progress import Progress
@@ -292,6 +293,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--max_new_tokens", type=int, default=128, help="continuation of each prompt (128)")
     parser.add_argument("--max_nodes", type=int, default=64, help="most rows of the tree, root included (64)")
     parser.add_argument("--rounds", type=int, default=7, help="samples of each timing (7)")
+    parser.add_argument("--tree", help="measure nothing and take this tree: a published name, chain:DEPTH or a JSON file")
     parser.add_argument("--write", action="store_true", help="put the tree into the drafter's drafter.json")
     args = parser.parse_args(argv)
     for name in ("prompt_tokens", "num_prompts", "max_new_tokens", "rounds"):
@@ -301,6 +303,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     drafter, params = load_drafter(args.drafter, target)
     if not isinstance(drafter, HeadDrafter):
         raise UserError(f"the drafter {args.drafter!r} has no heads, so there is no tree to choose for it")
+    if args.tree is not None:
+        tree = load_topology(args.tree, "--tree")
+        dataclasses.replace(drafter, tree=tree).check(target.config)
+        _write(args, tree)
+        return
     with Progress() as progress:
         choice = choose_tree(
             target,
@@ -315,9 +322,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     print_choice(choice)
     if choice.best.tokens_per_second <= choice.plain.tokens_per_second:
         print("plain decoding is expected to be faster than any tree of these heads on this device")
+    _write(args, choice.tree)
+
+
+def _write(args: argparse.Namespace, tree: Topology) -> None:
     if args.write:
-        write_tree(args.drafter, choice.tree)
-        print(f"wrote the tree of {choice.tree.size} rows to {Path(args.drafter) / 'drafter.json'}")
+        write_tree(args.drafter, tree)
+        print(f"wrote the tree of {tree.size} rows to {Path(args.drafter) / 'drafter.json'}")
 
 
 if __name__ == "__main__":

@@ -37,8 +37,14 @@ export JAX_COMPILATION_CACHE_DIR=${JAX_COMPILATION_CACHE_DIR:-$ROOT/.cache/jax}
 export GLIBC_TUNABLES=${GLIBC_TUNABLES:-glibc.malloc.hugetlb=1}
 began=$SECONDS
 
-# Only what this script makes is removed: DIR may hold other things.
-[ -z "$fresh" ] || rm -rf "$out"/{data,lm,continuations,medusa,hydra,results,trees.txt}
+# --fresh removes only what an earlier quickstart made, in a directory that one has marked as its own.
+marker=$out/.tandem-quickstart
+if [ -n "$fresh" ] && [ -e "$marker" ]; then
+    rm -rf "$out"/{data,lm,continuations,medusa,hydra,results}
+elif [ ! -e "$marker" ] && [ -n "$(ls -A "$out")" ]; then
+    fail "$out holds other files: choose an empty or new directory with --out"
+fi
+touch "$marker"
 
 run() {
     printf '\n$ python -m %s\n' "$*"
@@ -52,18 +58,23 @@ if [ ! -d "$out/data" ]; then
 fi
 run train.main --config=configs/lm.py:quickstart --config.data.path="$out/data" --workdir="$out/lm"
 if [ ! -d "$out/continuations" ]; then
-    run scripts.continue_dataset --target "$out/lm/target" --data "$out/data" --out "$out/continuations" --documents 320
+    run scripts.continue_dataset --target "$out/lm/target" --data "$out/data" --out "$out/continuations" \
+        --documents 640 --new_tokens 64
 fi
 for drafter in medusa hydra; do
     run train.main --config=configs/$drafter.py:quickstart --config.objective.target="$out/lm/target" \
         --config.data.path="$out/continuations" --workdir="$out/$drafter"
 done
-if [ ! -e "$out/trees.txt" ]; then
-    for drafter in medusa hydra; do
-        run eval.tree --target "$out/lm/target" --drafter "$out/$drafter/drafter" --data "$out/data" --max_nodes 16 --write |
-            tee -a "$out/trees.partial"
-    done
-    mv "$out/trees.partial" "$out/trees.txt"
+for drafter in medusa hydra; do
+    # The stamp lies with the heads that the tree was measured for.
+    if [ ! -e "$out/$drafter/tree-chosen" ]; then
+        run eval.tree --target "$out/lm/target" --drafter "$out/$drafter/drafter" --data "$out/data" --max_nodes 16 --write
+        touch "$out/$drafter/tree-chosen"
+    fi
+done
+if [ -e "$out/results/results.json" ]; then
+    printf '\nThe benchmark in %s is finished; --fresh starts everything over.\n' "$out/results"
+    exit
 fi
 run eval.main --config=configs/eval/decode.py:quickstart --config.target="$out/lm/target" \
     --config.drafters="none,$out/medusa/drafter,$out/hydra/drafter" --config.data="$out/data" --config.out="$out/results"

@@ -161,6 +161,14 @@ def test_readme_names_the_commands_that_exist() -> None:
         assert not text or f"bash {command}" in text
 
 
+@pytest.mark.parametrize("page", sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")]), ids=lambda page: page.name)
+def test_pages_are_finished_and_their_links_lead_somewhere(page: pathlib.Path) -> None:
+    text = page.read_text()
+    assert not re.findall(r"\b[A-Z]+_(?:TABLE|RESULT)\b", text)
+    links = [link for link in re.findall(r"\]\(([^)#]+)\)", text) if not link.startswith("http")]
+    assert [link for link in links if not (page.parent / link).exists()] == []
+
+
 def unsourced_numbers(markdown: str, root: pathlib.Path) -> list[str]:
     """Rows of the tables under a heading with "results" in it that hold a number but name no existing results file."""
     wrong = []

@@ -10,7 +10,7 @@ repeats x new tokens over tokens/s, plus compilation, a few seconds per drafter 
 identical to the baseline; the speed-ups are in docs/methods.md.
 
 `configs/eval/decode.py:smoke` decodes two prompts once, 16 tokens each, within 1 min on two CPU cores; expect the same
-files, with numbers that mean nothing. `:quickstart` is what scripts/quickstart.sh runs: 8 documents, 192 new tokens
+files, with numbers that mean nothing. `:quickstart` is what scripts/quickstart.sh runs: 24 documents, 64 new tokens
 each, within 1 min.
 """
 
@@ -42,7 +42,7 @@ def get_config(variant: str = "") -> ConfigDict:
     config.samples = 2
 
     if variant == "quickstart":
-        config.num_prompts, config.max_new_tokens, config.rows = 8, 192, 16
+        config.num_prompts, config.max_new_tokens, config.rows = 24, 64, 16
     if variant == "smoke":
         config.num_prompts, config.max_new_tokens, config.repeats, config.samples = 2, 16, 1, 1
         config.length, config.rows = 64, 4

@@ -138,6 +138,21 @@ def test_command_prints_and_writes(target_directory, drafter_directories, tmp_pa
     assert "<- best" in out and "depth 3" in out
 
 
+def test_command_takes_a_given_tree(target_directory, drafter_directories, tmp_path, capsys) -> None:
+    drafter = tmp_path / "medusa"
+    shutil.copytree(drafter_directories["medusa"], drafter)
+    (tmp_path / "tree.json").write_text("[[0], [1], [0, 0]]")
+    arguments = ["--target", str(target_directory), "--drafter", str(drafter), "--write", "--tree"]
+    command.main([*arguments, str(tmp_path / "tree.json")])
+    assert json.loads((drafter / "drafter.json").read_text())["tree"] == [[0], [1], [0, 0]]
+    (tmp_path / "tree.json").write_text("[[0], [2]]")
+    for tree, message in ((str(tmp_path / "tree.json"), "path [2] without its better-ranked sibling [1]"), ("chain:9", "9 deep")):
+        with pytest.raises(SystemExit):
+            command.main([*arguments, tree])
+        assert message in capsys.readouterr().err
+    assert json.loads((drafter / "drafter.json").read_text())["tree"] == [[0], [1], [0, 0]]
+
+
 def test_command_refuses_what_has_no_heads(target_directory, capsys) -> None:
     with pytest.raises(SystemExit) as stopped:
         command.main(["--target", str(target_directory), "--drafter", "none"])

@@ -44,3 +44,22 @@ def test_gradients_are_clipped_before_adam_sees_them():
     _, state = optimizer.update({"w": {"kernel": jnp.full((2, 2), 100.0)}}, optimizer.init(params), params)
     (moment,) = (leaf for path, leaf in jax.tree.flatten_with_path(state)[0] if "mu" in str(path))
     np.testing.assert_allclose(jnp.linalg.norm(moment), 0.5, rtol=1e-6)
+
+
+def test_muon_orthogonalises_each_stacked_kernel_and_leaves_the_rest_to_adam():
+    params = {
+        "layer": {"kernel": jnp.zeros((2, 6, 4)), "bias": jnp.zeros((2, 4))},
+        "embed": {"embedding": jnp.zeros((5, 4))},
+    }
+    keys = iter(jax.random.split(jax.random.key(0), 3))
+    gradient = jax.tree.map(lambda leaf: jax.random.normal(next(keys), leaf.shape), params)
+    config = OptimizerConfig(learning_rate=1.0, name="muon", schedule="constant", final_fraction=1.0, clip_norm=1e9)
+    optimizer = make_optimizer(config, steps=2)
+    update, _ = optimizer.update(gradient, optimizer.init(params), params)
+    for layer in np.asarray(update["layer"]["kernel"]):
+        values = np.linalg.svd(layer, compute_uv=False)
+        # Newton-Schulz brings all singular values near one size, which is the scale that makes the RMS about 0.2.
+        assert values.max() / values.min() < 2.2
+        assert np.sqrt(np.mean(layer**2)) == pytest.approx(0.2, rel=0.4)
+    for leaf, slope in ((update["layer"]["bias"], gradient["layer"]["bias"]), (update["embed"], gradient["embed"])):
+        jax.tree.map(lambda u, g: np.testing.assert_allclose(u, -np.sign(g), atol=1e-3), leaf, slope)
