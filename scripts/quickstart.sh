@@ -31,6 +31,7 @@ done
 mkdir -p "$out" 2>/dev/null && [ -w "$out" ] || fail "cannot write to $out"
 out=$(cd "$out" && pwd)
 cd "$ROOT"
+out=${out#"$ROOT"/}  # commands to copy are shorter with a relative path
 venv_ready requirements.txt
 export JAX_COMPILATION_CACHE_DIR=${JAX_COMPILATION_CACHE_DIR:-$ROOT/.cache/jax}
 # Large scratch buffers come and go at every training step; huge pages spare most of their page faults (glibc alone).
