@@ -4,13 +4,13 @@ r"""Pretrains a small Llama-shaped target on source code.
         --valid_fraction 0.02 --out data/python
     python -m train.main --config=configs/lm.py --workdir=runs/lm
 
-About 12M parameters in 16 layers, deep rather than wide, because a draft head costs less the more layers it saves. Expected time: see
-docs/methods.md; the step is bound by matrix products. Expected result: a target directory, runs/lm/target, and its
-perplexity on held-out files in the last line.
+12M parameters in 16 layers, deep rather than wide, because a draft head costs less the more layers it saves. Expected
+time: see docs/methods.md; the step is bound by matrix products. Expected result: a target directory, runs/lm/target,
+and its perplexity on held-out files in the last line.
 
-`configs/lm.py:quickstart` is the short job of `scripts/quickstart.sh`, 180 steps of 8 rows of 128 tokens: a model that
-has learnt the commonest turns of code and no more. `configs/lm.py:smoke` runs the same path on a 0.2M-parameter model, within 1 min on two CPU cores; expect a loss that
-falls from about log(vocabulary size).
+`configs/lm.py:quickstart` is the short job of `scripts/quickstart.sh`, a few minutes on two CPU cores: a model that
+has learnt the commonest turns of code and no more. `configs/lm.py:smoke` runs the same path on a 0.2M-parameter model,
+within 1 min on two CPU cores; expect a loss that falls from about log(vocabulary size).
 """
 
 from ml_collections import ConfigDict, config_dict

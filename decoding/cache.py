@@ -7,11 +7,12 @@ read.
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from models.config import TransformerConfig
 from models.layers import Rows
+from models.sharding import fitted
 from models.transformer import Cache
 
 # Batch on `data`, heads on `tensor`: attention never needs another device's slots.
@@ -25,13 +26,18 @@ SLOTS = {"k": 3, "v": 2}
 def init_cache(
     config: TransformerConfig, batch: int, capacity: int, dtype, layers: int | None = None, mesh: Mesh | None = None
 ) -> Cache:
-    """An empty cache of `capacity` slots, sharded over `mesh` if there is one."""
+    """An empty cache of `capacity` slots, sharded over `mesh` if there is one.
+
+    Batch and heads are split as far as the mesh divides them; an axis that it does not divide is kept whole.
+    """
     heads, dim = config.num_kv_heads, config.head_dim
     shapes = {"k": (batch, heads, dim, capacity), "v": (batch, heads, capacity, dim)}
-    sharding = None if mesh is None else NamedSharding(mesh, CACHE_SPEC)
+    places = {name: None if mesh is None else fitted(mesh, CACHE_SPEC, shape) for name, shape in shapes.items()}
     count = config.num_layers if layers is None else layers
     # Keys and values in separate buffers: donating one buffer twice is an error.
-    return [{name: jnp.zeros(shape, dtype, device=sharding) for name, shape in shapes.items()} for _ in range(count)]
+    return [
+        {name: jnp.zeros(shape, dtype, device=places[name]) for name, shape in shapes.items()} for _ in range(count)
+    ]
 
 
 def commit(cache: Cache, rows: list[Rows], path: Int[Array, "B R"] | None, length: Int[Array, "B"]) -> Cache:

@@ -9,6 +9,7 @@ nothing.
 from typing import ClassVar
 
 from flax import struct
+from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
 from decoding.sampling import Warps
@@ -37,9 +38,9 @@ class TargetView:
     length: Int[Array, "B"]
     warps: Warps
 
-    def embed(self, tokens: Int[Array, "*B"]) -> Float[Array, "*B H"]:
-        """The target's input embeddings."""
-        return transformer.embed(self.config, self.params, tokens)
+    def lookup(self, tokens: Int[Array, "*B"]) -> Float[Array, "*B H"]:
+        """Raw rows of the target's embedding table, without the scale that some families put on their inputs."""
+        return transformer.lookup(self.params, tokens)
 
     def head(self, hidden: Float[Array, "*B H"]) -> Float[Array, "*B V"]:
         """The target's logits of post-norm features."""
@@ -94,11 +95,14 @@ class Drafter:
         return None
 
     def prepare(self, params):
-        """Parameters in the layout that `draft` reads; called once before the loop, in the same compilation."""
+        """Parameters in the layout that `draft` reads.
+
+        Runs in every compiled call of the loop (when streaming, once per block of steps), before its `while_loop`.
+        """
         return params
 
-    def init(self, config: TransformerConfig, batch: int, capacity: int, dtype):
-        """The state before any text: a pytree of arrays with the batch leading."""
+    def init(self, config: TransformerConfig, batch: int, capacity: int, dtype, mesh: Mesh | None = None):
+        """The state before any text: a pytree of arrays with the batch leading; a cache of its own goes on `mesh`."""
         return ()
 
     def ingest(self, params, target: TargetView, state, rows: TrueRows):

@@ -79,7 +79,7 @@ def init_state(config, drafter: Drafter, batch: int, capacity: int, dtype, promp
         length=jnp.zeros(batch, jnp.int32),
         done=jnp.zeros(batch, bool),
         cache=init_cache(config, batch, capacity, dtype, mesh=mesh),
-        drafter=drafter.init(config, batch, capacity, dtype),
+        drafter=drafter.init(config, batch, capacity, dtype, mesh),
         counters=Counters.zeros(batch, drafter.max_depth, drafter.max_nodes),
     )
 

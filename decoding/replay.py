@@ -51,7 +51,7 @@ def teacher_forced_ranks(
     ranks = []
     for i in range(tree.max_depth):
         path = jnp.stack([_ahead(tokens, 1 + j) for j in range(i + 1)], axis=-1)
-        path_BTPH = transformer.embed(config, target, path)
+        path_BTPH = transformer.lookup(target, path)
         hidden = heads.hidden(params, i, feature_BTH, path_BTPH)
         count = int(tree.rank[tree.level(i + 1)].max()) + 1
         # One text at a time: the scores of all of them at once could be the largest array of the program.

@@ -24,6 +24,7 @@ cancel.
 
 import argparse
 import math
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -270,6 +271,17 @@ def describe(results: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def _check_out(out: Path) -> None:
+    """Refuses before the measurements what could not be written after them."""
+    if out.is_dir():
+        raise UserError(f"cannot write {out}: it is a directory, expected a JSON file")
+    nearest = next(folder for folder in out.absolute().parents if folder.exists())
+    if not nearest.is_dir():
+        raise UserError(f"cannot write {out}: {nearest} is not a directory")
+    if not os.access(nearest, os.W_OK | os.X_OK):
+        raise UserError(f"cannot write {out}: {nearest} is not writable")
+
+
 @exit_on_user_error
 def main(argv: Sequence[str] | None = None) -> None:
     """The command; see the module's docstring."""
@@ -280,6 +292,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, help="JSON file to write")
     args = parser.parse_args(argv)
     sections = [name.strip() for name in args.sections.split(",") if name.strip()]
+    if args.out is not None:
+        _check_out(args.out)
     with Progress() as progress:
         results = run(args.shape, sections, args.rounds, progress=progress)
     print(describe(results))

@@ -293,7 +293,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--max_new_tokens", type=int, default=128, help="continuation of each prompt (128)")
     parser.add_argument("--max_nodes", type=int, default=64, help="most rows of the tree, root included (64)")
     parser.add_argument("--rounds", type=int, default=7, help="samples of each timing (7)")
-    parser.add_argument("--tree", help="measure nothing and take this tree: a published name, chain:DEPTH or a JSON file")
+    parser.add_argument(
+        "--tree", help="measure nothing and take this tree: a published name, chain:DEPTH or a JSON file"
+    )
     parser.add_argument("--write", action="store_true", help="put the tree into the drafter's drafter.json")
     args = parser.parse_args(argv)
     for name in ("prompt_tokens", "num_prompts", "max_new_tokens", "rounds"):

@@ -5,10 +5,15 @@ their `main` with `exit_on_user_error`, which prints that sentence alone; every 
 because it is a defect of ours.
 """
 
+import contextlib
 import errno
 import functools
 import sys
 from collections.abc import Callable
+
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+# Files that are not where, what or whose they should be: the command is right, the path or its permissions are not.
+_MISPLACED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.EEXIST, errno.ENOTDIR, errno.EISDIR)
 
 
 class UserError(ValueError):
@@ -16,18 +21,35 @@ class UserError(ValueError):
 
 
 def exit_on_user_error(main: Callable[..., object]) -> Callable[..., object]:
-    """Wraps a command: a `UserError` or a full disk becomes `error: ...` on stderr and exit status 2."""
+    """Wraps a command, so that what is no defect ends it without a traceback.
+
+    A `UserError`, a full disk and a file that may not be used as asked become `error: ...` on stderr and exit status 2;
+    an interrupt becomes `stopped` and 130; a reader of our output that went away ends the command silently with 141.
+    Those are the statuses that a shell gives to processes killed by SIGINT and SIGPIPE.
+    """
 
     @functools.wraps(main)
     def wrapped(*args, **kwargs):
         try:
-            return main(*args, **kwargs)
+            result = main(*args, **kwargs)
+            sys.stdout.flush()  # Here a closed pipe is caught; at the interpreter's exit it no longer would be.
+            return result
         except UserError as error:
             message = str(error)
+        except KeyboardInterrupt:
+            print("\nstopped", file=sys.stderr)
+            sys.exit(130)
+        except BrokenPipeError:
+            with contextlib.suppress(BrokenPipeError):
+                sys.stdout.close()
+            sys.exit(141)
         except OSError as error:
-            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            if error.errno in _FULL:
+                message = f"the disk is full: could not write {error.filename or 'the output'}"
+            elif error.errno in _MISPLACED and error.filename is not None:
+                message = f"cannot read or write {error.filename}: {error.strerror}"
+            else:
                 raise
-            message = f"the disk is full: could not write {error.filename or 'the output'}"
         print(f"error: {message}", file=sys.stderr)
         sys.exit(2)
 

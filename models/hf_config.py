@@ -73,7 +73,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """The JSON object in `path`.
 
     Raises:
-      UserError: there is no such file, or it does not hold a JSON object.
+      UserError: there is no such file, it cannot be read, or it does not hold a JSON object.
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
@@ -81,6 +81,10 @@ def read_json(path: Path) -> dict[str, Any]:
         raise UserError(f"there is no {path.name} in {path.parent}") from None
     except NotADirectoryError:
         raise UserError(f"{path.parent} is not a directory") from None
+    except (IsADirectoryError, PermissionError) as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise UserError(f"{path} is not UTF-8 text") from None
     except ValueError as error:
         raise UserError(f"{path} is not valid JSON: {error}") from None
     if not isinstance(content, dict):

@@ -5,6 +5,7 @@ MLP channels and the vocabulary. A parameter's place follows from its path alone
 """
 
 import re
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -63,10 +64,15 @@ def param_shardings(mesh: Mesh, params: Any) -> Any:
 
     An axis of a parameter that its mesh axis does not divide is kept whole.
     """
-
-    def fit(spec, leaf):
-        kept = [axis if axis and leaf.shape[i] % mesh.shape[axis] == 0 else None for i, axis in enumerate(spec)]
-        return NamedSharding(mesh, PartitionSpec(*kept))
-
     specs = param_specs(params)
-    return jax.tree.map(fit, specs, params, is_leaf=lambda x: isinstance(x, PartitionSpec))
+
+    def place(spec, leaf):
+        return fitted(mesh, spec, leaf.shape)
+
+    return jax.tree.map(place, specs, params, is_leaf=lambda x: isinstance(x, PartitionSpec))
+
+
+def fitted(mesh: Mesh, spec: PartitionSpec, shape: Sequence[int]) -> NamedSharding:
+    """The place that `spec` gives an array of `shape`, but an axis that its mesh axis does not divide is kept whole."""
+    kept = [axis if axis and shape[i] % mesh.shape[axis] == 0 else None for i, axis in enumerate(spec)]
+    return NamedSharding(mesh, PartitionSpec(*kept))

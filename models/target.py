@@ -21,6 +21,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 from jaxtyping import Array, Int
 
@@ -75,9 +76,13 @@ class Target:
     def fingerprint(self) -> dict[str, int | str | None]:
         """What a drafter remembers of its base: sizes, vocabulary, and hashes of the embedding and the tokenizer.
 
-        The embedding is hashed as bfloat16, so that a base loaded in float32 and in bfloat16 is the same base.
+        The embedding is hashed as bfloat16, so that a base loaded in float32 and in bfloat16 is the same base. Where
+        several processes share the parameters, all of them must call this.
         """
-        embedding = np.asarray(self.params["embed"]["embedding"], dtype=jnp.bfloat16)
+        embedding = self.params["embed"]["embedding"]
+        if isinstance(embedding, jax.Array) and not embedding.is_fully_addressable:
+            embedding = multihost_utils.process_allgather(embedding, tiled=True)
+        embedding = np.asarray(embedding, dtype=jnp.bfloat16)
         return {
             "width": self.config.width,
             "num_layers": self.config.num_layers,
@@ -114,15 +119,27 @@ def load_target(directory: str | Path, dtype=None, mesh: Mesh | None = None) -> 
       mesh: shards the parameters over it by `models.sharding.RULES`; None puts them on the default device.
 
     Raises:
-      UserError: a file is missing or damaged, or holds something that is not supported.
+      UserError: a file is missing or damaged, or holds something that is not supported, or the tokenizer has more
+        entries than the model.
     """
     directory = Path(directory)
     if dtype is None:
         dtype = jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
     config = load_config(directory)
+    tokenizer = Tokenizer.load(directory) if (directory / "tokenizer.json").exists() else None
+    if tokenizer is not None:
+        check_vocabulary(config, tokenizer, directory)
     shardings = None if mesh is None else param_shardings(mesh, param_shapes(config, dtype))
     params = load_params(config, directory, dtype, shardings)
     if mesh is None:
         params = join_projections(params)
-    tokenizer = Tokenizer.load(directory) if (directory / "tokenizer.json").exists() else None
     return Target(config, params, tokenizer, directory)
+
+
+def check_vocabulary(config: TransformerConfig, tokenizer: Tokenizer, directory: str | Path) -> None:
+    """Raises UserError when the tokenizer has more entries than the model in `directory` has embeddings."""
+    if tokenizer.vocab_size > config.vocab_size:
+        raise UserError(
+            f"the tokenizer has {tokenizer.vocab_size} entries, more than the {config.vocab_size} embeddings of the "
+            f"model in {directory}"
+        )

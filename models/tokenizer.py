@@ -23,6 +23,7 @@ import jinja2.sandbox
 import tokenizers
 
 from models.errors import UserError
+from models.hf_config import read_json
 
 TokenIds = Iterable[SupportsIndex]  # ints, or an integer array
 Message = Mapping[str, Any]  # {'role': 'system' | 'user' | 'assistant', 'content': str}
@@ -79,18 +80,17 @@ class Tokenizer:
             raise UserError(
                 f"no tokenizer in {directory}: expected the file tokenizer.json of a Hugging Face directory"
             )
-        definition = path.read_text(encoding="utf-8")
+        definition = _read_text(path)
         try:
             core = tokenizers.Tokenizer.from_str(definition)
         except Exception as error:  # The library raises bare Exceptions.
             raise UserError(f"{path} is not a tokenizer definition ({error})") from error
-        config = {
-            **_read_json(directory / "special_tokens_map.json"),
-            **_read_json(directory / "tokenizer_config.json"),
-        }
+        config: dict[str, Any] = {}
+        for optional in (directory / "special_tokens_map.json", directory / "tokenizer_config.json"):
+            config |= read_json(optional) if optional.is_file() else {}
         template = directory / "chat_template.jinja"
         if template.is_file():
-            config["chat_template"] = template.read_text(encoding="utf-8")
+            config["chat_template"] = _read_text(template)
         return cls(core, config, definition)
 
     def save(self, directory: str | Path) -> None:
@@ -401,13 +401,8 @@ def _token_text(token: Any) -> str | None:
     return token.get("content") if isinstance(token, Mapping) else token
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        return {}
+def _read_text(path: Path) -> str:
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{path} is not valid JSON ({error})") from error
-    if not isinstance(content, dict):
-        raise UserError(f"{path} must hold a JSON object, got {type(content).__name__}")
-    return content
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not UTF-8 text") from error

@@ -139,8 +139,13 @@ def split_projections(config: TransformerConfig, params: Params) -> Params:
 
 def embed(config: TransformerConfig, params: Params, tokens: Int[Array, "*B"]) -> Float[Array, "*B H"]:
     """Input embeddings, scaled if the family does so."""
-    x = params["embed"]["embedding"][tokens]
+    x = lookup(params, tokens)
     return x * jnp.asarray(config.width**0.5, x.dtype) if config.embed_scale else x
+
+
+def lookup(params: Params, tokens: Int[Array, "*B"]) -> Float[Array, "*B H"]:
+    """Raw rows of the embedding table, which draft heads read: not scaled, whatever the family."""
+    return params["embed"]["embedding"][tokens]
 
 
 def head(config: TransformerConfig, params: Params, hidden: Float[Array, "*B H"]) -> Float[Array, "*B V"]:

@@ -396,7 +396,12 @@ def _put_in_place(temporary: Path, out: Path) -> None:
     old = temporary.with_suffix(".old")
     if out.exists():
         os.replace(out, old)
-    os.replace(temporary, out)
+    try:
+        os.replace(temporary, out)
+    except OSError:
+        if old.exists():
+            os.replace(old, out)
+        raise
     shutil.rmtree(old, ignore_errors=True)
 
 

@@ -15,7 +15,6 @@ import difflib
 import functools
 import importlib
 import io
-import json
 import logging
 import re
 import sys
@@ -31,6 +30,7 @@ from jaxtyping import Int, Int32, Int64, UInt8
 from tensorflow_datasets.core.download import downloader
 
 from models.errors import UserError
+from models.hf_config import read_json
 from models.tokenizer import Tokenizer
 
 CATALOGUE_PREFIX = "tfds:"
@@ -261,6 +261,9 @@ def write_splits(
         path.rename(directory / path.name)
     Path(builder.data_path).rmdir()
     Path(builder.data_path).parent.rmdir()
+    for empty in (directory / "downloads" / "extracted", directory / "downloads"):
+        with contextlib.suppress(FileNotFoundError):
+            empty.rmdir()
     arrays = {name: np.asarray(values, np.int64) for name, values in lengths.items()}
     for name, array in arrays.items():
         np.save(_lengths_path(directory, name), array)
@@ -312,14 +315,21 @@ def _open_directory(directory: Path, split: str, tokenizer_fingerprint: str | No
             f"no data set at {directory}: expected a directory written by `python -m scripts.build_dataset`, or a TFDS "
             f"catalogue name such as {CATALOGUE_PREFIX}gsm8k"
         )
-    manifest = json.loads(manifest_path.read_text(encoding="utf-8"))
+    manifest = read_json(manifest_path)
+    if not isinstance(manifest.get("tokenizer"), str):
+        raise UserError(f"{manifest_path} does not say which tokenizer made the tokens (its entry 'tokenizer')")
     _check_tokenizer(manifest["tokenizer"], tokenizer_fingerprint, f"the data set {directory}")
     with _quiet():
+        for name in ("dataset_info.json", "features.json"):
+            _check_present(directory / name)
         builder = tfds.builder_from_directory(str(directory))
         instruction = _absolute(builder, split, str(directory))
+        lengths_path = _lengths_path(directory, instruction.splitname)
+        for path in (lengths_path, *builder.info.splits[instruction.splitname].filepaths):
+            _check_present(Path(path))
         source = builder.as_data_source(split=instruction.splitname)
     first = instruction.from_ or 0
-    lengths = np.load(_lengths_path(directory, instruction.splitname))[first : instruction.to]
+    lengths = np.load(lengths_path)[first : instruction.to]
 
     def fetch(index: int) -> Document:
         example = source[first + index]
@@ -404,6 +414,11 @@ def _absolute(builder: tfds.core.DatasetBuilder, split: str, where: str) -> Any:
     except (ValueError, KeyError, AssertionError) as error:
         raise UserError(f"{where} has no split {split!r}; it has {', '.join(builder.info.splits)}") from error
     return instruction
+
+
+def _check_present(path: Path) -> None:
+    if not path.is_file():
+        raise UserError(f"the data set {path.parent} is incomplete: there is no {path.name}")
 
 
 def _check_tokenizer(actual: str, expected: str | None, what: str) -> None:

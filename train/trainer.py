@@ -99,13 +99,17 @@ def make_plan(config: TrainConfig, tokenizer: Any) -> Plan:
     """Mesh, objective, optimizer, and by `eval_shape` the state's shapes and shardings.
 
     Raises:
-      UserError: the mesh does not cover the devices, the batch does not divide over it, or the objective refuses.
+      UserError: the mesh does not cover the devices, the batch does not divide over it, its rows are longer than the
+        model's longest sequence, or the objective refuses.
     """
     mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
     parts = math.prod(mesh.shape[axis] for axis in BATCH_AXES)
     if config.batch_size % parts:
         raise UserError(f"batch_size ({config.batch_size}) must be a multiple of the mesh's data x fsdp size ({parts})")
     objective = OBJECTIVES[config.objective.name](config.objective, tokenizer)
+    longest = objective.model.max_position
+    if config.length > longest:
+        raise UserError(f"config.length ({config.length}) exceeds the longest sequence of the model ({longest})")
     optimizer = make_optimizer(config.optimizer, config.steps)
     state = jax.eval_shape(functools.partial(init_state, objective, optimizer, config.seed), objective.base)
     return Plan(config, mesh, objective, optimizer, _place(mesh, state), _place(mesh, objective.base))

@@ -42,9 +42,7 @@ DRAFTERS: dict[str, type[Drafter]] = {
 WITHOUT_PARAMETERS = ("none",)
 
 
-def save_drafter(
-    directory: str | Path, drafter: Drafter, params, base: dict, *, overwrite: bool = False, **notes
-) -> None:
+def save_drafter(directory: str | Path, drafter: Drafter, params, base: dict, *, overwrite: bool = False) -> None:
     """Writes a drafter directory, whole or not at all.
 
     Args:
@@ -53,12 +51,11 @@ def save_drafter(
       params: its parameters.
       base: `Target.fingerprint()` of the target it was made for.
       overwrite: replace a drafter directory that is already there.
-      **notes: further JSON entries, such as how it was trained.
     """
     tensors = {path.replace("/", "."): np.ascontiguousarray(leaf) for path, leaf in leaves_by_path(params).items()}
     with new_directory(directory, "drafter.json", overwrite) as partial:
         save_tensors(partial / "model.safetensors", tensors)
-        write_json(partial / "drafter.json", {**describe(drafter), "base": base, **notes})
+        write_json(partial / "drafter.json", {**describe(drafter), "base": base})
 
 
 def load_drafter(spec: str | Path, target: Target) -> tuple[Drafter, typing.Any]:
@@ -81,7 +78,7 @@ def load_drafter(spec: str | Path, target: Target) -> tuple[Drafter, typing.Any]
         )
     record = read_json(directory / "drafter.json")
     drafter = build(record, str(directory / "drafter.json"))
-    _check_base(directory, record.get("base", {}), target)
+    _check_base(directory, record.get("base"), target)
     drafter.check(target.config)
     shapes = jax.eval_shape(functools.partial(drafter.init_params, target.config), target.params, jax.random.key(0))
     wanted = {path.replace("/", "."): shape for path, shape in leaves_by_path(shapes).items()}
@@ -106,8 +103,11 @@ def write_tree(directory: str | Path, tree: Topology) -> None:
     path = Path(directory) / "drafter.json"
     record = {**read_json(path), "tree": [list(p) for p in tree.paths]}
     partial = path.with_name(".drafter.json.partial")
-    write_json(partial, record)
-    partial.replace(path)
+    try:
+        write_json(partial, record)
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def describe(drafter: Drafter) -> dict:
@@ -122,37 +122,54 @@ def describe(drafter: Drafter) -> dict:
 
 
 def build(record: dict, where: str) -> Drafter:
-    """A drafter from its JSON record.
+    """A drafter from its JSON record, which may also hold `base`.
 
     Raises:
-      UserError: an unknown method or hyper-parameter, or a tree that is not closed.
+      UserError: an unknown method, an unknown or missing entry, a hyper-parameter that the method does not have or of
+        the wrong type, or a tree that is not closed.
     """
     method = record.get("method")
-    if method not in DRAFTERS:
+    if not isinstance(method, str) or method not in DRAFTERS:
         raise UserError(f"{where} names the method {method!r}; known are {', '.join(DRAFTERS)}")
     kind = DRAFTERS[method]
     types = typing.get_type_hints(kind)
+    names = [field.name for field in dataclasses.fields(typing.cast(typing.Any, kind))]
+    if unknown := sorted(set(record) - {"method", "base", *names}):
+        raise UserError(f"{where} has the unknown entry {unknown[0]!r}")
     arguments = {}
-    for field in dataclasses.fields(typing.cast(typing.Any, kind)):
-        if field.name not in record:
-            raise UserError(f"{where} has no entry {field.name!r}")
-        value = record[field.name]
-        if types[field.name] is Topology:
-            arguments[field.name] = load_topology(value, f"tree in {where}")
+    for name in names:
+        if name not in record:
+            raise UserError(f"{where} has no entry {name!r}")
+        if types[name] is Topology:
+            arguments[name] = load_topology(record[name], f"tree in {where}")
         else:
-            try:
-                arguments[field.name] = types[field.name](**value)
-            except TypeError as error:
-                raise UserError(f"{where}: {field.name} does not fit {method}: {error}") from None
+            arguments[name] = _hyper_parameters(types[name], record[name], f"{where}: {name} does not fit {method}")
     return kind(**arguments)
 
 
-def _check_base(directory: Path, base: dict, target: Target) -> None:
+def _hyper_parameters(kind: type, content: typing.Any, complaint: str) -> typing.Any:
+    """A dataclass of numbers and switches; JSON's `2` is also a float, but its `true` is no number."""
+    if not isinstance(content, dict):
+        raise UserError(f"{complaint}: expected an object, got {content!r}")
+    types = typing.get_type_hints(kind)
+    for key, value in content.items():
+        if key not in types:
+            raise UserError(f"{complaint}: there is no {key!r}, only {', '.join(types)}")
+        if type(value) is not types[key] and (type(value), types[key]) != (int, float):
+            raise UserError(f"{complaint}: {key} must be {types[key].__name__}, got {value!r}")
+    return kind(**content)
+
+
+def _check_base(directory: Path, base: typing.Any, target: Target) -> None:
     present = target.fingerprint()
+    if not isinstance(base, dict) or set(base) != set(present):
+        raise UserError(
+            f"{directory / 'drafter.json'} does not name its base: expected 'base' with {', '.join(present)}"
+        )
     for key, was in base.items():
-        if present.get(key) != was:
+        if present[key] != was:
             what = {"tokenizer": "tokenizer hash", "embedding": "embedding hash"}.get(key, key)
             raise UserError(
                 f"{directory} was made for another target: its base had {what} {was}, "
-                f"{target.path or 'this target'} has {present.get(key)}"
+                f"{target.path or 'this target'} has {present[key]}"
             )

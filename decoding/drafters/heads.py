@@ -7,6 +7,7 @@ from jaxtyping import Array, Float, Int
 
 from decoding.drafter import Drafter
 from decoding.trees import MC_SIM_7B_63, Topology
+from models.errors import UserError
 from models.heads.hydra import HydraHeads
 from models.heads.medusa import MedusaHeads
 
@@ -35,6 +36,8 @@ class HeadDrafter(Drafter):
         return self.heads.init(config, target, key)
 
     def check(self, config):
+        if not self.tree.paths:
+            raise UserError(f"the draft tree of {self.name} is empty: it needs at least one candidate")
         self.tree.check(heads=self.heads.num_heads, vocab_size=config.vocab_size)
 
 

@@ -26,11 +26,11 @@ class Hydra(HeadDrafter):
     name: ClassVar[str] = "hydra"
     taps: ClassVar[tuple[str, ...]] = ("post_norm",)
 
-    def init(self, config, batch, capacity, dtype):
+    def init(self, config, batch, capacity, dtype, mesh=None):
         """`feature` `[B, H]` that the heads read, and Hydra++'s one-layer `cache`."""
         state: dict = {"feature": jnp.zeros((batch, config.width), dtype)}
         if self.heads.prefix:
-            state["cache"] = init_cache(config, batch, capacity, dtype, layers=1)
+            state["cache"] = init_cache(config, batch, capacity, dtype, layers=1, mesh=mesh)
         return state
 
     def ingest(self, params, target, state, rows):
@@ -60,7 +60,7 @@ class Hydra(HeadDrafter):
             parents = tree.expanded(i)
             picked_BM = levels[i][:, np.searchsorted(tree.level(i), parents)]
             inherited = np.searchsorted(above, tree.parent[parents]) if i else above
-            summed_BMKI = summed_BMKI[:, inherited, min(i, 1) :] + read(i + 1, target.embed(picked_BM))
+            summed_BMKI = summed_BMKI[:, inherited, min(i, 1) :] + read(i + 1, target.lookup(picked_BM))
             hidden_BMH = self.heads.hidden_joined(params, i, summed_BMKI[:, :, 0])
             nodes = tree.level(i + 1)
             best_BMK = best_tokens(self.heads.vocab(params, i, hidden_BMH), int(tree.rank[nodes].max()) + 1)

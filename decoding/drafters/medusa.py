@@ -23,7 +23,7 @@ class Medusa(HeadDrafter):
     name: ClassVar[str] = "medusa"
     taps: ClassVar[tuple[str, ...]] = ("post_norm",)
 
-    def init(self, config, batch, capacity, dtype):
+    def init(self, config, batch, capacity, dtype, mesh=None):
         """The feature that the heads read, `[B, H]`."""
         return jnp.zeros((batch, config.width), dtype)
 

@@ -123,10 +123,10 @@ class Recorder(Drafter):
     def max_depth(self) -> int:
         return self.inner.max_depth
 
-    def init(self, config, batch, capacity, dtype):
+    def init(self, config, batch, capacity, dtype, mesh=None):
         nodes = self.max_nodes
         return {
-            "inner": self.inner.init(config, batch, capacity, dtype),
+            "inner": self.inner.init(config, batch, capacity, dtype, mesh),
             "tokens": jnp.zeros((batch, nodes), jnp.int32),
             "ancestors": jnp.zeros((batch, nodes, nodes), bool),
             "logits": jnp.zeros((batch, nodes, config.vocab_size), jnp.promote_types(dtype, jnp.float32)),

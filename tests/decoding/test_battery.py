@@ -15,11 +15,11 @@ import pytest
 
 from decoding import loop
 from decoding.cache import SLOTS
-from decoding.drafter import Drafter
+from decoding.drafter import Drafter, TargetView
 from decoding.drafters.heads import HeadDrafter
 from decoding.generate import Generation, generate
 from decoding.replay import replay_acceptance
-from decoding.sampling import Sampling
+from decoding.sampling import Sampling, batch_warps
 from decoding.trees import Topology, chain
 from models import transformer
 from models.errors import UserError
@@ -356,6 +356,23 @@ def test_teacher_forced_replay_counts_the_same_hits(name: str, run) -> None:
     assert replay_acceptance(target(), drafter, params, PROMPTS, generation).tolist() == counted.tolist()
     other = jax.tree.map(lambda leaf: leaf + 0.1 * jnp.cos(jnp.arange(leaf.size)).reshape(leaf.shape), params)
     assert replay_acceptance(target(), drafter, other, PROMPTS, generation).tolist() != counted.tolist()
+
+
+def test_heads_read_embeddings_that_are_not_scaled() -> None:
+    """On a family that scales its inputs: the drafter, and the replay of its decode."""
+    scaled = dataclasses.replace(target(), config=dataclasses.replace(target().config, embed_scale=True))
+    drafter, params = case("hydra")
+    generation = generate(scaled, PROMPTS, drafter=drafter, drafter_params=params, max_new_tokens=60)
+    counted = sum(stats.accepted_by_depth for stats in generation.stats)
+    assert replay_acceptance(scaled, drafter, params, PROMPTS, generation).tolist() == counted.tolist()
+
+    root, feature = jnp.arange(12), jax.random.normal(jax.random.key(0), (12, scaled.config.width))
+    view = TargetView(scaled.config, scaled.params, [], jnp.zeros(12, jnp.int32), batch_warps([Sampling()] * 12))
+    tree = drafter.draft(drafter.prepare(params), view, {"feature": feature}, root, None)
+    path = scaled.params["embed"]["embedding"][root][:, None]
+    scores = drafter.heads.vocab(params, 0, drafter.heads.hidden(params, 0, feature, path))
+    children = np.asarray(tree.tokens)[:, drafter.tree.level(1)]
+    assert np.array_equal(children, np.argsort(-scores, axis=-1)[:, : children.shape[1]])
 
 
 # 7. One compilation per bucket.

@@ -45,14 +45,14 @@ def edit(directory: pathlib.Path, change: Callable[[dict], object]) -> None:
 @pytest.mark.parametrize("name", WITH_PARAMETERS)
 def test_round_trip(name: str, target: Target, tmp_path: pathlib.Path) -> None:
     drafter, params = CASES[name](target, jax.random.key(0))
-    save_drafter(tmp_path / "heads", drafter, params, target.fingerprint(), trained_steps=12)
+    save_drafter(tmp_path / "heads", drafter, params, target.fingerprint())
     loaded, loaded_params = load_drafter(tmp_path / "heads", target)
     assert loaded == drafter and hash(loaded) == hash(drafter)
     assert jax.tree.structure(loaded_params) == jax.tree.structure(params)
     jax.tree.map(np.testing.assert_array_equal, loaded_params, params)
     assert sorted(path.name for path in (tmp_path / "heads").iterdir()) == ["drafter.json", "model.safetensors"]
     record = json.loads((tmp_path / "heads" / "drafter.json").read_text())
-    assert record["trained_steps"] == 12 and record["base"] == target.fingerprint()
+    assert record["base"] == target.fingerprint()
     assert build(describe(drafter), "here") == drafter
 
 
@@ -105,12 +105,14 @@ def test_full_disk_keeps_the_old_tree(saved: pathlib.Path, target: Target, monke
     before = (saved / "drafter.json").read_text()
 
     def full(path: pathlib.Path, content) -> None:
+        path.write_bytes(b"half")
         raise OSError(errno.ENOSPC, "No space left on device", str(path))
 
     monkeypatch.setattr(drafters, "write_json", full)
     with pytest.raises(OSError, match="No space left"):
         write_tree(saved, chain(2))
     assert (saved / "drafter.json").read_text() == before
+    assert sorted(path.name for path in saved.iterdir()) == ["drafter.json", "model.safetensors"]
 
 
 def test_another_base_is_refused(saved: pathlib.Path, target: Target) -> None:
@@ -131,7 +133,17 @@ def test_another_base_is_refused(saved: pathlib.Path, target: Target) -> None:
     [
         (lambda r: r.update(method="eagle"), "names the method 'eagle'; known are none, medusa, hydra"),
         (lambda r: r.pop("method"), "names the method None"),
+        (lambda r: r.update(method=["hydra"]), r"names the method \['hydra'\]"),
         (lambda r: r.pop("tree"), "has no entry 'tree'"),
+        (lambda r: r.update(tre=[]), "has the unknown entry 'tre'"),
+        (lambda r: r["heads"].update(num_heads="2"), "heads does not fit hydra: num_heads must be int, got '2'"),
+        (lambda r: r["heads"].update(num_heads=1.5), r"num_heads must be int, got 1\.5"),
+        (lambda r: r["heads"].update(num_layers=True), "num_layers must be int, got True"),
+        (lambda r: r["heads"].update(prefix=1), "prefix must be bool, got 1"),
+        (lambda r: r.update(tree=[]), "needs at least one candidate"),
+        (lambda r: r.pop("base"), r"drafter\.json does not name its base"),
+        (lambda r: r.update(base="hydra"), "does not name its base"),
+        (lambda r: r["base"].pop("tokenizer"), "does not name its base"),
         (lambda r: r["heads"].update(colour="red"), "heads does not fit hydra.*colour"),
         (lambda r: r.update(heads=[4]), "heads does not fit hydra"),
         (lambda r: r.update(tree=[[0], [1, 0]]), r"path \[1, 0\] without its parent"),

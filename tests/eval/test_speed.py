@@ -90,6 +90,25 @@ def test_bad_arguments(arguments: list[str], complaint: str, capsys) -> None:
     assert stopped.value.code == 2 and complaint in capsys.readouterr().err
 
 
+def test_out_is_checked_before_anything_is_measured(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path, capsys
+) -> None:
+    monkeypatch.setattr(speed, "run", lambda *args, **kwargs: pytest.fail("measured"))
+    (tmp_path / "file").write_text("")
+    for out, complaint in (
+        (tmp_path, "it is a directory"),
+        (tmp_path / "file" / "x.json", "file is not a directory"),
+        (tmp_path / "file" / "a" / "x.json", "file is not a directory"),
+    ):
+        with pytest.raises(SystemExit) as stopped:
+            speed.main(["--shape", "tiny", "--out", str(out)])
+        assert stopped.value.code == 2 and complaint in capsys.readouterr().err
+    monkeypatch.setattr(speed.os, "access", lambda path, mode: path != tmp_path)
+    with pytest.raises(SystemExit):
+        speed.main(["--shape", "tiny", "--out", str(tmp_path / "a" / "x.json")])
+    assert f"{tmp_path} is not writable" in capsys.readouterr().err and not (tmp_path / "a").exists()
+
+
 def test_missing_peer_is_said_and_null(monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path, capsys) -> None:
     monkeypatch.setattr(peer, "is_installed", lambda: False)
     speed.main(

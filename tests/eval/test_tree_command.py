@@ -146,7 +146,10 @@ def test_command_takes_a_given_tree(target_directory, drafter_directories, tmp_p
     command.main([*arguments, str(tmp_path / "tree.json")])
     assert json.loads((drafter / "drafter.json").read_text())["tree"] == [[0], [1], [0, 0]]
     (tmp_path / "tree.json").write_text("[[0], [2]]")
-    for tree, message in ((str(tmp_path / "tree.json"), "path [2] without its better-ranked sibling [1]"), ("chain:9", "9 deep")):
+    for tree, message in (
+        (str(tmp_path / "tree.json"), "path [2] without its better-ranked sibling [1]"),
+        ("chain:9", "9 deep"),
+    ):
         with pytest.raises(SystemExit):
             command.main([*arguments, tree])
         assert message in capsys.readouterr().err

@@ -153,10 +153,23 @@ def test_missing_key_and_broken_files(tmp_path: Path) -> None:
         config_from_hf({k: v for k, v in LLAMA.items() if k != "vocab_size"})
     with pytest.raises(UserError, match=r"no config\.json"):
         load_config(tmp_path / "nowhere")
-    for content, complaint in (("{", "not valid JSON"), ("[]", "JSON object")):
-        (tmp_path / "config.json").write_text(content)
+    for content, complaint in ((b"{", "not valid JSON"), (b"[]", "JSON object"), (b"\xff", "not UTF-8 text")):
+        (tmp_path / "config.json").write_bytes(content)
         with pytest.raises(UserError, match=complaint):
             load_config(tmp_path)
+    (tmp_path / "config.json").unlink()
+    (tmp_path / "config.json").mkdir()
+    with pytest.raises(UserError, match=r"cannot read .*config\.json: Is a directory"):
+        load_config(tmp_path)
+
+
+def test_a_file_that_may_not_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(path: Path, encoding: str) -> str:
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "read_text", refused)
+    with pytest.raises(UserError, match=r"cannot read .*config\.json: Permission denied"):
+        load_config(tmp_path)
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -120,6 +120,41 @@ print("alike")
     assert run_python(code, devices=8).strip().endswith("alike")
 
 
+def test_axes_that_the_mesh_does_not_divide_decode_alike(run_python) -> None:
+    """One row and one key-value head on data=2, tensor=2; Hydra++ has a cache of its own."""
+    code = """
+import jax, jax.numpy as jnp
+jax.config.update("jax_enable_x64", True)
+from jax.sharding import PartitionSpec as P
+from decoding.drafters.hydra import Hydra
+from decoding.generate import generate
+from decoding.trees import chain
+from models import transformer
+from models.config import TransformerConfig
+from models.heads.hydra import HydraHeads
+from models.sharding import fitted, make_mesh, param_shardings
+from models.target import Target
+
+config = TransformerConfig(vocab_size=18, width=8, num_layers=2, num_heads=4, num_kv_heads=1, head_dim=4, mlp_width=12)
+params = jax.tree.map(lambda x: 20.0 * x, transformer.init(config, jax.random.key(0), jnp.float64))
+mesh = make_mesh(data=2, tensor=2)
+assert fitted(mesh, P("data", "tensor"), (1, 4)).spec == P(None, "tensor")
+drafter = Hydra(HydraHeads(num_heads=2, prefix=True), chain(2))
+heads = drafter.heads.init(config, params, jax.random.key(1))
+for batch, spec in ((1, P(None, None, None, None)), (2, P("data", None, None, None))):
+    buffer = drafter.init(config, batch, 32, jnp.float64, mesh)["cache"][0]["k"]
+    assert buffer.sharding.spec == spec and len(buffer.sharding.device_set) == 4, buffer.sharding
+settings = dict(drafter=drafter, drafter_params=heads, max_new_tokens=12)
+alone = generate(Target(config, params), [[1, 2, 3]], **settings)
+placed = jax.device_put(params, param_shardings(mesh, params))
+heads = jax.device_put(heads, param_shardings(mesh, heads))
+spread = generate(Target(config, placed), [[1, 2, 3]], **{**settings, "drafter_params": heads}, mesh=mesh)
+assert alone.tokens == spread.tokens, (alone.tokens, spread.tokens)
+print("alike")
+"""
+    assert run_python(code, devices=4).strip().endswith("alike")
+
+
 def test_shardings_cover_every_leaf() -> None:
     shapes = transformer.param_shapes(CONFIG, jnp.bfloat16)
     places = param_shardings(make_mesh(devices=jax.devices()[:1]), shapes)

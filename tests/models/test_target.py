@@ -84,6 +84,16 @@ def test_fingerprint_names_the_base(directory: Path) -> None:
     assert {key for key in print_ if print_[key] != changed[key]} == {"embedding", "tokenizer"}
 
 
+def test_a_tokenizer_larger_than_the_model_is_refused(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    few = tokenizer.vocab_size - 3
+    config = TransformerConfig(
+        vocab_size=few, width=16, num_layers=1, num_heads=2, num_kv_heads=1, head_dim=8, mlp_width=24
+    )
+    save_target(tmp_path / "small", config, init(config, jax.random.key(0)), tokenizer)
+    with pytest.raises(UserError, match=f"tokenizer has {few + 3} entries, more than the {few} embeddings"):
+        load_target(tmp_path / "small")
+
+
 def test_package_is_cheap_until_used() -> None:
     code = "import sys, models; assert 'jax' not in sys.modules; models.Target; assert 'jax' in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(target.__file__).parents[1])

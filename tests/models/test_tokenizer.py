@@ -157,6 +157,9 @@ def test_config_forms(tokenizer, tmp_path):
     [
         ("tokenizer.json", None, "no tokenizer in .*expected the file tokenizer.json"),
         ("tokenizer.json", "{}", "is not a tokenizer definition"),
+        ("tokenizer.json", b"\xff{}", "tokenizer.json is not UTF-8 text"),
+        ("tokenizer_config.json", b"\xff{}", "tokenizer_config.json is not UTF-8 text"),
+        ("chat_template.jinja", b"\xff", "chat_template.jinja is not UTF-8 text"),
         ("tokenizer_config.json", "{", "tokenizer_config.json is not valid JSON"),
         ("tokenizer_config.json", "[]", "must hold a JSON object, got list"),
         ("tokenizer_config.json", '{"eos_token": "<end>"}', "names '<end>' as eos_token"),
@@ -167,7 +170,7 @@ def test_broken_directories(tokenizer, tmp_path, name, content, message):
     if content is None:
         (tmp_path / name).unlink()
     else:
-        (tmp_path / name).write_text(content)
+        (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(UserError, match=message):
         Tokenizer.load(tmp_path)
 

@@ -107,6 +107,14 @@ def test_taps_name_what_they_are() -> None:
 
 
 @each_family
+def test_lookup_is_the_table_as_it_stands(config: TransformerConfig) -> None:
+    params = lively(config)
+    rows = np.asarray(params["embed"]["embedding"])[np.asarray(TOKENS)]
+    assert np.array_equal(transformer.lookup(params, TOKENS), rows)
+    close(transformer.embed(config, params, TOKENS), rows * (config.width**0.5 if config.embed_scale else 1.0))
+
+
+@each_family
 def test_packed_documents_are_separate_ones(config: TransformerConfig) -> None:
     params = lively(config)
     segments = jnp.array([[1, 1, 1, 1, 2, 2, 2, 2, 2], [1, 1, 2, 2, 2, 3, 0, 0, 0]])

@@ -1,5 +1,6 @@
 """From files to data sets: every kind of source, what is held out, and what happens when something is wrong."""
 
+import errno
 import gzip
 import json
 import os
@@ -197,6 +198,22 @@ def test_what_is_there_is_not_lost(tokenizer, tokenizer_dir, tmp_path, capsys):
     run(*command, out, "--overwrite")
     assert texts(out) == {"new.txt:1": "new"}
     assert sorted(path.name for path in tmp_path.iterdir()) == ["empty.txt", "new.txt", "out", "tokenizer"]
+
+
+def test_the_old_data_set_returns_when_the_new_one_cannot_take_its_place(tokenizer, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    build({"train": [RawDocument("old", "old")]}, tokenizer, out)
+    replace = os.replace
+
+    def fails_for_the_new(source, target):
+        if str(source).endswith(".partial"):
+            raise OSError(errno.EIO, "Input/output error", str(source))
+        replace(source, target)
+
+    monkeypatch.setattr(build_dataset.os, "replace", fails_for_the_new)
+    with pytest.raises(OSError, match="Input/output"):
+        build({"train": [RawDocument("new", "new")]}, tokenizer, out, overwrite=True)
+    assert texts(out) == {"old": "old"} and [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
 @pytest.mark.parametrize(

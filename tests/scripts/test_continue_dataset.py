@@ -27,14 +27,18 @@ def sources(tmp_path_factory):
 
 
 def run(folder, out, *arguments):
-    continue_dataset.main(["--target", str(folder / "target"), "--data", str(folder / "data"), "--out", str(out), *arguments])
+    continue_dataset.main(
+        ["--target", str(folder / "target"), "--data", str(folder / "data"), "--out", str(out), *arguments]
+    )
 
 
 def test_every_document_is_a_window_and_what_the_target_says_next(sources, tmp_path):
     folder, target = sources
     sizes = ["--documents", "5", "--valid_documents", "2", "--prompt_tokens", "8", "--new_tokens", "6", "--rows", "2"]
     run(folder, tmp_path / "out", *sizes)
-    originals = {d["name"]: d["tokens"].tolist() for split in ("train", "valid") for d in open_split(folder / "data", split)}
+    originals = {
+        d["name"]: d["tokens"].tolist() for split in ("train", "valid") for d in open_split(folder / "data", split)
+    }
     for split, count in (("train", 5), ("valid", 2)):
         documents = open_split(tmp_path / "out", split, tokenizer_fingerprint=target.tokenizer.fingerprint)
         assert len(documents) == count
@@ -54,7 +58,20 @@ def test_windows_differ_and_are_the_same_again(sources, tmp_path):
     folder, _ = sources
     names = []
     for out, seed in (("a", "1"), ("b", "1"), ("c", "2")):
-        run(folder, tmp_path / out, "--documents", "4", "--valid_documents", "0", "--new_tokens", "2", "--prompt_tokens", "8", "--seed", seed)
+        run(
+            folder,
+            tmp_path / out,
+            "--documents",
+            "4",
+            "--valid_documents",
+            "0",
+            "--new_tokens",
+            "2",
+            "--prompt_tokens",
+            "8",
+            "--seed",
+            seed,
+        )
         names.append([open_split(tmp_path / out, "train")[i]["name"] for i in range(4)])
     assert names[0] == names[1] != names[2]
     assert len(set(names[0])) > 1
@@ -85,6 +102,17 @@ def test_text_ends_where_the_target_ends_it(sources, tmp_path, monkeypatch):
         return decoded(*given, **options, stop=[[token] for token in range(target.config.vocab_size)])
 
     monkeypatch.setattr(continue_dataset, "generate", stops_early)
-    run(folder, tmp_path / "out", "--documents", "2", "--valid_documents", "0", "--prompt_tokens", "8", "--new_tokens", "6")
+    run(
+        folder,
+        tmp_path / "out",
+        "--documents",
+        "2",
+        "--valid_documents",
+        "0",
+        "--prompt_tokens",
+        "8",
+        "--new_tokens",
+        "6",
+    )
     document = open_split(tmp_path / "out", "train")[0]
     assert len(document["tokens"]) == 9 and np.sum(document["mask"]) == 1

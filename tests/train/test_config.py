@@ -50,6 +50,20 @@ def test_every_config_file_and_variant_parses():
             assert schema.flattened(sections).keys() == schema.flattened({**config.to_dict(), "objective": None}).keys()
 
 
+@pytest.mark.parametrize(
+    ("name", "rate", "warmup_steps", "final_fraction", "weight_decay"),
+    [("medusa", 1e-3, 40, 0.0, 0.0), ("hydra", 5e-4, 100, 0.33, 0.1)],
+)
+def test_the_published_recipes(name, rate, warmup_steps, final_fraction, weight_decay):
+    raw = load_config(f"{ROOT}/configs/{name}.py:paper")
+    raw.objective.target = "runs/lm/target"
+    config = parse(raw, OBJECTIVES)
+    rule = config.optimizer
+    assert (config.objective.hard, config.objective.soft, rule.name, rule.schedule) == (1.0, 0.0, "adamw", "cosine")
+    assert (rule.learning_rate, rule.warmup_steps) == (rate, warmup_steps)
+    assert (rule.final_fraction, rule.weight_decay) == (final_fraction, weight_decay)
+
+
 def test_values_arrive():
     config = parse(
         lm(**{"optimizer.learning_rate": 1, "objective.model.rope_scaling": {"kind": "linear", "factor": 2}}),

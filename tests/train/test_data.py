@@ -1,6 +1,8 @@
 """Documents on disk, packing against a tape laid out by hand, order, resume, sharding, and the TFDS catalogue."""
 
 import json
+import pathlib
+import shutil
 
 import numpy as np
 import pytest
@@ -163,6 +165,38 @@ def test_no_such_data(directory, tmp_path):
         data.open_split(tmp_path / "none", "train")
     with pytest.raises(UserError, match="has no split 'test'; it has train, valid"):
         data.open_split(directory, "test")
+
+
+def test_nothing_but_the_data_set_is_left(directory):
+    names = {path.name.split("-")[0] for path in directory.iterdir()}
+    assert names == {"dataset_info.json", "features.json", "lengths", "manifest.json", "token_documents"}
+
+
+@pytest.mark.parametrize("name", ["lengths-train.npy", "dataset_info.json", "features.json", "token_documents-train"])
+def test_a_missing_file_is_named(directory, tmp_path, name):
+    copy = pathlib.Path(shutil.copytree(directory, tmp_path / "set"))
+    (path,) = copy.glob(f"{name}*")
+    path.unlink()
+    with pytest.raises(UserError, match=rf"set is incomplete: there is no {path.name}$"):
+        data.open_split(copy, "train")
+    if "train" in name:
+        assert len(data.open_split(copy, "valid")) == 2
+
+
+@pytest.mark.parametrize(
+    ("manifest", "message"),
+    [
+        (b"{", "manifest.json is not valid JSON"),
+        (b"[]", "manifest.json must hold a JSON object"),
+        (b"\xff", "manifest.json is not UTF-8 text"),
+        (b"{}", "manifest.json does not say which tokenizer"),
+    ],
+)
+def test_broken_manifests(directory, tmp_path, manifest, message):
+    copy = pathlib.Path(shutil.copytree(directory, tmp_path / "set"))
+    (copy / "manifest.json").write_bytes(manifest)
+    with pytest.raises(UserError, match=message):
+        data.open_split(copy, "train")
 
 
 def test_a_full_disk_is_one_sentence(tmp_path, run_python):

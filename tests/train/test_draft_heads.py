@@ -1,6 +1,8 @@
 """The draft-head losses against their definition, and training against decoding."""
 
 import dataclasses
+import json
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -42,6 +44,8 @@ def setting(job):
 def test_each_loss_equals_its_definition_row_by_row(drafter, term, setting):
     only = {"hard": 0.0, "soft": 0.0, "feature": 0.0, term: 2.0}
     objective, heads, frozen, batch = setting(objective={"drafter": drafter, "head_decay": 0.5, **only})
+    # The heads read the table as it stands, also where the target scales what it reads.
+    objective.model = dataclasses.replace(objective.model, embed_scale=True)
     (sums, weights), metrics = objective.loss(heads, frozen, batch, jax.random.key(0))
 
     tokens, segments, mask = (batch[name] for name in ("tokens", "segments", "mask"))
@@ -116,6 +120,81 @@ def test_noise_and_dropout_act_in_training_only(setting):
     quiet = DraftHeads(dataclasses.replace(objective._config, noise=0.0), objective._tokenizer)
     loud = objective.evaluate(params, frozen, batch)
     assert jax.tree.all(jax.tree.map(jnp.array_equal, quiet.evaluate(params, frozen, batch), loud))
+
+
+class Listener(Oracle):
+    """Heads that keep what they are given."""
+
+    def __init__(self, logits, prefix):
+        super().__init__(logits)
+        self.prefix = prefix
+
+    def features(self, config, params, post_norm, layout):
+        self.feature = post_norm
+        return post_norm
+
+    def hidden(self, params, i, feature, path):
+        self.path = path
+        return feature
+
+
+@pytest.mark.parametrize("prefix", [False, True])
+def test_noise_spares_the_features_of_a_prefix_block(prefix, setting, monkeypatch):
+    objective, params, frozen, batch = setting(objective={"noise": 10.0})
+    target, _ = objective.teacher_forced(params, frozen, batch, None)
+    listener = Listener(target.logits, prefix)
+    monkeypatch.setattr(objective, "heads", listener)
+    heard = []
+    for key in (None, jax.random.key(0)):
+        objective.teacher_forced(params, frozen, batch, key)
+        heard.append((listener.feature, listener.path))
+    (quiet_feature, quiet_path), (feature, path) = heard
+    assert not jnp.array_equal(quiet_path, path)
+    assert jnp.array_equal(quiet_feature, feature) == prefix
+
+
+def test_the_probe_needs_room_and_whole_prompts(setting):
+    objective, params, frozen, batch = setting(objective={"loop_prompts": 2, "loop_tokens": 4})
+
+    def probe(batch=batch, max_position=objective.model.max_position, **changes):
+        again = DraftHeads(dataclasses.replace(objective._config, **changes), objective._tokenizer)
+        again.model = dataclasses.replace(again.model, max_position=max_position)
+        return again.probe(params, frozen, iter([batch]))
+
+    assert probe(loop_tokens=0) == probe(loop_prompts=0) == {}
+    assert probe(max_position=batch["tokens"].shape[1] // 4) == {}
+    padded = {**batch, "segments": batch["segments"].at[:, 3:].set(0)}
+    assert probe(padded) == {}
+    # With its first rows padded, a batch is as good as the rest of it.
+    first = {**batch, "segments": batch["segments"].at[:2, 3:].set(0)}
+    assert probe(first) == probe({name: rows[2:] for name, rows in batch.items()}) != {}
+
+
+def test_the_export_names_the_base_that_was_loaded(setting, target_directory, tmp_path):
+    objective, params, _, _ = setting()
+    objective.export(tmp_path / "drafter", params, None)
+    record = json.loads((tmp_path / "drafter" / "drafter.json").read_text())
+    assert record["base"] == load_target(target_directory).fingerprint()
+
+
+@pytest.mark.parametrize(("name", "key"), [("draft_heads", "target"), ("lm", "init_from")])
+def test_a_data_set_with_more_tokens_than_the_target_is_refused(name, key, job, target_directory, tmp_path):
+    small = tmp_path / "small"
+    shutil.copytree(target_directory, small)
+    config = json.loads((small / "config.json").read_text())
+    size = config["vocab_size"]
+    (small / "config.json").write_text(json.dumps({**config, "vocab_size": size - 1}))
+    changes = {key: str(small), **({"model": None} if name == "lm" else {})}
+    with pytest.raises(UserError, match=f"has {size} entries, more than the {size - 1} embeddings"):
+        trainer.train(job(name, objective=changes), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("name", ["draft_heads", "lm"])
+def test_rows_longer_than_the_target_are_refused(name, job, tmp_path):
+    with pytest.raises(UserError, match=r"config.length \(4096\) exceeds the longest sequence of the model \(2048\)"):
+        trainer.train(job(name, length=4096), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("drafter", ["medusa", "hydra"])

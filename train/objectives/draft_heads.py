@@ -32,7 +32,7 @@ from models import transformer
 from models.errors import UserError
 from models.hf import load_config
 from models.layout import Layout
-from models.target import Target, load_target
+from models.target import Target, check_vocabulary, load_target
 from models.tokenizer import Tokenizer
 from models.transformer import Output
 from train import schema
@@ -54,11 +54,11 @@ class DraftHeadsConfig:
       feature: weight of the smooth L1 distance to the target's feature.
       head_decay: rho; 1 weighs all heads alike, Medusa's later recipe has 0.8.
       labels: which tokens are learnt: `assistant`, those that the data set marks, or `all`.
-      noise: alpha of the uniform noise on embeddings and features, alpha / sqrt(length * H) (NEFTune, Jain et al.
-        2023); 0 is none.
+      noise: alpha of the uniform noise on embeddings and, but for Hydra++, features, alpha / sqrt(length * H)
+        (NEFTune, Jain et al. 2023); 0 is none.
       loop_prompts: prompts from the valid split that every evaluation decodes with the heads, at most a batch; 0 is
         none.
-      loop_tokens: new tokens per such prompt.
+      loop_tokens: new tokens per such prompt; 0 decodes nothing.
     """
 
     name: Literal["draft_heads"]
@@ -114,18 +114,23 @@ class DraftHeads:
     base_is_frozen = True
 
     def __init__(self, config: DraftHeadsConfig, tokenizer: Tokenizer):
-        """`tokenizer` is the target's, and the data's. Raises UserError for a target that is missing or broken."""
+        """`tokenizer` is the target's, and the data's. Raises UserError for a missing or broken target."""
         self._config, self._tokenizer = config, tokenizer
         self.drafter = config.untrained()
         self.heads = self.drafter.heads
         self.model = load_config(config.base)
         self.drafter.check(self.model)
+        check_vocabulary(self.model, tokenizer, config.base)
+        self._fingerprint: dict[str, int | str | None] = {}
         self._dtype = jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
         self.base: Params | None = transformer.param_shapes(self.model, self._dtype)
 
     def load_base(self, mesh: Mesh) -> Params:
         """The target, float32 on CPU and bfloat16 on accelerators."""
-        return load_target(self._config.base, dtype=self._dtype, mesh=mesh).params
+        target = load_target(self._config.base, dtype=self._dtype, mesh=mesh)
+        # Now, while every process takes part: no single one may be able to read the whole embedding at the export.
+        self._fingerprint = target.fingerprint()
+        return target.params
 
     def init(self, key: Array, base: Params) -> Params:
         """Fresh heads in float32, whatever the target's dtype: small updates must not round away."""
@@ -163,14 +168,19 @@ class DraftHeads:
         """Share of decoding steps that accept depth d: in the loop, and by the training-time forward on its text.
 
         The loop decodes the beginnings of held-out rows greedily, with the rank-0 chain as its tree. The two shares
-        must be equal (`decoding/replay.py`); a difference means that heads are not served as they are trained.
+        must be equal (`decoding/replay.py`); a difference means that heads are not served as they are trained. Empty
+        when nothing is to be decoded, or the target has no room for it, or there are several processes.
         """
-        tokens_BT = np.asarray(next(batches)["tokens"]) if jax.process_count() == 1 else np.zeros((0, 0), np.int32)
-        prompts = tokens_BT[: self._config.loop_prompts, : max(tokens_BT.shape[1] // 4, 1)].tolist()
-        if not prompts:
+        if jax.process_count() > 1:
+            return {}
+        batch = next(batches)
+        size = max(batch["tokens"].shape[1] // 4, 1)
+        tokens_BT, segments_BT = (np.asarray(batch[name])[:, :size] for name in ("tokens", "segments"))
+        prompts = tokens_BT[(segments_BT > 0).all(axis=1)][: self._config.loop_prompts].tolist()
+        new_tokens = min(self._config.loop_tokens, self.model.max_position - size)
+        if not prompts or new_tokens <= 0:
             return {}
         depth = self.heads.num_heads
-        new_tokens = min(self._config.loop_tokens, self.model.max_position - len(prompts[0]))
         params = jax.tree.map(lambda leaf: leaf.astype(self._dtype), trainable)
         target = Target(self.model, frozen, self._tokenizer)
         drafter = dataclasses.replace(self.drafter, tree=chain(depth))
@@ -185,9 +195,8 @@ class DraftHeads:
         }
 
     def export(self, directory: Path, trainable: Params, frozen: Params) -> None:
-        """Writes a drafter directory that names its base."""
-        base = Target(self.model, frozen, self._tokenizer, Path(self._config.base))
-        save_drafter(directory, self.drafter, trainable, base.fingerprint(), overwrite=True)
+        """Writes a drafter directory that names the base that `load_base` read."""
+        save_drafter(directory, self.drafter, trainable, self._fingerprint, overwrite=True)
 
     def teacher_forced(
         self, trainable: Params, frozen: Params, batch: Batch, key: Array | None
@@ -205,12 +214,14 @@ class DraftHeads:
         batch_size, rows = tokens_BT.shape
         layout = Layout.causal(batch_size, rows, batch["segments"])
         target = transformer.forward(self.model, frozen, tokens_BT, layout)
-        feature_BTH, embedding_BTH = target.hidden, transformer.embed(self.model, frozen, tokens_BT)
+        feature_BTH, embedding_BTH = target.hidden, transformer.lookup(frozen, tokens_BT)
         if key is not None and self._config.noise:
             key, noise_key = jax.random.split(key)
             size = self._config.noise / (tokens_BT.shape[1] * self.model.width) ** 0.5
             noise_BTH = size * jax.random.uniform(noise_key, feature_BTH.shape, feature_BTH.dtype, -1.0, 1.0)
-            feature_BTH, embedding_BTH = feature_BTH + noise_BTH, embedding_BTH + noise_BTH
+            embedding_BTH = embedding_BTH + noise_BTH
+            if not getattr(self.heads, "prefix", False):
+                feature_BTH = feature_BTH + noise_BTH
         feature_BTH = self.heads.features(self.model, params, feature_BTH, layout)
         outputs = []
         for i in range(self.heads.num_heads):

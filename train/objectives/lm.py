@@ -20,7 +20,7 @@ from models.config import TransformerConfig
 from models.errors import UserError
 from models.hf import load_config, save_target
 from models.layout import Layout
-from models.target import load_target
+from models.target import check_vocabulary, load_target
 from models.tokenizer import Tokenizer
 from train import schema
 from train.objectives.objective import Batch, Params, Sums
@@ -81,6 +81,7 @@ class LM:
             self.base: Params | None = None
         else:
             self.model = load_config(config.init_from)
+            check_vocabulary(self.model, tokenizer, config.init_from)
             self.base = transformer.param_shapes(self.model, jnp.float32)
 
     def load_base(self, mesh: Mesh) -> Params:

@@ -13,6 +13,7 @@ from typing import Any, ClassVar, Protocol
 from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
+from models.config import TransformerConfig
 from models.tokenizer import Tokenizer
 
 Params = Any  # nested dicts (and lists) of arrays
@@ -27,12 +28,14 @@ class Objective(Protocol):
       Config: the dataclass of the config's section `objective`; its field `name` is the name in `OBJECTIVES`, its
         property `base` the directory of the target that the job starts from, or None.
       product: what training makes, `target` or `drafter`; the directory of that name in the workdir receives it.
+      model: shape of the language model that is trained, or that heads are trained on.
       base: shapes and dtypes of the parameters that `load_base` returns, or None when nothing is loaded.
       base_is_frozen: whether the base goes on as frozen parameters; otherwise it only feeds `init`.
     """
 
     Config: ClassVar[type]
     product: ClassVar[str]
+    model: TransformerConfig
     base: Params | None
     base_is_frozen: bool
 
