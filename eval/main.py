@@ -190,6 +190,7 @@ def eval_command(argv: list[str]) -> None:
 
 @exit_on_user_error
 def main() -> None:
+    """Parses the flags and runs the command."""
     app.run(eval_command, flags_parser=read_flags)
 
 

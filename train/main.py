@@ -67,6 +67,7 @@ def _steps(text: str | None) -> tuple[int, int] | None:
 
 @exit_on_user_error
 def main() -> None:
+    """Parses the flags and runs the command."""
     app.run(train_command, flags_parser=read_flags)
 
 
