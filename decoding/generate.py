@@ -113,17 +113,7 @@ def generate(
             f"tokens and {drafter.max_depth + 1} rows of draft)"
         )
     lengths = np.array([len(prompt) for prompt in prompts], np.int32)
-    seeds = _per_row([seeds + row for row in range(batch)] if isinstance(seeds, int) else seeds, batch, "seeds")
-    if min(seeds) < 0 or max(seeds) >= 2**32:
-        raise UserError(f"seeds must be in [0, 2^32), got {min(seeds) if min(seeds) < 0 else max(seeds)}")
-    settings = _per_row(sampling, batch, "sampling")
-    request = loop.Request(
-        prompt_length=jnp.asarray(lengths),
-        limit=jnp.asarray(lengths + np.array(limits, np.int32)),
-        stops=_pack_stops(stop if stop is not None else [[eos] for eos in config.eos_ids], batch),
-        keys=jax.vmap(jax.random.key)(jnp.array(seeds, jnp.uint32)),
-        warps=batch_warps(settings),
-    )
+    request = _make_request(config, lengths, limits, seeds, sampling, stop)
     text = np.zeros((batch, padded), np.int32)
     for row, prompt in enumerate(prompts):
         text[row, : len(prompt)] = prompt
@@ -155,6 +145,20 @@ def generate(
         stats=[Stats.of(state.counters, row) for row in range(batch)],
         prefill_seconds=prefilled - started,
         decode_seconds=finished - prefilled,
+    )
+
+
+def _make_request(config, lengths, limits, seeds, sampling, stop) -> loop.Request:
+    batch = len(lengths)
+    seeds = _per_row([seeds + row for row in range(batch)] if isinstance(seeds, int) else seeds, batch, "seeds")
+    if min(seeds) < 0 or max(seeds) >= 2**32:
+        raise UserError(f"seeds must be in [0, 2^32), got {min(seeds) if min(seeds) < 0 else max(seeds)}")
+    return loop.Request(
+        prompt_length=jnp.asarray(lengths),
+        limit=jnp.asarray(lengths + np.array(limits, np.int32)),
+        stops=_pack_stops(stop if stop is not None else [[eos] for eos in config.eos_ids], batch),
+        keys=jax.vmap(jax.random.key)(jnp.array(seeds, jnp.uint32)),
+        warps=batch_warps(_per_row(sampling, batch, "sampling")),
     )
 
 
