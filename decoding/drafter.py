@@ -1,16 +1,16 @@
 """What a drafter is: a few pure functions over a state pytree, and some static facts.
 
 A drafter is a frozen, hashable dataclass, so that it can be a jit constant; its parameters and its state are pytrees.
-The loop calls, in this order, `draft` before each target forward, `ingest` with the rows that became text (and, before
-that, with the prompt), and `observe` with everything the forward said. Plain decoding is the drafter that proposes
-nothing.
+The loop calls, in this order, `draft` and `riders` before each target forward, `ingest` with the rows that became text
+(and, before that, with the prompt), and `observe` with everything the forward said. Plain decoding is the drafter that
+proposes nothing.
 """
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from flax import struct
 from jax.sharding import Mesh
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from decoding.sampling import Warps
 from decoding.trees import TokenTree
@@ -29,6 +29,7 @@ class TargetView:
       params: its parameters, layers as a list.
       cache: keys and values of the committed tokens.
       length: how many tokens those are; the root stands at this position.
+      text: the tokens themselves, in the first `length` places, then the root; what follows is padding.
       warps: sampling settings, for drafters that sample.
     """
 
@@ -36,6 +37,7 @@ class TargetView:
     params: Params
     cache: Cache
     length: Int[Array, "B"]
+    text: Int[Array, "B C"]
     warps: Warps
 
     def lookup(self, tokens: Int[Array, "*B"]) -> Float[Array, "*B H"]:
@@ -56,12 +58,31 @@ class TrueRows:
       start: position of `tokens[:, 0]`.
       count: how many are text; 0 leaves the row's state unchanged.
       taps: the features named in `Drafter.taps`, `[B, R, H]` each.
+      nodes: the tree node that each row was, the root first; None for rows of the prompt.
     """
 
     tokens: Int[Array, "B R"]
     start: Int[Array, "B"]
     count: Int[Array, "B"]
     taps: dict[str, Float[Array, "B R H"]]
+    nodes: Int[Array, "B R"] | None = None
+
+
+@struct.dataclass
+class Riders:
+    """R rows that join the verify forward without being candidates; they see the committed text, tree rows never them.
+
+    Attributes:
+      tokens: what they read.
+      positions: where they stand.
+      sees_tree: `[b, i, n]`: rider i sees node n.
+      sees_riders: `[b, i, j]`: rider i sees rider j, itself included.
+    """
+
+    tokens: Int[Array, "B R"]
+    positions: Int[Array, "B R"]
+    sees_tree: Bool[Array, "#B R N"]
+    sees_riders: Bool[Array, "#B R R"]
 
 
 class Drafter:
@@ -74,6 +95,7 @@ class Drafter:
     Properties:
       max_nodes: rows of the verify forward, root included (a *budget* of n candidates means n + 1 nodes).
       max_depth: depth of the deepest candidate.
+      num_riders: rows that `riders` adds.
     """
 
     name: ClassVar[str]
@@ -86,6 +108,10 @@ class Drafter:
     @property
     def max_depth(self) -> int:
         raise AttributeError(f"{type(self).__name__} must say max_depth")
+
+    @property
+    def num_riders(self) -> int:
+        return 0
 
     def check(self, config: TransformerConfig) -> None:
         """Raises UserError when this drafter cannot serve a target of that shape."""
@@ -109,10 +135,44 @@ class Drafter:
         """The state after `rows` became text; `target.cache` and `target.length` already include them."""
         return state
 
-    def draft(self, params, target: TargetView, state, root: Int[Array, "B"], keys: Array) -> TokenTree:
-        """Candidates that may follow `root`, the pending token at position `target.length`."""
+    def draft(self, params, target: TargetView, state, root: Int[Array, "B"], keys: Array) -> tuple[TokenTree, Any]:
+        """Candidates that may follow `root`, the pending token at position `target.length`.
+
+        Args:
+          params: as `prepare` left them.
+          target: the target before this step.
+          state: as `ingest` and `observe` left it.
+          root: the pending tokens.
+          keys: typed PRNG keys `[B]` for drafters that draw; new in every step, and independent of the verifier's.
+
+        Returns:
+          The tree, and what `ingest` receives as its state after this step: `state`, or more than that, such as the
+          rows of a draft network that may turn out to be text.
+        """
         raise AttributeError(f"{type(self).__name__} must define draft")
 
-    def observe(self, state, tree: TokenTree, output: Output, verdict: Verdict):
-        """The state after looking at every node's output, rejected ones included."""
+    def riders(self, params, target: TargetView, state, tree: TokenTree) -> Riders | None:
+        """Extra rows for the verify forward; their outputs come to `observe` behind those of the tree."""
+        return None
+
+    def observe(self, params, target: TargetView, state, tree: TokenTree, output: Output, verdict: Verdict, live):
+        """The state after looking at every node's output, rejected ones included.
+
+        Args:
+          params: as `prepare` left them.
+          target: the target after this step.
+          state: as `ingest` left it.
+          tree: what was drafted.
+          output: of the N nodes, then of the riders.
+          verdict: what became text.
+          live: bool `[B]`; a finished row keeps its state.
+        """
+        return state
+
+    def memory(self, state):
+        """What outlives the request, to be given to `recall` in the next; None for a drafter that keeps nothing."""
+        return None
+
+    def recall(self, state, memory):
+        """A fresh state with the memory of an earlier request."""
         return state

@@ -7,6 +7,7 @@ end or m steps at a time.
 import dataclasses
 import time
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -35,6 +36,7 @@ class Generation:
       stats: one per prompt.
       prefill_seconds: reading the prompts and choosing the first tokens.
       decode_seconds: the loop.
+      memory: what the drafter keeps for the next request; None for most drafters.
     """
 
     tokens: list[list[int]]
@@ -42,6 +44,7 @@ class Generation:
     stats: list[Stats]
     prefill_seconds: float
     decode_seconds: float
+    memory: Any = None
 
 
 def bucket(size: int, smallest: int = 64) -> int:
@@ -73,6 +76,7 @@ def generate(
     stream_every: int = 8,
     on_tokens: Callable[[int, list[int], list[int]], None] | None = None,
     mesh=None,
+    memory=None,
 ) -> Generation:
     """Decodes a batch of prompts; ragged lengths are fine.
 
@@ -91,6 +95,7 @@ def generate(
       stream_every: steps between calls of `on_tokens`.
       on_tokens: called with (row, new tokens, their writers) as text is committed.
       mesh: where the cache lives; None is the default device.
+      memory: `Generation.memory` of an earlier request of the same batch size, for drafters that learn as they go.
 
     Raises:
       UserError: an empty prompt, a token outside the vocabulary, or a request that does not fit the context or cache.
@@ -121,6 +126,9 @@ def generate(
     dtype = params["embed"]["embedding"].dtype
     started = time.perf_counter()
     state = loop.init_state(config, drafter, batch, capacity, dtype, text, mesh=mesh)
+    if memory is not None:
+        # Copied: the loop donates its state, and the caller may want to begin from this memory again.
+        state = dataclasses.replace(state, drafter=drafter.recall(state.drafter, jax.tree.map(jnp.copy, memory)))
     hidden = jnp.zeros((batch, config.width), dtype)
     for chunk in _chunks(text):
         state, hidden = loop.prefill_chunk(config, drafter, params, drafter_params, state, hidden, request, chunk)
@@ -145,6 +153,7 @@ def generate(
         stats=[Stats.of(state.counters, row) for row in range(batch)],
         prefill_seconds=prefilled - started,
         decode_seconds=finished - prefilled,
+        memory=drafter.memory(state.drafter),
     )
 
 

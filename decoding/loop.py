@@ -17,9 +17,10 @@ from flax import struct
 from jaxtyping import Array, Bool, Float, Int, Int8, Int32
 
 from decoding.cache import commit, init_cache
-from decoding.drafter import Drafter, TargetView, TrueRows
-from decoding.sampling import Warps, draw
+from decoding.drafter import Drafter, Riders, TargetView, TrueRows
+from decoding.sampling import Warps, draft_keys, draw
 from decoding.stats import Counters
+from decoding.trees import TokenTree
 from decoding.verify import Typical, verify, verify_typical
 from models.config import TransformerConfig
 from models.layout import Layout
@@ -105,7 +106,7 @@ def prefill_chunk(
     out = forward(config, params, tokens, Layout.extend(state.length, rows), state.cache, taps=drafter.taps)
     cache = commit(state.cache, out.rows, None, state.length)
     length = state.length + count
-    view = TargetView(config, params, cache, length, request.warps)
+    view = TargetView(config, params, cache, length, state.tokens, request.warps)
     drafter_state = drafter.ingest(drafter_params, view, state.drafter, TrueRows(tokens, state.length, count, out.taps))
     last = jnp.maximum(count - 1, 0)[:, None, None]
     read = jnp.take_along_axis(out.hidden, last, axis=1)[:, 0]
@@ -153,13 +154,15 @@ def run(
 
 def decode_step(config, drafter, params, drafter_params, state, request, typical=None) -> DecodeState:
     """One draft, one target forward, one verdict; `drafter_params` are prepared."""
-    view = TargetView(config, params, state.cache, state.length, request.warps)
+    view = TargetView(config, params, state.cache, state.length, state.tokens, request.warps)
     root = jnp.take_along_axis(state.tokens, state.length[:, None], axis=1)[:, 0]
     with jax.named_scope("draft"):
-        tree = drafter.draft(drafter_params, view, state.drafter, root, request.keys)
+        keys = draft_keys(request.keys, state.length)
+        tree, carried = drafter.draft(drafter_params, view, state.drafter, root, keys)
+        riders = drafter.riders(drafter_params, view, carried, tree)
     with jax.named_scope("target"):
-        layout = Layout(state.length[:, None] + tree.depth, state.length, tree.ancestors)
-        out = forward(config, params, tree.tokens, layout, state.cache, taps=drafter.taps)
+        tokens, layout = verify_rows(tree, riders, state.length)
+        out = forward(config, params, tokens, layout, state.cache, taps=drafter.taps)
     with jax.named_scope("verify"):
         arguments = (request.warps, request.keys, state.length, drafter.max_depth)
         if typical is None:
@@ -181,11 +184,26 @@ def decode_step(config, drafter, params, drafter_params, state, request, typical
         )
     with jax.named_scope("ingest"):
         taps = {name: jnp.take_along_axis(tap, verdict.path[:, :, None], axis=1) for name, tap in out.taps.items()}
-        rows = TrueRows(jnp.take_along_axis(tree.tokens, verdict.path, axis=1), state.length, emitted, taps)
-        view = TargetView(config, params, after.cache, after.length, request.warps)
-        drafter_state = drafter.ingest(drafter_params, view, state.drafter, rows)
-        drafter_state = drafter.observe(drafter_state, tree, out, verdict)
+        read = jnp.take_along_axis(tree.tokens, verdict.path, axis=1)
+        rows = TrueRows(read, state.length, emitted, taps, verdict.path)
+        view = TargetView(config, params, after.cache, after.length, after.tokens, request.warps)
+        drafter_state = drafter.ingest(drafter_params, view, carried, rows)
+        drafter_state = drafter.observe(drafter_params, view, drafter_state, tree, out, verdict, ~state.done)
     return dataclasses.replace(after, drafter=drafter_state)
+
+
+def verify_rows(tree: TokenTree, riders: Riders | None, length: Int[Array, "B"]) -> tuple[Int[Array, "B _"], Layout]:
+    """The rows of the verify forward: tokens and layout of the tree's N nodes, then of the riders."""
+    layout = Layout(length[:, None] + tree.depth, length, tree.ancestors)
+    if riders is None:
+        return tree.tokens, layout
+    batch, nodes = tree.tokens.shape
+    among = jnp.broadcast_to(tree.ancestors, (batch, nodes, nodes))
+    by_riders = jnp.concatenate([riders.sees_tree, riders.sees_riders], axis=2)
+    by_riders = jnp.broadcast_to(by_riders, (batch, *by_riders.shape[1:]))
+    seen = jnp.concatenate([jnp.pad(among, ((0, 0), (0, 0), (0, riders.tokens.shape[1]))), by_riders], axis=1)
+    positions = jnp.concatenate([layout.positions, riders.positions], axis=1)
+    return jnp.concatenate([tree.tokens, riders.tokens], axis=1), Layout(positions, length, seen)
 
 
 def emit(

@@ -14,14 +14,21 @@ import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
-from jaxtyping import Array, Bool, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from models.errors import UserError
 
-LAWS = ("match", "point")
+# How the candidates were proposed, which decides how they may be verified (decoding/verify.py):
+#   match  independently of the verifier's draws
+#   point  besides, deterministically, siblings distinct
+#   iid    siblings drawn from one distribution, with replacement (SpecInfer)
+#   swor   siblings drawn without replacement: each from what its elder siblings left (RSD, Sequoia, EAGLE-1)
+LAWS = ("match", "point", "iid", "swor")
+SAMPLED_LAWS = ("iid", "swor")
 
 
 @struct.dataclass
@@ -35,8 +42,12 @@ class TokenTree:
       valid: nodes that take part; the others are never accepted.
       children: node indices in the order in which they are offered, padded with -1.
       ancestors: `[b, i, j]`: j is i or lies on the path from the root to i.
-      law: how the candidates were proposed, which decides how they may be verified (Spec. sheets call them `match`,
-        any tree built independently of the verifier's draws, and `point`, deterministic distinct tokens).
+      law: one of `LAWS`.
+      proposals: under the sampled laws, the exact distributions that children were drawn from.
+      proposal_of: per node the row of `proposals` that its first child was drawn from; -1 for a node without.
+
+    Raises:
+      ValueError: an unknown law, or proposals that are missing or do not belong to the law.
     """
 
     tokens: Int[Array, "B N"]
@@ -46,10 +57,58 @@ class TokenTree:
     children: Int[Array, "#B N C"]
     ancestors: Bool[Array, "#B N N"]
     law: str = struct.field(pytree_node=False)
+    proposals: Float[Array, "B M V"] | None = None
+    proposal_of: Int[Array, "#B N"] | None = None
 
     def __post_init__(self):
         if self.law not in LAWS:
             raise ValueError(f"a token tree's law must be one of {', '.join(LAWS)}, got {self.law!r}")
+        for name in ("proposals", "proposal_of"):
+            if (getattr(self, name) is None) == (self.law in SAMPLED_LAWS):
+                must = "needs" if self.law in SAMPLED_LAWS else "cannot have"
+                raise ValueError(f"a token tree under the law {self.law!r} {must} {name}")
+
+    @classmethod
+    def grown(
+        cls,
+        tokens: Int[Array, "B N"],
+        parent: Int[Array, "B N"],
+        depth: Int[Array, "B N"],
+        valid: Bool[Array, "B N"],
+        rank: Int[Array, "B N"],
+        width: int,
+        law: str,
+        proposals: Float[Array, "B M V"] | None = None,
+        proposal_of: Int[Array, "B N"] | None = None,
+    ) -> "TokenTree":
+        """A tree whose topology is data: children and ancestors follow from the parents.
+
+        Args:
+          tokens: candidates; node 0 is the root.
+          parent: -1 at the root; elsewhere an earlier node.
+          depth: 0 at the root.
+          valid: nodes that take part. An invalid node may have any earlier parent; its rank is ignored.
+          rank: place among the siblings in the order offered; distinct among valid siblings.
+          width: C, more than every valid rank.
+          law: one of `LAWS`.
+          proposals: see the class.
+          proposal_of: see the class.
+        """
+        nodes = tokens.shape[1]
+        index_N = jnp.arange(nodes, dtype=jnp.int32)
+        of_parent_BNN = parent[:, :, None] == index_N
+        ancestors_BNN = of_parent_BNN | (index_N[:, None] == index_N)
+        for _ in range(max(nodes - 1, 1).bit_length()):
+            # A product of counts: exact in float32, and the form of boolean product that every back end is fast at.
+            reach = ancestors_BNN.astype(jnp.float32)
+            ancestors_BNN = jnp.einsum("bij,bjk->bik", reach, reach) > 0
+
+        def place(parent_N, rank_N, valid_N):
+            row_N = jnp.where(valid_N & (parent_N >= 0), parent_N, nodes)
+            return jnp.full((nodes, width), -1, jnp.int32).at[row_N, rank_N].set(index_N, mode="drop")
+
+        children_BNC = jax.vmap(place)(parent, rank, valid)
+        return cls(tokens, parent, depth, valid, children_BNC, ancestors_BNN, law, proposals, proposal_of)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -147,8 +206,18 @@ class Topology:
         nodes = self.level(depth)
         return nodes[self.children[nodes, 0] >= 0]
 
-    def fill(self, tokens: Int[Array, "B N"], law: str) -> TokenTree:
-        """The token tree of this topology with `tokens` in it."""
+    def fill(self, tokens: Int[Array, "B N"], law: str, proposals: Float[Array, "B M V"] | None = None) -> TokenTree:
+        """The token tree of this topology with `tokens` in it.
+
+        Args:
+          tokens: one per node.
+          law: one of `LAWS`.
+          proposals: under a sampled law, for each node that has children, in the order of nodes, the distribution that
+            its first child was drawn from.
+        """
+        parents = np.flatnonzero(self.children[:, 0] >= 0)
+        proposal_of = np.full(self.size, -1, np.int32)
+        proposal_of[parents] = np.arange(len(parents), dtype=np.int32)
         return TokenTree(
             tokens=tokens,
             parent=jnp.asarray(self.parent)[None],
@@ -157,6 +226,8 @@ class Topology:
             children=jnp.asarray(self.children)[None],
             ancestors=jnp.asarray(self.ancestors)[None],
             law=law,
+            proposals=proposals,
+            proposal_of=None if proposals is None else jnp.asarray(proposal_of)[None],
         )
 
     def check(self, *, heads: int, vocab_size: int) -> None:

@@ -1,9 +1,16 @@
 """Verification: which candidates of a token tree become text, and which token comes next.
 
-Under the laws `match` and `point` there is one rule: at each node draw the target's own token; if a child holds it,
-descend, otherwise it is the next root. For deterministic children this is point-mass rejection sampling (SpecInfer's
-verification with q = 1; EAGLE-2) in its simplest form, and at temperature 0 it is greedy verification. It walks from
-the root, so the target distribution is evaluated at visited nodes only.
+It walks from the root, one node per level, so the target distribution p is evaluated at visited nodes only. What
+happens at a node depends on how its children were proposed, which the tree says (`TokenTree.law`):
+
+* `match`, `point`: draw the target's own token; if a child holds it, descend, otherwise it is the next root. For
+  deterministic children this is point-mass rejection sampling (EAGLE-2) in its simplest form, and at temperature 0 it
+  is greedy verification. The text is that of plain decoding, token for token.
+* `iid`, `swor`: try the children in order. Child x, drawn from q, is accepted with probability min(1, p(x) / q(x));
+  a rejection leaves the residual p <- norm(max(p - q, 0)), and, where siblings are drawn without replacement (`swor`),
+  q without x for the next. If all are rejected the next root is drawn from the last residual. `iid` is multi-round
+  speculative sampling (Miao et al. 2024, SpecInfer, section 4.3), and with one child the rule of Leviathan et al.
+  2023; `swor` is recursive rejection sampling (Jeon et al. 2024, RSD, section 3).
 
 `typical` acceptance (Medusa, section 3.3) is here too. It is lossy: the text no longer follows the target distribution.
 """
@@ -15,8 +22,8 @@ import jax.numpy as jnp
 from flax import struct
 from jaxtyping import Array, Float, Int
 
-from decoding.sampling import Warps, draw
-from decoding.trees import TokenTree
+from decoding.sampling import Warps, argmax, draw, noise, target_probabilities
+from decoding.trees import SAMPLED_LAWS, TokenTree
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,57 +51,97 @@ class Verdict:
 
 def verify(
     tree: TokenTree,
-    logits: Float[Array, "B N V"],
+    logits: Float[Array, "B _ V"],
     warps: Warps,
     keys: Array,
     length: Int[Array, "B"],
     max_depth: int,
 ) -> Verdict:
-    """Lossless verification of a `match` or `point` tree.
+    """Lossless verification under the tree's law: output follows the target distribution.
 
     Args:
-      tree: candidates; node i stands at position `length + depth(i)`.
-      logits: the target's, at every node.
-      warps: what makes logits the target distribution.
-      keys: one per request.
-      length: committed tokens, which is the root's position.
-      max_depth: depth of the deepest node, static.
+      tree: the candidates.
+      logits: the target's, at every node; rows past the tree's are ignored.
+      warps: sampling settings.
+      keys: request keys.
+      length: position of the root.
+      max_depth: of the deepest candidate.
     """
     batch = tree.tokens.shape[0]
     children = jnp.broadcast_to(tree.children, (batch, *tree.children.shape[1:]))
     valid = jnp.broadcast_to(tree.valid, tree.tokens.shape)
+    judge = _try_children if tree.law in SAMPLED_LAWS else _meet_target
     node = jnp.zeros(batch, jnp.int32)
     alive = jnp.ones(batch, bool)
     drafts = jnp.zeros(batch, jnp.int32)
     path, tokens = [node], []
     for depth in range(max_depth + 1):
-        token = _draw_at(node, alive, logits, warps, keys, length + depth + 1, may_skip=depth > 0)
+        offered = jnp.take_along_axis(children, node[:, None, None], axis=1)[:, 0]
+        slot = jnp.maximum(offered, 0)
+        offered = jnp.where(jnp.take_along_axis(valid, slot, axis=1), offered, -1)
+
+        def level(node=node, offered=offered, positions=length + depth + 1):
+            return judge(tree, logits, warps, keys, node, offered, positions)
+
+        if depth == 0:
+            token, child = level()
+        else:
+            # The target distribution over a large vocabulary is costly: not for levels that no row reaches.
+            nothing = jnp.full(batch, -1, jnp.int32)
+            token, child = jax.lax.cond(jnp.any(alive), level, lambda nothing=nothing: (nothing, nothing))
         tokens.append(token)
         if depth == max_depth:
             break
-        offered = jnp.take_along_axis(children, node[:, None, None], axis=1)[:, 0]
-        slot = jnp.maximum(offered, 0)
-        hit = (offered >= 0) & jnp.take_along_axis(valid, slot, axis=1)
-        hit &= jnp.take_along_axis(tree.tokens, slot, axis=1) == token[:, None]
-        # Summing picks the hit without an argmax; `point` children are distinct, and of equal `match` children the
-        # first in the order offered is as good as any.
-        hit &= jnp.cumsum(hit, axis=1) == 1
-        alive &= jnp.any(hit, axis=1)
-        node = jnp.where(alive, jnp.sum(jnp.where(hit, slot, 0), axis=1, dtype=jnp.int32), node)
+        alive &= child >= 0
+        node = jnp.where(alive, child, node)
         drafts += alive.astype(jnp.int32)
         path.append(node)
     return Verdict(jnp.stack(path, axis=1), drafts, jnp.stack(tokens, axis=1))
 
 
-def _draw_at(node, alive, logits, warps, keys, positions, may_skip):
-    def evaluate():
-        visited = jnp.take_along_axis(logits, node[:, None, None], axis=1)[:, 0]
-        return draw(visited, warps, keys, positions)
+def _meet_target(tree, logits, warps, keys, node, offered, positions):
+    """Laws `match` and `point`: the target's own token, and the child that holds it or -1."""
+    visited = jnp.take_along_axis(logits, node[:, None, None], axis=1)[:, 0]
+    token = draw(visited, warps, keys, positions)
+    held = jnp.take_along_axis(tree.tokens, jnp.maximum(offered, 0), axis=1)
+    hit = (offered >= 0) & (held == token[:, None])
+    # `point` children are distinct, and of equal `match` children the first in the order offered is as good as any.
+    hit &= jnp.cumsum(hit, axis=1) == 1
+    return token, jnp.sum(jnp.where(hit, offered + 1, 0), axis=1, dtype=jnp.int32) - 1
 
-    if warps.greedy or not may_skip:
-        return evaluate()
-    # Sorting a vocabulary costs more than a small forward: not for levels that no row reaches.
-    return jax.lax.cond(jnp.any(alive), evaluate, lambda: jnp.zeros_like(node))
+
+def _try_children(tree, logits, warps, keys, node, offered, positions):
+    """Laws `iid` and `swor`: the accepted child or -1, and its token or one drawn from the last residual."""
+    visited = jnp.take_along_axis(logits, node[:, None, None], axis=1)[:, 0]
+    p_BV = target_probabilities(visited, warps)
+    row = jnp.take_along_axis(jnp.broadcast_to(tree.proposal_of, tree.tokens.shape), node[:, None], axis=1)
+    q_BV = jnp.take_along_axis(tree.proposals, jnp.maximum(row, 0)[:, :, None], axis=1)[:, 0].astype(p_BV.dtype)
+    count = offered.shape[1]
+    # Beside the noise that `draw` takes from this key, which the residual below uses.
+    uniform_BC = jax.vmap(
+        lambda key, p: jax.random.uniform(jax.random.fold_in(jax.random.fold_in(key, p), 1), (count,), p_BV.dtype)
+    )(keys, positions)
+    vocabulary_V = jnp.arange(p_BV.shape[1], dtype=jnp.int32)
+    child = jnp.full_like(node, -1)
+    for c in range(count):
+        slot = jnp.maximum(offered[:, c], 0)[:, None]
+        is_x_BV = vocabulary_V == jnp.take_along_axis(tree.tokens, slot, axis=1)
+        mass = jnp.sum(q_BV, axis=1, keepdims=True)
+        # p and q may round to the same vector, which leaves no residual, or the list be longer than q has tokens.
+        tried = (offered[:, c] >= 0) & (child < 0) & (mass[:, 0] > 0)
+        proposal_BV = q_BV / jnp.where(mass > 0, mass, 1)
+        p_x, q_x = (jnp.sum(jnp.where(is_x_BV, x, 0), axis=1) for x in (p_BV, proposal_BV))
+        accepted = tried & (uniform_BC[:, c] * q_x < p_x)
+        child = jnp.where(accepted, offered[:, c], child)
+        residual_BV = jnp.maximum(p_BV - proposal_BV, 0)
+        left = jnp.sum(residual_BV, axis=1, keepdims=True)
+        rejected = (tried & ~accepted)[:, None]
+        p_BV = jnp.where(rejected & (left > 0), residual_BV / jnp.where(left > 0, left, 1), p_BV)
+        if tree.law == "swor":
+            q_BV = jnp.where(rejected & is_x_BV, 0, q_BV)
+    drawn = argmax(jnp.log(p_BV) + noise(keys, positions, p_BV.shape[1], p_BV.dtype))
+    held = jnp.take_along_axis(tree.tokens, jnp.maximum(child, 0)[:, None], axis=1)[:, 0]
+    return jnp.where(child >= 0, held, drawn), child
 
 
 def verify_typical(

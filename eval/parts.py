@@ -98,8 +98,8 @@ def _drafting(scene: Scene, drafter: Drafter, drafter_params: Any):
     def draft(fixed, varying):
         params, drafter_params, cache = fixed
         drafter_state, root = varying
-        view = TargetView(scene.config, params, cache, state.length, request.warps)
-        return drafter.draft(drafter_params, view, drafter_state, root, request.keys)
+        view = TargetView(scene.config, params, cache, state.length, state.tokens, request.warps)
+        return drafter.draft(drafter_params, view, drafter_state, root, request.keys)[0]
 
     prepared = jax.jit(drafter.prepare)(drafter_params)
     return draft, (scene.params, prepared, state.cache), (state.drafter, state.tokens[:, scene.length])
@@ -150,7 +150,7 @@ def step_parts(scene: Scene, drafter: Drafter, drafter_params: Any) -> dict[str,
         tokens, taps, verdict = varying
         taken = {name: jnp.take_along_axis(tap, verdict.path[:, :, None], axis=1) for name, tap in taps.items()}
         rows = TrueRows(jnp.take_along_axis(tokens, verdict.path, axis=1), length, verdict.drafts + 1, taken)
-        view = TargetView(config, params, cache, length, request.warps)
+        view = TargetView(config, params, cache, length, state.tokens, request.warps)
         return drafter.ingest(drafter_params, view, drafter_state, rows)
 
     draft, models, varying = _drafting(scene, drafter, drafter_params)

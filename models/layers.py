@@ -83,14 +83,15 @@ def attend(
     rows: Rows,
     prefix: Rows | None,
     layout: Layout,
+    scratch: Rows | None = None,
     *,
     scale: float,
     cap: float | None = None,
     window: int | Int[Array, ""] | None = None,
 ) -> Float[Array, "B T N*D"]:
-    """Softmax attention over the committed prefix and the new rows, under one normaliser.
+    """Softmax attention over the committed prefix, the scratch and the new rows, under one normaliser.
 
-    Keeping the two sources apart means that the fresh keys of a draft tree never have to be written to the cache: only
+    Keeping the sources apart means that the fresh keys of a draft tree never have to be written to the cache: only
     rows that verification accepts are (`decoding/cache.py`). Keys lie as [B, K, D, S] and values as [B, K, S, D], the
     two forms in which XLA multiplies a cache as it is; any other is transposed or packed anew at every step.
     """
@@ -104,9 +105,13 @@ def attend(
         s_BKTGS = softcap(s_BKRS, cap).reshape(B, K, T, N // K, -1)
         return jnp.where(seen_BTS[:, None, :, None], s_BKTGS, jnp.finfo(dtype).min)
 
-    sources = [rows] if prefix is None else [prefix, rows]
-    seen = [] if prefix is None else [layout.sees_prefix(prefix["k"].shape[3], window)]
-    seen.append(layout.sees_rows(window))
+    sources, seen = [rows], [layout.sees_rows(window)]
+    if scratch is not None:
+        sources.append(scratch)
+        seen.append(layout.sees_scratch(window))
+    if prefix is not None:
+        sources.append(prefix)
+        seen.append(layout.sees_prefix(prefix["k"].shape[3], window))
     s = [scores(source["k"], mask) for source, mask in zip(sources, seen, strict=True)]
     top = functools.reduce(jnp.maximum, [jnp.max(x, axis=-1, keepdims=True) for x in s])
     e = [jnp.exp(x - top) for x in s]
@@ -146,20 +151,24 @@ class Attention(nn.Module):
     config: TransformerConfig
 
     @nn.compact
-    def __call__(self, x_BTH, angles, layout, prefix, window):
-        """Returns the attention output `[B, T, H]` and the fresh key/value rows."""
+    def __call__(self, x_BTI, angles, layout, prefix=None, window=None, scratch=None, mix=attend):
+        """Returns the attention output `[B, T, H]` and the fresh key/value rows.
+
+        `x_BTI` may be of any width; `mix`, which has the arguments of `attend`, says who attends to what.
+        """
         c = self.config
-        B, T, _ = x_BTH.shape
+        B, T, _ = x_BTI.shape
 
         widths = [count * c.head_dim for count in (c.num_heads, c.num_kv_heads, c.num_kv_heads)]
-        projected = joined_or_apart(self, ("q", "k", "v"), widths, c.qkv_bias, x_BTH)
+        projected = joined_or_apart(self, ("q", "k", "v"), widths, c.qkv_bias, x_BTI)
         q, k, v = (y.reshape(B, T, -1, c.head_dim) for y in projected)
         if c.qk_norm:
             q = RMSNorm(c.norm_eps, c.zero_centred_norm, name="q_norm")(q)
             k = RMSNorm(c.norm_eps, c.zero_centred_norm, name="k_norm")(k)
         rows = {"k": apply_rope(k, angles).transpose(0, 2, 3, 1), "v": v.transpose(0, 2, 1, 3)}
         scale = c.head_dim**-0.5 if c.query_scale is None else c.query_scale
-        mixed = attend(apply_rope(q, angles), rows, prefix, layout, scale=scale, cap=c.attention_softcap, window=window)
+        q = apply_rope(q, angles)
+        mixed = mix(q, rows, prefix, layout, scratch, scale=scale, cap=c.attention_softcap, window=window)
         return nn.Dense(c.width, use_bias=c.output_bias, name="o")(mixed), rows
 
 
@@ -183,14 +192,15 @@ class Block(nn.Module):
     config: TransformerConfig
 
     @nn.compact
-    def __call__(self, x_BTH, angles, layout, prefix=None, window=None):
+    def __call__(self, x_BTH, angles, layout, prefix=None, window=None, scratch=None):
         """Returns the residual stream `[B, T, H]` and the fresh key/value rows."""
         c = self.config
 
         def norm(name, y):
             return RMSNorm(c.norm_eps, c.zero_centred_norm, name=name)(y)
 
-        mixed, rows = Attention(c, name="attention")(norm("attention_norm", x_BTH), angles, layout, prefix, window)
+        x = norm("attention_norm", x_BTH)
+        mixed, rows = Attention(c, name="attention")(x, angles, layout, prefix, window, scratch)
         x_BTH = x_BTH + (norm("post_attention_norm", mixed) if c.post_norms else mixed)
         wider = MLP(c.width, c.mlp_width, c.activation, name="mlp")(norm("mlp_norm", x_BTH))
         return x_BTH + (norm("post_mlp_norm", wider) if c.post_norms else wider), rows

@@ -24,12 +24,17 @@ class Layout:
       length: committed tokens in the cache, per batch row.
       ancestors: `[b, i, j]` says that new row i sees new row j (itself included); None means causal order.
       segments: packed documents, 1, 2, ...; 0 is padding; None means one document per row.
+      scratch_seen: `[b, i, s]` says that new row i sees row s of the scratch, rows that an earlier forward of the same
+        draft computed; None when there is no scratch.
+      scratch_positions: where those rows stand.
     """
 
     positions: Int[Array, "B T"]
     length: Int[Array, "B"]
     ancestors: Bool[Array, "#B T T"] | None = None
     segments: Int[Array, "B T"] | None = None
+    scratch_seen: Bool[Array, "#B T S"] | None = None
+    scratch_positions: Int[Array, "B S"] | None = None
 
     @classmethod
     def causal(cls, batch: int, rows: int, segments: Int[Array, "B T"] | None = None) -> "Layout":
@@ -61,6 +66,14 @@ class Layout:
         if window is not None:
             seen = seen & (self.positions[:, :, None] - self.positions[:, None, :] < window)
         return seen
+
+    def sees_scratch(self, window: int | Int[Array, ""] | None) -> Bool[Array, "B T S"]:
+        """`[b, i, s]`: new row i attends to row s of the scratch."""
+        assert self.scratch_seen is not None and self.scratch_positions is not None
+        if window is None:
+            return self.scratch_seen
+        near = self.positions[:, :, None] - self.scratch_positions[:, None, :] < window
+        return self.scratch_seen & near
 
     def sees_prefix(self, capacity: int, window: int | Int[Array, ""] | None) -> Bool[Array, "B #T S"]:
         """`[b, i, s]`: new row i attends to cache slot s, which holds the committed token at position s."""

@@ -171,6 +171,7 @@ def forward(
     cache: Cache | None = None,
     layers: tuple[int, int] | None = None,
     taps: Sequence[str] = (),
+    scratch: Cache | None = None,
 ) -> Output:
     """Runs the new rows through the stack, or through a slice of it.
 
@@ -181,6 +182,8 @@ def forward(
       layout: positions and visibility of the new rows.
       cache: keys and values of the committed prefix, one entry per layer of the whole stack; None when there is none.
       layers: half-open range of layers to run; None means all.
+      scratch: keys and values of rows that earlier forwards of the same draft computed, one entry per layer of the whole
+        stack, seen as `layout.scratch_seen` says; None when there are none.
       taps: features to return: `pre_norm` (the residual stream leaving the last layer run), `post_norm`, `layer:k`
         (the residual stream entering layer k).
 
@@ -202,7 +205,8 @@ def forward(
             if k in inner:
                 taken[f"layer:{k}"] = x_BTH
             prefix = None if cache is None else cache[k]
-            x_BTH, fresh = call(block, params["layers"][k], x_BTH, angles, layout, prefix, config.window(k))
+            drafted = None if scratch is None else scratch[k]
+            x_BTH, fresh = call(block, params["layers"][k], x_BTH, angles, layout, prefix, config.window(k), drafted)
             rows.append(fresh)
     else:
         if cache is not None or (lo, hi) != (0, config.num_layers):

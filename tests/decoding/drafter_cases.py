@@ -101,7 +101,7 @@ class Oracle(Drafter):
     def draft(self, params, target, state, root, keys):
         truth_BN = jnp.take_along_axis(params, target.length[:, None] + self.tree.depth, axis=1)
         tokens_BN = (truth_BN + self.tree.rank - self.rank) % self.vocab_size
-        return self.tree.fill(tokens_BN.at[:, 0].set(root), law="point")
+        return self.tree.fill(tokens_BN.at[:, 0].set(root), law="point"), state
 
 
 @dataclasses.dataclass(frozen=True)
@@ -139,9 +139,14 @@ class Recorder(Drafter):
         return {**state, "inner": self.inner.ingest(params, target, state["inner"], rows)}
 
     def draft(self, params, target, state, root, keys):
-        return self.inner.draft(params, target, state["inner"], root, keys)
+        tree, carried = self.inner.draft(params, target, state["inner"], root, keys)
+        return tree, {**state, "inner": carried}
 
-    def observe(self, state, tree, output, verdict):
+    def riders(self, params, target, state, tree):
+        return self.inner.riders(params, target, state["inner"], tree)
+
+    def observe(self, params, target, state, tree, output, verdict, live):
         ancestors = jnp.broadcast_to(tree.ancestors, state["ancestors"].shape)
-        inner = self.inner.observe(state["inner"], tree, output, verdict)
-        return {"inner": inner, "tokens": tree.tokens, "ancestors": ancestors, "logits": output.logits}
+        inner = self.inner.observe(params, target, state["inner"], tree, output, verdict, live)
+        logits = output.logits[:, : tree.tokens.shape[1]]
+        return {"inner": inner, "tokens": tree.tokens, "ancestors": ancestors, "logits": logits}

@@ -367,8 +367,9 @@ def test_heads_read_embeddings_that_are_not_scaled() -> None:
     assert replay_acceptance(scaled, drafter, params, PROMPTS, generation).tolist() == counted.tolist()
 
     root, feature = jnp.arange(12), jax.random.normal(jax.random.key(0), (12, scaled.config.width))
-    view = TargetView(scaled.config, scaled.params, [], jnp.zeros(12, jnp.int32), batch_warps([Sampling()] * 12))
-    tree = drafter.draft(drafter.prepare(params), view, {"feature": feature}, root, None)
+    empty = jnp.zeros(12, jnp.int32), jnp.zeros((12, 1), jnp.int32)
+    view = TargetView(scaled.config, scaled.params, [], *empty, batch_warps([Sampling()] * 12))
+    tree, _ = drafter.draft(drafter.prepare(params), view, {"feature": feature}, root, None)
     path = scaled.params["embed"]["embedding"][root][:, None]
     scores = drafter.heads.vocab(params, 0, drafter.heads.hidden(params, 0, feature, path))
     children = np.asarray(tree.tokens)[:, drafter.tree.level(1)]

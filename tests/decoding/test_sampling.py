@@ -55,10 +55,10 @@ def test_warps_match_numpy(x64: None, seed: int) -> None:
 
 
 def test_static_facts() -> None:
-    assert batch_warps([Sampling(), Sampling(top_k=3)]).greedy and not batch_warps([Sampling(top_k=3)]).sorts
+    assert batch_warps([Sampling(), Sampling(top_k=3)]).greedy and not batch_warps([Sampling(top_k=3)]).cuts
     mixed = batch_warps([Sampling(), Sampling(temperature=1.0, top_p=0.9)])
-    assert mixed.sorts and not mixed.greedy
-    assert not batch_warps([Sampling(temperature=1.0, min_p=0.5)]).sorts
+    assert mixed.cuts and not mixed.greedy
+    assert not batch_warps([Sampling(temperature=1.0, min_p=0.5)]).cuts
 
 
 def test_ties_at_a_threshold_are_kept() -> None:

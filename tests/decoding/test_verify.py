@@ -140,7 +140,15 @@ def test_typical_matches_numpy(rule: Typical, temperature: float) -> None:
     assert len(lengths) > 1
 
 
-def test_unknown_law_is_refused() -> None:
-    tree = TREE.fill(jnp.zeros((1, TREE.size), jnp.int32), "point")
-    with pytest.raises(ValueError, match="law must be one of match, point, got 'iid'"):
-        TokenTree(**{**{f: getattr(tree, f) for f in tree.__dataclass_fields__}, "law": "iid"})
+def test_a_law_that_does_not_fit_its_tree_is_refused() -> None:
+    tokens = jnp.zeros((1, TREE.size), jnp.int32)
+    proposals = jnp.ones((1, 4, 5)) / 5
+    with pytest.raises(ValueError, match="law must be one of match, point, iid, swor, got 'greedy'"):
+        TREE.fill(tokens, "greedy")
+    for law in ("iid", "swor"):
+        assert TREE.fill(tokens, law, proposals).law == law
+        with pytest.raises(ValueError, match=f"under the law '{law}' needs proposals"):
+            TREE.fill(tokens, law)
+    for law in ("match", "point"):
+        with pytest.raises(ValueError, match=f"under the law '{law}' cannot have proposals"):
+            TREE.fill(tokens, law, proposals)
