@@ -24,11 +24,12 @@ from eval.progress import Progress
 from eval.prompts import BUILT_IN, Prompt, Question, document_prompts, encode_questions, read_questions, spread
 from eval.report import print_table
 from eval.results import describe_target, samples, write_results
+from models import schema
 from models.errors import UserError, exit_on_user_error
+from models.schema import require
+from models.sharding import parse_mesh
 from models.target import Target, load_target
-from train import schema
 from train.command_line import read_flags
-from train.schema import require
 
 DOCUMENTS = 16
 
@@ -59,6 +60,7 @@ class DecodeConfig:
       length: tokens per row of what is measured on.
       rows: how many rows, the first ones.
       samples: prompts whose continuation the report shows.
+      mesh: devices that share the work, such as `tensor=4`; None is one device.
     """
 
     target: str | None = None
@@ -79,6 +81,7 @@ class DecodeConfig:
     length: int = 256
     rows: int = 64
     samples: int = 2
+    mesh: str | None = None
 
     def __post_init__(self):
         if self.target is None:
@@ -101,7 +104,7 @@ def run(config: DecodeConfig) -> dict[str, Any]:
     """
     with Progress() as progress:
         progress(f"loading {config.target}")
-        target = load_target(str(config.target))
+        target = load_target(str(config.target), mesh=parse_mesh(config.mesh) if config.mesh else None)
         contenders = _contenders(config, target)
         prompts = _prompts(config, target)
         quality = _quality(config, target, contenders)

@@ -14,7 +14,7 @@ from absl import flags
 from ml_collections import ConfigDict
 
 from models.errors import UserError
-from train.schema import nearest
+from models.schema import nearest
 
 _OVERRIDE = re.compile(r"--?(?:no)?config\.([^=]+)(?:=(.*))?", re.DOTALL)
 

@@ -11,8 +11,8 @@ from typing import Any, Literal
 from ml_collections import ConfigDict
 
 from models.errors import UserError
-from train import schema
-from train.schema import require
+from models import schema
+from models.schema import require
 
 
 @dataclasses.dataclass(frozen=True)

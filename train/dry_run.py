@@ -8,7 +8,7 @@ import jax
 
 from train.config import TrainConfig
 from train.corpus import open_corpus
-from train.schema import resolved
+from models.schema import resolved
 from train.trainer import Plan, count, describe_job, make_plan
 
 

@@ -39,7 +39,7 @@ def train_command(argv: list[str]) -> None:
     from train import dry_run, provenance, trainer
     from train.config import parse
     from train.objectives import OBJECTIVES
-    from train.schema import resolved
+    from models.schema import resolved
 
     source = flags.FLAGS["config"].config_filename  # type: ignore[attr-defined]
     config = parse(_CONFIG.value, OBJECTIVES, source)

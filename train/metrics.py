@@ -23,7 +23,7 @@ import rich.progress
 
 from models.errors import UserError
 from train.config import MetricsConfig, TrainConfig
-from train.schema import resolved as resolve
+from models.schema import resolved as resolve
 
 
 class MetricWriter:

@@ -18,7 +18,7 @@ from typing import Any
 import jax
 
 from models.errors import UserError
-from train.schema import flattened
+from models.schema import flattened
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "tensorflow-datasets", "numpy", "tokenizers")
 MAY_CHANGE = ("evaluation.", "checkpoint.", "metrics.", "mesh.")

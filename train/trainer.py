@@ -34,7 +34,7 @@ from train.metrics import NotFinite, Report
 from train.objectives import OBJECTIVES
 from train.objectives.objective import Batch, Objective, Params
 from train.optimizer import make_optimizer, make_schedule
-from train.schema import resolved
+from models.schema import resolved
 
 BATCH_AXES = ("data", "fsdp")
 State = dict[str, Any]
@@ -165,6 +165,7 @@ def train(config: TrainConfig, workdir: Path, profile: tuple[int, int] | None = 
     """
     corpus = open_corpus(config.data, config.objective.base)
     plan = make_plan(config, corpus.tokenizer)
+    plan.objective.survey(corpus.train)
     batches = corpus.batches(config.batch_size, config.length, config.seed)
     evaluate = make_evaluation(plan, corpus)
     first = jax.process_index() == 0

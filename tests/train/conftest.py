@@ -66,6 +66,8 @@ def job(data_set: pathlib.Path, target_directory: pathlib.Path) -> Callable[...,
             "heads": {"num_heads": 2},
             "loop_prompts": 0,
         },
+        "eagle": {"name": "eagle", "target": str(target_directory), "depth": 3, "loop_prompts": 0},
+        "eagle3": {"name": "eagle3", "target": str(target_directory), "steps": 3, "loop_prompts": 0},
     }
 
     def make(name: str, objective: dict[str, Any] | None = None, **changes: Any) -> TrainConfig:

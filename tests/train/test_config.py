@@ -10,7 +10,7 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from models.errors import UserError
-from train import schema
+from models import schema
 from train.command_line import load_config, read_flags
 from train.config import TrainConfig, parse
 from train.objectives import OBJECTIVES

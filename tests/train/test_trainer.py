@@ -21,7 +21,7 @@ from train import dry_run, provenance, trainer
 from train.corpus import open_corpus
 from train.metrics import Report
 from train.objectives.objective import Objective
-from train.schema import resolved
+from models.schema import resolved
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 TIMINGS = ("step_seconds", "tokens_per_second", "data_share")

@@ -15,14 +15,14 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from jaxtyping import Array
 
-from models import transformer
+from models import schema, transformer
 from models.config import TransformerConfig
 from models.errors import UserError
 from models.hf import load_config, save_target
 from models.layout import Layout
 from models.target import check_vocabulary, load_target
 from models.tokenizer import Tokenizer
-from train import schema
+from train.data import Documents
 from train.objectives.objective import Batch, Params, Sums
 from train.objectives.shift import label_mask, labels_at, log_likelihood
 
@@ -83,6 +83,9 @@ class LM:
             self.model = load_config(config.init_from)
             check_vocabulary(self.model, tokenizer, config.init_from)
             self.base = transformer.param_shapes(self.model, jnp.float32)
+
+    def survey(self, documents: Documents) -> None:
+        """Nothing is to be learnt from the data as a whole."""
 
     def load_base(self, mesh: Mesh) -> Params:
         """The target to finetune, in float32."""

@@ -15,6 +15,7 @@ from jaxtyping import Array, Float
 
 from models.config import TransformerConfig
 from models.tokenizer import Tokenizer
+from train.data import Documents
 
 Params = Any  # nested dicts (and lists) of arrays
 Batch = dict[str, Array]
@@ -41,6 +42,9 @@ class Objective(Protocol):
 
     def __init__(self, config: Any, tokenizer: Tokenizer):
         """`config` is a `Config`; `tokenizer` is the data's, and the base's where there is one."""
+
+    def survey(self, documents: Documents) -> None:
+        """Looks through the training split, once, before anything is loaded; usually there is no need."""
 
     def load_base(self, mesh: Mesh) -> Params:
         """Reads the base from disk into its shardings on `mesh`."""

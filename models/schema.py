@@ -1,8 +1,9 @@
-"""Strict reading of config files and command lines into frozen dataclasses.
+"""Strict reading of nested data, from config files, command lines and JSON, into frozen dataclasses.
 
-A config file is Python that returns a `ConfigDict`. Whatever its dataclass does not know is refused: an unknown key, a
-wrong type, a missing value, a broken rule between fields. Each refusal is one sentence with the dotted place, what was
-found, what was expected and the nearest match.
+Whatever a dataclass does not know is refused: an unknown key, a wrong type, a missing value, a broken rule between
+fields. Each refusal is one sentence with the dotted place, what was found, what was expected and the nearest match.
+
+A class that says for itself how it is written down has `from_record(raw, where, place)` and `to_record()`.
 """
 
 import dataclasses
@@ -53,6 +54,8 @@ def nearest(name: object, known: Iterable[str]) -> str:
 
 def resolved(config: Any) -> Any:
     """A dataclass as plain nested data, for printing, saving and comparing; tuples become lists."""
+    if hasattr(config, "to_record"):
+        return config.to_record()
     if dataclasses.is_dataclass(config) and not isinstance(config, type):
         return {field.name: resolved(getattr(config, field.name)) for field in dataclasses.fields(config)}
     if isinstance(config, Mapping):
@@ -100,6 +103,8 @@ def _value(annotation: Any, raw: Any, where: str, place: str) -> Any:
         return raw
     if origin is Literal:
         raise UserError(f"{place}: {where} must be {_describe(kind)}, got {raw!r}{nearest(raw, args)}")
+    if hasattr(kind, "from_record"):
+        return kind.from_record(raw, where, place)
     if origin is tuple and isinstance(raw, tuple):
         return tuple(_value(args[0], item, f"{where}[{i}]", place) for i, item in enumerate(raw))
     if isinstance(kind, type) and dataclasses.is_dataclass(kind) and isinstance(raw, Mapping):
