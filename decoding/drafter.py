@@ -6,7 +6,9 @@ The loop calls, in this order, `draft` and `riders` before each target forward, 
 proposes nothing.
 """
 
-from typing import Any, ClassVar
+import dataclasses
+import importlib
+from typing import Any, ClassVar, cast
 
 from flax import struct
 from jax.sharding import Mesh
@@ -15,8 +17,9 @@ from jaxtyping import Array, Bool, Float, Int
 from decoding.sampling import Warps
 from decoding.trees import TokenTree
 from decoding.verify import Verdict
-from models import transformer
+from models import schema, transformer
 from models.config import TransformerConfig
+from models.errors import UserError
 from models.transformer import Cache, Output, Params
 
 
@@ -58,7 +61,8 @@ class TrueRows:
       start: position of `tokens[:, 0]`.
       count: how many are text; 0 leaves the row's state unchanged.
       taps: the features named in `Drafter.taps`, `[B, R, H]` each.
-      nodes: the tree node that each row was, the root first; None for rows of the prompt.
+      nodes: the tree node that each row was, the root first; None for text that is not from the drafter's own tree,
+        such as the prompt.
     """
 
     tokens: Int[Array, "B R"]
@@ -113,12 +117,39 @@ class Drafter:
     def num_riders(self) -> int:
         return 0
 
+    def to_record(self) -> dict:
+        """The static part as JSON has it."""
+        fields = dataclasses.fields(cast(Any, self))
+        return {"method": self.name, **{field.name: schema.resolved(getattr(self, field.name)) for field in fields}}
+
+    @classmethod
+    def from_record(cls, raw: Any, where: str, place: str) -> "Drafter":
+        """The inverse of `to_record`, for any method; `where` is the dotted place of the record in `place`.
+
+        Raises:
+          UserError: an unknown method, or an entry that is unknown, missing or of the wrong type.
+        """
+        # Late, because that module lists the subclasses of this one.
+        known: dict[str, type] = importlib.import_module("decoding.drafters").DRAFTERS
+        method = raw.get("method") if isinstance(raw, dict) else None
+        if not isinstance(method, str) or method not in known:
+            raise UserError(f"{place} names the method {method!r}; known are {', '.join(known)}")
+        entries = {key: _immutable(value) for key, value in raw.items() if key != "method"}
+        for field in dataclasses.fields(known[method]):
+            if field.name not in entries:
+                raise UserError(f"{place} has no entry {field.name!r}")
+        return schema.parse(known[method], entries, where, place)
+
     def check(self, config: TransformerConfig) -> None:
         """Raises UserError when this drafter cannot serve a target of that shape."""
 
     def init_params(self, config: TransformerConfig, target: Params, key: Array):
         """Fresh parameters for a target; None for a drafter without."""
         return None
+
+    def fuse(self, params):
+        """Parameters as one device multiplies them fastest; `load_drafter` calls it where there is no mesh."""
+        return params
 
     def prepare(self, params):
         """Parameters in the layout that `draft` reads.
@@ -176,3 +207,10 @@ class Drafter:
     def recall(self, state, memory):
         """A fresh state with the memory of an earlier request."""
         return state
+
+
+def _immutable(value: Any) -> Any:
+    """JSON with tuples for its lists, which is what frozen dataclasses hold."""
+    if isinstance(value, dict):
+        return {key: _immutable(item) for key, item in value.items()}
+    return tuple(map(_immutable, value)) if isinstance(value, list) else value

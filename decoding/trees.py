@@ -13,6 +13,7 @@ import json
 import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -79,7 +80,7 @@ class TokenTree:
         width: int,
         law: str,
         proposals: Float[Array, "B M V"] | None = None,
-        proposal_of: Int[Array, "B N"] | None = None,
+        proposal_of: Int[Array, "#B N"] | None = None,
     ) -> "TokenTree":
         """A tree whose topology is data: children and ancestors follow from the parents.
 
@@ -205,6 +206,15 @@ class Topology:
         """Nodes at `depth` that have children."""
         nodes = self.level(depth)
         return nodes[self.children[nodes, 0] >= 0]
+
+    def to_record(self) -> list[list[int]]:
+        """As JSON has it."""
+        return [list(path) for path in self.paths]
+
+    @classmethod
+    def from_record(cls, raw: Any, where: str, place: str) -> "Topology":
+        """The inverse of `to_record`; also takes what `load_topology` takes."""
+        return load_topology(raw, f"{where} in {place}")
 
     def fill(self, tokens: Int[Array, "B N"], law: str, proposals: Float[Array, "B M V"] | None = None) -> TokenTree:
         """The token tree of this topology with `tokens` in it.

@@ -1,0 +1,148 @@
+"""A smaller transformer as drafter: speculative decoding proper (Leviathan et al. 2023; Chen et al. 2023).
+
+The draft model reads the same text with a cache of its own; how its scores become a tree is the growth's business
+(`decoding/growth`), and the growth decides the law.
+
+Nothing is computed twice: rows that ran while drafting are kept if they turn out to be text. The deepest accepted
+candidate may be a leaf, which never ran, and on full acceptance always is (the bonus-token case that chains get wrong
+when they forget it). So the last committed token always counts as unread, and each draft begins by reading two rows, it
+and the root: the cache of a text of `length` tokens is read up to `length - 1`.
+"""
+
+import dataclasses
+from typing import ClassVar
+
+import jax.numpy as jnp
+from flax import struct
+from jaxtyping import Array, Int
+
+from decoding.cache import commit, init_cache
+from decoding.drafter import Drafter
+from decoding.growth import Growth, Static
+from decoding.growth.scratch import Scratch
+from models import transformer
+from models.config import TransformerConfig
+from models.errors import UserError
+from models.layout import Layout
+from models.transformer import Cache, Params
+
+
+@dataclasses.dataclass(frozen=True)
+class DraftModel(Drafter):
+    """Any transformer of the target's vocabulary.
+
+    Attributes:
+      model: its shape.
+      growth: how it grows a tree.
+    """
+
+    model: TransformerConfig
+    growth: Growth = dataclasses.field(default_factory=Static)
+    name: ClassVar[str] = "draft_model"
+
+    @property
+    def max_nodes(self) -> int:
+        return self.growth.max_nodes
+
+    @property
+    def max_depth(self) -> int:
+        return self.growth.max_depth
+
+    def check(self, config):
+        if self.model.vocab_size != config.vocab_size:
+            raise UserError(
+                f"the draft model has a vocabulary of {self.model.vocab_size}, the target one of {config.vocab_size}"
+            )
+        self.growth.check(config.vocab_size)
+
+    def init_params(self, config, target, key):
+        return transformer.init(self.model, key, target["embed"]["embedding"].dtype)
+
+    def fuse(self, params):
+        return transformer.join_projections(params)
+
+    def init(self, config, batch, capacity, dtype, mesh=None):
+        """The draft model's own cache."""
+        return {"cache": init_cache(self.model, batch, capacity, dtype, mesh=mesh)}
+
+    def ingest(self, params, target, state, rows):
+        cache = state["cache"]
+        if rows.nodes is None:
+            layout = Layout.extend(rows.start, rows.tokens.shape[1])
+            out = transformer.forward(self.model, params, rows.tokens, layout, cache)
+            # As in the loop, the place is made to depend on what was read, or XLA would copy the cache to write it.
+            start = rows.start + jnp.any(out.hidden[:, 0] > jnp.inf, axis=-1)
+            return {"cache": commit(cache, out.rows, None, start)}
+        # Row r of the text is the slot of node r - 1, and the first the token that was unread. What did not run lies
+        # behind the accepted rows and is read next time.
+        nodes = rows.nodes[:, :-1]
+        slots = jnp.take_along_axis(jnp.broadcast_to(state["slot_of_node"], (nodes.shape[0], self.max_nodes)), nodes, 1)
+        unread = jnp.full((nodes.shape[0], 1), self.growth.slots, jnp.int32)
+        taken = state["scratch"].take(jnp.concatenate([unread, jnp.maximum(slots, 0)], axis=1))
+        start = rows.start - 1 + jnp.minimum(rows.nodes[:, -1], 0)
+        return {"cache": commit(cache, taken, None, start)}
+
+    def draft(self, params, target, state, root, keys):
+        unread = jnp.take_along_axis(target.text, target.length[:, None] - 1, axis=1)
+        network = ModelNetwork(self.model, params, state["cache"], target.length - 1, unread)
+        grown = self.growth.grow(network, root, keys, target.warps)
+        return grown.tree, {**state, "scratch": grown.scratch, "slot_of_node": grown.slot_of_node}
+
+
+@struct.dataclass
+class ModelNetwork:
+    """A transformer, or its first layers, as a draft network (`decoding.growth.DraftNetwork`).
+
+    Attributes:
+      config: its shape.
+      params: its parameters, layers as a list.
+      cache: keys and values of the text; those of the first layers may be the target's own.
+      length: tokens of the text that the cache holds.
+      unread: `[B, U]`, the text between cache and root; U may be 0. These rows take the scratch's last slots.
+      layers: how many run; None means all.
+      vocabulary: see `DraftNetwork`.
+    """
+
+    config: TransformerConfig = struct.field(pytree_node=False)
+    params: Params
+    cache: Cache
+    length: Int[Array, "B"]
+    unread: Int[Array, "B U"]
+    layers: int | None = struct.field(pytree_node=False, default=None)
+    vocabulary: None = struct.field(pytree_node=False, default=None)
+
+    @property
+    def vocab_size(self) -> int:
+        """The target's, which is the network's own."""
+        return self.config.vocab_size
+
+    def begin(self, root, slots):
+        """See `DraftNetwork`."""
+        batch, unread = self.unread.shape
+        layout = Layout.extend(self.length, unread + 1)
+        out = self._forward(jnp.concatenate([self.unread, root[:, None]], axis=1), layout, None)
+        dtype = self.cache[0]["k"].dtype
+        scratch = Scratch.empty(self.config, batch, slots + unread, dtype, self.layers)
+        # The root goes first and the text before it last.
+        scratch = scratch.write(_cut(out.rows, slice(0, unread)), layout.positions[:, :unread], slots)
+        scratch = scratch.write(_cut(out.rows, slice(unread, None)), layout.positions[:, unread:], 0)
+        return out.logits[:, -1], scratch
+
+    def extend(self, scratch, at, tokens, parents, depth, seen):
+        """See `DraftNetwork`."""
+        unread = self.unread.shape[1]
+        positions = self.length[:, None] + unread + depth
+        layout = scratch.layout(
+            positions, self.length, jnp.pad(seen, ((0, 0), (0, 0), (0, unread)), constant_values=True)
+        )
+        out = self._forward(tokens, layout, scratch.rows)
+        return out.logits, scratch.write(out.rows, positions, at)
+
+    def _forward(self, tokens, layout, scratch):
+        layers = None if self.layers is None else (0, self.layers)
+        return transformer.forward(self.config, self.params, tokens, layout, self.cache, layers, scratch=scratch)
+
+
+def _cut(rows: Cache, part: slice) -> Cache:
+    """Some of the fresh rows of every layer."""
+    return [{"k": layer["k"][:, :, :, part], "v": layer["v"][:, :, part]} for layer in rows]
