@@ -9,7 +9,7 @@ import errno
 import json
 import shutil
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from models.errors import UserError
 from models.hf_config import read_json
 
 INDEX = "model.safetensors.index.json"
-_FLOATS = ("F64", "F32", "F16", "BF16")
+FLOATS = ("F64", "F32", "F16", "BF16")
 
 
 @contextlib.contextmanager
@@ -95,15 +95,15 @@ def open_tensors(directory: Path, stack: contextlib.ExitStack) -> dict[str, Any]
     return files
 
 
-def read_tensor(handle, name: str, directory: Path, transpose: bool) -> np.ndarray:
-    """One floating-point tensor on the host, transposed on request (torch keeps kernels as [out, in]).
+def read_tensor(handle, name: str, directory: Path, transpose: bool, kinds: Sequence[str] = FLOATS) -> np.ndarray:
+    """One tensor on the host, transposed on request (torch keeps kernels as [out, in]).
 
     Raises:
-      UserError: the tensor is not floating point; the message names it.
+      UserError: the tensor is stored as something else than `kinds`, floating point by default; the message names it.
     """
     kind = handle.get_slice(name).get_dtype()
-    if kind not in _FLOATS:
-        raise UserError(f"{directory}: tensor {name} is stored as {kind}, expected one of {', '.join(_FLOATS)}")
+    if kind not in kinds:
+        raise UserError(f"{directory}: tensor {name} is stored as {kind}, expected one of {', '.join(kinds)}")
     host = handle.get_tensor(name)
     return host.T if transpose else host
 

@@ -1,18 +1,34 @@
-"""Writes a target directory (a Hugging Face directory) from a checkpoint in another format.
+"""Writes our directories from files in other formats: a target's from a checkpoint, a drafter's from released weights.
 
     python -m scripts.convert --from llama2c --src stories260K.bin --tokenizer tok512.bin --out stories260K
+    python -m scripts.convert --from eagle3 --src EAGLE3-LLaMA3-8B --base Meta-Llama-3-8B-Instruct --out eagle3
 
-The result loads with `models.load_target` and with transformers.
+A target directory loads with `models.load_target` and with transformers. A drafter directory is for `--base`, the
+target directory that the drafter was trained on, and keeps what it was made from under `provenance`. Drafters come as
+one file or a directory, in safetensors or in torch's format, which is read without torch and without running anything
+in it.
 """
 
 import argparse
+import dataclasses
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
+from decoding.drafter import Drafter
+from decoding.drafters import save_drafter
+from decoding.drafters.eagle import Eagle, Eagle3
+from decoding.drafters.hydra import Hydra
+from decoding.drafters.medusa import Medusa
+from decoding.trees import MC_SIM_7B_63, Topology
+from models import load_target
 from models.config import TransformerConfig
 from models.errors import UserError, exit_on_user_error
+from models.heads import released
+from models.heads.released_files import Release, read_release
 from models.hf import save_target
 from models.llama2c import read_llama2c, read_llama2c_tokenizer
+from models.target import Target
 from models.tokenizer import Tokenizer
 from models.transformer import Params
 
@@ -25,29 +41,115 @@ def from_llama2c(source: Path, tokenizer: Path | None) -> Checkpoint:
     return config, params, read_llama2c_tokenizer(tokenizer, config.vocab_size) if tokenizer else None
 
 
+def published_tree(num_heads: int) -> Topology:
+    """The tree that Medusa and Hydra were published with, as far as that many heads reach."""
+    return Topology(tuple(path for path in MC_SIM_7B_63.paths if len(path) <= num_heads))
+
+
+@dataclasses.dataclass(frozen=True)
+class DrafterFormat:
+    """One kind of released drafter.
+
+    Attributes:
+      files: names that its tensors go by in a directory, first choice first.
+      read: makes parameters of them; `--layers` is passed on where it is given.
+      drafter: the drafter of heads of that shape, with the tree or growth it was published with.
+    """
+
+    files: tuple[str, ...]
+    read: Callable[..., released.Converted]
+    drafter: Callable[[Any], Drafter]
+
+
 # Format name -> reader of (source, tokenizer file or None).
-READERS: dict[str, Callable[[Path, Path | None], Checkpoint]] = {"llama2c": from_llama2c}
+TARGETS: dict[str, Callable[[Path, Path | None], Checkpoint]] = {"llama2c": from_llama2c}
+
+DRAFTERS: dict[str, DrafterFormat] = {
+    "medusa": DrafterFormat(
+        ("medusa_lm_head.safetensors", "medusa_lm_head.pt"),
+        released.medusa,
+        lambda heads: Medusa(heads, published_tree(heads.num_heads)),
+    ),
+    "hydra": DrafterFormat(
+        ("hydra_lm_head.safetensors", "hydra_lm_head.pt"),
+        released.hydra,
+        lambda heads: Hydra(heads, published_tree(heads.num_heads)),
+    ),
+    "eagle": DrafterFormat((), released.eagle, Eagle),
+    "eagle3": DrafterFormat((), released.eagle3, Eagle3),
+}
+
+
+def convert_target(args: argparse.Namespace) -> str:
+    """Writes a target directory; returns what was made, for a person."""
+    config, params, tokenizer = TARGETS[args.format](args.src, args.tokenizer)
+    save_target(args.out, config, params, tokenizer, overwrite=args.overwrite)
+    return (
+        f"{config.family}, {config.num_layers} layers, width {config.width}, vocabulary {config.vocab_size}, "
+        f"{'with' if tokenizer else 'without'} tokenizer"
+    )
+
+
+def convert_drafter(args: argparse.Namespace) -> str:
+    """Writes a drafter directory; returns what was made, for a person."""
+    kind = DRAFTERS[args.format]
+    release: Release = read_release(args.src, kind.files)
+    base: Target = load_target(args.base)
+    made = kind.read(release, base, *([args.layers] if args.layers else []))
+    drafter = kind.drafter(made.heads)
+    drafter.check(base.config)
+    provenance = {"format": made.format, "files": release.digests, "detected": made.detected}
+    save_drafter(args.out, drafter, made.params, base.fingerprint(), overwrite=args.overwrite, provenance=provenance)
+    shape = {**dataclasses.asdict(made.heads), **made.detected}
+    return f"{made.format} for {args.base}; {', '.join(f'{name} {value}' for name, value in shape.items())}"
+
+
+def three_layers(text: str) -> tuple[int, ...]:
+    """The value of `--layers`."""
+    layers = tuple(int(part) for part in text.split(","))
+    if len(layers) != 3:
+        raise ValueError
+    return layers
+
+
+def check_options(args: argparse.Namespace) -> None:
+    """Raises UserError for an option that the format lacks or has no use for, or an `--out` that is taken."""
+    drafter = args.format in DRAFTERS
+    if drafter and args.base is None:
+        raise UserError(f"--from {args.format} needs --base, the directory of the target that it drafts for")
+    for option, value, known in (
+        ("--base", args.base, drafter),
+        ("--tokenizer", args.tokenizer, not drafter),
+        ("--layers", args.layers, args.format == "eagle3"),
+    ):
+        if value is not None and not known:
+            raise UserError(f"--from {args.format} has no use for {option}")
+    # Said before the work, which takes minutes for large models; what writes the directory holds to it again.
+    if args.out.exists() and not args.overwrite:
+        raise UserError(f"{args.out} already exists; --overwrite replaces it")
 
 
 @exit_on_user_error
 def main(argv: Sequence[str] | None = None) -> None:
     """The command; see the module's docstring."""
     parser = argparse.ArgumentParser(prog="python -m scripts.convert", description=__doc__.splitlines()[0])
-    parser.add_argument("--from", dest="format", required=True, choices=sorted(READERS), help="format of the source")
-    parser.add_argument("--src", type=Path, required=True, help="checkpoint file")
-    parser.add_argument("--tokenizer", type=Path, help="its tokenizer file")
-    parser.add_argument("--out", type=Path, required=True, help="directory to write")
-    parser.add_argument("--overwrite", action="store_true", help="replace a target directory that exists")
-    args = parser.parse_args(argv)
-    # Said before the work, which takes minutes for large models; save_target holds to it again.
-    if args.out.exists() and not args.overwrite:
-        raise UserError(f"{args.out} already exists; --overwrite replaces it")
-    config, params, tokenizer = READERS[args.format](args.src, args.tokenizer)
-    save_target(args.out, config, params, tokenizer, overwrite=args.overwrite)
-    print(
-        f"wrote {args.out}: {config.family}, {config.num_layers} layers, width {config.width}, "
-        f"vocabulary {config.vocab_size}, {'with' if tokenizer else 'without'} tokenizer"
+    formats = [*TARGETS, *DRAFTERS]
+    parser.add_argument("--from", dest="format", required=True, choices=formats, help="format of the source")
+    parser.add_argument("--src", type=Path, required=True, help="checkpoint, or file or directory of released weights")
+    parser.add_argument("--tokenizer", type=Path, help="tokenizer file of a llama2c checkpoint")
+    parser.add_argument("--base", type=Path, help="directory of the target that a released drafter was trained on")
+    parser.add_argument(
+        "--layers",
+        type=three_layers,
+        metavar="LOW,MIDDLE,HIGH",
+        help="layers whose input eagle3 reads, if they are not those of the original release",
     )
+    parser.add_argument("--out", type=Path, required=True, help="directory to write")
+    parser.add_argument("--overwrite", action="store_true", help="replace a directory of the same kind that exists")
+    args = parser.parse_args(argv)
+    check_options(args)
+    made = convert_drafter(args) if args.format in DRAFTERS else convert_target(args)
+    print(f"wrote {args.out}: {made}")
 
 
 if __name__ == "__main__":

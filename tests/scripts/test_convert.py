@@ -1,16 +1,27 @@
 """The convert command: a directory that loads, and one sentence for every mistake."""
 
+import json
+import os
+import pickle
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
+from typing import Any
 
+import jax
 import numpy as np
 import pytest
+from safetensors.numpy import load_file
 
+from decoding.drafters import build, load_drafter
+from decoding.trees import MC_SIM_7B_63
 from models import load_target
+from models.hf import save_target
 from models.llama2c import read_llama2c
 from models.target import Target
 from scripts.convert import main
+from tests.models import released_cases as cases
 from tests.models.test_llama2c import (
     CHARACTERS,
     TEXT,
@@ -81,3 +92,131 @@ def test_unknown_format_lists_the_known(source: Path, capsys: pytest.CaptureFixt
     with pytest.raises(SystemExit):
         main(["--from", "gguf", "--src", "x", "--out", "y"])
     assert "llama2c" in capsys.readouterr().err
+
+
+# Released drafters
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("target") / "base"
+    made = cases.random_base()
+    save_target(directory, made.config, made.params)
+    return directory
+
+
+def convert_drafter(kind: str, src: Path, base: Path, out: Path, *more: str) -> dict[str, Any]:
+    """Runs the command; returns the new `drafter.json`."""
+    main(["--from", kind, "--src", str(src), "--base", str(base), "--out", str(out), *more])
+    return json.loads((out / "drafter.json").read_text())
+
+
+def releases(base: Path, folder: Path) -> dict[str, Path]:
+    """One release of each kind, as file or directory."""
+    target = load_target(base)
+    return {
+        "medusa": cases.write(folder / "medusa" / "medusa_lm_head.pt", cases.medusa(heads=5)).parent,
+        "hydra": cases.write(folder / "hydra" / "hydra_lm_head.pt", cases.hydra(target)).parent,
+        "eagle": cases.write(folder / "eagle" / "pytorch_model.bin", cases.eagle(target), cases.EAGLE_CONFIG).parent,
+        "eagle3": cases.write(folder / "eagle3" / "model.safetensors", cases.eagle3(cases.DRAFT_TOKENS)),
+    }
+
+
+@pytest.mark.parametrize(
+    ("kind", "format", "detected"),
+    [
+        ("medusa", "medusa v0.1", {"vocabulary_maps": "of the heads"}),
+        ("hydra", "hydra++", {"dropout_layout": True, "tied_blocks": True}),
+        ("eagle", "eagle", {"fc_bias": True, "rope": "as config.json says"}),
+        (
+            "eagle3",
+            "eagle3",
+            {"draft_vocabulary": 12, "layers": [2, 3, 4], "rope": "of the base; there is no config.json"},
+        ),
+    ],
+)
+def test_released_drafters_load(
+    base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], kind: str, format: str, detected: dict
+) -> None:
+    source = releases(base, tmp_path)[kind]
+    record = convert_drafter(kind, source, base, tmp_path / "out")
+    assert f"wrote {tmp_path / 'out'}: {format} for {base}; " in capsys.readouterr().out
+    assert record["method"] == kind and record["provenance"]["format"] == format
+    assert record["provenance"]["detected"] == detected
+    files = sorted(path.name for path in (source.iterdir() if source.is_dir() else [source]))
+    assert sorted(record["provenance"]["files"]) == files
+    assert str(tmp_path) not in json.dumps(record)
+    target = load_target(base)
+    drafter, params = load_drafter(tmp_path / "out", target)
+    assert build(record, "here") == drafter
+    written = load_file(tmp_path / "out" / "model.safetensors")
+    assert sum(leaf.size for leaf in jax.tree.leaves(params)) == sum(leaf.size for leaf in written.values())
+
+
+def test_tensors_keep_their_bits(base: Path, tmp_path: Path) -> None:
+    tensors = cases.bfloat16(cases.medusa())
+    convert_drafter("medusa", cases.write(tmp_path / "m.pt", tensors), base, tmp_path / "out")
+    written = load_file(tmp_path / "out" / "model.safetensors")
+    assert len(written) == len(tensors)
+    assert written["heads.2.vocab.kernel"].dtype == tensors["2.1.weight"].dtype
+    np.testing.assert_array_equal(written["heads.2.vocab.kernel"], tensors["2.1.weight"].T)
+    np.testing.assert_array_equal(written["heads.1.blocks.0.linear.bias"], tensors["1.0.linear.bias"])
+
+
+def test_the_tree_reaches_as_far_as_the_heads(base: Path, tmp_path: Path) -> None:
+    def tree(heads: int) -> list[list[int]]:
+        source = cases.write(tmp_path / f"m{heads}.pt", cases.medusa(heads=heads))
+        return convert_drafter("medusa", source, base, tmp_path / f"out{heads}")["tree"]
+
+    assert tree(5) == tree(4) == [list(path) for path in MC_SIM_7B_63.paths]
+    assert tree(2) == [list(path) for path in MC_SIM_7B_63.paths if len(path) <= 2]
+
+
+def test_layers_of_eagle3(base: Path, tmp_path: Path) -> None:
+    source = cases.write(tmp_path / "e.safetensors", cases.eagle3(None))
+    record = convert_drafter("eagle3", source, base, tmp_path / "out", "--layers", "0,2,6")
+    assert [record["heads"][name] for name in ("low", "middle", "high")] == [0, 2, 6]
+
+
+class Runs:
+    """Pickles into a call of the shell."""
+
+    def __init__(self, command: str):
+        self.command = command
+
+    def __reduce__(self):
+        return os.system, (self.command,)
+
+
+def test_wrong_releases_leave_nothing(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    good = releases(base, tmp_path)
+    capsys.readouterr()
+
+    def complaint(kind: str, src: Path, *more: str, out: str = "out", on: Path | None = base) -> str:
+        before = sorted(tmp_path.rglob("*"))
+        arguments = ["--from", kind, "--src", str(src), "--out", str(tmp_path / out), *more]
+        with pytest.raises(SystemExit) as caught:
+            main(arguments + (["--base", str(on)] if on else []))
+        assert caught.value.code == 2
+        assert sorted(tmp_path.rglob("*")) == before
+        message = capsys.readouterr().err
+        assert message.startswith("error: ") and message.count("\n") == 1
+        return message
+
+    with zipfile.ZipFile(tmp_path / "evil.pt", "w") as archive:
+        archive.writestr("archive/data.pkl", pickle.dumps({"0.0.linear.weight": Runs(f"touch {tmp_path}/marker")}, 2))
+    assert f"{os.system.__module__}.system" in complaint("medusa", tmp_path / "evil.pt")
+    assert not (tmp_path / "marker").exists()
+    assert "there is no released file" in complaint("hydra", tmp_path / "nowhere")
+    assert "holds no Medusa head" in complaint("medusa", good["eagle"])
+    assert "config.json" in complaint("medusa", good["medusa"], on=tmp_path)
+    assert "needs --base" in complaint("eagle", good["eagle"], on=None)
+    assert "has no use for --base" in complaint("llama2c", good["eagle"])
+    assert "has no use for --tokenizer" in complaint("eagle", good["eagle"], "--tokenizer", "t.bin")
+    assert "has no use for --layers" in complaint("eagle", good["eagle"], "--layers", "1,2,3")
+    assert "reads what enters layer 9" in complaint("eagle3", good["eagle3"], "--layers", "1,2,9")
+    assert "--overwrite" in complaint("eagle", good["eagle"], out="medusa")
+    assert "holds no drafter.json" in complaint("eagle", good["eagle"], "--overwrite", out="medusa")
+    with pytest.raises(SystemExit):
+        main(["--from", "eagle3", "--src", "x", "--base", "y", "--out", "z", "--layers", "1,2"])
+    assert "invalid three_layers value" in capsys.readouterr().err
