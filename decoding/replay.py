@@ -1,62 +1,93 @@
-"""Replay: what draft heads would have guessed, computed as training does, at the places where the loop guessed.
+"""Replay: what a drafter would have guessed, computed as training does, at the places where the loop guessed.
 
-The loop starts a step from every token that the target wrote. Running the training-time forward of the heads over the
+The loop starts a step from every token that the target wrote. Running the drafter's training-time forward over the
 whole finished text and walking the draft tree along it from those places must give the same hits by depth as the loop
-counted. Where the two differ, the heads see something else in service than they did in training.
+counted. Where the two differ, the drafter sees something else in service than it did in training.
 """
 
 import functools
 from collections.abc import Sequence
+from typing import Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int
 
-from decoding.drafters.heads import HeadDrafter
+from decoding.drafter import Drafter
 from decoding.generate import Generation, bucket
-from decoding.sampling import best_tokens
+from decoding.trees import Topology
 from models import transformer
 from models.config import TransformerConfig
 from models.layout import Layout
 from models.target import Target
-from models.transformer import Params
+from models.transformer import Output, Params
+
+
+@runtime_checkable
+class Replayable(Protocol):
+    """A drafter whose guesses can be computed for whole texts at once.
+
+    Attributes:
+      tree: the static tree, filled with the best guesses by rank; None when it is of another kind.
+      taps: features of the target that `teacher_forced` wants.
+    """
+
+    tree: Topology | None
+    taps: tuple[str, ...]
+
+    def teacher_forced(
+        self, config: TransformerConfig, target: Params, params: Params, tokens: Array, output: Output, depth: int
+    ) -> list[Array]:
+        """For each depth what its guesses are read off, `[B, T, H]`, with the true tokens as the path.
+
+        At depth i + 1 the path of position p is the tokens p+1 .. p+1+i, and the guess is of token p+2+i.
+        """
+
+    def ranked(
+        self, config: TransformerConfig, target: Params, params: Params, i: int, hidden: Array, count: int
+    ) -> Array:
+        """The `count` best guesses of depth i + 1, best first: `[..., count]` for `hidden` `[..., H]`."""
+
+
+def is_replayable(drafter: Drafter) -> bool:
+    """Whether `replay_acceptance` knows what this drafter would have guessed."""
+    return isinstance(drafter, Replayable) and drafter.tree is not None
 
 
 @functools.partial(jax.jit, static_argnames=("config", "drafter"))
 def teacher_forced_ranks(
     config: TransformerConfig,
-    drafter: HeadDrafter,
+    drafter: Replayable,
     target: Params,
     params: Params,
     tokens: Int[Array, "B T"],
 ) -> Int[Array, "D B T"]:
-    """Rank of the true token in every head's list of guesses, at every position of whole texts.
+    """Rank of the true token in every list of guesses, at every position of whole texts.
 
     Args:
       config: shape of the target.
-      drafter: heads and tree; D is the tree's depth.
+      drafter: with a static tree, of depth D.
       target: the target's parameters.
-      params: the heads' parameters.
+      params: the drafter's parameters.
       tokens: texts, padded at the end.
 
     Returns:
-      `[i, b, p]`: where head i, reading the feature at p and the true tokens p+1 .. p+1+i, ranks the token at p+2+i;
-      the width of the tree at that depth when the token is not on the list.
+      `[i, b, p]`: where the guesses of depth i + 1, made from the feature at p and the true tokens p+1 .. p+1+i, rank
+      the token at p+2+i; the width of the tree at that depth when the token is not on the list.
     """
-    heads, tree = drafter.heads, drafter.tree
+    tree = drafter.tree
     layout = Layout.causal(tokens.shape[0], tokens.shape[1])
-    hidden_BTH = transformer.forward(config, target, tokens, layout).hidden
-    feature_BTH = heads.features(config, params, hidden_BTH, layout)
+    output = transformer.forward(config, target, tokens, layout, taps=drafter.taps)
     ranks = []
-    for i in range(tree.max_depth):
-        path = jnp.stack([_ahead(tokens, 1 + j) for j in range(i + 1)], axis=-1)
-        path_BTPH = transformer.lookup(target, path)
-        hidden = heads.hidden(params, i, feature_BTH, path_BTPH)
+    for i, hidden in enumerate(drafter.teacher_forced(config, target, params, tokens, output, tree.max_depth)):
         count = int(tree.rank[tree.level(i + 1)].max()) + 1
+
+        def guess(hidden, i=i, count=count):
+            return drafter.ranked(config, target, params, i, hidden, count)
+
         # One text at a time: the scores of all of them at once could be the largest array of the program.
-        guesses_BTK = jax.lax.map(lambda h, i=i, count=count: best_tokens(heads.vocab(params, i, h), count), hidden)
-        right_BTK = guesses_BTK == _ahead(tokens, 2 + i)[..., None]
+        right_BTK = jax.lax.map(guess, hidden) == _ahead(tokens, 2 + i)[..., None]
         ranks.append(jnp.sum(jnp.cumsum(right_BTK, axis=-1) == 0, axis=-1, dtype=jnp.int32))
     return jnp.stack(ranks)
 
@@ -68,7 +99,7 @@ def _ahead(tokens: Int[Array, "B T"], distance: int) -> Int[Array, "B T"]:
 
 def replay_acceptance(
     target: Target,
-    drafter: HeadDrafter,
+    drafter: Replayable,
     params: Params,
     prompts: Sequence[Sequence[int]],
     generation: Generation,
@@ -77,8 +108,8 @@ def replay_acceptance(
 
     Args:
       target: the model that wrote the texts.
-      drafter: heads with a tree.
-      params: the heads' parameters.
+      drafter: with a static tree.
+      params: the drafter's parameters.
       prompts: what `generation` continues.
       generation: texts and who wrote each token, by a lossless decode of these prompts with this drafter.
 

@@ -1,10 +1,13 @@
 """Objectives by the name that a config gives in `objective.name`."""
 
 from train.objectives.draft_heads import DraftHeads
+from train.objectives.eagle import Eagle3Objective, EagleObjective
 from train.objectives.lm import LM
 from train.objectives.objective import Objective
 
 OBJECTIVES: dict[str, type[Objective]] = {
     "lm": LM,
     "draft_heads": DraftHeads,
+    "eagle": EagleObjective,
+    "eagle3": Eagle3Objective,
 }

@@ -1,0 +1,222 @@
+"""EAGLE's drafters: one layer continues the target's features token by token, and a growth makes a tree of that.
+
+The keys and values kept from step to step are of *true* pairs alone: at slot p the target's feature at p with the token
+at p + 1. The feature of the last committed token waits for its token, the root, with which drafting begins. Everything
+drafted lies in scratch rows and is dropped: `ingest` runs the layer again over what became text, with the target's
+features in place of the layer's own (EAGLE-1, section 3.1).
+"""
+
+import dataclasses
+import functools
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+from jaxtyping import Array, Float, Int
+
+from decoding.cache import commit, init_cache
+from decoding.drafter import Drafter, TargetView
+from decoding.drafters.heads import last_feature
+from decoding.growth import Confidence, Growth, Static
+from decoding.growth.scratch import Scratch
+from decoding.sampling import best_tokens
+from decoding.trees import Topology, from_child_counts
+from models import transformer
+from models.heads.eagle import Eagle3Heads, EagleHeads, unroll
+from models.layout import Layout
+from models.transformer import Output, Params
+
+# Published with EAGLE-1; 25 candidates, depth histogram 4/8/8/3/2.
+EAGLE_25 = from_child_counts(
+    {(): 4, (0,): 3, (1,): 2, (2,): 2, (3,): 1, (0, 0): 3, (0, 1): 2, (0, 2): 2, (1, 0): 1, (0, 0, 0): 3}
+    | {(0, 0, 0, 0): 2}
+)
+
+
+@struct.dataclass
+class Drafted:
+    """Scratch of `Network`: keys and values of the slots, and their outputs."""
+
+    scratch: Scratch
+    hidden: Float[Array, "B S H"]
+
+    def write(self, rows, hidden, positions, at: int) -> "Drafted":
+        """With the rows of M pairs in the slots from `at` on."""
+        buffer = jax.lax.dynamic_update_slice_in_dim(self.hidden, hidden.astype(self.hidden.dtype), at, axis=1)
+        return Drafted(self.scratch.write([rows], positions, at), buffer)
+
+
+@struct.dataclass
+class Network:
+    """EAGLE's layer as a draft network (`decoding.growth.DraftNetwork`); a slot is the pair that ends in its token.
+
+    Attributes:
+      heads: shape of the network.
+      params: its parameters.
+      target: the target before this step.
+      state: of the drafter.
+    """
+
+    heads: EagleHeads | Eagle3Heads = struct.field(pytree_node=False)
+    params: Params
+    target: TargetView
+    state: dict[str, Any]
+
+    @property
+    def vocabulary(self) -> Int[Array, "W"] | None:
+        """Target ids of the logits' tokens."""
+        return self.heads.vocabulary(self.params)
+
+    @property
+    def vocab_size(self) -> int:
+        """The target's."""
+        return self.target.config.vocab_size
+
+    def begin(self, root, slots):
+        """The true pair of the last committed feature and the root; see `DraftNetwork`."""
+        pairs = self.target.length - 1
+        feature_BH = self.state["feature"]
+        layout = Layout.extend(pairs, 1)
+        logits, hidden, rows = self._run(root[:, None], feature_BH[:, None], layout, None)
+        batch, width = feature_BH.shape
+        scratch = Scratch.empty(self.heads.layer_config(self.target.config), batch, slots, feature_BH.dtype, layers=1)
+        drafted = Drafted(scratch, jnp.zeros((batch, slots, width), feature_BH.dtype))
+        return logits[:, 0], drafted.write(rows, hidden, layout.positions, 0)
+
+    def extend(self, scratch, at, tokens, parents, depth, seen):
+        """Every candidate with its parent's output in the place of a feature; see `DraftNetwork`."""
+        pairs = self.target.length - 1
+        positions_BM = pairs[:, None] + depth
+        feature_BMH = jnp.take_along_axis(scratch.hidden, parents[:, :, None], axis=1)
+        layout = scratch.scratch.layout(positions_BM, pairs, seen)
+        logits, hidden, rows = self._run(tokens, feature_BMH, layout, scratch.scratch.rows[0])
+        return logits, scratch.write(rows, hidden, positions_BM, at)
+
+    def _run(self, tokens, feature, layout, scratch):
+        config, target = self.target.config, self.target
+        embedding, prefix = target.lookup(tokens), self.state["cache"][0]
+        hidden, rows = self.heads.run(config, self.params, feature, embedding, layout, prefix, scratch)
+        return self.heads.logits(config, self.params, target.params, hidden), hidden, rows
+
+
+@dataclasses.dataclass(frozen=True)
+class EagleDrafter(Drafter):
+    """What `Eagle` and `Eagle3` share: a network and a growth.
+
+    Attributes:
+      heads: shape of the network.
+      growth: how its guesses make a tree.
+    """
+
+    heads: EagleHeads | Eagle3Heads
+    growth: Growth
+
+    @property
+    def taps(self) -> tuple[str, ...]:  # type: ignore[override]
+        return self.heads.taps
+
+    @property
+    def max_nodes(self) -> int:
+        return self.growth.max_nodes
+
+    @property
+    def max_depth(self) -> int:
+        return self.growth.max_depth
+
+    @property
+    def tree(self) -> Topology | None:
+        """The tree, where it is static and holds the best guesses."""
+        return self.growth.tree if isinstance(self.growth, Static) and self.growth.draws == "top" else None
+
+    def with_tree(self, tree: Topology) -> "EagleDrafter":
+        """The same network with a static tree of its best guesses."""
+        return dataclasses.replace(self, growth=Static(tree, "top"))
+
+    def check(self, config):
+        self.heads.check(config)
+        self.growth.check(self.heads.outputs(config))
+
+    def init_params(self, config, target, key):
+        return self.heads.init(config, target, key)
+
+    def fuse(self, params):
+        joined = transformer.join_projections({"layers": [params["layer"]]})
+        return {**params, "layer": joined["layers"][0]}
+
+    def init(self, config, batch, capacity, dtype, mesh=None):
+        """`feature` `[B, H]` of the last committed token, and a one-layer `cache` of the pairs before it."""
+        return {
+            "feature": jnp.zeros((batch, config.width), dtype),
+            "cache": init_cache(self.heads.layer_config(config), batch, capacity, dtype, layers=1, mesh=mesh),
+        }
+
+    def ingest(self, params, target, state, rows):
+        feature_BRH = self.heads.fuse(params, rows.taps)
+        R = feature_BRH.shape[1]
+        # Row i holds the feature at start - 1 + i and the token after it. A text's first token follows no feature:
+        # where it is among the rows, they begin one pair further on.
+        begins_B1 = (rows.start == 0)[:, None]
+        before_BRH = jnp.concatenate([state["feature"][:, None], feature_BRH[:, :-1]], axis=1)
+        paired_BRH = jnp.where(begins_B1[:, :, None], feature_BRH, before_BRH)
+        tokens_BR = jnp.where(begins_B1, jnp.roll(rows.tokens, -1, axis=1), rows.tokens)
+        first = jnp.maximum(rows.start - 1, 0)
+        hidden_BRH, fresh = self.heads.run(
+            target.config,
+            params,
+            paired_BRH,
+            target.lookup(tokens_BR),
+            Layout.extend(first, R),
+            state["cache"][0],
+        )
+        # Rows that are not text leave zeros, so that the state is a function of the text alone, unused slots included.
+        true_BR = jnp.arange(R) < jnp.where(begins_B1[:, 0], rows.count - 1, rows.count)[:, None]
+        masks = {"k": true_BR[:, None, None, :], "v": true_BR[:, None, :, None]}
+        fresh = {name: jnp.where(masks[name], row, 0) for name, row in fresh.items()}
+        # As in the loop, the place is made to depend on what the layer read, or XLA would copy the cache to write it:
+        # nothing exceeds infinity.
+        first = first + jnp.any(hidden_BRH[:, 0] > jnp.inf, axis=-1)
+        return {
+            "feature": last_feature(state["feature"], feature_BRH, rows.count),
+            "cache": commit(state["cache"], [fresh], None, first),
+        }
+
+    def draft(self, params, target, state, root, keys):
+        network = Network(self.heads, params, target, state)
+        return self.growth.grow(network, root, keys, target.warps).tree, state
+
+    def teacher_forced(
+        self, config, target: Params, params: Params, tokens: Int[Array, "B T"], output: Output, depth: int
+    ) -> list[Float[Array, "B T H"]]:
+        """The network's outputs at the first `depth` steps of drafts that begin everywhere in true texts."""
+        padded = jnp.pad(tokens, ((0, 0), (0, depth)))
+        lengths = tokens.shape[1]
+        embeddings = [transformer.lookup(target, padded[:, 1 + k : 1 + k + lengths]) for k in range(depth)]
+        feature = self.heads.fuse(params, output.taps)
+        return unroll(self.heads, config, params, feature, embeddings, Layout.causal(*tokens.shape))
+
+    def ranked(
+        self, config, target: Params, params: Params, i: int, hidden: Float[Array, "*B H"], count: int
+    ) -> Int[Array, "*B K"]:
+        """The `count` best guesses that an output of step i stands for, best first."""
+        best = best_tokens(self.heads.logits(config, params, target, hidden), count)
+        known = self.heads.vocabulary(params)
+        return best if known is None else known[best]
+
+
+@dataclasses.dataclass(frozen=True)
+class Eagle(EagleDrafter):
+    """EAGLE-1 with its static tree; EAGLE-2 is the same network grown by `Confidence`."""
+
+    heads: EagleHeads = dataclasses.field(default_factory=EagleHeads)
+    growth: Growth = dataclasses.field(default_factory=functools.partial(Static, EAGLE_25, "top"))
+    name: ClassVar[str] = "eagle"
+
+
+@dataclasses.dataclass(frozen=True)
+class Eagle3(EagleDrafter):
+    """EAGLE-3, grown by `Confidence` as released."""
+
+    heads: Eagle3Heads
+    growth: Growth = dataclasses.field(default_factory=Confidence)
+    name: ClassVar[str] = "eagle3"

@@ -1,0 +1,380 @@
+"""EAGLE draft networks (Li et al. 2024a, 2024b, 2025): one transformer layer that continues the target's features.
+
+The network reads pairs: a feature of the target at position p and the embedding of the *next* token, x_{p+1}. What the
+layer returns stands in for the target's feature at p + 1 and, through a head, guesses x_{p+2}; paired with that guess
+it is the next input. The RoPE position of the pair is p.
+
+EAGLE-1 and EAGLE-2 are one network (`EagleHeads`); they differ in how the tree grows. f is the target's post-norm
+feature; there is no norm at the input or at the end; embedding and head are the target's own:
+
+    y = fc [E[x]; f];   g = y + attention(y);   g = g + mlp(mlp_norm(g));   logits = target head(g)
+
+    {'fc': {'kernel' [2H, H], 'bias' [H] if `bias`},
+     'layer': {'attention': {'q', 'k', 'v', 'o'}, 'mlp_norm': {'scale'}, 'mlp': {'gate', 'up', 'down'}}}
+
+EAGLE-3 (`Eagle3Heads`) fuses the residual stream entering three layers, returns to no feature of the target's, and has
+its own head over a draft vocabulary; f is fc of the three or the network's own g:
+
+    f = fc [low; middle; high];   g = f + attention([input_norm(E[x]); hidden_norm(f)]);   g = g + mlp(mlp_norm(g))
+    logits = vocab(norm(g)), of the tokens draft_vocab
+
+    {'fc': {'kernel' [3H, H]}, 'input_norm': {'scale'}, 'hidden_norm': {'scale'},
+     'layer': {'attention': {'q' [2H, N D], 'k', 'v' [2H, K D], 'o'}, 'mlp_norm': {'scale'}, 'mlp': ...},
+     'norm': {'scale'}, 'vocab': {'kernel' [H, W]}, 'draft_vocab' int32 [W], target ids; absent if W = V}
+
+Linear maps are {'kernel' [in, out]}, with a 'bias' on q, k, v and o where the target's attention has one.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from models import transformer
+from models.config import RopeScaling, TransformerConfig
+from models.errors import UserError
+from models.heads.medusa import vocab_kernel
+from models.layers import MLP, Attention, RMSNorm, Rows, attend, call, rope_angles, softcap, wide
+from models.layout import Layout
+from models.transformer import Params
+
+
+class DraftLayer(nn.Module):
+    """Attention on `x` beside any residual stream, then a pre-norm MLP: a block whose first norm is the caller's."""
+
+    config: TransformerConfig
+
+    @nn.compact
+    def __call__(self, x_BTI, residual_BTH, angles, layout, prefix=None, scratch=None, mix=attend):
+        """Returns the residual stream `[B, T, H]` and the fresh key/value rows."""
+        c = self.config
+        mixed, rows = Attention(c, name="attention")(x_BTI, angles, layout, prefix, None, scratch, mix)
+        y_BTH = residual_BTH + mixed
+        normed = RMSNorm(c.norm_eps, c.zero_centred_norm, name="mlp_norm")(y_BTH)
+        return y_BTH + MLP(c.width, c.mlp_width, c.activation, name="mlp")(normed), rows
+
+
+def _layer(config: TransformerConfig) -> DraftLayer:
+    return DraftLayer(dataclasses.replace(config, num_layers=1, windows=(), post_norms=False))
+
+
+def _init_layer(config: TransformerConfig, inputs: int, key: Array) -> Params:
+    layout = Layout.causal(1, 1)
+    x, residual = jnp.zeros((1, 1, inputs)), jnp.zeros((1, 1, config.width))
+    return _layer(config).init(key, x, residual, rope_angles(config, layout.positions), layout)["params"]
+
+
+_draw = nn.initializers.lecun_normal()
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerShape:
+    """A plain Llama layer for a draft network whose layer is not of the target's kind, as in several releases.
+
+    Attributes:
+      num_heads: query heads.
+      num_kv_heads: key/value heads.
+      head_dim: of every head.
+      mlp_width: of the gated MLP.
+      norm_eps: epsilon of every RMSNorm of the network.
+      rope_theta: RoPE base.
+      rope_scaling: how rotary frequencies are stretched.
+      qkv_bias: biases on the q, k and v projections.
+    """
+
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    mlp_width: int
+    norm_eps: float
+    rope_theta: float
+    rope_scaling: RopeScaling | None = None
+    qkv_bias: bool = False
+
+    def of(self, config: TransformerConfig) -> TransformerConfig:
+        """The network's config, for a target of shape `config`."""
+        own = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        plain = TransformerConfig(config.vocab_size, config.width, 1, max_position=config.max_position, **own)
+        return dataclasses.replace(plain, family=config.family)
+
+
+class _Network:
+    """What the networks share: the shape of their one layer."""
+
+    layer: LayerShape | None
+
+    def layer_config(self, config: TransformerConfig) -> TransformerConfig:
+        """The config of the network's layer and norms: the target's, or the network's own."""
+        return config if self.layer is None else self.layer.of(config)
+
+
+@dataclasses.dataclass(frozen=True)
+class EagleHeads(_Network):
+    """The network of EAGLE-1 and EAGLE-2 (Li et al. 2024a, section 3.1).
+
+    Attributes:
+      bias: fc has a bias, as in the release for Vicuna and Llama 2; not in that for Llama 3.
+      layer: shape of the layer; None means the target's.
+    """
+
+    bias: bool = True
+    layer: LayerShape | None = None
+
+    @property
+    def taps(self) -> tuple[str, ...]:
+        """Features of the target that `fuse` reads."""
+        return ("post_norm",)
+
+    def check(self, config: TransformerConfig) -> None:
+        """Any target will do."""
+
+    def outputs(self, config: TransformerConfig) -> int:
+        """W, the tokens that `logits` scores."""
+        return config.vocab_size
+
+    def init(self, config: TransformerConfig, target: Params, key: Array) -> Params:
+        """A fresh network in the target's dtype."""
+        fc_key, layer_key = jax.random.split(key)
+        fc = {"kernel": _draw(fc_key, (2 * config.width, config.width))}
+        if self.bias:
+            fc["bias"] = jnp.zeros(config.width)
+        params = {"fc": fc, "layer": _init_layer(self.layer_config(config), config.width, layer_key)}
+        return jax.tree.map(lambda leaf: leaf.astype(target["embed"]["embedding"].dtype), params)
+
+    def fuse(self, params: Params, taps: dict[str, Float[Array, "*B H"]]) -> Float[Array, "*B H"]:
+        """The feature f of a pair, from the target's."""
+        return taps["post_norm"]
+
+    def run(
+        self,
+        config: TransformerConfig,
+        params: Params,
+        feature: Float[Array, "B T H"],
+        embedding: Float[Array, "B T H"],
+        layout: Layout,
+        prefix: Rows | None = None,
+        scratch: Rows | None = None,
+        mix: Callable = attend,
+    ) -> tuple[Float[Array, "B T H"], Rows]:
+        """The layer on T pairs.
+
+        Args:
+          config: shape of the target.
+          params: of the network.
+          feature: f of each pair, the target's through `fuse` or an earlier output of `run`.
+          embedding: `transformer.lookup` of the token that follows.
+          layout: positions of the pairs, which are those of their features, and who sees whom.
+          prefix: keys and values of the committed pairs.
+          scratch: those of pairs drafted before in the same step.
+          mix: the attention; training-time test has its own.
+
+        Returns:
+          What stands in for the feature at the next position, and the pairs' keys and values.
+        """
+        dense = nn.Dense(config.width, use_bias=self.bias)
+        y = call(dense, params["fc"], jnp.concatenate([embedding, feature], axis=-1))
+        own = self.layer_config(config)
+        angles = rope_angles(own, layout.positions)
+        return call(_layer(own), params["layer"], y, y, angles, layout, prefix, scratch, mix)
+
+    def logits(
+        self, config: TransformerConfig, params: Params, target: Params, hidden: Float[Array, "*B H"]
+    ) -> Float[Array, "*B W"]:
+        """Scores of the token after the pair's, of all V tokens, float32 or wider."""
+        return transformer.head(config, target, hidden)
+
+    def vocabulary(self, params: Params) -> Int[Array, "W"] | None:
+        """Target ids of the tokens that `logits` scores; None means all, in order."""
+        return None
+
+
+@dataclasses.dataclass(frozen=True)
+class Eagle3Heads(_Network):
+    """The network of EAGLE-3 (Li et al. 2025, section 3.1).
+
+    Attributes:
+      low: the first of three layers of the target whose incoming residual stream is read.
+      middle: the second.
+      high: the third.
+      vocab_size: W, size of the draft vocabulary; 0 means the target's.
+      layer: shape of the layer and norms; None means the target's.
+    """
+
+    low: int
+    middle: int
+    high: int
+    vocab_size: int = 0
+    layer: LayerShape | None = None
+
+    @property
+    def taps(self) -> tuple[str, ...]:
+        """Features of the target that `fuse` reads; one name for each layer, however often it is read."""
+        return tuple(dict.fromkeys(self._layers))
+
+    @property
+    def _layers(self) -> tuple[str, ...]:
+        return tuple(f"layer:{k}" for k in (self.low, self.middle, self.high))
+
+    def check(self, config: TransformerConfig) -> None:
+        """Raises UserError when the target lacks one of the layers or has fewer tokens than the draft vocabulary."""
+        for name in ("low", "middle", "high"):
+            if not 0 <= getattr(self, name) < config.num_layers:
+                raise UserError(
+                    f"EAGLE-3 reads what enters layer {getattr(self, name)} ({name}), but the target has layers 0 to "
+                    f"{config.num_layers - 1}"
+                )
+        if not 0 <= self.vocab_size <= config.vocab_size:
+            raise UserError(
+                f"the draft vocabulary must have 0 (all) to {config.vocab_size} tokens, as many as the target's, got "
+                f"{self.vocab_size}"
+            )
+
+    def outputs(self, config: TransformerConfig) -> int:
+        """W, the tokens that `logits` scores."""
+        return self.vocab_size or config.vocab_size
+
+    def init(
+        self, config: TransformerConfig, target: Params, key: Array, vocabulary: Int[Array, "W"] | None = None
+    ) -> Params:
+        """A fresh network in the target's dtype, whose norm and head start as the target's.
+
+        Args:
+          config: shape of the target.
+          target: its parameters.
+          key: for the rest.
+          vocabulary: the W tokens that the head will know, ascending; by default the first ones.
+        """
+        fc_key, layer_key = jax.random.split(key)
+        width, kernel, layer = config.width, vocab_kernel(target), self.layer_config(config)
+        scale = (jnp.zeros if layer.zero_centred_norm else jnp.ones)(width)
+        params = {
+            "fc": {"kernel": _draw(fc_key, (3 * width, width))},
+            "input_norm": {"scale": scale},
+            "hidden_norm": {"scale": scale},
+            "layer": _init_layer(layer, 2 * width, layer_key),
+            "norm": {"scale": jnp.array(target["final_norm"]["scale"])},
+        }
+        if self.vocab_size and vocabulary is None:
+            vocabulary = jnp.arange(self.vocab_size, dtype=jnp.int32)
+        params["vocab"] = {"kernel": jnp.array(kernel) if vocabulary is None else kernel[:, vocabulary]}
+        params = jax.tree.map(lambda leaf: leaf.astype(kernel.dtype), params)
+        return params if vocabulary is None else {**params, "draft_vocab": vocabulary}
+
+    def fuse(self, params: Params, taps: dict[str, Float[Array, "*B H"]]) -> Float[Array, "*B H"]:
+        """The feature f of a pair, from the target's."""
+        x = jnp.concatenate([taps[name] for name in self._layers], axis=-1)
+        return call(nn.Dense(params["fc"]["kernel"].shape[1], use_bias=False), params["fc"], x)
+
+    def run(
+        self,
+        config: TransformerConfig,
+        params: Params,
+        feature: Float[Array, "B T H"],
+        embedding: Float[Array, "B T H"],
+        layout: Layout,
+        prefix: Rows | None = None,
+        scratch: Rows | None = None,
+        mix: Callable = attend,
+    ) -> tuple[Float[Array, "B T H"], Rows]:
+        """The layer on T pairs; see `EagleHeads.run`."""
+        own = self.layer_config(config)
+        norm = RMSNorm(own.norm_eps, own.zero_centred_norm)
+        normed = [call(norm, params["input_norm"], embedding), call(norm, params["hidden_norm"], feature)]
+        angles = rope_angles(own, layout.positions)
+        x = jnp.concatenate(normed, axis=-1)
+        return call(_layer(own), params["layer"], x, feature, angles, layout, prefix, scratch, mix)
+
+    def logits(
+        self, config: TransformerConfig, params: Params, target: Params, hidden: Float[Array, "*B H"]
+    ) -> Float[Array, "*B W"]:
+        """Scores of the token after the pair's, of the W tokens of the draft vocabulary, float32 or wider."""
+        own = self.layer_config(config)
+        normed = call(RMSNorm(own.norm_eps, own.zero_centred_norm), params["norm"], hidden)
+        return jnp.matmul(normed, params["vocab"]["kernel"], preferred_element_type=wide(hidden.dtype))
+
+    def vocabulary(self, params: Params) -> Int[Array, "W"] | None:
+        """Target ids of the tokens that `logits` scores; None means all, in order."""
+        return params.get("draft_vocab")
+
+
+def eagle3_layers(num_layers: int) -> tuple[int, int, int]:
+    """Which layers EAGLE-3 reads: 2, n/2 and n - 3 as released, and for shallow targets as far apart as these."""
+    if num_layers >= 7:
+        return 2, num_layers // 2, num_layers - 3
+    return min(1, num_layers - 1), num_layers // 2, num_layers - 1
+
+
+def unroll(
+    heads: EagleHeads | Eagle3Heads,
+    config: TransformerConfig,
+    params: Params,
+    feature: Float[Array, "B T H"],
+    embeddings: Sequence[Float[Array, "B T H"]],
+    layout: Layout,
+) -> list[Float[Array, "B T H"]]:
+    """What drafting computes along the true text, from every position at once (training-time test; EAGLE-3, 3.2).
+
+    Step k runs pair (output of step k - 1 at index p, token at p + 1 + k), which stands at position p + k and is the
+    k-th of a draft that began at p. It sees the true pairs up to p, which are step 0, and of the steps between them and
+    itself only those of the same draft: the ones at its own index.
+
+    Args:
+      heads: the network.
+      config: shape of the target.
+      params: of the network.
+      feature: f from the target, at every position.
+      embeddings: for each step k those of the tokens at p + 1 + k.
+      layout: of the text.
+
+    Returns:
+      Outputs of the steps, `[B, T, H]` each.
+    """
+    outputs: list[Array] = []
+    drafted: list[Rows] = []
+    for k, embedding in enumerate(embeddings):
+        place = dataclasses.replace(layout, positions=layout.positions + k)
+        mix = functools.partial(_attend_own_index, drafted[0], drafted[1:]) if k else attend
+        feature, rows = heads.run(config, params, feature, embedding, place, mix=mix)
+        outputs.append(feature)
+        drafted.append(rows)
+    return outputs
+
+
+def _attend_own_index(
+    first: Rows,
+    between: Sequence[Rows],
+    q_BTND: Float[Array, "B T N D"],
+    rows: Rows,
+    prefix: None,
+    layout: Layout,
+    scratch: None = None,
+    *,
+    scale: float,
+    cap: float | None = None,
+    window: None = None,
+) -> Float[Array, "B T N*D"]:
+    """`attend` in training-time test: `first` as the layout says, `between` and `rows` at the query's own index.
+
+    The mask over all steps would be [T, k T]; of each step after the first only its diagonal is ever computed.
+    """
+    B, T, N, D = q_BTND.shape
+    K = rows["v"].shape[1]
+    dtype = wide(q_BTND.dtype)
+    q_BKTGD = (q_BTND * scale).reshape(B, T, K, N // K, D).transpose(0, 2, 1, 3, 4)
+    own = [*between, rows]
+    s_BKTGS = jnp.einsum("BKTGD,BKDS->BKTGS", q_BKTGD, first["k"], preferred_element_type=dtype)
+    s_BKTGS = jnp.where(layout.sees_rows(window)[:, None, :, None], softcap(s_BKTGS, cap), jnp.finfo(dtype).min)
+    each = [jnp.einsum("BKTGD,BKDT->BKTG", q_BKTGD, step["k"], preferred_element_type=dtype) for step in own]
+    own_BKTGI = softcap(jnp.stack(each, axis=-1), cap)
+    top = jnp.maximum(jnp.max(s_BKTGS, axis=-1), jnp.max(own_BKTGI, axis=-1))[..., None]
+    e_BKTGS, e_BKTGI = jnp.exp(s_BKTGS - top), jnp.exp(own_BKTGI - top)
+    total = jnp.sum(e_BKTGS, axis=-1, keepdims=True) + jnp.sum(e_BKTGI, axis=-1, keepdims=True)
+    v_dtype = rows["v"].dtype
+    mixed = jnp.einsum("BKTGS,BKSD->BKTGD", e_BKTGS.astype(v_dtype), first["v"], preferred_element_type=dtype)
+    for i, step in enumerate(own):
+        mixed += e_BKTGI[..., i, None] * step["v"][:, :, :, None].astype(dtype)
+    return (mixed / total).astype(q_BTND.dtype).transpose(0, 2, 1, 3, 4).reshape(B, T, N * D)

@@ -1,0 +1,223 @@
+"""EAGLE on a frozen target: `eagle` trains EAGLE-1's network (and EAGLE-2's: it is the same), `eagle3` EAGLE-3's.
+
+Both are the loss of `drafting.py`. EAGLE-1 (Li et al. 2024a, section 3.2) learns one step from the target's own
+features, to which noise is added: smooth L1 distance to the next feature, and a tenth of the cross-entropy with the
+target's distribution through the target's head. EAGLE-3 (Li et al. 2025, section 3.2) drops the first and unrolls the
+draft during training, each step reading what the one before it wrote; step k counts 0.8^k.
+
+The draft vocabulary of EAGLE-3 is the most frequent labels of the training split. It is data, not a parameter: it
+travels with the frozen target and is saved with the drafter.
+"""
+
+import dataclasses
+from typing import ClassVar, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
+from jaxtyping import Int32, Int64
+
+from decoding.drafters.eagle import Eagle, Eagle3
+from models import schema, transformer
+from models.config import TransformerConfig
+from models.heads.eagle import Eagle3Heads, EagleHeads, eagle3_layers, unroll
+from train.data import Documents
+from train.objectives.drafting import DraftObjective, Guess, Weights, check_drafting
+from train.objectives.shift import ahead
+
+
+@dataclasses.dataclass(frozen=True)
+class EagleConfig:
+    """The section `objective` of an EAGLE-1 job.
+
+    Attributes:
+      name: `eagle`.
+      target: directory of the target, which stays as it is.
+      bias: whether fc has a bias.
+      feature: weight of the smooth L1 distance to the target's next feature.
+      soft: weight of the cross-entropy with the target's distribution.
+      labels: which tokens are learnt: `assistant`, those that the data set marks, or `all`.
+      noise: alpha of the uniform noise on features, alpha * 512 / length * U(-1/2, 1/2); 0 is none.
+      depth: how many draft tokens evaluations look ahead.
+      loop_prompts: prompts from the valid split that every evaluation decodes, at most a batch; 0 is none.
+      loop_tokens: new tokens per such prompt; 0 decodes nothing.
+    """
+
+    name: Literal["eagle"]
+    target: str | None
+    bias: bool = True
+    feature: float = 1.0
+    soft: float = 0.1
+    labels: Literal["assistant", "all"] = "assistant"
+    noise: float = 0.2
+    depth: int = 5
+    loop_prompts: int = 4
+    loop_tokens: int = 64
+
+    def __post_init__(self):
+        check_drafting(self)
+        for name in ("feature", "soft", "noise"):
+            schema.require(getattr(self, name) >= 0, f"objective.{name} must not be negative", getattr(self, name))
+        schema.require(self.feature + self.soft > 0, "objective.feature or objective.soft must be positive", 0)
+        schema.require(self.depth >= 1, "objective.depth must be at least 1", self.depth)
+
+    @property
+    def weights(self) -> Weights:
+        """Of the loss's terms."""
+        return Weights(0.0, self.soft, self.feature, 1.0)
+
+    @property
+    def base(self) -> str:
+        """The target."""
+        return str(self.target)
+
+    def untrained(self, model: TransformerConfig) -> Eagle:
+        """The drafter without parameters."""
+        return Eagle(EagleHeads(self.bias))
+
+
+@dataclasses.dataclass(frozen=True)
+class Eagle3Config:
+    """The section `objective` of an EAGLE-3 job.
+
+    Attributes:
+      name: `eagle3`.
+      target: directory of the target, which stays as it is.
+      layers: the three layers whose incoming residual stream is read, low to high; None chooses by the target's depth.
+      vocabulary: W, size of the draft vocabulary: the most frequent labels of the training split; 0 is all tokens.
+      steps: how far training unrolls the draft.
+      decay: weight of a step relative to the step before it.
+      labels: which tokens are learnt: `assistant`, those that the data set marks, or `all`.
+      loop_prompts: prompts from the valid split that every evaluation decodes, at most a batch; 0 is none.
+      loop_tokens: new tokens per such prompt; 0 decodes nothing.
+    """
+
+    name: Literal["eagle3"]
+    target: str | None
+    layers: tuple[int, ...] | None = None
+    vocabulary: int = 0
+    steps: int = 7
+    decay: float = 0.8
+    labels: Literal["assistant", "all"] = "assistant"
+    loop_prompts: int = 4
+    loop_tokens: int = 64
+
+    def __post_init__(self):
+        check_drafting(self)
+        if self.layers is not None:
+            schema.require(len(self.layers) == 3, "objective.layers must name three layers", self.layers)
+        schema.require(self.vocabulary >= 0, "objective.vocabulary must not be negative", self.vocabulary)
+        schema.require(self.steps >= 1, "objective.steps must be at least 1", self.steps)
+        schema.require(0 < self.decay <= 1, "objective.decay must lie in 0..1, 0 excluded", self.decay)
+
+    @property
+    def weights(self) -> Weights:
+        """Of the loss's terms."""
+        return Weights(0.0, 1.0, 0.0, self.decay)
+
+    @property
+    def base(self) -> str:
+        """The target."""
+        return str(self.target)
+
+    def untrained(self, model: TransformerConfig) -> Eagle3:
+        """The drafter without parameters."""
+        low, middle, high = self.layers or eagle3_layers(model.num_layers)
+        size = 0 if self.vocabulary == model.vocab_size else self.vocabulary
+        return Eagle3(Eagle3Heads(low, middle, high, size))
+
+
+class EagleObjective(DraftObjective):
+    """The `eagle` objective."""
+
+    Config: ClassVar[type] = EagleConfig
+
+    @property
+    def depth(self) -> int:
+        """As the config says."""
+        return self._config.depth
+
+    def guesses(self, params, frozen, batch, target, layout, key):
+        """One step with noise in training; in evaluation, `depth` steps without."""
+        taps = target.taps
+        if key is not None and self._config.noise:
+            size = self._config.noise * 512 / batch["tokens"].shape[1]
+
+            def noisy(feature):
+                return feature + size * jax.random.uniform(key, feature.shape, feature.dtype, -0.5, 0.5)
+
+            taps = {name: noisy(feature) for name, feature in taps.items()}
+        return self._unrolled(params, frozen, batch, taps, layout, self.depth if key is None else 1)
+
+    def _unrolled(self, params, frozen, batch, taps, layout, steps):
+        embedding_BTH = transformer.lookup(frozen, batch["tokens"])
+        embeddings = [ahead(embedding_BTH, 1 + k) for k in range(steps)]
+        outputs = unroll(self.heads, self.model, params, self.heads.fuse(params, taps), embeddings, layout)
+        return [Guess(self.heads.logits(self.model, params, frozen, hidden), hidden) for hidden in outputs]
+
+
+class Eagle3Objective(EagleObjective):
+    """The `eagle3` objective; the frozen target holds `draft_vocab`, int32 [W], where W < V."""
+
+    Config: ClassVar[type] = Eagle3Config
+
+    def __init__(self, config, tokenizer):
+        """As `DraftObjective`."""
+        super().__init__(config, tokenizer)
+        self._vocabulary: np.ndarray | None = None
+        if self.heads.vocab_size:
+            self.base["draft_vocab"] = jax.ShapeDtypeStruct((self.heads.vocab_size,), jnp.int32)
+
+    @property
+    def depth(self) -> int:
+        """As many steps as training unrolls."""
+        return self._config.steps
+
+    def survey(self, documents: Documents) -> None:
+        """Chooses the draft vocabulary."""
+        if self.heads.vocab_size:
+            counts = count_labels(documents, self.model.vocab_size, self._config.labels)
+            self._vocabulary = most_frequent(counts, self.heads.vocab_size)
+
+    def load_base(self, mesh):
+        """The target and the draft vocabulary."""
+        base = super().load_base(mesh)
+        if not self.heads.vocab_size:
+            return base
+        if self._vocabulary is None:
+            raise ValueError("the draft vocabulary is not known before `survey` has seen the training split")
+        return {**base, "draft_vocab": jax.device_put(self._vocabulary, NamedSharding(mesh, PartitionSpec()))}
+
+    def init(self, key, base):
+        """As for any drafter, but the draft vocabulary is not trained."""
+        params = self.heads.init(self.model, base, key, self.known(base))
+        trained = {name: leaf for name, leaf in params.items() if name != "draft_vocab"}
+        return jax.tree.map(lambda leaf: leaf.astype(jnp.float32), trained)
+
+    def known(self, frozen):
+        """The draft vocabulary."""
+        return frozen.get("draft_vocab")
+
+    def drafter_params(self, trainable, frozen):
+        """With the draft vocabulary."""
+        return {**trainable, "draft_vocab": frozen["draft_vocab"]} if self.heads.vocab_size else trainable
+
+    def guesses(self, params, frozen, batch, target, layout, key):
+        """Every step of the draft, in training as in evaluation."""
+        return self._unrolled(params, frozen, batch, target.taps, layout, self.depth)
+
+
+def count_labels(documents: Documents, vocab_size: int, labels: str) -> Int64[np.ndarray, "V"]:
+    """How often every token is a label in a split; `labels` as in the configs."""
+    counts = np.zeros(vocab_size, np.int64)
+    for index in range(len(documents)):
+        document = documents[index]
+        tokens = document["tokens"] if labels == "all" else document["tokens"][document["mask"] > 0]
+        counts += np.bincount(tokens, minlength=vocab_size)
+    return counts
+
+
+def most_frequent(counts: np.ndarray, size: int) -> Int32[np.ndarray, "W"]:
+    """The `size` tokens with the highest counts, ascending; of equal counts the lower ids."""
+    return np.sort(np.argsort(-counts, kind="stable")[:size]).astype(np.int32)
