@@ -2,26 +2,37 @@
 
 A drafter directory is `drafter.json` (method, hyper-parameters, tree, fingerprint of its base) and, where the method
 has parameters, `model.safetensors`, whose tensors are named by their path in the parameter tree
-(`heads.0.vocab.kernel`, as [in, out]).
+(`heads.0.vocab.kernel`, as [in, out]). On a command line a drafter is its directory, the bare name of one that has no
+parameters, `early_exit:LAYERS`, or several of these joined by `+`: each is asked where those before it find nothing.
 """
 
 import contextlib
-import dataclasses
 import functools
 import typing
 from pathlib import Path
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
 from decoding.drafter import Drafter
+from decoding.drafters.draft_model import DraftModel
+from decoding.drafters.eagle import Eagle, Eagle3
+from decoding.drafters.early_exit import EarlyExit
+from decoding.drafters.first_of import FirstOf
 from decoding.drafters.hydra import Hydra
+from decoding.drafters.lookahead import Lookahead
 from decoding.drafters.medusa import Medusa
 from decoding.drafters.plain import Plain
-from decoding.trees import Topology, load_topology
+from decoding.drafters.prompt_lookup import PromptLookup
+from decoding.drafters.token_recycling import TokenRecycling
+from decoding.growth import Growth
+from decoding.trees import Topology
 from models.errors import UserError
 from models.hf_config import read_json
+from models.sharding import mesh_of, param_shardings
 from models.storage import (
+    FLOATS,
     leaves_by_path,
     new_directory,
     open_tensors,
@@ -34,15 +45,34 @@ from models.target import Target
 
 DRAFTERS: dict[str, type[Drafter]] = {
     "none": Plain,
+    "draft_model": DraftModel,
     "medusa": Medusa,
     "hydra": Hydra,
+    "eagle": Eagle,
+    "eagle3": Eagle3,
+    "token_recycling": TokenRecycling,
+    "prompt_lookup": PromptLookup,
+    "lookahead": Lookahead,
+    "early_exit": EarlyExit,
+    "first_of": FirstOf,
 }
 
+# What a record holds beside the drafter itself: the fingerprint of its base, and where converted weights came from.
+BESIDES = ("base", "provenance")
+
 # Those that a bare name on a command line means: nothing to load.
-WITHOUT_PARAMETERS = ("none",)
+WITHOUT_PARAMETERS = ("none", "token_recycling", "prompt_lookup", "lookahead")
 
 
-def save_drafter(directory: str | Path, drafter: Drafter, params, base: dict, *, overwrite: bool = False) -> None:
+def save_drafter(
+    directory: str | Path,
+    drafter: Drafter,
+    params,
+    base: dict,
+    *,
+    overwrite: bool = False,
+    provenance: dict | None = None,
+) -> None:
     """Writes a drafter directory, whole or not at all.
 
     Args:
@@ -51,30 +81,42 @@ def save_drafter(directory: str | Path, drafter: Drafter, params, base: dict, *,
       params: its parameters.
       base: `Target.fingerprint()` of the target it was made for.
       overwrite: replace a drafter directory that is already there.
+      provenance: what it was made from, for people; kept in `drafter.json`, and nothing depends on it.
     """
     tensors = {path.replace("/", "."): np.ascontiguousarray(leaf) for path, leaf in leaves_by_path(params).items()}
     with new_directory(directory, "drafter.json", overwrite) as partial:
-        save_tensors(partial / "model.safetensors", tensors)
-        write_json(partial / "drafter.json", {**describe(drafter), "base": base})
+        if tensors:
+            save_tensors(partial / "model.safetensors", tensors)
+        origin = {} if provenance is None else {"provenance": provenance}
+        write_json(partial / "drafter.json", {**describe(drafter), "base": base, **origin})
 
 
-def load_drafter(spec: str | Path, target: Target) -> tuple[Drafter, typing.Any]:
-    """A drafter and its parameters, from a directory or from the bare name of one that has no parameters.
+def load_drafter(spec: str | Path, target: Target, mesh: Mesh | None = None) -> tuple[Drafter, typing.Any]:
+    """A drafter and its parameters, from what a command line says.
 
     Args:
-      spec: the directory or the name.
+      spec: a directory, a bare name, `early_exit:LAYERS`, or several of these joined by `+` (see above).
       target: what it will draft for; it must be the base that the drafter was trained on.
+      mesh: shards the parameters over it by `models.sharding.RULES`; None is the mesh that the target was loaded on, or
+        the default device.
 
     Raises:
       UserError: no such drafter, a damaged directory, or another base, tokenizer, or vocabulary.
     """
-    if str(spec) in WITHOUT_PARAMETERS:
-        return DRAFTERS[str(spec)](), None
-    directory = Path(spec)
+    name, directory = str(spec), Path(spec)
+    if name in WITHOUT_PARAMETERS:
+        return DRAFTERS[name](), None
     if not (directory / "drafter.json").is_file():
+        method, _, layers = name.partition(":")
+        if "+" in name:
+            parts = [load_drafter(part, target, mesh) for part in name.rsplit("+", 1)]
+            (first, first_params), (second, second_params) = parts
+            return FirstOf(first, second), {"first": first_params, "second": second_params}
+        if method == EarlyExit.name and layers.isdecimal():
+            return EarlyExit(int(layers)), None
         raise UserError(
-            f"{str(spec)!r} is neither a drafter directory (there is no {directory / 'drafter.json'}) nor one of "
-            f"{', '.join(WITHOUT_PARAMETERS)}"
+            f"{name!r} is neither a drafter directory (there is no {directory / 'drafter.json'}) nor one of "
+            f"{', '.join(WITHOUT_PARAMETERS)}, early_exit:LAYERS, or several of these joined by +"
         )
     record = read_json(directory / "drafter.json")
     drafter = build(record, str(directory / "drafter.json"))
@@ -82,26 +124,31 @@ def load_drafter(spec: str | Path, target: Target) -> tuple[Drafter, typing.Any]
     drafter.check(target.config)
     shapes = jax.eval_shape(functools.partial(drafter.init_params, target.config), target.params, jax.random.key(0))
     wanted = {path.replace("/", "."): shape for path, shape in leaves_by_path(shapes).items()}
+    mesh = mesh_of(target.params) if mesh is None else mesh
+    places = [None] * len(wanted) if mesh is None else jax.tree.leaves(param_shardings(mesh, shapes))
     with contextlib.ExitStack() as stack:
-        files = open_tensors(directory, stack)
+        files = open_tensors(directory, stack) if wanted else {}
         if wrong := sorted(set(files) ^ set(wanted)):
             complaint = "is missing" if wrong[0] in wanted else "is unknown to its drafter.json"
             raise UserError(f"{directory}: tensor {wrong[0]} {complaint}")
         leaves = []
-        for name, shape in wanted.items():
-            host = read_tensor(files[name], name, directory, transpose=False)
+        for (name, shape), place in zip(wanted.items(), places, strict=True):
+            kinds = ("I32",) if np.issubdtype(shape.dtype, np.integer) else FLOATS
+            host = read_tensor(files[name], name, directory, transpose=False, kinds=kinds)
             if host.shape != shape.shape:
                 raise UserError(
                     f"{directory}: tensor {name} has shape {list(host.shape)}, drafter.json implies {list(shape.shape)}"
                 )
-            leaves.append(place_tensor(np.asarray(host, dtype=shape.dtype), None))
-    return drafter, jax.tree.unflatten(jax.tree.structure(shapes), leaves)
+            leaves.append(place_tensor(np.asarray(host, dtype=shape.dtype), place))
+    params = jax.tree.unflatten(jax.tree.structure(shapes), leaves)
+    return drafter, drafter.fuse(params) if mesh is None else params
 
 
-def write_tree(directory: str | Path, tree: Topology) -> None:
-    """Replaces the tree of a drafter directory."""
+def write_tree(directory: str | Path, tree: Topology | Growth) -> None:
+    """Replaces the tree of a drafter directory, or the growth that makes its trees."""
     path = Path(directory) / "drafter.json"
-    record = {**read_json(path), "tree": [list(p) for p in tree.paths]}
+    name = "tree" if isinstance(tree, Topology) else "growth"
+    record = {**read_json(path), name: tree.to_record()}
     partial = path.with_name(".drafter.json.partial")
     try:
         write_json(partial, record)
@@ -112,52 +159,17 @@ def write_tree(directory: str | Path, tree: Topology) -> None:
 
 def describe(drafter: Drafter) -> dict:
     """The JSON record of a drafter's static part; `build` is its inverse."""
-    record: dict = {"method": drafter.name}
-    for field in dataclasses.fields(typing.cast(typing.Any, drafter)):
-        value = getattr(drafter, field.name)
-        record[field.name] = (
-            [list(p) for p in value.paths] if isinstance(value, Topology) else dataclasses.asdict(value)
-        )
-    return record
+    return drafter.to_record()
 
 
 def build(record: dict, where: str) -> Drafter:
-    """A drafter from its JSON record, which may also hold `base`.
+    """A drafter from its JSON record, which may also hold `base` and `provenance`.
 
     Raises:
       UserError: an unknown method, an unknown or missing entry, a hyper-parameter that the method does not have or of
         the wrong type, or a tree that is not closed.
     """
-    method = record.get("method")
-    if not isinstance(method, str) or method not in DRAFTERS:
-        raise UserError(f"{where} names the method {method!r}; known are {', '.join(DRAFTERS)}")
-    kind = DRAFTERS[method]
-    types = typing.get_type_hints(kind)
-    names = [field.name for field in dataclasses.fields(typing.cast(typing.Any, kind))]
-    if unknown := sorted(set(record) - {"method", "base", *names}):
-        raise UserError(f"{where} has the unknown entry {unknown[0]!r}")
-    arguments = {}
-    for name in names:
-        if name not in record:
-            raise UserError(f"{where} has no entry {name!r}")
-        if types[name] is Topology:
-            arguments[name] = load_topology(record[name], f"tree in {where}")
-        else:
-            arguments[name] = _hyper_parameters(types[name], record[name], f"{where}: {name} does not fit {method}")
-    return kind(**arguments)
-
-
-def _hyper_parameters(kind: type, content: typing.Any, complaint: str) -> typing.Any:
-    """A dataclass of numbers and switches; JSON's `2` is also a float, but its `true` is no number."""
-    if not isinstance(content, dict):
-        raise UserError(f"{complaint}: expected an object, got {content!r}")
-    types = typing.get_type_hints(kind)
-    for key, value in content.items():
-        if key not in types:
-            raise UserError(f"{complaint}: there is no {key!r}, only {', '.join(types)}")
-        if type(value) is not types[key] and (type(value), types[key]) != (int, float):
-            raise UserError(f"{complaint}: {key} must be {types[key].__name__}, got {value!r}")
-    return kind(**content)
+    return Drafter.from_record({key: value for key, value in record.items() if key not in BESIDES}, "", where)
 
 
 def _check_base(directory: Path, base: typing.Any, target: Target) -> None:

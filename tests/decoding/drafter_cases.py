@@ -13,12 +13,21 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from decoding.drafter import Drafter
+from decoding.drafters.draft_model import DraftModel
+from decoding.drafters.eagle import Eagle, Eagle3
+from decoding.drafters.early_exit import EarlyExit
+from decoding.drafters.first_of import FirstOf
 from decoding.drafters.hydra import Hydra
+from decoding.drafters.lookahead import Lookahead
 from decoding.drafters.medusa import Medusa
 from decoding.drafters.plain import Plain
-from decoding.trees import Topology
+from decoding.drafters.prompt_lookup import PromptLookup
+from decoding.drafters.token_recycling import TokenRecycling
+from decoding.growth import Confidence, DySpec, Growth, Static, StochasticBeam
+from decoding.trees import Topology, chain
 from models import transformer
 from models.config import TransformerConfig
+from models.heads.eagle import Eagle3Heads, EagleHeads
 from models.heads.hydra import HydraHeads
 from models.heads.medusa import MedusaHeads
 from models.target import Target
@@ -50,11 +59,91 @@ def hydra_prefix(target: Target, key: Array) -> tuple[Drafter, Any]:
     return _random(Hydra(HydraHeads(num_heads=4, num_layers=2, prefix=True), BUSHY), target, key)
 
 
+def token_recycling(target: Target, key: Array) -> tuple[Drafter, Any]:
+    """Two candidates per token, not more: there are only twelve tokens to know; warmed with the prompt."""
+    return TokenRecycling(Topology(((0,), (1,), (1, 0), (1, 1), (1, 1, 0))), warm_start=True), None
+
+
+def prompt_lookup(target: Target, key: Array) -> tuple[Drafter, Any]:
+    """A short chain; random text repeats little more than pairs."""
+    return PromptLookup(depth=4, ngram=2), None
+
+
+def lookahead(target: Target, key: Array) -> tuple[Drafter, Any]:
+    """Riders, and a tree whose topology is data."""
+    return Lookahead(window=3, ngram=4, guesses=2), None
+
+
+def lookup_or_hydra(target: Target, key: Array) -> tuple[Drafter, Any]:
+    """Two drafters of different trees, one of them with parameters and a cache."""
+    second, params = hydra_prefix(target, key)
+    return FirstOf(PromptLookup(depth=3, ngram=3), second), {"first": None, "second": params}
+
+
+def eagle(target: Target, key: Array) -> tuple[Drafter, Any]:
+    """EAGLE-1 on a static tree."""
+    return _random(Eagle(EagleHeads(), Static(BUSHY, "top")), target, key)
+
+
+def eagle2(target: Target, key: Array) -> tuple[Drafter, Any]:
+    """The same network, a tree that follows confidence."""
+    return _random(Eagle(EagleHeads(bias=False), Confidence(top_k=3, depth=3, total=10)), target, key)
+
+
+def eagle3(target: Target, key: Array) -> tuple[Drafter, Any]:
+    """A vocabulary of its own, which is not the beginning of the target's."""
+    drafter, params = _random(Eagle3(Eagle3Heads(0, 1, 1, 8), Confidence(top_k=4, depth=4, total=12)), target, key)
+    return drafter, {**params, "draft_vocab": jnp.array([0, 1, 3, 5, 6, 8, 10, 11], jnp.int32)}
+
+
+def eagle3_static(target: Target, key: Array) -> tuple[Drafter, Any]:
+    """A static tree, whose hits can be replayed."""
+    drafter, params = eagle3(target, key)
+    return drafter.with_tree(LOPSIDED), params
+
+
+def draft_chain(target: Target, key: Array) -> tuple[Drafter, Any]:
+    """Speculative decoding: a chain drawn from a smaller transformer, the target's first layer and its head."""
+    return _draft_model(target, Static(chain(3)))
+
+
+def draft_beam(target: Target, key: Array) -> tuple[Drafter, Any]:
+    """RSD-S: a tree of sampled siblings, its topology data."""
+    return _draft_model(target, StochasticBeam(width=3, depth=3))
+
+
+def draft_dyspec(target: Target, key: Array) -> tuple[Drafter, Any]:
+    """DySpec: sampled siblings where the draft model is sure of them."""
+    return _draft_model(target, DySpec(budget=8, depth=3, width=3, branch=4))
+
+
+def _draft_model(target: Target, growth: Growth) -> tuple[Drafter, Any]:
+    small = dataclasses.replace(target.config, num_layers=1)
+    return DraftModel(small, growth), {**target.params, "layers": target.params["layers"][:1]}
+
+
+def early_exit(target: Target, key: Array) -> tuple[Drafter, Any]:
+    """The first of the target's two layers."""
+    return EarlyExit(1, Static(LOPSIDED, "top")), None
+
+
 CASES: dict[str, Callable[[Target, Array], tuple[Drafter, Any]]] = {
     "none": plain,
     "medusa": medusa,
     "hydra": hydra,
     "hydra++": hydra_prefix,
+    "token_recycling": token_recycling,
+    "prompt_lookup": prompt_lookup,
+    "lookahead": lookahead,
+    "prompt_lookup+hydra++": lookup_or_hydra,
+    "early_exit": early_exit,
+    "draft chain": draft_chain,
+    "draft rsd-s": draft_beam,
+    "draft dyspec": draft_dyspec,
+    "eagle": eagle,
+    "eagle2": eagle2,
+    "eagle3": eagle3,
+    "eagle3 static": eagle3_static,
 }
 
 
@@ -63,7 +152,10 @@ def _random(drafter, target: Target, key: Array) -> tuple[Drafter, Any]:
     params = drafter.heads.init(target.config, target.params, key)
     leaves, structure = jax.tree.flatten(params)
     keys = jax.random.split(key, len(leaves))
-    noisy = [leaf + 0.2 * jax.random.normal(k, leaf.shape, leaf.dtype) for leaf, k in zip(leaves, keys, strict=True)]
+    noisy = [
+        leaf + 0.2 * jax.random.normal(k, leaf.shape, leaf.dtype) if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf
+        for leaf, k in zip(leaves, keys, strict=True)
+    ]
     return drafter, jax.tree.unflatten(structure, noisy)
 
 
@@ -76,6 +168,19 @@ def random_target(
     params = transformer.init(shape, jax.random.key(seed))
     params = jax.tree.map(lambda x: (x * (scale if x.ndim > 1 else 1)).astype(dtype), params)
     return Target(shape, transformer.join_projections(params))
+
+
+def cyclic_target(vocab_size: int = 12) -> tuple[Target, list[int]]:
+    """A target that repeats three tokens for ever, and those tokens: blocks that add nothing, and a head that steps."""
+    target = random_target(vocab_size=vocab_size)
+    period = [7, 2, 5]
+    layers = jax.tree.map(jnp.zeros_like, target.params["layers"])
+    read = jnp.eye(vocab_size, target.config.width, dtype=jnp.float64)
+    behind = jnp.zeros((target.config.width, vocab_size), jnp.float64)
+    for now, then in zip(period, period[1:] + period[:1], strict=True):
+        behind = behind.at[now, then].set(1.0)
+    params = {**target.params, "embed": {"embedding": read}, "layers": layers, "head": {"kernel": behind}}
+    return Target(target.config, params), period
 
 
 @dataclasses.dataclass(frozen=True)

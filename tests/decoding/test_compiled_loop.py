@@ -21,9 +21,9 @@ IN_PLACE |= {"dynamic-update-slice", "scatter"}
 LINE = re.compile(r"^\s*(?:ROOT )?%?([\w.-]+) = (\(.*?\)|\S+) ([\w-]+)\((.*)$")
 
 
-def compiled_text(name: str, batch: int) -> str:
+def compiled_text(name: str, batch: int, vocab_size: int = 12) -> str:
     """Optimised HLO of the loop with this drafter, in float32, its state donated."""
-    target = random_target(vocab_size=12, head_dim=HEAD_DIM, num_kv_heads=KV_HEADS, dtype=jnp.float32)
+    target = random_target(vocab_size=vocab_size, head_dim=HEAD_DIM, num_kv_heads=KV_HEADS, dtype=jnp.float32)
     drafter, params = CASES[name](target, jax.random.key(0))
     state = loop.init_state(target.config, drafter, batch, CAPACITY, jnp.float32)
     request = loop.Request(
@@ -81,12 +81,16 @@ def inside_loops(text: str) -> dict[str, list[str]]:
 
 def whole_cache_copies(text: str, batch: int) -> list[str]:
     """Lines inside loops that make a new buffer as large as one layer's keys or values."""
+    return whole_copies(text, "f32", batch * KV_HEADS * CAPACITY * HEAD_DIM)
+
+
+def whole_copies(text: str, dtype: str, size: int) -> list[str]:
+    """Lines inside loops that make a new buffer of `size` elements."""
     everything = computations(text)
-    size = batch * KV_HEADS * CAPACITY * HEAD_DIM
 
     def large(shape: str) -> bool:
         return size in [
-            np.prod([int(d) for d in dims.split(",") if d]) for dims in re.findall(r"f32\[([\d,]*)\]", shape)
+            np.prod([int(d) for d in dims.split(",") if d]) for dims in re.findall(rf"{dtype}\[([\d,]*)\]", shape)
         ]
 
     def results(fusion: str) -> list[str]:
@@ -117,6 +121,14 @@ def test_loop_stays_on_the_device_and_copies_no_cache(name: str, batch: int) -> 
     assert f"f32[{batch},{KV_HEADS},{CAPACITY},{HEAD_DIM}]" in text
     assert not HOST.findall(text)
     assert whole_cache_copies(text, batch) == []
+
+
+@pytest.mark.parametrize(("name", "entry"), [("token_recycling", 2), ("lookahead", 2 * 3)])
+@pytest.mark.parametrize("batch", [1, 3])
+def test_tables_over_the_vocabulary_are_not_copied(name: str, entry: int, batch: int) -> None:
+    text = compiled_text(name, batch, vocab_size=997)
+    assert re.search(rf"s32\[{batch},997,", text)
+    assert whole_copies(text, "s32", batch * 997 * entry) == []
 
 
 def test_a_commit_that_gathers_the_cache_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:

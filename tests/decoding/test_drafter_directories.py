@@ -13,7 +13,11 @@ from safetensors.numpy import load_file, save_file
 
 from decoding import drafters
 from decoding.drafters import build, describe, load_drafter, save_drafter, write_tree
+from decoding.drafters.early_exit import EarlyExit
+from decoding.drafters.first_of import FirstOf
 from decoding.drafters.plain import Plain
+from decoding.drafters.prompt_lookup import PromptLookup
+from decoding.drafters.token_recycling import TokenRecycling
 from decoding.trees import chain
 from models.errors import UserError
 from models.target import Target
@@ -50,14 +54,30 @@ def test_round_trip(name: str, target: Target, tmp_path: pathlib.Path) -> None:
     assert loaded == drafter and hash(loaded) == hash(drafter)
     assert jax.tree.structure(loaded_params) == jax.tree.structure(params)
     jax.tree.map(np.testing.assert_array_equal, loaded_params, params)
-    assert sorted(path.name for path in (tmp_path / "heads").iterdir()) == ["drafter.json", "model.safetensors"]
+    files = ["drafter.json", "model.safetensors"] if jax.tree.leaves(params) else ["drafter.json"]
+    assert sorted(path.name for path in (tmp_path / "heads").iterdir()) == files
     record = json.loads((tmp_path / "heads" / "drafter.json").read_text())
     assert record["base"] == target.fingerprint()
     assert build(describe(drafter), "here") == drafter
 
 
-def test_bare_name(target: Target) -> None:
+def test_bare_names(target: Target) -> None:
     assert load_drafter("none", target) == (Plain(), None)
+    assert load_drafter("token_recycling", target) == (TokenRecycling(), None)
+    assert load_drafter("early_exit:1", target) == (EarlyExit(1), None)
+
+
+def test_combinations(saved: pathlib.Path, target: Target) -> None:
+    heads, params = load_drafter(saved, target)
+    both, both_params = load_drafter(f"prompt_lookup+{saved}", target)
+    assert both == FirstOf(PromptLookup(), heads) and both_params["first"] is None
+    jax.tree.map(np.testing.assert_array_equal, both_params["second"], params)
+    three, three_params = load_drafter("prompt_lookup+token_recycling+early_exit:2", target)
+    assert three == FirstOf(FirstOf(PromptLookup(), TokenRecycling()), EarlyExit(2))
+    assert three_params == {"first": {"first": None, "second": None}, "second": None}
+    for spec in ("prompt_lookup+", "prompt_lookup+absent", "early_exit:", "early_exit:two", "early_exit"):
+        with pytest.raises(UserError, match="is neither a drafter directory"):
+            load_drafter(spec, target)
 
 
 def test_tree_is_replaced_alone(saved: pathlib.Path, target: Target) -> None:

@@ -1,0 +1,49 @@
+"""Early exit: the target's own first layers, its final norm and its head are the draft model.
+
+Nothing is trained and nothing is stored. Keys and values of the first layers are the target's own, because the layers
+are; rows of candidates stay in scratch until verification runs them through the whole stack. How much of the text the
+first layers can guess depends on the target: those trained with a loss at every layer leave early, others hardly
+(Elhoushi et al. 2024, LayerSkip; Zhang et al. 2024, Draft & Verify).
+"""
+
+import dataclasses
+from typing import ClassVar
+
+import jax.numpy as jnp
+
+from decoding.drafter import Drafter
+from decoding.drafters.draft_model import ModelNetwork
+from decoding.growth import Growth, Static
+from models.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class EarlyExit(Drafter):
+    """The first layers of the target.
+
+    Attributes:
+      layers: how many; each candidate with children costs as much of a target row as they are of the stack.
+      growth: how they grow a tree.
+    """
+
+    layers: int
+    growth: Growth = dataclasses.field(default_factory=Static)
+    name: ClassVar[str] = "early_exit"
+
+    @property
+    def max_nodes(self) -> int:
+        return self.growth.max_nodes
+
+    @property
+    def max_depth(self) -> int:
+        return self.growth.max_depth
+
+    def check(self, config):
+        if not 1 <= self.layers <= config.num_layers:
+            raise UserError(f"{self.name} needs 1 to {config.num_layers} layers of this target, got {self.layers}")
+        self.growth.check(config.vocab_size)
+
+    def draft(self, params, target, state, root, keys):
+        nothing = jnp.zeros((root.shape[0], 0), jnp.int32)
+        network = ModelNetwork(target.config, target.params, target.cache, target.length, nothing, self.layers)
+        return self.growth.grow(network, root, keys, target.warps).tree, state

@@ -1,0 +1,62 @@
+"""Early exit: drafts are those of a forward through the first layers, and of all layers the text itself."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from decoding.drafter import TargetView
+from decoding.drafters.early_exit import EarlyExit
+from decoding.generate import generate
+from decoding.growth import Static
+from decoding.sampling import Sampling, batch_warps
+from decoding.trees import chain
+from models import transformer
+from models.errors import UserError
+from models.layout import Layout
+from tests.decoding.drafter_cases import LOPSIDED, random_target
+
+PROMPTS = [[1, 2, 3], [4, 5, 6, 7, 8], [9]]
+
+pytestmark = pytest.mark.usefixtures("x64")
+
+
+@pytest.mark.parametrize("layers", [1, 2])
+def test_candidates_are_the_best_of_the_first_layers(layers: int) -> None:
+    target = random_target(vocab_size=12, num_layers=3, windows=(4, None, 4))
+    drafter = EarlyExit(layers, Static(LOPSIDED, "top"))
+    text = jnp.array(np.random.default_rng(0).integers(0, 12, (2, 20)), jnp.int32)
+    length = jnp.array([9, 1], jnp.int32)
+    cache = transformer.forward(target.config, target.params, text, Layout.causal(2, 20)).rows
+    view = TargetView(target.config, target.params, cache, length, text, batch_warps([Sampling()] * 2))
+    root = jnp.take_along_axis(text, length[:, None], axis=1)[:, 0]
+    tree, _ = drafter.draft(None, view, (), root, jax.vmap(jax.random.key)(jnp.arange(2)))
+    for row in range(2):
+        for node, children in enumerate(LOPSIDED.children):
+            wanted = children[children >= 0]
+            if len(wanted):
+                path = np.asarray(tree.tokens[row])[np.flatnonzero(LOPSIDED.ancestors[node])]
+                whole = jnp.array([[*text[row, : length[row]].tolist(), *path.tolist()]], jnp.int32)
+                out = transformer.forward(
+                    target.config, target.params, whole, Layout.causal(*whole.shape), layers=(0, layers)
+                )
+                best = np.argsort(-out.logits[0, -1])[: len(wanted)]
+                assert np.asarray(tree.tokens[row])[wanted].tolist() == best.tolist()
+
+
+@pytest.mark.parametrize("sampling", [Sampling(), Sampling(temperature=1.0, top_p=0.9)], ids=["greedy", "sampled"])
+def test_of_all_layers_every_draft_is_accepted(sampling: Sampling) -> None:
+    target = random_target(vocab_size=12)
+    drafter = EarlyExit(2, Static(chain(3), "top" if not sampling.temperature else "without"))
+    generation = generate(target, PROMPTS, drafter=drafter, max_new_tokens=41, stop=[], sampling=sampling)
+    if not sampling.temperature:
+        assert generation.tokens == generate(target, PROMPTS, max_new_tokens=41, stop=[]).tokens
+        assert [stats.accepted_by_depth.tolist() for stats in generation.stats] == [[10, 10, 10]] * 3
+    assert all(stats.acceptance_length > 1.5 for stats in generation.stats)
+
+
+def test_layers_that_are_not_there_are_refused() -> None:
+    target = random_target(vocab_size=12)
+    for layers in (0, 3):
+        with pytest.raises(UserError, match=f"early_exit needs 1 to 2 layers of this target, got {layers}"):
+            EarlyExit(layers).check(target.config)

@@ -1,0 +1,213 @@
+"""Combinations: whose tree a row gets, when the second is asked, and what each of the two learns."""
+
+import dataclasses
+import itertools
+from typing import ClassVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from decoding.drafter import Drafter, Riders, TargetView
+from decoding.drafters.draft_model import DraftModel
+from decoding.drafters.first_of import FirstOf, joined
+from decoding.drafters.lookahead import Lookahead
+from decoding.drafters.plain import Plain
+from decoding.drafters.prompt_lookup import PromptLookup
+from decoding.drafters.token_recycling import TokenRecycling
+from decoding.generate import generate
+from decoding.growth import Static
+from decoding.sampling import Sampling, batch_warps
+from decoding.trees import TokenTree, chain
+from models import transformer
+from models.errors import UserError
+from tests.decoding.drafter_cases import BUSHY, LOPSIDED, random_target
+from tests.decoding.test_prompt_lookup import search
+
+PROMPTS = [[1, 2, 3, 4, 1, 2], [4, 5, 6, 7, 8], [9]]
+
+pytestmark = pytest.mark.usefixtures("x64")
+
+
+@dataclasses.dataclass(frozen=True)
+class Told(Drafter):
+    """Drafts its parameters where they are not negative, and counts in its state how often it was asked."""
+
+    depth: int = 2
+    law: str = "match"
+    riding: int = 0
+    name: ClassVar[str] = "told"
+    taps: ClassVar[tuple[str, ...]] = ("pre_norm",)
+
+    @property
+    def max_nodes(self) -> int:
+        return self.depth + 1
+
+    @property
+    def max_depth(self) -> int:
+        return self.depth
+
+    @property
+    def num_riders(self) -> int:
+        return self.riding
+
+    def draft(self, params, target, state, root, keys):
+        tokens = jnp.concatenate([root[:, None], params[:, : self.depth]], axis=1)
+        proposals = jnp.ones((root.shape[0], self.depth, 12)) / 12 if self.law == "swor" else None
+        tree = chain(self.depth).fill(jnp.maximum(tokens, 0), self.law, proposals)
+        return dataclasses.replace(tree, valid=tokens >= 0), state
+
+    def riders(self, params, target, state, tree):
+        batch, nodes = tree.tokens.shape
+        if not self.riding:
+            return None
+        return Riders(
+            tokens=jnp.full((batch, self.riding), self.depth, jnp.int32),
+            positions=target.length[:, None] + 1 + jnp.arange(self.riding, dtype=jnp.int32),
+            sees_tree=jnp.broadcast_to(jnp.arange(nodes) == 0, (1, self.riding, nodes)),
+            sees_riders=jnp.eye(self.riding, dtype=bool)[None],
+        )
+
+
+def view(batch: int) -> TargetView:
+    target = random_target(vocab_size=12)
+    zero = jnp.zeros(batch, jnp.int32)
+    return TargetView(target.config, target.params, [], zero + 3, jnp.zeros((batch, 9), jnp.int32), WARPS)
+
+
+WARPS = batch_warps([Sampling()])
+GUESSES = {"first": [[5, -1, -1], [-1, -1, -1]], "second": [[1, 2, 3], [4, 6, -1]]}
+
+
+def both() -> dict:
+    return {name: jnp.array(guess, jnp.int32) for name, guess in GUESSES.items()}
+
+
+@pytest.mark.parametrize("sizes", [(3, 2), (1, 3)])
+def test_a_row_without_candidates_gets_the_second_tree(sizes: tuple[int, int]) -> None:
+    drafter = FirstOf(Told(sizes[0]), Told(sizes[1]))
+    roots = jnp.array([7, 8], jnp.int32)
+    tree, carried = drafter.draft(both(), view(2), {"first": (), "second": ()}, roots, None)
+    assert carried == {"first": (), "second": ()}
+    assert drafter.max_nodes == 4 and drafter.max_depth == 3 and drafter.taps == ("pre_norm",)
+    expected = [[7, *GUESSES["first"][0][: sizes[0]]], [8, *GUESSES["second"][1][: sizes[1]]]]
+    for row, tokens in enumerate(expected):
+        valid = [token >= 0 for token in tokens]
+        assert tree.valid[row].tolist() == valid + [False] * (4 - len(tokens))
+        assert tree.tokens[row, : len(tokens)].tolist() == [max(token, 0) for token in tokens]
+        lineage = np.tri(len(tokens), dtype=bool)
+        assert np.array_equal(tree.ancestors[row, : len(tokens), : len(tokens)], lineage)
+        assert tree.children[row, :, 0].tolist() == [*range(1, len(tokens)), *[-1] * (5 - len(tokens))]
+    assert tree.ancestors.diagonal(axis1=1, axis2=2).all() and (tree.depth[:, 1:] > 0).all()
+
+
+def test_law_of_the_joined_tree() -> None:
+    point, match = (FirstOf(Told(2, "point"), Told(2, law)) for law in ("point", "match"))
+    state, roots = {"first": (), "second": ()}, jnp.array([7, 8], jnp.int32)
+    assert point.draft(both(), view(2), state, roots, None)[0].law == "point"
+    assert match.draft(both(), view(2), state, roots, None)[0].law == "match"
+    for drafter in (FirstOf(Told(2, "swor"), Told(2)), FirstOf(Told(2), Told(2, "swor"))):
+        with pytest.raises(UserError, match=r"told cannot be combined with another drafter.*law 'swor'"):
+            drafter.draft(both(), view(2), state, roots, None)
+
+
+def test_the_second_is_skipped_when_no_row_needs_it() -> None:
+    """Under the conditional's predicate, a draft that would be wrong is never looked at."""
+    text = jax.jit(lambda params, state, root: FirstOf(Told(2), Told(3)).draft(params, view(2), state, root, None)[0])
+    lowered = text.lower(both(), {"first": (), "second": ()}, jnp.array([7, 8], jnp.int32)).as_text()
+    assert lowered.count("stablehlo.case") == 1
+
+
+def test_riders_of_both_reach_their_drafters() -> None:
+    seen = {}
+
+    @dataclasses.dataclass(frozen=True)
+    class Watcher(Told):
+        def observe(self, params, target, state, tree, output, verdict, live):
+            seen[self.riding] = output
+            return state
+
+    drafter = FirstOf(Watcher(1, riding=2), Watcher(2, riding=3))
+    state, target = {"first": (), "second": ()}, view(2)
+    tree, carried = drafter.draft(both(), target, state, jnp.array([7, 8], jnp.int32), None)
+    riders = drafter.riders(both(), target, carried, tree)
+    assert drafter.num_riders == 5 == riders.tokens.shape[1]
+    assert riders.tokens[0].tolist() == [1, 1, 2, 2, 2] and riders.positions[0].tolist() == [4, 5, 4, 5, 6]
+    assert np.array_equal(riders.sees_riders, np.broadcast_to(np.eye(5, dtype=bool), (2, 5, 5)))
+    assert np.array_equal(riders.sees_tree, np.broadcast_to(np.arange(3) == 0, (2, 5, 3)))
+    rows = jnp.arange(8.0)
+    output = transformer.Output(
+        logits=jnp.broadcast_to(rows[:, None], (2, 8, 12)),
+        hidden=jnp.broadcast_to(rows[:, None], (2, 8, 4)),
+        taps={"pre_norm": jnp.broadcast_to(rows[:, None], (2, 8, 4))},
+        rows=[{"k": jnp.broadcast_to(rows, (2, 1, 4, 8)), "v": jnp.broadcast_to(rows[:, None], (2, 1, 8, 4))}],
+    )
+    drafter.observe(both(), target, state, tree, output, None, jnp.array([True, True]))
+    for count, expected in ((2, [0, 1, 2, 3, 4]), (3, [0, 1, 2, 5, 6, 7])):
+        own = seen[count]
+        assert own.logits[0, :, 0].tolist() == own.hidden[0, :, 0].tolist() == expected
+        assert own.taps["pre_norm"][1, :, 0].tolist() == own.rows[0]["k"][0, 0, 0].tolist() == expected
+        assert own.rows[0]["v"][0, 0, :, 0].tolist() == expected
+
+
+def test_each_learns_from_what_the_other_drafted() -> None:
+    target = random_target(vocab_size=12)
+    arguments = dict(max_new_tokens=30, stop=[], sampling=Sampling(temperature=1.0))
+    plain = generate(target, PROMPTS, **arguments)
+    drafter = FirstOf(PromptLookup(depth=3), FirstOf(TokenRecycling(LOPSIDED), Lookahead(3, 4, 2)))
+    generation = generate(target, PROMPTS, drafter=drafter, **arguments)
+    assert generation.tokens == plain.tokens
+    assert generation.memory["first"] is None and generation.memory["second"]["second"] is None
+    table = np.asarray(generation.memory["second"]["first"])
+    for row, new in enumerate(generation.tokens):
+        for token in set(new[:-1]):
+            assert table[row, token].min() >= 0, "every root was a node, whoever drafted"
+    warm = generate(target, PROMPTS, drafter=drafter, memory=generation.memory, **arguments)
+    assert warm.tokens == plain.tokens
+    assert sum(stats.steps for stats in warm.stats) < sum(stats.steps for stats in generation.stats)
+    assert generate(target, PROMPTS, drafter=FirstOf(Plain(), Plain()), **arguments).memory is None
+
+
+@pytest.mark.parametrize("order", ["first", "second"])
+def test_a_draft_model_keeps_up_with_text_that_it_did_not_draft(order: str) -> None:
+    """The target as its own draft model: wherever the lookup finds nothing, everything is accepted."""
+    target = random_target(vocab_size=12)
+    model = DraftModel(target.config, Static(chain(3), "top"))
+    lookup = PromptLookup(depth=2, ngram=3)
+    parts = {"second": model, "first": lookup} if order == "second" else {"first": model, "second": lookup}
+    params = {"first": None, "second": None} | {order: target.params}
+    generation = generate(
+        target, PROMPTS, drafter=FirstOf(**parts), drafter_params=params, max_new_tokens=61, stop=[], seeds=3
+    )
+    assert generation.tokens == generate(target, PROMPTS, max_new_tokens=61, stop=[]).tokens
+    for prompt, new, stats in zip(PROMPTS, generation.tokens, generation.stats, strict=True):
+        if order == "first":
+            assert stats.accepted_by_depth.tolist() == [stats.steps] * 3
+        else:
+            text = [*prompt, *new]
+            places = [len(prompt)]
+            while places[-1] < len(text) - 1:
+                known = text[: places[-1] + 1]
+                match = search(known, 3, 2)
+                copied = known[match + 1 :][:2]
+                wrong = [i for i, token in enumerate(copied) if text[len(known) :][i : i + 1] != [token]]
+                places.append(places[-1] + 1 + (3 if match < 0 else min([*wrong, len(copied)])))
+            assert stats.steps == len(places) - 1
+            assert any(after - before == 4 for before, after in itertools.pairwise(places))
+
+
+def test_joined_trees_may_differ_in_width() -> None:
+    wide = BUSHY.fill(jnp.zeros((2, BUSHY.size), jnp.int32), "point")
+    narrow = chain(2).fill(jnp.ones((2, 3), jnp.int32), "point")
+    tree: TokenTree = joined(narrow, wide, jnp.array([True, False]))
+    assert tree.children.shape == (2, *BUSHY.children.shape)
+    assert np.array_equal(tree.children[0], BUSHY.children) and (tree.children[1, :, 1:] == -1).all()
+    assert np.array_equal(tree.ancestors[0], BUSHY.ancestors)
+
+
+def test_both_are_checked() -> None:
+    target = random_target(vocab_size=12)
+    for drafter in (FirstOf(PromptLookup(depth=0), Plain()), FirstOf(Plain(), PromptLookup(depth=0))):
+        with pytest.raises(UserError, match="prompt_lookup needs depth of at least 1"):
+            drafter.check(target.config)
