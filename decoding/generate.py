@@ -6,6 +6,7 @@ end or m steps at a time.
 
 import dataclasses
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -21,6 +22,7 @@ from decoding.sampling import Sampling, batch_warps
 from decoding.stats import Stats
 from decoding.verify import Typical
 from models.errors import UserError
+from models.sharding import check_placed, mesh_of, on_mesh, place_rows
 from models.target import Target
 
 PREFILL_CHUNK = 512
@@ -94,11 +96,13 @@ def generate(
       capacity: cache slots per row; by default the smallest bucket that fits.
       stream_every: steps between calls of `on_tokens`.
       on_tokens: called with (row, new tokens, their writers) as text is committed.
-      mesh: where the cache lives; None is the default device.
+      mesh: devices that share the work: the batch is split over `data`, heads and vocabulary over `tensor`. None is the
+        mesh that the target was loaded on, or one device.
       memory: `Generation.memory` of an earlier request of the same batch size, for drafters that learn as they go.
 
     Raises:
-      UserError: an empty prompt, a token outside the vocabulary, or a request that does not fit the context or cache.
+      UserError: an empty prompt, a token outside the vocabulary, a request that does not fit the context or cache, or
+        parameters that do not lie on the mesh.
     """
     config, params = target.config, target.params
     drafter = drafter or Plain()
@@ -117,32 +121,28 @@ def generate(
             f"a cache of {capacity} slots is too small: the request needs {max(needed, padded)} (longest prompt, new "
             f"tokens and {drafter.max_depth + 1} rows of draft)"
         )
+    mesh = mesh_of(params) if mesh is None else mesh
+    if mesh is not None:
+        _check_mesh(mesh, target, drafter_params, batch)
     lengths = np.array([len(prompt) for prompt in prompts], np.int32)
     request = _make_request(config, lengths, limits, seeds, sampling, stop)
     text = np.zeros((batch, padded), np.int32)
     for row, prompt in enumerate(prompts):
         text[row, : len(prompt)] = prompt
 
-    dtype = params["embed"]["embedding"].dtype
     started = time.perf_counter()
-    state = loop.init_state(config, drafter, batch, capacity, dtype, text, mesh=mesh)
-    if memory is not None:
-        # Copied: the loop donates its state, and the caller may want to begin from this memory again.
-        state = dataclasses.replace(state, drafter=drafter.recall(state.drafter, jax.tree.map(jnp.copy, memory)))
-    hidden = jnp.zeros((batch, config.width), dtype)
-    for chunk in _chunks(text):
-        state, hidden = loop.prefill_chunk(config, drafter, params, drafter_params, state, hidden, request, chunk)
-    state = jax.block_until_ready(loop.choose_first(config, params, state, hidden, request))
-    prefilled = time.perf_counter()
-    every = 2**31 - 1 if on_tokens is None else stream_every
-    sent = lengths.copy()
-    while True:
-        if on_tokens is not None:
-            sent = _stream(state, sent, on_tokens)
-        if bool(jnp.all(state.done)):
-            break
-        state = loop.run(config, drafter, params, drafter_params, state, request, np.int32(every), typical)
-    jax.block_until_ready(state)
+    with on_mesh(mesh):
+        state, request = _prefill(target, drafter, drafter_params, request, text, capacity, mesh, memory)
+        prefilled = time.perf_counter()
+        every = 2**31 - 1 if on_tokens is None else stream_every
+        sent = lengths.copy()
+        while True:
+            if on_tokens is not None:
+                sent = _stream(state, sent, on_tokens)
+            if bool(jnp.all(state.done)):
+                break
+            state = loop.run(config, drafter, params, drafter_params, state, request, np.int32(every), typical)
+        jax.block_until_ready(state)
     finished = time.perf_counter()
 
     tokens, writers, ends = (np.asarray(x) for x in (state.tokens, state.writers, state.length + 1))
@@ -155,6 +155,32 @@ def generate(
         decode_seconds=finished - prefilled,
         memory=drafter.memory(state.drafter),
     )
+
+
+def _prefill(target, drafter, drafter_params, request, text, capacity, mesh, memory):
+    """The state in which the prompts are read and the first tokens chosen, and the request beside it."""
+    config, params, batch = target.config, target.params, len(text)
+    dtype = params["embed"]["embedding"].dtype
+    state = loop.init_state(config, drafter, batch, capacity, dtype, text, mesh=mesh)
+    if memory is not None:
+        # Copied: the loop donates its state, and the caller may want to begin from this memory again.
+        state = dataclasses.replace(state, drafter=drafter.recall(state.drafter, jax.tree.map(jnp.copy, memory)))
+    hidden, chunks = jnp.zeros((batch, config.width), dtype), _chunks(text)
+    if mesh is not None:
+        hidden, chunks, request = place_rows(mesh, (hidden, chunks, request))
+    for chunk in chunks:
+        state, hidden = loop.prefill_chunk(config, drafter, params, drafter_params, state, hidden, request, chunk)
+    return jax.block_until_ready(loop.choose_first(config, params, state, hidden, request)), request
+
+
+def _check_mesh(mesh, target, drafter_params, batch) -> None:
+    check_placed(mesh, target.params, "the target's parameters")
+    check_placed(mesh, drafter_params, "the drafter's parameters")
+    sizes = {"data": (batch, "prompts"), "tensor": (target.config.num_kv_heads, "key-value heads of the target")}
+    for axis, (size, what) in sizes.items():
+        if size % mesh.shape[axis]:
+            where = f"{axis}={mesh.shape[axis]}"
+            warnings.warn(f"{size} {what} do not divide over {where}: each device there works on all", stacklevel=3)
 
 
 def _make_request(config, lengths, limits, seeds, sampling, stop) -> loop.Request:

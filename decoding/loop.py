@@ -24,6 +24,7 @@ from decoding.trees import TokenTree
 from decoding.verify import Typical, verify, verify_typical
 from models.config import TransformerConfig
 from models.layout import Layout
+from models.sharding import keep_rows, place_rows
 from models.transformer import Cache, Params, forward, head
 
 
@@ -70,11 +71,14 @@ class DecodeState:
 
 
 def init_state(config, drafter: Drafter, batch: int, capacity: int, dtype, prompts=None, mesh=None) -> DecodeState:
-    """An empty state of `capacity` tokens; `prompts` `[B, <= capacity]` pre-fills the text buffer."""
+    """An empty state of `capacity` tokens; `prompts` `[B, <= capacity]` pre-fills the text buffer.
+
+    On a mesh every row's part of it lies on the row's devices.
+    """
     tokens = jnp.zeros((batch, capacity), jnp.int32)
     if prompts is not None:
         tokens = tokens.at[:, : prompts.shape[1]].set(prompts)
-    return DecodeState(
+    state = DecodeState(
         tokens=tokens,
         writers=jnp.zeros((batch, capacity), jnp.int8),
         length=jnp.zeros(batch, jnp.int32),
@@ -83,6 +87,7 @@ def init_state(config, drafter: Drafter, batch: int, capacity: int, dtype, promp
         drafter=drafter.init(config, batch, capacity, dtype, mesh),
         counters=Counters.zeros(batch, drafter.max_depth, drafter.max_nodes),
     )
+    return state if mesh is None else place_rows(mesh, state)
 
 
 @functools.partial(jax.jit, static_argnames=("config", "drafter"), donate_argnames=("state", "hidden"))
@@ -111,7 +116,7 @@ def prefill_chunk(
     last = jnp.maximum(count - 1, 0)[:, None, None]
     read = jnp.take_along_axis(out.hidden, last, axis=1)[:, 0]
     hidden = jnp.where((count > 0)[:, None], read, hidden)
-    return dataclasses.replace(state, cache=cache, length=length, drafter=drafter_state), hidden
+    return keep_rows((dataclasses.replace(state, cache=cache, length=length, drafter=drafter_state), hidden))
 
 
 @functools.partial(jax.jit, static_argnames=("config",), donate_argnames=("state",))
@@ -124,7 +129,7 @@ def choose_first(
     # The root goes to `tokens[length]`, one place before where a step's tokens go.
     before = dataclasses.replace(state, length=state.length - 1)
     state, _ = emit(before, request, root[:, None], zero)
-    return state
+    return keep_rows(state)
 
 
 @functools.partial(jax.jit, static_argnames=("config", "drafter", "typical"), donate_argnames=("state",))
@@ -189,7 +194,7 @@ def decode_step(config, drafter, params, drafter_params, state, request, typical
         view = TargetView(config, params, after.cache, after.length, after.tokens, request.warps)
         drafter_state = drafter.ingest(drafter_params, view, carried, rows)
         drafter_state = drafter.observe(drafter_params, view, drafter_state, tree, out, verdict, ~state.done)
-    return dataclasses.replace(after, drafter=drafter_state)
+    return keep_rows(dataclasses.replace(after, drafter=drafter_state))
 
 
 def verify_rows(tree: TokenTree, riders: Riders | None, length: Int[Array, "B"]) -> tuple[Int[Array, "B _"], Layout]:

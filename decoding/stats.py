@@ -44,12 +44,13 @@ class Counters:
         """Adds one step: `emitted` tokens of which the first `drafts` are accepted candidates along `path`."""
         depth_D = jnp.arange(1, self.accepted.shape[1] + 1)
         hit_BD = (depth_D <= drafts[:, None]).astype(jnp.int32)
-        rows = jnp.arange(path.shape[0])[:, None]
+        # Not a scatter: over a batch that is split, XLA would add that up across devices.
+        on_path_BDN = path[:, 1:, None] == jnp.arange(self.nodes.shape[1])
         return Counters(
             self.steps + live,
             self.committed + emitted,
             self.accepted + hit_BD,
-            self.nodes.at[rows, path[:, 1:]].add(hit_BD),
+            self.nodes + jnp.sum(hit_BD[:, :, None] * on_path_BDN, axis=1, dtype=jnp.int32),
         )
 
 

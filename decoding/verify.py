@@ -16,14 +16,16 @@ happens at a node depends on how its children were proposed, which the tree says
 """
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
 from flax import struct
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Shaped
 
 from decoding.sampling import Warps, argmax, draw, noise, target_probabilities
 from decoding.trees import SAMPLED_LAWS, TokenTree
+from models.sharding import row_wise
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,25 +72,23 @@ def verify(
     batch = tree.tokens.shape[0]
     children = jnp.broadcast_to(tree.children, (batch, *tree.children.shape[1:]))
     valid = jnp.broadcast_to(tree.valid, tree.tokens.shape)
-    judge = _try_children if tree.law in SAMPLED_LAWS else _meet_target
+    judge = functools.partial(_try_children, law=tree.law) if tree.law in SAMPLED_LAWS else _meet_target
     node = jnp.zeros(batch, jnp.int32)
     alive = jnp.ones(batch, bool)
     drafts = jnp.zeros(batch, jnp.int32)
     path, tokens = [node], []
     for depth in range(max_depth + 1):
-        offered = jnp.take_along_axis(children, node[:, None, None], axis=1)[:, 0]
+        offered = _at(children, node)
         slot = jnp.maximum(offered, 0)
         offered = jnp.where(jnp.take_along_axis(valid, slot, axis=1), offered, -1)
-
-        def level(node=node, offered=offered, positions=length + depth + 1):
-            return judge(tree, logits, warps, keys, node, offered, positions)
-
-        if depth == 0:
-            token, child = level()
-        else:
-            # The target distribution over a large vocabulary is costly: not for levels that no row reaches.
-            nothing = jnp.full(batch, -1, jnp.int32)
-            token, child = jax.lax.cond(jnp.any(alive), level, lambda nothing=nothing: (nothing, nothing))
+        held = jnp.take_along_axis(tree.tokens, slot, axis=1)
+        proposal = None
+        if tree.proposals is not None and tree.proposal_of is not None:
+            row = _at(jnp.broadcast_to(tree.proposal_of, tree.tokens.shape), node)
+            proposal = _at(tree.proposals, jnp.maximum(row, 0))
+        # Devices share the logits of visited nodes alone, and each judges its own rows.
+        arguments = (_at(logits, node), warps, keys, offered, held, length + depth + 1, proposal)
+        token, child = row_wise(functools.partial(_level, judge, depth > 0), alive, *arguments)
         tokens.append(token)
         if depth == max_depth:
             break
@@ -99,33 +99,42 @@ def verify(
     return Verdict(jnp.stack(path, axis=1), drafts, jnp.stack(tokens, axis=1))
 
 
-def _meet_target(tree, logits, warps, keys, node, offered, positions):
+def _at(values: Shaped[Array, "B N *C"], node: Int[Array, "B"]) -> Shaped[Array, "B *C"]:
+    """What every row has at its node."""
+    index = node.reshape(-1, *[1] * (values.ndim - 1))
+    return jnp.take_along_axis(values, index, axis=1)[:, 0]
+
+
+def _level(judge, may_skip, alive, *arguments):
+    if not may_skip:
+        return judge(*arguments)
+    # The target distribution over a large vocabulary is costly: not for levels that no row reaches.
+    nothing = jnp.full(alive.shape, -1, jnp.int32)
+    return jax.lax.cond(jnp.any(alive), lambda: judge(*arguments), lambda: (nothing, nothing))
+
+
+def _meet_target(visited, warps, keys, offered, held, positions, proposal):
     """Laws `match` and `point`: the target's own token, and the child that holds it or -1."""
-    visited = jnp.take_along_axis(logits, node[:, None, None], axis=1)[:, 0]
     token = draw(visited, warps, keys, positions)
-    held = jnp.take_along_axis(tree.tokens, jnp.maximum(offered, 0), axis=1)
     hit = (offered >= 0) & (held == token[:, None])
     # `point` children are distinct, and of equal `match` children the first in the order offered is as good as any.
     hit &= jnp.cumsum(hit, axis=1) == 1
     return token, jnp.sum(jnp.where(hit, offered + 1, 0), axis=1, dtype=jnp.int32) - 1
 
 
-def _try_children(tree, logits, warps, keys, node, offered, positions):
+def _try_children(visited, warps, keys, offered, held, positions, proposal, law):
     """Laws `iid` and `swor`: the accepted child or -1, and its token or one drawn from the last residual."""
-    visited = jnp.take_along_axis(logits, node[:, None, None], axis=1)[:, 0]
     p_BV = target_probabilities(visited, warps)
-    row = jnp.take_along_axis(jnp.broadcast_to(tree.proposal_of, tree.tokens.shape), node[:, None], axis=1)
-    q_BV = jnp.take_along_axis(tree.proposals, jnp.maximum(row, 0)[:, :, None], axis=1)[:, 0].astype(p_BV.dtype)
+    q_BV = proposal.astype(p_BV.dtype)
     count = offered.shape[1]
     # Beside the noise that `draw` takes from this key, which the residual below uses.
     uniform_BC = jax.vmap(
         lambda key, p: jax.random.uniform(jax.random.fold_in(jax.random.fold_in(key, p), 1), (count,), p_BV.dtype)
     )(keys, positions)
     vocabulary_V = jnp.arange(p_BV.shape[1], dtype=jnp.int32)
-    child = jnp.full_like(node, -1)
+    child, token = jnp.full_like(offered[:, 0], -1), jnp.zeros_like(held[:, 0])
     for c in range(count):
-        slot = jnp.maximum(offered[:, c], 0)[:, None]
-        is_x_BV = vocabulary_V == jnp.take_along_axis(tree.tokens, slot, axis=1)
+        is_x_BV = vocabulary_V == held[:, c, None]
         mass = jnp.sum(q_BV, axis=1, keepdims=True)
         # p and q may round to the same vector, which leaves no residual, or the list be longer than q has tokens.
         tried = (offered[:, c] >= 0) & (child < 0) & (mass[:, 0] > 0)
@@ -133,15 +142,15 @@ def _try_children(tree, logits, warps, keys, node, offered, positions):
         p_x, q_x = (jnp.sum(jnp.where(is_x_BV, x, 0), axis=1) for x in (p_BV, proposal_BV))
         accepted = tried & (uniform_BC[:, c] * q_x < p_x)
         child = jnp.where(accepted, offered[:, c], child)
+        token = jnp.where(accepted, held[:, c], token)
         residual_BV = jnp.maximum(p_BV - proposal_BV, 0)
         left = jnp.sum(residual_BV, axis=1, keepdims=True)
         rejected = (tried & ~accepted)[:, None]
         p_BV = jnp.where(rejected & (left > 0), residual_BV / jnp.where(left > 0, left, 1), p_BV)
-        if tree.law == "swor":
+        if law == "swor":
             q_BV = jnp.where(rejected & is_x_BV, 0, q_BV)
     drawn = argmax(jnp.log(p_BV) + noise(keys, positions, p_BV.shape[1], p_BV.dtype))
-    held = jnp.take_along_axis(tree.tokens, jnp.maximum(child, 0)[:, None], axis=1)[:, 0]
-    return jnp.where(child >= 0, held, drawn), child
+    return jnp.where(child >= 0, token, drawn), child
 
 
 def verify_typical(

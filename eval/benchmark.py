@@ -245,7 +245,7 @@ def _speedup_interval(rates: Sequence[Sequence[float]], base: Sequence[Sequence[
     mine, theirs = np.median(rates, axis=0), np.median(base, axis=0)
     if len(mine) != len(theirs):  # Lossy acceptance may end other texts at once.
         return []
-    return _interval(mine, theirs)
+    return ratio_interval(mine, theirs)
 
 
 def _acceptance_interval(one: Measured, prompts: Sequence[Prompt]) -> list[float]:
@@ -254,10 +254,11 @@ def _acceptance_interval(one: Measured, prompts: Sequence[Prompt]) -> list[float
     for prompt, generation in zip(prompts, one.generations, strict=True):
         counts[prompt.question] += (generation.stats[0].committed, generation.stats[0].steps)
     committed, steps = np.stack([count for count in counts.values() if count[1]]).T
-    return _interval(committed, steps)
+    return ratio_interval(committed, steps)
 
 
-def _interval(numerator: np.ndarray, denominator: np.ndarray) -> list[float]:
+def ratio_interval(numerator: np.ndarray, denominator: np.ndarray) -> list[float]:
+    """95% bootstrap interval of sum(numerator) / sum(denominator) over the choice of entries."""
     picks = np.random.default_rng(0).integers(0, len(numerator), (RESAMPLES, len(numerator)))
     ratios = numerator[picks].sum(axis=1) / denominator[picks].sum(axis=1)
     return np.quantile(ratios, [0.025, 0.975]).tolist()

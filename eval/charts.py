@@ -27,7 +27,7 @@ class Bar:
 
 @dataclasses.dataclass(frozen=True)
 class Line:
-    """One line over depths 1, 2, ...: values in 0..1; None breaks the line."""
+    """One line over depths 1, 2, ... (values in 0..1) or over other ticks; None is left out."""
 
     label: str
     values: Sequence[float | None]
@@ -95,6 +95,46 @@ def line_chart(lines: Sequence[Line], title: str) -> str:
             place = f'cx="{x:.1f}" cy="{y:.1f}" r="4.5"'
             marks.append(f'<circle class="dot" style="--c:{line.color}" {place}><title>{hover}</title></circle>')
     marks.append(_text(left + plot / 2, top + plot_height + 34, "draft depth", "middle", "tick"))
+    return _svg(PANEL_WIDTH, top + plot_height + 44, marks, title)
+
+
+def value_chart(lines: Sequence[Line], ticks: Sequence[str], title: str, axis: str) -> str:
+    """Numbers of 1 and more, one line per method, over evenly spaced `ticks` of the `axis`; names stand at the ends."""
+    left, right, top, plot_height = 34, 120, 10, 250
+    plot = PANEL_WIDTH - left - right
+    values = [value for line in lines for value in line.values if value is not None]
+    highest = max(2, math.ceil(2 * max(values, default=1)) / 2)
+
+    def point(index: int, value: float) -> tuple[float, float]:
+        share = (value - 1) / (highest - 1)
+        return left + plot * (0.5 if len(ticks) == 1 else index / (len(ticks) - 1)), top + plot_height * (1 - share)
+
+    marks = []
+    step = 0.5 if highest <= 4 else 1
+    for number in range(int((highest - 1) / step) + 1):
+        y = point(0, 1 + step * number)[1]
+        marks.append(f'<path class="grid" d="M{left - 6} {y:.1f}H{PANEL_WIDTH - right + 6}"/>')
+        marks.append(_text(left - 12, y, f"{1 + step * number:g}", "end", "tick"))
+    for index, tick in enumerate(ticks):
+        marks.append(_text(point(index, 1)[0], top + plot_height + 16, tick, "middle", "tick"))
+    ends = []
+    for line in lines:
+        points = [(*point(index, value), index, value) for index, value in enumerate(line.values) if value is not None]
+        if not points:
+            continue
+        path = "M" + "L".join(f"{x:.1f} {y:.1f}" for x, y, _, _ in points)
+        marks.append(f'<path class="line" style="--c:{line.color}" d="{path}"/>')
+        for x, y, index, value in points:
+            hover = html.escape(f"{line.label}, {ticks[index]} {axis}: {value:.3f}")
+            place = f'cx="{x:.1f}" cy="{y:.1f}" r="4"'
+            marks.append(f'<circle class="dot" style="--c:{line.color}" {place}><title>{hover}</title></circle>')
+        ends.append((points[-1][1], points[-1][0], line))
+    # From the lowest up, a name moves off the one below it.
+    free = math.inf
+    for y, x, line in sorted(ends, key=lambda end: -end[0]):
+        free = min(y, free - 13)
+        marks.append(_text(x + 10, free, _short(line.label), "start", "label", title=line.label))
+    marks.append(_text(left + plot / 2, top + plot_height + 34, axis, "middle", "tick"))
     return _svg(PANEL_WIDTH, top + plot_height + 44, marks, title)
 
 

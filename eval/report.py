@@ -215,7 +215,7 @@ def _view(results: Results) -> dict[str, Any]:
     entries = _entries(results)
     drafting = [entry for entry in entries if not entry.baseline]
     environment = results.get("environment") or {}
-    records = [("Target", _facts(results.get("target") or {})), ("Environment", _facts(environment))]
+    records = [("Target", facts(results.get("target") or {})), ("Environment", facts(environment))]
     config = results.get("config")
     return {
         "claim": _claim(entries),
@@ -241,14 +241,14 @@ def _view(results: Results) -> dict[str, Any]:
         "categories": _categories(drafting),
         **_samples(results.get("samples") or []),
         "command": results.get("command") or environment.get("command", ""),
-        "records": [(title, facts) for title, facts in records if facts],
+        "records": [(title, told) for title, told in records if told],
         "config": json.dumps(config, indent=2, default=str) if config else "",
     }
 
 
-def _facts(record: Mapping[str, Any]) -> list[tuple[str, str]]:
+def facts(record: Mapping[str, Any]) -> list[tuple[str, str]]:
     """Names and values as text, without those that are None and the command, which has a place of its own."""
-    facts = []
+    told = []
     for name, value in record.items():
         if value is None or name == "command":
             continue
@@ -256,15 +256,15 @@ def _facts(record: Mapping[str, Any]) -> list[tuple[str, str]]:
             value = f"{value:,}"
         elif isinstance(value, float):
             value = f"{value:,.4g}"
-        facts.append((name.replace("_", " "), str(value)))
-    return facts
+        told.append((name.replace("_", " "), str(value)))
+    return told
 
 
 def _differences(entries: Sequence[Entry]) -> list[str]:
     lines = []
     for entry in entries:
         if entry.run.get("identical_to_baseline") is False:
-            where = ", ".join(f"{name} {value}" for name, value in _facts(entry.run.get("first_difference") or {}))
+            where = ", ".join(f"{name} {value}" for name, value in facts(entry.run.get("first_difference") or {}))
             lines.append(f"{entry.label} differs from plain decoding" + (f", first at {where}" if where else ""))
     return lines
 

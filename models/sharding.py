@@ -1,12 +1,14 @@
 """Meshes, and where every parameter lives on them.
 
 Three axes: `data` splits the batch, `fsdp` splits parameters (and, in training, the batch too), `tensor` splits heads,
-MLP channels and the vocabulary. A parameter's place follows from its path alone, by the first rule that matches.
+MLP channels and the vocabulary. A parameter's place follows from its path alone, by the first rule that matches. What
+belongs to a batch row lies where the row does.
 """
 
+import contextlib
 import re
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
@@ -15,6 +17,10 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from models.errors import UserError
 
 AXES = ("data", "fsdp", "tensor")
+T = TypeVar("T")
+
+# The first axis of everything that there is once per batch row.
+ROWS = PartitionSpec("data")
 
 # Kernels are [in, out]: column-parallel products split `out` on `tensor`, the row-parallel ones after them split `in`.
 RULES: tuple[tuple[str, PartitionSpec], ...] = (
@@ -48,6 +54,25 @@ def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices=None) -> M
     return jax.make_mesh(tuple(sizes), AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
 
 
+def parse_mesh(text: str) -> Mesh:
+    """A mesh from `data=2,tensor=4`: over as many of the devices as the axes multiply to; -1 takes what is left.
+
+    Raises:
+      UserError: an axis that does not exist, a size that is no number, or more devices than there are.
+    """
+    sizes = {}
+    for part in text.split(","):
+        axis, _, size = part.strip().partition("=")
+        if axis not in AXES or axis in sizes or not re.fullmatch(r"-1|[1-9]\d*", size):
+            raise UserError(f"mesh {text!r} is not a list of sizes of {', '.join(AXES)}, such as data=2,tensor=4")
+        sizes[axis] = int(size)
+    sizes = {"data": 1} | sizes
+    devices = jax.devices()
+    if -1 not in sizes.values():
+        devices = devices[: int(np.prod(list(sizes.values())))]
+    return make_mesh(**sizes, devices=devices)
+
+
 def param_specs(params: Any) -> Any:
     """The PartitionSpec of every leaf, from its path; a leading axis of stacked layers stays whole."""
 
@@ -76,3 +101,80 @@ def fitted(mesh: Mesh, spec: PartitionSpec, shape: Sequence[int]) -> NamedShardi
     """The place that `spec` gives an array of `shape`, but an axis that its mesh axis does not divide is kept whole."""
     kept = [axis if axis and shape[i] % mesh.shape[axis] == 0 else None for i, axis in enumerate(spec)]
     return NamedSharding(mesh, PartitionSpec(*kept))
+
+
+def place_params(mesh: Mesh, params: T) -> T:
+    """Parameters moved to where `RULES` put them; a target's must not be joined (`models.transformer`)."""
+    return jax.device_put(params, param_shardings(mesh, params))
+
+
+def place_rows(mesh: Mesh, tree: T) -> T:
+    """Arrays whose first axis is the batch, moved to the devices of their rows; what lies on the mesh stays there."""
+
+    def place(leaf):
+        if isinstance(getattr(leaf, "sharding", None), NamedSharding) and leaf.sharding.mesh == mesh:
+            return leaf
+        return jax.device_put(leaf, fitted(mesh, ROWS, leaf.shape))
+
+    return jax.tree.map(place, tree)
+
+
+def mesh_of(params: Any) -> Mesh | None:
+    """The mesh that parameters were placed on, None for a single device."""
+    places = [leaf.sharding for leaf in jax.tree.leaves(params) if isinstance(leaf, jax.Array)]
+    found = [place.mesh for place in places if isinstance(place, NamedSharding) and isinstance(place.mesh, Mesh)]
+    return found[0] if found and found[0].size > 1 else None
+
+
+def check_placed(mesh: Mesh, params: Any, what: str) -> None:
+    """Raises UserError when an array of `what` does not lie on exactly the devices of `mesh`."""
+    devices = set(mesh.devices.flat)
+    for leaf in jax.tree.leaves(params):
+        if isinstance(leaf, jax.Array) and leaf.sharding.device_set != devices:
+            raise UserError(
+                f"{what} are not on the mesh of {mesh.size} devices: load them with this mesh, or move them there with "
+                "models.sharding.place_params"
+            )
+
+
+def on_mesh(mesh: Mesh | None) -> contextlib.AbstractContextManager:
+    """Within it, what is compiled knows its mesh, so that `row_wise` splits; without a mesh, nothing changes."""
+    return contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh)
+
+
+def keep_rows(tree: T) -> T:
+    """In a jitted function: arrays whose first axis is the batch, held to the devices of their rows.
+
+    Left alone, XLA may hand back what went in split as copies on all devices, and the next call compiles anew.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return tree
+
+    def keep(leaf):
+        rest = [PartitionSpec.UNCONSTRAINED] * (leaf.ndim - 1)
+        rows = ROWS[0] if leaf.shape[0] % mesh.shape[ROWS[0]] == 0 else None
+        return jax.lax.with_sharding_constraint(leaf, PartitionSpec(rows, *rest))
+
+    return jax.tree.map(keep, tree)
+
+
+def row_wise(function: Callable[..., T], *arrays: Any) -> T:
+    """`function(*arrays)`, run by every device on its own batch rows: nothing in it talks to another device.
+
+    For what XLA does not keep apart by itself, though no batch row depends on another: `top_k` gathers the batch, sorts
+    and scans over a split vocabulary take a collective each. Here an axis that is split over `tensor` is gathered once,
+    on the way in. Outside `on_mesh`, or already inside another `row_wise`, it is a plain call.
+
+    Args:
+      function: takes and returns arrays whose first axis is the batch, or 1 for what all rows share.
+      arrays: pytrees of them.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or AxisType.Manual in mesh.axis_types:
+        return function(*arrays)
+    batch = max(leaf.shape[0] for leaf in jax.tree.leaves(arrays))
+    rows = ROWS if batch % mesh.shape[ROWS[0]] == 0 else PartitionSpec()
+    shared = PartitionSpec()
+    specs = jax.tree.map(lambda leaf: rows if leaf.shape[0] == batch else shared, arrays)
+    return jax.shard_map(function, in_specs=specs, out_specs=rows, check_vma=False)(*arrays)

@@ -182,8 +182,8 @@ def forward(
       layout: positions and visibility of the new rows.
       cache: keys and values of the committed prefix, one entry per layer of the whole stack; None when there is none.
       layers: half-open range of layers to run; None means all.
-      scratch: keys and values of rows that earlier forwards of the same draft computed, one entry per layer of the whole
-        stack, seen as `layout.scratch_seen` says; None when there are none.
+      scratch: keys and values of rows that earlier forwards of the same draft computed, one entry per layer of the
+        whole stack, seen as `layout.scratch_seen` says; None when there are none.
       taps: features to return: `pre_norm` (the residual stream leaving the last layer run), `post_norm`, `layer:k`
         (the residual stream entering layer k).
 

@@ -17,6 +17,7 @@ from decoding.generate import Generation, bucket, generate, slots_needed
 from decoding.sampling import Sampling
 from decoding.verify import Typical
 from models.errors import UserError, exit_on_user_error
+from models.sharding import parse_mesh
 from models.target import Target, load_target
 from models.tokenizer import StreamDecoder, Tokenizer
 
@@ -121,7 +122,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise UserError("the prompt is empty: a text needs at least one token to begin with")
     if "" in args.stop:
         raise UserError("--stop must not be empty")
-    target = load_target(args.target)
+    target = load_target(args.target, mesh=parse_mesh(args.mesh) if args.mesh else None)
     tokenizer = target.tokenizer
     if tokenizer is None:
         raise UserError(f"{args.target} has no tokenizer: expected the file tokenizer.json of a Hugging Face directory")
@@ -168,6 +169,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--seed", type=int, default=0, help="of the draws when the temperature is above 0")
     parser.add_argument("--stop", action="append", default=[], metavar="TEXT", help=_STOP)
     parser.add_argument("--typical", action="store_true", help="lossy typical acceptance of drafts")
+    parser.add_argument("--mesh", help="devices that share the work, such as tensor=4 (default: one device)")
     parser.add_argument("--color", action=argparse.BooleanOptionalAction, help="colour drafts (default: on a terminal)")
     return parser
 

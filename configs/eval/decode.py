@@ -40,6 +40,7 @@ def get_config(variant: str = "") -> ConfigDict:
     config.length = 256
     config.rows = 64
     config.samples = 2
+    config.mesh = config_dict.placeholder(str)
 
     if variant == "quickstart":
         config.num_prompts, config.max_new_tokens, config.rows = 24, 64, 16

@@ -1,10 +1,13 @@
 """Sampled text follows the target distribution: chi-square against exact enumeration, and what the test can catch.
 
 Every test here draws strings of 3 tokens over a vocabulary of 5 (at most 125 cells), 2048 strings per setting, with
-fixed seeds; it passes at p > 1e-4.
+fixed seeds; it passes at p > 1e-4. Where drafts are verified by meeting the target's own draws, the strings must
+be those of plain decoding besides, seed by seed.
 """
 
+import dataclasses
 import functools
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -12,10 +15,26 @@ import numpy as np
 import pytest
 
 from decoding import loop
+from decoding.drafter import Drafter
+from decoding.growth import DySpec, Growth, Static, StochasticBeam
 from decoding.sampling import Sampling, draw
+from decoding.trees import SAMPLED_LAWS, from_child_counts
 from decoding.verify import Typical, verify
-from eval.losslessness import ChiSquare, chi_square, count_strings, sampled_strings, string_law
-from tests.decoding.drafter_cases import CASES, random_target
+from eval.losslessness import (
+    SMALLEST_P,
+    Check,
+    ChiSquare,
+    check_losslessness,
+    chi_square,
+    count_strings,
+    format_table,
+    sampled_strings,
+    string_law,
+    tiny_target,
+    tree_law,
+)
+from models.errors import UserError
+from tests.decoding.drafter_cases import CASES
 
 SAMPLES, PROMPT, LENGTH, VOCAB = 2048, [1, 2, 3], 3, 5
 SETTINGS = {
@@ -24,6 +43,7 @@ SETTINGS = {
     "top_k": Sampling(temperature=3.0, top_k=3),
     "min_p": Sampling(temperature=1.5, min_p=0.4),
 }
+WIDE = from_child_counts({(): 3, (0,): 3, (1,): 3, (2,): 3})
 
 pytestmark = pytest.mark.usefixtures("x64")
 
@@ -31,7 +51,7 @@ pytestmark = pytest.mark.usefixtures("x64")
 @functools.cache
 def target():
     with jax.enable_x64(True):
-        return random_target(vocab_size=VOCAB, width=16, head_dim=4, scale=8.0)
+        return tiny_target(VOCAB, dtype=jnp.float64)
 
 
 @functools.cache
@@ -40,11 +60,12 @@ def law(setting: str) -> np.ndarray:
         return string_law(target(), PROMPT, LENGTH, SETTINGS[setting])
 
 
-def strings_of(name: str, **arguments) -> np.ndarray:
-    drafter, params = CASES[name](target(), jax.random.key(3))
-    settings = list(SETTINGS.values())
-    arguments = dict(drafter=drafter, drafter_params=params, samples=SAMPLES, batches=2, seed=1) | arguments
-    return sampled_strings(target(), PROMPT, LENGTH, settings, **arguments)
+@functools.cache
+def plain_strings() -> np.ndarray:
+    with jax.enable_x64(True):
+        drafter, params = CASES["none"](target(), jax.random.key(3))
+        arguments = dict(drafter=drafter, drafter_params=params, samples=SAMPLES, seed=1)
+        return sampled_strings(target(), PROMPT, LENGTH, list(SETTINGS.values()), **arguments)[0]
 
 
 def judge(strings: np.ndarray) -> dict[str, ChiSquare]:
@@ -54,10 +75,113 @@ def judge(strings: np.ndarray) -> dict[str, ChiSquare]:
     }
 
 
-@functools.cache
-def plain_strings() -> np.ndarray:
-    with jax.enable_x64(True):
-        return strings_of("none")
+def check(drafter: Drafter, params, samples: int = SAMPLES, **settings) -> dict[str, Check]:
+    settings = settings or SETTINGS
+    results = check_losslessness(target(), drafter, params, PROMPT, LENGTH, list(settings.values()), samples, seed=1)
+    print(format_table(results))
+    return dict(zip(settings, results, strict=True))
+
+
+# Drafters that cost nothing: a table of bigrams is the draft network, and a growth makes the tree.
+
+
+@dataclasses.dataclass(frozen=True)
+class Bigrams:
+    """The draft network: what follows a token depends on that token alone."""
+
+    table: jax.Array
+    vocabulary: None = None
+    vocab_size: int = VOCAB
+
+    def begin(self, root, slots):
+        return self.table[root], ()
+
+    def extend(self, scratch, at, tokens, parents, depth, seen):
+        return self.table[tokens], ()
+
+
+@dataclasses.dataclass(frozen=True)
+class Table(Drafter):
+    """A drafter made of a growth; its parameters are the logits of the table."""
+
+    growth: Growth
+    name: ClassVar[str] = "table"
+
+    @property
+    def max_nodes(self) -> int:
+        return self.growth.max_nodes
+
+    @property
+    def max_depth(self) -> int:
+        return self.growth.max_depth
+
+    def draft(self, params, target, state, root, keys):
+        return self.growth.grow(Bigrams(params), root, keys, target.warps).tree, state
+
+
+class RankedAsIfDrawn(Table):
+    """Known to be wrong: the most likely children, offered with q as if they had been drawn from it."""
+
+    def draft(self, params, target, state, root, keys):
+        ranking = dataclasses.replace(target.warps, temperature=jnp.zeros_like(target.warps.temperature))
+        return self.growth.grow(Bigrams(params), root, keys, ranking).tree, state
+
+
+class PrunedByOwnProbability(Table):
+    """Known to be wrong: children are drawn, and those whose own q is small are deleted afterwards."""
+
+    def draft(self, params, target, state, root, keys):
+        tree, state = super().draft(params, target, state, root, keys)
+        row = jnp.broadcast_to(tree.proposal_of, tree.tokens.shape)
+        above = jnp.take_along_axis(row, jnp.maximum(jnp.broadcast_to(tree.parent, row.shape), 0), axis=1)
+        q_BNV = jnp.take_along_axis(tree.proposals, jnp.maximum(above, 0)[:, :, None], axis=1)
+        own_BN = jnp.take_along_axis(q_BNV, tree.tokens[:, :, None], axis=2)[:, :, 0]
+        return dataclasses.replace(tree, valid=tree.valid & ((tree.depth == 0) | (own_BN >= 0.12))), state
+
+
+def table() -> jax.Array:
+    """Not flat, and not the target's."""
+    return 1.2 * jax.random.normal(jax.random.key(5), (VOCAB, VOCAB), jnp.float64)
+
+
+GROWTHS = {
+    "swor 3x3": (Static(WIDE, "without"), "swor"),
+    "iid 3x3": (Static(WIDE, "with"), "iid"),
+    "top 3x3": (Static(WIDE, "top"), "point"),
+    "every token": (Static(from_child_counts({(): VOCAB, (0,): VOCAB}), "without"), "swor"),
+    "beam": (StochasticBeam(width=3, depth=2), "swor"),
+    "dyspec": (DySpec(budget=8, depth=3, width=3, branch=3), "swor"),
+}
+
+
+@pytest.mark.parametrize("name", GROWTHS)
+def test_growths_are_lossless(name: str) -> None:
+    growth, law = GROWTHS[name]
+    # A vocabulary that is cut, and one that is not.
+    settings = {name: SETTINGS[name] for name in ("temperature", "top_p")}
+    for setting, result in check(Table(growth), table(), **settings).items():
+        assert result.law == law and result.test.samples == SAMPLES and result.test.degrees > 5
+        assert result.passed, f"{setting}: {result}"
+        assert result.acceptance_length > 1.1, "nothing was accepted, so nothing was shown"
+
+
+@pytest.mark.parametrize("wrong", [RankedAsIfDrawn, PrunedByOwnProbability])
+def test_known_bad_constructions_are_caught(wrong: type[Table]) -> None:
+    """Both are found in published code; a harness that lets them through shows nothing."""
+    drafter = wrong(Static(WIDE, "without"))
+    result = check(drafter, table(), temperature=SETTINGS["temperature"])["temperature"]
+    assert result.law == "swor" and not result.passed and result.test.p_value < 1e-12
+    assert "NOT the target's distribution" in format_table([result])
+
+
+def test_what_cannot_be_judged_is_refused() -> None:
+    drafter, settings = Table(Static(WIDE, "top")), [Sampling(temperature=1.0)]
+    with pytest.raises(UserError, match="64 tokens make 262144 strings of 3, too many to list"):
+        check_losslessness(tiny_target(64), drafter, table(), PROMPT, 3, settings)
+    with pytest.raises(UserError, match="strings of 1 tokens are too short"):
+        check_losslessness(target(), drafter, table(), PROMPT, 1, settings)
+    with pytest.raises(UserError, match="at temperature 0 there is one string"):
+        check_losslessness(target(), drafter, table(), PROMPT, 2, [Sampling()])
 
 
 def test_law_is_a_distribution_and_warps_bite() -> None:
@@ -79,17 +203,30 @@ def test_law_is_the_product_of_conditionals() -> None:
 
 @pytest.mark.parametrize("name", CASES)
 def test_sampled_strings_follow_the_target(name: str) -> None:
-    strings = strings_of(name)
-    for setting, result in judge(strings).items():
-        assert result.samples == SAMPLES and result.degrees > 5
-        assert result.p_value > 1e-4, f"{setting}: {result}"
-    # Stronger: drafts change how the text is made, never which text a seed makes.
+    drafter, params = CASES[name](target(), jax.random.key(3))
+    settings = list(SETTINGS.values())
+    if tree_law(target(), drafter, params, settings) in SAMPLED_LAWS:
+        for setting, result in check(drafter, params).items():
+            assert result.test.degrees > 5 and result.passed, f"{setting}: {result}"
+        return
+    # Drafts change how the text is made, never which text a seed makes; and these strings follow the law.
+    arguments = dict(drafter=drafter, drafter_params=params, samples=SAMPLES, seed=1)
+    strings, stats = sampled_strings(target(), PROMPT, LENGTH, settings, **arguments)
     assert np.array_equal(strings, plain_strings())
+    assert all(counted.committed == SAMPLES * (LENGTH - 1) for counted in stats)
+
+
+def test_plain_strings_follow_the_target() -> None:
+    for setting, result in judge(plain_strings()).items():
+        assert result.samples == SAMPLES and result.degrees > 5
+        assert result.p_value > SMALLEST_P, f"{setting}: {result}"
 
 
 def test_typical_acceptance_is_caught() -> None:
-    for setting, result in judge(strings_of("medusa", typical=Typical())).items():
-        assert result.p_value < 1e-12, f"{setting}: {result}"
+    drafter, params = CASES["medusa"](target(), jax.random.key(3))
+    arguments = (target(), drafter, params, PROMPT, LENGTH, list(SETTINGS.values()), SAMPLES)
+    for result in check_losslessness(*arguments, batches=2, seed=1, typical=Typical()):
+        assert result.test.samples == SAMPLES and result.test.p_value < 1e-12, result
 
 
 def redraws_after_rejection(tree, logits, warps, keys, length, max_depth):
@@ -99,7 +236,9 @@ def redraws_after_rejection(tree, logits, warps, keys, length, max_depth):
     visited = jnp.take_along_axis(logits, last[:, :, None], axis=1)[:, 0]
     again = draw(visited, warps, keys, length + 1000 + verdict.drafts)
     places = jnp.arange(verdict.tokens.shape[1])
-    return verdict.replace(tokens=jnp.where(places == verdict.drafts[:, None], again[:, None], verdict.tokens))
+    return dataclasses.replace(
+        verdict, tokens=jnp.where(places == verdict.drafts[:, None], again[:, None], verdict.tokens)
+    )
 
 
 def test_a_biased_verifier_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -110,13 +249,14 @@ def test_a_biased_verifier_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(loop, "verify", redraws_after_rejection)
     monkeypatch.setattr(loop, "run", jax.jit(rerun, static_argnums=(0, 1, 7)))
-    results = judge(strings_of("medusa"))
-    assert max(result.p_value for result in results.values()) < 1e-4
-    assert results["temperature"].p_value < 1e-12
+    drafter, params = CASES["medusa"](target(), jax.random.key(3))
+    results = check(drafter, params)
+    assert not any(result.passed for result in results.values())
+    assert results["temperature"].test.p_value < 1e-12
 
 
 def test_another_temperature_and_the_impossible_are_seen() -> None:
-    warmer = string_law(target(), PROMPT, LENGTH, Sampling(temperature=1.2))
+    warmer = string_law(target(), PROMPT, LENGTH, Sampling(temperature=1.0))
     assert chi_square(count_strings(plain_strings()[0], VOCAB), warmer).p_value < 1e-6
     impossible = plain_strings()[2].copy()
     impossible[0] = np.argwhere(law("top_k") == 0)[0]

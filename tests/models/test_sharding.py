@@ -8,8 +8,18 @@ from jax.sharding import AxisType, PartitionSpec
 from models import transformer
 from models.config import TransformerConfig
 from models.errors import UserError
+from models.heads.eagle import Eagle3Heads, EagleHeads
 from models.heads.hydra import HydraHeads
-from models.sharding import AXES, make_mesh, param_shardings, param_specs
+from models.sharding import (
+    AXES,
+    make_mesh,
+    mesh_of,
+    param_shardings,
+    param_specs,
+    parse_mesh,
+    place_params,
+    row_wise,
+)
 from models.storage import leaves_by_path
 
 CONFIG = TransformerConfig(
@@ -58,6 +68,19 @@ def test_heads_follow_the_same_rules() -> None:
     assert found["prefix"]["block"]["attention"]["o"]["kernel"] == P("tensor", "fsdp")
 
 
+def test_eagle_follows_the_same_rules() -> None:
+    target = transformer.init(CONFIG, jax.random.key(0))
+    for heads in (EagleHeads(), Eagle3Heads(0, 1, 1, 8)):
+        found = specs(jax.eval_shape(lambda key, heads=heads: heads.init(CONFIG, target, key), jax.random.key(1)))
+        found = {path.removesuffix("/0"): spec for path, spec in found.items()}
+        for name in ("attention/q", "attention/k", "attention/v", "mlp/gate", "mlp/up"):
+            assert found[f"layer/{name}/kernel"] == P("fsdp", "tensor")
+        assert found["layer/attention/o/kernel"] == found["layer/mlp/down/kernel"] == P("tensor", "fsdp")
+        # Whole features go in, and whole features come out.
+        assert found["fc/kernel"] == P()
+    assert found["vocab/kernel"] == P("fsdp", "tensor") and found["draft_vocab"] == P()
+
+
 def test_mesh_axes() -> None:
     mesh = make_mesh()
     assert mesh.axis_names == AXES and mesh.shape == {"data": jax.device_count(), "fsdp": 1, "tensor": 1}
@@ -76,6 +99,23 @@ def test_mesh_axes() -> None:
 def test_wrong_meshes_are_one_sentence(axes: dict, complaint: str) -> None:
     with pytest.raises(UserError, match=complaint):
         make_mesh(**axes, devices=jax.devices()[:1])
+
+
+@pytest.mark.parametrize(
+    "text", ["data", "data=", "data=0", "data=2,data=1", "model=2", "tensor=two", "", "data=2;tensor=4"]
+)
+def test_meshes_on_a_command_line(text: str) -> None:
+    assert parse_mesh("tensor=1, data=1").shape == parse_mesh("data=-1").shape == make_mesh().shape
+    with pytest.raises(UserError, match=f"mesh {text!r} is not a list of sizes of data, fsdp, tensor, such as data=2"):
+        parse_mesh(text)
+    with pytest.raises(UserError, match="mesh data=1, fsdp=1, tensor=2 does not cover the 1 devices present"):
+        parse_mesh("tensor=2")
+
+
+def test_one_device_needs_no_mesh() -> None:
+    params = {"head": {"kernel": jnp.ones((4, 4))}}
+    assert mesh_of(params) is None and mesh_of(place_params(make_mesh(), params)) is None and mesh_of(None) is None
+    assert row_wise(lambda x, y: x + y, jnp.ones((3, 2)), jnp.ones((1, 2))).shape == (3, 2)
 
 
 def test_several_devices_place_split_and_decode_alike(run_python) -> None:

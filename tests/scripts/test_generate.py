@@ -59,6 +59,12 @@ def test_streams_the_text_of_plain_decoding(directories, capsys, drafter: str) -
     assert STATISTICS.fullmatch(last)
 
 
+def test_a_mesh_is_where_it_all_runs(directories, capsys) -> None:
+    arguments = ("--target", directories["target"], "--drafter", directories["hydra"], "--max_new_tokens", 30)
+    text, _ = output(capsys, *arguments, "--no-color", "--prompt", PROMPT, "--mesh", "tensor=1")
+    assert text == expected_text(directories["target"], 30)
+
+
 def test_prompt_file_and_sampling_seed(directories, capsys, tmp_path: pathlib.Path) -> None:
     (tmp_path / "prompt.txt").write_text(PROMPT)
     arguments = ["--target", directories["target"], "--prompt_file", tmp_path / "prompt.txt", "--temperature", 1]

@@ -1,0 +1,254 @@
+"""How many tokens a target forward commits, by method and by budget: one table, trees of equal size.
+
+    python -m eval.acceptance --target DIR --data DIR --out DIR --methods none=none medusa=DIR hydra=DIR \
+        eagle-1=DIR@top eagle-2=DIR@confidence ... [--budgets 8,16,32,64] [--temperatures 0,1]
+
+Acceptance length depends on how large a tree is and on how well it was chosen. So methods are compared at equal
+*budgets*, candidates besides the root, and every static tree is chosen in the same way (`eval/budget.py`), on
+calibration prompts, none of which is decoded for the table. Every text is compared with plain decoding's. Greedily all
+must be equal; at a temperature those of the laws `match` and `point` must be equal too, token for token, while the
+sampled laws promise the distribution alone (`eval/losslessness.py` tests that one).
+
+A method is LABEL=SPEC[@GROWTH]: SPEC is a drafter directory or the name of a drafter without parameters, and GROWTH
+says how its tree grows where there is more than one way.
+"""
+
+import argparse
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from decoding.drafter import Drafter
+from decoding.drafters import load_drafter
+from decoding.generate import Generation, generate
+from decoding.sampling import Sampling
+from decoding.stats import Stats
+from eval.acceptance_report import print_table, write_acceptance_results
+from eval.benchmark import ratio_interval
+from eval.budget import GROWTHS, SAMPLED, Fitter
+from eval.progress import Progress
+from eval.prompts import Prompt, document_prompts
+from eval.results import describe_target
+from models.errors import UserError, exit_on_user_error
+from models.target import Target, load_target
+
+BUDGETS = (8, 16, 32, 64)
+TEMPERATURES = (0.0, 1.0)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Method:
+    """A row of the table.
+
+    Attributes:
+      label: what people call it.
+      drafter: its static part; tree and depth are fitted to each budget.
+      params: its parameters.
+      growth: how its tree grows, one of `eval.budget.GROWTHS`, or "" for the drafter's only way.
+      path: the directory it came from.
+    """
+
+    label: str
+    drafter: Drafter
+    params: Any = None
+    growth: str = ""
+    path: str | None = None
+
+
+def parse_method(text: str, target: Target) -> Method:
+    """A method from LABEL=SPEC[@GROWTH].
+
+    Raises:
+      UserError: another form, an unknown growth, or a drafter that cannot be loaded.
+    """
+    label, _, rest = text.partition("=")
+    spec, _, growth = rest.partition("@")
+    if not label or not spec:
+        raise UserError(f"a method is written LABEL=DRAFTER or LABEL=DRAFTER@GROWTH, got {text!r}")
+    if growth and growth not in GROWTHS:
+        raise UserError(f"{text!r} asks for the growth {growth!r}; known are {', '.join(GROWTHS)}")
+    drafter, params = load_drafter(spec, target)
+    return Method(label, drafter, params, growth, spec if params is not None else None)
+
+
+def decode(
+    target: Target, prompts: Sequence[Prompt], new_tokens: int, temperature: float, drafter=None, params=None
+) -> Generation:
+    """All prompts in one batch; a prompt's draws are keyed by its place in the list, the same for everybody."""
+    return generate(
+        target,
+        [prompt.tokens for prompt in prompts],
+        drafter=drafter,
+        drafter_params=params,
+        max_new_tokens=new_tokens,
+        sampling=Sampling(temperature),
+    )
+
+
+def study(
+    target: Target,
+    methods: Sequence[Method],
+    prompts: Sequence[Prompt],
+    calibration: Sequence[Prompt],
+    *,
+    new_tokens: int = 128,
+    budgets: Sequence[int] = BUDGETS,
+    temperatures: Sequence[float] = TEMPERATURES,
+    progress: Callable[[str], None] = lambda line: None,
+) -> list[dict[str, Any]]:
+    """Decodes the prompts by every method, at every budget and temperature.
+
+    Args:
+      target: whose text it is.
+      methods: the rows of the table; labels are distinct.
+      prompts: what is decoded.
+      calibration: prompts to choose static trees by.
+      new_tokens: most tokens of each text.
+      budgets: candidates besides the root.
+      temperatures: 0 is greedy.
+      progress: told what is being done.
+
+    Returns:
+      One entry per method, temperature and budget that fit together; `eval/acceptance_report.py` gives the keys.
+
+    Raises:
+      UserError: no prompts, repeated labels, a prompt that is in both lists, or a fitted drafter that does not propose
+        exactly as many candidates as its budget.
+    """
+    _check_study(methods, prompts, calibration, budgets)
+    cells = []
+    for temperature in temperatures:
+        progress(f"temperature {temperature:g}, plain decoding")
+        plain = decode(target, prompts, new_tokens, temperature)
+        for method in methods:
+            sampled = method.growth in SAMPLED and temperature > 0
+
+            def calibrate(drafter: Drafter, method=method, temperature=temperature) -> Stats:
+                progress(f"temperature {temperature:g}, {method.label}, calibrating")
+                made = decode(target, calibration, new_tokens, temperature, drafter, method.params)
+                return sum(made.stats[1:], made.stats[0])
+
+            fitter = Fitter(method.drafter, method.growth, calibrate)
+            for budget in budgets:
+                drafter = fitter.fit(budget)
+                if drafter is None:
+                    continue
+                if drafter.max_nodes != budget + 1:
+                    raise UserError(
+                        f"{method.label} proposes {drafter.max_nodes - 1} candidates where the budget is {budget}: "
+                        f"methods are compared at equal budgets alone"
+                    )
+                progress(f"temperature {temperature:g}, {method.label}, {budget} candidates")
+                made = decode(target, prompts, new_tokens, temperature, drafter, method.params)
+                place = {"method": method.label, "temperature": temperature, "budget": budget}
+                cells.append(place | _cell(drafter, made, plain, sampled))
+    return cells
+
+
+def _check_study(methods, prompts, calibration, budgets) -> None:
+    if not prompts or not calibration:
+        raise UserError("there is no prompt to decode, or none to choose trees by")
+    labels = [method.label for method in methods]
+    if repeated := [label for label in labels if labels.count(label) > 1]:
+        raise UserError(f"two methods are called {repeated[0]!r}: labels must be distinct")
+    if min(budgets) < 1:
+        raise UserError(f"a budget counts the candidates besides the root and must be at least 1, got {min(budgets)}")
+    if {prompt.tokens for prompt in prompts} & {prompt.tokens for prompt in calibration}:
+        raise UserError("a prompt is among those to measure and among those to choose trees by: they must be disjoint")
+
+
+def _cell(drafter: Drafter, made: Generation, plain: Generation, sampled: bool) -> dict[str, Any]:
+    """Counts of one decode, and how its texts compare with plain decoding's."""
+    stats = sum(made.stats[1:], made.stats[0])
+    counts = np.array([(one.committed, one.steps) for one in made.stats if one.steps])
+    different = sum(mine != theirs for mine, theirs in zip(made.tokens, plain.tokens, strict=True))
+    tree = getattr(drafter, "tree", None) or getattr(getattr(drafter, "growth", None), "tree", None)
+    conditional = stats.conditional_acceptance
+    return {
+        "candidates": drafter.max_nodes - 1,
+        "depth": drafter.max_depth,
+        "acceptance_length": stats.acceptance_length,
+        "acceptance_length_interval": ratio_interval(*counts.T) if len(counts) else None,
+        "steps": stats.steps,
+        "committed": stats.committed,
+        "accepted_by_depth": stats.accepted_by_depth.tolist(),
+        "conditional_acceptance": [None if np.isnan(share) else float(share) for share in conditional],
+        "texts": len(made.tokens),
+        # A sampled law has draws of its own, so equal texts are neither promised nor expected.
+        "identical": None if sampled else different == 0,
+        "differing_texts": different,
+        "tree": None if tree is None else [list(path) for path in tree.paths],
+    }
+
+
+def _describe(method: Method) -> dict[str, Any]:
+    leaves = jax.tree.leaves(method.params)
+    return {
+        "label": method.label,
+        "drafter": method.drafter.name,
+        "growth": method.growth or None,
+        "path": method.path,
+        "parameters": sum(leaf.size for leaf in leaves),
+    }
+
+
+def _numbers(text: str, kind: Callable[[str], Any], name: str) -> list[Any]:
+    try:
+        return [kind(part) for part in text.split(",")]
+    except ValueError:
+        raise UserError(f"--{name} must be numbers with commas between them, got {text!r}") from None
+
+
+@exit_on_user_error
+def main(argv: Sequence[str] | None = None) -> None:
+    """The command; see the module's docstring."""
+    parser = argparse.ArgumentParser(prog="python -m eval.acceptance", description=__doc__.splitlines()[0])
+    parser.add_argument("--target", required=True, help="target directory")
+    parser.add_argument("--methods", required=True, nargs="+", metavar="LABEL=SPEC[@GROWTH]", help="rows of the table")
+    parser.add_argument("--data", required=True, help="data set directory; its documents' beginnings are the prompts")
+    parser.add_argument("--split", default="valid", help="its split to decode (valid)")
+    parser.add_argument("--calibration_split", default="train", help="its split to choose trees by (train)")
+    parser.add_argument("--num_prompts", type=int, default=48, help="prompts of each (48)")
+    parser.add_argument("--prompt_tokens", type=int, default=32, help="their length (32)")
+    parser.add_argument("--max_new_tokens", type=int, default=128, help="most tokens of each text (128)")
+    parser.add_argument("--budgets", default="8,16,32,64", help="candidates besides the root (8,16,32,64)")
+    parser.add_argument("--temperatures", default="0,1", help="0 is greedy (0,1)")
+    parser.add_argument("--out", required=True, help="directory for results.json and report.html")
+    args = parser.parse_args(argv)
+    for name in ("num_prompts", "prompt_tokens", "max_new_tokens"):
+        if getattr(args, name) < 1:
+            raise UserError(f"--{name} must be at least 1, got {getattr(args, name)}")
+    budgets, temperatures = _numbers(args.budgets, int, "budgets"), _numbers(args.temperatures, float, "temperatures")
+    target = load_target(args.target)
+    methods = [parse_method(text, target) for text in args.methods]
+    prompts, calibration = (
+        document_prompts(args.data, split, target, args.num_prompts, args.prompt_tokens)
+        for split in (args.split, args.calibration_split)
+    )
+    with Progress() as progress:
+        cells = study(
+            target,
+            methods,
+            prompts,
+            calibration,
+            new_tokens=args.max_new_tokens,
+            budgets=budgets,
+            temperatures=temperatures,
+            progress=progress,
+        )
+    results = {
+        "config": {name: value for name, value in vars(args).items() if name != "out"},
+        "target": describe_target(target),
+        "methods": [_describe(method) for method in methods],
+        "cells": cells,
+    }
+    write_acceptance_results(results, args.out)
+    print_table(results)
+    print(f"\nwrote {args.out}/results.json and {args.out}/report.html")
+
+
+if __name__ == "__main__":
+    main()

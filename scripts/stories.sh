@@ -1,0 +1,110 @@
+#!/usr/bin/env bash
+# Acceptance length on real weights: stories260K (llama2.c, 260 thousand parameters, TinyStories) as target, every kind
+# of drafter trained on what it writes, all compared at equal budgets in one table.
+#
+#   bash scripts/stories.sh --checkpoint stories260K.bin --tokenizer tok512.bin --train train.txt --valid valid.txt
+#       [--out DIR] [--fresh]
+#
+# The first two files are llama2.c's; the others hold TinyStories, parted by lines <|endoftext|>. About an hour on two CPU
+# cores. Every line that starts with $ is a command of its own. Asking again reuses what is finished and continues what
+# was interrupted; --fresh starts over. See scripts/_venv.sh for TANDEM_VENV.
+set -euo pipefail
+source "$(dirname "${BASH_SOURCE[0]}")/_venv.sh"
+
+usage="usage: bash scripts/stories.sh --checkpoint FILE --tokenizer FILE --train FILE --valid FILE [--out DIR] [--fresh]"
+out=$ROOT/runs/stories
+fresh=""
+declare -A given=()
+while [ $# -gt 0 ]; do
+    case $1 in
+    --checkpoint | --tokenizer | --train | --valid)
+        [ $# -gt 1 ] || fail "$1 needs a file"
+        [ -f "$2" ] || fail "$1: there is no file $2"
+        given[${1#--}]=$(realpath "$2")
+        shift
+        ;;
+    --out)
+        [ $# -gt 1 ] || fail "--out needs a directory"
+        out=$2
+        shift
+        ;;
+    --fresh) fresh=yes ;;
+    -h | --help)
+        sed -n '2,/^set/s/^# \{0,1\}//p' "${BASH_SOURCE[0]}" | sed '$d'
+        exit
+        ;;
+    *) fail "unknown argument $1; $usage" ;;
+    esac
+    shift
+done
+for name in checkpoint tokenizer train valid; do
+    [ -n "${given[$name]:-}" ] || fail "--$name is missing; $usage"
+done
+mkdir -p "$out" 2>/dev/null && [ -w "$out" ] || fail "cannot write to $out"
+out=$(cd "$out" && pwd)
+cd "$ROOT"
+out=${out#"$ROOT"/}  # commands to copy are shorter with a relative path
+venv_ready requirements.txt
+export JAX_COMPILATION_CACHE_DIR=${JAX_COMPILATION_CACHE_DIR:-$ROOT/.cache/jax}
+export GLIBC_TUNABLES=${GLIBC_TUNABLES:-glibc.malloc.hugetlb=1}
+began=$SECONDS
+
+# --fresh removes only what an earlier run made, in a directory that one has marked as its own.
+marker=$out/.tandem-stories
+if [ -n "$fresh" ] && [ -e "$marker" ]; then
+    rm -rf "$out"/{target,data,continuations,medusa,hydra,hydra_pp,eagle,eagle3,small,draft_model,results}
+elif [ ! -e "$marker" ] && [ -n "$(ls -A "$out")" ]; then
+    fail "$out holds other files: choose an empty or new directory with --out"
+fi
+touch "$marker"
+
+run() {
+    printf '\n$ python -m'
+    printf ' %q' "$@"
+    printf '\n'
+    "$VENV/bin/python" -m "$@"
+}
+
+if [ ! -d "$out/target" ]; then
+    run scripts.convert --from llama2c --src "${given[checkpoint]}" --tokenizer "${given[tokenizer]}" --out "$out/target"
+fi
+if [ ! -d "$out/data" ]; then
+    run scripts.build_dataset --kind text --src "${given[train]}" --valid_src "${given[valid]}" \
+        --tokenizer "$out/target" --out "$out/data"
+fi
+# Drafters learn to say what the target says; sampled at temperature 1 its texts serve greedy and sampled decoding.
+if [ ! -d "$out/continuations" ]; then
+    run scripts.continue_dataset --target "$out/target" --data "$out/data" --out "$out/continuations" \
+        --documents 3072 --valid_documents 128 --prompt_tokens 32 --new_tokens 224 --temperature 1 --rows 64
+fi
+
+# All learn from the same text for as many steps, under the same optimizer.
+learn="--config.data.path=$out/continuations --config.steps=600 --config.optimizer.name=muon \
+    --config.optimizer.learning_rate=1e-2 --config.optimizer.weight_decay=0.0 --config.optimizer.final_fraction=0.1"
+for drafter in medusa hydra hydra_pp eagle eagle3; do
+    extra=""
+    # Dropout is for many passes over the same text; here there are four.
+    [ $drafter != hydra_pp ] || extra="--config.objective.heads.dropout=0.0"
+    run train.main --config=configs/$drafter.py --config.objective.target="$out/target" $learn $extra \
+        --workdir="$out/$drafter"
+done
+shape=--config.objective.model
+run train.main --config=configs/lm.py $learn $shape.width=32 $shape.num_layers=2 $shape.num_heads=4 \
+    $shape.num_kv_heads=2 $shape.head_dim=8 $shape.mlp_width=88 $shape.max_position=512 --workdir="$out/small"
+if [ ! -d "$out/draft_model" ]; then
+    run scripts.convert --from model --src "$out/small/target" --base "$out/target" --growth chain:4 \
+        --out "$out/draft_model"
+fi
+if [ -e "$out/results/results.json" ]; then
+    printf '\nThe comparison in %s is finished; --fresh starts everything over.\n' "$out/results"
+    exit
+fi
+small=$out/draft_model
+run eval.acceptance --target "$out/target" --data "$out/data" --out "$out/results" --methods \
+    Medusa="$out/medusa/drafter" Hydra="$out/hydra/drafter" Hydra++="$out/hydra_pp/drafter" \
+    EAGLE-1="$out/eagle/drafter@top" EAGLE-2="$out/eagle/drafter@confidence" EAGLE-3="$out/eagle3/drafter@confidence" \
+    "draft model, chain=$small@chain" "draft model, best tree=$small@top" "draft model, confidence=$small@confidence" \
+    "RSD-C=$small@rsd-c" "RSD-S=$small@rsd-s" "SpecInfer=$small@specinfer" "Sequoia=$small@sequoia" \
+    "DySpec=$small@dyspec" "Token Recycling=token_recycling" "prompt lookup=prompt_lookup" "Lookahead=lookahead"
+
+printf '\nFinished in %d min %d s after installation.\n' $(((SECONDS - began) / 60)) $(((SECONDS - began) % 60))

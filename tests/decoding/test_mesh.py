@@ -1,0 +1,60 @@
+"""Several devices write the text of one, split every cache, and exchange what tensor parallelism needs and no more."""
+
+import json
+
+import pytest
+
+from tests.decoding.drafter_cases import BUSHY
+
+LAYERS = 2
+# One agreement per step on whether any row is still going.
+DATA_ONLY = {"going": {"all-reduce": 1}}
+
+
+def forward(layers: int = LAYERS) -> dict[str, int]:
+    """Rows of an embedding table split by token are added up; so are the partial products of attention and MLP."""
+    return {"all-reduce": 1 + 2 * layers}
+
+
+def verify(depth: int) -> dict[str, int]:
+    """The logits of the visited node, per level: its distribution takes all of the vocabulary."""
+    return {"all-gather": depth + 1}
+
+
+HYDRA_DRAFT = {
+    # Embeddings of every level's parents; where one child each is wanted, the maximum and its first place.
+    "all-reduce": BUSHY.max_depth + 2,
+    # A head's logits where the best few are wanted.
+    "all-gather": BUSHY.max_depth - 1,
+}
+NEEDED = {
+    "none": {"target": forward(), "verify": verify(0)},
+    "hydra++": {
+        "draft": HYDRA_DRAFT,
+        "target": forward(),
+        "verify": verify(BUSHY.max_depth),
+        # The prefix block, over features that are there already.
+        "ingest": {"all-reduce": 2},
+    },
+}
+
+
+def call(function: str) -> str:
+    return f"from tests.decoding import mesh_checks; mesh_checks.{function}; print('done')"
+
+
+@pytest.mark.parametrize("name", NEEDED)
+def test_meshes_decode_alike_and_exchange_no_more_than_needed(name: str, run_python) -> None:
+    *lines, done = run_python(call(f"decodes_alike({name!r})"), devices=8).splitlines()
+    assert done == "done"
+    data, tensor, both = map(json.loads, lines)
+    assert data == DATA_ONLY
+    assert tensor == NEEDED[name]
+    assert both == NEEDED[name] | DATA_ONLY
+
+
+@pytest.mark.parametrize(
+    "check", ["streams_with_one_compilation", "says_what_does_not_fit", "loads_drafters_where_the_rules_say"]
+)
+def test_on_eight_devices(check: str, run_python) -> None:
+    assert run_python(call(f"{check}()"), devices=8).splitlines()[-1] == "done"

@@ -1,0 +1,246 @@
+"""Budgets are equal, trees are the best of the counts, the table holds what the loop counted; the command writes it."""
+
+import dataclasses
+import io
+import itertools
+import json
+import pathlib
+
+import jax
+import numpy as np
+import pytest
+
+from decoding.drafters import load_drafter
+from decoding.drafters.draft_model import DraftModel
+from decoding.drafters.lookahead import Lookahead
+from decoding.drafters.plain import Plain
+from decoding.drafters.prompt_lookup import PromptLookup
+from decoding.drafters.token_recycling import TokenRecycling
+from decoding.generate import generate
+from decoding.growth import Static
+from decoding.stats import Stats
+from decoding.trees import Topology, chain, expected_acceptance, from_child_counts
+from eval import acceptance as command
+from eval.acceptance import Method, parse_method, study
+from eval.acceptance_report import print_table, render
+from eval.budget import Fitter, best_tree, branchings, counted_accuracy, probing_tree
+from eval.prompts import Prompt
+from models import transformer
+from models.errors import UserError
+from models.target import Target
+from tests.eval.test_report import Page
+
+TEXTS = ("def f(x):", "once upon a time", "return x")
+
+
+def prompts_of(target: Target, texts=TEXTS) -> list[Prompt]:
+    return [Prompt(tuple(target.tokenizer.encode(text)), text) for text in texts]
+
+
+def heads(target: Target, directory: pathlib.Path, label: str) -> Method:
+    return Method(label, *load_drafter(directory, target), path=str(directory))
+
+
+@pytest.fixture(scope="module")
+def small(target: Target) -> Method:
+    """The target's shape with half the layers, in random weights, as a draft model."""
+    config = dataclasses.replace(target.config, num_layers=1)
+    params = jax.tree.map(lambda leaf: 4 * leaf, transformer.init(config, jax.random.key(5)))
+    return Method("small", DraftModel(config), params, "top")
+
+
+def counts(tree: Topology, steps: int, accepted: dict[tuple[int, ...], int]) -> Stats:
+    by_node = np.array([0, *(accepted.get(path, 0) for path in tree.paths)])
+    by_depth = np.bincount(tree.depth, by_node, tree.max_depth + 1)[1:].astype(int)
+    return Stats(steps, steps + int(by_node.sum()), by_depth, by_node)
+
+
+def test_accuracy_is_hits_over_visits_of_every_depth_and_rank() -> None:
+    tree = from_child_counts({(): 2, (0,): 2, (1,): 1})
+    stats = counts(tree, 10, {(0,): 6, (1,): 2, (0, 0): 3, (0, 1): 1, (1, 0): 2})
+    # Depth 2, rank 0: 3 + 2 of the 6 + 2 visits to the parents; rank 1 is offered below the first alone.
+    assert counted_accuracy(tree, stats).tolist() == [[0.6, 0.2], [5 / 8, 1 / 6]]
+    assert counted_accuracy(chain(2), counts(chain(2), 4, {})).tolist() == [[0.0], [0.0]]
+
+
+def test_best_tree_has_the_size_and_no_tree_of_it_expects_more() -> None:
+    accuracy = np.array([[0.6, 0.2, 0.1], [0.5, 0.25, 0.05]])
+    assert best_tree(accuracy, 3) == Topology(((0,), (0, 0), (1,)))
+    for candidates in range(1, 12):
+        tree = best_tree(accuracy, candidates)
+        assert len(tree.paths) == candidates
+        rivals = [from_child_counts({(): 3}), from_child_counts({(): 2, (0,): 2, (1,): 2}), chain(2)]
+        for rival in rivals:
+            if len(rival.paths) == candidates:
+                assert expected_acceptance(tree, accuracy) >= expected_acceptance(rival, accuracy)
+    with pytest.raises(UserError, match="2 depths and 3 ranks has no 13 nodes"):
+        best_tree(accuracy, 13)
+
+
+def test_probing_tree_is_wide_and_deep() -> None:
+    for depth in (1, 4, 6):
+        tree = probing_tree(depth)
+        assert tree.max_depth == depth and len(tree.paths) == min(128, 10**depth)
+        assert tree.rank[tree.level(1)].max() == 9
+    assert tree.rank[tree.level(3)].max() >= 3
+
+
+def test_branchings_are_all_and_exact() -> None:
+    assert sorted(branchings(6, 2, 6)) == [(1, 5), (2, 2), (3, 1), (6,)]
+    assert all(len(counts) <= 3 and max(counts) <= 4 for counts in branchings(16, 3, 4))
+
+
+@pytest.mark.parametrize("budget", [8, 16, 32])
+def test_every_drafter_gets_exactly_its_budget(target, drafter_directories, small, budget: int) -> None:
+    def decode(drafter) -> Stats:
+        tree = drafter.growth.tree if isinstance(drafter, DraftModel) else drafter.tree
+        shares = {path: int(1000 * np.prod([0.5 / (1 + rank) for rank in path])) for path in tree.paths}
+        return counts(tree, 1000, shares)
+
+    hydra = load_drafter(drafter_directories["hydra"], target)[0]
+    plain = [(hydra, ""), (TokenRecycling(), ""), (PromptLookup(), ""), (Lookahead(), "")]
+    growths = ["top", "confidence", "specinfer", "sequoia", "rsd-c", "rsd-s", "dyspec"]
+    for drafter, growth in [*plain, *((small.drafter, growth) for growth in growths)]:
+        fitted = Fitter(drafter, growth, decode).fit(budget)
+        assert fitted.max_nodes == budget + 1, (drafter.name, growth)
+        fitted.check(target.config)
+    long = Fitter(small.drafter, "chain", decode).fit(budget)
+    assert (long is None) == (budget > 16) and (long is None or long.max_depth == budget)
+    assert Fitter(Lookahead(), "", decode).fit(3) is None, "an n-gram is a chain of four"
+
+
+def test_fitter_says_what_it_needs(small: Method) -> None:
+    with pytest.raises(UserError, match="how shall draft_model grow its tree"):
+        Fitter(small.drafter, "", lambda drafter: None)
+    with pytest.raises(UserError, match="prompt_lookup has one way"):
+        Fitter(PromptLookup(), "top", lambda drafter: None)
+    with pytest.raises(UserError, match="none cannot be fitted"):
+        Fitter(Plain(), "", lambda drafter: None).fit(8)
+
+
+@pytest.fixture(scope="module")
+def cells(target: Target, drafter_directories, small: Method):
+    methods = [heads(target, drafter_directories["hydra"], "heads"), small, dataclasses.replace(small, label="drawn")]
+    methods[2] = dataclasses.replace(methods[2], growth="specinfer")
+    calibration = prompts_of(target, ("def g(y):",))
+    return methods, study(target, methods, prompts_of(target), calibration, new_tokens=24, budgets=(4, 8))
+
+
+def test_cells_hold_what_the_loop_counted(target: Target, cells) -> None:
+    methods, table = cells
+    assert [(c["method"], c["temperature"], c["budget"]) for c in table] == [
+        (method.label, temperature, budget) for temperature in (0, 1) for method in methods for budget in (4, 8)
+    ]
+    for cell in table:
+        assert cell["candidates"] == cell["budget"] == len(cell["tree"])
+        assert cell["acceptance_length"] == cell["committed"] / cell["steps"]
+        low, high = cell["acceptance_length_interval"]
+        assert low <= cell["acceptance_length"] <= high
+        by_depth = [cell["steps"], *cell["accepted_by_depth"]]
+        given = [below / above if above else None for above, below in itertools.pairwise(by_depth)]
+        assert cell["conditional_acceptance"] == pytest.approx(given)
+    again = dataclasses.replace(methods[1].drafter, growth=Static(Topology(map(tuple, table[2]["tree"])), "top"))
+    made = generate(
+        target,
+        [prompt.tokens for prompt in prompts_of(target)],
+        drafter=again,
+        drafter_params=methods[1].params,
+        max_new_tokens=24,
+    )
+    assert sum(stats.steps for stats in made.stats) == table[2]["steps"]
+
+
+def test_texts_are_compared_with_plain_decoding(cells) -> None:
+    for cell in cells[1]:
+        drawn = cell["method"] == "drawn" and cell["temperature"] > 0
+        assert cell["identical"] is (None if drawn else True)
+        assert drawn or cell["differing_texts"] == 0
+
+
+def test_another_text_is_told(target: Target, drafter_directories, monkeypatch) -> None:
+    made = command.decode
+
+    def wrong(target, prompts, new_tokens, temperature, drafter=None, params=None):
+        generation = made(target, prompts, new_tokens, temperature, drafter, params)
+        return generation if drafter is None else dataclasses.replace(generation, tokens=[[1]] * len(prompts))
+
+    monkeypatch.setattr(command, "decode", wrong)
+    methods = [heads(target, drafter_directories["medusa"], "heads")]
+    options = dict(new_tokens=6, budgets=(4,), temperatures=(0.0,))
+    (cell,) = study(target, methods, prompts_of(target), prompts_of(target, ("x",)), **options)
+    assert cell["identical"] is False and cell["differing_texts"] == len(TEXTS)
+
+
+def test_unequal_budgets_are_refused(target: Target, drafter_directories, monkeypatch) -> None:
+    method = heads(target, drafter_directories["medusa"], "heads")
+    monkeypatch.setattr(command.Fitter, "fit", lambda self, budget: dataclasses.replace(method.drafter, tree=chain(3)))
+    with pytest.raises(UserError, match="heads proposes 3 candidates where the budget is 4"):
+        study(target, [method], prompts_of(target), prompts_of(target, ("x",)), new_tokens=4, budgets=(4,))
+
+
+def test_study_says_what_is_wrong(target: Target, small: Method) -> None:
+    prompts, others = prompts_of(target), prompts_of(target, ("x",))
+    for arguments, message in (
+        (([small], [], others), "no prompt"),
+        (([small, small], prompts, others), "two methods are called 'small'"),
+        (([small], prompts, prompts[:1]), "must be disjoint"),
+    ):
+        with pytest.raises(UserError, match=message):
+            study(target, *arguments)
+    with pytest.raises(UserError, match="at least 1, got 0"):
+        study(target, [small], prompts, others, budgets=(0,))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [("hydra", "LABEL=DRAFTER"), ("=none", "LABEL=DRAFTER"), ("a=none@up", "growth 'up'"), ("a=nowhere", "nowhere")],
+)
+def test_methods_that_cannot_be_read(target: Target, text: str, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        parse_method(text, target)
+
+
+def test_report_shows_every_method_and_what_differed(cells) -> None:
+    methods, table = cells
+    results = {
+        "environment": {"cpu": "abacus"},
+        "config": {},
+        "target": {"layers": 2},
+        "methods": [
+            {"label": m.label, "drafter": m.drafter.name, "growth": m.growth, "path": None, "parameters": 9}
+            for m in methods
+        ],
+        "cells": [{**cell, "identical": False} if cell["method"] == "heads" else cell for cell in table],
+    }
+    text = " ".join(Page(render(results)).texts)
+    best = max((c for c in table if c["temperature"] == 0 and c["budget"] == 8), key=lambda c: c["acceptance_length"])
+    assert f"{best['method']} commits {best['acceptance_length']:.2f} tokens" in text
+    assert "in law" in text and "abacus" in text and " no " in text
+    out = io.StringIO()
+    print_table(results, out)
+    head, first, *_ = out.getvalue().splitlines()
+    assert "T=0 n=4" in head and "T=1 n=8" in head
+    assert first.split()[:3] == ["heads", *(f"{c['acceptance_length']:.2f}" for c in table[:2])]
+
+
+def test_command_writes_results_and_report(target_directory, drafter_directories, target, tmp_path, capsys) -> None:
+    from scripts.build_dataset import RawDocument, build
+
+    def documents(words):
+        return [RawDocument(word, f"{word} = 1\nonce upon a time there was {word}" * 2) for word in words]
+
+    build({"train": documents("abc"), "valid": documents("xyz")}, target.tokenizer, tmp_path / "data")
+    arguments = ["--target", str(target_directory), "--data", str(tmp_path / "data"), "--out", str(tmp_path / "out")]
+    arguments += ["--methods", f"hydra={drafter_directories['hydra']}", "lookup=prompt_lookup"]
+    options = ["--num_prompts", "2", "--prompt_tokens", "8", "--max_new_tokens", "8", "--budgets", "4"]
+    command.main([*arguments, *options, "--temperatures", "0"])
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert [cell["method"] for cell in results["cells"]] == ["hydra", "lookup"]
+    assert all(cell["identical"] for cell in results["cells"]) and results["environment"]["jax"]
+    assert results["methods"][1]["parameters"] == 0 < results["methods"][0]["parameters"]
+    Page((tmp_path / "out" / "report.html").read_text())
+    assert "acceptance length" in capsys.readouterr().out
+    for wrong, message in ((["--budgets", "4,x"], "--budgets must be numbers"), (["--num_prompts", "0"], "at least 1")):
+        with pytest.raises(SystemExit):
+            command.main([*arguments, *wrong])
+        assert message in capsys.readouterr().err
