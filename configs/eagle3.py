@@ -9,11 +9,12 @@ the layer has been trained on its own outputs.
 
 The draft vocabulary is the target's; with `--config.objective.vocabulary=8000` it is the 8,000 most frequent labels of
 the training split. The default differs from the paper in its optimizer, Muon, and in unrolling 5 steps.
-`configs/eagle3.py:paper` has the published numbers: 7 steps, 32,000 draft tokens, AdamW at 5e-5 (beta 0.9, 0.95), 12,000
-warm-up steps, falling in a line to 0 at 800,000 steps, gradients cut at 0.5, rows of 2,048 tokens, 2 at a time.
+`configs/eagle3.py:paper` has the published numbers: 7 steps, 32,000 draft tokens, AdamW at 5e-5 (beta 0.9, 0.95),
+12,000 warm-up steps, falling in a line to 0 at 800,000 steps, gradients cut at 0.5 (here their norm, there each
+element), rows of 2,048 tokens, 2 at a time.
 
-`configs/eagle3.py:smoke` takes 20 short steps, within 1 min on two CPU cores for targets of up to 10M parameters; expect
-falling losses and equal `loop` and `replay` shares.
+`configs/eagle3.py:smoke` takes 20 short steps, within 1 min on two CPU cores for targets of up to 10M parameters;
+expect falling losses and equal `loop` and `replay` shares.
 """
 
 from ml_collections import ConfigDict, config_dict

@@ -26,15 +26,15 @@ from models.transformer import Output, Params
 
 @runtime_checkable
 class Replayable(Protocol):
-    """A drafter whose guesses can be computed for whole texts at once.
+    """A drafter with a static tree of its best guesses, which can be computed for whole texts at once."""
 
-    Attributes:
-      tree: the static tree, filled with the best guesses by rank; None when it is of another kind.
-      taps: features of the target that `teacher_forced` wants.
-    """
+    @property
+    def tree(self) -> Topology:
+        """The tree."""
 
-    tree: Topology | None
-    taps: tuple[str, ...]
+    @property
+    def taps(self) -> tuple[str, ...]:
+        """Features of the target that `teacher_forced` wants."""
 
     def teacher_forced(
         self, config: TransformerConfig, target: Params, params: Params, tokens: Array, output: Output, depth: int

@@ -166,9 +166,13 @@ def tree_law(target: Target, drafter: Drafter, drafter_params: Any, settings: Se
         warps = batch_warps(list(settings))
         view = TargetView(config, params, state.cache, state.length + 1, state.tokens, warps)
         keys = jax.vmap(jax.random.key)(jnp.arange(batch))
-        return drafter.draft(drafter.prepare(drafter_params), view, state.drafter, state.tokens[:, 0], keys)[0]
+        tree, _ = drafter.draft(drafter.prepare(drafter_params), view, state.drafter, state.tokens[:, 0], keys)
+        laws.append(tree.law)
+        return tree.tokens
 
-    return jax.eval_shape(draft, target.params, drafter_params).law
+    laws: list[str] = []
+    jax.eval_shape(draft, target.params, drafter_params)
+    return laws[0]
 
 
 def string_law(target: Target, prompt: Sequence[int], length: int, sampling: Sampling) -> Float[np.ndarray, "*V"]:

@@ -7,6 +7,7 @@ import importlib.util
 import os
 import time
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 
@@ -59,3 +60,51 @@ class HuggingFace:
         if made.shape[1] != self._prompt.shape[1] + new_tokens:
             raise AssertionError(f"asked for {new_tokens} tokens, got {made.shape[1] - self._prompt.shape[1]}")
         return seconds
+
+
+class Assisted:
+    """Two trained models in transformers: plain and assisted greedy generation, with a constant draft length."""
+
+    def __init__(self, target: Path, draft: Path, new_tokens: int, draft_length: int):
+        """Loads both in float32.
+
+        Args:
+          target: Hugging Face directory.
+          draft: Hugging Face directory of the assistant.
+          new_tokens: of every text; end tokens are ignored.
+          draft_length: candidates per step.
+        """
+        import torch
+        import transformers
+
+        self._torch, self._new_tokens = torch, new_tokens
+        torch.set_num_threads(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
+
+        def load(directory: Path):
+            model = transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
+            model.generation_config.eos_token_id = None
+            model.generation_config.pad_token_id = 0
+            return model
+
+        self._target, self._draft = load(target), load(draft)
+        settings = self._draft.generation_config
+        # A confidence threshold would end drafts early, a heuristic schedule change their length.
+        settings.num_assistant_tokens, settings.num_assistant_tokens_schedule = draft_length, "constant"
+        settings.assistant_confidence_threshold = 0.0
+
+    def plain(self, prompt: Sequence[int]) -> list[int]:
+        """The target alone."""
+        return self._generate(prompt)
+
+    def assisted(self, prompt: Sequence[int]) -> list[int]:
+        """The target with the assistant."""
+        return self._generate(prompt, assistant_model=self._draft)
+
+    def _generate(self, prompt: Sequence[int], **more) -> list[int]:
+        tokens = self._torch.tensor(np.asarray(prompt)[None])
+        mask = self._torch.ones_like(tokens)
+        with self._torch.inference_mode():
+            made = self._target.generate(
+                tokens, attention_mask=mask, max_new_tokens=self._new_tokens, do_sample=False, **more
+            )
+        return made[0, len(prompt) :].tolist()

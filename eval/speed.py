@@ -1,6 +1,6 @@
 """How near the machine's limit decoding is, on a named shape with random weights; everything in one interleaved run.
 
-    python -m eval.speed [--shape 110m] [--sections bandwidth,rows,plain,drafters,huggingface] [--out FILE.json]
+    python -m eval.speed [--shape 110m] [--sections SECTION,...] [--drafters NAME,...] [--out FILE.json]
 
 Prints and saves, with the terms of `eval/benchmark.py`:
 
@@ -12,7 +12,10 @@ Prints and saves, with the terms of `eval/benchmark.py`:
                          the parts of a step run alone, and the step in the fused loop. `verify_ms` is the target's
                          forward on the tree (`forward_ms`) and the verdict (`verdict_ms`); `network_ms` is `draft_ms`
                          without the choice of candidates (timed alone); `step_over_forwards` is step_ms over the sum
-                         of forward_ms and network_ms
+                         of forward_ms and network_ms; `overhead_share` is what verdict, commit and update take of a
+                         step, and `sampled` holds these and the step at temperature 1 with top-p 0.9
+    growth               list of {batch, context, drafters: name -> {step_ms, compile_seconds}}: the fused loop's step
+                         as batch and context grow, and what its first compilation took
     huggingface          {ms_per_token} of transformers' `generate` on the same shape and prompt length, where torch and
                          transformers are installed, else null
     shape, environment   what was measured, and on what
@@ -23,7 +26,7 @@ cancel.
 """
 
 import argparse
-import math
+import dataclasses
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -31,23 +34,32 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
 
-from decoding.drafters.heads import HeadDrafter
+from decoding.drafter import Drafter
+from decoding.drafters.draft_model import DraftModel
+from decoding.drafters.eagle import Eagle
+from decoding.drafters.early_exit import EarlyExit
 from decoding.drafters.hydra import Hydra
+from decoding.drafters.lookahead import Lookahead
 from decoding.drafters.medusa import Medusa
 from decoding.drafters.plain import Plain
+from decoding.drafters.prompt_lookup import PromptLookup
+from decoding.drafters.token_recycling import TokenRecycling
+from decoding.growth import Confidence, Static, StochasticBeam
+from decoding.sampling import Sampling
 from eval import peer
+from eval.bandwidth import bandwidth_block, block_side, bytes_per_token, matrix_vector, reduction
 from eval.environment import describe_environment
 from eval.parts import Scene, Step, network_ms, rows_forward, step_parts
 from eval.progress import Progress
 from eval.results import write_json
-from eval.timing import Part, Timed, Timing, measure
+from eval.timing import Timed, Timing, measure
 from models.config import TransformerConfig
 from models.errors import UserError, exit_on_user_error
+from models.heads.eagle import EagleHeads
 from models.heads.hydra import HydraHeads
 from models.heads.medusa import MedusaHeads
-from models.transformer import Params, init, join_projections
+from models.transformer import init, join_projections
 
 SHAPES = {
     "110m": TransformerConfig(
@@ -73,14 +85,38 @@ SHAPES = {
         tied_embeddings=True,
     ),
 }
-DRAFTERS: dict[str, HeadDrafter] = {
-    "medusa": Medusa(MedusaHeads()),
-    "hydra": Hydra(HydraHeads()),
-    "hydra++": Hydra(HydraHeads(num_layers=4, prefix=True)),
+
+
+def draft_shape(target: TransformerConfig) -> TransformerConfig:
+    """A draft model for a target of that shape: a third of its width, two layers."""
+    heads = max(1, target.num_heads // 3)
+    width = heads * target.head_dim
+    return dataclasses.replace(
+        target, width=width, num_layers=2, num_heads=heads, num_kv_heads=heads, mlp_width=8 * width // 3
+    )
+
+
+# As published; each for a target of the given shape.
+DRAFTERS: dict[str, Callable[[TransformerConfig], Drafter]] = {
+    "medusa": lambda target: Medusa(MedusaHeads()),
+    "hydra": lambda target: Hydra(HydraHeads()),
+    "hydra++": lambda target: Hydra(HydraHeads(num_layers=4, prefix=True)),
+    "eagle2": lambda target: Eagle(EagleHeads(), Confidence()),
+    "token_recycling": lambda target: TokenRecycling(),
+    "prompt_lookup": lambda target: PromptLookup(),
+    "lookahead": lambda target: Lookahead(),
+    "draft_model": lambda target: DraftModel(draft_shape(target), Static()),
+    "rsd-s": lambda target: DraftModel(draft_shape(target), StochasticBeam()),
+    "early_exit": lambda target: EarlyExit(max(1, target.num_layers // 6), Static()),
 }
-SECTIONS = ("bandwidth", "rows", "plain", "drafters", "huggingface")
+SECTIONS = ("bandwidth", "rows", "plain", "drafters", "growth", "huggingface")
+SAMPLED = Sampling(temperature=1.0, top_p=0.9)
+# Batch and context of the growth section, and the drafters that it follows.
+SCENES = ((1, 128), (1, 1024), (1, 4096), (4, 128), (16, 128))
+FOLLOWED = ("hydra", "eagle2", "token_recycling")
 ROWS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
 PROMPT_LENGTH = 128
+STEPS_PER_GROWTH_SAMPLE = 3
 PEER_TOKENS = 16
 GIB = 2**30
 
@@ -88,6 +124,7 @@ GIB = 2**30
 def run(
     shape: str = "110m",
     sections: Sequence[str] = SECTIONS,
+    drafters: Sequence[str] = tuple(DRAFTERS),
     rounds: int = 9,
     bandwidth_bytes: int = GIB,
     progress: Callable[[str], None] = lambda line: None,
@@ -97,6 +134,7 @@ def run(
     Args:
       shape: a name in `SHAPES`.
       sections: of `SECTIONS`; what one needs of another is measured too.
+      drafters: of `DRAFTERS`.
       rounds: samples of each timing.
       bandwidth_bytes: size of what the bandwidth is read from.
       progress: told what is being done.
@@ -105,13 +143,14 @@ def run(
       The keys that the module's docstring lists, for the sections asked for.
 
     Raises:
-      UserError: an unknown shape or section.
+      UserError: an unknown shape, section or drafter.
     """
     if shape not in SHAPES:
         raise UserError(f"there is no shape {shape!r}, only {', '.join(SHAPES)}")
-    for section in sections:
-        if section not in SECTIONS:
-            raise UserError(f"there is no section {section!r}, only {', '.join(SECTIONS)}")
+    for kind, names, known in (("section", sections, SECTIONS), ("drafter", drafters, tuple(DRAFTERS))):
+        for name in names:
+            if name not in known:
+                raise UserError(f"there is no {kind} {name!r}, only {', '.join(known)}")
     if rounds < 1:
         raise UserError(f"rounds must be at least 1, got {rounds}")
     config = SHAPES[shape]
@@ -119,7 +158,8 @@ def run(
     progress(f"making the {shape} shape")
     # Joined, as `load_target` hands them to the loop.
     params = jax.jit(lambda key: join_projections(init(config, key, dtype)))(jax.random.key(0))
-    parts = _parts(config, params, sections, bandwidth_bytes, progress)
+    maker = _Maker(config, params, progress)
+    parts = _parts(maker, sections, drafters, bandwidth_bytes)
     timings = measure(parts, rounds, progress)
     return {
         "shape": {
@@ -127,16 +167,39 @@ def run(
             "parameters": sum(leaf.size for leaf in jax.tree.leaves(params)),
             "dtype": dtype.__name__,
         },
-        **_summarise(config, params, sections, bandwidth_bytes, timings),
+        **_summarise(maker, sections, drafters, bandwidth_bytes, parts, timings),
         "environment": describe_environment(),
     }
 
 
-def _parts(config, params, sections, bandwidth_bytes, progress) -> dict[str, Timed]:
+class _Maker:
+    """Makes drafters with random parameters for the shape, each once."""
+
+    def __init__(self, config: TransformerConfig, params: Any, progress: Callable[[str], None]):
+        self.config, self.params, self._progress = config, params, progress
+        self._made: dict[str, tuple[Drafter, Any]] = {"none": (Plain(), None)}
+
+    def __call__(self, name: str) -> tuple[Drafter, Any]:
+        if name not in self._made:
+            self._progress(f"making {name}")
+            drafter = DRAFTERS[name](self.config)
+
+            def fresh(key):
+                return drafter.fuse(drafter.init_params(self.config, self.params, key))
+
+            self._made[name] = drafter, jax.jit(fresh)(jax.random.key(1))
+        return self._made[name]
+
+    def scene(self, names: Sequence[str], context: int = PROMPT_LENGTH, batch: int = 1) -> Scene:
+        """Room for any of them."""
+        deepest = max((self(name)[0].max_depth for name in names), default=0)
+        return Scene.with_room(self.config, self.params, context, deepest, batch)
+
+
+def _parts(maker: _Maker, sections, drafters, bandwidth_bytes) -> dict[str, Timed]:
     """Everything that the sections need, by a name that says what it is."""
     wanted = set(sections)
-    deepest = max(drafter.max_depth for drafter in DRAFTERS.values())
-    scene = Scene.with_room(config, params, PROMPT_LENGTH, deepest)
+    scene = maker.scene(drafters if "drafters" in wanted else ())
     parts: dict[str, Timed] = {}
     if wanted & {"bandwidth", "plain"}:
         block = bandwidth_block(bandwidth_bytes)
@@ -145,48 +208,33 @@ def _parts(config, params, sections, bandwidth_bytes, progress) -> dict[str, Tim
     parts |= {f"rows {count}": rows_forward(scene, count) for count in counts}
     if wanted & {"plain", "drafters"}:
         parts["plain"] = Step(scene, Plain(), None)
-    for name, drafter in DRAFTERS.items() if "drafters" in wanted else ():
-        progress(f"making {name}")
-        heads = jax.jit(lambda key, drafter=drafter: drafter.heads.init(config, params, key))(jax.random.key(1))
-        parts |= {f"{name} {part}": timed for part, timed in step_parts(scene, drafter, heads).items()}
+    for name in drafters if "drafters" in wanted else ():
+        parts |= {f"{name} {part}": timed for part, timed in step_parts(scene, *maker(name)).items()}
+        warm = step_parts(dataclasses.replace(scene, sampling=SAMPLED), *maker(name))
+        parts |= {
+            f"{name} sampled {part}": warm[part] for part in ("verdict", "commit", "update", "step") if part in warm
+        }
+    if "growth" in wanted:
+        for batch, context in SCENES:
+            scene = maker.scene(_followed(drafters), context, batch)
+            for name in ("none", *_followed(drafters)):
+                step = Step(scene, *maker(name), steps=STEPS_PER_GROWTH_SAMPLE)
+                parts[_growth_name(name, batch, context)] = step
     if "huggingface" in wanted and peer.is_installed():
-        progress("making the transformers model")
-        prompt = scene.tokens(PROMPT_LENGTH)[0].tolist()
-        parts["huggingface"] = peer.HuggingFace(config, prompt, PEER_TOKENS)
+        prompt = maker.scene(()).tokens(PROMPT_LENGTH)[0].tolist()
+        parts["huggingface"] = peer.HuggingFace(maker.config, prompt, PEER_TOKENS)
     return parts
 
 
-def bandwidth_block(size: int) -> Float[Array, "R C"]:
-    """A square matrix of at most `size` bytes, to be read."""
-    return jnp.ones((block_side(size),) * 2, jnp.float32)
+def _followed(drafters: Sequence[str]) -> tuple[str, ...]:
+    return tuple(name for name in FOLLOWED if name in drafters)
 
 
-def block_side(size: int) -> int:
-    """Side of a square of `size` bytes of float32."""
-    return math.isqrt(size // 4)
+def _growth_name(name: str, batch: int, context: int) -> str:
+    return f"growth {name} batch {batch} context {context}"
 
 
-def reduction(block: Float[Array, "R C"]) -> Part:
-    """Reads a matrix once, for the maximum of each row, whose terms may come in any order and so are vectorised."""
-
-    def rows(block, least_R):
-        return jnp.max(jnp.maximum(block, least_R[:, None]), axis=1)
-
-    return Part.of(rows, block, jnp.zeros(block.shape[0]))
-
-
-def matrix_vector(block: Float[Array, "R C"]) -> Part:
-    """Reads a matrix once, for its product with a vector."""
-    return Part.of(lambda block, vector_C: block @ vector_C, block, jnp.ones(block.shape[1]))
-
-
-def bytes_per_token(config: TransformerConfig, params: Params) -> int:
-    """Bytes of weights that decoding one token reads: all but an embedding table of which it needs a single row."""
-    total = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
-    return total if config.tied_embeddings else total - params["embed"]["embedding"].nbytes
-
-
-def _summarise(config, params, sections, bandwidth_bytes, timings: dict[str, Timing]) -> dict[str, Any]:
+def _summarise(maker: _Maker, sections, drafters, bandwidth_bytes, parts, timings: dict[str, Timing]) -> dict[str, Any]:
     results: dict[str, Any] = {}
     if "reduction" in timings:
         size = 4 * block_side(bandwidth_bytes) ** 2
@@ -198,7 +246,7 @@ def _summarise(config, params, sections, bandwidth_bytes, timings: dict[str, Tim
     if "rows" in sections:
         results["rows"] = [{"rows": count, **_ms("ms", timings[f"rows {count}"])} for count in ROWS]
     if "plain" in sections:
-        per_token = bytes_per_token(config, params)
+        per_token = bytes_per_token(maker.config, maker.params)
         rate = per_token / timings["plain"].median / 1e6
         results["plain"] = {
             **_ms("ms_per_token", timings["plain"]),
@@ -206,22 +254,41 @@ def _summarise(config, params, sections, bandwidth_bytes, timings: dict[str, Tim
             "megabytes_per_token": per_token / 1e6,
         }
     if "drafters" in sections:
-        results["drafters"] = {name: _drafter(name, timings) for name in DRAFTERS}
+        results["drafters"] = {name: _drafter(name, maker(name)[0].max_nodes, timings) for name in drafters}
+    if "growth" in sections:
+        results["growth"] = [
+            {
+                "batch": batch,
+                "context": context,
+                "drafters": {
+                    name: {
+                        **_ms("step_ms", timings[part]),
+                        "compile_seconds": max(0.0, parts[part].first_seconds - timings[part].median / 1e3),
+                    }
+                    for name in ("none", *_followed(drafters))
+                    for part in [_growth_name(name, batch, context)]
+                },
+            }
+            for batch, context in SCENES
+        ]
     if "huggingface" in sections:
         found = timings.get("huggingface")
         results["huggingface"] = _ms("ms_per_token", found) if found else None
     return results
 
 
-def _drafter(name: str, timings: dict[str, Timing]) -> dict[str, Any]:
+def _drafter(name: str, nodes: int, timings: dict[str, Timing]) -> dict[str, Any]:
     part = {key.removeprefix(f"{name} "): timing for key, timing in timings.items() if key.startswith(f"{name} ")}
+    # A drafter without state has nothing to update.
+    nothing = Timing(0.0, 0.0)
+    part = {"update": nothing, "sampled update": nothing, **part}
     median = {key: timing.median for key, timing in part.items()}
     network = network_ms(part)
     forwards = median["forward"] + network
     # Measured speed-up over the ideal one; the tokens per step are in both.
     efficiency = (timings["plain"].median / median["step"]) / (timings["rows 1"].median / forwards)
     return {
-        "tree_nodes": DRAFTERS[name].max_nodes,
+        "tree_nodes": nodes,
         **_ms("draft_ms", part["draft"]),
         "verify_ms": median["forward"] + median["verdict"],
         "verify_ms_min": part["forward"].minimum + part["verdict"].minimum,
@@ -231,10 +298,20 @@ def _drafter(name: str, timings: dict[str, Timing]) -> dict[str, Any]:
         **_ms("forward_ms", part["forward"]),
         "network_ms": network,
         **_ms("verdict_ms", part["verdict"]),
+        "overhead_share": _overhead(median, ""),
         "step_over_forwards": median["step"] / forwards,
         "draft_share": median["draft"] / median["step"],
         "loop_efficiency": efficiency,
+        "sampled": {
+            **{f"{key}_ms": median[f"sampled {key}"] for key in ("verdict", "commit", "update", "step")},
+            "overhead_share": _overhead(median, "sampled "),
+        },
     }
+
+
+def _overhead(median: dict[str, float], mode: str) -> float:
+    """What is neither drafting nor the target's forward, over the step."""
+    return sum(median[mode + key] for key in ("verdict", "commit", "update")) / median[f"{mode}step"]
 
 
 def _ms(key: str, timing: Timing) -> dict[str, float]:
@@ -265,9 +342,16 @@ def describe(results: dict[str, Any]) -> str:
         pieces = " + ".join(f"{part} {entry[f'{part}_ms']:.2f}" for part in ("draft", "verify", "commit", "update"))
         lines.append(f"{name:<18} step {entry['step_ms']:.2f} ms ({pieces} alone), {entry['tree_nodes']} rows")
         lines.append(
+            f"{'':<18} accept + commit + ingest {entry['overhead_share']:.1%} of a step, "
+            f"{entry['sampled']['overhead_share']:.1%} at temperature 1 with top-p 0.9"
+        )
+        lines.append(
             f"{'':<18} {entry['step_over_forwards']:.2f}x its forwards (target {entry['forward_ms']:.2f} + network "
             f"{entry['network_ms']:.2f} ms), loop efficiency {entry['loop_efficiency']:.0%}"
         )
+    for row in results.get("growth", []):
+        pieces = ", ".join(f"{name} {entry['step_ms']:.1f}" for name, entry in row["drafters"].items())
+        lines.append(f"batch {row['batch']:>2}, context {row['context']:>4}, ms per step: {pieces}")
     return "\n".join(lines)
 
 
@@ -288,14 +372,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m eval.speed", description=__doc__.splitlines()[0])
     parser.add_argument("--shape", default="110m", help=f"one of {', '.join(SHAPES)} (110m)")
     parser.add_argument("--sections", default=",".join(SECTIONS), help="comma-separated; all by default")
+    parser.add_argument("--drafters", default=",".join(DRAFTERS), help="comma-separated; all by default")
     parser.add_argument("--rounds", type=int, default=9, help="samples of each timing (9)")
     parser.add_argument("--out", type=Path, help="JSON file to write")
     args = parser.parse_args(argv)
-    sections = [name.strip() for name in args.sections.split(",") if name.strip()]
+    sections, drafters = (
+        [name.strip() for name in x.split(",") if name.strip()] for x in (args.sections, args.drafters)
+    )
     if args.out is not None:
         _check_out(args.out)
     with Progress() as progress:
-        results = run(args.shape, sections, args.rounds, progress=progress)
+        results = run(args.shape, sections, drafters, args.rounds, progress=progress)
     print(describe(results))
     if args.out is not None:
         args.out.parent.mkdir(parents=True, exist_ok=True)

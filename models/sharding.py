@@ -159,6 +159,27 @@ def keep_rows(tree: T) -> T:
     return jax.tree.map(keep, tree)
 
 
+def split_vocabulary(logits: jax.Array) -> jax.Array:
+    """In a jitted function: what a head split over `tensor` scores `[..., V]`, held split in the same way.
+
+    Where all scores are wanted, XLA might else copy all of the head to every device to compute them there.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or AxisType.Manual in mesh.axis_types or logits.shape[-1] % mesh.shape["tensor"]:
+        return logits
+    before = [PartitionSpec.UNCONSTRAINED] * (logits.ndim - 1)
+    return jax.lax.with_sharding_constraint(logits, PartitionSpec(*before, "tensor"))
+
+
+def gather_rows(x: jax.Array) -> jax.Array:
+    """In a jitted function: an array whose first axis is the batch, whole on each of the devices of its rows."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or AxisType.Manual in mesh.axis_types:
+        return x
+    rows = ROWS[0] if x.shape[0] % mesh.shape[ROWS[0]] == 0 else None
+    return jax.lax.with_sharding_constraint(x, PartitionSpec(rows))
+
+
 def row_wise(function: Callable[..., T], *arrays: Any) -> T:
     """`function(*arrays)`, run by every device on its own batch rows: nothing in it talks to another device.
 

@@ -22,6 +22,7 @@ from jaxtyping import Array, Float, Int
 from models.config import TransformerConfig
 from models.layers import Block, RMSNorm, Rows, call, joined_name, rope_angles, softcap, wide
 from models.layout import Layout
+from models.sharding import split_vocabulary
 
 Params = dict
 Cache = list[Rows]
@@ -155,7 +156,7 @@ def head(config: TransformerConfig, params: Params, hidden: Float[Array, "*B H"]
         logits = jnp.einsum("...H,VH->...V", hidden, params["embed"]["embedding"], preferred_element_type=dtype)
     else:
         logits = jnp.einsum("...H,HV->...V", hidden, params["head"]["kernel"], preferred_element_type=dtype)
-    return softcap(logits, config.logit_softcap)
+    return softcap(split_vocabulary(logits), config.logit_softcap)
 
 
 def final_norm(config: TransformerConfig, params: Params, residual: Float[Array, "*B H"]) -> Float[Array, "*B H"]:

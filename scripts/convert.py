@@ -2,31 +2,35 @@
 
     python -m scripts.convert --from llama2c --src stories260K.bin --tokenizer tok512.bin --out stories260K
     python -m scripts.convert --from eagle3 --src EAGLE3-LLaMA3-8B --base Meta-Llama-3-8B-Instruct --out eagle3
+    python -m scripts.convert --from model --src small/target --base large/target --growth static:tree=chain:4 --out d
 
 A target directory loads with `models.load_target` and with transformers. A drafter directory is for `--base`, the
 target directory that the drafter was trained on, and keeps what it was made from under `provenance`. Drafters come as
 one file or a directory, in safetensors or in torch's format, which is read without torch and without running anything
-in it.
+in it. `model` makes a drafter of a whole target directory, a smaller model of the same vocabulary. `--growth` says how
+a model or an EAGLE head grows its trees (`decoding/growth`).
 """
 
 import argparse
 import dataclasses
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from decoding.drafter import Drafter
 from decoding.drafters import save_drafter
+from decoding.drafters.draft_model import DraftModel
 from decoding.drafters.eagle import Eagle, Eagle3
 from decoding.drafters.hydra import Hydra
 from decoding.drafters.medusa import Medusa
+from decoding.growth import parse_growth
 from decoding.trees import MC_SIM_7B_63, Topology
 from models import load_target
 from models.config import TransformerConfig
 from models.errors import UserError, exit_on_user_error
 from models.heads import released
 from models.heads.released_files import Release, read_release
-from models.hf import save_target
+from models.hf import load_config, load_params, save_target
 from models.llama2c import read_llama2c, read_llama2c_tokenizer
 from models.target import Target
 from models.tokenizer import Tokenizer
@@ -90,6 +94,20 @@ def convert_target(args: argparse.Namespace) -> str:
     )
 
 
+def convert_model(args: argparse.Namespace) -> str:
+    """Writes a drafter directory with a whole model in it; returns what was made, for a person."""
+    base, config = load_target(args.base), load_config(args.src)
+    drafter = DraftModel(config, args.growth) if args.growth else DraftModel(config)
+    drafter.check(base.config)
+    if base.tokenizer and (args.src / "tokenizer.json").exists():
+        found, wanted = Tokenizer.load(args.src).fingerprint, base.tokenizer.fingerprint
+        if found != wanted:
+            raise UserError(f"{args.src} has another tokenizer ({found}) than {args.base} ({wanted})")
+    params = load_params(config, args.src, base.params["embed"]["embedding"].dtype)
+    save_drafter(args.out, drafter, params, base.fingerprint(), overwrite=args.overwrite)
+    return f"a draft model of {config.num_layers} layers, width {config.width} for {args.base}"
+
+
 def convert_drafter(args: argparse.Namespace) -> str:
     """Writes a drafter directory; returns what was made, for a person."""
     kind = DRAFTERS[args.format]
@@ -97,6 +115,8 @@ def convert_drafter(args: argparse.Namespace) -> str:
     base: Target = load_target(args.base)
     made = kind.read(release, base, *([args.layers] if args.layers else []))
     drafter = kind.drafter(made.heads)
+    if args.growth:
+        drafter = dataclasses.replace(cast(Any, drafter), growth=args.growth)
     drafter.check(base.config)
     provenance = {"format": made.format, "files": release.digests, "detected": made.detected}
     save_drafter(args.out, drafter, made.params, base.fingerprint(), overwrite=args.overwrite, provenance=provenance)
@@ -114,13 +134,14 @@ def three_layers(text: str) -> tuple[int, ...]:
 
 def check_options(args: argparse.Namespace) -> None:
     """Raises UserError for an option that the format lacks or has no use for, or an `--out` that is taken."""
-    drafter = args.format in DRAFTERS
+    drafter = args.format not in TARGETS
     if drafter and args.base is None:
         raise UserError(f"--from {args.format} needs --base, the directory of the target that it drafts for")
     for option, value, known in (
         ("--base", args.base, drafter),
         ("--tokenizer", args.tokenizer, not drafter),
         ("--layers", args.layers, args.format == "eagle3"),
+        ("--growth", args.growth, args.format in ("model", "eagle", "eagle3")),
     ):
         if value is not None and not known:
             raise UserError(f"--from {args.format} has no use for {option}")
@@ -133,7 +154,7 @@ def check_options(args: argparse.Namespace) -> None:
 def main(argv: Sequence[str] | None = None) -> None:
     """The command; see the module's docstring."""
     parser = argparse.ArgumentParser(prog="python -m scripts.convert", description=__doc__.splitlines()[0])
-    formats = [*TARGETS, *DRAFTERS]
+    formats = [*TARGETS, *DRAFTERS, "model"]
     parser.add_argument("--from", dest="format", required=True, choices=formats, help="format of the source")
     parser.add_argument("--src", type=Path, required=True, help="checkpoint, or file or directory of released weights")
     parser.add_argument("--tokenizer", type=Path, help="tokenizer file of a llama2c checkpoint")
@@ -144,11 +165,16 @@ def main(argv: Sequence[str] | None = None) -> None:
         metavar="LOW,MIDDLE,HIGH",
         help="layers whose input eagle3 reads, if they are not those of the original release",
     )
+    parser.add_argument(
+        "--growth", metavar="KIND[:NAME=VALUE,...]", help="how a model or an EAGLE head grows its trees"
+    )
     parser.add_argument("--out", type=Path, required=True, help="directory to write")
     parser.add_argument("--overwrite", action="store_true", help="replace a directory of the same kind that exists")
     args = parser.parse_args(argv)
     check_options(args)
-    made = convert_drafter(args) if args.format in DRAFTERS else convert_target(args)
+    args.growth = parse_growth(args.growth) if args.growth else None
+    convert = {"model": convert_model, **dict.fromkeys(TARGETS, convert_target)}.get(args.format, convert_drafter)
+    made = convert(args)
     print(f"wrote {args.out}: {made}")
 
 

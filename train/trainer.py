@@ -26,6 +26,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from models import sharding
 from models.errors import UserError
+from models.schema import resolved
 from train import provenance
 from train.checkpoint import Checkpoints
 from train.config import TrainConfig
@@ -34,7 +35,6 @@ from train.metrics import NotFinite, Report
 from train.objectives import OBJECTIVES
 from train.objectives.objective import Batch, Objective, Params
 from train.optimizer import make_optimizer, make_schedule
-from models.schema import resolved
 
 BATCH_AXES = ("data", "fsdp")
 State = dict[str, Any]

@@ -3,7 +3,8 @@
 A drafter directory is `drafter.json` (method, hyper-parameters, tree, fingerprint of its base) and, where the method
 has parameters, `model.safetensors`, whose tensors are named by their path in the parameter tree
 (`heads.0.vocab.kernel`, as [in, out]). On a command line a drafter is its directory, the bare name of one that has no
-parameters, `early_exit:LAYERS`, or several of these joined by `+`: each is asked where those before it find nothing.
+parameters, `early_exit:LAYERS`, `prompt_lookup:SHORTEST`, or several of these joined by `+`: each is asked where those
+before it find nothing.
 """
 
 import contextlib
@@ -63,6 +64,9 @@ BESIDES = ("base", "provenance")
 # Those that a bare name on a command line means: nothing to load.
 WITHOUT_PARAMETERS = ("none", "token_recycling", "prompt_lookup", "lookahead")
 
+# The hyper-parameter that a number behind a name, `early_exit:2`, stands for.
+WITH_NUMBER = {"early_exit": "layers", "prompt_lookup": "shortest"}
+
 
 def save_drafter(
     directory: str | Path,
@@ -95,7 +99,7 @@ def load_drafter(spec: str | Path, target: Target, mesh: Mesh | None = None) -> 
     """A drafter and its parameters, from what a command line says.
 
     Args:
-      spec: a directory, a bare name, `early_exit:LAYERS`, or several of these joined by `+` (see above).
+      spec: a directory, a bare name, `NAME:NUMBER`, or several of these joined by `+` (see above).
       target: what it will draft for; it must be the base that the drafter was trained on.
       mesh: shards the parameters over it by `models.sharding.RULES`; None is the mesh that the target was loaded on, or
         the default device.
@@ -107,16 +111,17 @@ def load_drafter(spec: str | Path, target: Target, mesh: Mesh | None = None) -> 
     if name in WITHOUT_PARAMETERS:
         return DRAFTERS[name](), None
     if not (directory / "drafter.json").is_file():
-        method, _, layers = name.partition(":")
+        method, _, number = name.partition(":")
         if "+" in name:
             parts = [load_drafter(part, target, mesh) for part in name.rsplit("+", 1)]
             (first, first_params), (second, second_params) = parts
             return FirstOf(first, second), {"first": first_params, "second": second_params}
-        if method == EarlyExit.name and layers.isdecimal():
-            return EarlyExit(int(layers)), None
+        if method in WITH_NUMBER and number.isdecimal():
+            return DRAFTERS[method](**{WITH_NUMBER[method]: int(number)}), None
+        numbered = [f"{method}:{field.upper()}" for method, field in WITH_NUMBER.items()]
         raise UserError(
             f"{name!r} is neither a drafter directory (there is no {directory / 'drafter.json'}) nor one of "
-            f"{', '.join(WITHOUT_PARAMETERS)}, early_exit:LAYERS, or several of these joined by +"
+            f"{', '.join([*WITHOUT_PARAMETERS, *numbered])}, or several of these joined by +"
         )
     record = read_json(directory / "drafter.json")
     drafter = build(record, str(directory / "drafter.json"))

@@ -82,10 +82,13 @@ class DraftModel(Drafter):
         start = rows.start - 1 + jnp.minimum(rows.nodes[:, -1], 0)
         return {"cache": commit(cache, taken, None, start)}
 
-    def draft(self, params, target, state, root, keys):
+    def network(self, params, target, state):
+        """The draft model in the middle of the text."""
         unread = jnp.take_along_axis(target.text, target.length[:, None] - 1, axis=1)
-        network = ModelNetwork(self.model, params, state["cache"], target.length - 1, unread)
-        grown = self.growth.grow(network, root, keys, target.warps)
+        return ModelNetwork(self.model, params, state["cache"], target.length - 1, unread)
+
+    def draft(self, params, target, state, root, keys):
+        grown = self.growth.grow(self.network(params, target, state), root, keys, target.warps)
         return grown.tree, {**state, "scratch": grown.scratch, "slot_of_node": grown.slot_of_node}
 
 

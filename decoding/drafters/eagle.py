@@ -181,19 +181,22 @@ class EagleDrafter(Drafter):
             "cache": commit(state["cache"], [fresh], None, first),
         }
 
+    def network(self, params, target, state):
+        """The layer in the middle of the text."""
+        return Network(self.heads, params, target, state)
+
     def draft(self, params, target, state, root, keys):
-        network = Network(self.heads, params, target, state)
-        return self.growth.grow(network, root, keys, target.warps).tree, state
+        return self.growth.grow(self.network(params, target, state), root, keys, target.warps).tree, state
 
     def teacher_forced(
         self, config, target: Params, params: Params, tokens: Int[Array, "B T"], output: Output, depth: int
     ) -> list[Float[Array, "B T H"]]:
         """The network's outputs at the first `depth` steps of drafts that begin everywhere in true texts."""
+        batch, length = tokens.shape
         padded = jnp.pad(tokens, ((0, 0), (0, depth)))
-        lengths = tokens.shape[1]
-        embeddings = [transformer.lookup(target, padded[:, 1 + k : 1 + k + lengths]) for k in range(depth)]
+        embeddings = [transformer.lookup(target, padded[:, 1 + k : 1 + k + length]) for k in range(depth)]
         feature = self.heads.fuse(params, output.taps)
-        return unroll(self.heads, config, params, feature, embeddings, Layout.causal(*tokens.shape))
+        return unroll(self.heads, config, params, feature, embeddings, Layout.causal(batch, length))
 
     def ranked(
         self, config, target: Params, params: Params, i: int, hidden: Float[Array, "*B H"], count: int

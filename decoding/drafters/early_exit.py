@@ -43,7 +43,10 @@ class EarlyExit(Drafter):
             raise UserError(f"{self.name} needs 1 to {config.num_layers} layers of this target, got {self.layers}")
         self.growth.check(config.vocab_size)
 
+    def network(self, params, target, state):
+        """The first layers in the middle of the text."""
+        nothing = jnp.zeros((target.length.shape[0], 0), jnp.int32)
+        return ModelNetwork(target.config, target.params, target.cache, target.length, nothing, self.layers)
+
     def draft(self, params, target, state, root, keys):
-        nothing = jnp.zeros((root.shape[0], 0), jnp.int32)
-        network = ModelNetwork(target.config, target.params, target.cache, target.length, nothing, self.layers)
-        return self.growth.grow(network, root, keys, target.warps).tree, state
+        return self.growth.grow(self.network(params, target, state), root, keys, target.warps).tree, state

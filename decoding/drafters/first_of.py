@@ -210,7 +210,7 @@ def joined(first: TokenTree, second: TokenTree, by_second: Bool[Array, "B"]) -> 
         where = by_second.reshape(-1, *(1,) * (1 + len(rest)))
         return jnp.where(where, padded(second), padded(first))
 
-    itself = jnp.eye(nodes, dtype=bool)
+    itself_and_root = jnp.eye(nodes, dtype=bool).at[:, 0].set(True)
     return TokenTree(
         tokens=chosen("tokens", 0),
         # Padding hangs below the root, and is not valid.
@@ -218,6 +218,6 @@ def joined(first: TokenTree, second: TokenTree, by_second: Bool[Array, "B"]) -> 
         depth=chosen("depth", 1),
         valid=chosen("valid", False),
         children=chosen("children", -1, width),
-        ancestors=chosen("ancestors", False, nodes) | itself,
+        ancestors=chosen("ancestors", False, nodes) | itself_and_root,
         law="point" if first.law == second.law == "point" else "match",
     )

@@ -52,9 +52,9 @@ class HeadDrafter(Drafter):
         self, config, target: Params, params: Params, tokens: Int[Array, "B T"], output: Output, depth: int
     ) -> list[Float[Array, "B T H"]]:
         """What the first `depth` heads' vocabulary maps read everywhere in true texts (see `decoding/replay.py`)."""
-        layout = Layout.causal(*tokens.shape)
-        feature_BTH = self.heads.features(config, params, output.hidden, layout)
-        padded, length = jnp.pad(tokens, ((0, 0), (0, depth))), tokens.shape[1]
+        batch, length = tokens.shape
+        feature_BTH = self.heads.features(config, params, output.hidden, Layout.causal(batch, length))
+        padded = jnp.pad(tokens, ((0, 0), (0, depth)))
         embeddings = [transformer.lookup(target, padded[:, 1 + i : 1 + i + length]) for i in range(depth)]
         return [self.heads.hidden(params, i, feature_BTH, jnp.stack(embeddings[: i + 1], axis=2)) for i in range(depth)]
 

@@ -22,11 +22,14 @@ class PromptLookup(Drafter):
 
     Attributes:
       depth: tokens to copy.
-      ngram: longest suffix to look for; shorter ones, down to the pending token alone, where it does not occur.
+      ngram: longest suffix to look for; shorter ones where it does not occur.
+      shortest: where to stop; 1 is the pending token alone. In a combination a higher bar leaves more to the other
+        drafter: one token almost always stood in the text before, and says little about what follows.
     """
 
     depth: int = 10
     ngram: int = 3
+    shortest: int = 1
     name: ClassVar[str] = "prompt_lookup"
 
     @property
@@ -38,12 +41,14 @@ class PromptLookup(Drafter):
         return self.depth
 
     def check(self, config):
-        for field in ("depth", "ngram"):
+        for field in ("depth", "shortest"):
             if getattr(self, field) < 1:
                 raise UserError(f"{self.name} needs {field} of at least 1, got {getattr(self, field)}")
+        if self.ngram < self.shortest:
+            raise UserError(f"{self.name} needs ngram of at least shortest ({self.shortest}), got {self.ngram}")
 
     def draft(self, params, target, state, root, keys):
-        match_B = find_match(target.text, target.length, self.ngram, self.depth)
+        match_B = find_match(target.text, target.length, self.ngram, self.depth, self.shortest)
         place_BN = match_B[:, None] + jnp.arange(self.max_nodes, dtype=jnp.int32)
         known_BN = (match_B[:, None] >= 0) & (place_BN <= target.length[:, None])
         copied_BN = jnp.take_along_axis(target.text, jnp.where(known_BN, place_BN, 0), axis=1)
@@ -52,7 +57,9 @@ class PromptLookup(Drafter):
         return dataclasses.replace(tree, valid=known_BN.at[:, 0].set(True)), state
 
 
-def find_match(text: Int[Array, "B C"], length: Int[Array, "B"], ngram: int, depth: int) -> Int[Array, "B"]:
+def find_match(
+    text: Int[Array, "B C"], length: Int[Array, "B"], ngram: int, depth: int, shortest: int = 1
+) -> Int[Array, "B"]:
     """Where the text's suffix occurred before.
 
     Of all earlier places the one with the longest common suffix (counted up to `ngram`) is taken; among those the last
@@ -65,9 +72,10 @@ def find_match(text: Int[Array, "B C"], length: Int[Array, "B"], ngram: int, dep
       length: index of the last known token.
       ngram: tokens to compare at most.
       depth: tokens that should follow.
+      shortest: a common suffix of fewer tokens is none.
 
     Returns:
-      Index of the last token of the match, less than `length`; -1 where no earlier token equals the last one.
+      Index of the last token of the match, less than `length`; -1 where there is none.
     """
     size = text.shape[1]
     place_C = jnp.arange(size, dtype=jnp.int32)
@@ -81,6 +89,6 @@ def find_match(text: Int[Array, "B C"], length: Int[Array, "B"], ngram: int, dep
     is_full_BC = place_C + depth <= length[:, None]
     # One number orders the candidates: common suffix first, then full before cut short, then late or early.
     order_BC = jnp.where(is_full_BC, size + place_C, size - 1 - place_C)
-    best_B = jnp.max(jnp.where(common_BC > 0, 2 * size * common_BC + order_BC, -1), axis=1)
+    best_B = jnp.max(jnp.where(common_BC >= shortest, 2 * size * common_BC + order_BC, -1), axis=1)
     order_B = best_B % (2 * size)
     return jnp.where(best_B < 0, -1, jnp.where(order_B >= size, order_B - size, size - 1 - order_B))

@@ -8,11 +8,11 @@ hold their own ancestors.
 from collections.abc import Callable
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from decoding.growth.network import DraftNetwork, Grown, of_target, over_target, own_slot
+from decoding.sampling import top_k
 from decoding.trees import TokenTree
 
 
@@ -87,8 +87,7 @@ def grow_by_value(
         made.append((tokens_BC, jnp.repeat(number_BF, K, axis=1), rank_BC, jnp.full_like(rank_BC, level), flat[1]))
         if level < depth:
             keep = min(width, F * K)
-            value_BF, place_BF = jax.lax.top_k(flat[2], keep)
-            place_BF = place_BF.astype(jnp.int32)
+            value_BF, place_BF = top_k(flat[2], keep)
             number_BF = count + place_BF
             parent_BF = place_BF // K
             parent_slot_BF = jnp.take_along_axis(slot_BF, parent_BF, axis=1)
@@ -102,7 +101,7 @@ def grow_by_value(
         count += F * K
     tokens_BC, parent_BC, rank_BC, depth_BC, worth_BC = (jnp.concatenate(x, axis=1) for x in zip(*made, strict=True))
     short = max(0, budget - count)
-    values_BN, chosen_BN = jax.lax.top_k(jnp.pad(worth_BC, ((0, 0), (0, short)), constant_values=-jnp.inf), budget)
+    values_BN, chosen_BN = top_k(jnp.pad(worth_BC, ((0, 0), (0, short)), constant_values=-jnp.inf), budget)
     # Invalid ones keep the last numbers, so that among the valid ones parents still come first.
     valid_BN = values_BN > least
     chosen_BN = jnp.sort(jnp.where(valid_BN, chosen_BN, count + chosen_BN), axis=1)

@@ -11,10 +11,11 @@ from typing import ClassVar
 import jax
 import jax.numpy as jnp
 
-from decoding.growth.by_value import Candidates, grow_by_value, slots
+from decoding.growth.by_value import Candidates, grow_by_value
 from decoding.growth.network import Growth
 from decoding.sampling import best_logits
 from models.errors import UserError
+from models.sharding import gather_rows
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,8 +54,8 @@ class Confidence(Growth):
         return self.depth
 
     @property
-    def slots(self) -> int:
-        return slots(self.top_k, self.depth)
+    def levels(self) -> tuple[int, ...]:
+        return 1, *(self.top_k,) * (self.depth - 1)
 
     def check(self, vocab_size: int) -> None:
         if self.top_k > vocab_size:
@@ -62,6 +63,7 @@ class Confidence(Growth):
 
     def grow(self, network, root, keys, warps):
         def expand(logits_BFW, value_BF, level):
+            logits_BFW = gather_rows(logits_BFW)
             best_BFK, outputs_BFK = best_logits(logits_BFW, self.top_k)
             # Rounding must let no path be worth more than its beginning.
             logp_BFK = jnp.minimum(best_BFK - jax.nn.logsumexp(logits_BFW, axis=2, keepdims=True), 0)

@@ -15,7 +15,7 @@ from typing import ClassVar
 
 import jax.numpy as jnp
 
-from decoding.growth.by_value import Candidates, grow_by_value, slots
+from decoding.growth.by_value import Candidates, grow_by_value
 from decoding.growth.network import Growth, draft_log_probabilities, gumbel_for
 from decoding.sampling import best_tokens
 from models.errors import UserError
@@ -56,8 +56,8 @@ class DySpec(Growth):
         return self.depth
 
     @property
-    def slots(self) -> int:
-        return slots(self.width, self.depth)
+    def levels(self) -> tuple[int, ...]:
+        return 1, *(self.width,) * (self.depth - 1)
 
     def check(self, vocab_size: int) -> None:
         if self.branch > vocab_size:

@@ -18,19 +18,20 @@ from decoding.sampling import Warps
 from decoding.trees import TokenTree
 from models import schema
 from models.errors import UserError
+from models.sharding import gather_rows
 
 
 @runtime_checkable
 class DraftNetwork(Protocol):
-    """A draft network in the middle of a text.
+    """A draft network in the middle of a text."""
 
-    Attributes:
-      vocabulary: target tokens of its W outputs; None when W is the target's vocabulary.
-      vocab_size: V, of the target.
-    """
+    @property
+    def vocabulary(self) -> Int[Array, "W"] | None:
+        """Target tokens of its W outputs; None when W is the target's vocabulary."""
 
-    vocabulary: Int[Array, "W"] | None
-    vocab_size: int
+    @property
+    def vocab_size(self) -> int:
+        """V, of the target."""
 
     def begin(self, root: Int[Array, "B"], slots: int) -> tuple[Float[Array, "B W"], Any]:
         """Logits of what follows the root, and a scratch of `slots` slots with the root in the first."""
@@ -77,7 +78,7 @@ class Growth:
     Properties:
       max_nodes: nodes of its trees, root included.
       max_depth: of the deepest candidate.
-      slots: rows that the network runs, root included.
+      levels: rows of each pass of the network, the root's first.
     """
 
     kind: ClassVar[str]
@@ -91,8 +92,13 @@ class Growth:
         raise AttributeError(f"{type(self).__name__} must say max_depth")
 
     @property
+    def levels(self) -> tuple[int, ...]:
+        raise AttributeError(f"{type(self).__name__} must say levels")
+
+    @property
     def slots(self) -> int:
-        raise AttributeError(f"{type(self).__name__} must say slots")
+        """Rows that the network runs in all, root included."""
+        return sum(self.levels)
 
     def grow(self, network: DraftNetwork, root: Int[Array, "B"], keys: Array, warps: Warps) -> Grown:
         """A tree under `root`.
@@ -125,7 +131,11 @@ class Growth:
 
 
 def draft_log_probabilities(logits: Float[Array, "B *M W"], warps: Warps) -> Float[Array, "B *M W"]:
-    """log q at the target's temperature; rows of temperature 0 stay at 1, and are not drawn from but ranked."""
+    """log q at the target's temperature; rows of temperature 0 stay at 1, and are not drawn from but ranked.
+
+    On a mesh every device of a row holds all of it: what follows, from ranking to the residual, takes the whole of q.
+    """
+    logits = gather_rows(logits)
     temperature = jnp.where(warps.temperature > 0, warps.temperature, 1.0).astype(logits.dtype)
     return jax.nn.log_softmax(logits / temperature.reshape(-1, *[1] * (logits.ndim - 1)), axis=-1)
 

@@ -9,7 +9,6 @@ perturbed score is, never on which token it is, so verification as `swor` stays 
 import dataclasses
 from typing import ClassVar
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
@@ -22,7 +21,7 @@ from decoding.growth.network import (
     over_target,
     own_slot,
 )
-from decoding.sampling import best_logits
+from decoding.sampling import best_logits, top_k
 from decoding.trees import TokenTree
 from models.errors import UserError
 
@@ -53,8 +52,8 @@ class StochasticBeam(Growth):
         return self.depth
 
     @property
-    def slots(self) -> int:
-        return 1 + self.width * (self.depth - 1)
+    def levels(self) -> tuple[int, ...]:
+        return 1, *(self.width,) * (self.depth - 1)
 
     def grow(self, network, root, keys, warps):
         batch, W = root.shape[0], self.width
@@ -119,7 +118,7 @@ def _best_of_all(
     batch, _, each = scores_BFK.shape
     values, outputs = scores_BFK.reshape(batch, -1), outputs_BFK.reshape(batch, -1)
     short = max(0, count - values.shape[1])
-    best, place = jax.lax.top_k(jnp.pad(values, ((0, 0), (0, short)), constant_values=-jnp.inf), count)
+    best, place = top_k(jnp.pad(values, ((0, 0), (0, short)), constant_values=-jnp.inf), count)
     place = jnp.minimum(place, values.shape[1] - 1).astype(jnp.int32)
     return best, place // each, jnp.take_along_axis(outputs, place, axis=1)
 

@@ -7,7 +7,6 @@ grown as `Static(tree, draws="without")`.
 """
 
 import dataclasses
-import functools
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -121,7 +120,9 @@ def measured_acceptance(tree: Topology, accepted_by_node: Int[np.ndarray, "N"], 
 
 def constant_branching(counts: Sequence[int]) -> Topology:
     """RSD-C's trees: every node of depth d has `counts[d]` children (Jeon et al. 2024)."""
-    levels = functools.reduce(
-        lambda levels, count: [*levels, [(*path, rank) for path in levels[-1] for rank in range(count)]], counts, [[()]]
-    )
-    return Topology(tuple(path for level in levels[1:] for path in level))
+    level: list[tuple[int, ...]] = [()]
+    paths: list[tuple[int, ...]] = []
+    for count in counts:
+        level = [(*path, rank) for path in level for rank in range(count)]
+        paths += level
+    return Topology(tuple(paths))

@@ -58,8 +58,8 @@ class Static(Growth):
         return self.tree.max_depth
 
     @property
-    def slots(self) -> int:
-        return sum(len(self.tree.expanded(depth)) for depth in range(self.max_depth))
+    def levels(self) -> tuple[int, ...]:
+        return tuple(len(self.tree.expanded(depth)) for depth in range(self.max_depth))
 
     def check(self, vocab_size: int) -> None:
         self.tree.check(heads=self.max_depth, vocab_size=vocab_size)

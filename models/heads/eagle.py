@@ -40,6 +40,7 @@ from models.errors import UserError
 from models.heads.medusa import vocab_kernel
 from models.layers import MLP, Attention, RMSNorm, Rows, attend, call, rope_angles, softcap, wide
 from models.layout import Layout
+from models.sharding import split_vocabulary
 from models.transformer import Params
 
 
@@ -294,7 +295,8 @@ class Eagle3Heads(_Network):
         """Scores of the token after the pair's, of the W tokens of the draft vocabulary, float32 or wider."""
         own = self.layer_config(config)
         normed = call(RMSNorm(own.norm_eps, own.zero_centred_norm), params["norm"], hidden)
-        return jnp.matmul(normed, params["vocab"]["kernel"], preferred_element_type=wide(hidden.dtype))
+        logits = jnp.matmul(normed, params["vocab"]["kernel"], preferred_element_type=wide(hidden.dtype))
+        return split_vocabulary(logits)
 
     def vocabulary(self, params: Params) -> Int[Array, "W"] | None:
         """Target ids of the tokens that `logits` scores; None means all, in order."""
@@ -368,7 +370,8 @@ def _attend_own_index(
     own = [*between, rows]
     s_BKTGS = jnp.einsum("BKTGD,BKDS->BKTGS", q_BKTGD, first["k"], preferred_element_type=dtype)
     s_BKTGS = jnp.where(layout.sees_rows(window)[:, None, :, None], softcap(s_BKTGS, cap), jnp.finfo(dtype).min)
-    each = [jnp.einsum("BKTGD,BKDT->BKTG", q_BKTGD, step["k"], preferred_element_type=dtype) for step in own]
+    # A product and a sum: as an einsum these would be B K T matrix products of a handful of numbers.
+    each = [jnp.sum((q_BKTGD * step["k"].swapaxes(2, 3)[:, :, :, None]).astype(dtype), axis=-1) for step in own]
     own_BKTGI = softcap(jnp.stack(each, axis=-1), cap)
     top = jnp.maximum(jnp.max(s_BKTGS, axis=-1), jnp.max(own_BKTGI, axis=-1))[..., None]
     e_BKTGS, e_BKTGI = jnp.exp(s_BKTGS - top), jnp.exp(own_BKTGI - top)

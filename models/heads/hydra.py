@@ -19,6 +19,7 @@ from models.config import TransformerConfig
 from models.heads.medusa import ResBlock, vocab_kernel
 from models.layers import Block, RMSNorm, call, rope_angles, wide
 from models.layout import Layout
+from models.sharding import split_vocabulary
 from models.transformer import Params
 
 
@@ -147,4 +148,5 @@ class HydraHeads:
         """Logits of head i, float32 or wider."""
         vocab = params["heads"][i]["vocab"]
         dtype = wide(hidden.dtype)
-        return jnp.matmul(hidden, vocab["kernel"], preferred_element_type=dtype) + vocab["bias"].astype(dtype)
+        logits = split_vocabulary(jnp.matmul(hidden, vocab["kernel"], preferred_element_type=dtype))
+        return logits + vocab["bias"].astype(dtype)

@@ -13,6 +13,7 @@ from jaxtyping import Array, Float
 
 from models.config import TransformerConfig
 from models.layers import call, wide
+from models.sharding import split_vocabulary
 from models.transformer import Params
 
 
@@ -79,4 +80,4 @@ class MedusaHeads:
     def vocab(self, params: Params, i: int, hidden: Float[Array, "*B H"]) -> Float[Array, "*B V"]:
         """Logits of head i, float32 or wider."""
         kernel = params["heads"][i]["vocab"]["kernel"]
-        return jnp.matmul(hidden, kernel, preferred_element_type=wide(hidden.dtype))
+        return split_vocabulary(jnp.matmul(hidden, kernel, preferred_element_type=wide(hidden.dtype)))

@@ -92,8 +92,10 @@ def eagle2(target: Target, key: Array) -> tuple[Drafter, Any]:
 
 def eagle3(target: Target, key: Array) -> tuple[Drafter, Any]:
     """A vocabulary of its own, which is not the beginning of the target's."""
-    drafter, params = _random(Eagle3(Eagle3Heads(0, 1, 1, 8), Confidence(top_k=4, depth=4, total=12)), target, key)
-    return drafter, {**params, "draft_vocab": jnp.array([0, 1, 3, 5, 6, 8, 10, 11], jnp.int32)}
+    known = [token for token in (0, 1, 3, 5, 6, 8, 10, 11) if token < target.config.vocab_size]
+    growth = Confidence(top_k=min(4, len(known)), depth=4, total=12)
+    drafter, params = _random(Eagle3(Eagle3Heads(0, 1, 1, len(known)), growth), target, key)
+    return drafter, {**params, "draft_vocab": jnp.array(known, jnp.int32)}
 
 
 def eagle3_static(target: Target, key: Array) -> tuple[Drafter, Any]:

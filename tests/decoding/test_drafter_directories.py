@@ -65,6 +65,7 @@ def test_bare_names(target: Target) -> None:
     assert load_drafter("none", target) == (Plain(), None)
     assert load_drafter("token_recycling", target) == (TokenRecycling(), None)
     assert load_drafter("early_exit:1", target) == (EarlyExit(1), None)
+    assert load_drafter("prompt_lookup:2", target) == (PromptLookup(shortest=2), None)
 
 
 def test_combinations(saved: pathlib.Path, target: Target) -> None:
@@ -75,7 +76,14 @@ def test_combinations(saved: pathlib.Path, target: Target) -> None:
     three, three_params = load_drafter("prompt_lookup+token_recycling+early_exit:2", target)
     assert three == FirstOf(FirstOf(PromptLookup(), TokenRecycling()), EarlyExit(2))
     assert three_params == {"first": {"first": None, "second": None}, "second": None}
-    for spec in ("prompt_lookup+", "prompt_lookup+absent", "early_exit:", "early_exit:two", "early_exit"):
+    for spec in (
+        "prompt_lookup+",
+        "prompt_lookup+absent",
+        "early_exit:",
+        "early_exit:two",
+        "early_exit",
+        "lookahead:2",
+    ):
         with pytest.raises(UserError, match="is neither a drafter directory"):
             load_drafter(spec, target)
 

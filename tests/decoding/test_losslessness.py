@@ -61,10 +61,10 @@ def law(setting: str) -> np.ndarray:
 
 
 @functools.cache
-def plain_strings() -> np.ndarray:
+def plain_strings(samples: int = SAMPLES) -> np.ndarray:
     with jax.enable_x64(True):
         drafter, params = CASES["none"](target(), jax.random.key(3))
-        arguments = dict(drafter=drafter, drafter_params=params, samples=SAMPLES, seed=1)
+        arguments = dict(drafter=drafter, drafter_params=params, samples=samples, seed=1)
         return sampled_strings(target(), PROMPT, LENGTH, list(SETTINGS.values()), **arguments)[0]
 
 
@@ -206,14 +206,14 @@ def test_sampled_strings_follow_the_target(name: str) -> None:
     drafter, params = CASES[name](target(), jax.random.key(3))
     settings = list(SETTINGS.values())
     if tree_law(target(), drafter, params, settings) in SAMPLED_LAWS:
-        for setting, result in check(drafter, params).items():
+        for setting, result in check(drafter, params, 1024).items():
             assert result.test.degrees > 5 and result.passed, f"{setting}: {result}"
         return
-    # Drafts change how the text is made, never which text a seed makes; and these strings follow the law.
-    arguments = dict(drafter=drafter, drafter_params=params, samples=SAMPLES, seed=1)
+    # Drafts change how the text is made, never which text a seed makes; and plain text follows the law.
+    arguments = dict(drafter=drafter, drafter_params=params, samples=256, seed=1)
     strings, stats = sampled_strings(target(), PROMPT, LENGTH, settings, **arguments)
-    assert np.array_equal(strings, plain_strings())
-    assert all(counted.committed == SAMPLES * (LENGTH - 1) for counted in stats)
+    assert np.array_equal(strings, plain_strings(256))
+    assert all(counted.committed == 256 * (LENGTH - 1) for counted in stats)
 
 
 def test_plain_strings_follow_the_target() -> None:

@@ -12,9 +12,9 @@ from tests.decoding.drafter_cases import cyclic_target, random_target
 pytestmark = pytest.mark.usefixtures("x64")
 
 
-def search(text: list[int], ngram: int, depth: int) -> int:
+def search(text: list[int], ngram: int, depth: int, shortest: int = 1) -> int:
     """The last token of the best earlier occurrence of the end of `text`, by trying them all."""
-    for size in range(min(ngram, len(text) - 1), 0, -1):
+    for size in range(min(ngram, len(text) - 1), shortest - 1, -1):
         ends = [end for end in range(size - 1, len(text) - 1) if text[end - size + 1 : end + 1] == text[-size:]]
         followed = [end for end in ends if end + depth <= len(text) - 1]
         if ends:
@@ -22,13 +22,16 @@ def search(text: list[int], ngram: int, depth: int) -> int:
     return -1
 
 
-@pytest.mark.parametrize(("ngram", "depth", "vocab"), [(3, 4, 3), (1, 2, 12), (2, 10, 4), (4, 1, 2), (3, 40, 2)])
-def test_match_is_that_of_a_plain_search(ngram: int, depth: int, vocab: int) -> None:
+@pytest.mark.parametrize(
+    ("ngram", "depth", "vocab", "shortest"),
+    [(3, 4, 3, 1), (1, 2, 12, 1), (2, 10, 4, 1), (4, 1, 2, 1), (3, 40, 2, 1), (3, 4, 3, 3), (4, 3, 3, 2)],
+)
+def test_match_is_that_of_a_plain_search(ngram: int, depth: int, vocab: int, shortest: int) -> None:
     rng = np.random.default_rng(ngram)
     text = rng.integers(0, vocab, (200, 36)).astype(np.int32)
     length = rng.integers(0, 36, 200).astype(np.int32)
-    found = find_match(jnp.array(text), jnp.array(length), ngram, depth)
-    expected = [search(row[: end + 1].tolist(), ngram, depth) for row, end in zip(text, length, strict=True)]
+    found = find_match(jnp.array(text), jnp.array(length), ngram, depth, shortest)
+    expected = [search(row[: end + 1].tolist(), ngram, depth, shortest) for row, end in zip(text, length, strict=True)]
     assert found.tolist() == expected
     assert -1 in expected and len(set(expected)) > 10
 
@@ -86,6 +89,8 @@ def test_rows_do_not_share_their_text() -> None:
 
 
 def test_nonsense_is_refused() -> None:
-    for wrong in (PromptLookup(depth=0), PromptLookup(ngram=0)):
+    for wrong in (PromptLookup(depth=0), PromptLookup(shortest=0)):
         with pytest.raises(UserError, match="of at least 1, got 0"):
             wrong.check(None)
+    with pytest.raises(UserError, match=r"needs ngram of at least shortest \(3\), got 2"):
+        PromptLookup(ngram=2, shortest=3).check(None)

@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 
-from eval import peer, speed
+from eval import bandwidth, peer, speed
 from eval.timing import Timing
 from models import transformer
 from models.transformer import param_shapes
@@ -17,36 +17,48 @@ MEBIBYTE = 2**20
 
 @pytest.fixture(scope="module")
 def results() -> dict:
-    sections = ("bandwidth", "rows", "plain", "drafters")
+    sections = ("bandwidth", "rows", "plain", "drafters", "growth")
+    drafters = ("hydra++", "token_recycling", "draft_model")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(speed, "ROWS", (1, 2, 8))
-        patch.setattr(speed, "DRAFTERS", {name: speed.DRAFTERS[name] for name in ("medusa", "hydra++")})
-        return speed.run("tiny", sections, rounds=1, bandwidth_bytes=MEBIBYTE)
+        patch.setattr(speed, "SCENES", ((1, 16), (2, 40)))
+        return speed.run("tiny", sections, drafters, rounds=1, bandwidth_bytes=MEBIBYTE)
 
 
 def test_keys(results: dict) -> None:
     assert set(results) == {
-        *("shape", "bandwidth_gb_per_s", "bandwidth_by_kind_gb_per_s", "rows", "plain", "drafters", "environment")
+        *("shape", "bandwidth_gb_per_s", "bandwidth_by_kind_gb_per_s", "rows", "plain", "drafters", "growth"),
+        "environment",
     }
     assert [set(row) for row in results["rows"]] == [{"rows", "ms", "ms_min"}] * 3
     assert {"ms_per_token", "bandwidth_share"} <= set(results["plain"])
     wanted = {"tree_nodes", "draft_ms", "verify_ms", "commit_ms", "update_ms", "step_ms", "loop_efficiency"}
-    for entry in results["drafters"].values():
-        assert wanted <= set(entry) and entry["tree_nodes"] == 64
-        assert all(value > 0 for name, value in entry.items() if name != "network_ms")
+    nodes = {"hydra++": 64, "token_recycling": 81, "draft_model": 5}
+    assert {name: entry["tree_nodes"] for name, entry in results["drafters"].items()} == nodes
+    for name, entry in results["drafters"].items():
+        assert wanted <= set(entry) and 0 < entry["overhead_share"] and 0 < entry["sampled"]["overhead_share"]
+        assert entry["step_ms"] > 0 and entry["update_ms"] > 0
+        assert (entry["network_ms"] > 0) == (name != "token_recycling") or name == "hydra++"
+    assert [(row["batch"], row["context"]) for row in results["growth"]] == [(1, 16), (2, 40)]
+    for row in results["growth"]:
+        assert set(row["drafters"]) == {"none", "token_recycling"}
+        assert all(entry["step_ms"] > 0 and entry["compile_seconds"] > 0 for entry in row["drafters"].values())
     json.dumps(results, allow_nan=False)
 
 
 def test_text_names_every_drafter(results: dict) -> None:
     text = speed.describe(results)
-    assert all(word in text for word in ("bandwidth", "plain decoding", "medusa", "hydra++", "loop efficiency"))
+    assert all(word in text for word in ("bandwidth", "plain decoding", "token_recycling", "hydra++", "loop efficiency", "context"))
 
 
 def test_derived_numbers_follow_their_definitions() -> None:
     ms = {"draft": 3.0, "choice": 1.0, "forward": 20.0, "verdict": 1.0, "commit": 0.5, "update": 0.25, "step": 26.0}
     timings = {f"medusa {name}": Timing(value, value) for name, value in ms.items()}
+    timings |= {f"medusa sampled {name}": Timing(2 * ms[name], 0.0) for name in ("verdict", "commit", "step")}
     timings |= {"plain": Timing(11.0, 11.0), "rows 1": Timing(10.0, 10.0)}
-    entry = speed._drafter("medusa", timings)
+    entry = speed._drafter("medusa", 64, timings)
+    assert entry["overhead_share"] == pytest.approx(1.75 / 26)
+    assert entry["sampled"]["overhead_share"] == pytest.approx(3.0 / 52), "nothing to update counts as no time"
     assert entry["verify_ms"] == 21.0
     assert entry["step_over_forwards"] == pytest.approx(26 / 22)
     assert entry["draft_share"] == pytest.approx(3 / 26)
@@ -58,7 +70,8 @@ def test_bandwidth_is_bytes_over_the_best_time() -> None:
     timings = {"reduction": Timing(9.0, 4.0), "matvec": Timing(3.0, 2.0), "plain": Timing(1.0, 1.0)}
     config = speed.SHAPES["tiny"]
     params = transformer.init(config, jax.random.key(0))
-    found = speed._summarise(config, params, ("bandwidth", "plain"), MEBIBYTE, timings)
+    maker = speed._Maker(config, params, print)
+    found = speed._summarise(maker, ("bandwidth", "plain"), (), MEBIBYTE, {}, timings)
     assert found["bandwidth_gb_per_s"] == pytest.approx(MEBIBYTE / 2e-3 / 1e9)
     rate = sum(leaf.nbytes for leaf in jax.tree.leaves(params)) / 1e-3 / 1e9
     assert found["plain"]["bandwidth_share"] == pytest.approx(rate / found["bandwidth_gb_per_s"])
@@ -67,12 +80,12 @@ def test_bandwidth_is_bytes_over_the_best_time() -> None:
 def test_bandwidth_parts_read_the_whole_block() -> None:
     block = np.arange(16, dtype=np.float32).reshape(4, 4)
     for part, expected in (
-        (speed.reduction(block), block.max(axis=1)),
-        (speed.matrix_vector(block), block.sum(axis=1)),
+        (bandwidth.reduction(block), block.max(axis=1)),
+        (bandwidth.matrix_vector(block), block.sum(axis=1)),
     ):
         part.sample()
         assert np.array_equal(part._state[1], expected)
-    assert speed.bandwidth_block(MEBIBYTE).nbytes == MEBIBYTE
+    assert bandwidth.bandwidth_block(MEBIBYTE).nbytes == MEBIBYTE
 
 
 def test_default_shape_has_110_million_parameters() -> None:

@@ -15,6 +15,7 @@ from models.layout import Layout
 from models.target import load_target
 from train import trainer
 from train.corpus import open_corpus
+from train.objectives.drafting import Guess
 from train.objectives.eagle import EagleObjective, count_labels, most_frequent
 from train.objectives.shift import ahead
 
@@ -136,7 +137,7 @@ def test_agreement_is_with_the_targets_choice_in_the_targets_tokens(setting, mon
     target, _ = objective.teacher_forced(params, frozen, batch, None)
     known = frozen["draft_vocab"]
     hidden = [ahead(target.logits[..., known], k + 1) for k in range(STEPS)]
-    guesses = [type(g)(h, h) for g, h in zip(objective.teacher_forced(params, frozen, batch, None)[1], hidden)]
+    guesses = [Guess(h, h) for h in hidden]
     monkeypatch.setattr(objective, "guesses", lambda *_: guesses)
     sums = objective.evaluate(params, frozen, batch)
     choice = np.asarray(jnp.argmax(target.logits, axis=-1))

@@ -75,7 +75,7 @@ class DraftObjective:
         check_vocabulary(self.model, tokenizer, config.base)
         self._fingerprint: dict[str, int | str | None] = {}
         self._dtype = jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
-        self.base: Params | None = transformer.param_shapes(self.model, self._dtype)
+        self.base: Params = transformer.param_shapes(self.model, self._dtype)
 
     @property
     def depth(self) -> int:
@@ -192,8 +192,9 @@ class DraftObjective:
           batch: `tokens` and `segments`, int [B, T].
           key: for noise and dropout; None is without either.
         """
-        layout = Layout.causal(*batch["tokens"].shape, batch["segments"])
-        target = transformer.forward(self.model, frozen, batch["tokens"], layout, taps=self.drafter.taps)
+        tokens_BT = batch["tokens"]
+        layout = Layout.causal(tokens_BT.shape[0], tokens_BT.shape[1], batch["segments"])
+        target = transformer.forward(self.model, frozen, tokens_BT, layout, taps=self.drafter.taps)
         return target, self.guesses(self._cast(trainable), frozen, batch, target, layout, key)
 
     def _cast(self, trainable):

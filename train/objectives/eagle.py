@@ -167,7 +167,7 @@ class Eagle3Objective(EagleObjective):
         super().__init__(config, tokenizer)
         self._vocabulary: np.ndarray | None = None
         if self.heads.vocab_size:
-            self.base["draft_vocab"] = jax.ShapeDtypeStruct((self.heads.vocab_size,), jnp.int32)
+            self.base = {**self.base, "draft_vocab": jax.ShapeDtypeStruct((self.heads.vocab_size,), jnp.int32)}
 
     @property
     def depth(self) -> int:
