@@ -269,7 +269,13 @@ MC_SIM_7B_63 = from_child_counts(
     | {(1, 0): 2, (2, 0): 1, (0, 0, 0): 2}
 )
 
-NAMED = {"mc_sim_7b_63": MC_SIM_7B_63}
+# Published with EAGLE-1; 25 candidates, depth histogram 4/8/8/3/2.
+EAGLE_25 = from_child_counts(
+    {(): 4, (0,): 3, (1,): 2, (2,): 2, (3,): 1, (0, 0): 3, (0, 1): 2, (0, 2): 2, (1, 0): 1, (0, 0, 0): 3}
+    | {(0, 0, 0, 0): 2}
+)
+
+NAMED = {"mc_sim_7b_63": MC_SIM_7B_63, "eagle_25": EAGLE_25}
 
 
 def load_topology(spec: "str | Path | Iterable[Sequence[int]]", where: str = "tree") -> Topology:

@@ -2,6 +2,7 @@
 
     python -m eval.tree --target DIR --drafter DIR [--prompts FILE | --data DIR] [--max_nodes 64] [--write]
     python -m eval.tree --target DIR --drafter DIR --tree TREE [--write]
+    python -m eval.tree --target DIR --drafter DIR --growth KIND[:NAME=VALUE,...] [--write]
 
 1. The target continues the prompts greedily, and the heads, teacher-forced on that text, are asked for the rank of
    every token among their guesses. That gives the accuracy of each rank at each depth.
@@ -11,6 +12,9 @@
    it expands, and what the loop adds to a forward.
 5. The tree with the most tokens per second wins; `--write` puts it into the drafter's directory.
 
+`--tree` and `--growth` measure nothing: they check what is given, and `--write` puts it there. Drafters made of heads
+have a tree, draft models and EAGLE heads a growth (`decoding/growth`).
+
 The module is called `tree` because the command is `python -m eval.tree`. As `eval.tree`, run from the project's root,
 it does not shadow the library `tree` that TFDS imports, which a top-level `tree.py` would.
 """
@@ -19,7 +23,7 @@ import argparse
 import dataclasses
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from jaxtyping import Float, Int
@@ -28,6 +32,7 @@ from decoding.drafters import load_drafter, write_tree
 from decoding.drafters.heads import HeadDrafter
 from decoding.drafters.plain import Plain
 from decoding.generate import bucket, generate
+from decoding.growth import Growth, parse_growth
 from decoding.trees import Topology, greedy_search, load_topology
 from eval.metrics import RANKS, head_ranks, rank_accuracy
 from eval.parts import Scene, Step, draft_part, rows_forward
@@ -296,19 +301,27 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--tree", help="measure nothing and take this tree: a published name, chain:DEPTH or a JSON file"
     )
-    parser.add_argument("--write", action="store_true", help="put the tree into the drafter's drafter.json")
+    parser.add_argument("--growth", help="measure nothing and take this growth, as in dyspec:budget=32,depth=5")
+    parser.add_argument("--write", action="store_true", help="put it into the drafter's drafter.json")
     args = parser.parse_args(argv)
     for name in ("prompt_tokens", "num_prompts", "max_new_tokens", "rounds"):
         if getattr(args, name) < 1:
             raise UserError(f"--{name} must be at least 1, got {getattr(args, name)}")
     target = load_target(args.target)
     drafter, params = load_drafter(args.drafter, target)
+    if args.growth is not None:
+        if not hasattr(drafter, "growth"):
+            raise UserError(f"the drafter {args.drafter!r} has no growth: --growth is for draft models and EAGLE heads")
+        growth = parse_growth(args.growth)
+        dataclasses.replace(cast(Any, drafter), growth=growth).check(target.config)
+        _write(args, growth, growth.max_nodes)
+        return
     if not isinstance(drafter, HeadDrafter):
         raise UserError(f"the drafter {args.drafter!r} has no heads, so there is no tree to choose for it")
     if args.tree is not None:
         tree = load_topology(args.tree, "--tree")
         dataclasses.replace(drafter, tree=tree).check(target.config)
-        _write(args, tree)
+        _write(args, tree, tree.size)
         return
     with Progress() as progress:
         choice = choose_tree(
@@ -324,13 +337,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     print_choice(choice)
     if choice.best.tokens_per_second <= choice.plain.tokens_per_second:
         print("plain decoding is expected to be faster than any tree of these heads on this device")
-    _write(args, choice.tree)
+    _write(args, choice.tree, choice.tree.size)
 
 
-def _write(args: argparse.Namespace, tree: Topology) -> None:
+def _write(args: argparse.Namespace, tree: Topology | Growth, rows: int) -> None:
     if args.write:
         write_tree(args.drafter, tree)
-        print(f"wrote the tree of {tree.size} rows to {Path(args.drafter) / 'drafter.json'}")
+        print(f"wrote the tree of {rows} rows to {Path(args.drafter) / 'drafter.json'}")
 
 
 if __name__ == "__main__":

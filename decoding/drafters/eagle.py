@@ -21,17 +21,11 @@ from decoding.drafters.heads import last_feature
 from decoding.growth import Confidence, Growth, Static
 from decoding.growth.scratch import Scratch
 from decoding.sampling import best_tokens
-from decoding.trees import Topology, from_child_counts
+from decoding.trees import EAGLE_25, Topology
 from models import transformer
 from models.heads.eagle import Eagle3Heads, EagleHeads, unroll
 from models.layout import Layout
 from models.transformer import Output, Params
-
-# Published with EAGLE-1; 25 candidates, depth histogram 4/8/8/3/2.
-EAGLE_25 = from_child_counts(
-    {(): 4, (0,): 3, (1,): 2, (2,): 2, (3,): 1, (0, 0): 3, (0, 1): 2, (0, 2): 2, (1, 0): 1, (0, 0, 0): 3}
-    | {(0, 0, 0, 0): 2}
-)
 
 
 @struct.dataclass

@@ -121,7 +121,8 @@ def draft_dyspec(target: Target, key: Array) -> tuple[Drafter, Any]:
 
 def _draft_model(target: Target, growth: Growth) -> tuple[Drafter, Any]:
     small = dataclasses.replace(target.config, num_layers=1)
-    return DraftModel(small, growth), {**target.params, "layers": target.params["layers"][:1]}
+    first = {**target.params, "layers": target.params["layers"][:1]}
+    return DraftModel(small, growth), transformer.split_projections(small, first)
 
 
 def early_exit(target: Target, key: Array) -> tuple[Drafter, Any]:

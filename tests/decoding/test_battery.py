@@ -164,7 +164,7 @@ def changed(change, params):
     return jax.tree.map(lambda leaf: change(leaf) if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf, params)
 
 
-# 2. Sampled output: under `match` and `point` it is the plain sampled output, token for token; under the other laws a seed
+# 2. Sampled output: under `match` and `point` it is the plain sampled output, token for token; under other laws a seed
 # still names one text. That it follows the target distribution is tested in test_losslessness.py.
 
 

@@ -1,14 +1,15 @@
-"""EAGLE's drafters beyond the battery: sampled children, a small draft vocabulary, the published tree, joined kernels."""
+"""EAGLE's drafters beyond the battery: sampled children, a draft vocabulary, the published tree, joined kernels."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from decoding.drafters.eagle import EAGLE_25, Eagle, Eagle3
+from decoding.drafters.eagle import Eagle, Eagle3
 from decoding.generate import generate
 from decoding.growth import Confidence, Static
 from decoding.sampling import Sampling
+from decoding.trees import EAGLE_25
 from eval.losslessness import check_losslessness
 from models.errors import UserError
 from models.heads.eagle import Eagle3Heads, EagleHeads
