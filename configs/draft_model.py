@@ -21,8 +21,6 @@ def get_config(variant: str = "") -> ConfigDict:
     check_variant(variant, "smoke")
     config = lm.get_config(variant)
     if variant != "smoke":
-        config.objective.model.update(
-            width=128, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=32, mlp_width=352
-        )
+        config.objective.model.update(width=128, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=32, mlp_width=352)
         config.steps, config.batch_size = 800, 8
     return config

@@ -2,9 +2,10 @@
 
     python -m train.main --config=configs/eagle.py --config.objective.target=runs/lm/target --workdir=runs/eagle
 
-A step costs the target's forward pass and one layer's forward and backward passes. Expected time: about 10 min on two
-CPU cores for a 12M-parameter target. Expected result: a drafter directory, runs/eagle/drafter, with the paper's static
-tree of 25 candidates; acceptance length is above that of Hydra.
+A step costs the target's forward pass and one layer's forward and backward passes. Expected time: 200 steps of 8 x 256
+tokens take about 1 min on two CPU cores with stories260K as target; a 12M-parameter target needs about 10 min for the
+400 steps of this file. Expected result: a drafter directory, runs/eagle/drafter, with the paper's static tree of 25
+candidates. In the paper it commits 3.9 tokens per step where Hydra commits 3.0 (Vicuna-7B, MT-Bench).
 
 The default differs from the paper in its optimizer, Muon, and in that the cross-entropy with the target's distribution
 weighs as much as the distance of features. `configs/eagle.py:paper` has the published numbers: a tenth of that

@@ -10,8 +10,8 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Float, Int
 
+from models.attention import Rows
 from models.config import TransformerConfig
-from models.layers import Rows
 from models.sharding import fitted
 from models.transformer import Cache
 

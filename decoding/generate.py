@@ -8,7 +8,7 @@ import dataclasses
 import time
 import warnings
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -79,6 +79,7 @@ def generate(
     on_tokens: Callable[[int, list[int], list[int]], None] | None = None,
     mesh=None,
     memory=None,
+    attention: Literal["dense", "split"] = "dense",
 ) -> Generation:
     """Decodes a batch of prompts; ragged lengths are fine.
 
@@ -98,6 +99,8 @@ def generate(
       on_tokens: called with (row, new tokens, their writers) as text is committed.
       mesh: devices that share the work: the batch is split over `data`, heads and vocabulary over `tensor`. None is the
         mesh that the target was loaded on, or one device.
+      attention: how the target reads its cache: `dense`, or `split`, with a library kernel for the committed prefix
+        (`models/attention.py`; neither sliding windows nor soft caps). Measure before choosing.
       memory: `Generation.memory` of an earlier request of the same batch size, for drafters that learn as they go.
 
     Raises:
@@ -125,7 +128,7 @@ def generate(
     if mesh is not None:
         _check_mesh(mesh, target, drafter_params, batch)
     lengths = np.array([len(prompt) for prompt in prompts], np.int32)
-    request = _make_request(config, lengths, limits, seeds, sampling, stop)
+    request = _make_request(config, lengths, limits, seeds, sampling, stop, attention)
     text = np.zeros((batch, padded), np.int32)
     for row, prompt in enumerate(prompts):
         text[row, : len(prompt)] = prompt
@@ -183,8 +186,12 @@ def _check_mesh(mesh, target, drafter_params, batch) -> None:
             warnings.warn(f"{size} {what} do not divide over {where}: each device there works on all", stacklevel=3)
 
 
-def _make_request(config, lengths, limits, seeds, sampling, stop) -> loop.Request:
+def _make_request(config, lengths, limits, seeds, sampling, stop, attention) -> loop.Request:
     batch = len(lengths)
+    if attention not in ("dense", "split"):
+        raise UserError(f"attention must be 'dense' or 'split', got {attention!r}")
+    if attention == "split" and (any(config.windows) or config.attention_softcap is not None):
+        raise UserError("attention 'split' cannot serve a target with sliding windows or an attention soft cap")
     seeds = _per_row([seeds + row for row in range(batch)] if isinstance(seeds, int) else seeds, batch, "seeds")
     if min(seeds) < 0 or max(seeds) >= 2**32:
         raise UserError(f"seeds must be in [0, 2^32), got {min(seeds) if min(seeds) < 0 else max(seeds)}")
@@ -194,6 +201,7 @@ def _make_request(config, lengths, limits, seeds, sampling, stop) -> loop.Reques
         stops=_pack_stops(stop if stop is not None else [[eos] for eos in config.eos_ids], batch),
         keys=jax.vmap(jax.random.key)(jnp.array(seeds, jnp.uint32)),
         warps=batch_warps(_per_row(sampling, batch, "sampling")),
+        attention=attention,
     )
 
 

@@ -38,6 +38,7 @@ class Request:
       stops: K token sequences that end a text, right-aligned in L places, padded on the left with -1.
       keys: typed PRNG keys.
       warps: sampling settings.
+      attention: how the target attends to its cache (`models.layout.Layout.attention`).
     """
 
     prompt_length: Int[Array, "B"]
@@ -45,6 +46,7 @@ class Request:
     stops: Int[Array, "B K L"]
     keys: Array
     warps: Warps
+    attention: str = struct.field(pytree_node=False, default="dense")
 
 
 @struct.dataclass
@@ -108,7 +110,8 @@ def prefill_chunk(
     """
     rows = tokens.shape[1]
     count = jnp.clip(request.prompt_length - state.length, 0, rows)
-    out = forward(config, params, tokens, Layout.extend(state.length, rows), state.cache, taps=drafter.taps)
+    layout = Layout.extend(state.length, rows, request.attention)
+    out = forward(config, params, tokens, layout, state.cache, taps=drafter.taps)
     cache = commit(state.cache, out.rows, None, state.length)
     length = state.length + count
     view = TargetView(config, params, cache, length, state.tokens, request.warps)
@@ -167,6 +170,7 @@ def decode_step(config, drafter, params, drafter_params, state, request, typical
         riders = drafter.riders(drafter_params, view, carried, tree)
     with jax.named_scope("target"):
         tokens, layout = verify_rows(tree, riders, state.length)
+        layout = dataclasses.replace(layout, attention=request.attention)
         out = forward(config, params, tokens, layout, state.cache, taps=drafter.taps)
     with jax.named_scope("verify"):
         arguments = (request.warps, request.keys, state.length, drafter.max_depth)

@@ -94,7 +94,7 @@ def study(
     prompts: Sequence[Prompt],
     calibration: Sequence[Prompt],
     *,
-    new_tokens: int = 128,
+    new_tokens: int = 96,
     budgets: Sequence[int] = BUDGETS,
     temperatures: Sequence[float] = TEMPERATURES,
     progress: Callable[[str], None] = lambda line: None,
@@ -211,9 +211,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--data", required=True, help="data set directory; its documents' beginnings are the prompts")
     parser.add_argument("--split", default="valid", help="its split to decode (valid)")
     parser.add_argument("--calibration_split", default="train", help="its split to choose trees by (train)")
-    parser.add_argument("--num_prompts", type=int, default=48, help="prompts of each (48)")
+    parser.add_argument("--num_prompts", type=int, default=40, help="prompts of each (40)")
     parser.add_argument("--prompt_tokens", type=int, default=32, help="their length (32)")
-    parser.add_argument("--max_new_tokens", type=int, default=128, help="most tokens of each text (128)")
+    parser.add_argument("--max_new_tokens", type=int, default=96, help="most tokens of each text (96)")
     parser.add_argument("--budgets", default="8,16,32,64", help="candidates besides the root (8,16,32,64)")
     parser.add_argument("--temperatures", default="0,1", help="0 is greedy (0,1)")
     parser.add_argument("--out", required=True, help="directory for results.json and report.html")

@@ -5,7 +5,6 @@ width. Matrix products run in the dtype of the parameters; norms, RoPE angles, s
 if the parameters are wider, in theirs.
 """
 
-import functools
 import math
 from typing import Any
 
@@ -15,26 +14,13 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from models.attention import attend, wide
 from models.config import RopeScaling, TransformerConfig
-from models.layout import Layout
-
-# One layer's keys `k` [B, K, D, S] and values `v` [B, K, S, D], of S cache slots or of S = T new rows.
-Rows = dict[str, Float[Array, "B K _ _"]]
 
 
 def call(module: nn.Module, params: dict, *inputs) -> Any:
     """A Linen module as a pure function of its parameters."""
     return module.apply({"params": params}, *inputs)
-
-
-def wide(dtype) -> jnp.dtype:
-    """The dtype for norms, softmax and logits: float32, or `dtype` if that is wider."""
-    return jnp.promote_types(dtype, jnp.float32)
-
-
-def softcap(x: Float[Array, "*shape"], cap: float | None) -> Float[Array, "*shape"]:
-    """cap * tanh(x / cap), or x when there is no cap (Gemma-2, section 2)."""
-    return x if cap is None else cap * jnp.tanh(x / cap)
 
 
 class RMSNorm(nn.Module):
@@ -76,57 +62,6 @@ def apply_rope(x: Float[Array, "B T N D"], angles: Float[Array, "B T 1 half"]) -
     cos, sin = jnp.cos(angles), jnp.sin(angles)
     left, right = jnp.split(x.astype(wide(x.dtype)), 2, axis=-1)
     return jnp.concatenate([left * cos - right * sin, right * cos + left * sin], axis=-1).astype(x.dtype)
-
-
-def attend(
-    q_BTND: Float[Array, "B T N D"],
-    rows: Rows,
-    prefix: Rows | None,
-    layout: Layout,
-    scratch: Rows | None = None,
-    *,
-    scale: float,
-    cap: float | None = None,
-    window: int | Int[Array, ""] | None = None,
-) -> Float[Array, "B T N*D"]:
-    """Softmax attention over the committed prefix, the scratch and the new rows, under one normaliser.
-
-    Keeping the sources apart means that the fresh keys of a draft tree never have to be written to the cache: only
-    rows that verification accepts are (`decoding/cache.py`). Keys lie as [B, K, D, S] and values as [B, K, S, D], the
-    two forms in which XLA multiplies a cache as it is; any other is transposed or packed anew at every step.
-    """
-    B, T, N, D = q_BTND.shape
-    K = rows["v"].shape[1]
-    dtype = wide(q_BTND.dtype)
-    q_BKRD = (q_BTND * scale).reshape(B, T, K, N // K, D).transpose(0, 2, 1, 3, 4).reshape(B, K, -1, D)
-
-    def scores(k_BKDS, seen_BTS):
-        s_BKRS = jnp.einsum("BKRD,BKDS->BKRS", q_BKRD, k_BKDS, preferred_element_type=dtype)
-        s_BKTGS = softcap(s_BKRS, cap).reshape(B, K, T, N // K, -1)
-        return jnp.where(seen_BTS[:, None, :, None], s_BKTGS, jnp.finfo(dtype).min)
-
-    sources, seen = [rows], [layout.sees_rows(window)]
-    if scratch is not None:
-        sources.append(scratch)
-        seen.append(layout.sees_scratch(window))
-    if prefix is not None:
-        sources.append(prefix)
-        seen.append(layout.sees_prefix(prefix["k"].shape[3], window))
-    s = [scores(source["k"], mask) for source, mask in zip(sources, seen, strict=True)]
-    top = functools.reduce(jnp.maximum, [jnp.max(x, axis=-1, keepdims=True) for x in s])
-    e = [jnp.exp(x - top) for x in s]
-    total = functools.reduce(jnp.add, [jnp.sum(x, axis=-1, keepdims=True) for x in e]).reshape(B, K, -1, 1)
-    mixed = [
-        jnp.einsum(
-            "BKRS,BKSD->BKRD",
-            x.reshape(B, K, T * N // K, -1).astype(source["v"].dtype),
-            source["v"],
-            preferred_element_type=dtype,
-        )
-        for x, source in zip(e, sources, strict=True)
-    ]
-    mixed_BKRD = (functools.reduce(jnp.add, mixed) / total).astype(q_BTND.dtype)
-    return mixed_BKRD.reshape(B, K, T, N // K, D).transpose(0, 2, 1, 3, 4).reshape(B, T, N * D)
 
 
 def joined_or_apart(module: nn.Module, names: tuple[str, ...], widths: list[int], bias: bool, x: Array) -> list[Array]:

@@ -27,6 +27,7 @@ class Layout:
       scratch_seen: `[b, i, s]` says that new row i sees row s of the scratch, rows that an earlier forward of the same
         draft computed; None when there is no scratch.
       scratch_positions: where those rows stand.
+      attention: "dense", or "split", which leaves the prefix to a library kernel (`models/attention.py`).
     """
 
     positions: Int[Array, "B T"]
@@ -35,6 +36,7 @@ class Layout:
     segments: Int[Array, "B T"] | None = None
     scratch_seen: Bool[Array, "#B T S"] | None = None
     scratch_positions: Int[Array, "B S"] | None = None
+    attention: str = struct.field(pytree_node=False, default="dense")
 
     @classmethod
     def causal(cls, batch: int, rows: int, segments: Int[Array, "B T"] | None = None) -> "Layout":
@@ -49,10 +51,10 @@ class Layout:
         return cls(positions_BT, jnp.zeros(batch, jnp.int32), segments=segments)
 
     @classmethod
-    def extend(cls, length: Int[Array, "B"], rows: int) -> "Layout":
+    def extend(cls, length: Int[Array, "B"], rows: int, attention: str = "dense") -> "Layout":
         """The next `rows` tokens of texts whose first `length` tokens are in the cache (a prefill chunk)."""
         positions_BT = length[:, None] + jnp.arange(rows, dtype=jnp.int32)
-        return cls(positions_BT, length)
+        return cls(positions_BT, length, attention=attention)
 
     def sees_rows(self, window: int | Int[Array, ""] | None) -> Bool[Array, "B T T"]:
         """`[b, i, j]`: new row i attends to new row j."""

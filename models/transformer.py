@@ -19,8 +19,9 @@ import jax.numpy as jnp
 from flax import struct
 from jaxtyping import Array, Float, Int
 
+from models.attention import Rows, softcap, wide
 from models.config import TransformerConfig
-from models.layers import Block, RMSNorm, Rows, call, joined_name, rope_angles, softcap, wide
+from models.layers import Block, RMSNorm, call, joined_name, rope_angles
 from models.layout import Layout
 from models.sharding import split_vocabulary
 

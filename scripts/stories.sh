@@ -5,8 +5,8 @@
 #   bash scripts/stories.sh --checkpoint stories260K.bin --tokenizer tok512.bin --train train.txt --valid valid.txt
 #       [--out DIR] [--fresh]
 #
-# The first two files are llama2.c's; the others hold TinyStories, parted by lines <|endoftext|>. About an hour on two CPU
-# cores. Every line that starts with $ is a command of its own. Asking again reuses what is finished and continues what
+# The first two files are llama2.c's; the others hold TinyStories, parted by lines <|endoftext|>. About an hour on two
+# CPU cores. Every line that starts with $ is a command of its own. Asking again reuses what is finished and continues what
 # was interrupted; --fresh starts over. See scripts/_venv.sh for TANDEM_VENV.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/_venv.sh"
@@ -82,9 +82,11 @@ fi
 learn="--config.data.path=$out/continuations --config.steps=600 --config.optimizer.name=muon \
     --config.optimizer.learning_rate=1e-2 --config.optimizer.weight_decay=0.0 --config.optimizer.final_fraction=0.1"
 for drafter in medusa hydra hydra_pp eagle eagle3; do
-    extra=""
-    # Dropout is for many passes over the same text; here there are four.
-    [ $drafter != hydra_pp ] || extra="--config.objective.heads.dropout=0.0"
+    case $drafter in
+    hydra_pp) extra=--config.objective.heads.dropout=0.0 ;;  # It is for more passes over a text than the four here.
+    eagle3) extra=--config.batch_size=8 ;;                   # Its step unrolls five steps of drafting.
+    *) extra="" ;;
+    esac
     run train.main --config=configs/$drafter.py --config.objective.target="$out/target" $learn $extra \
         --workdir="$out/$drafter"
 done
@@ -103,8 +105,8 @@ small=$out/draft_model
 run eval.acceptance --target "$out/target" --data "$out/data" --out "$out/results" --methods \
     Medusa="$out/medusa/drafter" Hydra="$out/hydra/drafter" Hydra++="$out/hydra_pp/drafter" \
     EAGLE-1="$out/eagle/drafter@top" EAGLE-2="$out/eagle/drafter@confidence" EAGLE-3="$out/eagle3/drafter@confidence" \
-    "draft model, chain=$small@chain" "draft model, best tree=$small@top" \
-    "RSD-C=$small@rsd-c" "RSD-S=$small@rsd-s" "Sequoia=$small@sequoia" \
-    "DySpec=$small@dyspec" "Token Recycling=token_recycling" "prompt lookup=prompt_lookup" "Lookahead=lookahead"
+    "draft model, chain=$small@chain" "draft model, best tree=$small@top" "RSD-C=$small@rsd-c" "RSD-S=$small@rsd-s" \
+    "Sequoia=$small@sequoia" "DySpec=$small@dyspec" "Token Recycling=token_recycling" "prompt lookup=prompt_lookup" \
+    "Lookahead=lookahead"
 
 printf '\nFinished in %d min %d s after installation.\n' $(((SECONDS - began) / 60)) $(((SECONDS - began) % 60))

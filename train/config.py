@@ -10,8 +10,8 @@ from typing import Any, Literal
 
 from ml_collections import ConfigDict
 
-from models.errors import UserError
 from models import schema
+from models.errors import UserError
 from models.schema import require
 
 

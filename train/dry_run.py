@@ -6,9 +6,9 @@ from typing import Any
 
 import jax
 
+from models.schema import resolved
 from train.config import TrainConfig
 from train.corpus import open_corpus
-from models.schema import resolved
 from train.trainer import Plan, count, describe_job, make_plan
 
 

@@ -36,10 +36,10 @@ def train_command(argv: list[str]) -> None:
     profile = _steps(_PROFILE.value)
 
     # Objectives and the trainer bring JAX, Orbax and TFDS; a mistyped flag is answered before that.
+    from models.schema import resolved
     from train import dry_run, provenance, trainer
     from train.config import parse
     from train.objectives import OBJECTIVES
-    from models.schema import resolved
 
     source = flags.FLAGS["config"].config_filename  # type: ignore[attr-defined]
     config = parse(_CONFIG.value, OBJECTIVES, source)

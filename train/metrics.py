@@ -22,8 +22,8 @@ import jax
 import rich.progress
 
 from models.errors import UserError
-from train.config import MetricsConfig, TrainConfig
 from models.schema import resolved as resolve
+from train.config import MetricsConfig, TrainConfig
 
 
 class MetricWriter:

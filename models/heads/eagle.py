@@ -35,10 +35,11 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from models import transformer
+from models.attention import Rows, attend, softcap, wide
 from models.config import RopeScaling, TransformerConfig
 from models.errors import UserError
 from models.heads.medusa import vocab_kernel
-from models.layers import MLP, Attention, RMSNorm, Rows, attend, call, rope_angles, softcap, wide
+from models.layers import MLP, Attention, RMSNorm, call, rope_angles
 from models.layout import Layout
 from models.sharding import split_vocabulary
 from models.transformer import Params

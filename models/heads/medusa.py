@@ -11,8 +11,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from models.attention import wide
 from models.config import TransformerConfig
-from models.layers import call, wide
+from models.layers import call
 from models.sharding import split_vocabulary
 from models.transformer import Params
 

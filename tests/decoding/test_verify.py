@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from decoding.sampling import Sampling, batch_warps, draw
-from decoding.trees import TokenTree, Topology
+from decoding.trees import Topology
 from decoding.verify import Typical, verify, verify_typical
 
 TREE = Topology(((0,), (1,), (2,), (0, 0), (0, 1), (1, 0), (2, 0), (2, 1), (2, 1, 0), (1, 0, 0)))

@@ -36,7 +36,7 @@ def test_keys(results: dict) -> None:
     nodes = {"hydra++": 64, "token_recycling": 81, "draft_model": 5}
     assert {name: entry["tree_nodes"] for name, entry in results["drafters"].items()} == nodes
     for name, entry in results["drafters"].items():
-        assert wanted <= set(entry) and 0 < entry["overhead_share"] and 0 < entry["sampled"]["overhead_share"]
+        assert wanted <= set(entry) and entry["overhead_share"] > 0 and entry["sampled"]["overhead_share"] > 0
         assert entry["step_ms"] > 0 and entry["update_ms"] > 0
         assert (entry["network_ms"] > 0) == (name != "token_recycling") or name == "hydra++"
     assert [(row["batch"], row["context"]) for row in results["growth"]] == [(1, 16), (2, 40)]
@@ -48,7 +48,10 @@ def test_keys(results: dict) -> None:
 
 def test_text_names_every_drafter(results: dict) -> None:
     text = speed.describe(results)
-    assert all(word in text for word in ("bandwidth", "plain decoding", "token_recycling", "hydra++", "loop efficiency", "context"))
+    assert all(
+        word in text
+        for word in ("bandwidth", "plain decoding", "token_recycling", "hydra++", "loop efficiency", "context")
+    )
 
 
 def test_derived_numbers_follow_their_definitions() -> None:

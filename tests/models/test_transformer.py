@@ -11,8 +11,9 @@ import pytest
 
 from decoding.cache import commit, init_cache
 from models import transformer
+from models.attention import softcap
 from models.config import RopeScaling, TransformerConfig
-from models.layers import apply_rope, rope_frequencies, softcap
+from models.layers import apply_rope, rope_frequencies
 from models.layout import Layout
 
 LLAMA = TransformerConfig(

@@ -9,8 +9,8 @@ import pytest
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from models.errors import UserError
 from models import schema
+from models.errors import UserError
 from train.command_line import load_config, read_flags
 from train.config import TrainConfig, parse
 from train.objectives import OBJECTIVES

@@ -15,13 +15,13 @@ import pytest
 
 from decoding.drafters import load_drafter
 from models.errors import UserError
+from models.schema import resolved
 from models.storage import leaves_by_path
 from models.target import load_target
 from train import dry_run, provenance, trainer
 from train.corpus import open_corpus
 from train.metrics import Report
 from train.objectives.objective import Objective
-from models.schema import resolved
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 TIMINGS = ("step_seconds", "tokens_per_second", "data_share")
