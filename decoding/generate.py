@@ -8,7 +8,7 @@ import dataclasses
 import time
 import warnings
 from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -79,7 +79,7 @@ def generate(
     on_tokens: Callable[[int, list[int], list[int]], None] | None = None,
     mesh=None,
     memory=None,
-    attention: Literal["dense", "split"] = "dense",
+    attention: str = "dense",
 ) -> Generation:
     """Decodes a batch of prompts; ragged lengths are fine.
 
