@@ -15,7 +15,7 @@ Prints and saves, with the terms of `eval/benchmark.py`:
                          of forward_ms and network_ms; `overhead_share` is what verdict, commit and update take of a
                          step, and `sampled` holds these and the step at temperature 1 with top-p 0.9
     growth               list of {batch, context, drafters: name -> {step_ms, compile_seconds}}: the fused loop's step
-                         as batch and context grow, and what its first compilation took
+                         as batch and context grow, and its compilation, or None where it was compiled before
     huggingface          {ms_per_token} of transformers' `generate` on the same shape and prompt length, where torch and
                          transformers are installed, else null
     shape, environment   what was measured, and on what
@@ -263,7 +263,7 @@ def _summarise(maker: _Maker, sections, drafters, bandwidth_bytes, parts, timing
                 "drafters": {
                     name: {
                         **_ms("step_ms", timings[part]),
-                        "compile_seconds": max(0.0, parts[part].first_seconds - timings[part].median / 1e3),
+                        "compile_seconds": _compile_seconds(parts[part], timings[part]),
                     }
                     for name in ("none", *_followed(drafters))
                     for part in [_growth_name(name, batch, context)]
@@ -275,6 +275,12 @@ def _summarise(maker: _Maker, sections, drafters, bandwidth_bytes, parts, timing
         found = timings.get("huggingface")
         results["huggingface"] = _ms("ms_per_token", found) if found else None
     return results
+
+
+def _compile_seconds(step: Any, timing: Timing) -> float | None:
+    """What the first sample took beyond a usual one; None where the program had been compiled before."""
+    usual = STEPS_PER_GROWTH_SAMPLE * timing.median / 1e3
+    return step.first_seconds - usual if step.first_seconds > 2 * usual else None
 
 
 def _drafter(name: str, nodes: int, timings: dict[str, Timing]) -> dict[str, Any]:

@@ -6,6 +6,7 @@ The network here is a table from paths to distributions, so that every growth ca
 import dataclasses
 import heapq
 import itertools
+import types
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +18,7 @@ from decoding.growth.network import gumbel_for
 from decoding.growth.rsd import condition_maximum
 from decoding.growth.sequoia import constant_branching
 from decoding.sampling import Sampling, batch_warps
-from decoding.trees import TokenTree, chain
+from decoding.trees import chain
 from models.errors import UserError
 from tests.decoding.drafter_cases import LOPSIDED
 
@@ -86,7 +87,7 @@ GROWTHS = {
 each_growth = pytest.mark.parametrize("name", GROWTHS)
 
 
-def grow(growth: Growth, warps=WARM) -> tuple[TokenTree, np.ndarray]:
+def grow(growth: Growth, warps=WARM) -> tuple[types.SimpleNamespace, np.ndarray]:
     """What it makes, arrays as NumPy; kept, since many tests look at the same trees."""
     if (growth, id(warps)) not in MADE:
         MADE[growth, id(warps)] = _grow(growth, warps)
@@ -96,7 +97,7 @@ def grow(growth: Growth, warps=WARM) -> tuple[TokenTree, np.ndarray]:
 MADE: dict = {}
 
 
-def _grow(growth: Growth, warps) -> tuple[TokenTree, np.ndarray]:
+def _grow(growth: Growth, warps) -> tuple[types.SimpleNamespace, np.ndarray]:
     grown = growth.grow(Table(), ROOTS, KEYS, warps)
     tree = grown.tree
     whole = {
@@ -104,10 +105,10 @@ def _grow(growth: Growth, warps) -> tuple[TokenTree, np.ndarray]:
         for f in dataclasses.fields(tree)
         if hasattr(x := getattr(tree, f.name), "shape")
     }
-    return TokenTree(**whole, law=tree.law), np.broadcast_to(grown.slot_of_node, whole["tokens"].shape)
+    return types.SimpleNamespace(**whole, law=tree.law), np.broadcast_to(grown.slot_of_node, whole["tokens"].shape)
 
 
-def path_of(tree: TokenTree, b: int, node: int) -> list[int]:
+def path_of(tree: types.SimpleNamespace, b: int, node: int) -> list[int]:
     path = []
     while node >= 0:
         path.append(int(tree.tokens[b, node]))
