@@ -7,7 +7,7 @@ proposes nothing.
 """
 
 import dataclasses
-import importlib
+from collections.abc import Mapping
 from typing import Any, ClassVar, cast
 
 from flax import struct
@@ -93,6 +93,7 @@ class Drafter:
     """Base of all drafters; the defaults are those of one without parameters, state or candidates.
 
     Class attributes:
+      known: every drafter by its name (`decoding.drafters.DRAFTERS`).
       name: what `drafter.json` and command lines call it.
       taps: target features that `ingest` wants (see `models.transformer.forward`).
 
@@ -102,6 +103,7 @@ class Drafter:
       num_riders: rows that `riders` adds.
     """
 
+    known: ClassVar[Mapping[str, type]] = {}
     name: ClassVar[str]
     taps: ClassVar[tuple[str, ...]] = ()
 
@@ -129,8 +131,7 @@ class Drafter:
         Raises:
           UserError: an unknown method, or an entry that is unknown, missing or of the wrong type.
         """
-        # Late, because that module lists the subclasses of this one.
-        known: dict[str, type] = importlib.import_module("decoding.drafters").DRAFTERS
+        known = Drafter.known
         method = raw.get("method") if isinstance(raw, dict) else None
         if not isinstance(method, str) or method not in known:
             raise UserError(f"{place} names the method {method!r}; known are {', '.join(known)}")

@@ -57,6 +57,7 @@ DRAFTERS: dict[str, type[Drafter]] = {
     "early_exit": EarlyExit,
     "first_of": FirstOf,
 }
+Drafter.known = DRAFTERS
 
 # What a record holds beside the drafter itself: the fingerprint of its base, and where converted weights came from.
 BESIDES = ("base", "provenance")

@@ -17,6 +17,7 @@ GROWTHS: dict[str, type[Growth]] = {
     "dyspec": DySpec,
     "confidence": Confidence,
 }
+Growth.known = GROWTHS
 
 
 def parse_growth(text: str) -> Growth:

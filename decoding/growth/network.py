@@ -7,7 +7,7 @@ a tree has fewer slots than nodes.
 """
 
 import dataclasses
-import importlib
+from collections.abc import Mapping
 from typing import Any, ClassVar, NamedTuple, Protocol, runtime_checkable
 
 import jax
@@ -73,6 +73,7 @@ class Growth:
     """Base of all growths: frozen and hashable, so that they can be jit constants.
 
     Class attributes:
+      known: every growth by its kind (`decoding.growth.GROWTHS`).
       kind: its name in `decoding.growth.GROWTHS`.
 
     Properties:
@@ -81,6 +82,7 @@ class Growth:
       levels: rows of each pass of the network, the root's first.
     """
 
+    known: ClassVar[Mapping[str, type]] = {}
     kind: ClassVar[str]
 
     @property
@@ -122,10 +124,9 @@ class Growth:
     @classmethod
     def from_record(cls, raw: Any, where: str, place: str) -> "Growth":
         """The inverse of `to_record`, for any kind. Raises UserError for what does not fit."""
-        # Late, because that module lists the subclasses of this one.
-        known: dict[str, type] = importlib.import_module("decoding.growth").GROWTHS
+        known = Growth.known
         kind = raw.get("kind") if isinstance(raw, dict) else None
-        if kind not in known:
+        if not isinstance(kind, str) or kind not in known:
             raise UserError(f"{place}: {where}.kind must be one of {', '.join(known)}, got {kind!r}")
         return schema.parse(known[kind], {key: value for key, value in raw.items() if key != "kind"}, where, place)
 
