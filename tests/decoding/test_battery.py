@@ -26,7 +26,7 @@ from models import transformer
 from models.errors import UserError
 from models.layout import Layout
 from models.target import Target
-from tests.decoding.drafter_cases import CASES, LOPSIDED, Oracle, Recorder, random_target
+from tests.decoding.drafter_cases import CASES, LOPSIDED, Oracle, Recorder, each_drafter, random_target
 
 PROMPTS = [[1, 2, 3], [4, 5, 6, 7, 8, 9, 10], [11], [0, 3, 3, 7, 1]]
 CAPACITY = 640
@@ -38,7 +38,6 @@ WARPS = [
 ]
 
 pytestmark = pytest.mark.usefixtures("x64")
-each_drafter = pytest.mark.parametrize("name", CASES)
 
 
 @functools.cache

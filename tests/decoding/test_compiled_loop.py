@@ -11,7 +11,7 @@ from decoding import loop
 from decoding.cache import SLOTS
 from decoding.generate import _pack_stops
 from decoding.sampling import Sampling, batch_warps
-from tests.decoding.drafter_cases import CASES, random_target
+from tests.decoding.drafter_cases import CASES, each_drafter, random_target
 
 CAPACITY, HEAD_DIM, KV_HEADS = 112, 22, 2
 HOST = re.compile(r"(?<![\w-])(infeed|outfeed|send|recv|send-done|recv-done)\(|callback")
@@ -108,9 +108,6 @@ def whole_copies(text: str, dtype: str, size: int) -> list[str]:
             if large(shape) and not set(kinds) <= IN_PLACE:
                 made.append(match[0].strip())
     return made
-
-
-each_drafter = pytest.mark.parametrize("name", CASES)
 
 
 @each_drafter

@@ -34,7 +34,7 @@ from eval.losslessness import (
     tree_law,
 )
 from models.errors import UserError
-from tests.decoding.drafter_cases import CASES
+from tests.decoding.drafter_cases import CASES, each_drafter
 
 SAMPLES, PROMPT, LENGTH, VOCAB = 2048, [1, 2, 3], 3, 5
 SETTINGS = {
@@ -201,7 +201,7 @@ def test_law_is_the_product_of_conditionals() -> None:
     assert np.isclose(law("temperature")[string], np.prod([p[i, token] for i, token in enumerate(string)]), rtol=1e-9)
 
 
-@pytest.mark.parametrize("name", CASES)
+@each_drafter
 def test_sampled_strings_follow_the_target(name: str) -> None:
     drafter, params = CASES[name](target(), jax.random.key(3))
     settings = list(SETTINGS.values())
