@@ -150,8 +150,8 @@ CASES: dict[str, Callable[[Target, Array], tuple[Drafter, Any]]] = {
     "eagle3 static": eagle3_static,
 }
 
-# What these add is shown elsewhere too: the network by another growth, the growth by `tests/decoding/growth` and its law
-# by test_losslessness.py. They run with `-m slow`.
+# What these add is shown elsewhere too: the network by another growth, the growth by `tests/decoding/growth`, its law by
+# test_losslessness.py. They run with `-m slow`.
 VARIANTS = ("hydra", "eagle2", "eagle3 static", "early_exit", "draft rsd-s", "draft dyspec")
 each_drafter = pytest.mark.parametrize(
     "name", [pytest.param(name, marks=[pytest.mark.slow] if name in VARIANTS else []) for name in CASES]
