@@ -150,7 +150,7 @@ CASES: dict[str, Callable[[Target, Array], tuple[Drafter, Any]]] = {
     "eagle3 static": eagle3_static,
 }
 
-# What these add is shown elsewhere too: the network by another growth, the growth in `tests/decoding/growth`, its law in
+# What these add is shown elsewhere too: the network by another growth, the growth by tests/decoding/growth, its law by
 # test_losslessness.py. They run with `-m slow`.
 VARIANTS = ("hydra", "eagle2", "eagle3 static", "early_exit", "draft rsd-s", "draft dyspec")
 each_drafter = pytest.mark.parametrize(
