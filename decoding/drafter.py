@@ -153,10 +153,7 @@ class Drafter:
         return params
 
     def prepare(self, params):
-        """Parameters in the layout that `draft` reads.
-
-        Runs in every compiled call of the loop (when streaming, once per block of steps), before its `while_loop`.
-        """
+        """Parameters in the layout that `draft` reads; called once per request, before anything is decoded."""
         return params
 
     def init(self, config: TransformerConfig, batch: int, capacity: int, dtype, mesh: Mesh | None = None):
@@ -206,8 +203,8 @@ class Drafter:
         return None
 
     def recall(self, state, memory):
-        """A fresh state with the memory of an earlier request."""
-        return state
+        """A fresh state with an earlier request's memory. Raises UserError for memory that is not this drafter's."""
+        raise UserError(f"the drafter {self.name} keeps nothing between requests, so it cannot be given memory")
 
 
 def _immutable(value: Any) -> Any:

@@ -5,6 +5,7 @@ end or m steps at a time.
 """
 
 import dataclasses
+import numbers
 import time
 import warnings
 from collections.abc import Callable, Sequence
@@ -99,7 +100,7 @@ def generate(
       on_tokens: called with (row, new tokens, their writers) as text is committed.
       mesh: devices that share the work: the batch is split over `data`, heads and vocabulary over `tensor`. None is the
         mesh that the target was loaded on, or one device.
-      attention: how the target reads its cache: `dense`, or `split`, with a library kernel for the committed prefix
+      attention: how the target reads its cache: `dense`, or `split`, with the library's attention for the prefix
         (`models/attention.py`; neither sliding windows nor soft caps). Measure before choosing.
       memory: `Generation.memory` of an earlier request of the same batch size, for drafters that learn as they go.
 
@@ -134,6 +135,7 @@ def generate(
         text[row, : len(prompt)] = prompt
 
     started = time.perf_counter()
+    drafter_params = loop.prepare(drafter, drafter_params)
     with on_mesh(mesh):
         state, request = _prefill(target, drafter, drafter_params, request, text, capacity, mesh, memory)
         prefilled = time.perf_counter()
@@ -166,8 +168,11 @@ def _prefill(target, drafter, drafter_params, request, text, capacity, mesh, mem
     dtype = params["embed"]["embedding"].dtype
     state = loop.init_state(config, drafter, batch, capacity, dtype, text, mesh=mesh)
     if memory is not None:
-        # Copied: the loop donates its state, and the caller may want to begin from this memory again.
-        state = dataclasses.replace(state, drafter=drafter.recall(state.drafter, jax.tree.map(jnp.copy, memory)))
+        # Copied, and through the host: the loop donates its state, the caller may want to begin from this memory again,
+        # and it may come from another mesh.
+        copied = jax.tree.map(lambda leaf: jnp.array(np.asarray(leaf)), memory)
+        recalled = drafter.recall(state.drafter, copied)
+        state = dataclasses.replace(state, drafter=recalled if mesh is None else place_rows(mesh, recalled))
     hidden, chunks = jnp.zeros((batch, config.width), dtype), _chunks(text)
     if mesh is not None:
         hidden, chunks, request = place_rows(mesh, (hidden, chunks, request))
@@ -192,7 +197,9 @@ def _make_request(config, lengths, limits, seeds, sampling, stop, attention) -> 
         raise UserError(f"attention must be 'dense' or 'split', got {attention!r}")
     if attention == "split" and (any(config.windows) or config.attention_softcap is not None):
         raise UserError("attention 'split' cannot serve a target with sliding windows or an attention soft cap")
-    seeds = _per_row([seeds + row for row in range(batch)] if isinstance(seeds, int) else seeds, batch, "seeds")
+    seeds = _per_row(
+        [seeds + row for row in range(batch)] if isinstance(seeds, numbers.Integral) else seeds, batch, "seeds"
+    )
     if min(seeds) < 0 or max(seeds) >= 2**32:
         raise UserError(f"seeds must be in [0, 2^32), got {min(seeds) if min(seeds) < 0 else max(seeds)}")
     return loop.Request(

@@ -135,6 +135,12 @@ def choose_first(
     return keep_rows(state)
 
 
+@functools.partial(jax.jit, static_argnames=("drafter",))
+def prepare(drafter: Drafter, drafter_params):
+    """The drafter's parameters as its `draft` reads them; what stays as it is is not copied."""
+    return drafter.prepare(drafter_params)
+
+
 @functools.partial(jax.jit, static_argnames=("config", "drafter", "typical"), donate_argnames=("state",))
 def run(
     config: TransformerConfig,
@@ -146,8 +152,7 @@ def run(
     steps: Int[Array, ""],
     typical: Typical | None = None,
 ) -> DecodeState:
-    """At most `steps` steps, fewer when every row is done."""
-    drafter_params = drafter.prepare(drafter_params)
+    """At most `steps` steps, fewer when every row is done; `drafter_params` are prepared."""
 
     def going(carry):
         step, state = carry

@@ -155,7 +155,7 @@ def _try_children(visited, warps, keys, offered, held, positions, proposal, law)
 
 def verify_typical(
     tree: TokenTree,
-    logits: Float[Array, "B N V"],
+    logits: Float[Array, "B _ V"],
     rule: Typical,
     warps: Warps,
     keys: Array,
@@ -167,6 +167,7 @@ def verify_typical(
     Rows at temperature 0 judge candidates at temperature 1.
     """
     batch, nodes = tree.tokens.shape
+    logits = logits[:, :nodes]
     temperature = jnp.where(warps.temperature > 0, warps.temperature, 1.0).astype(logits.dtype)
     logp_BNV = jax.nn.log_softmax(logits / temperature[:, None, None], axis=-1)
     entropy_BN = -jnp.sum(jnp.exp(logp_BNV) * logp_BNV, axis=-1)

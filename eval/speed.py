@@ -280,7 +280,7 @@ def _summarise(maker: _Maker, sections, drafters, bandwidth_bytes, parts, timing
 def _compile_seconds(step: Any, timing: Timing) -> float | None:
     """What the first sample took beyond a usual one; None where the program had been compiled before."""
     usual = STEPS_PER_GROWTH_SAMPLE * timing.median / 1e3
-    return step.first_seconds - usual if step.first_seconds > 2 * usual else None
+    return None if step.first_seconds is None else max(0.0, step.first_seconds - usual)
 
 
 def _drafter(name: str, nodes: int, timings: dict[str, Timing]) -> dict[str, Any]:

@@ -288,7 +288,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """The command; see the module's docstring."""
     parser = argparse.ArgumentParser(prog="python -m eval.tree", description=__doc__.splitlines()[0])
     parser.add_argument("--target", required=True, help="target directory")
-    parser.add_argument("--drafter", required=True, help="directory of Medusa or Hydra heads")
+    parser.add_argument("--drafter", required=True, help="drafter directory")
     source = parser.add_mutually_exclusive_group()
     source.add_argument("--prompts", help="file of calibration prompts; by default a few built-in ones")
     source.add_argument("--data", help="data set directory, whose documents' beginnings are the prompts")
@@ -317,7 +317,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         _write(args, growth, growth.max_nodes)
         return
     if not isinstance(drafter, HeadDrafter):
-        raise UserError(f"the drafter {args.drafter!r} has no heads, so there is no tree to choose for it")
+        has = (
+            "a growth: choose it with --growth, as in --growth static:tree=chain:4"
+            if hasattr(drafter, "growth")
+            else "none"
+        )
+        raise UserError(f"trees are chosen for Medusa and Hydra heads; the drafter {args.drafter!r} has {has}")
     if args.tree is not None:
         tree = load_topology(args.tree, "--tree")
         dataclasses.replace(drafter, tree=tree).check(target.config)

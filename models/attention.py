@@ -38,8 +38,9 @@ def attend(
 ) -> Float[Array, "B T N*D"]:
     """Softmax attention over the committed prefix, the scratch and the new rows, under one normaliser.
 
-    With `layout.attention` "split" a library kernel reads the prefix, and its result is merged with that of the other
-    rows by their log-sum-exp: the same sums in another order. It has neither windows nor caps.
+    With `layout.attention` "split" the prefix is left to `jax.nn.dot_product_attention`, masked by length, and its
+    result is merged with that of the other rows by their log-sum-exp: the same sums in another order. It has neither
+    windows nor caps, and pays for turning the cache into the library's layout.
 
     Keeping the sources apart means that the fresh keys of a draft tree never have to be written to the cache: only
     rows that verification accepts are (`decoding/cache.py`). Keys lie as [B, K, D, S] and values as [B, K, S, D], the

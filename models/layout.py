@@ -27,7 +27,7 @@ class Layout:
       scratch_seen: `[b, i, s]` says that new row i sees row s of the scratch, rows that an earlier forward of the same
         draft computed; None when there is no scratch.
       scratch_positions: where those rows stand.
-      attention: "dense", or "split", which leaves the prefix to a library kernel (`models/attention.py`).
+      attention: "dense", or "split", which leaves the prefix to the library's attention (`models/attention.py`).
     """
 
     positions: Int[Array, "B T"]

@@ -315,8 +315,9 @@ class _Interpreter:
             empty.setflags(write=False)
             return empty
         last = offset + sum((n - 1) * step for n, step in zip(size, stride, strict=True))
-        # A stride of zero could make a few bytes into a tensor larger than any memory.
-        if last >= len(values) or count > len(values):
+        # A stride of zero could make a few bytes into a tensor larger than any memory, and that of an axis of one entry
+        # may be any number at all.
+        if last >= len(values) or max(count, offset, *stride) > len(values):
             raise self._damaged(
                 f"a tensor of shape {list(size)}, strides {list(stride)} and offset {offset} does not fit its storage "
                 f"of {len(values)} values"

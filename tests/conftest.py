@@ -20,6 +20,14 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 import jax
 
 
+@pytest.fixture(scope="module", autouse=True)
+def programs_are_dropped() -> Iterator[None]:
+    """Forgets compiled programs after each file: each holds memory mappings, of which a Linux process may have 65,530,
+    and the process dies of one too many."""
+    yield
+    jax.clear_caches()
+
+
 @pytest.fixture
 def x64() -> Iterator[None]:
     """Runs the test in float64, and only this test."""

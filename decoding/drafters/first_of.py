@@ -140,6 +140,8 @@ class FirstOf(Drafter):
         return None if all(part is None for part in kept.values()) else kept
 
     def recall(self, state, memory):
+        if not isinstance(memory, dict) or set(memory) != set(_PARTS):
+            raise UserError(f"{self.name} needs the memory of a combination, with one entry for each of its drafters")
         return {
             name: state[name] if memory[name] is None else part.recall(state[name], memory[name])
             for name, part in self._parts.items()

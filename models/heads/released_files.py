@@ -159,8 +159,10 @@ def _read_torch(path: Path) -> dict[str, Callable[[], np.ndarray]]:
     if not isinstance(content, dict):
         raise UserError(f"{path} holds a {type(content).__name__}, expected a dict of tensors")
     for name, array in content.items():
-        if not isinstance(name, str) or not isinstance(array, np.ndarray):
-            raise UserError(f"{path}: entry {str(name)[:100]!r} is not a tensor but a {type(array).__name__}")
+        if not isinstance(name, str):
+            raise UserError(f"{path}: one of its tensors goes by a {type(name).__name__}, expected a string")
+        if not isinstance(array, np.ndarray):
+            raise UserError(f"{path}: entry {name[:100]!r} is not a tensor but a {type(array).__name__}")
     return {name: lambda array=array: array for name, array in content.items()}  # type: ignore[misc]
 
 

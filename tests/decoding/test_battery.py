@@ -392,7 +392,8 @@ def test_replay_of_the_same_steps_rebuilds_the_drafter_state(name: str) -> None:
             cache=[{k: jnp.array(np.where(committed[k], layer[k], 1e3)) for k in SLOTS} for layer in before.cache],
             drafter=replayed,
         )
-        after = loop.run(target().config, Recorder(drafter), target().params, params, dirty, request, np.int32(1))
+        prepared = loop.prepare(Recorder(drafter), params)
+        after = loop.run(target().config, Recorder(drafter), target().params, prepared, dirty, request, np.int32(1))
         replayed = jax.tree.map(np.array, after.drafter)
         for ours, theirs in zip(*map(jax.tree.leaves, (replayed["inner"], step.after.drafter["inner"])), strict=True):
             ends = step.after.length

@@ -41,7 +41,8 @@ def compiled_text(name: str, batch: int, vocab_size: int = 12) -> str:
     def run(carried, given):
         target_params, params, request = jax.tree.unflatten(of_rest, given)
         state = jax.tree.unflatten(of_state, carried)
-        return loop.run.__wrapped__(target.config, drafter, target_params, params, state, request, jnp.int32(8))
+        prepared = drafter.prepare(params)
+        return loop.run.__wrapped__(target.config, drafter, target_params, prepared, state, request, jnp.int32(8))
 
     return jax.jit(run, donate_argnums=0).lower(carried, given).compile().as_text()
 

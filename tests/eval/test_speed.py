@@ -42,7 +42,7 @@ def test_keys(results: dict) -> None:
     assert [(row["batch"], row["context"]) for row in results["growth"]] == [(1, 16), (2, 40)]
     for row in results["growth"]:
         assert set(row["drafters"]) == {"none", "token_recycling"}
-        assert all(entry["step_ms"] > 0 and (entry["compile_seconds"] or 1) > 0 for entry in row["drafters"].values())
+        assert all(entry["step_ms"] > 0 and entry["compile_seconds"] >= 0 for entry in row["drafters"].values())
     json.dumps(results, allow_nan=False)
 
 

@@ -151,6 +151,8 @@ HOSTILE = {
     "offset beyond": (tensor(GOOD, (2, 2), (2, 1), 1), "does not fit its storage"),
     "stride beyond": (tensor(GOOD, (2, 2), (3, 1)), "does not fit its storage"),
     "negative offset": (tensor(GOOD, (1,), (1,), -1), "natural numbers"),
+    "stride of nothing": (tensor(GOOD, (1,), (2**61,)), "does not fit its storage"),
+    "stride past all numbers": (tensor(GOOD, (1,), (10**30,)), "does not fit its storage"),
     "negative stride": (tensor(GOOD, (2,), (-1,), 3), "natural numbers"),
     "negative size": (tensor(GOOD, (-1, -4), (1, 1)), "natural numbers"),
     "sizes that are no numbers": (tensor(GOOD, ("a",), (1,)), "natural numbers"),
