@@ -145,6 +145,8 @@ def study(
                 made = decode(target, prompts, new_tokens, temperature, drafter, method.params)
                 place = {"method": method.label, "temperature": temperature, "budget": budget}
                 cells.append(place | _cell(drafter, made, plain, sampled))
+            # Every fit is a program of its own, and the system bounds how much compiled code a process may hold.
+            jax.clear_caches()
     return cells
 
 
