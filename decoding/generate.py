@@ -72,7 +72,7 @@ def generate(
     drafter_params=None,
     max_new_tokens: int | Sequence[int] = 128,
     sampling: Sampling | Sequence[Sampling] = Sampling(),
-    seeds: int | Sequence[int] = 0,
+    seeds: int | np.integer | Sequence[int] = 0,
     stop: Sequence[Sequence[int]] | None = None,
     typical: Typical | None = None,
     capacity: int | None = None,

@@ -73,6 +73,17 @@ SHAPES = {
         max_position=1024,
         tied_embeddings=True,
     ),
+    "llama3-8b": TransformerConfig(
+        vocab_size=128_256,
+        width=4096,
+        num_layers=32,
+        num_heads=32,
+        num_kv_heads=8,
+        head_dim=128,
+        mlp_width=14_336,
+        max_position=8192,
+        rope_theta=500_000.0,
+    ),
     "tiny": TransformerConfig(
         vocab_size=256,
         width=32,

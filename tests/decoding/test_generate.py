@@ -3,10 +3,13 @@
 import dataclasses
 
 import jax
+import numpy as np
 import pytest
 
 from decoding import generate as module
+from decoding.drafters.first_of import FirstOf
 from decoding.drafters.medusa import Medusa
+from decoding.drafters.token_recycling import TokenRecycling
 from decoding.generate import bucket, generate, slots_needed
 from decoding.sampling import Sampling
 from decoding.trees import MC_SIM_7B_63
@@ -14,7 +17,7 @@ from decoding.verify import Typical
 from models.errors import UserError
 from models.heads.medusa import MedusaHeads
 from models.target import Target
-from tests.decoding.drafter_cases import CASES, random_target
+from tests.decoding.drafter_cases import CASES, LOPSIDED, random_target
 
 PROMPTS = [[1, 2, 3], list(range(12)) * 3, [11]]
 
@@ -163,3 +166,24 @@ def test_buckets_waste_at_most_a_quarter() -> None:
     assert len({bucket(size) for size in sizes}) < 28
     assert all(bucket(bucket(size)) == bucket(size) for size in sizes)
     assert slots_needed(36, 20, 0) == 57 and slots_needed(36, 20, 4) == 61 and slots_needed(36, 1, 0) == 40
+
+
+def test_memory_goes_only_where_it_was_kept(target: Target, drafter: dict) -> None:
+    recycling = TokenRecycling(LOPSIDED)
+    first = generate(target, PROMPTS, drafter=recycling, max_new_tokens=30)
+    again = generate(target, PROMPTS, drafter=recycling, max_new_tokens=30, memory=first.memory)
+    assert again.tokens == first.tokens
+    assert sum(stats.steps for stats in again.stats) < sum(stats.steps for stats in first.stats)
+    assert generate(target, PROMPTS, max_new_tokens=5, **drafter).memory is None
+    with pytest.raises(UserError, match="hydra keeps nothing between requests"):
+        generate(target, PROMPTS, max_new_tokens=5, memory=first.memory, **drafter)
+    pair = FirstOf(recycling, recycling)
+    with pytest.raises(UserError, match="needs the memory of a combination"):
+        generate(target, PROMPTS, drafter=pair, max_new_tokens=5, memory=first.memory)
+
+
+def test_one_seed_counts_up_whatever_integer_it_is(target: Target) -> None:
+    warm = dict(max_new_tokens=12, sampling=Sampling(temperature=4.0))
+    counted = generate(target, [[1]] * 3, seeds=np.int64(5), **warm)
+    assert counted.tokens == generate(target, [[1]] * 3, seeds=[5, 6, 7], **warm).tokens
+    assert counted.tokens[0] != counted.tokens[1]
