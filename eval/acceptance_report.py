@@ -32,6 +32,7 @@ from eval.report import NUM_COLORS, facts
 from eval.results import make_directory, write_json, write_text
 
 Results = Mapping[str, Any]
+DEPTHS = 8  # That are shown; a copied chain may be much deeper, and its few long hits say little.
 GROUPS = {
     "trained": "Heads and draft networks trained on the target",
     "model": "A draft model, by growth",
@@ -201,7 +202,7 @@ def _group(
         charts.append((label, Markup(drawing)))
     for temperature in temperatures:
         lines = [
-            Line(row.label, row.cells[temperature, budgets[-1]]["conditional_acceptance"], row.color)
+            Line(row.label, row.cells[temperature, budgets[-1]]["conditional_acceptance"][:DEPTHS], row.color)
             for row in members
             if (temperature, budgets[-1]) in row.cells
         ]
@@ -213,7 +214,7 @@ def _group(
 
 def _by_depth(rows: Sequence[Row], temperature: float, budget: int) -> tuple[str, list[int], list[Any]]:
     present = [(row, row.cells[temperature, budget]) for row in rows if (temperature, budget) in row.cells]
-    deepest = min(8, max((cell["depth"] for _, cell in present), default=0))
+    deepest = min(DEPTHS, max((cell["depth"] for _, cell in present), default=0))
     lines = []
     for row, cell in present:
         cells = []

@@ -100,7 +100,7 @@ def line_chart(lines: Sequence[Line], title: str) -> str:
 
 def value_chart(lines: Sequence[Line], ticks: Sequence[str], title: str, axis: str) -> str:
     """Numbers of 1 and more, one line per method, over evenly spaced `ticks` of the `axis`; names stand at the ends."""
-    left, right, top, plot_height = 34, 120, 10, 250
+    left, right, top, plot_height = 34, 142, 10, 250
     plot = PANEL_WIDTH - left - right
     values = [value for line in lines for value in line.values if value is not None]
     highest = max(2, math.ceil(2 * max(values, default=1)) / 2)

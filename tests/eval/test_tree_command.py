@@ -160,4 +160,4 @@ def test_command_refuses_what_has_no_heads(target_directory, capsys) -> None:
     with pytest.raises(SystemExit) as stopped:
         command.main(["--target", str(target_directory), "--drafter", "none"])
     assert stopped.value.code == 2
-    assert "no heads" in capsys.readouterr().err
+    assert "trees are chosen for Medusa and Hydra heads" in capsys.readouterr().err
