@@ -461,7 +461,7 @@ def test_files_that_hold_other_things(tmp_path: Path) -> None:
     for content, complaint in (
         ([1, 2], "holds a list, expected a dict of tensors"),
         ({"state_dict": {"w": np.zeros(1)}}, "entry 'state_dict' is not a tensor but a dict"),
-        ({3: np.zeros(1)}, "entry '3' is not a tensor"),
+        ({3: np.zeros(1)}, "one of its tensors goes by a int, expected a string"),
     ):
         with pytest.raises(UserError, match=complaint):
             read_release(write_torch(tmp_path / "m.pt", content))
