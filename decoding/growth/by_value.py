@@ -99,7 +99,27 @@ def grow_by_value(
             slot_BF = jnp.broadcast_to(at + jnp.arange(keep, dtype=jnp.int32), (batch, keep))
             ran.append(jnp.pad(number_BF, ((0, 0), (0, width - keep)), constant_values=-2))
         count += F * K
+    drawn_from = jnp.concatenate(proposals, axis=1) if proposals else None
+    tree, slot_BN = _best(root, made, jnp.concatenate(ran, axis=1), budget, least, K, law, drawn_from)
+    return Grown(tree, slot_BN, scratch)
+
+
+def _best(root, made, ran_BS, budget, least, width, law, proposals) -> tuple[TokenTree, Int[Array, "B N"]]:
+    """The tree of the `budget` most valuable candidates, and the slot of each node, -1 for one that did not run.
+
+    Args:
+      root: the pending tokens.
+      made: per level tokens, number of the parent, rank, depth and worth of its candidates, `[B, C]` each.
+      ran_BS: number of the candidate in each slot.
+      budget: candidates in the tree.
+      least: candidates must be worth more than this.
+      width: most children of a node.
+      law: of the tree.
+      proposals: per slot, what children were drawn from; None under a law without.
+    """
+    batch = root.shape[0]
     tokens_BC, parent_BC, rank_BC, depth_BC, worth_BC = (jnp.concatenate(x, axis=1) for x in zip(*made, strict=True))
+    count = worth_BC.shape[1]
     short = max(0, budget - count)
     values_BN, chosen_BN = top_k(jnp.pad(worth_BC, ((0, 0), (0, short)), constant_values=-jnp.inf), budget)
     # Invalid ones keep the last numbers, so that among the valid ones parents still come first.
@@ -119,9 +139,8 @@ def grow_by_value(
     parent_BN = jnp.sum(jnp.where(is_parent_BNN, jnp.arange(budget + 1, dtype=jnp.int32), 0), axis=2, dtype=jnp.int32)
     parent_BN = with_root(jnp.where(valid_BN, parent_BN, 0), -1)
     depth_BN = with_root(jnp.where(valid_BN, pick(depth_BC), 1), 0)
-    ran_BS = jnp.concatenate(ran, axis=1)
     holds_BNS = number_BN[:, :, None] == ran_BS[:, None, :]
-    slots_S = jnp.arange(total, dtype=jnp.int32)
+    slots_S = jnp.arange(ran_BS.shape[1], dtype=jnp.int32)
     slot_BN = jnp.sum(jnp.where(holds_BNS, slots_S + 1, 0), axis=2, dtype=jnp.int32) - 1
     tree = TokenTree.grown(
         jnp.concatenate([root[:, None], pick(tokens_BC)], axis=1),
@@ -129,8 +148,8 @@ def grow_by_value(
         depth_BN,
         with_root(valid_BN, True),
         with_root(pick(rank_BC), 0),
-        K,
+        width,
         law,
-        *((jnp.concatenate(proposals, axis=1), slot_BN) if proposals else ()),
+        *(() if proposals is None else (proposals, slot_BN)),
     )
-    return Grown(tree, slot_BN, scratch)
+    return tree, slot_BN
