@@ -63,6 +63,7 @@ class TrueRows:
       taps: the features named in `Drafter.taps`, `[B, R, H]` each.
       nodes: the tree node that each row was, the root first; None for text that is not from the drafter's own tree,
         such as the prompt.
+      drafted: what `draft` kept beside that tree; None with `nodes`, or where it kept nothing.
     """
 
     tokens: Int[Array, "B R"]
@@ -70,6 +71,7 @@ class TrueRows:
     count: Int[Array, "B"]
     taps: dict[str, Float[Array, "B R H"]]
     nodes: Int[Array, "B R"] | None = None
+    drafted: Any = None
 
 
 @struct.dataclass
@@ -141,6 +143,14 @@ class Drafter:
                 raise UserError(f"{place} has no entry {field.name!r}")
         return schema.parse(known[method], entries, where, place)
 
+    def law(self, greedy: bool) -> str:
+        """The law of its trees (`decoding.trees.LAWS`), for batches whose rows all have temperature 0 or others.
+
+        Raises:
+          UserError: a combination of drafters that no law covers.
+        """
+        return "match"
+
     def check(self, config: TransformerConfig) -> None:
         """Raises UserError when this drafter cannot serve a target of that shape."""
 
@@ -175,8 +185,8 @@ class Drafter:
           keys: typed PRNG keys `[B]` for drafters that draw; new in every step, and independent of the verifier's.
 
         Returns:
-          The tree, and what `ingest` receives as its state after this step: `state`, or more than that, such as the
-          rows of a draft network that may turn out to be text.
+          The tree, and what `ingest` finds in `TrueRows.drafted` after this step, such as the rows of a draft network
+          that may turn out to be text; None where nothing is kept.
         """
         raise AttributeError(f"{type(self).__name__} must define draft")
 

@@ -130,6 +130,7 @@ def generate(
         _check_mesh(mesh, target, drafter_params, batch)
     lengths = np.array([len(prompt) for prompt in prompts], np.int32)
     request = _make_request(config, lengths, limits, seeds, sampling, stop, attention)
+    drafter.law(request.warps.greedy)  # Refuses what cannot be verified, before anything is computed.
     text = np.zeros((batch, padded), np.int32)
     for row, prompt in enumerate(prompts):
         text[row, : len(prompt)] = prompt

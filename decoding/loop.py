@@ -171,8 +171,8 @@ def decode_step(config, drafter, params, drafter_params, state, request, typical
     root = jnp.take_along_axis(state.tokens, state.length[:, None], axis=1)[:, 0]
     with jax.named_scope("draft"):
         keys = draft_keys(request.keys, state.length)
-        tree, carried = drafter.draft(drafter_params, view, state.drafter, root, keys)
-        riders = drafter.riders(drafter_params, view, carried, tree)
+        tree, drafted = drafter.draft(drafter_params, view, state.drafter, root, keys)
+        riders = drafter.riders(drafter_params, view, state.drafter, tree)
     with jax.named_scope("target"):
         tokens, layout = verify_rows(tree, riders, state.length)
         layout = dataclasses.replace(layout, attention=request.attention)
@@ -199,9 +199,9 @@ def decode_step(config, drafter, params, drafter_params, state, request, typical
     with jax.named_scope("ingest"):
         taps = {name: jnp.take_along_axis(tap, verdict.path[:, :, None], axis=1) for name, tap in out.taps.items()}
         read = jnp.take_along_axis(tree.tokens, verdict.path, axis=1)
-        rows = TrueRows(read, state.length, emitted, taps, verdict.path)
+        rows = TrueRows(read, state.length, emitted, taps, verdict.path, drafted)
         view = TargetView(config, params, after.cache, after.length, after.tokens, request.warps)
-        drafter_state = drafter.ingest(drafter_params, view, carried, rows)
+        drafter_state = drafter.ingest(drafter_params, view, state.drafter, rows)
         drafter_state = drafter.observe(drafter_params, view, drafter_state, tree, out, verdict, ~state.done)
     return keep_rows(dataclasses.replace(after, drafter=drafter_state))
 

@@ -23,6 +23,7 @@ import numpy as np
 
 from decoding.drafter import Drafter
 from decoding.drafters import load_drafter
+from decoding.drafters.growing import GrowthDrafter
 from decoding.generate import Generation, generate
 from decoding.sampling import Sampling
 from decoding.stats import Stats
@@ -167,7 +168,8 @@ def _cell(drafter: Drafter, made: Generation, plain: Generation, sampled: bool) 
     stats = sum(made.stats[1:], made.stats[0])
     counts = np.array([(one.committed, one.steps) for one in made.stats if one.steps])
     different = sum(mine != theirs for mine, theirs in zip(made.tokens, plain.tokens, strict=True))
-    tree = getattr(drafter, "tree", None) or getattr(getattr(drafter, "growth", None), "tree", None)
+    chosen = drafter.growth if isinstance(drafter, GrowthDrafter) else drafter
+    tree = getattr(chosen, "tree", None)
     conditional = stats.conditional_acceptance
     return {
         "candidates": drafter.max_nodes - 1,

@@ -21,8 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, Int
 
-from decoding import loop
-from decoding.drafter import Drafter, TargetView
+from decoding.drafter import Drafter
 from decoding.drafters.plain import Plain
 from decoding.generate import generate, slots_needed
 from decoding.sampling import Sampling, batch_warps, warp_logits
@@ -115,7 +114,7 @@ def check_losslessness(
     return [
         Check(
             sampling,
-            tree_law(target, drafter, drafter_params, [sampling]),
+            drafter.law(greedy=False),
             chi_square(count_strings(drawn, target.config.vocab_size), law),
             counted.acceptance_length,
         )
@@ -153,26 +152,6 @@ def tiny_target(vocab_size: int = 5, seed: int = 0, dtype=jnp.float32, **config)
     params = transformer.init(network, jax.random.key(seed), dtype)
     params = jax.tree.map(lambda leaf: leaf * (8 if leaf.ndim > 1 else 1), params)
     return Target(network, transformer.join_projections(params))
-
-
-def tree_law(target: Target, drafter: Drafter, drafter_params: Any, settings: Sequence[Sampling]) -> str:
-    """The law of the trees that a drafter proposes to rows of these settings."""
-    config, batch = target.config, len(settings)
-    dtype = target.params["embed"]["embedding"].dtype
-
-    def draft(params, drafter_params):
-        capacity = slots_needed(1, 1, drafter.max_depth)
-        state = loop.init_state(config, drafter, batch, capacity, dtype)
-        warps = batch_warps(list(settings))
-        view = TargetView(config, params, state.cache, state.length + 1, state.tokens, warps)
-        keys = jax.vmap(jax.random.key)(jnp.arange(batch))
-        tree, _ = drafter.draft(drafter.prepare(drafter_params), view, state.drafter, state.tokens[:, 0], keys)
-        laws.append(tree.law)
-        return tree.tokens
-
-    laws: list[str] = []
-    jax.eval_shape(draft, target.params, drafter_params)
-    return laws[0]
 
 
 def string_law(target: Target, prompt: Sequence[int], length: int, sampling: Sampling) -> Float[np.ndarray, "*V"]:

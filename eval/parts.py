@@ -22,6 +22,7 @@ from jaxtyping import Array, Int
 from decoding import loop
 from decoding.cache import commit, init_cache
 from decoding.drafter import Drafter, TargetView, TrueRows
+from decoding.drafters.growing import GrowthDrafter
 from decoding.drafters.heads import HeadDrafter
 from decoding.generate import bucket
 from decoding.sampling import Sampling, batch_warps, best_tokens
@@ -103,16 +104,16 @@ def draft_part(scene: Scene, drafter: Drafter, drafter_params: Any) -> Part:
     return Part.of(lambda fixed, varying: draft(fixed, varying)[0].tokens, fixed, varying)
 
 
-def network_part(scene: Scene, drafter: Drafter, drafter_params: Any) -> Part:
+def network_part(scene: Scene, drafter: GrowthDrafter, drafter_params: Any) -> Part:
     """What a growth asks of its network, pass by pass, with nothing chosen between the passes."""
-    levels: tuple[int, ...] = drafter.growth.levels  # type: ignore[attr-defined]
+    levels = drafter.growth.levels
     view, fixed, (drafter_state, root) = _drafting_inputs(scene, drafter, drafter_params)
     tokens = [jnp.asarray(scene.tokens(count)) for count in levels[1:]]
 
     def run(fixed, varying):
         params, drafter_params, cache = fixed
         drafter_state, root, tokens = varying
-        network = drafter.network(drafter_params, view(params, cache), drafter_state)  # type: ignore[attr-defined]
+        network = drafter.network(drafter_params, view(params, cache), drafter_state)
         first, scratch = network.begin(root, sum(levels))
         logits, at = [first], levels[0]
         for depth, rows in enumerate(tokens, start=1):
@@ -175,12 +176,9 @@ def step_parts(scene: Scene, drafter: Drafter, drafter_params: Any) -> dict[str,
     state, request = scene.state(drafter), scene.request()
     cache, length = state.cache, state.length
     draft, models, varying = _drafting(scene, drafter, drafter_params)
-    tree, carried = jax.jit(draft)(models, varying)
+    tree, drafted = jax.jit(draft)(models, varying)
     whole = TargetView(config, params, cache, length, state.tokens, request.warps)
-    riders = drafter.riders(models[1], whole, carried, tree)
-    # What drafting adds to the state for `ingest`; the state itself is the part's carry.
-    before = state.drafter if isinstance(state.drafter, dict) else carried
-    scratch = {k: v for k, v in carried.items() if k not in before} if isinstance(carried, dict) else {}
+    riders = drafter.riders(models[1], whole, state.drafter, tree)
 
     def read(fixed, tree):
         params, cache = fixed
@@ -200,13 +198,12 @@ def step_parts(scene: Scene, drafter: Drafter, drafter_params: Any) -> dict[str,
 
     def update(fixed, varying, drafter_state):
         params, drafter_params, cache = fixed
-        tree, out, verdict, scratch = varying
+        tree, out, verdict, drafted = varying
         taken = {name: jnp.take_along_axis(tap, verdict.path[:, :, None], axis=1) for name, tap in out.taps.items()}
         read = jnp.take_along_axis(tree.tokens, verdict.path, axis=1)
-        rows = TrueRows(read, length, verdict.drafts + 1, taken, verdict.path)
+        rows = TrueRows(read, length, verdict.drafts + 1, taken, verdict.path, drafted)
         view = TargetView(config, params, cache, length, state.tokens, request.warps)
-        carried = {**drafter_state, **scratch} if scratch else drafter_state
-        after = drafter.ingest(drafter_params, view, carried, rows)
+        after = drafter.ingest(drafter_params, view, drafter_state, rows)
         return drafter.observe(drafter_params, view, after, tree, out, verdict, ~state.done)
 
     # Outputs of zeros depend on nothing, which saves the compilation of another forward.
@@ -221,10 +218,10 @@ def step_parts(scene: Scene, drafter: Drafter, drafter_params: Any) -> dict[str,
         "step": Step(scene, drafter, drafter_params),
     }
     if jax.tree.leaves(state.drafter):
-        parts["update"] = Part(update, models, (tree, out, verdict, scratch), state.drafter)
+        parts["update"] = Part(update, models, (tree, out, verdict, drafted), state.drafter)
     if isinstance(drafter, HeadDrafter):
         parts["choice"] = choice_part(scene, drafter)
-    elif hasattr(drafter, "network"):
+    elif isinstance(drafter, GrowthDrafter):
         parts["network"] = network_part(scene, drafter, drafter_params)
     return parts
 

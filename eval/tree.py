@@ -29,6 +29,7 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from decoding.drafters import load_drafter, write_tree
+from decoding.drafters.growing import GrowthDrafter
 from decoding.drafters.heads import HeadDrafter
 from decoding.drafters.plain import Plain
 from decoding.generate import bucket, generate
@@ -310,19 +311,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     target = load_target(args.target)
     drafter, params = load_drafter(args.drafter, target)
     if args.growth is not None:
-        if not hasattr(drafter, "growth"):
+        if not isinstance(drafter, GrowthDrafter):
             raise UserError(f"the drafter {args.drafter!r} has no growth: --growth is for draft models and EAGLE heads")
         growth = parse_growth(args.growth)
         dataclasses.replace(cast(Any, drafter), growth=growth).check(target.config)
         _write(args, growth, growth.max_nodes)
         return
     if not isinstance(drafter, HeadDrafter):
-        has = (
-            "a growth: choose it with --growth, as in --growth static:tree=chain:4"
-            if hasattr(drafter, "growth")
-            else "none"
-        )
-        raise UserError(f"trees are chosen for Medusa and Hydra heads; the drafter {args.drafter!r} has {has}")
+        rest = "takes none"
+        if isinstance(drafter, GrowthDrafter):
+            rest = "has a growth instead: choose it with --growth, as in --growth static:tree=chain:4"
+        raise UserError(f"trees are chosen for Medusa and Hydra heads; the drafter {args.drafter!r} {rest}")
     if args.tree is not None:
         tree = load_topology(args.tree, "--tree")
         dataclasses.replace(drafter, tree=tree).check(target.config)

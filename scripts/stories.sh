@@ -91,8 +91,8 @@ for drafter in medusa hydra hydra_pp eagle eagle3; do
         --workdir="$out/$drafter"
 done
 shape=--config.objective.model
-run train.main --config=configs/lm.py $learn $shape.width=32 $shape.num_layers=2 $shape.num_heads=4 \
-    $shape.num_kv_heads=2 $shape.head_dim=8 $shape.mlp_width=88 $shape.max_position=512 --workdir="$out/small"
+run train.main --config=configs/draft_model.py $learn --config.batch_size=16 $shape.width=32 $shape.head_dim=8 \
+    $shape.mlp_width=88 $shape.max_position=512 --workdir="$out/small"
 if [ ! -d "$out/draft_model" ]; then
     run scripts.convert --from model --src "$out/small/target" --base "$out/target" --growth static:tree=chain:4 \
         --out "$out/draft_model"
@@ -106,7 +106,8 @@ run eval.acceptance --target "$out/target" --data "$out/data" --out "$out/result
     Medusa="$out/medusa/drafter" Hydra="$out/hydra/drafter" Hydra++="$out/hydra_pp/drafter" \
     EAGLE-1="$out/eagle/drafter@top" EAGLE-2="$out/eagle/drafter@confidence" EAGLE-3="$out/eagle3/drafter@confidence" \
     "draft model, chain=$small@chain" "draft model, best tree=$small@top" "RSD-C=$small@rsd-c" "RSD-S=$small@rsd-s" \
-    "Sequoia=$small@sequoia" "DySpec=$small@dyspec" "Token Recycling=token_recycling" "prompt lookup=prompt_lookup" \
+    "SpecInfer=$small@specinfer" "Sequoia=$small@sequoia" "DySpec=$small@dyspec" \
+    "early exit, 2 of 5 layers=early_exit:2@top" "Token Recycling=token_recycling" "prompt lookup=prompt_lookup" \
     "Lookahead=lookahead"
 
 printf '\nFinished in %d min %d s after installation.\n' $(((SECONDS - began) / 60)) $(((SECONDS - began) % 60))

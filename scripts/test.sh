@@ -43,9 +43,9 @@ summary+=$(printf '%-12s %4d s  ok' set-up $((SECONDS - start)))$'\n'
 stage lint "$VENV/bin/python" -m ruff check
 stage format "$VENV/bin/python" -m ruff format --check
 stage types "$VENV/bin/python" -m mypy
-# While the tests run, every call into these packages is checked against its annotations, shapes and dtypes included, so
-# that a signature cannot lie. Inside jit this happens while tracing.
-stage tests "$VENV/bin/python" -m pytest --jaxtyping-packages=models,decoding,beartype.beartype \
+# One worker per core, and each file whole on one of them: its tests share what they compile. Every call into these packages is checked
+# against its annotations, shapes and dtypes included, so that a signature cannot lie; inside jit while tracing.
+stage tests "$VENV/bin/python" -m pytest -n auto --dist loadfile --jaxtyping-packages=models,decoding,beartype.beartype \
     ${arguments[@]+"${arguments[@]}"}
 printf '\n%s' "$summary"
 exit "$failed"

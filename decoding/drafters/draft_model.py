@@ -17,7 +17,7 @@ from flax import struct
 from jaxtyping import Array, Int
 
 from decoding.cache import commit, init_cache
-from decoding.drafter import Drafter
+from decoding.drafters.growing import GrowthDrafter
 from decoding.growth import Growth, Static
 from decoding.growth.scratch import Scratch
 from models import transformer
@@ -28,7 +28,7 @@ from models.transformer import Cache, Params
 
 
 @dataclasses.dataclass(frozen=True)
-class DraftModel(Drafter):
+class DraftModel(GrowthDrafter):
     """Any transformer of the target's vocabulary.
 
     Attributes:
@@ -40,20 +40,12 @@ class DraftModel(Drafter):
     growth: Growth = dataclasses.field(default_factory=Static)
     name: ClassVar[str] = "draft_model"
 
-    @property
-    def max_nodes(self) -> int:
-        return self.growth.max_nodes
-
-    @property
-    def max_depth(self) -> int:
-        return self.growth.max_depth
-
     def check(self, config):
         if self.model.vocab_size != config.vocab_size:
             raise UserError(
                 f"the draft model has a vocabulary of {self.model.vocab_size}, the target one of {config.vocab_size}"
             )
-        self.growth.check(config.vocab_size)
+        super().check(config)
 
     def init_params(self, config, target, key):
         return transformer.init(self.model, key, target["embed"]["embedding"].dtype)
@@ -76,9 +68,11 @@ class DraftModel(Drafter):
         # Row r of the text is the slot of node r - 1, and the first the token that was unread. What did not run lies
         # behind the accepted rows and is read next time.
         nodes = rows.nodes[:, :-1]
-        slots = jnp.take_along_axis(jnp.broadcast_to(state["slot_of_node"], (nodes.shape[0], self.max_nodes)), nodes, 1)
+        slots = jnp.take_along_axis(
+            jnp.broadcast_to(rows.drafted["slot_of_node"], (nodes.shape[0], self.max_nodes)), nodes, 1
+        )
         unread = jnp.full((nodes.shape[0], 1), self.growth.slots, jnp.int32)
-        taken = state["scratch"].take(jnp.concatenate([unread, jnp.maximum(slots, 0)], axis=1))
+        taken = rows.drafted["scratch"].take(jnp.concatenate([unread, jnp.maximum(slots, 0)], axis=1))
         start = rows.start - 1 + jnp.minimum(rows.nodes[:, -1], 0)
         return {"cache": commit(cache, taken, None, start)}
 
@@ -89,7 +83,7 @@ class DraftModel(Drafter):
 
     def draft(self, params, target, state, root, keys):
         grown = self.growth.grow(self.network(params, target, state), root, keys, target.warps)
-        return grown.tree, {**state, "scratch": grown.scratch, "slot_of_node": grown.slot_of_node}
+        return grown.tree, {"scratch": grown.scratch, "slot_of_node": grown.slot_of_node}
 
 
 @struct.dataclass

@@ -16,12 +16,13 @@ from flax import struct
 from jaxtyping import Array, Float, Int
 
 from decoding.cache import commit, init_cache
-from decoding.drafter import Drafter, TargetView
+from decoding.drafter import TargetView
+from decoding.drafters.growing import GrowthDrafter
 from decoding.drafters.heads import last_feature
 from decoding.growth import Confidence, Growth, Static
 from decoding.growth.scratch import Scratch
 from decoding.sampling import best_tokens
-from decoding.trees import EAGLE_25, Topology
+from decoding.trees import EAGLE_25
 from models import transformer
 from models.heads.eagle import Eagle3Heads, EagleHeads, unroll
 from models.layout import Layout
@@ -95,7 +96,7 @@ class Network:
 
 
 @dataclasses.dataclass(frozen=True)
-class EagleDrafter(Drafter):
+class EagleDrafter(GrowthDrafter):
     """What `Eagle` and `Eagle3` share: a network and a growth.
 
     Attributes:
@@ -109,23 +110,6 @@ class EagleDrafter(Drafter):
     @property
     def taps(self) -> tuple[str, ...]:  # type: ignore[override]
         return self.heads.taps
-
-    @property
-    def max_nodes(self) -> int:
-        return self.growth.max_nodes
-
-    @property
-    def max_depth(self) -> int:
-        return self.growth.max_depth
-
-    @property
-    def tree(self) -> Topology | None:
-        """The tree, where it is static and holds the best guesses."""
-        return self.growth.tree if isinstance(self.growth, Static) and self.growth.draws == "top" else None
-
-    def with_tree(self, tree: Topology) -> "EagleDrafter":
-        """The same network with a static tree of its best guesses."""
-        return dataclasses.replace(self, growth=Static(tree, "top"))
 
     def check(self, config):
         self.heads.check(config)
@@ -178,9 +162,6 @@ class EagleDrafter(Drafter):
     def network(self, params, target, state):
         """The layer in the middle of the text."""
         return Network(self.heads, params, target, state)
-
-    def draft(self, params, target, state, root, keys):
-        return self.growth.grow(self.network(params, target, state), root, keys, target.warps).tree, state
 
     def teacher_forced(
         self, config, target: Params, params: Params, tokens: Int[Array, "B T"], output: Output, depth: int

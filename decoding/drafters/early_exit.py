@@ -11,14 +11,14 @@ from typing import ClassVar
 
 import jax.numpy as jnp
 
-from decoding.drafter import Drafter
 from decoding.drafters.draft_model import ModelNetwork
+from decoding.drafters.growing import GrowthDrafter
 from decoding.growth import Growth, Static
 from models.errors import UserError
 
 
 @dataclasses.dataclass(frozen=True)
-class EarlyExit(Drafter):
+class EarlyExit(GrowthDrafter):
     """The first layers of the target.
 
     Attributes:
@@ -30,23 +30,12 @@ class EarlyExit(Drafter):
     growth: Growth = dataclasses.field(default_factory=Static)
     name: ClassVar[str] = "early_exit"
 
-    @property
-    def max_nodes(self) -> int:
-        return self.growth.max_nodes
-
-    @property
-    def max_depth(self) -> int:
-        return self.growth.max_depth
-
     def check(self, config):
         if not 1 <= self.layers <= config.num_layers:
             raise UserError(f"{self.name} needs 1 to {config.num_layers} layers of this target, got {self.layers}")
-        self.growth.check(config.vocab_size)
+        super().check(config)
 
     def network(self, params, target, state):
         """The first layers in the middle of the text."""
         nothing = jnp.zeros((target.length.shape[0], 0), jnp.int32)
         return ModelNetwork(target.config, target.params, target.cache, target.length, nothing, self.layers)
-
-    def draft(self, params, target, state, root, keys):
-        return self.growth.grow(self.network(params, target, state), root, keys, target.warps).tree, state

@@ -55,6 +55,21 @@ class FirstOf(Drafter):
     def num_riders(self) -> int:
         return sum(part.num_riders for part in self._parts.values())
 
+    def law(self, greedy):
+        """`point` if both trees have it, else `match`.
+
+        Raises:
+          UserError: a drafter whose law, at these sampling settings, depends on its own distribution.
+        """
+        laws = [part.law(greedy) for part in self._parts.values()]
+        for part, law in zip(self._parts.values(), laws, strict=True):
+            if law in SAMPLED_LAWS:
+                raise UserError(
+                    f"{part.name} cannot be combined with another drafter: its candidates are drawn from its own "
+                    f"distribution (law {law!r}), and joined trees need the law match or point"
+                )
+        return "point" if set(laws) == {"point"} else "match"
+
     def check(self, config):
         for part in self._parts.values():
             part.check(config)
@@ -73,39 +88,29 @@ class FirstOf(Drafter):
         return {name: part.init(config, batch, capacity, dtype, mesh) for name, part in self._parts.items()}
 
     def ingest(self, params, target, state, rows):
-        read_again = () if rows.nodes is None else state.get("drafted", ())
-        # Nodes are those of the joined tree. A drafter that keeps what it computed for its own cannot tell them apart,
+        # Nodes are those of the joined tree. A drafter that kept what it computed for its own cannot tell them apart,
         # so it reads the new text as it read the prompt.
-        as_prompt = dataclasses.replace(rows, nodes=None)
+        seen = {
+            name: dataclasses.replace(rows, nodes=None, drafted=None) if name in (rows.drafted or ()) else rows
+            for name in _PARTS
+        }
         return {
-            name: part.ingest(_of(params, name), target, state[name], as_prompt if name in read_again else rows)
-            for name, part in self._parts.items()
+            name: part.ingest(_of(params, name), target, state[name], seen[name]) for name, part in self._parts.items()
         }
 
     def draft(self, params, target, state, root, keys):
-        """The joined tree.
-
-        Raises:
-          UserError: a drafter whose tree, at these sampling settings, has a law that depends on its own distribution.
-        """
-        first, first_carried = self.first.draft(params["first"], target, state["first"], root, keys)
+        """The joined tree; of what the two keep beside their own, only which of them kept anything."""
+        first, first_kept = self.first.draft(params["first"], target, state["first"], root, keys)
         by_second = ~jnp.any(jnp.broadcast_to(first.valid, first.tokens.shape)[:, 1:], axis=1)
-        second, second_carried = _draft_if(
+        second, second_kept = _draft_if(
             jnp.any(by_second), self.second, params["second"], target, state["second"], root, keys
         )
-        for part, tree in ((self.first, first), (self.second, second)):
-            if tree.law in SAMPLED_LAWS:
-                raise UserError(
-                    f"{part.name} cannot be combined with another drafter: its candidates are drawn from its own "
-                    f"distribution (law {tree.law!r}), and joined trees need the law match or point"
-                )
-        carried = {"first": first_carried, "second": second_carried}
-        drafted = {name: carried[name] for name in _PARTS if not _same(carried[name], state[name])}
-        return joined(first, second, by_second), {**state, "drafted": drafted} if drafted else state
+        kept = zip(_PARTS, (first_kept, second_kept), strict=True)
+        drafted = {name: () for name, own in kept if own is not None}
+        return joined(first, second, by_second, self.law(target.warps.greedy)), drafted or None
 
     def riders(self, params, target, state, tree):
-        carried = {**state, **state.get("drafted", {})}
-        both = [part.riders(params[name], target, carried[name], tree) for name, part in self._parts.items()]
+        both = [part.riders(params[name], target, state[name], tree) for name, part in self._parts.items()]
         present = [riders for riders in both if riders is not None]
         if not present:
             return None
@@ -153,12 +158,6 @@ def _of(params: dict | None, name: str) -> Any:
     return None if params is None else params[name]
 
 
-def _same(carried, state) -> bool:
-    """Whether a drafter handed on its state itself."""
-    leaves, others = jax.tree.leaves(carried), jax.tree.leaves(state)
-    return len(leaves) == len(others) and all(one is other for one, other in zip(leaves, others, strict=True))
-
-
 def _with_riders(output, nodes: int, start: int, count: int):
     """An output of the tree's nodes and of the riders of one drafter alone."""
     if output.logits.shape[1] == nodes + count:
@@ -179,23 +178,20 @@ def _with_riders(output, nodes: int, start: int, count: int):
 
 def _draft_if(needed: Bool[Array, ""], drafter: Drafter, params, target, state, root, keys) -> tuple[TokenTree, Any]:
     """What `drafter` drafts, or zeros of the same shapes where that is not needed."""
-    given = {id(leaf): leaf for leaf in jax.tree.leaves(state)}
-    seen: list[tuple[Any, list[Array | None]]] = []
+    structures = []
 
-    def new_leaves():
+    def asked():
         leaves, structure = jax.tree.flatten(drafter.draft(params, target, state, root, keys))
-        seen.append((structure, [given.get(id(leaf)) for leaf in leaves]))
-        # State that is handed on untouched does not pass through the conditional, which might copy it.
-        return [leaf for leaf in leaves if id(leaf) not in given]
+        structures.append(structure)
+        return leaves
 
-    shapes = jax.eval_shape(new_leaves)
-    made = iter(jax.lax.cond(needed, new_leaves, lambda: [jnp.zeros(leaf.shape, leaf.dtype) for leaf in shapes]))
-    structure, passed = seen[-1]
-    return jax.tree.unflatten(structure, [next(made) if leaf is None else leaf for leaf in passed])
+    shapes = jax.eval_shape(asked)
+    leaves = jax.lax.cond(needed, asked, lambda: [jnp.zeros(leaf.shape, leaf.dtype) for leaf in shapes])
+    return jax.tree.unflatten(structures[-1], leaves)
 
 
-def joined(first: TokenTree, second: TokenTree, by_second: Bool[Array, "B"]) -> TokenTree:
-    """Each batch row's tree from one of two, under `point` if both are, else under `match`."""
+def joined(first: TokenTree, second: TokenTree, by_second: Bool[Array, "B"], law: str) -> TokenTree:
+    """Each batch row's tree from one of two, under `law`."""
     nodes = max(first.tokens.shape[1], second.tokens.shape[1])
     width = max(first.children.shape[2], second.children.shape[2])
 
@@ -221,5 +217,5 @@ def joined(first: TokenTree, second: TokenTree, by_second: Bool[Array, "B"]) -> 
         valid=chosen("valid", False),
         children=chosen("children", -1, width),
         ancestors=chosen("ancestors", False, nodes) | itself_and_root,
-        law="point" if first.law == second.law == "point" else "match",
+        law=law,
     )

@@ -36,6 +36,9 @@ class HeadDrafter(Drafter):
     def max_depth(self) -> int:
         return self.tree.max_depth
 
+    def law(self, greedy):
+        return "point"
+
     def init_params(self, config, target, key):
         return self.heads.init(config, target, key)
 

@@ -66,4 +66,4 @@ class Hydra(HeadDrafter):
             best_BMK = best_tokens(self.heads.vocab(params, i, hidden_BMH), int(tree.rank[nodes].max()) + 1)
             levels.append(best_BMK[:, np.searchsorted(parents, tree.parent[nodes]), tree.rank[nodes]])
             above = parents
-        return tree.fill(jnp.concatenate(levels, axis=1), law="point"), state
+        return tree.fill(jnp.concatenate(levels, axis=1), self.law(target.warps.greedy)), None

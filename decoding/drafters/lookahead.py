@@ -93,7 +93,7 @@ class Lookahead(Drafter):
 
     def draft(self, params, target, state, root, keys):
         found_BGK = jax.vmap(lambda pool, token: pool[token])(state["pool"], root)
-        return merged_chains(root, found_BGK), state
+        return merged_chains(root, found_BGK), None
 
     def riders(self, params, target, state, tree):
         if not self.num_riders:

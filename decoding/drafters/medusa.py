@@ -37,4 +37,4 @@ class Medusa(HeadDrafter):
             hidden_BH = self.heads.hidden(params, i, state, jnp.zeros((*state.shape[:1], 0, state.shape[-1])))
             best_BK = best_tokens(self.heads.vocab(params, i, hidden_BH), int(self.tree.rank[nodes].max()) + 1)
             levels.append(best_BK[:, np.asarray(self.tree.rank[nodes])])
-        return self.tree.fill(jnp.concatenate([root[:, None], *levels], axis=1), law="point"), state
+        return self.tree.fill(jnp.concatenate([root[:, None], *levels], axis=1), self.law(target.warps.greedy)), None

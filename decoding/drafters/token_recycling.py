@@ -98,8 +98,8 @@ class TokenRecycling(Drafter):
             )
             levels.append(jnp.where(above_BM >= 0, found_BM, -1))
         tokens_BN = jnp.concatenate(levels, axis=1)
-        filled = tree.fill(jnp.maximum(tokens_BN, 0), law="match")
-        return dataclasses.replace(filled, valid=tokens_BN >= 0), state
+        filled = tree.fill(jnp.maximum(tokens_BN, 0), self.law(target.warps.greedy))
+        return dataclasses.replace(filled, valid=tokens_BN >= 0), None
 
     def observe(self, params, target, state, tree, output, verdict, live):
         best_BNK = best_tokens(output.logits[:, : tree.tokens.shape[1]], self.tree.max_rank)

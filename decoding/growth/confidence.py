@@ -61,6 +61,9 @@ class Confidence(Growth):
         if self.top_k > vocab_size:
             raise UserError(f"a tree by confidence asks for the {self.top_k} best of {vocab_size} tokens")
 
+    def law(self, greedy):
+        return "point"
+
     def grow(self, network, root, keys, warps):
         def expand(logits_BFW, value_BF, level):
             logits_BFW = gather_rows(logits_BFW)
@@ -71,4 +74,4 @@ class Confidence(Growth):
             return Candidates(outputs_BFK, worth_BFK, worth_BFK, None)
 
         sizes = dict(width=self.top_k, depth=self.depth, budget=self.total - 1)
-        return grow_by_value(network, root, expand, start=0.0, law="point", **sizes)
+        return grow_by_value(network, root, expand, start=0.0, law=self.law(warps.greedy), **sizes)

@@ -63,6 +63,9 @@ class DySpec(Growth):
         if self.branch > vocab_size:
             raise UserError(f"DySpec with branch {self.branch} asks for more children than {vocab_size} tokens")
 
+    def law(self, greedy):
+        return "point" if greedy else "swor"
+
     def grow(self, network, root, keys, warps):
         def expand(logits_BFW, value_BF, level):
             logq_BFW = draft_log_probabilities(logits_BFW, warps)
@@ -78,5 +81,6 @@ class DySpec(Growth):
             return Candidates(outputs_BFK, worth_BFK, onward_BFK, drawn_from)
 
         sizes = dict(width=self.width, depth=self.depth, budget=self.budget)
-        law = "point" if warps.greedy else "swor"
-        return grow_by_value(network, root, expand, start=1.0, law=law, least=self.threshold, **sizes)
+        return grow_by_value(
+            network, root, expand, start=1.0, law=self.law(warps.greedy), least=self.threshold, **sizes
+        )

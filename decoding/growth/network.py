@@ -102,6 +102,10 @@ class Growth:
         """Rows that the network runs in all, root included."""
         return sum(self.levels)
 
+    def law(self, greedy: bool) -> str:
+        """The law of its trees (`decoding.trees.LAWS`), for batches whose rows all have temperature 0 or others."""
+        raise AttributeError(f"{type(self).__name__} must define law")
+
     def grow(self, network: DraftNetwork, root: Int[Array, "B"], keys: Array, warps: Warps) -> Grown:
         """A tree under `root`.
 

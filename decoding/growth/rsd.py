@@ -55,6 +55,9 @@ class StochasticBeam(Growth):
     def levels(self) -> tuple[int, ...]:
         return 1, *(self.width,) * (self.depth - 1)
 
+    def law(self, greedy):
+        return "point" if greedy else "swor"
+
     def grow(self, network, root, keys, warps):
         batch, W = root.shape[0], self.width
         logits_BW, scratch = network.begin(root, self.slots)
@@ -92,10 +95,9 @@ class StochasticBeam(Growth):
         slot_of_node = jnp.where(index_N < self.slots, index_N, -1)[None]
         depth_N = jnp.where(index_N > 0, 1 + (index_N - 1) // W, 0)
         sampled = () if warps.greedy else (jnp.concatenate(proposals, axis=1), slot_of_node)
-        law = "point" if warps.greedy else "swor"
         depth_BN = jnp.broadcast_to(depth_N, tokens.shape)
         return Grown(
-            TokenTree.grown(tokens, parent, depth_BN, valid, rank, W, law, *sampled),
+            TokenTree.grown(tokens, parent, depth_BN, valid, rank, W, self.law(warps.greedy), *sampled),
             slot_of_node,
             scratch,
         )

@@ -64,9 +64,12 @@ class Static(Growth):
     def check(self, vocab_size: int) -> None:
         self.tree.check(heads=self.max_depth, vocab_size=vocab_size)
 
+    def law(self, greedy):
+        return "point" if greedy else LAW_OF[self.draws]
+
     def grow(self, network, root, keys, warps):
         tree, batch = self.tree, root.shape[0]
-        law = "point" if warps.greedy else LAW_OF[self.draws]
+        law = self.law(warps.greedy)
         slot_of_node = np.full(tree.size, -1, np.int32)
         levels, proposals = [root[:, None]], []
         at = 0

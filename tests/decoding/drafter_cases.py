@@ -5,6 +5,7 @@ below other children than the first too, and be small: the battery compiles ever
 """
 
 import dataclasses
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -14,10 +15,12 @@ import pytest
 from jaxtyping import Array
 
 from decoding.drafter import Drafter
+from decoding.drafters import load_drafter
 from decoding.drafters.draft_model import DraftModel
 from decoding.drafters.eagle import Eagle, Eagle3
 from decoding.drafters.early_exit import EarlyExit
 from decoding.drafters.first_of import FirstOf
+from decoding.drafters.growing import GrowthDrafter
 from decoding.drafters.hydra import Hydra
 from decoding.drafters.lookahead import Lookahead
 from decoding.drafters.medusa import Medusa
@@ -31,7 +34,7 @@ from models.config import TransformerConfig
 from models.heads.eagle import Eagle3Heads, EagleHeads
 from models.heads.hydra import HydraHeads
 from models.heads.medusa import MedusaHeads
-from models.target import Target
+from models.target import Target, load_target
 
 # The second child has more descendants than the first: a builder that takes the first's for granted goes wrong.
 LOPSIDED = Topology(((0,), (1,), (2,), (0, 0), (1, 0), (1, 1), (1, 0, 0), (1, 1, 0), (1, 1, 1)))
@@ -181,6 +184,30 @@ def random_target(
     return Target(shape, transformer.join_projections(params))
 
 
+# A directory made by `scripts/stories.sh`, whose models stand in for random ones where a test asks for that.
+TRAINED = os.environ.get("TANDEM_TRAINED", "")
+_TRAINED_AS = {"hydra++": "hydra_pp", "eagle2": "eagle", "eagle3 static": "eagle3"}
+
+
+def trained_target() -> Target:
+    """The target, in float64, of a context as long as the battery needs and with no token that ends a text."""
+    target = load_target(f"{TRAINED}/target", dtype=jnp.float64)
+    return dataclasses.replace(target, config=dataclasses.replace(target.config, max_position=1024, eos_ids=()))
+
+
+def with_trained(name: str, drafter: Drafter, params: Any, target: Target) -> tuple[Drafter, Any]:
+    """A case's drafter with the network that was trained in the place of its own; the tree or growth is the case's."""
+    if isinstance(drafter, FirstOf):
+        second, second_params = with_trained(name.partition("+")[2], drafter.second, params["second"], target)
+        return dataclasses.replace(drafter, second=second), {**params, "second": second_params}
+    if params is None:
+        return drafter, None
+    folder = "draft_model" if isinstance(drafter, DraftModel) else f"{_TRAINED_AS.get(name, name)}/drafter"
+    trained, params = load_drafter(f"{TRAINED}/{folder}", target)
+    kept = "growth" if isinstance(drafter, GrowthDrafter) else "tree"
+    return dataclasses.replace(trained, **{kept: getattr(drafter, kept)}), params  # type: ignore[type-var]
+
+
 def cyclic_target(vocab_size: int = 12) -> tuple[Target, list[int]]:
     """A target that repeats three tokens for ever, and those tokens: blocks that add nothing, and a head that steps."""
     target = random_target(vocab_size=vocab_size)
@@ -214,10 +241,13 @@ class Oracle(Drafter):
     def max_depth(self) -> int:
         return self.tree.max_depth
 
+    def law(self, greedy):
+        return "point"
+
     def draft(self, params, target, state, root, keys):
         truth_BN = jnp.take_along_axis(params, target.length[:, None] + self.tree.depth, axis=1)
         tokens_BN = (truth_BN + self.tree.rank - self.rank) % self.vocab_size
-        return self.tree.fill(tokens_BN.at[:, 0].set(root), law="point"), state
+        return self.tree.fill(tokens_BN.at[:, 0].set(root), self.law(target.warps.greedy)), None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -239,6 +269,9 @@ class Recorder(Drafter):
     def max_depth(self) -> int:
         return self.inner.max_depth
 
+    def law(self, greedy):
+        return self.inner.law(greedy)
+
     def init(self, config, batch, capacity, dtype, mesh=None):
         nodes = self.max_nodes
         return {
@@ -255,8 +288,9 @@ class Recorder(Drafter):
         return {**state, "inner": self.inner.ingest(params, target, state["inner"], rows)}
 
     def draft(self, params, target, state, root, keys):
-        tree, carried = self.inner.draft(params, target, state["inner"], root, keys)
-        return tree, {**state, "inner": carried}
+        tree, drafted = self.inner.draft(params, target, state["inner"], root, keys)
+        assert tree.law == self.law(target.warps.greedy)
+        return tree, drafted
 
     def riders(self, params, target, state, tree):
         return self.inner.riders(params, target, state["inner"], tree)

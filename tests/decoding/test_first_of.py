@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from decoding import loop
 from decoding.drafter import Drafter, Riders, TargetView
 from decoding.drafters.draft_model import DraftModel
 from decoding.drafters.first_of import FirstOf, joined
@@ -35,7 +36,7 @@ class Told(Drafter):
     """Drafts its parameters where they are not negative, and counts in its state how often it was asked."""
 
     depth: int = 2
-    law: str = "match"
+    under: str = "match"
     riding: int = 0
     name: ClassVar[str] = "told"
     taps: ClassVar[tuple[str, ...]] = ("pre_norm",)
@@ -52,11 +53,14 @@ class Told(Drafter):
     def num_riders(self) -> int:
         return self.riding
 
+    def law(self, greedy):
+        return self.under
+
     def draft(self, params, target, state, root, keys):
         tokens = jnp.concatenate([root[:, None], params[:, : self.depth]], axis=1)
-        proposals = jnp.ones((root.shape[0], self.depth, 12)) / 12 if self.law == "swor" else None
-        tree = chain(self.depth).fill(jnp.maximum(tokens, 0), self.law, proposals)
-        return dataclasses.replace(tree, valid=tokens >= 0), state
+        proposals = jnp.ones((root.shape[0], self.depth, 12)) / 12 if self.under == "swor" else None
+        tree = chain(self.depth).fill(jnp.maximum(tokens, 0), self.under, proposals)
+        return dataclasses.replace(tree, valid=tokens >= 0), None
 
     def riders(self, params, target, state, tree):
         batch, nodes = tree.tokens.shape
@@ -88,8 +92,8 @@ def both() -> dict:
 def test_a_row_without_candidates_gets_the_second_tree(sizes: tuple[int, int]) -> None:
     drafter = FirstOf(Told(sizes[0]), Told(sizes[1]))
     roots = jnp.array([7, 8], jnp.int32)
-    tree, carried = drafter.draft(both(), view(2), {"first": (), "second": ()}, roots, None)
-    assert carried == {"first": (), "second": ()}
+    tree, drafted = drafter.draft(both(), view(2), {"first": (), "second": ()}, roots, None)
+    assert drafted is None, "neither kept anything"
     assert drafter.max_nodes == 4 and drafter.max_depth == 3 and drafter.taps == ("pre_norm",)
     expected = [[7, *GUESSES["first"][0][: sizes[0]]], [8, *GUESSES["second"][1][: sizes[1]]]]
     for row, tokens in enumerate(expected):
@@ -112,7 +116,17 @@ def test_law_of_the_joined_tree() -> None:
     assert match.draft(both(), view(2), state, roots, None)[0].law == "match"
     for drafter in (FirstOf(Told(2, "swor"), Told(2)), FirstOf(Told(2), Told(2, "swor"))):
         with pytest.raises(UserError, match=r"told cannot be combined with another drafter.*law 'swor'"):
-            drafter.draft(both(), view(2), state, roots, None)
+            drafter.law(greedy=False)
+
+
+def test_a_sampled_law_is_refused_before_anything_is_computed(monkeypatch: pytest.MonkeyPatch) -> None:
+    target = random_target(vocab_size=12)
+    drafter = FirstOf(PromptLookup(depth=2), DraftModel(target.config, Static(chain(2), "without")))
+    params = {"first": None, "second": target.params}
+    assert drafter.law(greedy=True) == "match"
+    monkeypatch.delattr(loop, "init_state")
+    with pytest.raises(UserError, match=r"draft_model cannot be combined with another drafter.*law 'swor'"):
+        generate(target, PROMPTS, drafter=drafter, drafter_params=params, sampling=Sampling(temperature=1.0))
 
 
 def test_the_second_is_skipped_when_no_row_needs_it() -> None:
@@ -133,8 +147,8 @@ def test_riders_of_both_reach_their_drafters() -> None:
 
     drafter = FirstOf(Watcher(1, riding=2), Watcher(2, riding=3))
     state, target = {"first": (), "second": ()}, view(2)
-    tree, carried = drafter.draft(both(), target, state, jnp.array([7, 8], jnp.int32), None)
-    riders = drafter.riders(both(), target, carried, tree)
+    tree, _ = drafter.draft(both(), target, state, jnp.array([7, 8], jnp.int32), None)
+    riders = drafter.riders(both(), target, state, tree)
     assert drafter.num_riders == 5 == riders.tokens.shape[1]
     assert riders.tokens[0].tolist() == [1, 1, 2, 2, 2] and riders.positions[0].tolist() == [4, 5, 4, 5, 6]
     assert np.array_equal(riders.sees_riders, np.broadcast_to(np.eye(5, dtype=bool), (2, 5, 5)))
@@ -203,7 +217,7 @@ def test_a_draft_model_keeps_up_with_text_that_it_did_not_draft(order: str) -> N
 def test_joined_trees_may_differ_in_width() -> None:
     wide = BUSHY.fill(jnp.zeros((2, BUSHY.size), jnp.int32), "point")
     narrow = chain(2).fill(jnp.ones((2, 3), jnp.int32), "point")
-    tree: TokenTree = joined(narrow, wide, jnp.array([True, False]))
+    tree: TokenTree = joined(narrow, wide, jnp.array([True, False]), "match")
     assert tree.children.shape == (2, *BUSHY.children.shape)
     assert np.array_equal(tree.children[0], BUSHY.children) and (tree.children[1, :, 1:] == -1).all()
     assert np.array_equal(tree.ancestors[0], BUSHY.ancestors)

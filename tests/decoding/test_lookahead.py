@@ -108,8 +108,8 @@ def a_step(drafter: Lookahead):
     pool = jnp.array(rng.integers(0, 12, state["pool"].shape), jnp.int32)
     state = {"window": window, "pool": pool}
     root = jnp.take_along_axis(text, length[:, None], axis=1)[:, 0]
-    tree, carried = drafter.draft(None, view, state, root, None)
-    return target, view, state, tree, drafter.riders(None, view, carried, tree)
+    tree, _ = drafter.draft(None, view, state, root, None)
+    return target, view, state, tree, drafter.riders(None, view, state, tree)
 
 
 def test_each_rider_scores_like_a_plain_forward_over_its_column() -> None:

@@ -16,6 +16,7 @@ import pytest
 
 from decoding import loop
 from decoding.drafter import Drafter
+from decoding.drafters.growing import GrowthDrafter
 from decoding.growth import DySpec, Growth, Static, StochasticBeam
 from decoding.sampling import Sampling, draw
 from decoding.trees import SAMPLED_LAWS, from_child_counts
@@ -31,7 +32,6 @@ from eval.losslessness import (
     sampled_strings,
     string_law,
     tiny_target,
-    tree_law,
 )
 from models.errors import UserError
 from tests.decoding.drafter_cases import CASES, each_drafter
@@ -101,22 +101,14 @@ class Bigrams:
 
 
 @dataclasses.dataclass(frozen=True)
-class Table(Drafter):
+class Table(GrowthDrafter):
     """A drafter made of a growth; its parameters are the logits of the table."""
 
     growth: Growth
     name: ClassVar[str] = "table"
 
-    @property
-    def max_nodes(self) -> int:
-        return self.growth.max_nodes
-
-    @property
-    def max_depth(self) -> int:
-        return self.growth.max_depth
-
-    def draft(self, params, target, state, root, keys):
-        return self.growth.grow(Bigrams(params), root, keys, target.warps).tree, state
+    def network(self, params, target, state):
+        return Bigrams(params)
 
 
 class RankedAsIfDrawn(Table):
@@ -124,19 +116,19 @@ class RankedAsIfDrawn(Table):
 
     def draft(self, params, target, state, root, keys):
         ranking = dataclasses.replace(target.warps, temperature=jnp.zeros_like(target.warps.temperature))
-        return self.growth.grow(Bigrams(params), root, keys, ranking).tree, state
+        return self.growth.grow(Bigrams(params), root, keys, ranking).tree, None
 
 
 class PrunedByOwnProbability(Table):
     """Known to be wrong: children are drawn, and those whose own q is small are deleted afterwards."""
 
     def draft(self, params, target, state, root, keys):
-        tree, state = super().draft(params, target, state, root, keys)
+        tree, _ = super().draft(params, target, state, root, keys)
         row = jnp.broadcast_to(tree.proposal_of, tree.tokens.shape)
         above = jnp.take_along_axis(row, jnp.maximum(jnp.broadcast_to(tree.parent, row.shape), 0), axis=1)
         q_BNV = jnp.take_along_axis(tree.proposals, jnp.maximum(above, 0)[:, :, None], axis=1)
         own_BN = jnp.take_along_axis(q_BNV, tree.tokens[:, :, None], axis=2)[:, :, 0]
-        return dataclasses.replace(tree, valid=tree.valid & ((tree.depth == 0) | (own_BN >= 0.12))), state
+        return dataclasses.replace(tree, valid=tree.valid & ((tree.depth == 0) | (own_BN >= 0.12))), None
 
 
 def table() -> jax.Array:
@@ -205,7 +197,7 @@ def test_law_is_the_product_of_conditionals() -> None:
 def test_sampled_strings_follow_the_target(name: str) -> None:
     drafter, params = CASES[name](target(), jax.random.key(3))
     settings = list(SETTINGS.values())
-    if tree_law(target(), drafter, params, settings) in SAMPLED_LAWS:
+    if drafter.law(greedy=False) in SAMPLED_LAWS:
         for setting, result in check(drafter, params, 1024).items():
             assert result.test.degrees > 5 and result.passed, f"{setting}: {result}"
         return

@@ -45,7 +45,17 @@ NEEDED = {
     "draft rsd-s": {"draft": drafted(3), "target": forward(), "verify": verify(3)},
     # The layer reads the target's features together with the embeddings of what became text.
     "eagle2": {"draft": drafted(3), "target": forward(), "verify": verify(3), "ingest": forward(1)},
+    # Of the riders' logits only the best token is wanted: the maximum and its first place.
+    "lookahead": {"target": forward(), "verify": verify(3), "ingest": {"all-reduce": 2}},
+    "prompt_lookup+hydra++": {
+        # As many, and an agreement on whether any row needs the second drafter.
+        "draft": HYDRA_DRAFT | {"all-reduce": HYDRA_DRAFT["all-reduce"] + 1},
+        "target": forward(),
+        "verify": verify(BUSHY.max_depth),
+        "ingest": {"all-reduce": 2},
+    },
 }
+ACROSS_ROWS = {"prompt_lookup+hydra++": {"draft": {"all-reduce": 1}}}
 
 
 def call(function: str) -> str:
@@ -55,7 +65,7 @@ def call(function: str) -> str:
 @pytest.mark.parametrize("name", NEEDED)
 def test_meshes_decode_alike_and_exchange_no_more_than_needed(name: str, run_python) -> None:
     # Where tensor parallelism is alone nothing differs from where it is not, but for the agreement between rows.
-    meshes = {"data=8": DATA_ONLY, "data=2,tensor=4": NEEDED[name] | DATA_ONLY}
+    meshes = {"data=8": DATA_ONLY | ACROSS_ROWS.get(name, {}), "data=2,tensor=4": NEEDED[name] | DATA_ONLY}
     if name in ("none", "hydra++"):
         meshes["tensor=2"] = NEEDED[name]
     *lines, done = run_python(call(f"decodes_alike({name!r}, *{[*meshes]})"), devices=8).splitlines()
