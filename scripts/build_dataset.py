@@ -1,14 +1,16 @@
-"""Text, JSONL, source files or chats become a tokenised data set that `train/data.py` reads.
+"""Text, JSONL, source files or chats become a tokenised data set that `train/data.py` reads; images one of images.
 
     python -m scripts.build_dataset --kind source --src DIR --glob '**/*.py' --exclude 'test*,site-packages' \
         --train_tokenizer 2048 --valid_fraction 0.02 --out data/python
     python -m scripts.build_dataset --kind jsonl --src train.jsonl --valid_src test.jsonl --field question,answer \
         --tokenizer TARGET_DIR --out data/gsm8k
     python -m scripts.build_dataset --kind chat --src chats.jsonl --tokenizer TARGET_DIR --out data/chat
+    python -m scripts.build_dataset --images FOLDER --size 64 --valid_fraction 0.02 --out data/pictures
 
 The directory holds TFDS `array_record` files, `manifest.json` (source, kind, tokenizer fingerprint, chat template,
 counts per split) and the tokenizer. It appears whole under its name or not at all. Which documents are held out
 depends on their names alone, so it stays the same when documents are added. From Python: `build(hold_out(...), ...)`.
+For images see `scripts/image_dataset.py`.
 """
 
 import argparse
@@ -20,9 +22,7 @@ import gzip
 import hashlib
 import itertools
 import json
-import os
 import re
-import shutil
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -32,7 +32,10 @@ from typing import Any, TextIO
 import numpy as np
 
 from models.errors import UserError, exit_on_user_error
+from models.storage import write_json
 from models.tokenizer import Message, Tokenizer
+from scripts import image_dataset
+from scripts.dataset_directory import check_out, name_rank, new_dataset
 from train import data
 
 KINDS = ("jsonl", "text", "source", "chat")
@@ -195,13 +198,13 @@ def hold_out(
         documents = list(documents)
     bound = int(fraction * 2**64)
     if count:
-        ranks = sorted(_rank(document.name) for document in documents if document.content.strip())
+        ranks = sorted(name_rank(document.name) for document in documents if document.content.strip())
         if count >= len(ranks):
             raise UserError(f"cannot hold out {count} documents of {len(ranks)}: none would be left to train on")
         bound = ranks[count]
     return {
-        "train": DocumentList(lambda: (document for document in documents if _rank(document.name) >= bound)),
-        "valid": DocumentList(lambda: (document for document in documents if _rank(document.name) < bound)),
+        "train": DocumentList(lambda: (document for document in documents if name_rank(document.name) >= bound)),
+        "valid": DocumentList(lambda: (document for document in documents if name_rank(document.name) < bound)),
     }
 
 
@@ -281,18 +284,11 @@ def write_dataset(
     Raises:
       UserError: the records could not be written, or `out` holds something that must not be lost.
     """
-    out = Path(out)
-    _check_out(out, overwrite)
-    temporary = out.absolute().with_name(f".{out.absolute().name}.{os.getpid()}.partial")
-    try:
-        _make_directory(temporary)
-        data.write_splits(temporary, splits, "Documents as tokens.")
+    with new_dataset(out, overwrite) as directory:
+        data.write_splits(directory, splits, "Documents as tokens.")
         manifest = {"tokenizer": tokenizer.fingerprint, "vocab_size": tokenizer.vocab_size, **describe()}
-        (temporary / "manifest.json").write_text(json.dumps(manifest, indent=2, ensure_ascii=False) + "\n")
-        tokenizer.save(temporary / "tokenizer")
-        _put_in_place(temporary, out)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        write_json(directory / "manifest.json", manifest)
+        tokenizer.save(directory / "tokenizer")
     return manifest
 
 
@@ -371,40 +367,6 @@ def _opened(path: Path) -> Iterator[TextIO]:
         raise UserError(f"{path} is not a gzip file ({error})") from error
 
 
-def _rank(name: str) -> int:
-    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big")
-
-
-def _check_out(out: Path, overwrite: bool) -> None:
-    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
-        return
-    if not (out / "manifest.json").is_file():
-        raise UserError(f"{out} exists and is no data set: expected a new directory or one to replace")
-    if not overwrite:
-        raise UserError(f"{out} already holds a data set: give another directory, or --overwrite to replace it")
-
-
-def _make_directory(path: Path) -> None:
-    try:
-        path.mkdir(parents=True)
-    except OSError as error:
-        raise UserError(f"cannot make a directory in {path.parent} ({error.strerror})") from error
-
-
-def _put_in_place(temporary: Path, out: Path) -> None:
-    """Renames; a data set that was there is moved aside first and removed once the new one stands."""
-    old = temporary.with_suffix(".old")
-    if out.exists():
-        os.replace(out, old)
-    try:
-        os.replace(temporary, out)
-    except OSError:
-        if old.exists():
-            os.replace(old, out)
-        raise
-    shutil.rmtree(old, ignore_errors=True)
-
-
 def _reader(arguments: argparse.Namespace) -> Callable[[Path], Iterable[RawDocument]]:
     return {
         "jsonl": lambda path: read_jsonl(path, arguments.field.split(",")),
@@ -452,8 +414,8 @@ def _print(line: str) -> None:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m scripts.build_dataset", description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--kind", required=True, choices=KINDS)
-    parser.add_argument("--src", required=True, type=Path, help="a file (.gz too), or the folder of --kind source")
+    parser.add_argument("--kind", choices=KINDS)
+    parser.add_argument("--src", type=Path, help="a file (.gz too), or the folder of --kind source")
     parser.add_argument("--out", required=True, type=Path, help="the directory to write")
     parser.add_argument("--overwrite", action="store_true", help="replace a data set that is there")
     parser.add_argument("--tokenizer", type=Path, help="directory with tokenizer.json, such as a target's")
@@ -469,6 +431,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--valid_fraction", type=float, default=0.0, help="share of documents held out as `valid`")
     parser.add_argument("--valid_documents", type=int, default=0, help="or their number")
     parser.add_argument("--valid_src", type=Path, help="or where the valid split comes from")
+    image_dataset.add_options(parser)
     return parser
 
 
@@ -476,7 +439,12 @@ def _parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> None:
     """The command: reads, tokenises, writes, and prints where the data set lies."""
     arguments = _parser().parse_args(argv)
-    _check_out(arguments.out, arguments.overwrite)
+    check_out(arguments.out, arguments.overwrite)
+    if arguments.images is not None:
+        image_dataset.run(arguments)
+        return
+    if arguments.kind is None or arguments.src is None:
+        raise UserError("give --kind and --src for text, or --images for images")
     splits = _splits(arguments)
     tokenizer = _tokenizer(arguments, splits["train"])
     manifest = build(

@@ -1,14 +1,20 @@
-"""Writes our directories from files in other formats: a target's from a checkpoint, a drafter's from released weights.
+"""Writes our directories from other formats: targets from checkpoints, drafters and image models from releases.
 
     python -m scripts.convert --from llama2c --src stories260K.bin --tokenizer tok512.bin --out stories260K
     python -m scripts.convert --from eagle3 --src EAGLE3-LLaMA3-8B --base Meta-Llama-3-8B-Instruct --out eagle3
     python -m scripts.convert --from model --src small/target --base large/target --growth static:tree=chain:4 --out d
+    python -m scripts.convert --from vae --src vae_ch160v4096z32.pth --out vae
+    python -m scripts.convert --from var --src var_d36.pth --schedule 512 --out var-d36
 
 A target directory loads with `models.load_target` and with transformers. A drafter directory is for `--base`, the
 target directory that the drafter was trained on, and keeps what it was made from under `provenance`. Drafters come as
 one file or a directory, in safetensors or in torch's format, which is read without torch and without running anything
 in it. `model` makes a drafter of a whole target directory, a smaller model of the same vocabulary. `--growth` says how
 a model or an EAGLE head grows its trees (`decoding/growth`).
+
+Image models are VAR's transformers (`var`), its tokenizer (`vae`) and CoDe's drafters and refiners (`code`), one file
+each. `--schedule`, `256`, `512` or the sides of the scales, says what their files do not; without it a transformer has
+the published schedule of its length, and the tokenizer that for 256 pixels.
 """
 
 import argparse
@@ -31,6 +37,9 @@ from models.errors import UserError, exit_on_user_error
 from models.heads import released
 from models.heads.released_files import Release, read_release
 from models.hf import load_config, load_params, save_target
+from models.images import files as image_files
+from models.images.config import SCHEDULES
+from models.images.released import Converted, read_vae, read_var
 from models.llama2c import read_llama2c, read_llama2c_tokenizer
 from models.target import Target
 from models.tokenizer import Tokenizer
@@ -83,6 +92,13 @@ DRAFTERS: dict[str, DrafterFormat] = {
     "eagle3": DrafterFormat((), released.eagle3, Eagle3),
 }
 
+# Format name -> reader of (source, schedule or None).
+IMAGES: dict[str, Callable[[Path, Sequence[int] | None], Converted]] = {
+    "var": read_var,
+    "vae": read_vae,
+    "code": read_var,
+}
+
 
 def convert_target(args: argparse.Namespace) -> str:
     """Writes a target directory; returns what was made, for a person."""
@@ -124,6 +140,19 @@ def convert_drafter(args: argparse.Namespace) -> str:
     return f"{made.format} for {args.base}; {', '.join(f'{name} {value}' for name, value in shape.items())}"
 
 
+def convert_image_model(args: argparse.Namespace) -> str:
+    """Writes an image model's directory; returns what was made, for a person."""
+    made = IMAGES[args.format](args.src, args.schedule)
+    provenance = {"format": args.format, "files": made.digests}
+    image_files.save(args.out, made.config, made.params, overwrite=args.overwrite, provenance=provenance)
+    return f"{args.format}; {', '.join(f'{name} {value}' for name, value in dataclasses.asdict(made.config).items())}"
+
+
+def schedule(text: str) -> tuple[int, ...]:
+    """The value of `--schedule`."""
+    return SCHEDULES[text] if text in SCHEDULES else tuple(int(part) for part in text.split(","))
+
+
 def three_layers(text: str) -> tuple[int, ...]:
     """The value of `--layers`."""
     layers = tuple(int(part) for part in text.split(","))
@@ -134,14 +163,16 @@ def three_layers(text: str) -> tuple[int, ...]:
 
 def check_options(args: argparse.Namespace) -> None:
     """Raises UserError for an option that the format lacks or has no use for, or an `--out` that is taken."""
-    drafter = args.format not in TARGETS
+    image, target = args.format in IMAGES, args.format in TARGETS
+    drafter = not image and not target
     if drafter and args.base is None:
         raise UserError(f"--from {args.format} needs --base, the directory of the target that it drafts for")
     for option, value, known in (
         ("--base", args.base, drafter),
-        ("--tokenizer", args.tokenizer, not drafter),
+        ("--tokenizer", args.tokenizer, target),
         ("--layers", args.layers, args.format == "eagle3"),
         ("--growth", args.growth, args.format in ("model", "eagle", "eagle3")),
+        ("--schedule", args.schedule, image),
     ):
         if value is not None and not known:
             raise UserError(f"--from {args.format} has no use for {option}")
@@ -154,7 +185,7 @@ def check_options(args: argparse.Namespace) -> None:
 def main(argv: Sequence[str] | None = None) -> None:
     """The command; see the module's docstring."""
     parser = argparse.ArgumentParser(prog="python -m scripts.convert", description=__doc__.splitlines()[0])
-    formats = [*TARGETS, *DRAFTERS, "model"]
+    formats = [*TARGETS, *DRAFTERS, "model", *IMAGES]
     parser.add_argument("--from", dest="format", required=True, choices=formats, help="format of the source")
     parser.add_argument("--src", type=Path, required=True, help="checkpoint, or file or directory of released weights")
     parser.add_argument("--tokenizer", type=Path, help="tokenizer file of a llama2c checkpoint")
@@ -168,13 +199,20 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--growth", metavar="KIND[:NAME=VALUE,...]", help="how a model or an EAGLE head grows its trees"
     )
+    parser.add_argument(
+        "--schedule",
+        type=schedule,
+        metavar="|".join([*SCHEDULES, "P,P,..."]),
+        help="sides of the maps of codes of an image model: those for images of so many pixels, or a list",
+    )
     parser.add_argument("--out", type=Path, required=True, help="directory to write")
     parser.add_argument("--overwrite", action="store_true", help="replace a directory of the same kind that exists")
     args = parser.parse_args(argv)
     check_options(args)
     args.growth = parse_growth(args.growth) if args.growth else None
-    convert = {"model": convert_model, **dict.fromkeys(TARGETS, convert_target)}.get(args.format, convert_drafter)
-    made = convert(args)
+    converters = {"model": convert_model, **dict.fromkeys(TARGETS, convert_target)}
+    converters |= dict.fromkeys(DRAFTERS, convert_drafter) | dict.fromkeys(IMAGES, convert_image_model)
+    made = converters[args.format](args)
     print(f"wrote {args.out}: {made}")
 
 

@@ -10,30 +10,29 @@ a shuffle is a permutation of row numbers, and the whole state of an iterator is
 TensorFlow is never imported.
 """
 
-import contextlib
-import difflib
 import functools
-import importlib
-import io
-import logging
-import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypedDict
 
-import absl.logging
 import grain
 import numpy as np
 import tensorflow_datasets as tfds
 from jaxtyping import Int, Int32, Int64, UInt8
-from tensorflow_datasets.core.download import downloader
 
 from models.errors import UserError
 from models.hf_config import read_json
 from models.tokenizer import Tokenizer
+from train.records import (
+    CATALOGUE_PREFIX,
+    catalogue_builder,
+    check_present,
+    open_catalogue,
+    open_directory,
+    write_records,
+)
 
-CATALOGUE_PREFIX = "tfds:"
 _FIELDS = (("text",), ("question", "answer"))  # Tried in this order when a catalogue set is opened without fields.
 _CACHED_TOKENS = 64_000_000  # Decoded documents kept in memory, 5 bytes a token.
 
@@ -248,22 +247,7 @@ def write_splits(
             lengths[name].append(len(document["tokens"]))
             yield index, document
 
-    with _quiet():
-        builder = TokenDocuments(examples, list(splits), description, data_dir=directory, file_format="array_record")
-        try:
-            builder.download_and_prepare()
-        except RuntimeError as error:
-            failed_write = re.search(r"write\(\) failed: ([^;]*)", str(error))
-            if failed_write is None:
-                raise
-            raise UserError(f"could not write the data set in {directory.parent}: {failed_write[1]}") from error
-    for path in Path(builder.data_path).iterdir():
-        path.rename(directory / path.name)
-    Path(builder.data_path).rmdir()
-    Path(builder.data_path).parent.rmdir()
-    for empty in (directory / "downloads" / "extracted", directory / "downloads"):
-        with contextlib.suppress(FileNotFoundError):
-            empty.rmdir()
+    write_records(functools.partial(TokenDocuments, examples, list(splits), description), directory)
     arrays = {name: np.asarray(values, np.int64) for name, values in lengths.items()}
     for name, array in arrays.items():
         np.save(_lengths_path(directory, name), array)
@@ -319,20 +303,13 @@ def _open_directory(directory: Path, split: str, tokenizer_fingerprint: str | No
     if not isinstance(manifest.get("tokenizer"), str):
         raise UserError(f"{manifest_path} does not say which tokenizer made the tokens (its entry 'tokenizer')")
     _check_tokenizer(manifest["tokenizer"], tokenizer_fingerprint, f"the data set {directory}")
-    with _quiet():
-        for name in ("dataset_info.json", "features.json"):
-            _check_present(directory / name)
-        builder = tfds.builder_from_directory(str(directory))
-        instruction = _absolute(builder, split, str(directory))
-        lengths_path = _lengths_path(directory, instruction.splitname)
-        for path in (lengths_path, *builder.info.splits[instruction.splitname].filepaths):
-            _check_present(Path(path))
-        source = builder.as_data_source(split=instruction.splitname)
-    first = instruction.from_ or 0
-    lengths = np.load(lengths_path)[first : instruction.to]
+    records = open_directory(directory, split)
+    lengths_path = _lengths_path(directory, records.split)
+    check_present(lengths_path)
+    lengths = np.load(lengths_path)[records.first : records.stop]
 
     def fetch(index: int) -> Document:
-        example = source[first + index]
+        example = records[index]
         return {"name": example["name"].decode(), "tokens": example["tokens"], "mask": example["mask"]}
 
     return Documents(lengths, fetch, manifest)
@@ -341,27 +318,16 @@ def _open_directory(directory: Path, split: str, tokenizer_fingerprint: str | No
 def _open_catalogue(
     name: str, split: str, tokenizer: Tokenizer, fields: Sequence[str] | None, data_dir: str | Path | None
 ) -> Documents:
-    with _quiet():
-        builder = _catalogue_builder(name, data_dir)
-        available = list(builder.info.features or {})
-        if fields is None:
-            fields = next((known for known in _FIELDS if set(known) <= set(available)), ())
-        if not fields or not set(fields) <= set(available):
-            wanted = (
-                f"has no field {', '.join(sorted(set(fields) - set(available)))}"
-                if fields
-                else "needs its fields named"
-            )
-            raise UserError(f"the TFDS set {name!r} {wanted}; it holds {', '.join(available)}")
-        _prepare(builder)
-        _absolute(builder, split, name)
-        try:
-            source = builder.as_data_source(split=split)
-        except NotImplementedError as error:
-            raise UserError(
-                f"the TFDS set {name!r} in {builder.data_path} is not stored as array_record, the only format readable "
-                "without TensorFlow: prepare it again with file_format='array_record'"
-            ) from error
+    builder = catalogue_builder(name, data_dir)
+    available = list(builder.info.features or {})
+    if fields is None:
+        fields = next((known for known in _FIELDS if set(known) <= set(available)), ())
+    if not fields or not set(fields) <= set(available):
+        wanted = (
+            f"has no field {', '.join(sorted(set(fields) - set(available)))}" if fields else "needs its fields named"
+        )
+        raise UserError(f"the TFDS set {name!r} {wanted}; it holds {', '.join(available)}")
+    source = open_catalogue(builder, split)
     print(f"tokenising {len(source):,} documents of {CATALOGUE_PREFIX}{name} {split}", file=sys.stderr, flush=True)
     tokens: list[np.ndarray] = []
     for start in range(0, len(source), 256):
@@ -377,48 +343,6 @@ def _open_catalogue(
         }
 
     return Documents(np.array([len(ids) for ids in tokens]), fetch)
-
-
-def _catalogue_builder(name: str, data_dir: str | Path | None) -> tfds.core.DatasetBuilder:
-    arguments = {"data_dir": data_dir, "file_format": "array_record"}
-    try:
-        return tfds.builder(name, **arguments)
-    except tfds.core.DatasetNotFoundError:
-        pass
-    except (ValueError, OSError) as error:
-        raise UserError(f"the TFDS set {name!r} cannot be opened ({_first_line(error)})") from error
-    # Some sets, gsm8k among them, are shipped with TFDS but registered only when their module is imported.
-    with contextlib.suppress(ImportError, tfds.core.DatasetNotFoundError):
-        importlib.import_module(f"tensorflow_datasets.text.{name.split('/')[0].split(':')[0]}")
-        return tfds.builder(name, **arguments)
-    near = difflib.get_close_matches(name, tfds.list_builders(with_community_datasets=False), n=1)
-    raise UserError(f"TFDS has no data set {name!r}" + (f"; did you mean {near[0]!r}?" if near else ""))
-
-
-def _prepare(builder: tfds.core.DatasetBuilder) -> None:
-    if not Path(builder.data_path).exists():
-        print(f"downloading {CATALOGUE_PREFIX}{builder.name} to {builder.data_path}", file=sys.stderr, flush=True)
-    downloader.MAX_RETRIES = 4  # Without a network TFDS's own ten take four minutes to fail.
-    try:
-        builder.download_and_prepare()
-    except Exception as error:  # Builders fail in as many ways as there are builders.
-        raise UserError(
-            f"the TFDS set {builder.name!r} is not in {builder.data_path} and could not be downloaded and prepared "
-            f"here ({_first_line(error)})"
-        ) from error
-
-
-def _absolute(builder: tfds.core.DatasetBuilder, split: str, where: str) -> Any:
-    try:
-        (instruction,) = tfds.core.ReadInstruction.from_spec(split).to_absolute(builder.info.splits)
-    except (ValueError, KeyError, AssertionError) as error:
-        raise UserError(f"{where} has no split {split!r}; it has {', '.join(builder.info.splits)}") from error
-    return instruction
-
-
-def _check_present(path: Path) -> None:
-    if not path.is_file():
-        raise UserError(f"the data set {path.parent} is incomplete: there is no {path.name}")
 
 
 def _check_tokenizer(actual: str, expected: str | None, what: str) -> None:
@@ -448,22 +372,3 @@ def _as_text(value: Any, field: str, name: str) -> str:
     if not isinstance(value, bytes | str):
         raise UserError(f"field {field!r} of the TFDS set {name!r} is {type(value).__name__}, not text")
     return value.decode() if isinstance(value, bytes) else value
-
-
-def _first_line(error: BaseException) -> str:
-    lines = str(error).splitlines() or [""]
-    return f"{type(error).__name__}: {lines[0][:160]}"
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """TFDS narrates what it does on stdout, in progress bars and in the log; what matters is in its exceptions."""
-    verbosity = absl.logging.get_verbosity()
-    absl.logging.set_verbosity(absl.logging.ERROR)
-    logging.getLogger("urllib3").setLevel(logging.ERROR)
-    tfds.disable_progress_bar()
-    try:
-        with contextlib.redirect_stdout(io.StringIO()):
-            yield
-    finally:
-        absl.logging.set_verbosity(verbosity)

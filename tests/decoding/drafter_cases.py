@@ -184,21 +184,31 @@ def random_target(
     return Target(shape, transformer.join_projections(params))
 
 
-# A directory made by `scripts/stories.sh`, whose models stand in for random ones where a test asks for that.
+# A directory made by `scripts/stories.sh`, whose models then stand in for random ones in the battery.
 TRAINED = os.environ.get("TANDEM_TRAINED", "")
+# Random weights are so large that their text is lively only at high temperatures.
+WARM = 1.0 if TRAINED else 6.0
 _TRAINED_AS = {"hydra++": "hydra_pp", "eagle2": "eagle", "eagle3 static": "eagle3"}
 
 
-def trained_target() -> Target:
+def battery_target() -> Target:
     """The target, in float64, of a context as long as the battery needs and with no token that ends a text."""
+    if not TRAINED:
+        return random_target(vocab_size=12)
     target = load_target(f"{TRAINED}/target", dtype=jnp.float64)
     return dataclasses.replace(target, config=dataclasses.replace(target.config, max_position=1024, eos_ids=()))
 
 
-def with_trained(name: str, drafter: Drafter, params: Any, target: Target) -> tuple[Drafter, Any]:
+def battery_case(name: str, target: Target) -> tuple[Drafter, Any]:
+    """A drafter and its parameters, in float64."""
+    drafter, params = CASES[name](target, jax.random.key(7))
+    return _with_trained(name, drafter, params, target) if TRAINED else (drafter, params)
+
+
+def _with_trained(name: str, drafter: Drafter, params: Any, target: Target) -> tuple[Drafter, Any]:
     """A case's drafter with the network that was trained in the place of its own; the tree or growth is the case's."""
     if isinstance(drafter, FirstOf):
-        second, second_params = with_trained(name.partition("+")[2], drafter.second, params["second"], target)
+        second, second_params = _with_trained(name.partition("+")[2], drafter.second, params["second"], target)
         return dataclasses.replace(drafter, second=second), {**params, "second": second_params}
     if params is None:
         return drafter, None

@@ -31,23 +31,22 @@ from models.target import Target
 from tests.decoding.drafter_cases import (
     CASES,
     LOPSIDED,
-    TRAINED,
+    WARM,
     Oracle,
     Recorder,
+    battery_case,
+    battery_target,
     each_drafter,
     random_target,
-    trained_target,
-    with_trained,
 )
 
 PROMPTS = [[1, 2, 3], [4, 5, 6, 7, 8, 9, 10], [11], [0, 3, 3, 7, 1]]
 CAPACITY = 640
-FLAT = 1.0 if TRAINED else 6.0  # Random weights are so large that text is lively only at high temperatures.
 WARPS = [
     Sampling(temperature=0.7),
-    Sampling(temperature=0.8 * FLAT, top_p=0.9),
-    Sampling(temperature=1.5 * FLAT, top_k=4, min_p=0.05),
-    Sampling(temperature=1.0 * FLAT, top_k=7, top_p=0.8),
+    Sampling(temperature=0.8 * WARM, top_p=0.9),
+    Sampling(temperature=1.5 * WARM, top_k=4, min_p=0.05),
+    Sampling(temperature=1.0 * WARM, top_k=7, top_p=0.8),
 ]
 
 pytestmark = pytest.mark.usefixtures("x64")
@@ -56,14 +55,13 @@ pytestmark = pytest.mark.usefixtures("x64")
 @functools.cache
 def target() -> Target:
     with jax.enable_x64(True):
-        return trained_target() if TRAINED else random_target(vocab_size=12)
+        return battery_target()
 
 
 @functools.cache
 def case(name: str) -> tuple[Drafter, Any]:
     with jax.enable_x64(True):
-        drafter, params = CASES[name](target(), jax.random.key(7))
-        return with_trained(name, drafter, params, target()) if TRAINED else (drafter, params)
+        return battery_case(name, target())
 
 
 def decode(name: str, prompts=PROMPTS, **settings) -> Generation:
@@ -112,8 +110,8 @@ def test_greedy_fills_ragged_rows_with_the_plain_text(name: str) -> None:
     for row, plain in enumerate(long_run("none").tokens):
         assert len(generation.tokens[row]) == limits[row]
         assert generation.tokens[row] == plain[: limits[row]]
-        assert generation.stats[row].steps >= 200
         assert generation.stats[row].committed == limits[row] - 1
+    assert max(stats.steps for stats in generation.stats) >= 200
     if drafter.max_depth:
         accepted = sum(stats.accepted_by_depth for stats in generation.stats)
         assert accepted[0] > 100 and accepted[1] > 10, "a case whose drafts are never accepted proves nothing"

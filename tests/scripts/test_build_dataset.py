@@ -210,7 +210,7 @@ def test_the_old_data_set_returns_when_the_new_one_cannot_take_its_place(tokeniz
             raise OSError(errno.EIO, "Input/output error", str(source))
         replace(source, target)
 
-    monkeypatch.setattr(build_dataset.os, "replace", fails_for_the_new)
+    monkeypatch.setattr(os, "replace", fails_for_the_new)
     with pytest.raises(OSError, match="Input/output"):
         build({"train": [RawDocument("new", "new")]}, tokenizer, out, overwrite=True)
     assert texts(out) == {"old": "old"} and [path.name for path in tmp_path.iterdir()] == ["out"]

@@ -1,0 +1,301 @@
+"""The Inception graph of 2015-12-05 that FID, sFID and Inception Score are defined on, with its quirks.
+
+It is Inception v3 (Szegedy et al. 2015, arXiv:1512.00567) as TensorFlow first published it, with 1,008 classes. What
+later copies do otherwise and this one must not: average pools leave their padding out of the count, the last block
+(`Mixed_7c`) pools by maximum, batch norm adds 1e-3, images of 0..255 are resized by TF1's first bilinear kernel and
+become (x - 128) / 128, and Inception Score takes its logits without the last bias.
+
+Modules are called what the torch port of these weights (`pt_inception-2015-12-05`) calls them. TensorFlow counts the
+blocks instead: `mixed` to `mixed_2` are 5b to 5d at 35x35, `mixed_3` (the reduction) to `mixed_7` are 6a to 6e at
+17x17, `mixed_8` to `mixed_10` are 7a to 7c at 8x8. So `mixed_6/conv`, which sFID reads, is the rectified output of the
+first convolution of `Mixed_6d`, its 1x1 branch.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, UInt8
+
+from models.errors import UserError
+from models.heads.released_files import Release, read_release
+from models.layers import call
+from models.old_torch_files import is_old_torch_file, read_old_torch_file
+from models.storage import leaves_by_path
+
+Params = dict[str, Any]
+
+SIZE = 299  # Side of the images that the graph reads.
+FEATURES = 2048  # pool_3
+SPATIAL_CHANNELS = 7  # of mixed_6/conv; at 17x17 they make the 2,023 numbers of sFID.
+CLASSES = 1008
+_EPSILON = 1e-3
+# Our names of a convolution's tensors -> the port's.
+_TENSORS = {
+    "kernel": "conv.weight",
+    "scale": "bn.weight",
+    "bias": "bn.bias",
+    "mean": "bn.running_mean",
+    "variance": "bn.running_var",
+}
+# What the port's batch norms count and nobody reads.
+_UNUSED = r".*\.bn\.num_batches_tracked"
+
+
+class InceptionFeatures(NamedTuple):
+    """What the metrics read of an image.
+
+    Attributes:
+      pool: `pool_3`, the mean over places of the last block.
+      spatial: the first 7 channels of `mixed_6/conv`, rows first, channels last; [B, 2023] for whole images.
+      logits: of 1,008 classes, without bias.
+    """
+
+    pool: Float[Array, "B 2048"]
+    spatial: Float[Array, "B S"]
+    logits: Float[Array, "B 1008"]
+
+
+class Unit(nn.Module):
+    """Convolution without bias, batch norm by stored statistics, ReLU."""
+
+    channels: int
+    kernel: tuple[int, int] = (1, 1)
+    stride: int = 1
+    padding: str = "SAME"
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B I J D"]:
+        shape = (*self.kernel, x.shape[-1], self.channels)
+        kernel = self.param("kernel", nn.initializers.he_normal(), shape)
+        ones, zeros = nn.initializers.ones, nn.initializers.zeros
+        scale, variance = (self.param(name, ones, (self.channels,)) for name in ("scale", "variance"))
+        bias, mean = (self.param(name, zeros, (self.channels,)) for name in ("bias", "mean"))
+        # Full float32: reduced products would move the metrics.
+        y = jax.lax.conv_general_dilated(
+            x,
+            kernel,
+            (self.stride, self.stride),
+            self.padding,
+            dimension_numbers=("NHWC", "HWIO", "NHWC"),
+            precision=jax.lax.Precision.HIGHEST,
+        )
+        return nn.relu((y - mean) * (scale * jax.lax.rsqrt(variance + _EPSILON)) + bias)
+
+
+def _branch(x: Array, *units: tuple) -> Array:
+    """Convolutions one after another: name and channels of each, then kernel, stride and padding where they differ."""
+    for name, *shape in units:
+        x = Unit(*shape, name=name)(x)
+    return x
+
+
+def average_pool(x: Float[Array, "B H W C"]) -> Float[Array, "B H W C"]:
+    """3x3 means at stride 1, over the places inside the image alone."""
+    return nn.avg_pool(x, (3, 3), (1, 1), "SAME", count_include_pad=False)
+
+
+def _halved(x: Array) -> Array:
+    return nn.max_pool(x, (3, 3), (2, 2))
+
+
+class BlockA(nn.Module):
+    """Mixed_5b to 5d, 35x35."""
+
+    pool_channels: int
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B H W D"]:
+        branches = [
+            _branch(x, ("branch1x1", 64)),
+            _branch(x, ("branch5x5_1", 48), ("branch5x5_2", 64, (5, 5))),
+            _branch(x, ("branch3x3dbl_1", 64), ("branch3x3dbl_2", 96, (3, 3)), ("branch3x3dbl_3", 96, (3, 3))),
+            _branch(average_pool(x), ("branch_pool", self.pool_channels)),
+        ]
+        return jnp.concatenate(branches, axis=-1)
+
+
+class BlockB(nn.Module):
+    """Mixed_6a: 35x35 to 17x17."""
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B I J D"]:
+        reduce = ((3, 3), 2, "VALID")
+        branches = [
+            _branch(x, ("branch3x3", 384, *reduce)),
+            _branch(x, ("branch3x3dbl_1", 64), ("branch3x3dbl_2", 96, (3, 3)), ("branch3x3dbl_3", 96, *reduce)),
+            _halved(x),
+        ]
+        return jnp.concatenate(branches, axis=-1)
+
+
+class BlockC(nn.Module):
+    """Mixed_6b to 6e, 17x17; also returns its 1x1 branch."""
+
+    inner: int
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B H W C"]) -> tuple[Float[Array, "B H W D"], Float[Array, "B H W 192"]]:
+        row, column, inner = (1, 7), (7, 1), self.inner
+        branches = [
+            _branch(x, ("branch1x1", 192)),
+            _branch(x, ("branch7x7_1", inner), ("branch7x7_2", inner, row), ("branch7x7_3", 192, column)),
+            _branch(
+                x,
+                ("branch7x7dbl_1", inner),
+                ("branch7x7dbl_2", inner, column),
+                ("branch7x7dbl_3", inner, row),
+                ("branch7x7dbl_4", inner, column),
+                ("branch7x7dbl_5", 192, row),
+            ),
+            _branch(average_pool(x), ("branch_pool", 192)),
+        ]
+        return jnp.concatenate(branches, axis=-1), branches[0]
+
+
+class BlockD(nn.Module):
+    """Mixed_7a: 17x17 to 8x8."""
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B I J D"]:
+        reduce = ((3, 3), 2, "VALID")
+        wide = [("branch7x7x3_1", 192), ("branch7x7x3_2", 192, (1, 7)), ("branch7x7x3_3", 192, (7, 1))]
+        branches = [
+            _branch(x, ("branch3x3_1", 192), ("branch3x3_2", 320, *reduce)),
+            _branch(x, *wide, ("branch7x7x3_4", 192, *reduce)),
+            _halved(x),
+        ]
+        return jnp.concatenate(branches, axis=-1)
+
+
+class BlockE(nn.Module):
+    """Mixed_7b and 7c, 8x8; the latter pools by maximum, which only this graph does."""
+
+    pool_by_maximum: bool
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B H W D"]:
+        pooled = nn.max_pool(x, (3, 3), (1, 1), "SAME") if self.pool_by_maximum else average_pool(x)
+        single = _branch(x, ("branch3x3_1", 384))
+        double = _branch(x, ("branch3x3dbl_1", 448), ("branch3x3dbl_2", 384, (3, 3)))
+        branches = [
+            _branch(x, ("branch1x1", 320)),
+            _branch(single, ("branch3x3_2a", 384, (1, 3))),
+            _branch(single, ("branch3x3_2b", 384, (3, 1))),
+            _branch(double, ("branch3x3dbl_3a", 384, (1, 3))),
+            _branch(double, ("branch3x3dbl_3b", 384, (3, 1))),
+            _branch(pooled, ("branch_pool", 192)),
+        ]
+        return jnp.concatenate(branches, axis=-1)
+
+
+class Inception(nn.Module):
+    """The graph from resized, normalised images on; any side of 75 or more will do, 299 is what it was made for."""
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B H W 3"]) -> InceptionFeatures:
+        valid = ((3, 3), 1, "VALID")
+        x = _branch(
+            x, ("Conv2d_1a_3x3", 32, (3, 3), 2, "VALID"), ("Conv2d_2a_3x3", 32, *valid), ("Conv2d_2b_3x3", 64, (3, 3))
+        )
+        x = _branch(_halved(x), ("Conv2d_3b_1x1", 80), ("Conv2d_4a_3x3", 192, *valid))
+        x = _halved(x)
+        for letter, pool_channels in zip("bcd", (32, 64, 64), strict=True):
+            x = BlockA(pool_channels, name=f"Mixed_5{letter}")(x)
+        x = BlockB(name="Mixed_6a")(x)
+        first_branches = {}
+        for letter, inner in zip("bcde", (128, 160, 160, 192), strict=True):
+            x, first_branches[letter] = BlockC(inner, name=f"Mixed_6{letter}")(x)
+        x = BlockD(name="Mixed_7a")(x)
+        x = BlockE(False, name="Mixed_7b")(x)
+        x = BlockE(True, name="Mixed_7c")(x)
+        pool = jnp.mean(x, axis=(1, 2))
+        spatial = first_branches["d"][..., :SPATIAL_CHANNELS]
+        head = nn.Dense(CLASSES, use_bias=False, precision=jax.lax.Precision.HIGHEST, name="fc")
+        return InceptionFeatures(pool, spatial.reshape(len(x), -1), head(pool))
+
+
+def tf1_bilinear(size_in: int, size_out: int) -> Float[np.ndarray, "O I"]:
+    """TF1's first bilinear resize of one axis, as a matrix.
+
+    Output o reads place o * size_in / size_out: corners count, there are no half pixels, and nothing is averaged when
+    an image shrinks. Past the last pixel the last is repeated.
+    """
+    place = np.arange(size_out) * size_in / size_out
+    low = np.floor(place).astype(int)
+    weight = place - low
+    matrix = np.zeros((size_out, size_in))
+    rows = np.arange(size_out)
+    np.add.at(matrix, (rows, low), 1 - weight)
+    np.add.at(matrix, (rows, np.minimum(low + 1, size_in - 1)), weight)
+    return matrix
+
+
+def prepare(images: UInt8[Array, "B H W 3"]) -> Float[Array, "B 299 299 3"]:
+    """Images as the graph reads them: resized to 299x299 and moved to -1..1 by (x - 128) / 128."""
+    rows, columns = (jnp.asarray(tf1_bilinear(size, SIZE), jnp.float32) for size in images.shape[1:3])
+    x = images.astype(jnp.float32)
+    # With 0..255 as input, products of reduced precision would cost up to half a grey level.
+    x = jnp.einsum("oh,bhwc,pw->bopc", rows, x, columns, precision=jax.lax.Precision.HIGHEST)
+    return (x - 128) / 128
+
+
+def features(params: Params, images: UInt8[Array, "B H W 3"]) -> InceptionFeatures:
+    """Features of images of 0..255, of any one size."""
+    return call(Inception(), params, prepare(images))
+
+
+def init(key: Array) -> Params:
+    """Random parameters, float32; `jax.eval_shape(init, key)` tells their shapes."""
+    return Inception().init(key, jnp.zeros((1, 75, 75, 3)))["params"]
+
+
+def load_inception(path: str | Path) -> Params:
+    """The parameters in a file of the torch port, `pt_inception-2015-12-05-6726825d.pth`.
+
+    Args:
+      path: the file: as published, which is in the format of torch before 1.6, or in the newer one, or as safetensors.
+
+    Raises:
+      UserError: there is no such file, it cannot be read, or a tensor is missing, of another shape or unknown.
+    """
+    if not is_old_torch_file(path):
+        return params_of(read_release(path))
+    content = read_old_torch_file(path)
+    if not isinstance(content, dict) or not all(isinstance(array, np.ndarray) for array in content.values()):
+        raise UserError(f"{path} holds something other than a dict of tensors")
+    return params_of(Release(Path(path), {k: lambda v=v: v for k, v in content.items()}, {}, {}))  # type: ignore[misc]
+
+
+def params_of(release: Release) -> Params:
+    """The parameters among the tensors of the torch port; every tensor must have its place.
+
+    Raises:
+      UserError: a tensor is missing, of another shape or unknown.
+    """
+    shapes = jax.eval_shape(init, jax.random.key(0))
+    because = "the Inception graph of 2015-12-05"
+
+    def taken(path: str, shape: Sequence[int]) -> Array:
+        module, name = path.rsplit("/", 1)
+        if module == "fc":
+            return jnp.asarray(release.take("fc.weight", shape[::-1], because).T, jnp.float32)
+        if name != "kernel":
+            return jnp.asarray(release.take(_port_name(module, name), shape, because), jnp.float32)
+        height, width, channels_in, channels = shape
+        tensor = release.take(_port_name(module, name), (channels, channels_in, height, width), because)
+        return jnp.asarray(tensor.transpose(2, 3, 1, 0), jnp.float32)
+
+    leaves = [taken(path, leaf.shape) for path, leaf in leaves_by_path(shapes).items()]
+    release.take("fc.bias", (CLASSES,), because)  # Belongs to the file; Inception Score is defined without it.
+    release.finish(_UNUSED, because)
+    return jax.tree.unflatten(jax.tree.structure(shapes), leaves)
+
+
+def _port_name(module: str, name: str) -> str:
+    """`Mixed_5b/branch1x1`, `kernel` -> `Mixed_5b.branch1x1.conv.weight`."""
+    return f"{module.replace('/', '.')}.{_TENSORS[name]}"

@@ -1,0 +1,102 @@
+"""The VAR transformer against the NumPy reference, every tensor drawn anew: initial values would hide most mistakes."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from models.images import var
+from models.images.config import VARConfig, scale_starts
+from models.transformer import stack_layers
+from tests import image_reference as reference
+
+CONFIG = VARConfig(
+    depth=3, width=24, num_heads=3, num_classes=5, vocab_size=17, latent_channels=6, scales=(1, 2, 3, 4, 5)
+)
+CONFIGS = [CONFIG, dataclasses.replace(CONFIG, shared_modulation=True, mlp_ratio=2)]
+IDS = ["per block", "shared"]
+STARTS = scale_starts(CONFIG.scales)
+LABELS = np.array([0, 3, 5, 2])
+
+pytestmark = pytest.mark.usefixtures("x64")
+each_config = pytest.mark.parametrize("config", CONFIGS, ids=IDS)
+
+
+def model(config: VARConfig):
+    with jax.enable_x64(True):
+        return jax.tree.map(jnp.array, reference.random_var(config))
+
+
+def features(scales: int) -> np.ndarray:
+    return np.random.default_rng(3).normal(size=(len(LABELS), STARTS[scales] - 1, CONFIG.latent_channels))
+
+
+@each_config
+@pytest.mark.parametrize("last", [1, 3, 5])
+def test_teacher_forced_scores(config: VARConfig, last: int) -> None:
+    params = model(config)
+    expected = reference.logits(config, jax.tree.map(np.asarray, params), LABELS, features(last))
+    assert expected.std() > 0.5
+    for layout in (params, stack_layers(params)):
+        found = var.teacher_forced(config, layout, jnp.array(LABELS), jnp.array(features(last)), last)
+        np.testing.assert_allclose(found, expected, rtol=0, atol=1e-11)
+
+
+@each_config
+@pytest.mark.parametrize("calls", [[1, 2, 3, 4, 5], [3, 4, 5], [1, 4, 5], [5]], ids=str)
+def test_cached_calls_score_like_one_forward(config: VARConfig, calls: list[int]) -> None:
+    """Scale by scale, or the first ones together as a refiner reads its prefix."""
+    params, labels = model(config), jnp.array(LABELS)
+    expected = var.teacher_forced(config, params, labels, jnp.array(features(5)), 5)
+    c = var.class_features(params, labels)
+    cache = var.init_cache(config, len(LABELS), config.length, jnp.float64)
+    known = var.modulations(config, params, c)
+    first = 0
+    for last in calls:
+        part = jnp.array(features(5)[:, max(0, STARTS[first] - 1) : STARTS[last] - 1])
+        x = var.inputs(config, params, c, part, first, last)
+        hidden, cache = var.forward(config, params, c, x, first, last, cache, known if first else None)
+        scores = var.logits(config, params, hidden, c)
+        np.testing.assert_allclose(scores, expected[:, STARTS[first] : STARTS[last]], rtol=0, atol=1e-11)
+        assert all(bool(jnp.all(layer["k"][:, :, STARTS[last] :] == 0)) for layer in cache)
+        first = last
+
+
+def test_stochastic_depth_leaves_out_halves_of_blocks() -> None:
+    """A batch row of which everything is dropped keeps what it read; a factor of 1 changes nothing."""
+    params, labels = model(CONFIG), jnp.array(LABELS)
+    c = var.class_features(params, labels)
+    x = var.inputs(CONFIG, params, c, jnp.array(features(2)), 0, 2)
+    whole, _ = var.forward(CONFIG, params, c, x, 0, 2)
+    keep = jnp.ones((CONFIG.depth, 2, len(LABELS))).at[:, :, 1].set(0.0)
+    for layout in (params, stack_layers(params)):
+        found, _ = var.forward(CONFIG, layout, c, x, 0, 2, keep=keep)
+        np.testing.assert_allclose(found[1], x[1], atol=1e-12)
+        np.testing.assert_allclose(found[jnp.array([0, 2, 3])], whole[jnp.array([0, 2, 3])], atol=1e-12)
+
+
+def test_narrow_kernels_keep_a_wide_stream() -> None:
+    params = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), model(CONFIG))
+    scores = var.teacher_forced(CONFIG, params, jnp.array(LABELS), jnp.array(features(5), jnp.bfloat16), 5)
+    exact = var.teacher_forced(CONFIG, model(CONFIG), jnp.array(LABELS), jnp.array(features(5)), 5)
+    assert scores.dtype == jnp.float32
+    assert float(jnp.abs(scores - exact).mean()) < 0.1 * float(exact.std())
+
+
+@each_config
+def test_initial_values_follow_the_published_scheme(config: VARConfig) -> None:
+    config = dataclasses.replace(config, width=96, depth=2)
+    params = var.init(config, jax.random.key(0), gate=0.01)
+    assert jax.tree.map(jnp.shape, params) == jax.tree.map(lambda x: x.shape, var.param_shapes(config))
+    std = (3 * config.width) ** -0.5
+    layer, branch = params["layers"][1], (2 * config.depth) ** -0.5
+    factors = {1.0: layer["attention"]["qkv"], branch: layer["attention"]["out"], 0.02: params["head"]["vocab"]}
+    for factor, dense in factors.items():
+        assert float(jnp.std(dense["kernel"])) == pytest.approx(factor * std, rel=0.05)
+    made = layer["modulation"]
+    rows = made["offset"].T if config.shared_modulation else made["kernel"]
+    halves = jnp.split(rows, [2 * rows.shape[1] // 6], axis=1)
+    assert [float(jnp.std(half)) for half in halves] == pytest.approx([0.01 * std, 0.5 * std], rel=0.1)
+    assert float(jnp.exp(layer["attention"]["log_scale"][0])) == pytest.approx(4)

@@ -1,0 +1,88 @@
+"""The VQ-VAE's networks against NumPy, with every tensor drawn anew."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from models.images import vqvae
+from models.images.config import VQVAEConfig
+from models.storage import leaves_by_path
+from tests import image_reference as reference
+
+# Groups of three channels, an odd map, and a level whose width does not change.
+TINY = VQVAEConfig(vocab_size=40, latent_channels=4, width=12, multipliers=(1, 1, 2), blocks=1, scales=(1, 2, 3, 4, 5))
+WIDE = dataclasses.replace(TINY, multipliers=(1, 3), width=32, blocks=2, scales=(1, 3))
+
+each_config = pytest.mark.parametrize("config", [TINY, WIDE], ids=["tiny", "wide"])
+
+
+@each_config
+def test_trees_have_the_same_shapes(config: VQVAEConfig) -> None:
+    expected = {path: leaf.shape for path, leaf in leaves_by_path(reference.random_vqvae(config)).items()}
+    shapes = leaves_by_path(vqvae.param_shapes(config))
+    assert {path: leaf.shape for path, leaf in shapes.items()} == expected
+    made = leaves_by_path(vqvae.init(config, jax.random.key(0), jnp.bfloat16))
+    assert {path: (leaf.shape, leaf.dtype) for path, leaf in made.items()} == {
+        path: (shape, jnp.bfloat16) for path, shape in expected.items()
+    }
+    assert not made["phi/0/bias"].any() and made["phi/0/kernel"].std() > 0
+
+
+def test_the_published_network_has_the_published_size() -> None:
+    leaves = leaves_by_path(vqvae.param_shapes(VQVAEConfig()))
+
+    def millions(*parts: str) -> float:
+        return sum(leaf.size for path, leaf in leaves.items() if path.split("/")[0] in parts) / 1e6
+
+    assert len(leaves) == 323  # the file has one more, counts of how often codes were used
+    assert round(sum(leaf.size for leaf in leaves.values()) / 1e6, 2) == 108.95
+    assert round(millions("encoder"), 1) == 44.1 and round(millions("decoder"), 2) == 64.65
+    assert round(millions("codebook", "phi"), 3) == 0.168
+
+
+@pytest.mark.usefixtures("x64")
+@each_config
+def test_networks_match_the_reference(config: VQVAEConfig) -> None:
+    tree = reference.random_vqvae(config)
+    params = jax.tree.map(jnp.asarray, tree)
+    rng = np.random.default_rng(3)
+    images = rng.uniform(-1, 1, (2, config.image_size, config.image_size, 3))
+    features = reference.features(config, tree, images)
+    assert features.shape == (2, config.scales[-1], config.scales[-1], 4) and features.std() > 0.1
+    np.testing.assert_allclose(vqvae.features(config, params, jnp.asarray(images)), features, atol=1e-11)
+    indices = vqvae.encode(config, params, jnp.asarray(images))
+    assert all(map(np.array_equal, indices, reference.encode(config, tree, features)[0]))
+
+    f_hat = rng.normal(0, 0.7, features.shape)
+    decoded = reference.decode(config, tree, f_hat)
+    inside = np.abs(decoded) < 1
+    assert 0.2 < inside.mean() < 1
+    np.testing.assert_allclose(vqvae.decode(config, params, jnp.asarray(f_hat)), decoded, atol=1e-11)
+    free = np.asarray(vqvae.reconstruct(config, params, jnp.asarray(f_hat)))
+    np.testing.assert_allclose(free[inside], decoded[inside], atol=1e-11)
+    assert np.abs(free[~inside]).min() >= 1
+
+
+def test_narrow_networks_run_narrow_and_hand_back_float32() -> None:
+    tree = reference.random_vqvae(TINY)
+    params = jax.tree.map(lambda x: jnp.asarray(x, jnp.bfloat16), tree)
+    f_hat = jax.random.normal(jax.random.key(0), (1, 5, 5, 4))
+    jaxpr = jax.make_jaxpr(lambda p, x: vqvae.decode(TINY, p, x))(params, f_hat)
+    convolutions = [e for e in jaxpr.jaxpr.eqns if e.primitive.name == "conv_general_dilated"]
+    assert len(convolutions) > 20 and all(e.invars[0].aval.dtype == jnp.bfloat16 for e in convolutions)
+    decoded = vqvae.decode(TINY, params, f_hat)
+    assert decoded.dtype == jnp.float32
+    assert np.abs(decoded - reference.decode(TINY, tree, np.asarray(f_hat, np.float64))).mean() < 0.1
+    images = jnp.zeros((1, 20, 20, 3))
+    assert vqvae.features(TINY, params, images).dtype == jnp.float32
+
+
+def test_codes_are_made_at_full_precision() -> None:
+    shapes = vqvae.param_shapes(TINY), jax.ShapeDtypeStruct((1, 20, 20, 3), jnp.float32)
+    jaxpr = jax.make_jaxpr(lambda p, x: vqvae.encode(TINY, p, x))(*shapes)
+    products = [e for e in jaxpr.jaxpr.eqns if e.primitive.name in ("dot_general", "conv_general_dilated")]
+    highest = jax.lax.Precision.HIGHEST
+    assert len(products) > 40 and {e.params["precision"] for e in products} <= {highest, (highest, highest)}

@@ -1,0 +1,179 @@
+"""From folders, `.npz` files and glyphs to data sets, through the command; what is held out; what is refused."""
+
+import pathlib
+import re
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from models.errors import UserError
+from scripts import build_dataset
+from scripts.image_dataset import draw_glyphs, hold_out
+from train.glyphs import glyph
+from train.images import Images, open_images
+
+PIXELS = np.random.default_rng(0).integers(0, 256, (9, 8, 8, 3), np.uint8)
+LABELS = np.array([0, 1, 2, 0, 1, 2, 0, 0, 1], np.uint8)
+
+
+def run(*arguments) -> None:
+    build_dataset.main([str(argument) for argument in arguments])
+
+
+def fails(capsys, *arguments) -> str:
+    """Runs a command that must fail, and returns its one line on stderr."""
+    with pytest.raises(SystemExit) as stopped:
+        run(*arguments)
+    assert stopped.value.code == 2
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    return line
+
+
+def contents(images: Images) -> list[tuple[int, int]]:
+    """Brightness and class of each image."""
+    return [(int(images[i]["image"].mean()), int(images[i]["label"])) for i in range(len(images))]
+
+
+@pytest.fixture
+def folder(tmp_path) -> pathlib.Path:
+    colours = {"cats/b.png": 10, "cats/deep/a.PNG": 20, "dogs/c.jpg": 200, "lonely.png": 90, "dogs/notes.txt": None}
+    for name, colour in colours.items():
+        path = tmp_path / "src" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if colour is None:
+            path.write_text("no image")
+        else:
+            Image.new("RGB", (12, 9), (colour,) * 3).save(path)
+    (tmp_path / "src" / "empty").mkdir()
+    return tmp_path / "src"
+
+
+def test_folder(folder, tmp_path, capsys) -> None:
+    run("--images", folder, "--size", 8, "--out", tmp_path / "out")
+    images = open_images(tmp_path / "out", "train")
+    assert (images.size, images.classes) == (8, ("cats", "dogs"))
+    assert contents(images) == [(10, 0), (20, 0), (200, 1)]
+    assert images.manifest == {
+        "kind": "images",
+        "source": {"images": str(folder)},
+        "size": 8,
+        "classes": ["cats", "dogs"],
+        "splits": {"train": {"images": 3, "per_class": [2, 1]}},
+    }
+    assert "out: train 3 images of 8x8, 2 classes" in capsys.readouterr().out
+
+
+def test_folder_with_a_broken_image(folder, tmp_path, capsys) -> None:
+    (folder / "dogs" / "d.png").write_bytes(b"no image")
+    line = fails(capsys, "--images", folder, "--size", 8, "--out", tmp_path / "out")
+    assert f"{folder}/dogs/d.png cannot be read as an image" in line
+    assert [path.name for path in tmp_path.iterdir()] == ["src"]
+
+
+def test_npz(tmp_path) -> None:
+    source = tmp_path / "a.npz"
+    np.savez(source, images=PIXELS, group=LABELS, group_names=["x", "y z", "ü", "unused"])
+    run("--images", source, "--label", "group", "--valid_documents", 2, "--out", tmp_path / "out")
+    train, valid = (open_images(tmp_path / "out", split) for split in ("train", "valid"))
+    assert (len(train), len(valid), train.size) == (7, 2, 8) and train.classes == ("x", "y z", "ü", "unused")
+    stored = [images[i] for images in (train, valid) for i in range(len(images))]
+    found = {image["image"].tobytes(): int(image["label"]) for image in stored}
+    assert found == {image.tobytes(): int(label) for image, label in zip(PIXELS, LABELS, strict=True)}
+    assert sum(train.manifest["splits"]["train"]["per_class"]) == 7
+    run("--images", source, "--label", "group", "--size", 4, "--out", tmp_path / "small")
+    assert open_images(tmp_path / "small", "train")[0]["image"].shape == (4, 4, 3)
+
+
+def test_glyphs(tmp_path) -> None:
+    run("--images", "glyphs", "--max_documents", 8, "--characters", "AB7", "--seed", 5, "--out", tmp_path / "out")
+    images = open_images(tmp_path / "out", "train")
+    assert len(images) == 8 and images.classes == ("A", "B", "7")
+    for index in (0, 4, 7):
+        np.testing.assert_array_equal(images[index]["image"], glyph(index, 5, 32, "AB7"))
+        assert images[index]["label"] == index % 3
+    assert images.manifest["source"] == {"images": "glyphs", "seed": 5, "characters": "AB7", "max_documents": 8}
+    # More of them begin with the same ones.
+    assert draw_glyphs(20).names[:8] == draw_glyphs(8).names
+
+
+def test_a_set_is_replaced_only_on_request(tmp_path, capsys) -> None:
+    command = ["--images", "glyphs", "--out", tmp_path / "out", "--max_documents"]
+    run(*command, 3)
+    assert "already holds a data set" in fails(capsys, *command, 4)
+    run(*command, 4, "--overwrite")
+    assert len(open_images(tmp_path / "out", "train")) == 4
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_what_is_held_out_stays_so_when_images_are_added() -> None:
+    names = [f"image {i}" for i in range(400)]
+    few, many = hold_out(names[:200], fraction=0.2), hold_out(names, fraction=0.2)
+    assert set(few["valid"]) == {index for index in many["valid"] if index < 200} and 20 < len(few["valid"]) < 60
+    exact = hold_out(names, count=7)
+    assert len(exact["valid"]) == 7 and sorted(exact["train"] + exact["valid"]) == list(range(400))
+    assert hold_out(names) == {"train": list(range(400))}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"fraction": 0.5, "count": 1}, "either a fraction of the images or a number"),
+        ({"fraction": 1.0}, "fraction in 0..1"),
+        ({"count": 3}, "cannot hold out 3 images of 3"),
+        ({"fraction": 1e-9}, "split 'valid' is empty"),
+    ],
+)
+def test_parts_that_cannot_be_held_out(options: dict, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        hold_out(["a", "b", "c"], **options)
+
+
+@pytest.mark.parametrize(
+    ("arrays", "message"),
+    [
+        ({"images": PIXELS}, "has no array 'labels'; it holds images"),
+        ({"pictures": PIXELS, "labels": LABELS}, "has no array 'images'"),
+        (
+            {"images": PIXELS / 255, "labels": LABELS},
+            r"images is float64 \[9, 8, 8, 3\], expected uint8 \[N, H, W, 3\]",
+        ),
+        ({"images": PIXELS[..., 0], "labels": LABELS}, r"images is uint8 \[9, 8, 8\]"),
+        ({"images": PIXELS, "labels": LABELS[:4]}, r"labels is uint8 \[4\], expected 9 whole numbers"),
+        ({"images": PIXELS, "labels": LABELS / 2}, r"labels is float64 \[9\], expected 9 whole numbers"),
+        ({"images": PIXELS, "labels": LABELS, "labels_names": ["a", "b"]}, "holds 2 names, labels goes up to 2"),
+        ({"images": PIXELS, "labels": LABELS, "labels_names": ["a", "b", "a"]}, "holds a name twice"),
+    ],
+)
+def test_bad_npz(tmp_path, capsys, arrays: dict, message: str) -> None:
+    np.savez(tmp_path / "a.npz", **arrays)
+    line = fails(capsys, "--images", tmp_path / "a.npz", "--out", tmp_path / "out")
+    assert re.search(message, line), line
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "give --kind and --src for text, or --images for images"),
+        (["--kind", "text"], "give --kind and --src for text, or --images for images"),
+        (["--images", "glyphs", "--kind", "text"], "--kind, --src and --valid_src have no meaning"),
+        (["--images", "nowhere", "--size", 8], "no folder nowhere"),
+        (["--images", "nowhere"], "--size is needed for a folder"),
+        (["--images", "nowhere.npz"], "no file nowhere.npz"),
+        (["--images", "glyphs", "--size", 0], "--size must be at least 1"),
+        (["--images", "glyphs", "--size", 4], "at least 8 pixels"),
+        (["--images", "glyphs", "--characters", "AA"], "different ones"),
+        (["--images", "glyphs", "--max_documents", 0], "max_documents must be at least 1"),
+    ],
+)
+def test_bad_options(tmp_path, capsys, arguments: list, message: str) -> None:
+    assert message in fails(capsys, *arguments, "--out", tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
+def test_damaged_and_empty_sources(tmp_path, capsys) -> None:
+    (tmp_path / "a.npz").write_text("no archive")
+    (tmp_path / "src").mkdir()
+    out = ["--size", 8, "--out", tmp_path / "out"]
+    assert "is damaged or not an .npz file" in fails(capsys, "--images", tmp_path / "a.npz", *out)
+    assert "expected one folder per class" in fails(capsys, "--images", tmp_path / "src", *out)
