@@ -161,6 +161,12 @@ each_drafter = pytest.mark.parametrize(
 )
 
 
+def learns_from_rejected_nodes(drafter: Drafter) -> bool:
+    """Whether the state depends on more than the committed text; of a combination: any part's."""
+    parts = [value for value in vars(drafter).values() if isinstance(value, Drafter)]
+    return any(map(learns_from_rejected_nodes, parts)) if parts else type(drafter).observe is not Drafter.observe
+
+
 def _random(drafter, target: Target, key: Array) -> tuple[Drafter, Any]:
     """Fresh heads with noise on every parameter, so that no block is the identity that it starts as."""
     params = drafter.heads.init(target.config, target.params, key)
