@@ -20,6 +20,7 @@ Prints and saves, with the terms of `eval/benchmark.py`:
                          as batch and context grow, and its compilation, or None where it was compiled before
     huggingface          {ms_per_token} of transformers' `generate` on the same shape and prompt length, where torch and
                          transformers are installed, else null
+    images               on request and alone (`--sections images`): see `eval/images/speed.py`
     shape, environment   what was measured, and on what
 
 Times are medians over rounds, in milliseconds; `..._min` beside them are minima. With random weights hardly a draft is
@@ -52,6 +53,8 @@ from decoding.sampling import Sampling
 from eval import peer
 from eval.bandwidth import bandwidth_block, block_side, bytes_per_token, matrix_vector, reduction
 from eval.environment import describe_environment
+from eval.images.speed import describe as describe_images
+from eval.images.speed import run_images
 from eval.parts import Scene, Step, network_ms, rows_forward, step_parts
 from eval.progress import Progress
 from eval.results import write_json
@@ -123,9 +126,10 @@ DRAFTERS: dict[str, Callable[[TransformerConfig], Drafter]] = {
     "early_exit": lambda target: EarlyExit(max(1, target.num_layers // 6), Static()),
 }
 SECTIONS = ("bandwidth", "rows", "plain", "drafters", "growth", "huggingface")
+IMAGES = "images"  # Only asked for alone: it shares no model with the others.
 SAMPLED = Sampling(temperature=1.0, top_p=0.9)
-# Batch and context of the growth section, and the drafters that it follows. All scenes are in memory at once: 16 texts
-# of 4096 tokens, with a cache each for four drafters, would be twice all others together.
+# Batch and context of the growth section, and the drafters that it follows, all in memory at once: the caches of 16
+# texts of 4096 tokens would take 20 GB.
 SCENES = tuple((batch, context) for batch in (1, 4, 16) for context in (128, 1024, 4096) if batch * context <= 2**14)
 FOLLOWED = ("hydra", "eagle2", "token_recycling")
 ROWS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
@@ -173,15 +177,16 @@ def run(
     # Joined, as `load_target` hands them to the loop.
     params = jax.jit(lambda key: join_projections(init(config, key, dtype)))(jax.random.key(0))
     maker = _Maker(config, params, progress)
-    parts = _parts(maker, sections, drafters, bandwidth_bytes)
-    timings = measure(parts, rounds, progress)
+    timings = measure(_parts(maker, sections, drafters, bandwidth_bytes), rounds, progress)
+    growth = {"growth": _growth(maker, drafters, rounds, progress)} if "growth" in sections else {}
     return {
         "shape": {
             "name": shape,
             "parameters": sum(leaf.size for leaf in jax.tree.leaves(params)),
             "dtype": dtype.__name__,
         },
-        **_summarise(maker, sections, drafters, bandwidth_bytes, parts, timings),
+        **_summarise(maker, sections, drafters, bandwidth_bytes, timings),
+        **growth,
         "environment": describe_environment(),
     }
 
@@ -228,12 +233,6 @@ def _parts(maker: _Maker, sections, drafters, bandwidth_bytes) -> dict[str, Time
         parts |= {
             f"{name} sampled {part}": warm[part] for part in ("verdict", "commit", "update", "step") if part in warm
         }
-    if "growth" in wanted:
-        for batch, context in SCENES:
-            scene = maker.scene(_followed(drafters), context, batch)
-            for name in ("none", *_followed(drafters)):
-                step = Step(scene, *maker(name), steps=STEPS_PER_GROWTH_SAMPLE)
-                parts[_growth_name(name, batch, context)] = step
     if "huggingface" in wanted and peer.is_installed():
         prompt = maker.scene(()).tokens(PROMPT_LENGTH)[0].tolist()
         parts["huggingface"] = peer.HuggingFace(maker.config, prompt, PEER_TOKENS)
@@ -244,11 +243,24 @@ def _followed(drafters: Sequence[str]) -> tuple[str, ...]:
     return tuple(name for name in FOLLOWED if name in drafters)
 
 
-def _growth_name(name: str, batch: int, context: int) -> str:
-    return f"growth {name} batch {batch} context {context}"
+def _growth(maker: _Maker, drafters: Sequence[str], rounds: int, progress: Callable[[str], None]) -> list[dict]:
+    """Scene by scene, because their caches would not fit into memory together; within one, interleaved as ever."""
+    found = []
+    for batch, context in SCENES:
+        progress(f"batch {batch}, context {context}")
+        names = ("none", *_followed(drafters))
+        scene = maker.scene(_followed(drafters), context, batch)
+        steps = {name: Step(scene, *maker(name), steps=STEPS_PER_GROWTH_SAMPLE) for name in names}
+        timings = measure(dict(steps), rounds, progress)
+        entries = {
+            name: {**_ms("step_ms", timings[name]), "compile_seconds": _compile_seconds(step, timings[name])}
+            for name, step in steps.items()
+        }
+        found.append({"batch": batch, "context": context, "drafters": entries})
+    return found
 
 
-def _summarise(maker: _Maker, sections, drafters, bandwidth_bytes, parts, timings: dict[str, Timing]) -> dict[str, Any]:
+def _summarise(maker: _Maker, sections, drafters, bandwidth_bytes, timings: dict[str, Timing]) -> dict[str, Any]:
     results: dict[str, Any] = {}
     if "reduction" in timings:
         size = 4 * block_side(bandwidth_bytes) ** 2
@@ -270,29 +282,13 @@ def _summarise(maker: _Maker, sections, drafters, bandwidth_bytes, parts, timing
         }
     if "drafters" in sections:
         results["drafters"] = {name: _drafter(name, maker(name)[0].max_nodes, timings) for name in drafters}
-    if "growth" in sections:
-        results["growth"] = [
-            {
-                "batch": batch,
-                "context": context,
-                "drafters": {
-                    name: {
-                        **_ms("step_ms", timings[part]),
-                        "compile_seconds": _compile_seconds(parts[part], timings[part]),
-                    }
-                    for name in ("none", *_followed(drafters))
-                    for part in [_growth_name(name, batch, context)]
-                },
-            }
-            for batch, context in SCENES
-        ]
     if "huggingface" in sections:
         found = timings.get("huggingface")
         results["huggingface"] = _ms("ms_per_token", found) if found else None
     return results
 
 
-def _compile_seconds(step: Any, timing: Timing) -> float | None:
+def _compile_seconds(step: Step, timing: Timing) -> float | None:
     """What the first sample took beyond a usual one; None where the program had been compiled before."""
     usual = STEPS_PER_GROWTH_SAMPLE * timing.median / 1e3
     return None if step.first_seconds is None else max(0.0, step.first_seconds - usual)
@@ -393,7 +389,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """The command; see the module's docstring."""
     parser = argparse.ArgumentParser(prog="python -m eval.speed", description=__doc__.splitlines()[0])
     parser.add_argument("--shape", default="110m", help=f"one of {', '.join(SHAPES)} (110m)")
-    parser.add_argument("--sections", default=",".join(SECTIONS), help="comma-separated; all by default")
+    parser.add_argument("--sections", default=",".join(SECTIONS), help=f"comma-separated, all by default; or {IMAGES}")
     parser.add_argument("--drafters", default=",".join(DRAFTERS), help="comma-separated; all by default")
     parser.add_argument("--rounds", type=int, default=9, help="samples of each timing (9)")
     parser.add_argument("--out", type=Path, help="JSON file to write")
@@ -404,8 +400,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.out is not None:
         _check_out(args.out)
     with Progress() as progress:
-        results = run(args.shape, sections, drafters, args.rounds, progress=progress)
-    print(describe(results))
+        if sections == [IMAGES]:
+            results = {"images": run_images(args.rounds, progress=progress), "environment": describe_environment()}
+        else:
+            results = run(args.shape, sections, drafters, args.rounds, progress=progress)
+    print("\n".join(describe_images(results["images"])) if sections == [IMAGES] else describe(results))
     if args.out is not None:
         args.out.parent.mkdir(parents=True, exist_ok=True)
         write_json(results, args.out)

@@ -75,7 +75,7 @@ def test_medians_are_compared_with_medians_and_best_rounds_with_best_rounds() ->
     config = speed.SHAPES["tiny"]
     params = transformer.init(config, jax.random.key(0))
     maker = speed._Maker(config, params, print)
-    found = speed._summarise(maker, ("bandwidth", "plain"), (), MEBIBYTE, {}, timings)
+    found = speed._summarise(maker, ("bandwidth", "plain"), (), MEBIBYTE, timings)
     assert found["bandwidth_gb_per_s"] == pytest.approx(MEBIBYTE / 3e-3 / 1e9)
     assert found["bandwidth_best_gb_per_s"] == pytest.approx(MEBIBYTE / 2e-3 / 1e9)
     size = sum(leaf.nbytes for leaf in jax.tree.leaves(params))

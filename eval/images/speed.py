@@ -1,0 +1,235 @@
+"""How near the machine's limit images are made: published shapes, random weights, everything in one interleaved run.
+
+The section `images` of `python -m eval.speed`:
+
+    peak_gflop_per_s   float32 matrix product of 2048 x 2048
+    models             name -> {seconds, images_per_s, gflop, peak_share, compile_seconds, temporary_megabytes}: VAR by
+                       a deep and by a shallow transformer, `code-N` by the deep one for N scales and the shallow one
+                       for the rest; transformer, guidance, draws and quantiser, without the decoder
+    code               N -> {speedup, flop_ratio, speedup_over_flop_ratio}, over VAR by the deep one
+    decoder            {seconds_per_image, end_to_end: name -> images_per_s}
+    torch              the same in PyTorch, where it is installed: name -> {seconds, speedup of ours}; else null
+
+Seconds are medians over rounds, per batch; `..._min` beside them are minima. What is drawn decides nothing about time.
+"""
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from decoding.images.generate import Stage, Tokenizer, code_stages, decode_pixels
+from decoding.images.scales import Drawing, Draws, Sketch, run
+from eval.images import peer
+from eval.timing import Part, Timed, Timing, measure
+from models.images import var, vqvae
+from models.images.config import SCHEDULES, VARConfig, VQVAEConfig, scale_starts
+
+PEAK_SIDE = 2048
+DRAFT_SCALES = (8, 6)
+SCHEDULE = SCHEDULES["256"]
+
+
+def var_shape(depth: int, tokenizer: VQVAEConfig) -> VARConfig:
+    """The published family: width 64 d, d heads, 1000 classes."""
+    return VARConfig(
+        depth, 64 * depth, depth, 1000, tokenizer.vocab_size, tokenizer.latent_channels, scales=tokenizer.scales
+    )
+
+
+def flop(config: VARConfig, first: int, last: int, guided: bool = True) -> int:
+    """Floating-point operations of matrix products for one image's scales `first` to `last - 1`.
+
+    A prefix, scales before `first`, goes through the blocks and not through the head (CoDe, Chen et al. 2024).
+
+    Args:
+      config: shape of the model.
+      first: first scale that it makes.
+      last: one past the last.
+      guided: with and without the class.
+    """
+    C, starts = config.width, scale_starts(config.scales)
+    begins = [0, *starts[first + 1 : last]]
+    ends = starts[first + 1 : last + 1]
+    # Every row of a pass multiplies the keys of all rows so far, its own pass included.
+    pairs = sum((end - begin) * end for begin, end in zip(begins, ends, strict=True))
+    tokens, drawn = starts[last], starts[last] - starts[first]
+    kernels = (4 + 2 * config.mlp_ratio) * C * C
+    per_branch = 2 * config.depth * (tokens * kernels + 2 * pairs * C) + 2 * drawn * C * config.vocab_size
+    return (2 if guided else 1) * per_branch
+
+
+class Made:
+    """Stages on a batch, ready to be timed, compiled ahead so that time and memory of that can be told.
+
+    Attributes:
+      compile_seconds: of all programs.
+      temporary_bytes: of the largest.
+    """
+
+    def __init__(self, tokenizer: VQVAEConfig, codes: Any, stages: list[Stage], batch: int):
+        """`codes`: the quantiser's parameters."""
+        self._empty = lambda: Sketch.empty(tokenizer, batch)
+        self._batch, self._labels = batch, jnp.arange(batch, dtype=jnp.int32)
+        self._codes, self._stages, self._programs = codes, stages, []
+        sketch: Any = jax.eval_shape(self._empty)
+        first, started, self.temporary_bytes = 0, time.perf_counter(), 0
+        for stage in stages:
+            arguments = (codes, stage.params, self._labels, self._draws(stage), sketch)
+            lowered = run.lower(tokenizer, stage.config, *arguments, first, stage.last)
+            self._programs.append(lowered.compile())
+            memory: Any = self._programs[-1].memory_analysis()
+            self.temporary_bytes = max(self.temporary_bytes, memory.temp_size_in_bytes)
+            sketch, first = lowered.out_info, stage.last
+        self.compile_seconds = time.perf_counter() - started
+
+    def sample(self) -> float:
+        """Seconds per batch."""
+        draws, sketch = [self._draws(stage) for stage in self._stages], self._empty()
+        jax.block_until_ready((draws, sketch))
+        started = time.perf_counter()
+        for program, stage, drawn in zip(self._programs, self._stages, draws, strict=True):
+            sketch = program(self._codes, stage.params, self._labels, drawn, sketch)
+        jax.block_until_ready(sketch)
+        return time.perf_counter() - started
+
+    def _draws(self, stage: Stage) -> Draws:
+        assert isinstance(stage.drawing, Drawing)
+        return Draws.of([stage.drawing] * self._batch, jax.vmap(jax.random.key)(jnp.arange(self._batch)))
+
+
+class Decoded:
+    """A VQ-VAE's decoder on a batch, ready to be timed."""
+
+    def __init__(self, tokenizer: Tokenizer, batch: int):
+        """`batch` images per sample."""
+        side, channels = tokenizer.config.scales[-1], tokenizer.config.latent_channels
+        f_hat = np.random.default_rng(0).standard_normal((batch, side, side, channels)).astype(np.float32)
+        self._arguments = (tokenizer, f_hat)
+
+    def sample(self) -> float:
+        """Seconds per batch."""
+        started = time.perf_counter()
+        decode_pixels(*self._arguments)
+        return time.perf_counter() - started
+
+
+def run_images(
+    rounds: int,
+    *,
+    depths: tuple[int, int] = (16, 8),
+    tokenizer: VQVAEConfig = VQVAEConfig(),
+    draft_scales: tuple[int, ...] = DRAFT_SCALES,
+    batch: int = 2,
+    with_torch: bool = True,
+    progress: Callable[[str], None] = lambda line: None,
+) -> dict[str, Any]:
+    """Measures; see the module's docstring for what comes back.
+
+    Args:
+      rounds: samples of each timing.
+      depths: of the deep and of the shallow transformer.
+      tokenizer: shape of the VQ-VAE.
+      draft_scales: of collaborative decoding.
+      batch: images, each with and without its class.
+      with_torch: time PyTorch too, where it is installed.
+      progress: told what is being done.
+    """
+    progress("making the models")
+    drawing = Drawing()
+    vae = Tokenizer(tokenizer, vqvae.init(tokenizer, jax.random.key(0)))
+    models = [
+        (config, var.init(config, jax.random.key(depth)))
+        for depth in depths
+        for config in [var_shape(depth, tokenizer)]
+    ]
+    deep, shallow = models
+    stages = {
+        f"var-d{depth}": [Stage(*model, tokenizer.num_scales, drawing)]
+        for depth, model in zip(depths, models, strict=True)
+    }
+    stages |= {f"code-{n}": code_stages(deep, shallow, n, drawing, drawing) for n in draft_scales}
+    codes = {name: vae.params[name] for name in ("codebook", "phi")}
+    made = {}
+    for name, turn in stages.items():
+        progress(f"compiling {name}")
+        made[name] = Made(tokenizer, codes, turn, batch)
+    square = jnp.ones((PEAK_SIDE, PEAK_SIDE))
+    parts: dict[str, Timed] = {"peak": Part.of(lambda fixed, varying: varying @ fixed, square, square), **made}
+    parts["decoder"] = Decoded(vae, batch)
+    torched = with_torch and peer.is_installed()
+    if torched:
+        for depth, (config, _) in zip(depths, models, strict=True):
+            parts[f"torch var-d{depth}"] = peer.TorchVAR(tokenizer, config, batch, drawing)
+        parts["torch decoder"] = peer.TorchDecoder(tokenizer, batch)
+    timings = measure(parts, rounds, progress)
+    return _summarise(stages, made, timings, batch, torched)
+
+
+def _summarise(
+    stages: dict[str, list[Stage]], made: dict[str, Made], timings: dict[str, Timing], batch: int, torched: bool
+) -> dict[str, Any]:
+    seconds = {name: timing.median / 1e3 for name, timing in timings.items()}
+    peak = 2 * PEAK_SIDE**3 / seconds["peak"] / 1e9
+    models: dict[str, Any] = {}
+    for name, turn in stages.items():
+        firsts = [0, *(stage.last for stage in turn)]
+        work = batch * sum(flop(stage.config, first, stage.last) for stage, first in zip(turn, firsts, strict=False))
+        models[name] = {
+            "seconds": seconds[name],
+            "seconds_min": timings[name].minimum / 1e3,
+            "images_per_s": batch / seconds[name],
+            "gflop": work / 1e9,
+            "peak_share": work / seconds[name] / 1e9 / peak,
+            "compile_seconds": made[name].compile_seconds,
+            "temporary_megabytes": made[name].temporary_bytes / 1e6,
+        }
+    deep = models[next(iter(models))]
+    code = {}
+    for name, entry in models.items():
+        if name.startswith("code-"):
+            speedup, ratio = deep["seconds"] / entry["seconds"], deep["gflop"] / entry["gflop"]
+            code[name.removeprefix("code-")] = {
+                "speedup": speedup,
+                "flop_ratio": ratio,
+                "speedup_over_flop_ratio": speedup / ratio,
+            }
+    torch = {
+        name: {"seconds": seconds[f"torch {name}"], "speedup": seconds[f"torch {name}"] / seconds[name]}
+        for name in (*models, "decoder")
+        if f"torch {name}" in seconds
+    }
+    return {
+        "batch": batch,
+        "peak_gflop_per_s": peak,
+        "models": models,
+        "code": code,
+        "decoder": {
+            "seconds_per_image": seconds["decoder"] / batch,
+            "end_to_end": {name: batch / (seconds[name] + seconds["decoder"]) for name in models},
+        },
+        "torch": torch if torched else None,
+    }
+
+
+def describe(results: dict[str, Any]) -> list[str]:
+    """The results as lines for a terminal."""
+    lines = [f"matrix products    {results['peak_gflop_per_s']:.0f} GFLOP/s; images in batches of {results['batch']}"]
+    for name, entry in results["models"].items():
+        whole = results["decoder"]["end_to_end"][name]
+        lines.append(
+            f"{name:<18} {entry['images_per_s']:.2f} images/s ({whole:.2f} with the decoder), "
+            f"{entry['peak_share']:.0%} of that rate, compiled in {entry['compile_seconds']:.0f} s"
+        )
+    for number, entry in results["code"].items():
+        lines.append(
+            f"CoDe, N = {number:<8} {entry['speedup']:.2f}x, operations fall {entry['flop_ratio']:.2f}x: "
+            f"{entry['speedup_over_flop_ratio']:.0%} of that"
+        )
+    lines.append(f"decoder            {results['decoder']['seconds_per_image']:.2f} s an image")
+    for name, entry in (results["torch"] or {}).items():
+        lines.append(f"{'torch ' + name:<18} {entry['seconds']:.2f} s: ours is {entry['speedup']:.2f}x as fast")
+    return lines
