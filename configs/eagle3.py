@@ -63,6 +63,7 @@ def get_config(variant: str = "") -> ConfigDict:
             "b2": 0.95,
             "eps": 1e-8,
             "clip_norm": 1.0,
+            "ema": 0.0,
         }
     )
     config.mesh = ConfigDict({"data": -1, "fsdp": 1, "tensor": 1})

@@ -26,7 +26,7 @@ MAY_IMPORT = {
 }
 DOCUMENTED = ("models", "decoding", "train", "eval", "scripts")
 PEERS = {"torch", "transformers"}
-PEER_FILES = re.compile(r"(tests/.*|eval/(speed|peer|huggingface)\w*\.py)")
+PEER_FILES = re.compile(r"(tests/.*|eval/(images/)?(speed|peer|huggingface)\w*\.py)")
 MACHINE_TRACES = re.compile(r"(?<![\w.~-])/(?:work|tmp|root|home|Users)/|\bpypi\.|python[h]osted", re.IGNORECASE)
 TEXT_SUFFIXES = {".py", ".sh", ".md", ".txt", ".toml", ".yaml", ".yml", ".json", ".css", ".html", ""}
 SKIPPED_FOLDERS = {".git", ".venv", ".cache", ".mypy_cache", ".ruff_cache", ".pytest_cache", "__pycache__", "runs"}

@@ -23,8 +23,8 @@ class DataConfig:
       path: a data set directory written by `scripts/build_dataset.py`, or `tfds:NAME` from the TFDS catalogue.
       split: the split to train on, perhaps a slice as TFDS writes it, such as `train[:90%]`.
       valid_split: the split that evaluations pass over.
-      tokenizer: for catalogue sets, when training starts from no target: directory of the tokenizer; otherwise None.
-      fields: for catalogue sets: the text fields that make a document, comma-separated; None finds the usual ones.
+      tokenizer: for catalogue texts, when training starts from no target: directory of the tokenizer; otherwise None.
+      fields: for catalogue texts: the text fields that make a document, comma-separated; None finds the usual ones.
     """
 
     path: str
@@ -45,8 +45,10 @@ class OptimizerConfig:
       schedule: how the rate falls from the peak to `final_fraction` of it at the last step.
       warmup_steps: steps of linear growth from 0.
       final_fraction: last rate over peak; must be 1 when the schedule is constant.
-      weight_decay: decoupled, on matrices only (never on norm scales and biases).
+      weight_decay: decoupled, on matrices only (never on norm scales, biases and tables of positions).
       clip_norm: gradients are scaled down to this global norm.
+      ema: decay of an average of the parameters over the steps, which evaluations and the export then use; it begins
+        lower, at (1 + step) / (10 + step), so that early steps are forgotten. 0 keeps no average.
     """
 
     learning_rate: float
@@ -59,6 +61,7 @@ class OptimizerConfig:
     b2: float = 0.95
     eps: float = 1e-8
     clip_norm: float = 1.0
+    ema: float = 0.0
 
     def __post_init__(self):
         require(self.learning_rate > 0, "optimizer.learning_rate must be positive", self.learning_rate)
@@ -69,6 +72,7 @@ class OptimizerConfig:
         require(0 <= self.b2 < 1, "optimizer.b2 must lie in 0..1, 1 excluded", self.b2)
         require(self.eps > 0, "optimizer.eps must be positive", self.eps)
         require(self.clip_norm > 0, "optimizer.clip_norm must be positive", self.clip_norm)
+        require(0 <= self.ema < 1, "optimizer.ema must lie in 0..1, 1 excluded", self.ema)
         if self.schedule == "constant" and self.final_fraction != 1:
             raise UserError(
                 f"optimizer.final_fraction must be 1.0 when optimizer.schedule is 'constant', got {self.final_fraction}"
@@ -139,7 +143,7 @@ class TrainConfig:
       objective: the dataclass of the objective (`train/objectives`), chosen by its field `name`.
       steps: optimizer steps of the run.
       batch_size: rows per step over all devices.
-      length: tokens per row.
+      length: tokens per row of text; None for images.
       seed: of initialisation, noise and the order of the data.
     """
 
@@ -150,7 +154,7 @@ class TrainConfig:
     checkpoint: CheckpointConfig
     steps: int
     batch_size: int
-    length: int
+    length: int | None = None
     seed: int = 0
     mesh: MeshConfig = MeshConfig()
     metrics: MetricsConfig = MetricsConfig()
@@ -158,12 +162,27 @@ class TrainConfig:
     def __post_init__(self):
         require(self.steps >= 1, "steps must be at least 1", self.steps)
         require(self.batch_size >= 1, "batch_size must be at least 1", self.batch_size)
-        require(self.length >= 2, "length must be at least 2", self.length)
+        if self.objective.reads == "text":
+            require(
+                self.length is not None, f"the objective {self.objective.name} reads text: length must be set", None
+            )
+        else:
+            require(
+                self.length is None,
+                f"the objective {self.objective.name} reads images: length must be None",
+                self.length,
+            )
+        require(self.length is None or self.length >= 2, "length must be at least 2", self.length)
         require(0 <= self.seed < 2**31, "seed must lie in 0..2147483647", self.seed)
         if self.optimizer.warmup_steps >= self.steps:
             raise UserError(
                 f"optimizer.warmup_steps ({self.optimizer.warmup_steps}) must be smaller than steps ({self.steps})"
             )
+
+    @property
+    def unit(self) -> str:
+        """What a batch is counted in."""
+        return "images" if self.length is None else "tokens"
 
 
 def parse(raw: ConfigDict | Mapping[str, Any], objectives: Mapping[str, Any], place: str = "the config") -> TrainConfig:

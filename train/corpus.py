@@ -1,56 +1,115 @@
-"""The training and validation splits of a job, and the tokenizer that both speak.
+"""The training and validation splits of a job, texts or images, and what they decide about its model.
 
-The tokenizer is the base model's where there is one (a target to finetune or to train heads on), and then the data
-must agree with it; otherwise it is the one stored with the data set, or, for raw catalogue text, the one that
-`data.tokenizer` names.
+Text: the tokenizer is the base model's where there is one (a target to finetune or to train heads on), and then the
+data must agree with it; otherwise it is the one stored with the data set, or, for raw catalogue text, the one that
+`data.tokenizer` names. Images: the classes, and every image is brought to the size that the objective's model has.
 """
 
 import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any, Protocol
 
 import grain
 import jax
 
 from models.errors import UserError
 from models.tokenizer import Tokenizer
-from train import data
-from train.config import DataConfig
+from train import data, images
+from train.config import DataConfig, TrainConfig
+
+
+class Corpus(Protocol):
+    """Both splits of a job, opened.
+
+    Attributes:
+      facts: what the data decides about the model; the objective is built with it.
+      train: what is learnt from, with random access.
+    """
+
+    @property
+    def facts(self) -> Any: ...
+
+    @property
+    def train(self) -> Any: ...
+
+    def batches(self, batch_size: int, seed: int) -> grain.DatasetIterator:
+        """This process's part of endless shuffled training batches; `get_state()` and `set_state()` resume exactly."""
+
+    def validation(self, batch_size: int, max_batches: int | None) -> Iterator[Any]:
+        """This process's part of one pass over what is held out, in order."""
 
 
 @dataclasses.dataclass(frozen=True)
-class Corpus:
-    """Both splits, opened.
+class TextCorpus:
+    """A `Corpus` of texts.
 
     Attributes:
-      tokenizer: of the tokens in both.
+      facts: the tokenizer of both splits.
       train: documents to learn from.
       valid: documents held out.
+      length: tokens per row of a batch.
     """
 
-    tokenizer: Tokenizer
+    facts: Tokenizer
     train: data.Documents
     valid: data.Documents
+    length: int
 
-    def batches(self, batch_size: int, length: int, seed: int) -> grain.DatasetIterator:
-        """This process's part of endless shuffled training batches; `get_state()` and `set_state()` resume exactly."""
-        return data.batches(self.train, batch_size, length, seed, **_this_process())
+    def batches(self, batch_size: int, seed: int) -> grain.DatasetIterator:
+        """Rows of `train.data.batches`."""
+        return data.batches(self.train, batch_size, self.length, seed, **_this_process())
 
-    def validation(self, batch_size: int, length: int, max_batches: int | None) -> Iterator[data.Batch]:
-        """This process's part of one pass over the held-out documents, in order."""
-        return data.sequential(self.valid, batch_size, length, max_batches=max_batches, **_this_process())
+    def validation(self, batch_size: int, max_batches: int | None) -> Iterator[data.Batch]:
+        """Rows of `train.data.sequential`."""
+        return data.sequential(self.valid, batch_size, self.length, max_batches=max_batches, **_this_process())
 
 
-def open_corpus(config: DataConfig, base: str | None = None) -> Corpus:
-    """Opens what a config's section `data` names.
+@dataclasses.dataclass(frozen=True)
+class ImageCorpus:
+    """A `Corpus` of labelled images.
 
-    Args:
-      config: the section.
-      base: directory of the target that the job starts from, or None.
+    Attributes:
+      facts: the names of the classes of both splits.
+      train: images to learn from.
+      valid: images held out.
+    """
+
+    facts: tuple[str, ...]
+    train: images.Images
+    valid: images.Images
+
+    def batches(self, batch_size: int, seed: int) -> grain.DatasetIterator:
+        """Rows of `train.images.batches`."""
+        return images.batches(self.train, batch_size, seed, **_this_process())
+
+    def validation(self, batch_size: int, max_batches: int | None) -> Iterator[images.ImageBatch]:
+        """Rows of `train.images.sequential`."""
+        return images.sequential(self.valid, batch_size, max_batches=max_batches, **_this_process())
+
+
+def open_corpus(config: TrainConfig) -> Corpus:
+    """Opens what a config's section `data` names, as what its objective reads.
 
     Raises:
-      UserError: no such data set or split, no tokenizer for raw text, or data of another tokenizer than the base's.
+      UserError: no such data set or split, no tokenizer for raw text, data of another tokenizer than the base's, or
+        options of text for images.
     """
+    if config.objective.reads == "images":
+        return _open_images(config.data, config.objective.image_size)
+    assert config.length is not None
+    return _open_texts(config.data, config.objective.base, config.length)
+
+
+def _open_images(config: DataConfig, size: int) -> ImageCorpus:
+    for name in ("tokenizer", "fields"):
+        if getattr(config, name) is not None:
+            raise UserError(f"data.{name} must be None for images, got {getattr(config, name)!r}")
+    train, valid = (images.open_images(config.path, split, size=size) for split in (config.split, config.valid_split))
+    return ImageCorpus(train.classes, train, valid)
+
+
+def _open_texts(config: DataConfig, base: str | None, length: int) -> TextCorpus:
     raw = config.path.startswith(data.CATALOGUE_PREFIX)
     if config.tokenizer is not None and (base is not None or not raw):
         owner = f"the target {base}" if base is not None else f"the data set {config.path}"
@@ -69,7 +128,7 @@ def open_corpus(config: DataConfig, base: str | None = None) -> Corpus:
         )
         for split in (config.split, config.valid_split)
     )
-    return Corpus(tokenizer or Tokenizer.load(Path(config.path) / "tokenizer"), train, valid)
+    return TextCorpus(tokenizer or Tokenizer.load(Path(config.path) / "tokenizer"), train, valid, length)
 
 
 def _this_process() -> dict[str, int]:

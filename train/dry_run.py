@@ -14,8 +14,7 @@ from train.trainer import Plan, count, describe_job, make_plan
 
 def describe(config: TrainConfig) -> str:
     """The text that `--dry_run` prints. Raises UserError where training would have refused to start."""
-    corpus = open_corpus(config.data, config.objective.base)
-    plan = make_plan(config, corpus.tokenizer)
+    plan = make_plan(config, open_corpus(config).facts)
     sections = [
         json.dumps(resolved(config), indent=2),
         describe_job(plan),
@@ -41,6 +40,7 @@ def _memory(plan: Plan) -> str:
     """Bytes that each device holds between steps, and the gradient's; activations show when the step is compiled."""
     parts = {
         "trainable parameters": plan.state["params"],
+        "average of the parameters": plan.state.get("average"),
         "optimizer state": plan.state["optimizer"],
         "gradient": plan.state["params"],
         "frozen parameters": plan.frozen,

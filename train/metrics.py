@@ -104,8 +104,8 @@ class Stopwatch:
         yield
         self._buckets[bucket] = self._buckets.get(bucket, 0.0) + time.perf_counter() - begin
 
-    def window(self, steps: int, tokens: int) -> dict[str, float]:
-        """Rates over the window that ends now, of `steps` steps of `tokens` tokens each; begins the next window.
+    def window(self, steps: int, size: int, unit: str) -> dict[str, float]:
+        """Rates over the window that ends now, of `steps` steps of `size` tokens or images each; begins the next one.
 
         Evaluations and checkpoints are not counted as step time; waiting for data is, and its share is given.
         """
@@ -116,7 +116,7 @@ class Stopwatch:
         self._start, self._buckets = now, {}
         return {
             "step_seconds": busy / steps,
-            "tokens_per_second": steps * tokens / busy,
+            f"{unit}_per_second": steps * size / busy,
             "data_share": waited / busy,
         }
 
@@ -135,7 +135,7 @@ class Report:
     def __init__(self, config: TrainConfig, workdir: Path, start: int, show: bool = True):
         """Opens the sinks and the bar for a run that continues after step `start`."""
         self._every, self._steps, self._show = config.metrics.every, config.steps, show
-        self._tokens = config.batch_size * config.length
+        self._unit, self._size = config.unit, config.batch_size * (config.length or 1)
         self._watch = Stopwatch()
         self._pending: tuple[int, dict[str, jax.Array]] | None = None
         self._last_line = start
@@ -201,12 +201,12 @@ class Report:
             print(text, flush=True)
 
     def _line(self, step: int, values: dict[str, float]) -> None:
-        rates = self._watch.window(step - self._last_line, self._tokens)
+        rates = self._watch.window(step - self._last_line, self._size, self._unit)
         self._last_line = step
         if self._writer is not None:
             self._writer.write(step, {**values, **rates})
         text = (
-            f"loss {values['loss']:.4f}  {rates['tokens_per_second']:,.0f} tokens/s  "
+            f"loss {values['loss']:.4f}  {rates[f'{self._unit}_per_second']:,.0f} {self._unit}/s  "
             f"{1e3 * rates['step_seconds']:,.0f} ms/step  data {rates['data_share']:.0%}"
         )
         if self._bar is not None:

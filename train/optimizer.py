@@ -1,5 +1,7 @@
 """AdamW or Muon under a global-norm clip and a warmed-up schedule, from the schema's section."""
 
+import re
+
 import jax
 import optax
 import optax.contrib
@@ -55,6 +57,17 @@ def kernel_axes(params):
     return jax.tree_util.tree_map_with_path(lambda path, _: axes if path[-1].key == "kernel" else None, params)
 
 
+# What has one number per channel or position, by name: stacked layers give these a second axis, so rank cannot tell.
+_NOT_DECAYED = re.compile(
+    r"(^|/)(scale|bias|q_bias|v_bias|log_scale|offset)$"  # norms and maps; a VAR's attention and shared adaLN
+    r"|(^|/)(positions|levels)/"  # a VAR's tables of places; its table of classes does decay
+)
+
+
 def decays(params):
-    """True for matrices, by name: stacked layers give norm scales and biases a second axis, so rank cannot tell."""
-    return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key not in ("scale", "bias"), params)
+    """True for the parameters that weight decay shrinks, which are the matrices."""
+
+    def decayed(path, _):
+        return not _NOT_DECAYED.search("/".join(str(getattr(key, "key", getattr(key, "idx", key))) for key in path))
+
+    return jax.tree_util.tree_map_with_path(decayed, params)

@@ -20,6 +20,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
@@ -50,8 +51,8 @@ class Plan:
       mesh: its devices.
       objective: its method.
       optimizer: its update rule.
-      state: `ShapeDtypeStruct`s with shardings of what changes: `params`, `optimizer`, `step` (int32 []) and `key`
-        (raw key data, uint32).
+      state: `ShapeDtypeStruct`s with shardings of what changes: `params`, `optimizer`, `step` (int32 []), `key`
+        (raw key data, uint32) and, where the optimizer asks for it, `average` (of `params`).
       base: the same of what is loaded from disk, or None.
     """
 
@@ -65,7 +66,7 @@ class Plan:
     @property
     def frozen(self) -> Params | None:
         """The part of `base` that lives as long as the run."""
-        return self.base if self.objective.base_is_frozen else None
+        return self.objective.frozen_part(self.base)
 
     @property
     def batch_sharding(self) -> NamedSharding:
@@ -95,8 +96,12 @@ class Profiler:
             jax.profiler.stop_trace()
 
 
-def make_plan(config: TrainConfig, tokenizer: Any) -> Plan:
+def make_plan(config: TrainConfig, facts: Any) -> Plan:
     """Mesh, objective, optimizer, and by `eval_shape` the state's shapes and shardings.
+
+    Args:
+      config: the job.
+      facts: of its corpus.
 
     Raises:
       UserError: the mesh does not cover the devices, the batch does not divide over it, its rows are longer than the
@@ -106,25 +111,34 @@ def make_plan(config: TrainConfig, tokenizer: Any) -> Plan:
     parts = math.prod(mesh.shape[axis] for axis in BATCH_AXES)
     if config.batch_size % parts:
         raise UserError(f"batch_size ({config.batch_size}) must be a multiple of the mesh's data x fsdp size ({parts})")
-    objective = OBJECTIVES[config.objective.name](config.objective, tokenizer)
-    longest = objective.model.max_position
-    if config.length > longest:
+    objective = OBJECTIVES[config.objective.name](config.objective, facts)
+    if config.length is not None and config.length > objective.model.max_position:
+        longest = objective.model.max_position
         raise UserError(f"config.length ({config.length}) exceeds the longest sequence of the model ({longest})")
     optimizer = make_optimizer(config.optimizer, config.steps)
-    state = jax.eval_shape(functools.partial(init_state, objective, optimizer, config.seed), objective.base)
+    state = jax.eval_shape(functools.partial(init_state, config, objective, optimizer), objective.base)
     return Plan(config, mesh, objective, optimizer, _place(mesh, state), _place(mesh, objective.base))
 
 
-def init_state(objective: Objective, optimizer: optax.GradientTransformation, seed: int, base: Params | None) -> State:
+def init_state(
+    config: TrainConfig, objective: Objective, optimizer: optax.GradientTransformation, base: Params | None
+) -> State:
     """The state at step 0; pure, so that it can be jitted, and evaluated for shapes alone."""
-    init_key, run_key = jax.random.split(jax.random.key(seed))
+    init_key, run_key = jax.random.split(jax.random.key(config.seed))
     params = objective.init(init_key, base)
-    return {
+    state = {
         "params": params,
         "optimizer": optimizer.init(params),
         "step": jnp.int32(0),
         "key": jax.random.key_data(run_key),
     }
+    # A copy, because donating one buffer twice is an error.
+    return {**state, "average": jax.tree.map(jnp.copy, params)} if config.optimizer.ema else state
+
+
+def learnt(state: State) -> Params:
+    """The parameters to evaluate and to export: their average over the steps if there is one, else the newest."""
+    return state.get("average", state["params"])
 
 
 def make_step(plan: Plan) -> Callable[[State, Params | None, Batch], tuple[State, Metrics]]:
@@ -133,9 +147,10 @@ def make_step(plan: Plan) -> Callable[[State, Params | None, Batch], tuple[State
 
     def step(state: State, frozen: Params | None, batch: Batch) -> tuple[State, Metrics]:
         key = jax.random.fold_in(jax.random.wrap_key_data(state["key"]), state["step"])
+        progress = state["step"] / plan.config.steps
 
         def mean_loss(params):
-            (sums, weights), measured = plan.objective.loss(params, frozen, batch, key)
+            (sums, weights), measured = plan.objective.loss(params, frozen, batch, key, progress)
             return jnp.sum(sums / jnp.maximum(weights, 1)), measured
 
         (loss, measured), gradient = jax.value_and_grad(mean_loss, has_aux=True)(state["params"])
@@ -146,8 +161,14 @@ def make_step(plan: Plan) -> Callable[[State, Params | None, Batch], tuple[State
             "gradient_norm": optax.global_norm(gradient),
             "learning_rate": schedule(state["step"]),
         }
+        done = state["step"] + 1
         params = optax.apply_updates(state["params"], updates)
-        return {**state, "params": params, "optimizer": optimizer, "step": state["step"] + 1}, metrics
+        params = plan.objective.renew(params, frozen, batch, done, jax.random.fold_in(key, 1))
+        state = {**state, "params": params, "optimizer": optimizer, "step": done}
+        if "average" in state:
+            decay = jnp.minimum(plan.config.optimizer.ema, (1 + done) / (10 + done))
+            state["average"] = optax.incremental_update(params, state["average"], 1 - decay)
+        return state, metrics
 
     return step
 
@@ -163,10 +184,10 @@ def train(config: TrainConfig, workdir: Path, profile: tuple[int, int] | None = 
     Raises:
       UserError: bad input, or the loss or its gradient stopped being finite.
     """
-    corpus = open_corpus(config.data, config.objective.base)
-    plan = make_plan(config, corpus.tokenizer)
+    corpus = open_corpus(config)
+    plan = make_plan(config, corpus.facts)
     plan.objective.survey(corpus.train)
-    batches = corpus.batches(config.batch_size, config.length, config.seed)
+    batches = corpus.batches(config.batch_size, config.seed)
     evaluate = make_evaluation(plan, corpus)
     first = jax.process_index() == 0
     if first:
@@ -189,7 +210,7 @@ def train(config: TrainConfig, workdir: Path, profile: tuple[int, int] | None = 
             good = f"checkpoint {checkpoints.latest} in {workdir / 'checkpoints'}" if checkpoints.latest else "none yet"
             raise UserError(f"{error}; the last good checkpoint: {good}") from None
         product = workdir / plan.objective.product
-        params = gathered(state["params"])
+        params = gathered(learnt(state))
         checkpoints.wait()
         if first:
             plan.objective.export(product, params, frozen)
@@ -200,13 +221,13 @@ def train(config: TrainConfig, workdir: Path, profile: tuple[int, int] | None = 
 def first_state(plan: Plan, checkpoints: Checkpoints, start: int) -> tuple[State, Params | None, dict[str, Any] | None]:
     """State, frozen parameters and position in the data at step `start`: initialised at 0, else restored."""
     objective = plan.objective
-    needs_base = plan.base is not None and (objective.base_is_frozen or start == 0)
+    needs_base = plan.base is not None and (plan.frozen is not None or start == 0)
     base = objective.load_base(plan.mesh) if needs_base else None
-    frozen = base if objective.base_is_frozen else None
+    frozen = objective.frozen_part(base) if needs_base else None
     if start:
         state, position = checkpoints.restore(start, plan.state)
         return state, frozen, position
-    initialise = functools.partial(init_state, objective, plan.optimizer, plan.config.seed)
+    initialise = functools.partial(init_state, plan.config, objective, plan.optimizer)
     shardings = jax.tree.map(lambda leaf: leaf.sharding, plan.state)
     return jax.jit(initialise, out_shardings=shardings)(base), frozen, None
 
@@ -242,7 +263,7 @@ def loop(
         if last or step % config.evaluation.every == 0:
             report.flush()
             with report.timed("evaluation"):
-                values = evaluate(state["params"], frozen)
+                values = evaluate(learnt(state), frozen)
             report.evaluation(step, values)
         if last or step % config.checkpoint.every == 0:
             report.flush()
@@ -271,15 +292,15 @@ def make_evaluation(plan: Plan, corpus: Corpus) -> Callable[[Params, Params | No
     measure = jax.jit(objective.evaluate)
 
     def batches() -> Iterator[Batch]:
-        for batch in corpus.validation(config.batch_size, config.length, config.evaluation.batches):
+        for batch in corpus.validation(config.batch_size, config.evaluation.batches):
             yield to_devices(plan, batch)
 
     def evaluate(trainable: Params, frozen: Params | None) -> dict[str, float]:
-        totals: dict[str, list[float]] = {}
+        totals: dict[str, tuple[Any, Any]] = {}
         for batch in batches():
             for name, pair in jax.device_get(measure(trainable, frozen, batch)).items():
-                total = totals.setdefault(name, [0.0, 0.0])
-                total[:] = total[0] + float(pair[0]), total[1] + float(pair[1])
+                total, weight = totals.get(name, (0.0, 0.0))
+                totals[name] = total + np.float64(pair[0]), weight + np.float64(pair[1])
         means = {name: total / max(weight, 1.0) for name, (total, weight) in totals.items()}
         return {**objective.report(means), **objective.probe(trainable, frozen, batches())}
 
@@ -295,10 +316,11 @@ def describe_job(plan: Plan) -> str:
     """One line on the size of the job."""
     config = plan.config
     frozen = f", {count(plan.frozen):,} frozen" if plan.frozen is not None else ""
+    rows = f"{config.batch_size} images" if config.length is None else f"{config.batch_size} x {config.length} tokens"
     devices = f"{plan.mesh.size} {plan.mesh.devices.flat[0].platform} device" + "s" * (plan.mesh.size > 1)
     return (
         f"{config.objective.name}: {count(plan.state['params']):,} trainable parameters{frozen}; {config.steps} steps "
-        f"of {config.batch_size} x {config.length} tokens on {devices}"
+        f"of {rows} on {devices}"
     )
 
 

@@ -22,8 +22,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from decoding.images.generate import Stage, Tokenizer, code_stages, decode_pixels
-from decoding.images.scales import Drawing, Draws, Sketch, run
+from decoding.images.scales import Drawing, Sketch
 from eval.images import peer
+from eval.images.programs import compile_stages
 from eval.timing import Part, Timed, Timing, measure
 from models.images import var, vqvae
 from models.images.config import SCHEDULES, VARConfig, VQVAEConfig, scale_starts
@@ -72,33 +73,24 @@ class Made:
 
     def __init__(self, tokenizer: VQVAEConfig, codes: Any, stages: list[Stage], batch: int):
         """`codes`: the quantiser's parameters."""
-        self._empty = lambda: Sketch.empty(tokenizer, batch)
-        self._batch, self._labels = batch, jnp.arange(batch, dtype=jnp.int32)
-        self._codes, self._stages, self._programs = codes, stages, []
-        sketch: Any = jax.eval_shape(self._empty)
-        first, started, self.temporary_bytes = 0, time.perf_counter(), 0
-        for stage in stages:
-            arguments = (codes, stage.params, self._labels, self._draws(stage), sketch)
-            lowered = run.lower(tokenizer, stage.config, *arguments, first, stage.last)
-            self._programs.append(lowered.compile())
-            memory: Any = self._programs[-1].memory_analysis()
-            self.temporary_bytes = max(self.temporary_bytes, memory.temp_size_in_bytes)
-            sketch, first = lowered.out_info, stage.last
-        self.compile_seconds = time.perf_counter() - started
+        self._programs = compile_stages(tokenizer, codes, stages, batch)
+        self.compile_seconds = sum(program.seconds for program in self._programs)
+        memories = [program.call.memory_analysis() for program in self._programs]
+        self.temporary_bytes = max(memory.temp_size_in_bytes for memory in memories)
+        labels = jnp.arange(batch, dtype=jnp.int32)
+        self._given = [
+            jax.tree.leaves((codes, stage.params, labels, program.draws))
+            for stage, program in zip(stages, self._programs, strict=True)
+        ]
+        self._empty = jax.tree.leaves(Sketch.empty(tokenizer, batch))
 
     def sample(self) -> float:
         """Seconds per batch."""
-        draws, sketch = [self._draws(stage) for stage in self._stages], self._empty()
-        jax.block_until_ready((draws, sketch))
-        started = time.perf_counter()
-        for program, stage, drawn in zip(self._programs, self._stages, draws, strict=True):
-            sketch = program(self._codes, stage.params, self._labels, drawn, sketch)
+        started, sketch = time.perf_counter(), self._empty
+        for program, given in zip(self._programs, self._given, strict=True):
+            sketch = program.call([*given, *sketch])
         jax.block_until_ready(sketch)
         return time.perf_counter() - started
-
-    def _draws(self, stage: Stage) -> Draws:
-        assert isinstance(stage.drawing, Drawing)
-        return Draws.of([stage.drawing] * self._batch, jax.vmap(jax.random.key)(jnp.arange(self._batch)))
 
 
 class Decoded:

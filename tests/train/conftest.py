@@ -1,18 +1,38 @@
-"""A tiny data set, a tiny target and tiny jobs, shared by the tests of training."""
+"""Tiny data sets of text and of images, tiny models of both and tiny jobs, shared by the tests of training."""
 
+import contextlib
 import dataclasses
+import json
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import pytest
 
+from models.images import files
+from models.images.config import VARConfig, VQVAEConfig
 from scripts import build_dataset
-from train import trainer
+from tests import image_reference
+from train import glyphs, images, trainer
 from train.config import TrainConfig, parse
+from train.corpus import open_corpus
+from train.metrics import Report
 from train.objectives import OBJECTIVES
 
 SHAPE = {"width": 16, "num_layers": 2, "num_heads": 2, "num_kv_heads": 1, "head_dim": 8, "mlp_width": 32}
+
+# Sides of 8 pixels, an odd scale, few classes.
+VQVAE = VQVAEConfig(vocab_size=24, latent_channels=4, width=4, multipliers=(1, 2), blocks=1, scales=(1, 2, 3, 4))
+VAR = VARConfig(
+    depth=3, width=12, num_heads=2, num_classes=3, vocab_size=24, latent_channels=4, scales=(1, 2, 3, 4), mlp_ratio=2
+)
+VAR_SHAPE = {"depth": 2, "width": 12, "num_heads": 2}
+
+
+class Killed(BaseException):
+    """Stands for the end of the process."""
 
 
 @pytest.fixture(scope="session")
@@ -96,3 +116,83 @@ def on_two_devices(run_python: Callable[..., str], monkeypatch: pytest.MonkeyPat
     """
     monkeypatch.setenv("NPROC", "16")
     return lambda code: run_python(code, devices=2)
+
+
+@pytest.fixture(scope="session")
+def image_set(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    """Glyphs of three classes, 24 to learn from and 7 held out."""
+    path = tmp_path_factory.mktemp("images") / "set"
+    path.mkdir()
+
+    def drawn(first: int, count: int):
+        for i in range(first, first + count):
+            yield {"name": f"image {i}", "image": glyphs.glyph(i, size=8, characters="ABC"), "label": i % 3}
+
+    images.write_splits(path, {"train": lambda: drawn(0, 24), "valid": lambda: drawn(24, 7)}, "ABC", 8, "for tests")
+    (path / "manifest.json").write_text(json.dumps({"kind": "images", "size": 8}))
+    return path
+
+
+@pytest.fixture(scope="session")
+def image_models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """Directories of a VQ-VAE and of a VAR over its codes, every tensor drawn at random."""
+    folder = tmp_path_factory.mktemp("models")
+    trees = {"vqvae": (VQVAE, image_reference.random_vqvae(VQVAE)), "var": (VAR, image_reference.random_var(VAR))}
+    for name, (config, tree) in trees.items():
+        files.save(folder / name, config, jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), tree))
+    return {name: str(folder / name) for name in trees}
+
+
+@pytest.fixture
+def image_job(image_set: pathlib.Path, image_models: dict[str, str]) -> Callable[..., TrainConfig]:
+    """`image_job("vqvae", steps=3, objective={...})`: a tiny config, sections updated by the arguments."""
+    next_scale = {"tokenizer": image_models["vqvae"], "model": VAR_SHAPE}
+    objectives: dict[str, dict[str, Any]] = {
+        "vqvae": {"name": "vqvae", "model": dataclasses.asdict(VQVAE)},
+        "var": {"name": "var", **next_scale},
+        "code_refiner": {"name": "code_refiner", **next_scale, "teacher": image_models["var"], "first_scale": 2},
+    }
+
+    def make(name: str, objective: dict[str, Any] | None = None, **changes: Any) -> TrainConfig:
+        return tiny_job(image_set, {**objectives[name], **(objective or {})}, **{"length": None, **changes})
+
+    return make
+
+
+@pytest.fixture
+def image_setting(image_job: Callable[..., TrainConfig]) -> Callable[..., Any]:
+    """`image_setting("var", class_dropout=0.0)`: objective, random parameters, frozen ones, one batch of six."""
+
+    def make(name: str, batch_size: int = 6, **objective: Any) -> tuple[Any, Any, Any, dict[str, jax.Array]]:
+        config = image_job(name, objective=objective, batch_size=batch_size)
+        corpus = open_corpus(config)
+        plan = trainer.make_plan(config, corpus.facts)
+        base = plan.objective.load_base(plan.mesh) if plan.base is not None else None
+        params = jax.jit(plan.objective.init)(jax.random.key(3), base)
+        leaves, structure = jax.tree.flatten(params)
+        keys = jax.random.split(jax.random.key(4), len(leaves))
+        noisy = [leaf + 0.1 * jax.random.normal(key, leaf.shape) for key, leaf in zip(keys, leaves, strict=True)]
+        batch = jax.tree.map(jnp.asarray, dict(next(corpus.batches(batch_size, 0))))
+        return plan.objective, jax.tree.unflatten(structure, noisy), plan.objective.frozen_part(base), batch
+
+    return make
+
+
+@pytest.fixture
+def die_at(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], contextlib.AbstractContextManager]:
+    """`with die_at(5): train(...)`: the process ends while step 5 is on its way, which the block survives."""
+
+    @contextlib.contextmanager
+    def dying(step: int) -> Iterator[None]:
+        push = Report.push
+
+        def push_and_die(self, at, metrics):
+            push(self, at, metrics)
+            if at == step:
+                raise Killed
+
+        with monkeypatch.context() as patch, pytest.raises(Killed):
+            patch.setattr(Report, "push", push_and_die)
+            yield
+
+    return dying

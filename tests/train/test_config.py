@@ -40,7 +40,7 @@ def test_every_config_file_and_variant_parses():
             continue
         for variant in ("", ":smoke"):
             config = load_config(f"{path}{variant}")
-            for key in ("init_from", "target"):
+            for key in ("init_from", "target", "tokenizer", "teacher"):
                 if key in config.objective and config.objective[key] is None:
                     config.objective[key] = "runs/lm/target"
             parsed = parse(config, OBJECTIVES, path.name)
@@ -106,6 +106,8 @@ def test_values_arrive():
         ({"checkpoint.keep": 0}, ["checkpoint.keep must be at least 1"]),
         ({"evaluation.batches": 0}, ["evaluation.batches must be at least 1"]),
         ({"seed": -1}, ["seed must lie in"]),
+        ({"length": None}, ["the objective lm reads text: length must be set"]),
+        ({"optimizer.ema": 1.0}, ["optimizer.ema must lie in 0..1, 1 excluded, got 1.0"]),
         ({"objective.model": None}, ["either objective.model (a shape) or objective.init_from"]),
         ({"objective.init_from": "runs/lm"}, ["either objective.model (a shape) or objective.init_from"]),
         ({"objective.model.vocab_size": 9}, ["objective.model.vocab_size comes from the data set's tokenizer"]),

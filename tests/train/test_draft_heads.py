@@ -25,14 +25,14 @@ def setting(job):
 
     def make(**changes):
         config = job("draft_heads", **changes)
-        corpus = open_corpus(config.data, config.objective.base)
-        plan = trainer.make_plan(config, corpus.tokenizer)
+        corpus = open_corpus(config)
+        plan = trainer.make_plan(config, corpus.facts)
         frozen = plan.objective.load_base(plan.mesh)
         heads = plan.objective.init(jax.random.key(3), frozen)
         leaves, structure = jax.tree.flatten(heads)
         keys = jax.random.split(jax.random.key(4), len(leaves))
         noisy = [leaf + 0.1 * jax.random.normal(key, leaf.shape) for leaf, key in zip(leaves, keys, strict=True)]
-        batch = {**next(corpus.batches(config.batch_size, config.length, 0))}
+        batch = {**next(corpus.batches(config.batch_size, 0))}
         batch["mask"] = np.random.default_rng(0).integers(0, 2, batch["mask"].shape).astype(np.uint8)
         return plan.objective, jax.tree.unflatten(structure, noisy), frozen, jax.tree.map(jnp.asarray, batch)
 
@@ -46,7 +46,7 @@ def test_each_loss_equals_its_definition_row_by_row(drafter, term, setting):
     objective, heads, frozen, batch = setting(objective={"drafter": drafter, "head_decay": 0.5, **only})
     # The heads read the table as it stands, also where the target scales what it reads.
     objective.model = dataclasses.replace(objective.model, embed_scale=True)
-    (sums, weights), metrics = objective.loss(heads, frozen, batch, jax.random.key(0))
+    (sums, weights), metrics = objective.loss(heads, frozen, batch, jax.random.key(0), 0.0)
 
     tokens, segments, mask = (batch[name] for name in ("tokens", "segments", "mask"))
     layout = Layout.causal(*tokens.shape, segments=jnp.asarray(segments))
@@ -104,7 +104,7 @@ def test_no_gradient_needs_the_target(setting):
     objective, heads, frozen, batch = setting(objective={"soft": 1.0, "feature": 1.0})
 
     def loss(trainable, parameters):
-        (sums, weights), _ = objective.loss(trainable, parameters, batch, jax.random.key(0))
+        (sums, weights), _ = objective.loss(trainable, parameters, batch, jax.random.key(0), 0.0)
         return jnp.sum(sums / weights)
 
     gradient = jax.grad(loss)(heads, frozen)
@@ -115,7 +115,7 @@ def test_no_gradient_needs_the_target(setting):
 def test_noise_and_dropout_act_in_training_only(setting):
     heads = {"num_heads": 2, "dropout": 0.5}
     objective, params, frozen, batch = setting(objective={"heads": heads, "noise": 10.0})
-    losses = [float(objective.loss(params, frozen, batch, jax.random.key(seed))[0][0][0]) for seed in (1, 1, 2)]
+    losses = [float(objective.loss(params, frozen, batch, jax.random.key(seed), 0.0)[0][0][0]) for seed in (1, 1, 2)]
     assert losses[0] == losses[1] != losses[2]
     quiet = DraftHeads(dataclasses.replace(objective._config, noise=0.0), objective._tokenizer)
     loud = objective.evaluate(params, frozen, batch)
@@ -207,8 +207,8 @@ def test_the_loop_accepts_exactly_what_the_training_forward_says(drafter, settin
     )
     trainer.train(config, tmp_path)
     _, _, frozen, batch = setting()
-    corpus = open_corpus(config.data, config.objective.base)
-    plan = trainer.make_plan(config, corpus.tokenizer)
+    corpus = open_corpus(config)
+    plan = trainer.make_plan(config, corpus.facts)
     checkpoints = trainer.Checkpoints(tmp_path / "checkpoints", keep=1)
     with checkpoints:
         state, _ = checkpoints.restore(30, plan.state)

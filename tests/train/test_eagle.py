@@ -28,15 +28,15 @@ def setting(job):
 
     def make(name, **objective):
         config = job(name, objective=objective)
-        corpus = open_corpus(config.data, config.objective.base)
-        plan = trainer.make_plan(config, corpus.tokenizer)
+        corpus = open_corpus(config)
+        plan = trainer.make_plan(config, corpus.facts)
         plan.objective.survey(corpus.train)
         frozen = plan.objective.load_base(plan.mesh)
         params = plan.objective.init(jax.random.key(3), frozen)
         leaves, structure = jax.tree.flatten(params)
         keys = jax.random.split(jax.random.key(4), len(leaves))
         noisy = [leaf + 0.1 * jax.random.normal(key, leaf.shape) for key, leaf in zip(keys, leaves, strict=True)]
-        batch = {**next(corpus.batches(config.batch_size, config.length, 0))}
+        batch = {**next(corpus.batches(config.batch_size, 0))}
         batch["mask"] = np.random.default_rng(0).integers(0, 2, batch["mask"].shape).astype(np.uint8)
         return plan.objective, jax.tree.unflatten(structure, noisy), frozen, jax.tree.map(jnp.asarray, batch)
 
@@ -65,7 +65,7 @@ def counted(batch, distance):
 @pytest.mark.parametrize(("feature", "soft"), [(2.0, 0.0), (0.0, 0.5), (1.0, 0.1)])
 def test_eagle_loss_equals_its_definition_row_by_row(feature, soft, setting):
     objective, params, frozen, batch = setting("eagle", feature=feature, soft=soft, noise=0.0)
-    (sums, weights), _ = objective.loss(params, frozen, batch, jax.random.key(0))
+    (sums, weights), _ = objective.loss(params, frozen, batch, jax.random.key(0), 0.0)
     out, outputs = forwards(objective, params, frozen, batch)
     total = count = 0
     for b, p, label in counted(batch, 2):
@@ -83,7 +83,7 @@ def test_eagle_loss_equals_its_definition_row_by_row(feature, soft, setting):
 @pytest.mark.parametrize("vocabulary", [0, 12])
 def test_eagle3_loss_equals_its_definition_row_by_row(vocabulary, setting):
     objective, params, frozen, batch = setting("eagle3", vocabulary=vocabulary, decay=0.5)
-    (sums, weights), metrics = objective.loss(params, frozen, batch, jax.random.key(0))
+    (sums, weights), metrics = objective.loss(params, frozen, batch, jax.random.key(0), 0.0)
     out, outputs = forwards(objective, params, frozen, batch)
     known = np.asarray(frozen["draft_vocab"]) if vocabulary else np.arange(objective.model.vocab_size)
     assert len(known) == (vocabulary or objective.model.vocab_size)
@@ -109,7 +109,7 @@ def test_no_gradient_needs_the_target(name, changes, setting):
     objective, params, frozen, batch = setting(name, **changes)
 
     def loss(trainable):
-        (sums, weights), _ = objective.loss(trainable, frozen, batch, jax.random.key(0))
+        (sums, weights), _ = objective.loss(trainable, frozen, batch, jax.random.key(0), 0.0)
         return jnp.sum(sums / weights)
 
     gradient = jax.grad(loss)(params)
@@ -124,7 +124,7 @@ def test_noise_is_on_features_in_training_only(setting, monkeypatch):
     monkeypatch.setattr(type(objective.heads), "fuse", lambda *a: heard.append(fuse(*a)) or heard[-1])
     objective.evaluate(params, frozen, batch)
     for seed in (1, 1, 2):
-        objective.loss(params, frozen, batch, jax.random.key(seed))
+        objective.loss(params, frozen, batch, jax.random.key(seed), 0.0)
     quiet, *loud = heard
     bound = 0.5 * 512 / batch["tokens"].shape[1] / 2
     assert np.array_equal(loud[0], loud[1]) and not np.array_equal(loud[0], loud[2])
@@ -153,7 +153,7 @@ def test_draft_vocabulary_is_the_most_frequent_labels(setting, job):
     assert most_frequent(counts, 6).tolist() == [0, 1, 2, 3, 5, 6]
 
     objective, _, frozen, _ = setting("eagle3", vocabulary=12)
-    documents = open_corpus(job("eagle3").data, job("eagle3").objective.base).train
+    documents = open_corpus(job("eagle3")).train
     tokens = np.concatenate([documents[i]["tokens"] for i in range(len(documents))])
     mask = np.concatenate([documents[i]["mask"] for i in range(len(documents))])
     size = objective.model.vocab_size
@@ -179,8 +179,8 @@ def test_the_loop_accepts_exactly_what_the_training_forward_says(name, changes, 
     assert drafter == objective.drafter
     if changes:
         assert np.array_equal(params["draft_vocab"], frozen["draft_vocab"])
-    corpus = open_corpus(config.data, config.objective.base)
-    plan = trainer.make_plan(config, corpus.tokenizer)
+    corpus = open_corpus(config)
+    plan = trainer.make_plan(config, corpus.facts)
     with trainer.Checkpoints(tmp_path / "checkpoints", keep=1) as checkpoints:
         state, _ = checkpoints.restore(40, plan.state)
     found = objective.probe(state["params"], frozen, iter([batch]))
@@ -190,7 +190,7 @@ def test_the_loop_accepts_exactly_what_the_training_forward_says(name, changes, 
 
 def test_a_job_that_never_saw_its_data_has_no_draft_vocabulary(job):
     config = job("eagle3", objective={"vocabulary": 12})
-    plan = trainer.make_plan(config, open_corpus(config.data, config.objective.base).tokenizer)
+    plan = trainer.make_plan(config, open_corpus(config).facts)
     with pytest.raises(ValueError, match="is not known before `survey`"):
         plan.objective.load_base(plan.mesh)
 

@@ -65,7 +65,7 @@ def test_a_stopwatch_counts_waiting_for_data_and_leaves_evaluation_out():
     with watch.timed("data"):
         time.sleep(0.05)
     time.sleep(0.05)
-    rates = watch.window(steps=2, tokens=100)
+    rates = watch.window(steps=2, size=100, unit="tokens")
     assert 0.05 <= rates["step_seconds"] < 0.1
     assert rates["tokens_per_second"] == pytest.approx(100 / rates["step_seconds"])
     assert 0.3 < rates["data_share"] < 0.7

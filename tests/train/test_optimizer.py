@@ -7,6 +7,9 @@ import pytest
 
 from models import transformer
 from models.config import TransformerConfig
+from models.images import var
+from models.images.config import VARConfig
+from models.storage import leaves_by_path
 from train.config import OptimizerConfig
 from train.optimizer import decays, make_optimizer, make_schedule
 
@@ -36,6 +39,20 @@ def test_decay_spares_scales_and_biases_of_stacked_layers():
     assert mask["layers"]["attention"]["q"] == {"bias": False, "kernel": True}
     assert mask["layers"]["attention_norm"] == mask["final_norm"] == {"scale": False}
     assert mask["embed"] == {"embedding": True}
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_decay_spares_what_a_var_has_one_number_of_per_channel_or_place(shared):
+    shape = VARConfig(depth=2, width=4, num_heads=2, num_classes=3, scales=(1, 2), shared_modulation=shared)
+    mask = leaves_by_path(decays(transformer.stack_layers(var.init(shape, jax.random.key(0)))))
+    modulation = ["modulation/kernel"] if shared else ["layers/modulation/kernel"]
+    kernels = ["attention/qkv", "attention/out", "mlp/up", "mlp/down"]
+    assert {path for path, decayed in mask.items() if decayed} == {
+        *("classes/embedding", "word/kernel", "head/modulation/kernel", "head/vocab/kernel"),
+        *(f"layers/{name}/kernel" for name in kernels),
+        *modulation,
+    }
+    assert {"positions/start", "positions/embedding", "levels/embedding", "layers/attention/log_scale"} < mask.keys()
 
 
 def test_gradients_are_clipped_before_adam_sees_them():

@@ -14,21 +14,17 @@ import numpy as np
 import pytest
 
 from decoding.drafters import load_drafter
+from models import transformer
 from models.errors import UserError
 from models.schema import resolved
 from models.storage import leaves_by_path
 from models.target import load_target
 from train import dry_run, provenance, trainer
 from train.corpus import open_corpus
-from train.metrics import Report
 from train.objectives.objective import Objective
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
-TIMINGS = ("step_seconds", "tokens_per_second", "data_share")
-
-
-class Killed(BaseException):
-    """Stands for the end of the process."""
+TIMINGS = ("step_seconds", "tokens_per_second", "images_per_second", "data_share")
 
 
 def lines(workdir: pathlib.Path) -> list[dict]:
@@ -39,18 +35,6 @@ def lines(workdir: pathlib.Path) -> list[dict]:
 
 def weights(directory: pathlib.Path) -> bytes:
     return (directory / "model.safetensors").read_bytes()
-
-
-def die_at(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The process ends while `step` is on its way."""
-    push = Report.push
-
-    def dying(self, at, metrics):
-        push(self, at, metrics)
-        if at == step:
-            raise Killed
-
-    monkeypatch.setattr(Report, "push", dying)
 
 
 def test_a_run_learns_and_leaves_a_target(job, tmp_path, capsys):
@@ -71,12 +55,12 @@ def test_a_run_learns_and_leaves_a_target(job, tmp_path, capsys):
         assert words in said
 
 
-def test_a_killed_run_ends_bitwise_as_one_that_was_not(job, tmp_path, monkeypatch, capsys):
-    config = job("lm", evaluation={"every": 3})
+@pytest.mark.parametrize("ema", [0.0, 0.9])
+def test_a_killed_run_ends_bitwise_as_one_that_was_not(ema, job, tmp_path, die_at, capsys):
+    config = job("lm", evaluation={"every": 3}, optimizer={"ema": ema})
     trainer.train(config, tmp_path / "whole")
     for step in (3, 6):  # Between two checkpoints; then after the last step, before its checkpoint.
-        with monkeypatch.context() as patch, pytest.raises(Killed):
-            die_at(step, patch)
+        with die_at(step):
             trainer.train(config, tmp_path / "broken")
     trainer.train(config, tmp_path / "broken")
     assert "resuming from step 4 of 6" in capsys.readouterr().out
@@ -84,12 +68,11 @@ def test_a_killed_run_ends_bitwise_as_one_that_was_not(job, tmp_path, monkeypatc
     assert lines(tmp_path / "whole") == lines(tmp_path / "broken")
 
 
-def test_draft_heads_resume_bitwise_with_noise_and_dropout(job, tmp_path, monkeypatch):
+def test_draft_heads_resume_bitwise_with_noise_and_dropout(job, tmp_path, die_at):
     heads = {"num_heads": 2, "num_layers": 2, "prefix": True, "dropout": 0.3}
     config = job("draft_heads", objective={"heads": heads, "noise": 5.0, "soft": 1.0})
     trainer.train(config, tmp_path / "whole")
-    with monkeypatch.context() as patch, pytest.raises(Killed):
-        die_at(5, patch)
+    with die_at(5):
         trainer.train(config, tmp_path / "broken")
     trainer.train(config, tmp_path / "broken")
     assert weights(tmp_path / "whole" / "drafter") == weights(tmp_path / "broken" / "drafter")
@@ -128,8 +111,8 @@ def test_a_finished_run_says_so_and_another_config_is_refused(job, tmp_path, cap
 
 def test_a_run_killed_before_its_export_only_exports(job, tmp_path, monkeypatch):
     config = job("lm", steps=2)
-    with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(trainer, "gathered", lambda params: (_ for _ in ()).throw(Killed))
+    with monkeypatch.context() as patch, pytest.raises(InterruptedError):
+        patch.setattr(trainer, "gathered", lambda params: (_ for _ in ()).throw(InterruptedError))
         trainer.train(config, tmp_path)
     assert not (tmp_path / "target").exists()
     written = lines(tmp_path)
@@ -139,10 +122,10 @@ def test_a_run_killed_before_its_export_only_exports(job, tmp_path, monkeypatch)
 
 def test_finetuning_starts_from_the_target(job, target_directory, tmp_path):
     config = job("lm", steps=2, objective={"model": None, "init_from": str(target_directory)})
-    corpus = open_corpus(config.data, config.objective.base)
-    plan = trainer.make_plan(config, corpus.tokenizer)
+    corpus = open_corpus(config)
+    plan = trainer.make_plan(config, corpus.facts)
     base = plan.objective.load_base(plan.mesh)
-    state = trainer.init_state(plan.objective, plan.optimizer, 0, base)
+    state = trainer.init_state(config, plan.objective, plan.optimizer, base)
     np.testing.assert_array_equal(state["params"]["embed"]["embedding"], base["embed"]["embedding"])
     assert plan.frozen is None
     trainer.train(config, tmp_path)
@@ -151,8 +134,8 @@ def test_finetuning_starts_from_the_target(job, target_directory, tmp_path):
 
 def test_frozen_parameters_are_neither_changed_nor_optimized(job, tmp_path):
     config = job("draft_heads")
-    corpus = open_corpus(config.data, config.objective.base)
-    plan = trainer.make_plan(config, corpus.tokenizer)
+    corpus = open_corpus(config)
+    plan = trainer.make_plan(config, corpus.facts)
     trainable = {path for path in leaves_by_path(plan.state["params"])}
     moments = leaves_by_path(plan.state["optimizer"])
     of_params = {path.split("mu/")[1] for path in moments if "mu/" in path}
@@ -160,8 +143,8 @@ def test_frozen_parameters_are_neither_changed_nor_optimized(job, tmp_path):
 
     frozen = plan.objective.load_base(plan.mesh)
     before = jax.tree.map(np.array, frozen)
-    state = trainer.init_state(plan.objective, plan.optimizer, 0, frozen)
-    batch = trainer.to_devices(plan, next(corpus.batches(config.batch_size, config.length, 0)))
+    state = trainer.init_state(config, plan.objective, plan.optimizer, frozen)
+    batch = trainer.to_devices(plan, next(corpus.batches(config.batch_size, 0)))
     step = jax.jit(trainer.make_step(plan), donate_argnums=0)
     old = state["params"]["heads"][0]["vocab"]["kernel"]
     state, _ = step(state, frozen, batch)
@@ -266,23 +249,84 @@ def test_dry_run_tells_all_and_allocates_nothing(job, as_code, on_two_devices, t
         "optimizer state",
     ):
         assert words in said, words
-    plan = trainer.make_plan(job("draft_heads"), open_corpus(config.data, config.objective.base).tokenizer)
+    plan = trainer.make_plan(job("draft_heads"), open_corpus(config).facts)
     assert f"trainable: {trainer.count(plan.state['params']):,} parameters" in said
     assert f"frozen: {trainer.count(plan.frozen):,} parameters" in said
 
 
 def test_memory_counts_bytes_per_device(job):
     config = job("lm")
-    plan = trainer.make_plan(config, open_corpus(config.data).tokenizer)
+    plan = trainer.make_plan(config, open_corpus(config).facts)
     said = dry_run.describe(config)
     size = 4 * trainer.count(plan.state["params"]) / 2**20
     (line,) = (line for line in said.splitlines() if "trainable parameters  " in line)
     assert float(line.split()[-2]) == pytest.approx(size, abs=0.06)
 
 
+def test_evaluation_and_export_use_the_average(job, tmp_path, monkeypatch):
+    config = job("lm", steps=4, optimizer={"ema": 0.4, "learning_rate": 0.05}, checkpoint={"every": 9})
+    corpus = open_corpus(config)
+    plan = trainer.make_plan(config, corpus.facts)
+    seen = []
+    make_step = trainer.make_step
+
+    def watched(plan):
+        step = make_step(plan)
+
+        def step_and_tell(state, frozen, batch):
+            state, metrics = step(state, frozen, batch)
+            jax.debug.callback(lambda bias: seen.append(np.asarray(bias)), state["params"]["final_norm"]["scale"])
+            return state, metrics
+
+        return step_and_tell
+
+    monkeypatch.setattr(trainer, "make_step", watched)
+    trainer.train(config, tmp_path)
+    average = np.ones(16, np.float64)  # What norms begin as.
+    for done, scale in enumerate(seen, start=1):
+        decay = min(0.4, (1 + done) / (10 + done))
+        average = decay * average + (1 - decay) * scale
+    assert len(seen) == 4 and np.abs(average - seen[-1]).max() > 1e-3
+    target = load_target(tmp_path / "target").params
+    np.testing.assert_allclose(target["final_norm"]["scale"], average, atol=1e-6)
+    evaluate = trainer.make_evaluation(plan, corpus)
+    stacked = transformer.stack_layers(target)
+    assert evaluate(stacked, None)["loss"] == pytest.approx(lines(tmp_path)[-1]["valid/loss"], rel=1e-6)
+
+
+def test_renewed_parameters_take_the_place_of_updated_ones(job, monkeypatch):
+    config = job("lm")
+    corpus = open_corpus(config)
+    plan = trainer.make_plan(config, corpus.facts)
+    batch = trainer.to_devices(plan, next(corpus.batches(config.batch_size, 0)))
+
+    def renew(trainable, frozen, batch, step, key):
+        scale = jax.numpy.where(step == 2, 7.0, trainable["final_norm"]["scale"])
+        return {**trainable, "final_norm": {"scale": scale}}
+
+    monkeypatch.setattr(plan.objective, "renew", renew)
+    state = trainer.init_state(config, plan.objective, plan.optimizer, None)
+    step = jax.jit(trainer.make_step(plan))
+    once, _ = step(state, None, batch)
+    twice, _ = step(once, None, batch)
+    assert not np.any(once["params"]["final_norm"]["scale"] == 7.0)
+    assert np.all(twice["params"]["final_norm"]["scale"] == 7.0)
+
+
+@pytest.mark.parametrize("name", ["vqvae", "var", "code_refiner"])
+def test_image_objectives_are_described_and_keep_the_protocol(name, image_job):
+    config = image_job(name)
+    plan = trainer.make_plan(config, open_corpus(config).facts)
+    for member in [*Objective.__annotations__, *(m for m in vars(Objective) if not m.startswith("_"))]:
+        assert hasattr(plan.objective, member), (name, member)
+    said = dry_run.describe(config)
+    assert f"{name}: {trainer.count(plan.state['params']):,} trainable parameters" in said
+    assert "6 steps of 4 images on 1 cpu device" in said and ("frozen: " in said) == (name != "vqvae")
+
+
 def test_objectives_keep_the_protocol(job):
     for name in ("lm", "draft_heads"):
         config = job(name)
-        plan = trainer.make_plan(config, open_corpus(config.data, config.objective.base).tokenizer)
+        plan = trainer.make_plan(config, open_corpus(config).facts)
         for member in [*Objective.__annotations__, *(m for m in vars(Objective) if not m.startswith("_"))]:
             assert hasattr(plan.objective, member), (name, member)

@@ -1,13 +1,21 @@
 """Objectives by the name that a config gives in `objective.name`."""
 
+from train.objectives.classifier import ImageClassifier
+from train.objectives.code_refiner import CodeRefiner
 from train.objectives.draft_heads import DraftHeads
 from train.objectives.eagle import Eagle3Objective, EagleObjective
 from train.objectives.lm import LM
 from train.objectives.objective import Objective
+from train.objectives.var import VARObjective
+from train.objectives.vqvae import VQVAEObjective
 
 OBJECTIVES: dict[str, type[Objective]] = {
     "lm": LM,
     "draft_heads": DraftHeads,
     "eagle": EagleObjective,
     "eagle3": Eagle3Objective,
+    "vqvae": VQVAEObjective,
+    "var": VARObjective,
+    "code_refiner": CodeRefiner,
+    "image_classifier": ImageClassifier,
 }

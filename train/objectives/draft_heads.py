@@ -42,6 +42,8 @@ class DraftHeadsConfig:
       loop_tokens: new tokens per such prompt; 0 decodes nothing.
     """
 
+    reads: ClassVar[str] = "text"
+
     name: Literal["draft_heads"]
     target: str | None
     drafter: Literal["medusa", "hydra"]

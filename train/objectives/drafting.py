@@ -63,7 +63,6 @@ class DraftObjective:
 
     Config: ClassVar[type]
     product: ClassVar[str] = "drafter"
-    base_is_frozen = True
 
     def __init__(self, config: Any, tokenizer: Tokenizer):
         """`tokenizer` is the target's, and the data's. Raises UserError for a missing or broken target."""
@@ -107,6 +106,10 @@ class DraftObjective:
         self._fingerprint = target.fingerprint()
         return target.params
 
+    def frozen_part(self, base: Params) -> Params:
+        """All of it: the target stays as it is."""
+        return base
+
     def init(self, key: Array, base: Params) -> Params:
         """A fresh drafter in float32, whatever the target's dtype: small updates must not round away."""
         return jax.tree.map(lambda leaf: leaf.astype(jnp.float32), self.heads.init(self.model, base, key))
@@ -119,13 +122,17 @@ class DraftObjective:
         """Tokens that the guesses' logits are of; None means all, in order."""
         return None
 
-    def loss(self, trainable: Params, frozen: Params, batch: Batch, key: Array):
+    def loss(self, trainable: Params, frozen: Params, batch: Batch, key: Array, progress: Array | float):
         """One term per depth: (sums, weights); metrics hold each depth's mean before its decay."""
         target, guesses = self.teacher_forced(trainable, frozen, batch, key)
         terms = self._terms(guesses, target, frozen, batch)
         totals, weights = (jnp.stack(values) for values in zip(*terms, strict=True))
         decay = self._config.weights.decay ** jnp.arange(len(terms), dtype=totals.dtype)
         return (decay * totals, weights), {f"loss_{i + 1}": term for i, term in enumerate(terms)}
+
+    def renew(self, trainable: Params, frozen: Params | None, batch: Batch, step: Array, key: Array) -> Params:
+        """Nothing: gradients do it all."""
+        return trainable
 
     def evaluate(self, trainable: Params, frozen: Params, batch: Batch) -> Sums:
         """By depth: the loss; how often the first choice is the text's token (accuracy); how often it is the target's

@@ -44,6 +44,8 @@ class EagleConfig:
       loop_tokens: new tokens per such prompt; 0 decodes nothing.
     """
 
+    reads: ClassVar[str] = "text"
+
     name: Literal["eagle"]
     target: str | None
     bias: bool = True
@@ -92,6 +94,8 @@ class Eagle3Config:
       loop_prompts: prompts from the valid split that every evaluation decodes, at most a batch; 0 is none.
       loop_tokens: new tokens per such prompt; 0 decodes nothing.
     """
+
+    reads: ClassVar[str] = "text"
 
     name: Literal["eagle3"]
     target: str | None

@@ -41,6 +41,8 @@ class LMConfig:
       labels: which tokens are learnt: `assistant`, those that the data set marks, or `all`.
     """
 
+    reads: ClassVar[str] = "text"
+
     name: Literal["lm"]
     model: Mapping[str, Any] | None = None
     init_from: str | None = None
@@ -71,7 +73,6 @@ class LM:
 
     Config: ClassVar[type] = LMConfig
     product: ClassVar[str] = "target"
-    base_is_frozen = False
 
     def __init__(self, config: LMConfig, tokenizer: Tokenizer):
         """`tokenizer` is the data's, and the base's where there is one. Raises UserError for a broken `init_from`."""
@@ -92,16 +93,23 @@ class LM:
         assert self._config.init_from is not None
         return load_target(self._config.init_from, dtype=jnp.float32, mesh=mesh).params
 
+    def frozen_part(self, base: Params | None) -> None:
+        """Nothing: what is finetuned is trainable."""
+
     def init(self, key: Array, base: Params | None) -> Params:
         """Random parameters, or the base's; layers stacked, in float32."""
         params = transformer.init(self.model, key, jnp.float32) if base is None else base
         return transformer.stack_layers(params)
 
-    def loss(self, trainable: Params, frozen: None, batch: Batch, key: Array):
+    def loss(self, trainable: Params, frozen: None, batch: Batch, key: Array, progress: Array | float):
         """Mean cross-entropy over labels, in nats."""
         likelihood_BT, weight_BT, _ = self._score(trainable, batch)
         total, weight = -jnp.sum(likelihood_BT * weight_BT), jnp.sum(weight_BT)
         return (total, weight), {}
+
+    def renew(self, trainable: Params, frozen: Params | None, batch: Batch, step: Array, key: Array) -> Params:
+        """Nothing: gradients do it all."""
+        return trainable
 
     def evaluate(self, trainable: Params, frozen: None, batch: Batch) -> Sums:
         """Cross-entropy and first-choice accuracy per label."""

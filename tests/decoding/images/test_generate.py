@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +12,7 @@ import pytest
 from decoding.images import scales
 from decoding.images.generate import Stage, Tokenizer, code_stages, decode_pixels, generate_images, keep
 from decoding.images.scales import Drawing, Draws
+from eval.images.programs import compile_stages
 from models.errors import UserError
 from models.images.config import VARConfig, VQVAEConfig
 from tests import image_reference as reference
@@ -113,6 +115,16 @@ def test_one_compilation_serves_all_settings_of_a_kind() -> None:
         drawing = Drawing(guidance, top_k, 0.7, 0.9)
         generate_images(tokenizer(), var_stages(LARGE, drawing), [1, 1, 2, 0], seeds=int(guidance))
     assert scales.run._cache_size() == before
+
+
+def test_the_cache_is_written_in_place_and_nothing_is_sorted() -> None:
+    """In the compiled program: no copy of a whole cache, and filters that search for thresholds."""
+    codes = {name: tokenizer().params[name] for name in ("codebook", "phi")}
+    (program,) = compile_stages(VQVAE, codes, var_stages(LARGE, WARM), 4)
+    text = program.call.as_text()
+    cache = r"f64\[8,3,30,8\]"
+    assert re.search(rf"{cache}\S* dynamic-update-slice", text) and not re.search(rf"= {cache}\S* copy\(", text)
+    assert not re.search(r" (sort|custom-call)\(", text), "no sort, and no TopK"
 
 
 @pytest.mark.parametrize("drawing", [WARM, Drawing(top_k=3, top_p=1.0), Drawing(top_k=0, top_p=0.6, temperature=0.7)])

@@ -1,0 +1,102 @@
+r"""Trains a VAR transformer over the codes of a VQ-VAE, conditional on the class.
+
+    python -m train.main --config=configs/var.py --config.objective.tokenizer=runs/vqvae/vqvae --workdir=runs/var
+
+The published recipe of VAR-d16: 310M parameters, 200 epochs of ImageNet at batch 768. Expected time: days on eight
+accelerators. Expected result: a VAR directory, runs/var/var. Deeper ones are 64 x depth wide with as many heads as
+layers, and begin with smaller gates (`--config.objective.gate`, 1e-5 for depth 30).
+
+`configs/var.py:drafter` goes on from a VAR and learns the scales before 8 alone, as the drafter of a collaborating pair
+(CoDe); the rate is a suggestion, none is published:
+
+    python -m train.main --config=configs/var.py:drafter --config.objective.tokenizer=runs/vqvae/vqvae \
+        --config.objective.init_from=runs/var/var --workdir=runs/drafter
+
+`configs/var.py:glyphs` and `configs/var.py:glyphs_small` are the two models of `scripts/quickstart.sh images`, after
+`configs/vqvae.py:glyphs`: 9.8M and 1.3M parameters, about 4 and 1.5 min on two CPU cores.
+
+    python -m train.main --config=configs/var.py:glyphs --config.objective.tokenizer=runs/glyphs/vqvae/vqvae \
+        --workdir=runs/glyphs/var
+
+`configs/var.py:smoke` runs the same path in 10 steps, within 1 min on two CPU cores; expect a loss that falls from
+about log(vocabulary size).
+"""
+
+from ml_collections import ConfigDict, config_dict
+
+from configs import check_variant
+
+
+def get_config(variant: str = "") -> ConfigDict:
+    check_variant(variant, "drafter", "glyphs", "glyphs_small", "smoke")
+    config = ConfigDict()
+    config.objective = ConfigDict(
+        {
+            "name": "var",
+            "tokenizer": config_dict.placeholder(str),
+            "model": {"depth": 16, "width": 1024, "num_heads": 16, "shared_modulation": False, "mlp_ratio": 4},
+            "gate": 1e-3,
+            "class_dropout": 0.1,
+            "label_smoothing": 0.0,
+            "stochastic_depth": config_dict.placeholder(float),
+            "scales_until": config_dict.placeholder(int),
+        }
+    )
+    config.data = ConfigDict(
+        {
+            "path": "data/imagenet256",
+            "split": "train",
+            "valid_split": "valid",
+            "tokenizer": config_dict.placeholder(str),
+            "fields": config_dict.placeholder(str),
+        }
+    )
+    config.steps = 334_000
+    config.batch_size = 768
+    config.length = config_dict.placeholder(int)
+    config.seed = 0
+    config.optimizer = ConfigDict(
+        {
+            "name": "adamw",
+            "learning_rate": 3e-4,
+            "schedule": "linear",
+            "warmup_steps": 6700,
+            "final_fraction": 0.1,
+            "weight_decay": 0.05,
+            "b1": 0.9,
+            "b2": 0.95,
+            "eps": 1e-8,
+            "clip_norm": 2.0,
+            "ema": 0.0,
+        }
+    )
+    config.mesh = ConfigDict({"data": -1, "fsdp": 1, "tensor": 1})
+    config.evaluation = ConfigDict({"every": 5000, "batches": 20})
+    config.checkpoint = ConfigDict({"every": 5000, "keep": 2})
+    config.metrics = ConfigDict({"every": 50, "tensorboard": False, "wandb": config_dict.placeholder(str)})
+
+    if variant == "drafter":
+        del config.objective.model
+        config.objective.init_from = config_dict.placeholder(str)
+        config.objective.scales_until = 8
+        config.steps = 16_700
+        config.optimizer.update(learning_rate=1e-5, warmup_steps=300)
+    if variant in ("glyphs", "glyphs_small", "smoke"):
+        config.data.path = "data/glyphs"
+        config.objective.model.update(depth=8, width=256, num_heads=8)
+        config.objective.stochastic_depth = 0.0
+        config.steps, config.batch_size = 600, 8
+        config.optimizer.update(learning_rate=1e-3, schedule="cosine", warmup_steps=20, final_fraction=0.05)
+        config.evaluation.update(every=300, batches=16)
+        config.checkpoint.update(every=100, keep=1)
+        config.metrics.every = 20
+    if variant == "glyphs_small":
+        config.objective.model.update(depth=4, width=128, num_heads=4)
+        config.steps = 800
+    if variant == "smoke":
+        config.objective.model.update(depth=2, width=32, num_heads=2)
+        config.steps, config.batch_size = 10, 4
+        config.optimizer.warmup_steps = 2
+        config.evaluation.update(every=10, batches=2)
+        config.metrics.every = 5
+    return config

@@ -1,0 +1,104 @@
+r"""Trains a multi-scale VQ-VAE, whose codes a VAR transformer will write.
+
+    python -m scripts.build_dataset --images FOLDER --size 256 --valid_fraction 0.01 --out data/imagenet256
+    python -m train.main --config=configs/vqvae.py --workdir=runs/vqvae
+
+The published network, 109M parameters for 256 pixels, under the one recipe that its authors have released (that of a
+single-scale relative): 250 epochs of ImageNet at batch 768. Expected time: days on eight accelerators. Expected result:
+a VQ-VAE directory, runs/vqvae/vqvae. For sharper images give it Inception's features to compare (the published loss has
+VGG's): `--config.objective.perceptual.net=inception --config.objective.perceptual.weights=FILE`.
+
+`configs/vqvae.py:glyphs` is the tokenizer of `scripts/quickstart.sh images`: 1M parameters, about 4 min on two CPU
+cores; expect readable glyphs.
+
+    python -m scripts.build_dataset --images glyphs --max_documents 20000 --valid_documents 1000 --out data/glyphs
+    python -m train.main --config=configs/vqvae.py:glyphs --workdir=runs/glyphs/vqvae
+
+`configs/vqvae.py:smoke` runs the same path in 10 steps, within 1 min on two CPU cores; expect a loss that falls.
+"""
+
+from ml_collections import ConfigDict, config_dict
+
+from configs import check_variant
+
+
+def get_config(variant: str = "") -> ConfigDict:
+    check_variant(variant, "glyphs", "smoke")
+    config = ConfigDict()
+    config.objective = ConfigDict(
+        {
+            "name": "vqvae",
+            "model": {
+                "vocab_size": 4096,
+                "latent_channels": 32,
+                "width": 160,
+                "multipliers": (1, 1, 2, 2, 4),
+                "blocks": 2,
+                "scales": (1, 2, 3, 4, 5, 6, 8, 10, 13, 16),
+                "phis": 4,
+            },
+            "l1": 0.2,
+            "l2": 1.0,
+            "quantiser": 1.0,
+            "commitment": 0.25,
+            "perceptual": {
+                "net": config_dict.placeholder(str),
+                "weights": config_dict.placeholder(str),
+                "weight": 1.0,
+            },
+            "gan": {"weight": 0.4, "start_fraction": 0.22, "width": 64, "layers": 3},
+            "reset_every": 0,
+        }
+    )
+    config.data = ConfigDict(
+        {
+            "path": "data/imagenet256",
+            "split": "train",
+            "valid_split": "valid",
+            "tokenizer": config_dict.placeholder(str),
+            "fields": config_dict.placeholder(str),
+        }
+    )
+    config.steps = 417_000
+    config.batch_size = 768
+    config.length = config_dict.placeholder(int)
+    config.seed = 0
+    config.optimizer = ConfigDict(
+        {
+            "name": "adamw",
+            "learning_rate": 3e-4,
+            "schedule": "cosine",
+            "warmup_steps": 2000,
+            "final_fraction": 0.3,
+            "weight_decay": 5e-3,
+            "b1": 0.5,
+            "b2": 0.9,
+            "eps": 1e-8,
+            "clip_norm": 10.0,
+            "ema": 0.9999,
+        }
+    )
+    config.mesh = ConfigDict({"data": -1, "fsdp": 1, "tensor": 1})
+    config.evaluation = ConfigDict({"every": 5000, "batches": 20})
+    config.checkpoint = ConfigDict({"every": 5000, "keep": 2})
+    config.metrics = ConfigDict({"every": 50, "tensorboard": False, "wandb": config_dict.placeholder(str)})
+
+    if variant in ("glyphs", "smoke"):
+        config.data.path = "data/glyphs"
+        config.objective.model.update(
+            vocab_size=512, latent_channels=16, width=32, multipliers=(1, 2, 2), blocks=1, scales=(1, 2, 3, 4, 6, 8)
+        )
+        config.objective.gan.weight = 0.0
+        config.objective.reset_every = 20
+        config.steps, config.batch_size = 650, 16
+        config.optimizer.update(learning_rate=2e-3, warmup_steps=20, final_fraction=0.05, ema=0.99)
+        config.evaluation.update(every=325, batches=16)
+        config.checkpoint.update(every=200, keep=1)
+        config.metrics.every = 20
+    if variant == "smoke":
+        config.steps, config.batch_size = 10, 8
+        config.objective.model.update(width=8, vocab_size=64)
+        config.optimizer.warmup_steps = 2
+        config.evaluation.update(every=10, batches=2)
+        config.metrics.every = 5
+    return config

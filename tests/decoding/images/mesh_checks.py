@@ -1,0 +1,48 @@
+"""What test_mesh.py runs in a process of its own, with 8 CPU devices."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from decoding.images import scales
+from decoding.images.generate import Stage, Tokenizer, code_stages, generate_images
+from decoding.images.scales import Drawing
+from models.images.config import VARConfig, VQVAEConfig
+from models.sharding import parse_mesh, place_params
+from tests import image_reference as reference
+
+jax.config.update("jax_enable_x64", True)
+
+VQVAE = VQVAEConfig(vocab_size=16, latent_channels=6, width=8, multipliers=(1, 2), blocks=1, scales=(1, 2, 3))
+LARGE = VARConfig(2, 16, 4, num_classes=5, vocab_size=16, latent_channels=6, scales=VQVAE.scales)
+SMALL = dataclasses.replace(LARGE, depth=1, width=8, num_heads=4)
+DRAWINGS = [Drawing(guidance=0.5 * row, top_k=3 + row, temperature=1.0 + row / 4) for row in range(8)]
+
+
+def makes_the_images_of_one_device(*meshes: str) -> None:
+    """Equal codes and pixels on every mesh, with one compilation per stage; every row of f_hat lies on its device."""
+    made = jax.tree.map(jnp.array, (reference.random_vqvae(VQVAE), *map(reference.random_var, (LARGE, SMALL))))
+
+    def stages(large, small):
+        return [
+            [Stage(LARGE, large, 3, DRAWINGS)],
+            code_stages((LARGE, large), (SMALL, small), 2, DRAWINGS, Drawing(temperature=0.0)),
+        ]
+
+    labels = [0, 1, 2, 3, 4, 0, 1, 5]
+    alone = [generate_images(Tokenizer(VQVAE, made[0]), turn, labels, seeds=3) for turn in stages(*made[1:])]
+    assert len({*alone[0].indices[-1].ravel()}) > 5
+    for axes in meshes:
+        mesh = parse_mesh(axes)
+        placed = [place_params(mesh, params) for params in made]
+        tokenizer = Tokenizer(VQVAE, placed[0])
+        before = scales.run._cache_size()
+        for _ in range(2):
+            spread = [generate_images(tokenizer, turn, labels, seeds=3) for turn in stages(*placed[1:])]
+        assert scales.run._cache_size() == before + 3
+        for mine, theirs in zip(spread, alone, strict=True):
+            assert all(np.array_equal(*pair) for pair in zip(mine.indices, theirs.indices, strict=True)), axes
+            assert np.array_equal(mine.pixels, theirs.pixels)
+    print("done")

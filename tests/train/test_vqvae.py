@@ -1,0 +1,316 @@
+"""The VQ-VAE's losses and whom their gradients reach, the reset of codes, and whole jobs."""
+
+import json
+import math
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from models.errors import UserError
+from models.images import files, inception, quantiser, vqvae
+from models.images.config import VQVAEConfig
+from models.layers import call
+from models.storage import leaves_by_path
+from tests import image_reference as reference
+from tests.train.conftest import VQVAE
+from tests.train.test_trainer import ROOT, lines, weights
+from train import trainer
+from train.objectives.adversary import Discriminator, adaptive_weight, hinge
+from train.objectives.perceptual import InceptionTaps, perceptual_distance
+from train.objectives.vqvae import PerceptualConfig, replace_unused
+
+GAN = {"weight": 0.5, "start_fraction": 0.5, "width": 4, "layers": 2}
+
+
+def widened(tree):
+    """float64 copies."""
+    return jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float64) if leaf.dtype.kind == "f" else leaf, tree)
+
+
+@jax.jit
+def rebuilt_latents(params, images):
+    """What the decoder reads."""
+    return quantiser.quantise(VQVAE, params, vqvae.features(VQVAE, params, images))[0][-1]
+
+
+def gradients(objective, params, batch, progress=0.0):
+    """Slopes of the whole loss by path."""
+
+    def mean(params):
+        (total, weight), _ = objective.loss(params, None, batch, jax.random.key(0), progress)
+        return total / weight
+
+    return leaves_by_path(jax.jit(jax.grad(mean))(params))
+
+
+@pytest.mark.usefixtures("x64")
+def test_the_loss_equals_its_definition(image_setting):
+    objective, params, _, batch = image_setting("vqvae", l1=0.3, l2=0.7, quantiser=0.9, commitment=0.2)
+    params = widened(params)
+    (total, weight), parts = jax.jit(objective.loss)(params, None, batch, jax.random.key(0), 0.0)
+    tree = jax.tree.map(np.asarray, params["vqvae"])
+    images = np.asarray(batch["image"]) / 127.5 - 1
+    features = reference.features(VQVAE, tree, images)
+    _, f_hats = reference.encode(VQVAE, tree, features)
+    decoded = np.asarray(jax.jit(vqvae.reconstruct, static_argnums=0)(VQVAE, params["vqvae"], jnp.asarray(f_hats[-1])))
+    both = sum(np.mean((f_hat - features) ** 2, axis=(1, 2, 3)) for f_hat in f_hats) / len(f_hats)
+    expected = {
+        "l1": 0.3 * np.abs(decoded - images).mean(axis=(1, 2, 3)).sum(),
+        "l2": 0.7 * ((decoded - images) ** 2).mean(axis=(1, 2, 3)).sum(),
+        "quantiser": 0.9 * 1.2 * both.sum(),
+    }
+    assert {name: part[0] for name, part in parts.items()} == pytest.approx(expected, rel=1e-10)
+    assert float(total) == pytest.approx(sum(expected.values()), rel=1e-10) and weight == 6
+
+
+@pytest.mark.usefixtures("x64")
+def test_the_decoders_gradient_passes_the_quantiser_straight(image_setting):
+    objective, params, _, batch = image_setting("vqvae", l1=0.0, l2=1.0, quantiser=0.0)
+    params = widened(params)
+    found = gradients(objective, params, batch)
+    images = batch["image"] / 127.5 - 1
+    f_hat = rebuilt_latents(params["vqvae"], images)
+
+    def error(f_hat):
+        return jnp.mean(jnp.square(vqvae.reconstruct(VQVAE, params["vqvae"], f_hat) - images))
+
+    # The bias of the last layer before the quantiser is added everywhere, so its slope is the features' sum.
+    expected = jnp.sum(jax.jit(jax.grad(error))(f_hat), axis=(0, 1, 2))
+    np.testing.assert_allclose(found["vqvae/quant/bias"], expected, rtol=1e-9)
+    assert np.abs(found["vqvae/encoder/conv_in/kernel"]).max() > 0
+    for path in ("codebook/embedding", "phi/0/kernel", "phi/3/bias"):
+        assert not np.any(found[f"vqvae/{path}"])
+
+
+@pytest.mark.usefixtures("x64")
+def test_codebook_and_phis_learn_from_the_quantisers_loss(image_setting):
+    objective, params, _, batch = image_setting("vqvae", l1=0.0, l2=1e-30, commitment=0.0)
+    found = gradients(objective, widened(params), batch)
+    for path in ("codebook/embedding", "phi/0/kernel", "phi/3/bias"):
+        assert np.abs(found[f"vqvae/{path}"]).max() > 1e-6
+    assert np.abs(found["vqvae/encoder/conv_in/kernel"]).max() < 1e-20
+    objective, params, _, batch = image_setting("vqvae", l1=0.0, l2=1e-30, commitment=0.5)
+    assert np.abs(gradients(objective, widened(params), batch)["vqvae/encoder/conv_in/kernel"]).max() > 1e-6
+
+
+@pytest.mark.usefixtures("x64")
+def test_each_player_sees_the_other_as_a_constant(image_setting):
+    objective, params, _, batch = image_setting("vqvae", gan=GAN)
+    alone, _, _, _ = image_setting("vqvae")
+    params = widened(params)
+    images = batch["image"] / 127.5 - 1
+    critic = Discriminator(4, 2)
+
+    before, after = (gradients(objective, params, batch, progress) for progress in (0.49, 0.5))
+    plain = gradients(alone, {"vqvae": params["vqvae"]}, batch)
+    for path, slope in before.items():
+        np.testing.assert_allclose(slope, plain.get(path, 0.0), atol=1e-12)
+
+    f_hat = rebuilt_latents(params["vqvae"], images)
+
+    def told_apart(discriminator):
+        decoded = vqvae.reconstruct(VQVAE, params["vqvae"], f_hat)
+        return jnp.mean(hinge(call(critic, discriminator, images), call(critic, discriminator, decoded)))
+
+    for path, slope in leaves_by_path(jax.jit(jax.grad(told_apart))(params["discriminator"])).items():
+        np.testing.assert_allclose(after[f"discriminator/{path}"], slope, atol=1e-12)
+
+    def last_layer(loss):
+        """Gradient of a loss of decoded images at the decoder's last kernel."""
+
+        def of(kernel):
+            decoder = params["vqvae"]["decoder"]
+            decoder = {**decoder, "conv_out": {**decoder["conv_out"], "kernel": kernel}}
+            return loss(vqvae.reconstruct(VQVAE, {**params["vqvae"], "decoder": decoder}, f_hat))
+
+        return jax.jit(jax.grad(of))(params["vqvae"]["decoder"]["conv_out"]["kernel"])
+
+    # What the adversary adds there is its gradient, scaled to 0.5 times the reconstruction's norm.
+    fooled = last_layer(lambda decoded: -jnp.mean(call(critic, params["discriminator"], decoded)))
+    rebuilt = last_layer(lambda y: 0.2 * jnp.mean(jnp.abs(y - images)) + jnp.mean(jnp.square(y - images)))
+    path = "vqvae/decoder/conv_out/kernel"
+    unit = fooled / jnp.linalg.norm(fooled)
+    # The sums over six images, to which 1e-4 is added.
+    ratio = 6 * jnp.linalg.norm(fooled) / (6 * jnp.linalg.norm(fooled) + 1e-4)
+    np.testing.assert_allclose(
+        after[path] - plain[path], 0.5 * ratio * jnp.linalg.norm(rebuilt) * unit, rtol=1e-8, atol=1e-12
+    )
+
+
+def test_the_adaptive_weight_has_a_closed_form():
+    slopes = jnp.full((1, 2, 2, 3), 3.0), jnp.full((1, 2, 2, 3), -0.5)
+    assert adaptive_weight(lambda slope: 10 * slope, *slopes) == pytest.approx(6.0, rel=1e-5)
+    assert adaptive_weight(lambda slope: slope, slopes[0], 0 * slopes[1]) == 1e4
+    assert adaptive_weight(lambda slope: slope, 0 * slopes[0], slopes[1]) == 0
+
+
+def test_hinge_punishes_only_what_is_within_the_margin():
+    true, decoded = jnp.array([[[2.0, 0.5]], [[1.0, 1.0]]]), jnp.array([[[-3.0, -0.5]], [[0.0, 1.0]]])
+    np.testing.assert_allclose(hinge(true, decoded), [0.25 * (0.5 + 0.5), 0.25 * (1 + 2)])
+
+
+@pytest.mark.usefixtures("x64")
+def test_codes_that_the_batch_did_not_choose_become_vectors_of_the_batch(image_setting):
+    objective, params, _, batch = image_setting("vqvae", batch_size=2, reset_every=4)
+    params = widened(params)
+    codebook = params["vqvae"]["codebook"]
+    # Five codes so far away that nothing chooses them.
+    params["vqvae"]["codebook"] = {"embedding": codebook["embedding"].at[7:12].add(100.0)}
+    tree = jax.tree.map(np.asarray, params["vqvae"])
+    images = np.asarray(batch["image"]) / 127.5 - 1
+    features = reference.features(VQVAE, tree, images)
+    indices, f_hats = reference.encode(VQVAE, tree, features)
+    used = np.isin(np.arange(24), np.concatenate([index.reshape(-1) for index in indices]))
+    residuals = [features, *(features - f_hat for f_hat in f_hats[:-1])]
+    sought = np.concatenate([reference.tokens(VQVAE, k, r).reshape(-1, 4) for k, r in enumerate(residuals)])
+    old = tree["codebook"]["embedding"]
+    replace = jax.jit(replace_unused, static_argnums=0)
+    new = np.asarray(replace(VQVAE, params["vqvae"], jnp.asarray(images), jax.random.key(1)))
+    assert not np.any(used[7:12]) and used.sum() >= 12
+    np.testing.assert_array_equal(new[used], old[used])
+    nearest = np.abs(new[~used][:, None] - sought).max(axis=-1)
+    assert nearest.min(axis=1).max() < 1e-9 and len(set(nearest.argmin(axis=1))) > 1
+
+    for step in (3, 4):
+        renewed = jax.jit(objective.renew)(params, None, batch, step, jax.random.key(1))
+        changed = {p for p, leaf in leaves_by_path(renewed).items() if np.any(leaf != leaves_by_path(params)[p])}
+        assert changed == ({"vqvae/codebook/embedding"} if step == 4 else set())
+
+
+def test_without_a_reset_nothing_is_traced(image_setting):
+    objective, params, _, batch = image_setting("vqvae")
+    assert objective.renew(params, None, batch, 1, jax.random.key(0)) is params
+
+
+def test_evaluation_counts_images_and_codes_but_no_padding(image_setting):
+    objective, params, _, batch = image_setting("vqvae")
+    batch = {**batch, "label": batch["label"].at[-2:].set(-1)}
+    sums = jax.jit(objective.evaluate)(params, None, batch)
+    tree = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), params["vqvae"])
+    images = np.asarray(batch["image"])[:4] / 127.5 - 1
+    indices, f_hats = reference.encode(VQVAE, tree, reference.features(VQVAE, tree, images))
+    error = ((reference.decode(VQVAE, tree, f_hats[-1]) - images) ** 2).mean(axis=(1, 2, 3))
+    counts = sum(np.bincount(index.reshape(-1), minlength=24) for index in indices)
+    means = {name: np.float64(total) / np.float64(weight) for name, (total, weight) in sums.items()}
+    found = objective.report(means)
+    p = counts[counts > 0] / counts.sum()
+    assert found["l2"] == pytest.approx(error.mean(), rel=1e-4)
+    assert found["psnr"] == pytest.approx(np.mean(10 * np.log10(4 / error)), rel=1e-4)
+    assert found["perplexity"] == pytest.approx(math.exp(-(p * np.log(p)).sum()), rel=1e-4)
+    assert found["codes_used"] == np.mean(counts > 0)
+
+
+def test_perceptual_distance_compares_unit_features():
+    class Net:
+        """Scaled images, and their mean rows."""
+
+        def features(self, params, images):
+            return [params * images, images.mean(axis=1, keepdims=True)]
+
+    rng = np.random.default_rng(0)
+    x, y = rng.normal(size=(2, 3, 4, 4, 3))
+
+    def unit(f):
+        return f / np.linalg.norm(f, axis=-1, keepdims=True)
+
+    maps = [(x, y), (x.mean(axis=1, keepdims=True), y.mean(axis=1, keepdims=True))]
+    expected = sum(((unit(a) - unit(b)) ** 2).sum(axis=-1).mean(axis=(1, 2)) for a, b in maps)
+    images = [jnp.asarray(image, jnp.float32) for image in (x, y)]
+    np.testing.assert_allclose(perceptual_distance(Net(), 7.0, *images), expected, rtol=1e-5)
+    slope = jax.grad(lambda x: perceptual_distance(Net(), 7.0, x, images[0]).sum())(images[0])
+    assert not np.any(np.isnan(slope)) and np.abs(slope).max() < 1e-4
+
+
+def test_inception_is_tapped_at_four_depths_and_reads_what_it_was_made_for():
+    net = InceptionTaps("nowhere.pth")
+    images = jax.ShapeDtypeStruct((2, 32, 32, 3), jnp.float32)
+    shapes = [leaf.shape for leaf in jax.eval_shape(net.features, net.shapes(), images)]
+    assert [(len(shape), shape[-1]) for shape in shapes] == [(4, 64), (4, 192), (4, 288), (4, 768)]
+    rng = np.random.default_rng(0)
+    first = {"kernel": rng.normal(0, 0.2, (3, 3, 3, 32)), "scale": np.ones(32), "variance": np.ones(32)}
+    first = {**first, "bias": np.zeros(32), "mean": np.zeros(32)}
+    params = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape), net.shapes())
+    params["Conv2d_1a_3x3"] = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), first)
+    grey = rng.integers(0, 256, (1, 80, 80, 3)).astype(np.float32)
+    taps = InceptionTaps("nowhere.pth", ("Conv2d_1a_3x3",))
+    (found,) = jax.jit(taps.features)(params, jnp.asarray(grey / 127.5 - 1))
+    unit = inception.Unit(32, (3, 3), 2, "VALID")
+    expected = call(unit, params["Conv2d_1a_3x3"], jnp.asarray((grey - 128) / 128))
+    np.testing.assert_allclose(found, expected, atol=2e-5)
+
+
+@pytest.mark.parametrize(
+    ("objective", "words"),
+    [
+        ({"perceptual": {"net": "inception"}}, "objective.perceptual.weights to the file of its weights"),
+        ({"perceptual": {"weights": "x.pth"}}, "no objective.perceptual.net to read them"),
+        ({"perceptual": {"net": "vgg"}}, "must be one of 'inception'"),
+        ({"gan": {"start_fraction": 1.0}}, "objective.gan.start_fraction must lie in 0..1"),
+        ({"l1": 0.0, "l2": 0.0}, "objective.l1 or objective.l2 must be positive"),
+        ({"reset_every": -1}, "objective.reset_every must not be negative"),
+    ],
+)
+def test_a_wrong_section_gets_one_sentence(objective, words, image_job):
+    with pytest.raises(UserError) as caught:
+        image_job("vqvae", objective=objective)
+    assert words in str(caught.value) and "\n" not in str(caught.value)
+    assert PerceptualConfig() == PerceptualConfig(net=None, weights=None)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"length": 8}, "the objective vqvae reads images: length must be None, got 8"),
+        ({"data": {"tokenizer": "x"}}, "data.tokenizer must be None for images, got 'x'"),
+        ({"data": {"fields": "x"}}, "data.fields must be None for images, got 'x'"),
+    ],
+)
+def test_options_of_text_are_refused(changes, words, image_job, tmp_path):
+    with pytest.raises(UserError, match=words):
+        trainer.train(image_job("vqvae", **changes), tmp_path)
+
+
+def test_a_job_learns_and_leaves_a_vqvae(image_job, tmp_path, capsys):
+    config = image_job("vqvae", steps=30, optimizer={"ema": 0.9}, checkpoint={"every": 30}, evaluation={"every": 15})
+    trainer.train(config, tmp_path)
+    found = lines(tmp_path)
+    losses = [line["loss"] for line in found if "loss" in line]
+    valid = [line for line in found if "valid/l2" in line]
+    assert np.mean(losses[-3:]) < 0.8 * losses[0] and valid[1]["valid/l2"] < valid[0]["valid/l2"]
+    assert {"l1", "l2", "quantiser"} < found[0].keys()
+    assert {f"valid/{name}" for name in ("l2", "psnr", "perplexity", "codes_used")} < valid[0].keys()
+    assert "images_per_second" in json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[0])
+    assert files.load(tmp_path / "vqvae", VQVAEConfig)[0] == VQVAE
+    assert "30 steps of 4 images" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_a_killed_job_ends_bitwise_as_one_that_was_not(image_job, die_at, tmp_path):
+    objective = {"gan": {**GAN, "start_fraction": 0.3}, "reset_every": 2}
+    config = image_job("vqvae", objective=objective, optimizer={"ema": 0.8})
+    trainer.train(config, tmp_path / "whole")
+    with die_at(5):
+        trainer.train(config, tmp_path / "broken")
+    trainer.train(config, tmp_path / "broken")
+    assert weights(tmp_path / "whole" / "vqvae") == weights(tmp_path / "broken" / "vqvae")
+    assert lines(tmp_path / "whole") == lines(tmp_path / "broken")
+
+
+def smoke(name: str, data: object, workdir: object, *options: str) -> str:
+    """Runs the smoke job of a config through the command; what it said."""
+    command = [sys.executable, "-m", "train.main", f"--config=configs/{name}.py:smoke", f"--workdir={workdir}"]
+    given = [f"--config.data.path={data}", *(f"--config.{option}" for option in options)]
+    done = subprocess.run([*command, *given], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.mark.slow
+def test_the_smoke_job_runs(image_set, tmp_path):
+    said = smoke("vqvae", image_set, tmp_path, "steps=3", "batch_size=4", "optimizer.warmup_steps=1")
+    assert "finished 3 steps" in said and "psnr" in said
+    assert files.read_config(tmp_path / "vqvae", VQVAEConfig).image_size == 32
