@@ -149,16 +149,18 @@ def generate(
                 break
             state = loop.run(config, drafter, params, drafter_params, state, request, np.int32(every), typical)
         jax.block_until_ready(state)
-    finished = time.perf_counter()
+    return _finished(state, lengths, drafter, prefilled - started, time.perf_counter() - prefilled)
 
+
+def _finished(state, lengths, drafter, prefill_seconds, decode_seconds) -> Generation:
     tokens, writers, ends = (np.asarray(x) for x in (state.tokens, state.writers, state.length + 1))
     span = [slice(int(start), int(end)) for start, end in zip(lengths, ends, strict=True)]
     return Generation(
         tokens=[tokens[row, s].tolist() for row, s in enumerate(span)],
         writers=[writers[row, s].tolist() for row, s in enumerate(span)],
-        stats=[Stats.of(state.counters, row) for row in range(batch)],
-        prefill_seconds=prefilled - started,
-        decode_seconds=finished - prefilled,
+        stats=[Stats.of(state.counters, row) for row in range(len(span))],
+        prefill_seconds=prefill_seconds,
+        decode_seconds=decode_seconds,
         memory=drafter.memory(state.drafter),
     )
 

@@ -93,19 +93,7 @@ def run(
         "transformers": lambda text: (theirs.plain(text), None),
         "transformers_assisted": lambda text: (theirs.assisted(text), None),
     }
-    seconds: dict[str, list[float]] = {name: [] for name in ways}
-    made: dict[str, list[tuple[list[int], int | None]]] = {}
-    for turn in range(rounds + 1):
-        progress(f"round {turn} of {rounds}" if turn else "compiling and warming up")
-        spent = dict.fromkeys(ways, 0.0)
-        made = {name: [] for name in ways}
-        for text in texts:
-            for name, way in ways.items():
-                started = time.perf_counter()
-                made[name].append(way(text))
-                spent[name] += time.perf_counter() - started
-        for name in ways if turn else ():
-            seconds[name].append(spent[name])
+    made, seconds = _race(ways, texts, rounds, progress)
     rates = {name: len(texts) * new_tokens / statistics.median(seconds[name]) for name in ways}
     return {
         "ways": {name: _way(made[name], made["plain"], rates[name]) for name in ways},
@@ -119,6 +107,24 @@ def run(
         "draft": describe_target(draft),
         "environment": describe_environment(),
     }
+
+
+def _race(ways: dict[str, Way], texts: list[list[int]], rounds: int, progress: Callable[[str], None]):
+    """What every way made of the texts, and its seconds per round; a round that is not counted comes first."""
+    seconds: dict[str, list[float]] = {name: [] for name in ways}
+    made: dict[str, list[tuple[list[int], int | None]]] = {}
+    for turn in range(rounds + 1):
+        progress(f"round {turn} of {rounds}" if turn else "compiling and warming up")
+        spent = dict.fromkeys(ways, 0.0)
+        made = {name: [] for name in ways}
+        for text in texts:
+            for name, way in ways.items():
+                started = time.perf_counter()
+                made[name].append(way(text))
+                spent[name] += time.perf_counter() - started
+        for name in ways if turn else ():
+            seconds[name].append(spent[name])
+    return made, seconds
 
 
 def _way(made: Sequence[tuple[list[int], int | None]], plain, rate: float) -> dict[str, Any]:
