@@ -3,10 +3,15 @@
 # Hydra heads trained on it, and all three decoding held-out files in one interleaved benchmark.
 #
 #   bash scripts/quickstart.sh [--out DIR] [--fresh]
+#   bash scripts/quickstart.sh images [--out DIR] [--fresh]     images instead: scripts/quickstart_images.sh
 #
 # Every line that starts with $ is a command of its own, to be copied, changed and run again. Asking again reuses what is
 # finished and continues what was interrupted; --fresh starts over. See scripts/_venv.sh for TANDEM_VENV.
 set -euo pipefail
+if [ "${1:-}" = images ]; then
+    shift
+    exec bash "$(dirname "${BASH_SOURCE[0]}")/quickstart_images.sh" "$@"
+fi
 source "$(dirname "${BASH_SOURCE[0]}")/_venv.sh"
 
 out=$ROOT/runs/quickstart

@@ -1,0 +1,144 @@
+"""Makes images of classes, or new content in a given image, and writes them as one PNG.
+
+    python -m scripts.generate_images --tokenizer DIR --var DIR --classes 0-9 --rows 4 --out grid.png
+    python -m scripts.generate_images --tokenizer DIR --var DIR --refiner DIR --draft_scales 3 --classes 7 --out 7.png
+    python -m scripts.generate_images --tokenizer DIR --var DIR --classes 7 --edit a.png --mask 8,8,24,24 --out b.png
+
+With a refiner the larger model makes the first N scales and the refiner the others (CoDe). One column per class, and
+`--rows` images of each; image i has the seed `--seed` + i. `--edit` keeps a given image outside the box of `--mask`
+(left, top, right and bottom edge in pixels) and fills the box anew, as an image of the class.
+"""
+
+import argparse
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import UInt8
+from PIL import Image, UnidentifiedImageError
+
+from decoding.images.generate import Generated, Stage, Tokenizer, code_stages, generate_images, keep
+from decoding.images.scales import Drawing
+from eval.images.pictures import png, tiled
+from models.errors import UserError, exit_on_user_error
+from models.images import files
+from models.images.config import VARConfig, VQVAEConfig
+from train.images import fitted
+
+_SMALLEST_SIDE = 96  # Of an image on the page; smaller ones are enlarged to this or more.
+
+
+def stages(args: argparse.Namespace, drawing: Drawing) -> list[Stage]:
+    """The models that the arguments name, in turn.
+
+    Raises:
+      UserError: a directory is missing or broken, or only one of `--refiner` and `--draft_scales` is given.
+    """
+    if (args.refiner is None) != (args.draft_scales is None):
+        raise UserError("--refiner and --draft_scales belong together: who refines, and after how many scales")
+    var = files.load(args.var, VARConfig)
+    if args.refiner is None:
+        return [Stage(*var, var[0].num_scales, drawing)]
+    return code_stages(var, files.load(args.refiner, VARConfig), args.draft_scales, drawing, drawing)
+
+
+def class_numbers(text: str) -> list[int]:
+    """Classes as people write them: `3,5,7-9`.
+
+    Raises:
+      UserError: anything else.
+    """
+    numbers: list[int] = []
+    for part in text.split(","):
+        found = re.fullmatch(r"\s*(\d+)(?:-(\d+))?\s*", part)
+        if found is None or (found[2] and int(found[2]) < int(found[1])):
+            raise UserError(f"--classes must be numbers and ranges such as 3,5,7-9, got {text!r}")
+        numbers += range(int(found[1]), int(found[2] or found[1]) + 1)
+    return numbers
+
+
+def box(text: str, side: int) -> np.ndarray:
+    """The mask `[side, side]`, true inside the box `left,top,right,bottom`.
+
+    Raises:
+      UserError: the text is no box, or it lies outside the image or holds nothing.
+    """
+    if not re.fullmatch(r"\d+,\d+,\d+,\d+", text):
+        raise UserError(f"--mask must be left,top,right,bottom in pixels, such as 8,8,24,24, got {text!r}")
+    left, top, right, bottom = (int(edge) for edge in text.split(","))
+    if not (left < right <= side and top < bottom <= side):
+        raise UserError(f"--mask {text} is no box within an image of {side} x {side} pixels")
+    mask = np.zeros((side, side), bool)
+    mask[top:bottom, left:right] = True
+    return mask
+
+
+def make(args: argparse.Namespace) -> tuple[Generated, int]:
+    """The images, row by row, and how many columns they have.
+
+    Raises:
+      UserError: something that the arguments name is missing or does not fit.
+    """
+    if args.rows < 1:
+        raise UserError(f"--rows must be at least 1, got {args.rows}")
+    if (args.edit is None) != (args.mask is None):
+        raise UserError("--edit and --mask belong together: which image, and which part of it is made anew")
+    columns = class_numbers(args.classes)
+    drawing = Drawing(args.guidance, args.top_k, args.top_p, args.temperature, args.smooth)
+    tokenizer = Tokenizer(*files.load(args.tokenizer, VQVAEConfig))
+    labels = columns * args.rows
+    kept = None
+    if args.edit is not None:
+        side = tokenizer.config.image_size
+        given = np.repeat(_read(args.edit, side)[None], len(labels), axis=0)
+        kept = keep(tokenizer, given, box(args.mask, side))
+    return generate_images(tokenizer, stages(args, drawing), labels, seeds=args.seed, kept=kept), len(columns)
+
+
+def _read(path: Path, side: int) -> UInt8[np.ndarray, "S S 3"]:
+    try:
+        with Image.open(path) as image:
+            return fitted(image, side)
+    except FileNotFoundError:
+        raise UserError(f"there is no image {path}") from None
+    except (UnidentifiedImageError, OSError) as error:
+        raise UserError(f"{path} cannot be read as an image ({error})") from None
+
+
+@exit_on_user_error
+def main(argv: Sequence[str] | None = None) -> None:
+    """The command; see the module's docstring."""
+    args = _parser().parse_args(argv)
+    out = Path(args.out)
+    if not out.absolute().parent.is_dir():
+        raise UserError(f"cannot write {out}: there is no directory {out.parent}")
+    made, columns = make(args)
+    enlarged = -(-_SMALLEST_SIDE // made.pixels.shape[1])
+    out.write_bytes(png(tiled(made.pixels, columns, enlarged=enlarged)))
+    seconds = " + ".join(f"{part:.2f}" for part in (*made.stage_seconds, made.decode_seconds))
+    print(f"{out}: {len(made.pixels)} images, {seconds} s (models in turn and decoder, compilation included)")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m scripts.generate_images", description=__doc__.splitlines()[0])
+    parser.add_argument("--tokenizer", required=True, help="the VQ-VAE's directory")
+    parser.add_argument("--var", required=True, help="a VAR model's directory")
+    parser.add_argument("--refiner", help="a smaller one's, which makes the scales after --draft_scales")
+    parser.add_argument("--draft_scales", type=int, help="N, scales that --var makes when there is a --refiner")
+    parser.add_argument("--classes", required=True, help="numbers and ranges, such as 3,5,7-9: the columns")
+    parser.add_argument("--rows", type=int, default=1, help="images of each class (1)")
+    parser.add_argument("--out", required=True, help="the PNG to write")
+    parser.add_argument("--seed", type=int, default=0, help="of the first image; the others count up from it")
+    parser.add_argument("--guidance", type=float, default=4.0, help="extra weight of the class at the last scale (4.0)")
+    parser.add_argument("--top_k", type=int, default=900, help="codes kept; 0 means all (900)")
+    parser.add_argument("--top_p", type=float, default=0.95, help="probability mass kept of those (0.95)")
+    parser.add_argument("--temperature", type=float, default=1.0, help="of what is left; 0 takes the best code (1.0)")
+    parser.add_argument("--smooth", action="store_true", help="mix codes for smoother pictures")
+    parser.add_argument("--edit", type=Path, metavar="IMAGE", help="an image of which only the box of --mask is made")
+    parser.add_argument("--mask", metavar="LEFT,TOP,RIGHT,BOTTOM", help="that box, in pixels of the model's images")
+    return parser
+
+
+if __name__ == "__main__":
+    main()

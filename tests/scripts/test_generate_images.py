@@ -1,0 +1,93 @@
+"""Images from the command line: what is written, what an edit keeps, and errors of one sentence."""
+
+import pathlib
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from decoding.images.generate import Stage, Tokenizer, keep
+from decoding.images.generate import generate_images as generate
+from decoding.images.scales import Drawing
+from models.errors import UserError
+from models.images import files
+from models.images.config import VARConfig, VQVAEConfig
+from scripts import generate_images
+from tests.eval.images import tiny
+
+
+@pytest.fixture(scope="module")
+def directories(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    return tiny.write(tmp_path_factory.mktemp("images"))
+
+
+def words(folder: pathlib.Path, out: pathlib.Path, *more: str) -> list[str]:
+    return ["--tokenizer", str(folder / "tokenizer"), "--var", str(folder / "large"), "--out", str(out), *more]
+
+
+def read(path: pathlib.Path) -> np.ndarray:
+    with Image.open(path) as image:
+        return np.asarray(image.convert("RGB"))
+
+
+def test_a_grid_has_a_column_per_class(directories, tmp_path, capsys) -> None:
+    generate_images.main(words(directories, tmp_path / "a.png", "--classes", "2,0-1", "--rows", "2", "--seed", "3"))
+    assert "6 images" in capsys.readouterr().out
+    pixels = read(tmp_path / "a.png")
+    # Images of 8 pixels and gaps of 2, each pixel enlarged to 12 x 12.
+    assert pixels.shape == (12 * 18, 12 * 28, 3)
+    assert (pixels[:, 12 * 8 : 12 * 10] == 255).all()
+    # The second image of the first class is the fourth of all: class 2, seed 3 + 3.
+    generate_images.main(words(directories, tmp_path / "b.png", "--classes", "2", "--seed", "6"))
+    np.testing.assert_array_equal(read(tmp_path / "b.png"), pixels[12 * 10 :, : 12 * 8])
+
+
+def test_a_refiner_makes_the_last_scales(directories, tmp_path) -> None:
+    pictures = []
+    for more in ([], ["--refiner", str(directories / "small"), "--draft_scales", "2"]):
+        generate_images.main(words(directories, tmp_path / "a.png", "--classes", "1", "--temperature", "0", *more))
+        pictures.append(read(tmp_path / "a.png"))
+    assert not np.array_equal(*pictures)
+
+
+def test_an_edit_makes_what_its_box_holds(directories, tmp_path) -> None:
+    given = np.random.default_rng(0).integers(0, 256, (8, 8, 3), np.uint8)
+    Image.fromarray(given).save(tmp_path / "given.png")
+    edit = ["--edit", str(tmp_path / "given.png"), "--mask", "0,2,4,8", "--classes", "2", "--seed", "4"]
+    generate_images.main(words(directories, tmp_path / "a.png", *edit, "--temperature", "0", "--guidance", "1"))
+    tokenizer = Tokenizer(*files.load(directories / "tokenizer", VQVAEConfig))
+    mask = np.zeros((8, 8), bool)
+    mask[2:8, 0:4] = True
+    stage = Stage(*files.load(directories / "large", VARConfig), 3, Drawing(1.0, temperature=0.0))
+    made = generate(tokenizer, [stage], [2], seeds=4, kept=keep(tokenizer, given[None], mask))
+    np.testing.assert_array_equal(read(tmp_path / "a.png")[::12, ::12], made.pixels[0])
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--classes", "a"], "--classes must be numbers and ranges"),
+        (["--classes", "5-3"], "--classes must be numbers and ranges"),
+        (["--classes", "9"], "class 9 is not one of model 1's 0 to 2"),
+        (["--classes", "1", "--draft_scales", "2"], "belong together"),
+        (["--classes", "1", "--edit", "x.png"], "belong together"),
+        (["--classes", "1", "--edit", "x.png", "--mask", "0,0,2,2"], "there is no image x.png"),
+        (["--classes", "1", "--rows", "0"], "--rows must be at least 1"),
+    ],
+)
+def test_what_does_not_fit_is_one_sentence(more, message, directories, tmp_path) -> None:
+    args = generate_images._parser().parse_args(words(directories, tmp_path / "a.png", *more))
+    with pytest.raises(UserError, match=message):
+        generate_images.make(args)
+
+
+@pytest.mark.parametrize("text", ["1,2,3", "0,0,9,8", "4,0,4,8", "-1,0,4,4"])
+def test_boxes_lie_within_the_image(text: str) -> None:
+    with pytest.raises(UserError, match="--mask"):
+        generate_images.box(text, 8)
+
+
+def test_nowhere_to_write_is_told_before_anything_is_made(directories, tmp_path, capsys) -> None:
+    with pytest.raises(SystemExit):
+        generate_images.main(words(directories, tmp_path / "no" / "a.png", "--classes", "1"))
+    assert "there is no directory" in capsys.readouterr().err
