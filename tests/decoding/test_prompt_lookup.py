@@ -6,6 +6,7 @@ import pytest
 
 from decoding.drafters.prompt_lookup import PromptLookup, find_match
 from decoding.generate import generate
+from decoding.sampling import Sampling, batch_warps
 from models.errors import UserError
 from tests.decoding.drafter_cases import cyclic_target, random_target
 
@@ -56,6 +57,7 @@ def drafted(drafter, text, length):
 
     view = View()
     view.text, view.length = jnp.array(text, jnp.int32), jnp.array([length], jnp.int32)
+    view.warps = batch_warps([Sampling()])
     return drafter.draft(None, view, (), view.text[:, length], None)[0]
 
 
