@@ -17,7 +17,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float, Int, UInt8
+from jaxtyping import Array, Float, Int, UInt8
 
 from decoding.images.scales import Drawing, Draws, Kept, Sketch, run
 from models.errors import UserError
@@ -146,7 +146,7 @@ def decode_pixels(
     for start in range(0, len(f_hat), size):
         part = f_hat[start : start + size]
         filled = np.concatenate([part, np.repeat(part[-1:], size - len(part), axis=0)])
-        parts.append(np.asarray(_decode(tokenizer.config, tokenizer.params, filled))[: len(part)])
+        parts.append(np.asarray(pixels_of(tokenizer.config, tokenizer.params, jnp.asarray(filled)))[: len(part)])
     return np.concatenate(parts)
 
 
@@ -174,7 +174,8 @@ def keep(tokenizer: Tokenizer, images: UInt8[np.ndarray, "B H W 3"], mask: np.nd
 
 
 @functools.partial(jax.jit, static_argnames=("config",))
-def _decode(config, params, f_hat):
+def pixels_of(config: VQVAEConfig, params: Params, f_hat: Float[Array, "B h w E"]) -> UInt8[Array, "B H W 3"]:
+    """The decoder as one program: images of features, rounded."""
     images = vqvae.decode(config, params, f_hat)
     return jnp.round((images + 1) * 127.5).astype(jnp.uint8)
 

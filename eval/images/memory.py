@@ -111,7 +111,7 @@ def decoder_memory(tokenizer: Tokenizer, at_once: int) -> ProgramMemory:
     f_hat = Sketch.empty(config, at_once, params["codebook"]["embedding"].dtype).f_hat
     # What encodes images is no part of this program, though it is handed over.
     read = {name: params[name] for name in ("decoder", "post_quant")}
-    return _of(generate._decode.lower(config, params, f_hat).compile(), read)
+    return _of(generate.pixels_of.lower(config, params, f_hat).compile(), read)
 
 
 def peak(tokenizer: Tokenizer, stages: Sequence[Stage], parts: Sequence[StageMemory], decoder: ProgramMemory) -> Peak:

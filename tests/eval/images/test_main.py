@@ -19,8 +19,6 @@ from models.errors import UserError
 from scripts import build_dataset
 from train.images import open_images as open_split
 
-pytestmark = pytest.mark.usefixtures("unchecked")
-
 
 def arguments(folder: pathlib.Path, out: pathlib.Path, *more: str) -> list[str]:
     names = {"tokenizer": "tokenizer", "var": "large", "data": "data", "features": "classifier"}
@@ -30,7 +28,7 @@ def arguments(folder: pathlib.Path, out: pathlib.Path, *more: str) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def out(image_directories, unchecked, tmp_path_factory) -> pathlib.Path:
+def out(image_directories, tmp_path_factory) -> pathlib.Path:
     folder = tmp_path_factory.mktemp("out") / "results"
     small, tuned = (str(image_directories / name) for name in ("small", "tuned"))
     pairs = ["--refiner", small, "--draft_scales", "2", "--refiners", f"2={tuned}"]
