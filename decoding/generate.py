@@ -66,13 +66,13 @@ def slots_needed(prompt_length: int, max_new_tokens: int, max_depth: int) -> int
 
 def generate(
     target: Target,
-    prompts: Sequence[Sequence[int]],
+    prompts: Sequence[Sequence[int] | np.ndarray],
     *,
     drafter: Drafter | None = None,
     drafter_params=None,
-    max_new_tokens: int | Sequence[int] = 128,
+    max_new_tokens: int | Sequence[int] | np.ndarray = 128,
     sampling: Sampling | Sequence[Sampling] = Sampling(),
-    seeds: int | np.integer | Sequence[int] = 0,
+    seeds: int | np.integer | Sequence[int] | np.ndarray = 0,
     stop: Sequence[Sequence[int]] | None = None,
     typical: Typical | None = None,
     capacity: int | None = None,
@@ -125,6 +125,8 @@ def generate(
             f"a cache of {capacity} slots is too small: the request needs {max(needed, padded)} (longest prompt, new "
             f"tokens and {drafter.max_depth + 1} rows of draft)"
         )
+    if drafter_params is None and jax.tree.leaves(_param_shapes(drafter, target)):
+        raise UserError(f"the drafter {drafter.name} has parameters: give them as drafter_params")
     mesh = mesh_of(params) if mesh is None else mesh
     if mesh is not None:
         _check_mesh(mesh, target, drafter_params, batch)
@@ -184,6 +186,10 @@ def _prefill(target, drafter, drafter_params, request, text, capacity, mesh, mem
     return jax.block_until_ready(loop.choose_first(config, params, state, hidden, request)), request
 
 
+def _param_shapes(drafter: Drafter, target: Target):
+    return jax.eval_shape(lambda key: drafter.init_params(target.config, target.params, key), jax.random.key(0))
+
+
 def _check_mesh(mesh, target, drafter_params, batch) -> None:
     check_placed(mesh, target.params, "the target's parameters")
     check_placed(mesh, drafter_params, "the drafter's parameters")
@@ -216,6 +222,7 @@ def _make_request(config, lengths, limits, seeds, sampling, stop, attention) -> 
 
 
 def _per_row(value, batch: int, name: str) -> list:
+    value = value.tolist() if isinstance(value, np.ndarray) else value
     rows = list(value) if isinstance(value, Sequence) else [value] * batch
     if len(rows) != batch:
         raise UserError(f"{name} has {len(rows)} entries for {batch} prompts")
@@ -224,11 +231,11 @@ def _per_row(value, batch: int, name: str) -> list:
 
 def _check_request(config, prompts, limits, drafter) -> tuple[int, int]:
     """Cache slots that decoding needs, and those that the padded prompt chunks need."""
-    if not prompts:
+    if len(prompts) == 0:
         raise UserError("there is no prompt to decode")
     needed = 0
     for row, (prompt, limit) in enumerate(zip(prompts, limits, strict=True)):
-        if not prompt:
+        if len(prompt) == 0:
             raise UserError(f"prompt {row} is empty: a text needs at least one token to begin with")
         if min(prompt) < 0 or max(prompt) >= config.vocab_size:
             bad = min(prompt) if min(prompt) < 0 else max(prompt)

@@ -14,7 +14,7 @@ import functools
 import jax
 import jax.numpy as jnp
 from flax import struct
-from jaxtyping import Array, Bool, Float, Int, Int8, Int32
+from jaxtyping import Array, Bool, Float, Int, Int16, Int32
 
 from decoding.cache import commit, init_cache
 from decoding.drafter import Drafter, Riders, TargetView, TrueRows
@@ -64,7 +64,7 @@ class DecodeState:
     """
 
     tokens: Int32[Array, "B C"]
-    writers: Int8[Array, "B C"]
+    writers: Int16[Array, "B C"]
     length: Int32[Array, "B"]
     done: Bool[Array, "B"]
     cache: Cache
@@ -82,7 +82,7 @@ def init_state(config, drafter: Drafter, batch: int, capacity: int, dtype, promp
         tokens = tokens.at[:, : prompts.shape[1]].set(prompts)
     state = DecodeState(
         tokens=tokens,
-        writers=jnp.zeros((batch, capacity), jnp.int8),
+        writers=jnp.zeros((batch, capacity), jnp.int16),
         length=jnp.zeros(batch, jnp.int32),
         done=jnp.zeros(batch, bool),
         cache=init_cache(config, batch, capacity, dtype, mesh=mesh),
@@ -234,7 +234,7 @@ def emit(
     stopped_BR = _ends_stop(state, request, tokens) & (place_R < count[:, None])
     first = jnp.min(jnp.where(stopped_BR, place_R, R), axis=1)
     count = jnp.where(state.done, 0, jnp.minimum(count, first + 1))
-    writers_BR = jnp.where(place_R < drafts[:, None], place_R + 1, 0).astype(jnp.int8)
+    writers_BR = jnp.where(place_R < drafts[:, None], place_R + 1, 0).astype(jnp.int16)
     length = state.length + count
     done = state.done | (first < R) | (length + 1 >= request.limit)
     state = dataclasses.replace(

@@ -71,6 +71,9 @@ def run(
         raise UserError(
             "eval.assisted compares with transformers: install torch and transformers (requirements-parity)"
         )
+    for name, count in (("rounds", rounds), ("prompts", prompts), ("new_tokens", new_tokens)):
+        if count < 1:
+            raise UserError(f"{name} must be at least 1, got {count}")
     target, draft = load_target(target_directory), load_target(draft_directory)
     drafter = DraftModel(draft.config, Static(chain(draft_length), "top"))
     drafter.check(target.config)

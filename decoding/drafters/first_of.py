@@ -90,23 +90,29 @@ class FirstOf(Drafter):
     def ingest(self, params, target, state, rows):
         # Nodes are those of the joined tree. A drafter that kept what it computed for its own cannot tell them apart,
         # so it reads the new text as it read the prompt.
-        seen = {
-            name: dataclasses.replace(rows, nodes=None, drafted=None) if name in (rows.drafted or ()) else rows
-            for name in _PARTS
-        }
+        kept = rows.drafted or {}
+
+        def seen_by(name, part):
+            if name not in kept:
+                return dataclasses.replace(rows, drafted=None)
+            if isinstance(part, FirstOf):
+                return dataclasses.replace(rows, drafted=kept[name])
+            return dataclasses.replace(rows, nodes=None, drafted=None)
+
         return {
-            name: part.ingest(_of(params, name), target, state[name], seen[name]) for name, part in self._parts.items()
+            name: part.ingest(_of(params, name), target, state[name], seen_by(name, part))
+            for name, part in self._parts.items()
         }
 
     def draft(self, params, target, state, root, keys):
-        """The joined tree; of what the two keep beside their own, only which of them kept anything."""
+        """The joined tree; of what the drafters keep beside their own, only which of them kept anything."""
         first, first_kept = self.first.draft(params["first"], target, state["first"], root, keys)
         by_second = ~jnp.any(jnp.broadcast_to(first.valid, first.tokens.shape)[:, 1:], axis=1)
         second, second_kept = _draft_if(
             jnp.any(by_second), self.second, params["second"], target, state["second"], root, keys
         )
-        kept = zip(_PARTS, (first_kept, second_kept), strict=True)
-        drafted = {name: () for name, own in kept if own is not None}
+        kept = {name: own for name, own in zip(_PARTS, (first_kept, second_kept), strict=True) if own is not None}
+        drafted = {name: own if isinstance(self._parts[name], FirstOf) else () for name, own in kept.items()}
         return joined(first, second, by_second, self.law(target.warps.greedy)), drafted or None
 
     def riders(self, params, target, state, tree):

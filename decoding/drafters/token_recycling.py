@@ -115,7 +115,7 @@ class TokenRecycling(Drafter):
         Raises:
           UserError: a table of another batch size, vocabulary or tree.
         """
-        if jnp.shape(memory) != state.shape:
+        if jnp.shape(memory) != state.shape or not jnp.issubdtype(jnp.result_type(memory), jnp.integer):
             raise UserError(
                 f"{self.name} cannot continue from a memory of shape {list(jnp.shape(memory))}: this request's table "
                 f"is {list(state.shape)} (batch, vocabulary, candidates)"

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from decoding import loop
-from decoding.drafter import Drafter, Riders, TargetView
+from decoding.drafter import Drafter, Riders, TargetView, TrueRows
 from decoding.drafters.draft_model import DraftModel
 from decoding.drafters.first_of import FirstOf, joined
 from decoding.drafters.lookahead import Lookahead
@@ -184,6 +184,31 @@ def test_each_learns_from_what_the_other_drafted() -> None:
     assert warm.tokens == plain.tokens
     assert sum(stats.steps for stats in warm.stats) < sum(stats.steps for stats in generation.stats)
     assert generate(target, PROMPTS, drafter=FirstOf(Plain(), Plain()), **arguments).memory is None
+
+
+def test_a_combination_of_three_tells_each_what_became_of_the_tree() -> None:
+    """Only the drafter that kept something of its own tree reads new text as it read the prompt, wherever it sits."""
+    seen = {}
+
+    @dataclasses.dataclass(frozen=True)
+    class Watched(Told):
+        keeps: bool = False
+
+        def draft(self, params, target, state, root, keys):
+            return super().draft(params, target, state, root, keys)[0], jnp.zeros(2) if self.keeps else None
+
+        def ingest(self, params, target, state, rows):
+            seen[self.depth] = rows.nodes is not None
+            return state
+
+    drafter = FirstOf(FirstOf(Watched(1), Watched(2, keeps=True)), Watched(3))
+    params = {"first": {"first": both()["first"], "second": both()["second"]}, "second": both()["second"]}
+    state = {"first": {"first": (), "second": ()}, "second": ()}
+    roots = jnp.array([7, 8], jnp.int32)
+    _, drafted = drafter.draft(params, view(2), state, roots, None)
+    rows = TrueRows(roots[:, None], jnp.array([3, 3]), jnp.array([1, 1]), {}, jnp.zeros((2, 1), jnp.int32), drafted)
+    drafter.ingest(params, view(2), state, rows)
+    assert seen == {1: True, 2: False, 3: True}
 
 
 @pytest.mark.parametrize("order", ["first", "second"])

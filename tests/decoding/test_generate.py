@@ -187,3 +187,15 @@ def test_one_seed_counts_up_whatever_integer_it_is(target: Target) -> None:
     counted = generate(target, [[1]] * 3, seeds=np.int64(5), **warm)
     assert counted.tokens == generate(target, [[1]] * 3, seeds=[5, 6, 7], **warm).tokens
     assert counted.tokens[0] != counted.tokens[1]
+
+
+def test_a_drafter_without_its_parameters_is_refused(target: Target) -> None:
+    with pytest.raises(UserError, match="the drafter medusa has parameters: give them as drafter_params"):
+        generate(target, PROMPTS, drafter=Medusa(MedusaHeads(3), LOPSIDED))
+
+
+def test_numpy_arrays_serve_as_prompts_limits_and_seeds(target: Target) -> None:
+    lists = generate(target, PROMPTS, max_new_tokens=[5] * len(PROMPTS), seeds=[*range(len(PROMPTS))])
+    arrays = [np.array(prompt) for prompt in PROMPTS]
+    limits, seeds = np.full(len(PROMPTS), 5), np.arange(len(PROMPTS))
+    assert generate(target, arrays, max_new_tokens=limits, seeds=seeds).tokens == lists.tokens

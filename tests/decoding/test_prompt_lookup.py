@@ -61,6 +61,13 @@ def drafted(drafter, text, length):
     return drafter.draft(None, view, (), view.text[:, length], None)[0]
 
 
+def test_a_very_long_chain_is_credited_to_its_depths() -> None:
+    target, period = cyclic_target()
+    drafter = PromptLookup(depth=150)
+    made = generate(target, [period * 60], drafter=drafter, max_new_tokens=400, stop=[])
+    assert max(made.writers[0]) == 150 and min(made.writers[0]) == 0
+
+
 def test_a_period_is_drafted_to_full_depth() -> None:
     target, period = cyclic_target()
     drafter, steps = PromptLookup(depth=6), 5
