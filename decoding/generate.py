@@ -113,18 +113,10 @@ def generate(
     drafter.check(config)
     batch = len(prompts)
     limits = _per_row(max_new_tokens, batch, "max_new_tokens")
-    if min(limits, default=1) < 1:
-        raise UserError(f"max_new_tokens must be at least 1, got {min(limits)}")
     if stream_every < 1:
         raise UserError(f"stream_every must be at least 1 step, got {stream_every}")
     needed, padded = _check_request(config, prompts, limits, drafter)
-    if capacity is None:
-        capacity = bucket(max(needed, padded))
-    elif capacity < max(needed, padded):
-        raise UserError(
-            f"a cache of {capacity} slots is too small: the request needs {max(needed, padded)} (longest prompt, new "
-            f"tokens and {drafter.max_depth + 1} rows of draft)"
-        )
+    capacity = _capacity(capacity, max(needed, padded), drafter)
     if drafter_params is None and jax.tree.leaves(_param_shapes(drafter, target)):
         raise UserError(f"the drafter {drafter.name} has parameters: give them as drafter_params")
     mesh = mesh_of(params) if mesh is None else mesh
@@ -231,6 +223,8 @@ def _per_row(value, batch: int, name: str) -> list:
 
 def _check_request(config, prompts, limits, drafter) -> tuple[int, int]:
     """Cache slots that decoding needs, and those that the padded prompt chunks need."""
+    if min(limits, default=1) < 1:
+        raise UserError(f"max_new_tokens must be at least 1, got {min(limits)}")
     if len(prompts) == 0:
         raise UserError("there is no prompt to decode")
     needed = 0
@@ -247,6 +241,17 @@ def _check_request(config, prompts, limits, drafter) -> tuple[int, int]:
             )
         needed = max(needed, slots_needed(len(prompt), limit, drafter.max_depth))
     return needed, sum(_chunk_sizes(max(map(len, prompts))))
+
+
+def _capacity(asked: int | None, needed: int, drafter: Drafter) -> int:
+    if asked is None:
+        return bucket(needed)
+    if asked < needed:
+        raise UserError(
+            f"a cache of {asked} slots is too small: the request needs {needed} (longest prompt, new tokens and "
+            f"{drafter.max_depth + 1} rows of draft)"
+        )
+    return asked
 
 
 def _chunk_sizes(length: int) -> list[int]:

@@ -123,9 +123,8 @@ def benchmark(
             capacity=capacities[index],
         )
 
-    shapes = [(bucket(len(prompt.tokens), 16), size) for prompt, size in zip(prompts, capacities, strict=True)]
-    buckets = {shape: index for index, shape in enumerate(shapes)}
-    for number, index in enumerate(buckets.values(), 1):
+    buckets = _one_of_each_bucket(prompts, capacities)
+    for number, index in enumerate(buckets, 1):
         for contender in field:
             progress(f"compiling {contender.drafter.name}, bucket {number} of {len(buckets)}")
             decode(contender, index, min(WARM_UP_TOKENS, max_new_tokens))
@@ -154,6 +153,12 @@ def benchmark(
     if not measured[0].stats.steps:
         raise UserError("plain decoding ends every text with its first token, so there is no speed to measure")
     return [_run(target, one, measured[0], prompts, sampling) for one in measured]
+
+
+def _one_of_each_bucket(prompts: Sequence[Prompt], capacities: Sequence[int]) -> list[int]:
+    """Prompts that need a compilation each, by number."""
+    shapes = [(bucket(len(prompt.tokens), 16), size) for prompt, size in zip(prompts, capacities, strict=True)]
+    return list({shape: index for index, shape in enumerate(shapes)}.values())
 
 
 class _Parts:

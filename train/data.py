@@ -24,6 +24,7 @@ from jaxtyping import Int, Int32, Int64, UInt8
 from models.errors import UserError
 from models.hf_config import read_json
 from models.tokenizer import Tokenizer
+from train.order import in_order, shuffled
 from train.records import (
     CATALOGUE_PREFIX,
     catalogue_builder,
@@ -188,16 +189,13 @@ def batches(
     Raises:
       UserError: `batch_size` is not a multiple of `process_count`, or larger than all the epochs together.
     """
-    local_size = _local_batch_size(batch_size, process_count)
     rows = PackedRows(documents, seq_len)
     if epochs is not None and epochs * len(rows) < batch_size:
         raise UserError(
             f"{epochs} epochs of {len(rows)} rows of {seq_len} tokens do not fill one batch of {batch_size} rows: take "
             "more data, a smaller batch or shorter rows"
         )
-    data = grain.MapDataset.source(rows).seed(seed).shuffle().repeat(epochs)
-    data = data[process_index::process_count].batch(local_size, drop_remainder=True)
-    return iter(data.to_iter_dataset(grain.ReadOptions(num_threads=4, prefetch_buffer_size=16)))
+    return shuffled(rows, batch_size, seed, epochs, process_index, process_count)
 
 
 def sequential(
@@ -214,14 +212,8 @@ def sequential(
     Arguments, errors and sharding are those of `batches`; `max_batches` ends the pass early. Every process gets the
     same number of batches.
     """
-    local_size = _local_batch_size(batch_size, process_count)
     rows = PackedRows(documents, seq_len)
-    total = -(-len(rows) // batch_size)
-    for step in range(total if max_batches is None else min(total, max_batches)):
-        first = step * batch_size + process_index
-        indices = range(first, first + local_size * process_count, process_count)
-        picked = [rows[index] if index < len(rows) else _padding(seq_len) for index in indices]
-        yield {key: np.stack([row[key] for row in picked]) for key in picked[0]}  # type: ignore[misc]
+    yield from in_order(rows, _padding(seq_len), batch_size, max_batches, process_index, process_count)  # type: ignore[misc]
 
 
 def write_splits(
@@ -348,12 +340,6 @@ def _open_catalogue(
 def _check_tokenizer(actual: str, expected: str | None, what: str) -> None:
     if expected is not None and actual != expected:
         raise UserError(f"{what} was tokenised by tokenizer {actual}, but the model here uses tokenizer {expected}")
-
-
-def _local_batch_size(batch_size: int, process_count: int) -> int:
-    if batch_size < 1 or batch_size % process_count:
-        raise UserError(f"the batch size must be a positive multiple of {process_count} (processes), got {batch_size}")
-    return batch_size // process_count
 
 
 def _padding(seq_len: int) -> dict[str, np.ndarray]:

@@ -20,6 +20,7 @@ from PIL import Image, UnidentifiedImageError
 
 from models.errors import UserError
 from models.hf_config import read_json
+from train.order import in_order, shuffled
 from train.records import CATALOGUE_PREFIX, Records, catalogue_builder, open_catalogue, open_directory, write_records
 
 KIND = "images"  # What the manifest of such a data set says.
@@ -195,12 +196,9 @@ def batches(
     Raises:
       UserError: `batch_size` is not a multiple of `process_count`, or larger than all the epochs together.
     """
-    local_size = _local_batch_size(batch_size, process_count)
     if epochs is not None and epochs * len(images) < batch_size:
         raise UserError(f"{epochs} epochs of {len(images)} images do not fill one batch of {batch_size}")
-    data = grain.MapDataset.source(images).seed(seed).shuffle().repeat(epochs)
-    data = data[process_index::process_count].batch(local_size, drop_remainder=True)
-    return iter(data.to_iter_dataset(grain.ReadOptions(num_threads=4, prefetch_buffer_size=16)))
+    return shuffled(images, batch_size, seed, epochs, process_index, process_count)
 
 
 def sequential(
@@ -216,21 +214,9 @@ def sequential(
     Arguments, errors and sharding are those of `batches`; `max_batches` ends the pass early. Every process gets the
     same number of batches.
     """
-    local_size = _local_batch_size(batch_size, process_count)
     black = np.zeros((images.size, images.size, 3), np.uint8)
     padding: dict[str, np.ndarray] = {"image": black, "label": np.asarray(PADDING, np.int32)}
-    total = -(-len(images) // batch_size)
-    for step in range(total if max_batches is None else min(total, max_batches)):
-        first = step * batch_size + process_index
-        indices = range(first, first + local_size * process_count, process_count)
-        picked = [images[index] if index < len(images) else padding for index in indices]
-        yield {key: np.stack([example[key] for example in picked]) for key in padding}  # type: ignore[misc]
-
-
-def _local_batch_size(batch_size: int, process_count: int) -> int:
-    if batch_size < 1 or batch_size % process_count:
-        raise UserError(f"the batch size must be a positive multiple of {process_count} (processes), got {batch_size}")
-    return batch_size // process_count
+    yield from in_order(images, padding, batch_size, max_batches, process_index, process_count)  # type: ignore[misc]
 
 
 def write_splits(

@@ -71,9 +71,8 @@ class ImageClassifier:
     def survey(self, split: Images) -> None:
         """Nothing is to be learnt from the data as a whole."""
 
-    def load_base(self, mesh: Mesh) -> Params:
+    def load_base(self, mesh: Mesh) -> None:
         """Nothing: a classifier begins from random parameters."""
-        raise NotImplementedError
 
     def frozen_part(self, base: Params | None) -> None:
         """Nothing."""
