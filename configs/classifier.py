@@ -7,6 +7,8 @@ Half a million parameters. Expected time: 1 min on two CPU cores; expected resul
 of 34 classes, and runs/classifier/classifier for `python -m eval.images.main --features`. For other images set
 `--config.data.path` and `--config.objective.model.image_size`.
 
+`configs/classifier.py:emoji` is for images of 64x64 pixels.
+
 `configs/classifier.py:smoke` runs the same path on a tiny network, within 20 s on two CPU cores; expect a loss that has
 begun to fall from about log(number of classes).
 """
@@ -17,7 +19,7 @@ from configs import check_variant
 
 
 def get_config(variant: str = "") -> ConfigDict:
-    check_variant(variant, "smoke")
+    check_variant(variant, "emoji", "smoke")
     config = ConfigDict()
     config.objective = ConfigDict(
         {
@@ -59,6 +61,9 @@ def get_config(variant: str = "") -> ConfigDict:
     config.checkpoint = ConfigDict({"every": 250, "keep": 1})
     config.metrics = ConfigDict({"every": 25, "tensorboard": False, "wandb": config_dict.placeholder(str)})
 
+    if variant == "emoji":
+        config.data.path = "data/emoji"
+        config.objective.model.image_size = 64
     if variant == "smoke":
         config.objective.model.update(width=8, multipliers=(1, 2))
         config.steps, config.batch_size = 40, 32

@@ -8,7 +8,7 @@ rate and length are suggestions, 5% of the epochs of the pretraining. Expected t
 Expected result: a VAR directory, runs/refiner/refiner, closer to the teacher (`divergence`) than the small model was.
 
 `configs/code_refiner.py:glyphs` is the refiner of `scripts/quickstart.sh images`, from the small model under the large
-one: about 1 min on two CPU cores.
+one: about 1 min on two CPU cores; `configs/code_refiner.py:emoji` that of `scripts/quickstart.sh images --emoji FILE`.
 
     python -m train.main --config=configs/code_refiner.py:glyphs \
         --config.objective.tokenizer=runs/glyphs/vqvae/vqvae --config.objective.teacher=runs/glyphs/var/var \
@@ -24,7 +24,7 @@ from configs import check_variant
 
 
 def get_config(variant: str = "") -> ConfigDict:
-    check_variant(variant, "glyphs", "smoke")
+    check_variant(variant, "glyphs", "emoji", "smoke")
     config = ConfigDict()
     config.objective = ConfigDict(
         {
@@ -72,7 +72,7 @@ def get_config(variant: str = "") -> ConfigDict:
     config.checkpoint = ConfigDict({"every": 5000, "keep": 2})
     config.metrics = ConfigDict({"every": 50, "tensorboard": False, "wandb": config_dict.placeholder(str)})
 
-    if variant in ("glyphs", "smoke"):
+    if variant in ("glyphs", "emoji", "smoke"):
         config.data.path = "data/glyphs"
         config.objective.first_scale = 3
         config.objective.stochastic_depth = 0.0
@@ -81,6 +81,9 @@ def get_config(variant: str = "") -> ConfigDict:
         config.evaluation.update(every=100, batches=16)
         config.checkpoint.update(every=100, keep=1)
         config.metrics.every = 20
+    if variant == "emoji":
+        config.data.path = "data/emoji"
+        config.steps = 400
     if variant == "smoke":
         config.steps, config.batch_size = 10, 4
         config.optimizer.warmup_steps = 2

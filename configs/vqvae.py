@@ -14,6 +14,8 @@ cores; expect readable glyphs.
     python -m scripts.build_dataset --images glyphs --max_documents 20000 --valid_documents 1000 --out data/glyphs
     python -m train.main --config=configs/vqvae.py:glyphs --workdir=runs/glyphs/vqvae
 
+`configs/vqvae.py:emoji` is that of `scripts/quickstart.sh images --emoji FILE`, for 64x64 pixels.
+
 `configs/vqvae.py:smoke` runs the same path in 10 steps, within 1 min on two CPU cores; expect a loss that falls.
 """
 
@@ -23,7 +25,7 @@ from configs import check_variant
 
 
 def get_config(variant: str = "") -> ConfigDict:
-    check_variant(variant, "glyphs", "smoke")
+    check_variant(variant, "glyphs", "emoji", "smoke")
     config = ConfigDict()
     config.objective = ConfigDict(
         {
@@ -83,18 +85,22 @@ def get_config(variant: str = "") -> ConfigDict:
     config.checkpoint = ConfigDict({"every": 5000, "keep": 2})
     config.metrics = ConfigDict({"every": 50, "tensorboard": False, "wandb": config_dict.placeholder(str)})
 
-    if variant in ("glyphs", "smoke"):
+    if variant in ("glyphs", "emoji", "smoke"):
         config.data.path = "data/glyphs"
         config.objective.model.update(
             vocab_size=512, latent_channels=16, width=32, multipliers=(1, 2, 2), blocks=1, scales=(1, 2, 3, 4, 6, 8)
         )
         config.objective.gan.weight = 0.0
-        config.objective.reset_every = 20
-        config.steps, config.batch_size = 650, 16
+        config.objective.reset_every = 100
+        config.steps, config.batch_size = 750, 16
         config.optimizer.update(learning_rate=2e-3, warmup_steps=20, final_fraction=0.05, ema=0.99)
-        config.evaluation.update(every=325, batches=16)
+        config.evaluation.update(every=375, batches=16)
         config.checkpoint.update(every=200, keep=1)
         config.metrics.every = 20
+    if variant == "emoji":
+        config.data.path = "data/emoji"
+        config.objective.model.multipliers = (1, 2, 2, 2)
+        config.steps = 1200
     if variant == "smoke":
         config.steps, config.batch_size = 10, 8
         config.objective.model.update(width=8, vocab_size=64)

@@ -12,7 +12,7 @@ if [ "${1:-}" = images ]; then
     shift
     exec bash "$(dirname "${BASH_SOURCE[0]}")/quickstart_images.sh" "$@"
 fi
-source "$(dirname "${BASH_SOURCE[0]}")/_venv.sh"
+source "$(dirname "${BASH_SOURCE[0]}")/_job.sh"
 
 out=$ROOT/runs/quickstart
 fresh=""
@@ -33,29 +33,7 @@ while [ $# -gt 0 ]; do
     esac
     shift
 done
-mkdir -p "$out" 2>/dev/null && [ -w "$out" ] || fail "cannot write to $out"
-out=$(cd "$out" && pwd)
-cd "$ROOT"
-out=${out#"$ROOT"/}  # commands to copy are shorter with a relative path
-venv_ready requirements.txt
-export JAX_COMPILATION_CACHE_DIR=${JAX_COMPILATION_CACHE_DIR:-$ROOT/.cache/jax}
-# Large scratch buffers come and go at every training step; huge pages spare most of their page faults (glibc alone).
-export GLIBC_TUNABLES=${GLIBC_TUNABLES:-glibc.malloc.hugetlb=1}
-began=$SECONDS
-
-# --fresh removes only what an earlier quickstart made, in a directory that one has marked as its own.
-marker=$out/.tandem-quickstart
-if [ -n "$fresh" ] && [ -e "$marker" ]; then
-    rm -rf "$out"/{data,lm,continuations,medusa,hydra,results}
-elif [ ! -e "$marker" ] && [ -n "$(ls -A "$out")" ]; then
-    fail "$out holds other files: choose an empty or new directory with --out"
-fi
-touch "$marker"
-
-run() {
-    printf '\n$ python -m %s\n' "$*"
-    "$VENV/bin/python" -m "$@"
-}
+job_begin .tandem-quickstart data lm continuations medusa hydra results
 
 if [ ! -d "$out/data" ]; then
     library=$("$VENV/bin/python" -c 'import sysconfig; print(sysconfig.get_paths()["stdlib"])')
@@ -84,5 +62,4 @@ if [ -e "$out/results/results.json" ]; then
 fi
 run eval.main --config=configs/eval/decode.py:quickstart --config.target="$out/lm/target" \
     --config.drafters="none,$out/medusa/drafter,$out/hydra/drafter" --config.data="$out/data" --config.out="$out/results"
-
-printf '\nFinished in %d min %d s after installation.\n' $(((SECONDS - began) / 60)) $(((SECONDS - began) % 60))
+job_end

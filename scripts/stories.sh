@@ -9,7 +9,7 @@
 # CPU cores. Every line that starts with $ is a command of its own. Asking again reuses what is finished and continues what
 # was interrupted; --fresh starts over. See scripts/_venv.sh for TANDEM_VENV.
 set -euo pipefail
-source "$(dirname "${BASH_SOURCE[0]}")/_venv.sh"
+source "$(dirname "${BASH_SOURCE[0]}")/_job.sh"
 
 usage="usage: bash scripts/stories.sh --checkpoint FILE --tokenizer FILE --train FILE --valid FILE [--out DIR] [--fresh]"
 out=$ROOT/runs/stories
@@ -40,30 +40,7 @@ done
 for name in checkpoint tokenizer train valid; do
     [ -n "${given[$name]:-}" ] || fail "--$name is missing; $usage"
 done
-mkdir -p "$out" 2>/dev/null && [ -w "$out" ] || fail "cannot write to $out"
-out=$(cd "$out" && pwd)
-cd "$ROOT"
-out=${out#"$ROOT"/}  # commands to copy are shorter with a relative path
-venv_ready requirements.txt
-export JAX_COMPILATION_CACHE_DIR=${JAX_COMPILATION_CACHE_DIR:-$ROOT/.cache/jax}
-export GLIBC_TUNABLES=${GLIBC_TUNABLES:-glibc.malloc.hugetlb=1}
-began=$SECONDS
-
-# --fresh removes only what an earlier run made, in a directory that one has marked as its own.
-marker=$out/.tandem-stories
-if [ -n "$fresh" ] && [ -e "$marker" ]; then
-    rm -rf "$out"/{target,data,continuations,medusa,hydra,hydra_pp,eagle,eagle3,small,draft_model,results}
-elif [ ! -e "$marker" ] && [ -n "$(ls -A "$out")" ]; then
-    fail "$out holds other files: choose an empty or new directory with --out"
-fi
-touch "$marker"
-
-run() {
-    printf '\n$ python -m'
-    printf ' %q' "$@"
-    printf '\n'
-    "$VENV/bin/python" -m "$@"
-}
+job_begin .tandem-stories target data continuations medusa hydra hydra_pp eagle eagle3 small draft_model results
 
 if [ ! -d "$out/target" ]; then
     run scripts.convert --from llama2c --src "${given[checkpoint]}" --tokenizer "${given[tokenizer]}" --out "$out/target"
@@ -109,5 +86,4 @@ run eval.acceptance --target "$out/target" --data "$out/data" --out "$out/result
     "SpecInfer=$small@specinfer" "Sequoia=$small@sequoia" "DySpec=$small@dyspec" \
     "early exit, 2 of 5 layers=early_exit:2@top" "Token Recycling=token_recycling" "prompt lookup=prompt_lookup" \
     "Lookahead=lookahead"
-
-printf '\nFinished in %d min %d s after installation.\n' $(((SECONDS - began) / 60)) $(((SECONDS - began) % 60))
+job_end

@@ -17,6 +17,7 @@ from jaxtyping import Array, Float
 
 from models.attention import wide
 from models.images.config import VQVAEConfig
+from models.images.convolution import Conv3x3
 
 
 def _norm(x: Array, name: str) -> Array:
@@ -30,8 +31,8 @@ class ResBlock(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B H W D"]:
-        h = nn.Conv(self.width, (3, 3), name="conv_1")(nn.silu(_norm(x, "norm_1")))
-        h = nn.Conv(self.width, (3, 3), name="conv_2")(nn.silu(_norm(h, "norm_2")))
+        h = Conv3x3(self.width, name="conv_1")(nn.silu(_norm(x, "norm_1")))
+        h = Conv3x3(self.width, name="conv_2")(nn.silu(_norm(h, "norm_2")))
         return h + (x if x.shape[-1] == self.width else nn.Conv(self.width, (1, 1), name="shortcut")(x))
 
 
@@ -65,7 +66,7 @@ class Level(nn.Module):
             # A zero row and column on the far sides only, as the published weights expect.
             x = nn.Conv(self.width, (3, 3), 2, padding=((0, 1), (0, 1)), name="resample")(x)
         if self.resample == "double":
-            x = nn.Conv(self.width, (3, 3), name="resample")(jnp.repeat(jnp.repeat(x, 2, axis=1), 2, axis=2))
+            x = Conv3x3(self.width, name="resample")(jnp.repeat(jnp.repeat(x, 2, axis=1), 2, axis=2))
         return x
 
 
@@ -86,11 +87,11 @@ class Encoder(nn.Module):
     @nn.compact
     def __call__(self, images: Float[Array, "B H W 3"]) -> Float[Array, "B h w C"]:
         c, last = self.config, len(self.config.multipliers) - 1
-        x = nn.Conv(c.width, (3, 3), name="conv_in")(images)
+        x = Conv3x3(c.width, name="conv_in")(images)
         for i, width in enumerate(c.widths):
             x = Level(width, c.blocks, i == last, "half" if i < last else None, name=f"level_{i}")(x)
         x = Middle(name="middle")(x)
-        return nn.Conv(c.latent_channels, (3, 3), name="conv_out")(nn.silu(_norm(x, "norm_out")))
+        return Conv3x3(c.latent_channels, name="conv_out")(nn.silu(_norm(x, "norm_out")))
 
 
 class Decoder(nn.Module):
@@ -101,7 +102,7 @@ class Decoder(nn.Module):
     @nn.compact
     def __call__(self, latents: Float[Array, "B h w C"]) -> Float[Array, "B H W 3"]:
         c, last = self.config, len(self.config.multipliers) - 1
-        x = Middle(name="middle")(nn.Conv(c.widths[-1], (3, 3), name="conv_in")(latents))
+        x = Middle(name="middle")(Conv3x3(c.widths[-1], name="conv_in")(latents))
         for i in reversed(range(last + 1)):
             x = Level(c.widths[i], c.blocks + 1, i == last, "double" if i > 0 else None, name=f"level_{i}")(x)
-        return nn.Conv(3, (3, 3), name="conv_out")(nn.silu(_norm(x, "norm_out")))
+        return Conv3x3(3, name="conv_out")(nn.silu(_norm(x, "norm_out")))

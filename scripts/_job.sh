@@ -1,0 +1,39 @@
+# Sourced by scripts that do a whole job, from data to results, in one directory.
+#
+#   job_begin MARKER PART...   makes $out ready, a directory that holds this job alone, known by its file MARKER; with
+#                              $fresh set, removes its PARTs first, so that the job starts over
+#   run MODULE ARGUMENT...     a command of the job, printed so that it can be copied, changed and run again
+#   job_end                    says how long it took
+
+source "$(dirname "${BASH_SOURCE[0]}")/_venv.sh"
+
+job_begin() {
+    local marker=$1
+    shift
+    mkdir -p "$out" 2>/dev/null && [ -w "$out" ] || fail "cannot write to $out"
+    out=$(cd "$out" && pwd)
+    cd "$ROOT"
+    out=${out#"$ROOT"/}  # commands to copy are shorter with a relative path
+    venv_ready requirements.txt
+    export JAX_COMPILATION_CACHE_DIR=${JAX_COMPILATION_CACHE_DIR:-$ROOT/.cache/jax}
+    # Large scratch buffers come and go at every training step; huge pages spare most of their page faults (glibc alone).
+    export GLIBC_TUNABLES=${GLIBC_TUNABLES:-glibc.malloc.hugetlb=1}
+    began=$SECONDS
+    if [ -n "$fresh" ] && [ -e "$out/$marker" ]; then
+        (cd "$out" && rm -rf "$@")
+    elif [ ! -e "$out/$marker" ] && [ -n "$(ls -A "$out")" ]; then
+        fail "$out holds other files: choose an empty or new directory with --out"
+    fi
+    touch "$out/$marker"
+}
+
+run() {
+    printf '\n$ python -m'
+    printf ' %q' "$@"
+    printf '\n'
+    "$VENV/bin/python" -m "$@"
+}
+
+job_end() {
+    printf '\nFinished in %d min %d s after installation.\n' $(((SECONDS - began) / 60)) $(((SECONDS - began) % 60))
+}
