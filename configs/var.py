@@ -13,8 +13,8 @@ layers, and begin with smaller gates (`--config.objective.gate`, 1e-5 for depth 
         --config.objective.init_from=runs/var/var --workdir=runs/drafter
 
 `configs/var.py:glyphs` is the larger model of `scripts/quickstart.sh images`, after `configs/vqvae.py:glyphs`, and with
-other sizes the smaller one: 4.2M and 0.6M parameters, about 4 and 1 min on two CPU cores. `configs/var.py:emoji` is that of
-`scripts/quickstart.sh images --emoji FILE`.
+other sizes the smaller one: 4.2M and 0.6M parameters, about 4 and 1 min on two CPU cores. `configs/var.py:emoji` is
+that of `scripts/quickstart.sh images --emoji FILE`.
 
     python -m train.main --config=configs/var.py:glyphs --config.objective.tokenizer=runs/glyphs/vqvae/vqvae \
         --workdir=runs/glyphs/var

@@ -28,8 +28,12 @@ job_begin() {
 }
 
 run() {
+    local argument
     printf '\n$ python -m'
-    printf ' %q' "$@"
+    for argument in "$@"; do
+        # %q escapes commas too, which need it nowhere but in braces.
+        [[ $argument =~ ^[A-Za-z0-9_.,:/=+-]+$ ]] && printf ' %s' "$argument" || printf ' %q' "$argument"
+    done
     printf '\n'
     "$VENV/bin/python" -m "$@"
 }

@@ -1,10 +1,10 @@
 """The 3x3 convolution of the image models, with fewer multiplications where the processor is their limit.
 
-Two by two neighbouring outputs of a 3x3 convolution share a 4x4 patch of the input. Winograd's F(2x2, 3x3) (Lavin & Gray
-2016, section 4.1) makes them out of 16 products instead of 36: patches and kernel are brought to another basis by
+Two by two neighbouring outputs of a 3x3 convolution share a 4x4 patch of the input. Winograd's F(2x2, 3x3) (Lavin &
+Gray 2016, section 4.1) makes them out of 16 products instead of 36: patches and kernel are brought to another basis by
 additions, are multiplied there place by place (over channels: 16 matrix products), and what comes out is brought back.
-XLA's convolutions on CPU already run at the rate of matrix products, so fewer products are what makes them faster. GPU and
-TPU have units for convolution and libraries that choose for themselves; they get XLA's own.
+XLA's convolutions on CPU already run at the rate of matrix products, so that only fewer products make them faster. On
+GPU and TPU the libraries and units for convolution are better judges; they get XLA's own.
 """
 
 from collections.abc import Callable
