@@ -37,7 +37,7 @@ def get_config(variant: str = "") -> ConfigDict:
             "fields": config_dict.placeholder(str),
         }
     )
-    config.steps = 500
+    config.steps = 400
     config.batch_size = 64
     config.length = config_dict.placeholder(int)
     config.seed = 0
@@ -57,8 +57,8 @@ def get_config(variant: str = "") -> ConfigDict:
         }
     )
     config.mesh = ConfigDict({"data": -1, "fsdp": 1, "tensor": 1})
-    config.evaluation = ConfigDict({"every": 250, "batches": config_dict.placeholder(int)})
-    config.checkpoint = ConfigDict({"every": 250, "keep": 1})
+    config.evaluation = ConfigDict({"every": 200, "batches": config_dict.placeholder(int)})
+    config.checkpoint = ConfigDict({"every": 200, "keep": 1})
     config.metrics = ConfigDict({"every": 25, "tensorboard": False, "wandb": config_dict.placeholder(str)})
 
     if variant == "emoji":

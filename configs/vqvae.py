@@ -50,6 +50,7 @@ def get_config(variant: str = "") -> ConfigDict:
             },
             "gan": {"weight": 0.4, "start_fraction": 0.22, "width": 64, "layers": 3},
             "reset_every": 0,
+            "reset_until": 0.8,
         }
     )
     config.data = ConfigDict(
@@ -91,10 +92,10 @@ def get_config(variant: str = "") -> ConfigDict:
             vocab_size=512, latent_channels=16, width=32, multipliers=(1, 2, 2), blocks=1, scales=(1, 2, 3, 4, 6, 8)
         )
         config.objective.gan.weight = 0.0
-        config.objective.reset_every = 100
-        config.steps, config.batch_size = 750, 16
+        config.objective.reset_every = 50
+        config.steps, config.batch_size = 720, 16
         config.optimizer.update(learning_rate=2e-3, warmup_steps=20, final_fraction=0.05, ema=0.99)
-        config.evaluation.update(every=375, batches=16)
+        config.evaluation.update(every=360, batches=16)
         config.checkpoint.update(every=200, keep=1)
         config.metrics.every = 20
     if variant == "emoji":

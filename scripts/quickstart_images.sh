@@ -68,7 +68,7 @@ if [ -e "$out/results/results.json" ]; then
     printf '\nThe benchmark in %s is finished; --fresh starts everything over.\n' "$out/results"
     exit
 fi
-run eval.images.main --tokenizer "$tokenizer" --var "$out/var/var" --refiner "$out/var_small/var" --draft_scales 2,3,4,5 \
+run eval.images.main --tokenizer "$tokenizer" --var "$out/var/var" --refiner "$out/var_small/var" --draft_scales 3,4,5 \
     --refiners "3=$out/refiner/refiner" --data "$out/data" --features "$out/classifier/classifier" \
     --reference_images 5000 --out "$out/results"
 job_end

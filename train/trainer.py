@@ -24,6 +24,7 @@ import numpy as np
 import optax
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array
 
 from models import sharding
 from models.errors import UserError
@@ -162,15 +163,22 @@ def make_step(plan: Plan) -> Callable[[State, Params | None, Batch], tuple[State
             "learning_rate": schedule(state["step"]),
         }
         done = state["step"] + 1
-        params = optax.apply_updates(state["params"], updates)
-        params = plan.objective.renew(params, frozen, batch, done, jax.random.fold_in(key, 1))
+        updated = optax.apply_updates(state["params"], updates)
+        share = done / plan.config.steps
+        params = plan.objective.renew(updated, frozen, batch, done, share, jax.random.fold_in(key, 1))
         state = {**state, "params": params, "optimizer": optimizer, "step": done}
         if "average" in state:
             decay = jnp.minimum(plan.config.optimizer.ema, (1 + done) / (10 + done))
-            state["average"] = optax.incremental_update(params, state["average"], 1 - decay)
+            average = optax.incremental_update(updated, state["average"], 1 - decay)
+            state["average"] = jax.tree.map(_without_history, average, updated, params)
         return state, metrics
 
     return step
+
+
+def _without_history(average: Array, updated: Array, renewed: Array) -> Array:
+    """An average over steps in which what was put in the place of other values begins anew."""
+    return average if renewed is updated else jnp.where(renewed == updated, average, renewed)
 
 
 def train(config: TrainConfig, workdir: Path, profile: tuple[int, int] | None = None) -> None:

@@ -27,6 +27,7 @@ class Conv3x3(nn.Module):
         shape = (3, 3, x.shape[-1], self.channels)
         kernel = self.param("kernel", nn.linear.default_kernel_init, shape)
         bias = self.param("bias", nn.initializers.zeros_init(), shape[-1:])
+        x, kernel, bias = nn.dtypes.promote_dtype(x, kernel, bias)
         return convolve(x, kernel) + bias
 
 

@@ -295,13 +295,14 @@ def test_evaluation_and_export_use_the_average(job, tmp_path, monkeypatch):
 
 
 def test_renewed_parameters_take_the_place_of_updated_ones(job, monkeypatch):
-    config = job("lm")
+    config = job("lm", optimizer={"ema": 0.5})
     corpus = open_corpus(config)
     plan = trainer.make_plan(config, corpus.facts)
     batch = trainer.to_devices(plan, next(corpus.batches(config.batch_size, 0)))
 
-    def renew(trainable, frozen, batch, step, key):
-        scale = jax.numpy.where(step == 2, 7.0, trainable["final_norm"]["scale"])
+    def renew(trainable, frozen, batch, step, progress, key):
+        old = trainable["final_norm"]["scale"]
+        scale = jax.numpy.where((step == 2) & (progress == 2 / config.steps), old.at[:3].set(7.0), old)
         return {**trainable, "final_norm": {"scale": scale}}
 
     monkeypatch.setattr(plan.objective, "renew", renew)
@@ -309,8 +310,11 @@ def test_renewed_parameters_take_the_place_of_updated_ones(job, monkeypatch):
     step = jax.jit(trainer.make_step(plan))
     once, _ = step(state, None, batch)
     twice, _ = step(once, None, batch)
-    assert not np.any(once["params"]["final_norm"]["scale"] == 7.0)
-    assert np.all(twice["params"]["final_norm"]["scale"] == 7.0)
+    for kept in ("params", "average"):
+        assert not np.any(once[kept]["final_norm"]["scale"] == 7.0)
+        # An average of what was and what took its place would be neither.
+        np.testing.assert_array_equal(twice[kept]["final_norm"]["scale"] == 7.0, np.arange(16) < 3)
+    assert np.any(twice["average"]["final_norm"]["scale"][3:] != twice["params"]["final_norm"]["scale"][3:])
 
 
 @pytest.mark.parametrize("name", ["vqvae", "var", "code_refiner"])

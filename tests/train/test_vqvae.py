@@ -175,15 +175,15 @@ def test_codes_that_the_batch_did_not_choose_become_vectors_of_the_batch(image_s
     nearest = np.abs(new[~used][:, None] - sought).max(axis=-1)
     assert nearest.min(axis=1).max() < 1e-9 and len(set(nearest.argmin(axis=1))) > 1
 
-    for step in (3, 4):
-        renewed = jax.jit(objective.renew)(params, None, batch, step, jax.random.key(1))
+    for step, progress in ((3, 0.5), (4, 0.5), (4, 0.9)):
+        renewed = jax.jit(objective.renew)(params, None, batch, step, progress, jax.random.key(1))
         changed = {p for p, leaf in leaves_by_path(renewed).items() if np.any(leaf != leaves_by_path(params)[p])}
-        assert changed == ({"vqvae/codebook/embedding"} if step == 4 else set())
+        assert changed == ({"vqvae/codebook/embedding"} if (step, progress) == (4, 0.5) else set())
 
 
 def test_without_a_reset_nothing_is_traced(image_setting):
     objective, params, _, batch = image_setting("vqvae")
-    assert objective.renew(params, None, batch, 1, jax.random.key(0)) is params
+    assert objective.renew(params, None, batch, 1, 0.1, jax.random.key(0)) is params
 
 
 def test_evaluation_counts_images_and_codes_but_no_padding(image_setting):
@@ -198,7 +198,7 @@ def test_evaluation_counts_images_and_codes_but_no_padding(image_setting):
     means = {name: np.float64(total) / np.float64(weight) for name, (total, weight) in sums.items()}
     found = objective.report(means)
     p = counts[counts > 0] / counts.sum()
-    assert found["l2"] == pytest.approx(error.mean(), rel=1e-4)
+    assert found["squared_error"] == pytest.approx(error.mean(), rel=1e-4)
     assert found["psnr"] == pytest.approx(np.mean(10 * np.log10(4 / error)), rel=1e-4)
     assert found["perplexity"] == pytest.approx(math.exp(-(p * np.log(p)).sum()), rel=1e-4)
     assert found["codes_used"] == np.mean(counts > 0)
@@ -252,6 +252,7 @@ def test_inception_is_tapped_at_four_depths_and_reads_what_it_was_made_for():
         ({"gan": {"start_fraction": 1.0}}, "objective.gan.start_fraction must lie in 0..1"),
         ({"l1": 0.0, "l2": 0.0}, "objective.l1 or objective.l2 must be positive"),
         ({"reset_every": -1}, "objective.reset_every must not be negative"),
+        ({"reset_until": 1.5}, "objective.reset_until must lie in 0..1"),
     ],
 )
 def test_a_wrong_section_gets_one_sentence(objective, words, image_job):
@@ -279,10 +280,10 @@ def test_a_job_learns_and_leaves_a_vqvae(image_job, tmp_path, capsys):
     trainer.train(config, tmp_path)
     found = lines(tmp_path)
     losses = [line["loss"] for line in found if "loss" in line]
-    valid = [line for line in found if "valid/l2" in line]
-    assert np.mean(losses[-3:]) < 0.8 * losses[0] and valid[1]["valid/l2"] < valid[0]["valid/l2"]
+    valid = [line for line in found if "valid/squared_error" in line]
+    assert np.mean(losses[-3:]) < 0.8 * losses[0] and valid[1]["valid/squared_error"] < valid[0]["valid/squared_error"]
     assert {"l1", "l2", "quantiser"} < found[0].keys()
-    assert {f"valid/{name}" for name in ("l2", "psnr", "perplexity", "codes_used")} < valid[0].keys()
+    assert {f"valid/{name}" for name in ("squared_error", "psnr", "perplexity", "codes_used")} < valid[0].keys()
     assert "images_per_second" in json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[0])
     assert files.load(tmp_path / "vqvae", VQVAEConfig)[0] == VQVAE
     assert "30 steps of 4 images" in capsys.readouterr().out

@@ -91,7 +91,7 @@ class ImageClassifier:
         weight = jnp.sum(weight_B)
         return (-jnp.sum(likelihood_B * weight_B), weight), {"accuracy": (jnp.sum(right_B * weight_B), weight)}
 
-    def renew(self, trainable: Params, frozen: None, batch: Batch, step: Array, key: Array) -> Params:
+    def renew(self, trainable: Params, frozen: None, batch: Batch, step: Array, progress: Array, key: Array) -> Params:
         """Nothing: gradients do it all."""
         return trainable
 

@@ -130,7 +130,9 @@ class DraftObjective:
         decay = self._config.weights.decay ** jnp.arange(len(terms), dtype=totals.dtype)
         return (decay * totals, weights), {f"loss_{i + 1}": term for i, term in enumerate(terms)}
 
-    def renew(self, trainable: Params, frozen: Params | None, batch: Batch, step: Array, key: Array) -> Params:
+    def renew(
+        self, trainable: Params, frozen: Params | None, batch: Batch, step: Array, progress: Array, key: Array
+    ) -> Params:
         """Nothing: gradients do it all."""
         return trainable
 

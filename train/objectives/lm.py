@@ -107,7 +107,9 @@ class LM:
         total, weight = -jnp.sum(likelihood_BT * weight_BT), jnp.sum(weight_BT)
         return (total, weight), {}
 
-    def renew(self, trainable: Params, frozen: Params | None, batch: Batch, step: Array, key: Array) -> Params:
+    def renew(
+        self, trainable: Params, frozen: Params | None, batch: Batch, step: Array, progress: Array, key: Array
+    ) -> Params:
         """Nothing: gradients do it all."""
         return trainable
 

@@ -153,7 +153,9 @@ class NextScale:
             return base["init_from"]
         return stack_layers(var.init(self.model, key, gate=self._config.gate))
 
-    def renew(self, trainable: Params, frozen: Params, batch: Batch, step: Array, key: Array) -> Params:
+    def renew(
+        self, trainable: Params, frozen: Params, batch: Batch, step: Array, progress: Array, key: Array
+    ) -> Params:
         """Nothing: gradients do it all."""
         return trainable
 

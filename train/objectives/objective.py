@@ -72,10 +72,19 @@ class Objective(Protocol):
           and named (sum, weight) pairs to log.
         """
 
-    def renew(self, trainable: Params, frozen: Params | None, batch: Batch, step: Int[Array, ""], key: Array) -> Params:
+    def renew(
+        self,
+        trainable: Params,
+        frozen: Params | None,
+        batch: Batch,
+        step: Int[Array, ""],
+        progress: Float[Array, ""],
+        key: Array,
+    ) -> Params:
         """The trainables after an update, number `step` from 1, by other means than gradients; usually as they are.
 
-        Traced into the step: what returns `trainable` itself costs nothing.
+        `progress` is the share of the run's steps that are done, to 1. Traced into the step: what returns `trainable`
+        itself costs nothing. What comes back changed takes its place in the average of the parameters too.
         """
 
     def evaluate(self, trainable: Params, frozen: Params | None, batch: Batch) -> Sums:

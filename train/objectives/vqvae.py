@@ -98,6 +98,7 @@ class VQVAEObjectiveConfig:
       gan: the adversarial term.
       reset_every: steps after which codes that the batch did not choose at any scale are replaced by vectors that the
         batch looked codes up for; 0 never replaces any.
+      reset_until: the share of the run after which no code is replaced, so that all are trained in the end.
     """
 
     reads: ClassVar[str] = "images"
@@ -111,10 +112,12 @@ class VQVAEObjectiveConfig:
     perceptual: PerceptualConfig = PerceptualConfig()
     gan: GANConfig = GANConfig()
     reset_every: int = 0
+    reset_until: float = 0.8
 
     def __post_init__(self):
         for name in ("l1", "l2", "quantiser", "commitment", "reset_every"):
             require(getattr(self, name) >= 0, f"objective.{name} must not be negative", getattr(self, name))
+        require(0 <= self.reset_until <= 1, "objective.reset_until must lie in 0..1", self.reset_until)
         require(self.l1 + self.l2 > 0, "objective.l1 or objective.l2 must be positive", 0)
 
     @property
@@ -181,14 +184,16 @@ class VQVAEObjective:
         total = sum(jnp.sum(part) for part in parts.values())
         return (total, weight), {name: (jnp.sum(part), weight) for name, part in parts.items()}
 
-    def renew(self, trainable: Params, frozen: Params | None, batch: Batch, step: Array, key: Array) -> Params:
+    def renew(
+        self, trainable: Params, frozen: Params | None, batch: Batch, step: Array, progress: Array, key: Array
+    ) -> Params:
         """Every `reset_every` steps, other vectors for the codes that this batch did not choose."""
         if not self._config.reset_every:
             return trainable
         params = trainable["vqvae"]
         codebook = params["codebook"]["embedding"]
         codebook = jax.lax.cond(
-            step % self._config.reset_every == 0,
+            (step % self._config.reset_every == 0) & (progress <= self._config.reset_until),
             lambda: replace_unused(self.model, params, pixels(batch), key),
             lambda: codebook,
         )
@@ -205,7 +210,7 @@ class VQVAEObjective:
             count_V = count_V.at[index_BT].add(present_B[:, None].astype(count_V.dtype))
         number = jnp.sum(present_B)
         return {
-            "l2": (jnp.sum(error_B * present_B), number),
+            "squared_error": (jnp.sum(error_B * present_B), number),
             "psnr": (jnp.sum(decibels_B * present_B), number),
             "codes": (count_V, jnp.sum(count_V)),
         }
@@ -215,7 +220,7 @@ class VQVAEObjective:
         share_V = np.asarray(means["codes"])
         entropy = -np.sum(share_V * np.log(np.where(share_V > 0, share_V, 1)))
         used = {"perplexity": math.exp(entropy), "codes_used": float(np.mean(share_V > 0))}
-        return {"l2": means["l2"], "psnr": means["psnr"], **used}
+        return {"squared_error": means["squared_error"], "psnr": means["psnr"], **used}
 
     def probe(self, trainable: Params, frozen: Params | None, batches: Iterator[Batch]) -> dict[str, float]:
         """Nothing."""
