@@ -5,8 +5,8 @@
     python -m scripts.generate_images --tokenizer DIR --var DIR --classes 7 --edit a.png --mask 8,8,24,24 --out b.png
 
 With a refiner the larger model makes the first N scales and the refiner the others (CoDe). One column per class, and
-`--rows` images of each; image i has the seed `--seed` + i. `--edit` keeps a given image outside the box of `--mask`
-(left, top, right and bottom edge in pixels) and fills the box anew, as an image of the class.
+`--rows` images of each; image i has the seed `--seed` + i. `--edit` takes a given image, of which the box of `--mask`
+(left, top, right and bottom edge in pixels) is made anew as an image of the class, or all but the box of `--keep`.
 """
 
 import argparse
@@ -15,21 +15,20 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from jaxtyping import UInt8
-from PIL import Image, UnidentifiedImageError
 
 from decoding.images.generate import Generated, Stage, Tokenizer, code_stages, generate_images, keep
 from decoding.images.scales import Drawing
+from eval.images.flags import add_drawing, drawings
 from eval.images.pictures import png, tiled
 from models.errors import UserError, exit_on_user_error
 from models.images import files
 from models.images.config import VARConfig, VQVAEConfig
-from train.images import fitted
+from train.images import decoded
 
 _SMALLEST_SIDE = 96  # Of an image on the page; smaller ones are enlarged to this or more.
 
 
-def stages(args: argparse.Namespace, drawing: Drawing) -> list[Stage]:
+def stages(args: argparse.Namespace) -> list[Stage]:
     """The models that the arguments name, in turn.
 
     Raises:
@@ -37,10 +36,11 @@ def stages(args: argparse.Namespace, drawing: Drawing) -> list[Stage]:
     """
     if (args.refiner is None) != (args.draft_scales is None):
         raise UserError("--refiner and --draft_scales belong together: who refines, and after how many scales")
+    drafting, refining = drawings(args, args.smooth)
     var = files.load(args.var, VARConfig)
     if args.refiner is None:
-        return [Stage(*var, var[0].num_scales, drawing)]
-    return code_stages(var, files.load(args.refiner, VARConfig), args.draft_scales, drawing, drawing)
+        return [Stage(*var, var[0].num_scales, drafting)]
+    return code_stages(var, files.load(args.refiner, VARConfig), args.draft_scales, drafting, refining)
 
 
 def class_numbers(text: str) -> list[int]:
@@ -59,19 +59,19 @@ def class_numbers(text: str) -> list[int]:
 
 
 def box(text: str, side: int) -> np.ndarray:
-    """The mask `[side, side]`, true inside the box `left,top,right,bottom`.
+    """A bool array `[side, side]`, true inside the box `left,top,right,bottom`.
 
     Raises:
       UserError: the text is no box, or it lies outside the image or holds nothing.
     """
     if not re.fullmatch(r"\d+,\d+,\d+,\d+", text):
-        raise UserError(f"--mask must be left,top,right,bottom in pixels, such as 8,8,24,24, got {text!r}")
+        raise UserError(f"a box must be left,top,right,bottom in pixels, such as 8,8,24,24, got {text!r}")
     left, top, right, bottom = (int(edge) for edge in text.split(","))
     if not (left < right <= side and top < bottom <= side):
-        raise UserError(f"--mask {text} is no box within an image of {side} x {side} pixels")
-    mask = np.zeros((side, side), bool)
-    mask[top:bottom, left:right] = True
-    return mask
+        raise UserError(f"{text} is no box within an image of {side} x {side} pixels")
+    inside = np.zeros((side, side), bool)
+    inside[top:bottom, left:right] = True
+    return inside
 
 
 def make(args: argparse.Namespace) -> tuple[Generated, int]:
@@ -82,28 +82,25 @@ def make(args: argparse.Namespace) -> tuple[Generated, int]:
     """
     if args.rows < 1:
         raise UserError(f"--rows must be at least 1, got {args.rows}")
-    if (args.edit is None) != (args.mask is None):
-        raise UserError("--edit and --mask belong together: which image, and which part of it is made anew")
+    if (args.edit is not None) != (args.mask is not None or args.keep is not None):
+        raise UserError("--edit and --mask or --keep belong together: which image, and which part of it is made anew")
     columns = class_numbers(args.classes)
-    drawing = Drawing(args.guidance, args.top_k, args.top_p, args.temperature, args.smooth)
     tokenizer = Tokenizer(*files.load(args.tokenizer, VQVAEConfig))
     labels = columns * args.rows
     kept = None
     if args.edit is not None:
         side = tokenizer.config.image_size
         given = np.repeat(_read(args.edit, side)[None], len(labels), axis=0)
-        kept = keep(tokenizer, given, box(args.mask, side))
-    return generate_images(tokenizer, stages(args, drawing), labels, seeds=args.seed, kept=kept), len(columns)
+        kept = keep(tokenizer, given, ~box(args.keep, side) if args.mask is None else box(args.mask, side))
+    return generate_images(tokenizer, stages(args), labels, seeds=args.seed, kept=kept), len(columns)
 
 
-def _read(path: Path, side: int) -> UInt8[np.ndarray, "S S 3"]:
+def _read(path: Path, side: int) -> np.ndarray:
     try:
-        with Image.open(path) as image:
-            return fitted(image, side)
-    except FileNotFoundError:
-        raise UserError(f"there is no image {path}") from None
-    except (UnidentifiedImageError, OSError) as error:
-        raise UserError(f"{path} cannot be read as an image ({error})") from None
+        content = path.read_bytes()
+    except OSError as error:
+        raise UserError(f"there is no image {path} to be read ({error.strerror})") from None
+    return decoded(content, side, str(path))
 
 
 @exit_on_user_error
@@ -130,13 +127,12 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--rows", type=int, default=1, help="images of each class (1)")
     parser.add_argument("--out", required=True, help="the PNG to write")
     parser.add_argument("--seed", type=int, default=0, help="of the first image; the others count up from it")
-    parser.add_argument("--guidance", type=float, default=4.0, help="extra weight of the class at the last scale (4.0)")
-    parser.add_argument("--top_k", type=int, default=900, help="codes kept; 0 means all (900)")
-    parser.add_argument("--top_p", type=float, default=0.95, help="probability mass kept of those (0.95)")
-    parser.add_argument("--temperature", type=float, default=1.0, help="of what is left; 0 takes the best code (1.0)")
+    add_drawing(parser, Drawing(guidance=4.0, top_p=0.95))
     parser.add_argument("--smooth", action="store_true", help="mix codes for smoother pictures")
-    parser.add_argument("--edit", type=Path, metavar="IMAGE", help="an image of which only the box of --mask is made")
-    parser.add_argument("--mask", metavar="LEFT,TOP,RIGHT,BOTTOM", help="that box, in pixels of the model's images")
+    parser.add_argument("--edit", type=Path, metavar="IMAGE", help="an image of which only a part is made")
+    part, box_of = parser.add_mutually_exclusive_group(), "LEFT,TOP,RIGHT,BOTTOM"
+    part.add_argument("--mask", metavar=box_of, help="a box that is made, in pixels of the model's images")
+    part.add_argument("--keep", metavar=box_of, help="or one that stays, the rest being made")
     return parser
 
 

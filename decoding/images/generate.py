@@ -94,7 +94,7 @@ def generate_images(
     stages: Sequence[Stage],
     labels: Sequence[int],
     *,
-    seeds: int | Sequence[int] = 0,
+    seeds: int | Sequence[int] | np.ndarray = 0,
     kept: Kept | None = None,
     decoded_at_once: int = DECODED_AT_ONCE,
 ) -> Generated:
@@ -110,10 +110,13 @@ def generate_images(
       decoded_at_once: images per call of the decoder.
 
     Raises:
-      UserError: a label that is no class, stages that do not fit each other or the tokenizer, or that leave scales out.
+      UserError: a label that is no class, stages that do not fit each other or the tokenizer, or that leave scales out,
+        or settings, seeds or kept images that are not one per label.
     """
     batch = len(labels)
     _check(tokenizer.config, stages, labels, decoded_at_once)
+    if kept is not None and len(kept.mask) != batch:
+        raise UserError(f"kept has {len(kept.mask)} images for {batch} labels")
     mesh = mesh_of(stages[0].params)
     keys = jax.vmap(jax.random.key)(jnp.array(_seeds(seeds, batch), jnp.uint32))
     codes = {name: tokenizer.params[name] for name in ("codebook", "phi")}
@@ -122,7 +125,7 @@ def generate_images(
     seconds, first = [], 0
     with on_mesh(mesh):
         for stage in stages:
-            draws = Draws.of(_per_image(stage.drawing, batch), keys)
+            draws = Draws.of(_per_image(stage.drawing, batch), keys, tokenizer.config.num_scales)
             if mesh is not None:
                 classes, draws, sketch, kept = place_rows(mesh, (classes, draws, sketch, kept))
             started = time.perf_counter()
@@ -166,7 +169,8 @@ def keep(tokenizer: Tokenizer, images: UInt8[np.ndarray, "B H W 3"], mask: np.nd
     if images.shape[1:] != (side, side, 3) or images.dtype != np.uint8:
         raise UserError(f"images must be uint8 [B, {side}, {side}, 3], got {images.dtype} {list(images.shape)}")
     if mask.dtype != bool or mask.shape not in ((side, side), images.shape[:3]):
-        raise UserError(f"the mask must be bool [{side}, {side}], got {mask.dtype} {list(mask.shape)}")
+        wanted = f"bool [{side}, {side}] or {list(images.shape[:3])}"
+        raise UserError(f"the mask must be {wanted}, got {mask.dtype} {list(mask.shape)}")
     cells = config.scales[-1]
     whole = np.broadcast_to(mask, images.shape[:3]).reshape(len(images), cells, side // cells, cells, side // cells)
     indices = _encode(config, tokenizer.params, images)
@@ -217,8 +221,9 @@ def _per_image(drawing: Drawing | Sequence[Drawing], batch: int) -> list[Drawing
     return drawings
 
 
-def _seeds(seeds: int | Sequence[int], batch: int) -> list[int]:
-    found = list(seeds) if isinstance(seeds, Sequence) else [int(seeds) + row for row in range(batch)]
+def _seeds(seeds: int | Sequence[int] | np.ndarray, batch: int) -> list[int]:
+    given = np.asarray(seeds)
+    found = [int(seed) for seed in (given if given.ndim else given + np.arange(batch))]
     if len(found) != batch:
         raise UserError(f"seeds has {len(found)} entries for {batch} images")
     if min(found) < 0 or max(found) >= 2**32:

@@ -36,7 +36,8 @@ class Drawing:
         scores (1 + t) * conditional - t * unconditional.
       top_k: codes kept; 0 means all.
       top_p: probability mass kept of those.
-      temperature: of what is left; the filters do not see it. 0 means the best code.
+      temperature: of what is left; the filters do not see it. 0 means the best code. One for all scales, or one per
+        scale (CoDe: 1.1 for scales 0 to 6, 1.0 for 7 to 9).
       smooth: mix code vectors by Gumbel-softmax weights instead of taking the code drawn, for smoother pictures; not
         for measurements.
 
@@ -47,13 +48,25 @@ class Drawing:
     guidance: float = 1.5
     top_k: int = 900
     top_p: float = 0.96
-    temperature: float = 1.0
+    temperature: float | tuple[float, ...] = 1.0
     smooth: bool = False
 
     def __post_init__(self):
-        Sampling(self.temperature, self.top_k, self.top_p)
+        for temperature in self.temperature if isinstance(self.temperature, tuple) else (self.temperature,):
+            Sampling(temperature, self.top_k, self.top_p)
         if self.guidance < 0:
             raise UserError(f"guidance must be 0 (off) or more, got {self.guidance}")
+
+    def temperatures(self, num_scales: int) -> tuple[float, ...]:
+        """One per scale.
+
+        Raises:
+          UserError: there are some, but not `num_scales`.
+        """
+        found = self.temperature if isinstance(self.temperature, tuple) else (self.temperature,) * num_scales
+        if len(found) != num_scales:
+            raise UserError(f"temperature has {len(found)} entries for {num_scales} scales")
+        return found
 
 
 @struct.dataclass
@@ -63,37 +76,38 @@ class Draws:
     Attributes:
       keys: typed PRNG keys, one per image.
       guidance: see `Drawing`.
-      temperature: see `Drawing`.
+      temperature: see `Drawing`; per scale.
       filters: top-k and top-p, at temperature 1.
       guided: some row has guidance; otherwise the unconditional half is not run.
-      greedy: every row takes the best code.
+      greedy: every row takes the best code at every scale.
       smooth: see `Drawing`.
     """
 
     keys: Array
     guidance: Float[Array, "B"]
-    temperature: Float[Array, "B"]
+    temperature: Float[Array, "B K"]
     filters: Warps
     guided: bool = struct.field(pytree_node=False)
     greedy: bool = struct.field(pytree_node=False)
     smooth: bool = struct.field(pytree_node=False)
 
     @classmethod
-    def of(cls, drawings: Sequence[Drawing], keys: Array) -> "Draws":
+    def of(cls, drawings: Sequence[Drawing], keys: Array, num_scales: int) -> "Draws":
         """One per image.
 
         Raises:
-          UserError: some images are to be smooth and others not.
+          UserError: some images are to be smooth and others not, or temperatures do not fit the scales.
         """
         if len({drawing.smooth for drawing in drawings}) > 1:
             raise UserError("images of one batch must all be smooth or all not")
+        temperatures = [drawing.temperatures(num_scales) for drawing in drawings]
         return cls(
             keys=keys,
             guidance=jnp.array([drawing.guidance for drawing in drawings], jnp.float32),
-            temperature=jnp.array([drawing.temperature for drawing in drawings], jnp.float32),
+            temperature=jnp.array(temperatures, jnp.float32),
             filters=batch_warps([Sampling(1.0, drawing.top_k, drawing.top_p) for drawing in drawings]),
             guided=any(drawing.guidance for drawing in drawings),
-            greedy=all(drawing.temperature == 0 for drawing in drawings),
+            greedy=not any(map(any, temperatures)),
             smooth=drawings[0].smooth,
         )
 
@@ -179,7 +193,7 @@ def run(
             conditional, unconditional = scores[::2], scores[1::2]
             t = (draws.guidance * (k / (config.num_scales - 1))).astype(scores.dtype)[:, None, None]
             scores = (1 + t) * conditional - t * unconditional
-        index, vectors = draw_codes(codes["codebook"]["embedding"], scores, draws, k, config.num_scales)
+        index, vectors = draw_codes(codes["codebook"]["embedding"], scores, draws, k)
         indices.append(index)
         f_hat, following = _step(tokenizer, codes, k, f_hat, vectors, kept)
         if following is not None:
@@ -189,7 +203,7 @@ def run(
 
 
 def draw_codes(
-    codebook: Float[Array, "V E"], scores: Float[Array, "B T V"], draws: Draws, k: int, num_scales: int
+    codebook: Float[Array, "V E"], scores: Float[Array, "B T V"], draws: Draws, k: int
 ) -> tuple[Int[Array, "B T"], Float[Array, "B T E"]]:
     """Codes of scale k, and the vectors that stand for them."""
     _, tokens, size = scores.shape
@@ -200,12 +214,12 @@ def draw_codes(
     noise = jax.vmap(lambda key: jax.random.gumbel(jax.random.fold_in(key, k), (tokens, size), scores.dtype))(
         draws.keys
     )
-    temperature = draws.temperature.astype(scores.dtype)[:, None, None]
+    temperature = draws.temperature[:, k].astype(scores.dtype)[:, None, None]
     drawn = argmax(left / jnp.where(temperature > 0, temperature, 1) + noise)
     index = jnp.where(temperature[..., 0] > 0, drawn, argmax(scores))
     if not draws.smooth:
         return index, codebook[index]
-    ratio = k / (num_scales - 1)
+    ratio = k / (draws.temperature.shape[1] - 1)
     weights = jax.nn.softmax((left * (1 + ratio) + noise) / max(0.27 * (1 - 0.95 * ratio), 0.005), axis=-1)
     return index, weights @ codebook
 

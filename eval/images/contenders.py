@@ -93,7 +93,8 @@ def contenders(
     draft_scales: Sequence[int],
     tuned_drafters: Mapping[int, Model],
     tuned_refiners: Mapping[int, Model],
-    drawing: Drawing,
+    drafting: Drawing,
+    refining: Drawing,
 ) -> list[Contender]:
     """Everybody, the larger model alone first, then by falling N.
 
@@ -103,7 +104,8 @@ def contenders(
       draft_scales: the Ns at which the two collaborate as they are.
       tuned_drafters: N -> a model that drafts N scales; where there is none, `var` does.
       tuned_refiners: N -> a model that refines after N scales; where there is none, `refiner` does.
-      drawing: how everybody draws codes.
+      drafting: how the larger model draws codes, alone too.
+      refining: how the smaller one does.
 
     Raises:
       UserError: an N outside 1 to K - 1, or one without a refiner.
@@ -112,6 +114,7 @@ def contenders(
     tuned = {*tuned_drafters, *tuned_refiners}
 
     def alone(model: Model, name: str, n: int, role: str) -> Contender:
+        drawing = drafting if role == DRAFTER else refining
         stage = Stage(model.config, model.params, model.config.num_scales, drawing)
         return Contender(name, ALONE, n, (stage,), (role,), (model.path,))
 
@@ -119,7 +122,7 @@ def contenders(
         if finisher is None:
             raise UserError(f"which model shall refine after {n} scales? Give --refiner DIR")
         large, small = ((model.config, model.params) for model in (drafter, finisher))
-        stages = tuple(code_stages(large, small, n, drawing, drawing))
+        stages = tuple(code_stages(large, small, n, drafting, refining))
         name = f"CoDe N={n}" + (" fine-tuned" if kind == TUNED else "")
         return Contender(name, kind, n, stages, (DRAFTER, REFINER), (drafter.path, finisher.path))
 

@@ -24,6 +24,7 @@ from eval.images import memory
 from eval.images.benchmark import Made, Requests, benchmark, rates, speedups
 from eval.images.contenders import Contender, Model, contenders, load_tokenizer, tokenizer_record
 from eval.images.features import load_classifier, load_inception
+from eval.images.flags import add_drawing, drawings
 from eval.images.pictures import build_up, png, tiled
 from eval.images.quality import Judge
 from eval.images.report import Pictures, print_table, write_report
@@ -91,8 +92,7 @@ def _load(args: argparse.Namespace) -> tuple[Tokenizer, list[Model], list[Conten
     tokenizer = load_tokenizer(args.tokenizer)
     var, refiner = model(args.var), model(args.refiner) if args.refiner else None
     drafters, refiners = ({n: model(path) for n, path in pairs} for pairs in (args.drafters, args.refiners))
-    drawing = Drawing(args.guidance, args.top_k, args.top_p, args.temperature)
-    field = contenders(var, refiner, args.draft_scales, drafters, refiners, drawing)
+    field = contenders(var, refiner, args.draft_scales, drafters, refiners, *drawings(args))
     return tokenizer, list(loaded.values()), field
 
 
@@ -241,10 +241,7 @@ def _parser() -> argparse.ArgumentParser:
     models.add_argument("--drafters", **tuned, help="models tuned to draft N scales")
     models.add_argument("--refiners", **tuned, help="models tuned to refine after N scales")
     drawing = parser.add_argument_group("drawing")
-    drawing.add_argument("--guidance", type=float, default=1.5, help="extra weight of the class at the end (1.5)")
-    drawing.add_argument("--top_k", type=int, default=600, help="codes kept; 0 means all (600)")
-    drawing.add_argument("--top_p", type=float, default=0.96, help="probability mass kept of those (0.96)")
-    drawing.add_argument("--temperature", type=float, default=1.0, help="of what is left (1.0)")
+    add_drawing(drawing, Drawing(top_k=600))
     drawing.add_argument("--seed", type=int, default=0, help="of the first image; the others count up from it")
     judging = parser.add_argument_group("judging")
     network = judging.add_mutually_exclusive_group(required=True)

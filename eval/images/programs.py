@@ -39,7 +39,7 @@ def compile_stages(tokenizer: VQVAEConfig, codes: Any, stages: Sequence[Stage], 
     sketch, first, programs = Sketch.empty(tokenizer, batch, codes["codebook"]["embedding"].dtype), 0, []
     for stage in stages:
         assert isinstance(stage.drawing, Drawing)
-        draws = Draws.of([stage.drawing] * batch, keys)
+        draws = Draws.of([stage.drawing] * batch, keys, tokenizer.num_scales)
         leaves, structure = jax.tree.flatten((codes, stage.params, labels, draws, sketch))
 
         def call(leaves, structure=structure, config=stage.config, first=first, last=stage.last):

@@ -9,6 +9,7 @@ from PIL import Image
 from decoding.images.generate import Stage, Tokenizer, keep
 from decoding.images.generate import generate_images as generate
 from decoding.images.scales import Drawing
+from eval.images.flags import drawings
 from models.errors import UserError
 from models.images import files
 from models.images.config import VARConfig, VQVAEConfig
@@ -44,20 +45,30 @@ def test_a_grid_has_a_column_per_class(directories, tmp_path, capsys) -> None:
 
 def test_a_refiner_makes_the_last_scales(directories, tmp_path) -> None:
     pictures = []
-    for more in ([], ["--refiner", str(directories / "small"), "--draft_scales", "2"]):
+    refined = ["--refiner", str(directories / "small"), "--draft_scales", "2"]
+    for more in ([], refined, [*refined, "--refiner_temperature", "0,0,3"]):
         generate_images.main(words(directories, tmp_path / "a.png", "--classes", "1", "--temperature", "0", *more))
         pictures.append(read(tmp_path / "a.png"))
-    assert not np.array_equal(*pictures)
+    assert not np.array_equal(*pictures[:2]) and not np.array_equal(*pictures[1:])
 
 
-def test_an_edit_makes_what_its_box_holds(directories, tmp_path) -> None:
+def test_the_refiners_settings_are_the_first_models_unless_given(directories) -> None:
+    given = ["--classes", "1", "--top_k", "5", "--refiner_top_k", "7", "--temperature", "1.1,1,1"]
+    args = generate_images._parser().parse_args(words(directories, pathlib.Path("a.png"), *given))
+    first, refiner = drawings(args)
+    assert first == Drawing(4.0, 5, 0.95, (1.1, 1.0, 1.0)) and refiner == Drawing(4.0, 7, 0.95, (1.1, 1.0, 1.0))
+
+
+@pytest.mark.parametrize("flag", ["--mask", "--keep"])
+def test_an_edit_makes_what_its_box_holds(flag: str, directories, tmp_path) -> None:
     given = np.random.default_rng(0).integers(0, 256, (8, 8, 3), np.uint8)
     Image.fromarray(given).save(tmp_path / "given.png")
-    edit = ["--edit", str(tmp_path / "given.png"), "--mask", "0,2,4,8", "--classes", "2", "--seed", "4"]
+    edit = ["--edit", str(tmp_path / "given.png"), flag, "0,2,4,8", "--classes", "2", "--seed", "4"]
     generate_images.main(words(directories, tmp_path / "a.png", *edit, "--temperature", "0", "--guidance", "1"))
     tokenizer = Tokenizer(*files.load(directories / "tokenizer", VQVAEConfig))
     mask = np.zeros((8, 8), bool)
     mask[2:8, 0:4] = True
+    mask = mask if flag == "--mask" else ~mask
     stage = Stage(*files.load(directories / "large", VARConfig), 3, Drawing(1.0, temperature=0.0))
     made = generate(tokenizer, [stage], [2], seeds=4, kept=keep(tokenizer, given[None], mask))
     np.testing.assert_array_equal(read(tmp_path / "a.png")[::12, ::12], made.pixels[0])
@@ -72,6 +83,7 @@ def test_an_edit_makes_what_its_box_holds(directories, tmp_path) -> None:
         (["--classes", "1", "--draft_scales", "2"], "belong together"),
         (["--classes", "1", "--edit", "x.png"], "belong together"),
         (["--classes", "1", "--edit", "x.png", "--mask", "0,0,2,2"], "there is no image x.png"),
+        (["--classes", "1", "--temperature", "1,1"], "temperature has 2 entries for 3 scales"),
         (["--classes", "1", "--rows", "0"], "--rows must be at least 1"),
     ],
 )
@@ -83,7 +95,7 @@ def test_what_does_not_fit_is_one_sentence(more, message, directories, tmp_path)
 
 @pytest.mark.parametrize("text", ["1,2,3", "0,0,9,8", "4,0,4,8", "-1,0,4,4"])
 def test_boxes_lie_within_the_image(text: str) -> None:
-    with pytest.raises(UserError, match="--mask"):
+    with pytest.raises(UserError, match="box"):
         generate_images.box(text, 8)
 
 

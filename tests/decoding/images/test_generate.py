@@ -95,7 +95,7 @@ def test_phases_have_settings_of_their_own() -> None:
 def test_an_image_depends_on_its_own_class_seed_and_settings_alone() -> None:
     drawings = [WARM, GREEDY, dataclasses.replace(WARM, guidance=0.0), dataclasses.replace(WARM, top_k=0, top_p=0.5)]
     seeds = [11, 4, 2, 8]
-    whole = generate_images(tokenizer(), var_stages(LARGE, drawings), LABELS, seeds=seeds)
+    whole = generate_images(tokenizer(), var_stages(LARGE, drawings), LABELS, seeds=np.array(seeds))
     for rows in ([2], [3, 1]):
         chosen = ([x[row] for row in rows] for x in (drawings, LABELS, seeds))
         some, labels, own = chosen
@@ -131,7 +131,7 @@ def test_the_cache_is_written_in_place_and_nothing_is_sorted() -> None:
 def test_codes_are_drawn_from_the_filtered_distribution(drawing: Drawing) -> None:
     """The filters see scores before the temperature, top-p what top-k left; checked as a distribution."""
     scores = 2 * np.random.default_rng(4).normal(size=(2, 3, 19))
-    draws = Draws.of([drawing] * 2, jax.vmap(jax.random.key)(jnp.arange(2)))
+    draws = Draws.of([drawing] * 2, jax.vmap(jax.random.key)(jnp.arange(2)), 5)
     left = np.asarray(scales.filtered(jnp.array(scores), draws.filters)) / drawing.temperature
     expected = reference.distribution(scores, drawing.top_k, drawing.top_p, drawing.temperature)
     found = np.exp(left - left.max(-1, keepdims=True))
@@ -139,27 +139,51 @@ def test_codes_are_drawn_from_the_filtered_distribution(drawing: Drawing) -> Non
     assert (expected == 0).any()
     # And what is drawn follows it: 2,000 draws of one row.
     keys = jax.vmap(jax.random.key)(jnp.arange(2000))
-    many = Draws.of([drawing] * 2000, keys)
-    index, vectors = scales.draw_codes(jnp.eye(19), jnp.broadcast_to(jnp.array(scores[:1]), (2000, 3, 19)), many, 2, 5)
+    many = Draws.of([drawing] * 2000, keys, 5)
+    index, vectors = scales.draw_codes(jnp.eye(19), jnp.broadcast_to(jnp.array(scores[:1]), (2000, 3, 19)), many, 2)
     assert np.array_equal(np.argmax(vectors, axis=-1), index)
     for token in range(3):
         share = np.bincount(np.asarray(index[:, token]), minlength=19) / 2000
         assert np.abs(share - expected[0, token]).max() < 0.06 and share[expected[0, token] == 0].sum() == 0
 
 
-def test_smooth_pictures_mix_code_vectors() -> None:
+@pytest.mark.parametrize("k", [0, 2, 4])
+def test_smooth_pictures_mix_code_vectors(k: int) -> None:
+    """By the Gumbel-softmax of VAR's published code, with the noise that also drew the codes."""
     smooth = dataclasses.replace(WARM, smooth=True)
-    scores = jnp.array(np.random.default_rng(4).normal(size=(2, 3, 19)))
+    scores = np.random.default_rng(4).normal(size=(2, 3, 19))
     keys = jax.vmap(jax.random.key)(jnp.arange(2))
-    for k, softest in ((0, 0.9999), (4, 1.0)):
-        index, weights = scales.draw_codes(jnp.eye(19), scores, Draws.of([smooth] * 2, keys), k, 5)
-        plain, _ = scales.draw_codes(jnp.eye(19), scores, Draws.of([WARM] * 2, keys), k, 5)
-        assert np.array_equal(index, plain), "the codes are drawn as they are without"
-        np.testing.assert_allclose(weights.sum(-1), 1, atol=1e-12)
-        kept = np.asarray(scales.filtered(scores, Draws.of([smooth] * 2, keys).filters)) > -np.inf
-        assert (np.asarray(weights)[~kept] == 0).all() and float(weights.max(-1).min()) <= softest
+    draws = Draws.of([smooth] * 2, keys, 5)
+    index, weights = scales.draw_codes(jnp.eye(19), jnp.array(scores), draws, k)
+    plain, _ = scales.draw_codes(jnp.eye(19), jnp.array(scores), Draws.of([WARM] * 2, keys, 5), k)
+    assert np.array_equal(index, plain), "the codes are drawn as they are without"
+    left = np.asarray(scales.filtered(jnp.array(scores), draws.filters))
+    noise = np.stack([jax.random.gumbel(jax.random.fold_in(key, k), (3, 19), jnp.float64) for key in keys])
+    np.testing.assert_array_equal(np.argmax(left / 1.2 + noise, axis=-1), index)
+    ratio = k / 4
+    mixed = (left * (1 + ratio) + noise) / max(0.27 * (1 - 0.95 * ratio), 0.005)
+    expected = np.exp(mixed - mixed.max(-1, keepdims=True))
+    np.testing.assert_allclose(weights, expected / expected.sum(-1, keepdims=True), atol=1e-12)
+    assert (np.asarray(weights)[left == -np.inf] == 0).all() and (left == -np.inf).any()
+
+
+def test_smooth_images_stand_alone() -> None:
+    keys = jax.vmap(jax.random.key)(jnp.arange(2))
     with pytest.raises(UserError, match="must all be smooth or all not"):
-        Draws.of([smooth, WARM], keys)
+        Draws.of([dataclasses.replace(WARM, smooth=True), WARM], keys, 4)
+
+
+def test_every_scale_may_have_a_temperature_of_its_own() -> None:
+    """Scales whose temperature is 0 take the best code, and the others those of their own temperature."""
+    cold = generate_images(tokenizer(), var_stages(LARGE), LABELS)
+    warm = dataclasses.replace(WARM, guidance=GREEDY.guidance)
+    mixed = dataclasses.replace(warm, temperature=(0.0, 0.0, 1.2, 1.2))
+    made = generate_images(tokenizer(), var_stages(LARGE, mixed), LABELS, seeds=3)
+    assert same(made.indices[:2], cold.indices[:2]) and not np.array_equal(made.indices[2], cold.indices[2])
+    phases = code_stages(model(LARGE), model(LARGE), 2, GREEDY, warm)
+    assert same(made.indices, generate_images(tokenizer(), phases, LABELS, seeds=3).indices)
+    with pytest.raises(UserError, match="temperature has 3 entries for 4 scales"):
+        generate_images(tokenizer(), var_stages(LARGE, Drawing(temperature=(1.0, 1.0, 1.0))), LABELS)
 
 
 def test_given_parts_stay() -> None:
@@ -207,5 +231,8 @@ def test_what_does_not_fit_is_said() -> None:
     with pytest.raises(UserError, match="guidance must be 0"):
         Drawing(guidance=-1.0)
     side = VQVAE.image_size
-    with pytest.raises(UserError, match=r"the mask must be bool \[8, 8\]"):
+    kept = keep(tokenizer(), np.zeros((1, side, side, 3), np.uint8), np.zeros((side, side), bool))
+    with pytest.raises(UserError, match="kept has 1 images for 2 labels"):
+        generate_images(tokenizer(), stages, [0, 1], kept=kept)
+    with pytest.raises(UserError, match=r"the mask must be bool \[8, 8\] or \[1, 8, 8\]"):
         keep(tokenizer(), np.zeros((1, side, side, 3), np.uint8), np.zeros((3, 3), bool))

@@ -1,0 +1,47 @@
+"""How codes are drawn, as command-line flags: one set for the first model, and where the refiner differs, another."""
+
+import argparse
+import re
+from typing import Any
+
+from decoding.images.scales import Drawing
+
+
+def add_drawing(parser: Any, defaults: Drawing) -> None:
+    """Adds `--guidance`, `--top_k`, `--top_p`, `--temperature`, each with a `--refiner_...` beside it.
+
+    Args:
+      parser: the parser, or a group of its arguments.
+      defaults: what holds where nothing is given.
+    """
+    told = {
+        "guidance": "extra weight of the class at the last scale, growing from 0 at the first",
+        "top_k": "codes kept; 0 means all",
+        "top_p": "probability mass kept of those",
+        "temperature": "of what is left, one for all or comma-separated one per scale; 0 takes the best code",
+    }
+    kinds: dict[str, Any] = {"guidance": float, "top_k": int, "top_p": float, "temperature": _temperature}
+    for name, text in told.items():
+        default = getattr(defaults, name)
+        parser.add_argument(f"--{name}", type=kinds[name], default=default, help=f"{text} ({default})")
+    for name in told:
+        parser.add_argument(f"--refiner_{name}", type=kinds[name], help=f"the same for the refiner (--{name})")
+
+
+def drawings(args: argparse.Namespace, smooth: bool = False) -> tuple[Drawing, Drawing]:
+    """How the first model draws, and how the refiner does.
+
+    Raises:
+      UserError: a value outside its range.
+    """
+    first = Drawing(args.guidance, args.top_k, args.top_p, args.temperature, smooth)
+    own = {name: getattr(args, f"refiner_{name}") for name in ("guidance", "top_k", "top_p", "temperature")}
+    values = [getattr(args, name) if value is None else value for name, value in own.items()]
+    return first, Drawing(*values, smooth)
+
+
+def _temperature(text: str) -> float | tuple[float, ...]:
+    if not re.fullmatch(r"[\d.]+(,[\d.]+)*", text):
+        raise argparse.ArgumentTypeError(f"expected a number, or one per scale separated by commas, got {text!r}")
+    values = tuple(float(part) for part in text.split(","))
+    return values if len(values) > 1 else values[0]
