@@ -71,11 +71,13 @@ def chart(curves: Sequence[Curve], title: str, x: Axis, y: Axis, levels: Sequenc
         marks.append(f'<path class="grid" d="M{_LEFT - 6} {across:.1f}H{WIDTH - _RIGHT + 6}"/>')
         marks.append(_text(_LEFT - 10, across, y.form(tick), "end", "tick"))
     marks += [_text(place(tick, 0)[0], _TOP + high + 16, x.form(tick), "middle", "tick") for tick in x_ticks]
-    for level in levels:
+    for number, level in enumerate(levels):
         across = place(x_low, level.y)[1]
         marks.append(f'<path class="reference" d="M{_LEFT} {across:.1f}H{WIDTH - _RIGHT}"/>')
         label = f"{level.label} {y.form(level.y)}"
-        marks.append(_text(_LEFT + 4, across - 8, label, "start", "tick"))
+        # At both ends in turn, for bounds often lie close together.
+        end = (_LEFT + 4, "start") if number % 2 == 0 else (WIDTH - _RIGHT - 4, "end")
+        marks.append(_text(end[0], across - 8, label, end[1], "tick"))
     for curve in curves:
         marks += _curve(curve, place, x, y)
     marks.append(_text(_LEFT + wide / 2, HEIGHT - 10, x.label, "middle", "tick"))

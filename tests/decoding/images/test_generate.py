@@ -127,6 +127,15 @@ def test_the_cache_is_written_in_place_and_nothing_is_sorted() -> None:
     assert not re.search(r" (sort|custom-call)\(", text), "no sort, and no TopK"
 
 
+def test_a_drafters_cache_ends_with_its_program() -> None:
+    """What a stage leaves behind is the sketch alone; keys and values of N scales would be six times as large."""
+    codes = {name: tokenizer().params[name] for name in ("codebook", "phi")}
+    drafter, _ = compile_stages(VQVAE, codes, code_stages(model(LARGE), model(SMALL), 2, WARM, WARM), 4)
+    left = [leaf.shape for leaf in jax.tree.leaves(drafter.call.out_info)]
+    # f_hat, what the transformer reads at scales 1 and 2, codes of scales 0 and 1.
+    assert left == [(4, 4, 4, 6), (4, 4 + 9, 6), (4, 1), (4, 4)]
+
+
 @pytest.mark.parametrize("drawing", [WARM, Drawing(top_k=3, top_p=1.0), Drawing(top_k=0, top_p=0.6, temperature=0.7)])
 def test_codes_are_drawn_from_the_filtered_distribution(drawing: Drawing) -> None:
     """The filters see scores before the temperature, top-p what top-k left; checked as a distribution."""
