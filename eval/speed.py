@@ -1,6 +1,7 @@
 """How near the machine's limit decoding is, on a named shape with random weights; everything in one interleaved run.
 
     python -m eval.speed [--shape 110m] [--sections SECTION,...] [--drafters NAME,...] [--out FILE.json]
+    python -m eval.speed --sections images [--image_depths 16,8] [--image_batch 2] [--out FILE.json]
 
 Prints and saves, with the terms of `eval/benchmark.py`:
 
@@ -20,7 +21,7 @@ Prints and saves, with the terms of `eval/benchmark.py`:
                          as batch and context grow, and its compilation, or None where it was compiled before
     huggingface          {ms_per_token} of transformers' `generate` on the same shape and prompt length, where torch and
                          transformers are installed, else null
-    images               on request and alone (`--sections images`): see `eval/images/speed.py`
+    images               on request and alone: see `eval/images/speed.py`
     shape, environment   what was measured, and on what
 
 Times are medians over rounds, in milliseconds; `..._min` beside them are minima. With random weights hardly a draft is
@@ -31,6 +32,7 @@ cancel.
 import argparse
 import dataclasses
 import os
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -172,7 +174,7 @@ def run(
     if rounds < 1:
         raise UserError(f"rounds must be at least 1, got {rounds}")
     config = SHAPES[shape]
-    dtype = jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
+    dtype = _dtype()
     progress(f"making the {shape} shape")
     # Joined, as `load_target` hands them to the loop.
     params = jax.jit(lambda key: join_projections(init(config, key, dtype)))(jax.random.key(0))
@@ -189,6 +191,11 @@ def run(
         **growth,
         "environment": describe_environment(),
     }
+
+
+def _dtype() -> Any:
+    """Of everything that is measured: what the backend is fast in."""
+    return jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
 
 
 class _Maker:
@@ -384,6 +391,13 @@ def _check_out(out: Path) -> None:
         raise UserError(f"cannot write {out}: {nearest} is not writable")
 
 
+def _depths(text: str) -> tuple[int, int]:
+    found = re.fullmatch(r"(\d+),(\d+)", text)
+    if found is None:
+        raise argparse.ArgumentTypeError(f"expected two depths, the deeper first, such as 30,16, got {text!r}")
+    return int(found[1]), int(found[2])
+
+
 @exit_on_user_error
 def main(argv: Sequence[str] | None = None) -> None:
     """The command; see the module's docstring."""
@@ -391,6 +405,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--shape", default="110m", help=f"one of {', '.join(SHAPES)} (110m)")
     parser.add_argument("--sections", default=",".join(SECTIONS), help=f"comma-separated, all by default; or {IMAGES}")
     parser.add_argument("--drafters", default=",".join(DRAFTERS), help="comma-separated; all by default")
+    parser.add_argument("--image_depths", type=_depths, default=(16, 8), help="of both VAR models, deeper first (16,8)")
+    parser.add_argument("--image_batch", type=int, default=2, help="images made together (2)")
     parser.add_argument("--rounds", type=int, default=9, help="samples of each timing (9)")
     parser.add_argument("--out", type=Path, help="JSON file to write")
     args = parser.parse_args(argv)
@@ -401,7 +417,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         _check_out(args.out)
     with Progress() as progress:
         if sections == [IMAGES]:
-            results = {"images": run_images(args.rounds, progress=progress), "environment": describe_environment()}
+            shapes = {"depths": args.image_depths, "batch": args.image_batch, "dtype": _dtype()}
+            results = {"images": run_images(args.rounds, **shapes, progress=progress)}
+            results["environment"] = describe_environment()
         else:
             results = run(args.shape, sections, drafters, args.rounds, progress=progress)
     print("\n".join(describe_images(results["images"])) if sections == [IMAGES] else describe(results))

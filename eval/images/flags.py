@@ -1,6 +1,7 @@
 """How codes are drawn, as command-line flags: one set for the first model, and where the refiner differs, another."""
 
 import argparse
+import dataclasses
 import re
 from typing import Any
 
@@ -36,8 +37,8 @@ def drawings(args: argparse.Namespace, smooth: bool = False) -> tuple[Drawing, D
     """
     first = Drawing(args.guidance, args.top_k, args.top_p, args.temperature, smooth)
     own = {name: getattr(args, f"refiner_{name}") for name in ("guidance", "top_k", "top_p", "temperature")}
-    values = [getattr(args, name) if value is None else value for name, value in own.items()]
-    return first, Drawing(*values, smooth)
+    values: dict[str, Any] = {name: value for name, value in own.items() if value is not None}
+    return first, dataclasses.replace(first, **values)
 
 
 def _temperature(text: str) -> float | tuple[float, ...]:

@@ -54,8 +54,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         make_directory(out / "samples")
         requests, shown = _requests(args, len(classes))
         parts = _memory(tokenizer, field, args, progress)
-        made = benchmark(tokenizer, field, requests, out / "samples", progress)
         judge = Judge(extractor, splits[0], args.reference_images, args.batch_size, progress)
+        made = benchmark(tokenizer, field, requests, out / "samples", progress)
         runs, notes = _runs(field, made, parts, judge, requests)
         environment = describe_environment()
         results = {

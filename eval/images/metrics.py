@@ -2,13 +2,14 @@
 
     python -m eval.images.metrics --samples samples.npz --reference VIRTUAL_imagenet256_labeled.npz \
         --weights pt_inception-2015-12-05-6726825d.pth --out metrics.json
-    python -m eval.images.metrics --samples validation.npz --weights FILE --statistics reference.npz
+    python -m eval.images.metrics --samples train.npz --weights FILE --statistics reference.npz --with_images 10000
     python -m eval.images.metrics --samples samples.npz --reference validation.npz --features CLASSIFIER_DIR
 
-Files are those of `eval/images/samples.py`; statistics that a file holds are used as they are. Only with the weights of
-the Inception graph of 2015 do the numbers carry the names above. With another classifier they are called
-`classifier_frechet`, `classifier_score` and so on: they rank models by the same arithmetic, and compare with nothing
-published.
+Files are those of `eval/images/samples.py`; statistics that a file holds are used as they are. Precision and recall
+take images on both sides: like ADM's references, those that the second command makes have some beside their statistics.
+Only with the weights of the Inception graph of 2015 do the numbers carry the names above. With another classifier they
+are called `classifier_frechet`, `classifier_score` and so on: they rank models by the same arithmetic, and compare with
+nothing published.
 """
 
 import argparse
@@ -20,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jaxtyping import Bool, Float, UInt8
+from jaxtyping import Bool, Float
 
 from eval.environment import describe_environment
 from eval.images.features import Extracted, Extractor, extract, load_classifier, load_inception
@@ -187,19 +188,6 @@ class Described:
         return {"source": self.source, "images": shape, "statistics": "read" if self.statistics_read else "computed"}
 
 
-def describe_images(
-    images: UInt8[np.ndarray, "N H W 3"], extractor: Extractor, batch_size: int, source: str = "memory"
-) -> Described:
-    """Runs the network over images in memory.
-
-    Raises:
-      UserError: there are fewer than two.
-    """
-    blocks = (images[start : start + batch_size] for start in range(0, len(images), batch_size))
-    extracted = extract(extractor, blocks, batch_size)
-    return Described(source, images.shape, extracted.statistics, False, extracted)
-
-
 def open_images(path: str | Path, extractor: Extractor) -> ImageFile:
     """Opens a file.
 
@@ -310,11 +298,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     network.add_argument("--weights", help="Inception weights of 2015-12-05, as the torch port has them")
     network.add_argument("--features", help="or a classifier's directory, for metrics of other names")
     parser.add_argument("--statistics", help="write the samples' statistics to this .npz, as a later --reference")
+    parser.add_argument("--with_images", type=int, default=0, help="with so many of the images, evenly spread (0)")
     parser.add_argument("--out", help="write the results to this JSON file")
     parser.add_argument("--batch_size", type=int, default=32, help="images that the network sees together (32)")
     args = parser.parse_args(argv)
     if args.batch_size < 1:
         raise UserError(f"--batch_size must be at least 1, got {args.batch_size}")
+    if args.with_images < 0:
+        raise UserError(f"--with_images must be at least 0, got {args.with_images}")
+    if args.with_images and args.statistics is None:
+        raise UserError(f"--with_images {args.with_images} goes with --statistics, which names the file for them")
     for path in (args.statistics, args.out):
         if path is not None and not Path(path).absolute().parent.is_dir():
             raise UserError(f"cannot write {path}: there is no directory {Path(path).parent}")
@@ -323,6 +316,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     files = [open_images(path, extractor) for path in (args.samples, args.reference) if path is not None]
     if args.reference is None and not len(files[0]):
         raise UserError(f"{args.samples} holds statistics alone: give a --reference to compare them with")
+    if args.with_images and not len(files[0]):
+        raise UserError(f"{args.samples} holds statistics alone: --with_images {args.with_images} has nothing to take")
     with Progress() as progress:
         samples, *others = (describe(file, extractor, args.batch_size, progress) for file in files)
         reference = others[0] if others else None
@@ -330,7 +325,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         results = evaluate(samples, reference, extractor)
     print_table(results)
     if args.statistics is not None:
-        write_statistics(args.statistics, samples.statistics)
+        images = files[0].some(args.with_images) if args.with_images else None
+        write_statistics(args.statistics, samples.statistics, images)
     if args.out is not None:
         environment = describe_environment()
         sides = {"samples": samples.record(), "reference": reference.record() if reference else None}

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 from jaxtyping import UInt8
 
@@ -19,7 +20,7 @@ from decoding.images.generate import Tokenizer
 from eval.images.features import Extractor, extract
 from eval.images.metrics import Described, describe, evaluate, open_images
 from eval.images.pictures import reconstructions
-from eval.images.samples import INCEPTION
+from eval.images.samples import INCEPTION, evenly
 from models.errors import UserError
 from train.images import Images
 
@@ -47,8 +48,10 @@ class Judge:
           progress: told what is being done.
 
         Raises:
-          UserError: there are fewer than two images.
+          UserError: there are fewer than two images, or a classifier that is not Inception has another number of
+            classes than the data.
         """
+        _check_classes(extractor, reference)
         self.extractor, self._batch, self._progress = extractor, batch, progress
         self.chosen = spread(reference, count)
         self._reference = self._described(_blocks(reference, self.chosen, batch), "reference", reference.size)
@@ -95,6 +98,16 @@ class Judge:
         return found
 
 
+def _check_classes(extractor: Extractor, data: Images) -> None:
+    """Before the network runs: agreement compares numbers of classes, which say the same only in the same list."""
+    if extractor.kind == INCEPTION:
+        return
+    image = jax.ShapeDtypeStruct((1, data.size, data.size, 3), np.uint8)
+    known = jax.eval_shape(extractor.apply, extractor.params, image).probabilities.shape[1]
+    if known != len(data.classes):
+        raise UserError(f"the {extractor.kind} knows {known} classes, the data set has {len(data.classes)}")
+
+
 def spread(images: Images, count: int) -> list[int]:
     """Numbers of `count` images of a split, evenly spread, or of all.
 
@@ -103,7 +116,7 @@ def spread(images: Images, count: int) -> list[int]:
     """
     if min(count, len(images)) < 2:
         raise UserError(f"metrics take at least 2 images, got {min(count, len(images))}")
-    return np.linspace(0, len(images), min(count, len(images)), endpoint=False).astype(int).tolist()
+    return evenly(count, len(images))
 
 
 def _blocks(images: Images, chosen: Sequence[int], size: int) -> Blocks:

@@ -22,7 +22,13 @@ from models.errors import UserError
 
 INCEPTION = "inception"  # What statistics that name no network come from.
 _IMAGES = "arr_0"
+_BLOCK = 256  # Images read at a time.
 _STATISTICS = ("mu", "sigma", "mu_s", "sigma_s")
+
+
+def evenly(count: int, total: int) -> list[int]:
+    """`count` of the numbers 0 to `total - 1`, evenly spread, or all if there are fewer."""
+    return np.linspace(0, total, min(count, total), endpoint=False).astype(int).tolist()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,6 +105,14 @@ class ImageFile:
                 if len(content) != count * pixels:
                     raise UserError(f"{self.path} is damaged: {_IMAGES} ends early")
                 yield np.frombuffer(content, np.uint8).reshape(count, *self.shape[1:])
+
+    def some(self, count: int) -> UInt8[np.ndarray, "N H W 3"]:
+        """`count` of the images, evenly spread, or all if there are fewer."""
+        chosen, parts, start = np.array(evenly(count, len(self)), int), [], 0
+        for block in self.blocks(_BLOCK):
+            parts.append(block[chosen[(start <= chosen) & (chosen < start + len(block))] - start])
+            start += len(block)
+        return np.concatenate(parts)
 
     @contextlib.contextmanager
     def _archive(self) -> Iterator[zipfile.ZipFile]:

@@ -1,37 +1,45 @@
 """How near the machine's limit images are made: published shapes, random weights, everything in one interleaved run.
 
-The section `images` of `python -m eval.speed`:
+The section `images` of `python -m eval.speed` (`--image_depths 30,16 --image_batch 64` for the shapes and the batch of
+CoDe's table):
 
-    peak_gflop_per_s   float32 matrix product of 2048 x 2048
+    batch, depths      images made together; of the deep and of the shallow transformer
+    dtype              of the transformers' and the decoder's parameters; the quantiser always has float32
+    peak_gflop_per_s   matrix product of 2048 x 2048 in that dtype
     models             name -> {seconds, images_per_s, gflop, peak_share, compile_seconds, temporary_megabytes}: VAR by
                        a deep and by a shallow transformer, `code-N` by the deep one for N scales and the shallow one
                        for the rest; transformer, guidance, draws and quantiser, without the decoder
     code               N -> {speedup, flop_ratio, speedup_over_flop_ratio}, over VAR by the deep one
-    decoder            {seconds_per_image, end_to_end: name -> images_per_s}
-    torch              the same in PyTorch, where it is installed: name -> {seconds, speedup of ours}; else null
+    decoder            {seconds_per_image, end_to_end: name -> images_per_s}; end to end is timed as a whole
+    torch              the same in PyTorch, where it is installed and computes on the same kind of device: name ->
+                       {seconds, speedup of ours}, without end to end; else null
 
 Seconds are medians over rounds, per batch; `..._min` beside them are minima. What is drawn decides nothing about time.
+On a GPU, XLA_PYTHON_CLIENT_PREALLOCATE=false leaves PyTorch its part of the memory.
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, UInt8
 
 from decoding.images.generate import Stage, Tokenizer, code_stages, decode_pixels
 from decoding.images.scales import Drawing, Sketch
 from eval.images import peer
 from eval.images.programs import compile_stages
 from eval.timing import Part, Timed, Timing, measure
+from models.errors import UserError
 from models.images import var, vqvae
-from models.images.config import SCHEDULES, VARConfig, VQVAEConfig, scale_starts
+from models.images.config import VARConfig, VQVAEConfig, scale_starts
+from models.transformer import Params
 
 PEAK_SIDE = 2048
 DRAFT_SCALES = (8, 6)
-SCHEDULE = SCHEDULES["256"]
+WHOLE = "end to end"  # What the parts are called that go from classes to pixels.
 
 
 def var_shape(depth: int, tokenizer: VQVAEConfig) -> VARConfig:
@@ -77,19 +85,42 @@ class Made:
         self.compile_seconds = sum(program.seconds for program in self._programs)
         memories = [program.call.memory_analysis() for program in self._programs]
         self.temporary_bytes = max(memory.temp_size_in_bytes for memory in memories)
-        labels = jnp.arange(batch, dtype=jnp.int32)
+        labels = jnp.arange(batch, dtype=jnp.int32) % stages[0].config.num_classes
         self._given = [
             jax.tree.leaves((codes, stage.params, labels, program.draws))
             for stage, program in zip(stages, self._programs, strict=True)
         ]
         self._empty = jax.tree.leaves(Sketch.empty(tokenizer, batch))
 
-    def sample(self) -> float:
-        """Seconds per batch."""
-        started, sketch = time.perf_counter(), self._empty
+    def run(self) -> list[Array]:
+        """Makes the batch and returns the leaves of its sketch, f_hat first, which may not be computed yet."""
+        sketch = self._empty
         for program, given in zip(self._programs, self._given, strict=True):
             sketch = program.call([*given, *sketch])
-        jax.block_until_ready(sketch)
+        return sketch
+
+    def sample(self) -> float:
+        """Seconds per batch."""
+        started = time.perf_counter()
+        jax.block_until_ready(self.run())
+        return time.perf_counter() - started
+
+
+class Whole:
+    """Stages and then the decoder, from classes to pixels as `generate_images` goes, ready to be timed."""
+
+    def __init__(self, tokenizer: Tokenizer, made: Made):
+        """`made`: the stages."""
+        self._tokenizer, self._made = tokenizer, made
+
+    def pixels(self) -> UInt8[np.ndarray, "B H W 3"]:
+        """The batch."""
+        return decode_pixels(self._tokenizer, np.asarray(self._made.run()[0]))
+
+    def sample(self) -> float:
+        """Seconds per batch."""
+        started = time.perf_counter()
+        self.pixels()
         return time.perf_counter() - started
 
 
@@ -116,6 +147,7 @@ def run_images(
     tokenizer: VQVAEConfig = VQVAEConfig(),
     draft_scales: tuple[int, ...] = DRAFT_SCALES,
     batch: int = 2,
+    dtype: Any = jnp.float32,
     with_torch: bool = True,
     progress: Callable[[str], None] = lambda line: None,
 ) -> dict[str, Any]:
@@ -127,42 +159,86 @@ def run_images(
       tokenizer: shape of the VQ-VAE.
       draft_scales: of collaborative decoding.
       batch: images, each with and without its class.
-      with_torch: time PyTorch too, where it is installed.
+      dtype: of the transformers' and the decoder's parameters.
+      with_torch: time PyTorch too, where it is installed for the same kind of device.
       progress: told what is being done.
+
+    Raises:
+      UserError: rounds, depths or batch are below 1, or the first depth is not the larger one.
     """
+    for name, value in (("rounds", rounds), ("the batch of images", batch)):
+        if value < 1:
+            raise UserError(f"{name} must be at least 1, got {value}")
+    if not depths[0] > depths[1] >= 1:
+        raise UserError(f"image depths must be two numbers of 1 or more, the larger first, got {depths}")
     progress("making the models")
-    drawing = Drawing()
-    vae = Tokenizer(tokenizer, vqvae.init(tokenizer, jax.random.key(0)))
-    models = [
-        (config, var.init(config, jax.random.key(depth)))
+    vae = _vae(tokenizer, dtype)
+    models = {
+        depth: (config, var.init(config, jax.random.key(depth), dtype))
         for depth in depths
         for config in [var_shape(depth, tokenizer)]
-    ]
-    deep, shallow = models
-    stages = {
-        f"var-d{depth}": [Stage(*model, tokenizer.num_scales, drawing)]
-        for depth, model in zip(depths, models, strict=True)
     }
-    stages |= {f"code-{n}": code_stages(deep, shallow, n, drawing, drawing) for n in draft_scales}
-    codes = {name: vae.params[name] for name in ("codebook", "phi")}
+    stages = _stages(models, draft_scales)
+    parts: dict[str, Timed] = {"peak": peak_part(dtype)}
     made = {}
     for name, turn in stages.items():
         progress(f"compiling {name}")
-        made[name] = Made(tokenizer, codes, turn, batch)
-    square = jnp.ones((PEAK_SIDE, PEAK_SIDE))
-    parts: dict[str, Timed] = {"peak": Part.of(lambda fixed, varying: varying @ fixed, square, square), **made}
+        made[name] = Made(tokenizer, _codes(vae), turn, batch)
+        parts |= {name: made[name], f"{name} {WHOLE}": Whole(vae, made[name])}
     parts["decoder"] = Decoded(vae, batch)
-    torched = with_torch and peer.is_installed()
-    if torched:
-        for depth, (config, _) in zip(depths, models, strict=True):
-            parts[f"torch var-d{depth}"] = peer.TorchVAR(tokenizer, config, batch, drawing)
-        parts["torch decoder"] = peer.TorchDecoder(tokenizer, batch)
+    if with_torch:
+        parts |= _torch_parts(vae, stages, batch, dtype)
     timings = measure(parts, rounds, progress)
-    return _summarise(stages, made, timings, batch, torched)
+    head = {"batch": batch, "depths": list(depths), "dtype": jnp.dtype(dtype).name}
+    return {**head, **_summarise(stages, made, timings, batch)}
+
+
+def peak_part(dtype: Any) -> Part:
+    """The matrix product whose rate others are measured by."""
+    square = jnp.ones((PEAK_SIDE, PEAK_SIDE), dtype)
+    return Part.of(lambda fixed, varying: varying @ fixed, square, square)
+
+
+def _vae(config: VQVAEConfig, dtype: Any) -> Tokenizer:
+    """The decoder in `dtype`; the quantiser, which never runs below float32, is not narrowed."""
+    params = vqvae.init(config, jax.random.key(0))
+    narrow = {name: jax.tree.map(lambda leaf: leaf.astype(dtype), params[name]) for name in ("decoder", "post_quant")}
+    return Tokenizer(config, {**params, **narrow})
+
+
+def _codes(tokenizer: Tokenizer) -> Params:
+    return {name: tokenizer.params[name] for name in ("codebook", "phi")}
+
+
+def _stages(models: dict[int, tuple[VARConfig, Params]], draft_scales: Sequence[int]) -> dict[str, list[Stage]]:
+    """Everybody by name: VAR by each depth, and the two together."""
+    drawing = Drawing()
+    alone = {f"var-d{depth}": [Stage(*model, model[0].num_scales, drawing)] for depth, model in models.items()}
+    deep, shallow = models.values()
+    return alone | {f"code-{n}": code_stages(deep, shallow, n, drawing, drawing) for n in draft_scales}
+
+
+def _torch_parts(tokenizer: Tokenizer, stages: dict[str, list[Stage]], batch: int, dtype: Any) -> dict[str, Timed]:
+    """The same in PyTorch by the same names, nothing where it is missing or lacks our kind of device."""
+    where = peer.device()
+    if where is None:
+        return {}
+    config, codes = tokenizer.config, _codes(tokenizer)
+    copies = {
+        stage.config: peer.TorchVAR(config, codes, stage.config, stage.params, where)
+        for turn in stages.values()
+        if len(turn) == 1
+        for stage in turn
+    }
+    parts: dict[str, Timed] = {
+        f"torch {name}": peer.TorchImages([(copies[stage.config], stage.last) for stage in turn], Drawing(), batch)
+        for name, turn in stages.items()
+    }
+    return parts | {"torch decoder": peer.TorchDecoder(config, batch, where, jnp.dtype(dtype).name)}
 
 
 def _summarise(
-    stages: dict[str, list[Stage]], made: dict[str, Made], timings: dict[str, Timing], batch: int, torched: bool
+    stages: dict[str, list[Stage]], made: dict[str, Made], timings: dict[str, Timing], batch: int
 ) -> dict[str, Any]:
     seconds = {name: timing.median / 1e3 for name, timing in timings.items()}
     peak = 2 * PEAK_SIDE**3 / seconds["peak"] / 1e9
@@ -195,21 +271,21 @@ def _summarise(
         if f"torch {name}" in seconds
     }
     return {
-        "batch": batch,
         "peak_gflop_per_s": peak,
         "models": models,
         "code": code,
         "decoder": {
             "seconds_per_image": seconds["decoder"] / batch,
-            "end_to_end": {name: batch / (seconds[name] + seconds["decoder"]) for name in models},
+            "end_to_end": {name: batch / seconds[f"{name} {WHOLE}"] for name in models},
         },
-        "torch": torch if torched else None,
+        "torch": torch or None,
     }
 
 
 def describe(results: dict[str, Any]) -> list[str]:
     """The results as lines for a terminal."""
-    lines = [f"matrix products    {results['peak_gflop_per_s']:.0f} GFLOP/s; images in batches of {results['batch']}"]
+    batches = f"images in batches of {results['batch']}"
+    lines = [f"matrix products    {results['peak_gflop_per_s']:.0f} GFLOP/s in {results['dtype']}; {batches}"]
     for name, entry in results["models"].items():
         whole = results["decoder"]["end_to_end"][name]
         lines.append(
@@ -222,6 +298,8 @@ def describe(results: dict[str, Any]) -> list[str]:
             f"{entry['speedup_over_flop_ratio']:.0%} of that"
         )
     lines.append(f"decoder            {results['decoder']['seconds_per_image']:.2f} s an image")
+    if results["torch"] is None:
+        lines.append("torch              not installed, or not for this kind of device")
     for name, entry in (results["torch"] or {}).items():
         lines.append(f"{'torch ' + name:<18} {entry['seconds']:.2f} s: ours is {entry['speedup']:.2f}x as fast")
     return lines

@@ -4,6 +4,7 @@ import json
 import pathlib
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -101,7 +102,15 @@ def test_default_shape_has_110_million_parameters() -> None:
 
 @pytest.mark.parametrize(
     ("arguments", "complaint"),
-    [(["--shape", "9t"], "no shape"), (["--sections", "rows,speed"], "no section"), (["--rounds", "0"], "rounds")],
+    [
+        (["--shape", "9t"], "no shape"),
+        (["--sections", "rows,speed"], "no section"),
+        (["--rounds", "0"], "rounds"),
+        (["--sections", "images", "--rounds", "0"], "rounds must be at least 1"),
+        (["--sections", "images", "--image_batch", "0"], "batch of images must be at least 1, got 0"),
+        (["--sections", "images", "--image_depths", "16,30"], "the larger first, got (16, 30)"),
+        (["--sections", "images", "--image_depths", "16"], "expected two depths, the deeper first, such as 30,16"),
+    ],
 )
 def test_bad_arguments(arguments: list[str], complaint: str, capsys) -> None:
     with pytest.raises(SystemExit) as stopped:
@@ -136,6 +145,26 @@ def test_missing_peer_is_said_and_null(monkeypatch: pytest.MonkeyPatch, tmp_path
     saved = json.loads((tmp_path / "a" / "x.json").read_text())
     assert saved["huggingface"] is None and "environment" in saved
     assert "not installed" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "depths", "batch"),
+    [([], (16, 8), 2), (["--image_depths", "30,16", "--image_batch", "64"], (30, 16), 64)],
+)
+@pytest.mark.parametrize(("backend", "dtype"), [("cpu", jnp.float32), ("gpu", jnp.bfloat16)])
+def test_images_of_the_shapes_and_in_the_dtype_asked_for(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path, capsys, arguments, depths, batch, backend, dtype
+) -> None:
+    """As with texts, what is no CPU computes in bfloat16."""
+    seen: list = []
+    monkeypatch.setattr(speed, "run_images", lambda *given, progress, **options: seen.append((given, options)) or {})
+    monkeypatch.setattr(speed, "describe_images", lambda results: ["described"])
+    monkeypatch.setattr(speed, "describe_environment", dict)
+    monkeypatch.setattr(speed.jax, "default_backend", lambda: backend)
+    speed.main(["--sections", "images", "--rounds", "3", *arguments, "--out", str(tmp_path / "x.json")])
+    assert seen == [((3,), {"depths": depths, "batch": batch, "dtype": dtype})]
+    assert "described" in capsys.readouterr().out
+    assert json.loads((tmp_path / "x.json").read_text()) == {"images": {}, "environment": {}}
 
 
 @pytest.mark.parity

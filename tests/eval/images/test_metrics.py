@@ -218,9 +218,29 @@ def test_inception_carries_the_names_of_the_field(tmp_path: pathlib.Path) -> Non
     assert list(results["metrics"]) == ["fid", "sfid", "inception_score", "precision", "recall"]
     assert results["metrics"]["fid"] == pytest.approx(0, abs=1e-6) and results["metrics"]["precision"] == 1
     assert list(metrics.evaluate(side, None, INCEPTION_LIKE)["metrics"]) == ["inception_score"]
-    in_memory = metrics.describe_images(images(30, 1), INCEPTION_LIKE, 8)
-    assert metrics.evaluate(in_memory, in_memory, INCEPTION_LIKE) == results
-    assert in_memory.record() == {"source": "memory", "images": [30, 2, 2, 3], "statistics": "computed"}
+    assert side.record() == {"source": str(tmp_path / "a.npz"), "images": [30, 2, 2, 3], "statistics": "computed"}
+
+
+def test_a_reference_of_ours_serves_precision_and_recall(toy_directory: pathlib.Path) -> None:
+    """Statistics of all images beside some of them, as ADM's files have it."""
+    folder, train = toy_directory.parent, images(700, 2, low=60)
+    write_images(folder / "a.npz", images(30, 1))
+    write_images(folder / "train.npz", train)
+    network = ["--features", str(toy_directory), "--batch_size", "8"]
+    kept = ["--statistics", str(folder / "r.npz"), "--with_images", "50"]
+    metrics.main(["--samples", str(folder / "train.npz"), *network, *kept])
+    with np.load(folder / "r.npz") as file:
+        assert set(file) == {"arr_0", "mu", "sigma", "mu_s", "sigma_s", "network"}
+        np.testing.assert_array_equal(file["arr_0"], train[::14])
+        mean = np.asarray(apply(PARAMS, jnp.asarray(train)).features, float).mean(axis=0)
+        np.testing.assert_allclose(file["mu"], mean, rtol=1e-5)
+    common = ["--samples", str(folder / "a.npz"), *network, "--reference"]
+    metrics.main([*common, str(folder / "r.npz"), "--out", str(folder / "m.json")])
+    found = json.loads((folder / "m.json").read_text())
+    sides = [np.asarray(apply(PARAMS, jnp.asarray(x)).features) for x in (images(30, 1), train[::14])]
+    names = ("classifier_precision", "classifier_recall")
+    assert [found["metrics"][name] for name in names] == pytest.approx(precision_recall(*sides))
+    assert found["reference"] == {"source": str(folder / "r.npz"), "images": [50, 2, 2, 3], "statistics": "read"}
 
 
 def test_few_images_and_other_sizes_are_noted(tmp_path: pathlib.Path) -> None:
@@ -254,3 +274,9 @@ def test_command_refuses_in_one_sentence(toy_directory: pathlib.Path, capsys: py
     assert "there is no file" in complaint([*toy, "--reference", str(folder / "none.npz")], capsys)
     assert "there is no directory" in complaint([*toy, "--out", str(folder / "none" / "m.json")], capsys)
     assert "--batch_size must be at least 1" in complaint([*toy, "--batch_size", "0"], capsys)
+    assert "--with_images must be at least 0, got -1" in complaint([*toy, "--with_images", "-1"], capsys)
+    assert "--with_images 5 goes with --statistics" in complaint([*toy, "--with_images", "5"], capsys)
+    statistics, again = str(folder / "s.npz"), str(folder / "t.npz")
+    metrics.main([*toy, "--statistics", statistics])
+    without = ["--samples", statistics, *toy[2:], "--reference", str(folder / "a.npz"), "--statistics", again]
+    assert "--with_images 5 has nothing to take" in complaint([*without, "--with_images", "5"], capsys)

@@ -5,6 +5,7 @@ import pathlib
 import numpy as np
 import pytest
 
+from eval.images import samples
 from eval.images.samples import Gaussian, ImageFile, Statistics, write_images, write_statistics
 from models.errors import UserError
 
@@ -25,6 +26,14 @@ def test_images_come_back_in_blocks(tmp_path: pathlib.Path) -> None:
     np.testing.assert_array_equal(np.concatenate(blocks), IMAGES)
     np.testing.assert_array_equal(np.load(tmp_path / "a.npz")["arr_0"], IMAGES)
     assert [path.name for path in tmp_path.iterdir()] == ["a.npz"]
+
+
+def test_some_are_evenly_spread(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(samples, "_BLOCK", 2)
+    write_images(tmp_path / "a.npz", IMAGES)
+    file = ImageFile(tmp_path / "a.npz")
+    for count, chosen in ((1, [0]), (2, [0, 3]), (3, [0, 2, 4]), (9, range(7))):
+        np.testing.assert_array_equal(file.some(count), IMAGES[list(chosen)])
 
 
 def test_compressed_files_are_read(tmp_path: pathlib.Path) -> None:

@@ -1,12 +1,28 @@
-"""The images section: counted operations against the published ratios, and a run on tiny shapes."""
+"""The images section: counted operations against the published ratios, a run on tiny shapes, the peer against ours."""
 
+import dataclasses
+import json
+import sys
+import types
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
 
+from decoding.images import generate
+from decoding.images.generate import Stage, Tokenizer, code_stages, generate_images
 from decoding.images.scales import Drawing
 from eval.images import peer, speed
-from models.images.config import SCHEDULES, VARConfig, VQVAEConfig
+from eval.timing import Timing
+from models.errors import UserError
+from models.images import quantiser
+from models.images.config import VARConfig, VQVAEConfig
+from tests import image_reference as reference
 
 TINY = VQVAEConfig(vocab_size=16, latent_channels=4, width=32, multipliers=(1, 1), blocks=1, scales=(1, 2, 3, 4))
+LEAST = dataclasses.replace(TINY, scales=(1, 2))
 FULL = VQVAEConfig()
 
 
@@ -35,33 +51,176 @@ def test_operations_by_hand() -> None:
 
 @pytest.fixture(scope="module")
 def results() -> dict:
-    return speed.run_images(1, depths=(2, 1), tokenizer=TINY, draft_scales=(2,), with_torch=False)
+    return speed.run_images(1, depths=(2, 1), tokenizer=LEAST, draft_scales=(1,), with_torch=False)
 
 
 def test_keys(results: dict) -> None:
-    assert set(results["models"]) == {"var-d2", "var-d1", "code-2"} and set(results["code"]) == {"2"}
-    entry = results["models"]["code-2"]
+    assert set(results["models"]) == {"var-d2", "var-d1", "code-1"} and set(results["code"]) == {"1"}
+    assert (results["batch"], results["depths"], results["dtype"]) == (2, [2, 1], "float32")
+    entry = results["models"]["code-1"]
     assert entry["peak_share"] == pytest.approx(entry["gflop"] / entry["seconds"] / results["peak_gflop_per_s"])
     assert entry["images_per_s"] == pytest.approx(results["batch"] / entry["seconds"])
-    code = results["code"]["2"]
+    code = results["code"]["1"]
     assert code["speedup_over_flop_ratio"] == pytest.approx(code["speedup"] / code["flop_ratio"])
     assert results["torch"] is None
+    json.dumps(results, allow_nan=False)
 
 
 def test_description(results: dict) -> None:
     text = "\n".join(speed.describe(results))
-    for word in ("matrix products", "var-d2", "CoDe, N = 2", "decoder"):
+    for word in ("matrix products", "in float32", "var-d2", "CoDe, N = 1", "decoder", "not installed, or not for this"):
         assert word in text
     torch = {"var-d2": {"seconds": 1.0, "speedup": 3.0}}
     assert "ours is 3.00x as fast" in "\n".join(speed.describe({**results, "torch": torch}))
 
 
+@pytest.fixture
+def parts(monkeypatch: pytest.MonkeyPatch) -> dict:
+    """Fills up with what `run_images` would time; part i takes 1000 i ms, the first one 1000."""
+    seen: dict = {}
+
+    def fake(parts, rounds, progress):
+        seen.update(parts)
+        return {name: Timing(1e3 * number, 1e3) for number, name in enumerate(parts, start=1)}
+
+    monkeypatch.setattr(speed, "measure", fake)
+    return seen
+
+
+def dtypes(tree) -> set[str]:
+    return {leaf.dtype.name for leaf in jax.tree.leaves(tree)}
+
+
+def test_dtype_is_that_of_transformers_decoder_and_products(parts: dict) -> None:
+    options = {"tokenizer": LEAST, "draft_scales": (1,), "with_torch": False}
+    found = speed.run_images(1, depths=(2, 1), batch=3, dtype=jnp.bfloat16, **options)
+    assert (found["batch"], found["depths"], found["dtype"]) == (3, [2, 1], "bfloat16")
+    assert dtypes(parts["peak"]._fixed) == {"bfloat16"}
+    tokenizer = parts["var-d2 end to end"]._tokenizer
+    assert dtypes([tokenizer.params[name] for name in ("decoder", "post_quant")]) == {"bfloat16"}
+    assert dtypes([tokenizer.params[name] for name in ("codebook", "phi")]) == {"float32"}
+    for name, programs in (("var-d2", 1), ("code-1", 2)):
+        matrices = [leaf for leaves in parts[name]._given for leaf in leaves if leaf.ndim == 2 and leaf.size >= 64]
+        # Beside those of the transformers there is only the codebook, once for each program.
+        assert sum(leaf.dtype == jnp.float32 for leaf in matrices) == programs and len(matrices) > 5 * programs
+        f_hat = parts[name].run()[0]
+        assert f_hat.dtype == jnp.float32 and f_hat.shape == (3, 2, 2, 4)
+    assert parts["var-d2 end to end"].pixels().shape == (3, 4, 4, 3)
+
+
+def test_end_to_end_is_timed_as_a_whole(parts: dict) -> None:
+    found = speed.run_images(1, depths=(2, 1), tokenizer=LEAST, draft_scales=(1,), with_torch=False)
+    names = ["var-d2", "var-d1", "code-1"]
+    wholes = [f"{name} end to end" for name in names]
+    assert list(parts) == ["peak", *(part for pair in zip(names, wholes, strict=True) for part in pair), "decoder"]
+    assert found["decoder"]["end_to_end"] == {"var-d2": 2 / 3, "var-d1": 2 / 5, "code-1": 2 / 7}
+    assert found["decoder"]["seconds_per_image"] == 4
+
+
+def test_whole_makes_what_generation_makes(monkeypatch: pytest.MonkeyPatch) -> None:
+    vae, stages = in_jax(LEAST, 1, Drawing(top_k=5))
+    made = speed.Made(LEAST, {name: vae.params[name] for name in ("codebook", "phi")}, stages, 6)
+    calls: list[int] = []
+    once = generate.pixels_of
+    monkeypatch.setattr(generate, "pixels_of", lambda *given: (calls.append(len(given[2])), once(*given))[1])
+    whole = speed.Whole(vae, made)
+    wanted = generate_images(vae, stages, range(6)).pixels
+    calls.clear()
+    np.testing.assert_array_equal(whole.pixels(), wanted)
+    assert calls == [generate.DECODED_AT_ONCE] * 2
+    assert whole.sample() > 0 and len(calls) == 4
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"rounds": 0}, "rounds must be at least 1, got 0"),
+        ({"batch": 0}, "the batch of images must be at least 1, got 0"),
+        ({"depths": (8, 16)}, r"image depths must be two numbers of 1 or more, the larger first, got \(8, 16\)"),
+        ({"depths": (8, 8)}, "the larger first"),
+        ({"depths": (8, 0)}, "of 1 or more"),
+    ],
+)
+def test_what_cannot_be_measured(options: dict, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        speed.run_images(**{"rounds": 1, **options})
+
+
+def test_torch_is_left_out_where_it_lacks_our_device(monkeypatch: pytest.MonkeyPatch, parts: dict) -> None:
+    fake = types.ModuleType("torch")
+    fake.cuda = types.SimpleNamespace(is_available=lambda: False)  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "torch", fake)
+    monkeypatch.setattr(peer.importlib.util, "find_spec", lambda name: fake)
+    monkeypatch.setattr(peer.jax, "default_backend", lambda: "gpu")
+    assert peer.device() is None
+    found = speed.run_images(1, depths=(2, 1), tokenizer=LEAST, draft_scales=(1,))
+    assert found["torch"] is None and not any("torch" in name for name in parts)
+    fake.cuda.is_available = lambda: True
+    assert peer.device() == "cuda"
+    monkeypatch.setattr(peer.jax, "default_backend", lambda: "tpu")
+    assert peer.device() is None
+    monkeypatch.setattr(peer.jax, "default_backend", lambda: "cpu")
+    assert peer.device() == "cpu"
+    monkeypatch.setattr(peer.importlib.util, "find_spec", lambda name: None)
+    assert peer.device() is None
+
+
+def in_jax(tokenizer: VQVAEConfig, n: int, drawing: Drawing, dtype="float32") -> tuple[Tokenizer, list[Stage]]:
+    """Models with every tensor drawn, the transformers in `dtype`: CoDe with N = n, or VAR if that is 0."""
+    at_least = jnp.promote_types(dtype, jnp.float32)
+    params = jax.tree.map(lambda leaf: jnp.asarray(leaf, at_least), reference.random_vqvae(tokenizer))
+    models = []
+    for width in (16, 8):
+        # Two layers, for what a prefix is masked from shows in the second.
+        config = VARConfig(2, width, 2, 12, vocab_size=16, latent_channels=4, scales=tokenizer.scales)
+        host = reference.random_var(config, seed=width)
+        models.append((config, jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.dtype(dtype)), host)))
+    alone = [Stage(*models[0], tokenizer.num_scales, drawing)]
+    return Tokenizer(tokenizer, params), code_stages(*models, n, drawing, drawing) if n else alone
+
+
+def in_torch(vae: Tokenizer, stages: Sequence[Stage], batch: int, where: str = "cpu") -> peer.TorchImages:
+    turn = [(peer.TorchVAR(vae.config, vae.params, stage.config, stage.params, where), stage.last) for stage in stages]
+    assert isinstance(stages[0].drawing, Drawing)
+    return peer.TorchImages(turn, stages[0].drawing, batch)
+
+
 @pytest.mark.parity
-def test_the_peer_runs_the_same_shapes() -> None:
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("n", [0, 1, 2])
+def test_the_peer_does_the_same_work(n: int) -> None:
+    """Greedy, in float64: every code, what the transformers read, and f_hat; VAR, and CoDe at every N."""
+    pytest.importorskip("torch")
+    tokenizer = dataclasses.replace(TINY, scales=(1, 2, 3))
+    vae, stages = in_jax(tokenizer, n, Drawing(top_k=1), "float64")
+    ours = generate_images(vae, stages, range(12))
+    f_hat, read, indices = in_torch(vae, stages, 12).make()
+    assert len({tuple(row) for row in np.concatenate(ours.indices, axis=1)}) == 12
+    for mine, theirs in zip(ours.indices, indices, strict=True):
+        np.testing.assert_array_equal(mine, theirs)
+    np.testing.assert_allclose(f_hat.permute(0, 2, 3, 1), ours.f_hat, atol=1e-10)
+    wanted = quantiser.teacher_inputs(tokenizer, vae.params, [jnp.asarray(index) for index in ours.indices])
+    np.testing.assert_allclose(read, wanted, atol=1e-10)
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_peer_runs_on_one_device_and_in_our_dtype(dtype: str) -> None:
     torch = pytest.importorskip("torch")
-    config = VARConfig(2, 16, 2, 3, vocab_size=16, latent_channels=4, scales=TINY.scales)
-    model = peer.TorchVAR(TINY, config, 2, Drawing(top_k=3))
-    with torch.inference_mode():
-        assert model._generate().shape == (2, 4, 4, 4)
-    assert model.sample() > 0 and peer.TorchDecoder(TINY, 1).sample() > 0
-    assert SCHEDULES["256"] == FULL.scales
+    vae, stages = in_jax(TINY, 2, Drawing(top_k=3), dtype)
+    for where in ("cpu", "meta"):
+        # On `meta`, which computes nothing, a tensor of another device would be refused.
+        f_hat, _, _ = in_torch(vae, stages, 2, where).make()
+        assert f_hat.shape == (2, 4, 4, 4) and f_hat.dtype == torch.float32 and f_hat.device.type == where
+    assert in_torch(vae, stages, 2)._stages[0][0]._layers[0]["qkv"][0].dtype == getattr(torch, dtype)
+    decoder = peer.TorchDecoder(TINY, 1, "cpu", dtype)
+    assert decoder.sample() > 0 and {p.dtype for p in decoder._decoder.parameters()} == {getattr(torch, dtype)}
+
+
+@pytest.mark.parity
+def test_everybody_is_timed_in_torch_too() -> None:
+    pytest.importorskip("torch")
+    found = speed.run_images(1, depths=(2, 1), tokenizer=LEAST, draft_scales=(1,))
+    assert set(found["torch"]) == {"var-d2", "var-d1", "code-1", "decoder"}
+    entry = found["torch"]["code-1"]
+    assert entry["speedup"] == pytest.approx(entry["seconds"] / found["models"]["code-1"]["seconds"])
