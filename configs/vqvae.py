@@ -3,10 +3,13 @@ r"""Trains a multi-scale VQ-VAE, whose codes a VAR transformer will write.
     python -m scripts.build_dataset --images FOLDER --size 256 --valid_fraction 0.01 --out data/imagenet256
     python -m train.main --config=configs/vqvae.py --workdir=runs/vqvae
 
-The published network, 109M parameters for 256 pixels, under the one recipe that its authors have released (that of a
-single-scale relative): 250 epochs of ImageNet at batch 768. Expected time: days on eight accelerators. Expected result:
-a VQ-VAE directory, runs/vqvae/vqvae. For sharper images give it Inception's features to compare (the published loss has
-VGG's): `--config.objective.perceptual.net=inception --config.objective.perceptual.weights=FILE`.
+The published network, 109M parameters for 256 pixels, with the numbers of the one recipe that its authors have released
+(that of a single-scale relative): 250 epochs of ImageNet at batch 768. That recipe's discriminator reads features of a
+frozen DINO, with augmentation and a consistency loss, and it has dropout of 0.05 and LPIPS on VGG's features; here the
+discriminator is a convolutional one of patches that learns all it knows, there is no dropout, no perceptual loss unless
+asked for, and images are the centre crops of the data set. Expected time: days on eight accelerators. Expected result:
+a VQ-VAE directory, runs/vqvae/vqvae. For sharper images give it Inception's features to compare:
+`--config.objective.perceptual.net=inception --config.objective.perceptual.weights=FILE`.
 
 `configs/vqvae.py:glyphs` is the tokenizer of `scripts/quickstart.sh images`: 1M parameters, about 4 min on two CPU
 cores; expect readable glyphs.

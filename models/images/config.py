@@ -92,7 +92,7 @@ class VARConfig:
       num_classes: labels 0 to num_classes - 1; one more row of the class embedding stands for none.
       vocab_size: V, codes of the tokenizer.
       latent_channels: of the features that the tokenizer feeds in.
-      scales: sides of the maps of codes.
+      scales: sides of the maps of codes; the first is 1, because the class begins the sequence as one row.
       shared_modulation: one map from the class to scales, shifts and gates serves all blocks, which add offsets of
         their own (the published 512-pixel model), instead of a map per block.
       mlp_ratio: width of the MLP over C.
@@ -111,6 +111,7 @@ class VARConfig:
     def __post_init__(self):
         sizes = ("depth", "width", "num_heads", "num_classes", "vocab_size", "latent_channels", "mlp_ratio")
         _check(self, sizes)
+        require(self.scales[0] == 1, "scales of a VAR must begin with 1, for its start is one row", list(self.scales))
         require(
             self.width % self.num_heads == 0, f"width ({self.width}) must be a multiple of num_heads", self.num_heads
         )

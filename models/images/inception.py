@@ -193,30 +193,58 @@ class BlockE(nn.Module):
         return jnp.concatenate(branches, axis=-1)
 
 
+def _maps(x: Array) -> dict[str, Array]:
+    """What every convolution and block puts out, in order, by name; of the blocks C also their 1x1 branch."""
+    maps: dict[str, Array] = {}
+
+    def run(module: nn.Module, x: Array) -> Array:
+        maps[str(module.name)] = module(x)
+        return maps[str(module.name)]
+
+    x = run(Unit(32, (3, 3), 2, "VALID", name="Conv2d_1a_3x3"), x)
+    x = run(Unit(32, (3, 3), 1, "VALID", name="Conv2d_2a_3x3"), x)
+    x = run(Unit(64, (3, 3), name="Conv2d_2b_3x3"), x)
+    x = run(Unit(80, name="Conv2d_3b_1x1"), _halved(x))
+    x = run(Unit(192, (3, 3), 1, "VALID", name="Conv2d_4a_3x3"), x)
+    x = _halved(x)
+    for letter, pool_channels in zip("bcd", (32, 64, 64), strict=True):
+        x = run(BlockA(pool_channels, name=f"Mixed_5{letter}"), x)
+    x = run(BlockB(name="Mixed_6a"), x)
+    for letter, inner in zip("bcde", (128, 160, 160, 192), strict=True):
+        name = f"Mixed_6{letter}"
+        maps[name], maps[f"{name}/branch1x1"] = BlockC(inner, name=name)(x)
+        x = maps[name]
+    x = run(BlockD(name="Mixed_7a"), x)
+    x = run(BlockE(False, name="Mixed_7b"), x)
+    run(BlockE(True, name="Mixed_7c"), x)
+    return maps
+
+
 class Inception(nn.Module):
     """The graph from resized, normalised images on; any side of 75 or more will do, 299 is what it was made for."""
 
     @nn.compact
     def __call__(self, x: Float[Array, "B H W 3"]) -> InceptionFeatures:
-        valid = ((3, 3), 1, "VALID")
-        x = _branch(
-            x, ("Conv2d_1a_3x3", 32, (3, 3), 2, "VALID"), ("Conv2d_2a_3x3", 32, *valid), ("Conv2d_2b_3x3", 64, (3, 3))
-        )
-        x = _branch(_halved(x), ("Conv2d_3b_1x1", 80), ("Conv2d_4a_3x3", 192, *valid))
-        x = _halved(x)
-        for letter, pool_channels in zip("bcd", (32, 64, 64), strict=True):
-            x = BlockA(pool_channels, name=f"Mixed_5{letter}")(x)
-        x = BlockB(name="Mixed_6a")(x)
-        first_branches = {}
-        for letter, inner in zip("bcde", (128, 160, 160, 192), strict=True):
-            x, first_branches[letter] = BlockC(inner, name=f"Mixed_6{letter}")(x)
-        x = BlockD(name="Mixed_7a")(x)
-        x = BlockE(False, name="Mixed_7b")(x)
-        x = BlockE(True, name="Mixed_7c")(x)
-        pool = jnp.mean(x, axis=(1, 2))
-        spatial = first_branches["d"][..., :SPATIAL_CHANNELS]
+        maps = _maps(x)
+        pool = jnp.mean(maps["Mixed_7c"], axis=(1, 2))
+        spatial = maps["Mixed_6d/branch1x1"][..., :SPATIAL_CHANNELS]
         head = nn.Dense(CLASSES, use_bias=False, precision=jax.lax.Precision.HIGHEST, name="fc")
         return InceptionFeatures(pool, spatial.reshape(len(x), -1), head(pool))
+
+
+class InceptionMaps(nn.Module):
+    """The same graph with the same parameters, tapped on its way.
+
+    Attributes:
+      taps: names of the convolutions and blocks whose outputs are returned, in that order.
+    """
+
+    taps: tuple[str, ...]
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B H W 3"]) -> list[Float[Array, "B _ _ _"]]:
+        maps = _maps(x)
+        return [maps[tap] for tap in self.taps]
 
 
 def tf1_bilinear(size_in: int, size_out: int) -> Float[np.ndarray, "O I"]:

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from models.attention import wide
 from models.images.config import VQVAEConfig
@@ -47,7 +47,8 @@ def contribution(
 ) -> Float[Array, "B H W C"]:
     """What the codes of scale k, or vectors in their place, row by row, add to f_hat: phi(up(codes))."""
     p = config.scales[k]
-    h_BTC = embed(params, codes) if jnp.issubdtype(codes.dtype, jnp.integer) else codes
+    are_indices = jnp.issubdtype(codes.dtype, jnp.integer)
+    h_BTC = embed(params, codes) if are_indices else codes.astype(wide(codes.dtype))
     h = h_BTC.reshape(-1, p, p, h_BTC.shape[-1])
     if k < config.num_scales - 1:
         h = resample(up_matrix(p, config.scales[-1]), h)
@@ -67,8 +68,8 @@ def tokens_of(config: VQVAEConfig, k: int, f_BHWC: Float[Array, "B H W C"]) -> F
 
 
 def first_f_hat(config: VQVAEConfig, batch: int, dtype=jnp.float32) -> Float[Array, "B H W C"]:
-    """f_hat before the first scale: zeros."""
-    return jnp.zeros((batch, config.scales[-1], config.scales[-1], config.latent_channels), dtype)
+    """f_hat before the first scale: zeros, float32 or `dtype` if that is wider."""
+    return jnp.zeros((batch, config.scales[-1], config.scales[-1], config.latent_channels), wide(dtype))
 
 
 def step(
@@ -132,7 +133,7 @@ def teacher_inputs(config: VQVAEConfig, params: Params, indices: Sequence[Int[Ar
 
     The last scale's own indices are not read and may be left out.
     """
-    f_hat = first_f_hat(config, len(indices[0]), wide(params["codebook"]["embedding"].dtype))
+    f_hat = first_f_hat(config, len(indices[0]), params["codebook"]["embedding"].dtype)
     inputs = []
     for k in range(config.num_scales - 1):
         f_hat = f_hat + contribution(config, params, k, indices[k])
@@ -160,7 +161,10 @@ def quantiser_loss(
     return sum(terms[1:], terms[0]) / len(terms)
 
 
-def usage(config: VQVAEConfig, indices: Sequence[Int[Array, "B _"]]) -> Int[Array, "K V"]:
-    """How often every scale took every code."""
-    counts = [jnp.bincount(index.reshape(-1), length=config.vocab_size) for index in indices]
-    return jnp.stack(counts).astype(jnp.int32)
+def usage(
+    config: VQVAEConfig, indices: Sequence[Int[Array, "B _"]], counted: Bool[Array, "B"] | None = None
+) -> Int[Array, "K V"]:
+    """How often every scale took every code, in the images that are `counted`, by default all."""
+    one_B1 = 1 if counted is None else counted[:, None].astype(jnp.int32)
+    none_V = jnp.zeros(config.vocab_size, jnp.int32)
+    return jnp.stack([none_V.at[index].add(one_B1) for index in indices])

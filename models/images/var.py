@@ -39,7 +39,8 @@ def init(config: VARConfig, key: Array, dtype=jnp.float32, gate: float = 1e-3) -
     """Random parameters, layers as a list, by the scheme of the published models.
 
     Kernels and tables have std sqrt(1 / 3C), outputs of residual branches 1 / sqrt(2 d) of that and the vocabulary map
-    1 / 50; adaLN maps begin at half of it but for their gates, at `gate` of it (1e-3 for depth 16, 1e-5 for 30).
+    1 / 50; adaLN maps begin at half of it but for their gates, at `gate` of it (1e-3 for depth 16, 1e-5 for 30). The
+    offsets of a shared adaLN begin at the same shares of sqrt(1 / C).
 
     Args:
       config: shape of the network.
@@ -59,7 +60,7 @@ def init(config: VARConfig, key: Array, dtype=jnp.float32, gate: float = 1e-3) -
 
     def modulation():
         if config.shared_modulation:
-            return {"offset": normal(6, C) * parts[:, None]}
+            return {"offset": normal(6, C, factor=3**0.5) * parts[:, None]}
         made = dense(C, 6 * C)
         return {**made, "kernel": made["kernel"] * jnp.repeat(parts, C)}
 
@@ -195,23 +196,26 @@ def teacher_forced(
     params: Params,
     labels: Int[Array, "B"],
     features: Float[Array, "B T E"],
+    first: int,
     last: int,
     keep: Float[Array, "d 2 B"] | None = None,
 ) -> Float[Array, "B R V"]:
-    """Scores of all codes of scales 0 to `last - 1`, given the true scales before each.
+    """Scores of all codes of scales `first` to `last - 1`, given the true scales before each.
 
     Args:
       config: shape of the network.
       params: its parameters.
       labels: classes; `num_classes` for none.
-      features: `quantiser.teacher_inputs`, as many as these scales read.
-      last: how many scales.
+      features: `quantiser.teacher_inputs`; those of scales from `last` on are not read and may be left out.
+      first: first scale that is scored; the smaller ones are read all the same.
+      last: one past the last.
       keep: see `forward`.
     """
+    starts = scale_starts(config.scales)
     c_BC = class_features(params, labels)
-    x_BRC = inputs(config, params, c_BC, features, 0, last)
-    hidden, _ = forward(config, params, c_BC, x_BRC, 0, last, keep=keep)
-    return logits(config, params, hidden, c_BC)
+    x_BRC = inputs(config, params, c_BC, features[:, : starts[last] - 1], 0, last)
+    hidden_BRC, _ = forward(config, params, c_BC, x_BRC, 0, last, keep=keep)
+    return logits(config, params, hidden_BRC[:, starts[first] :], c_BC)
 
 
 def _scan(config, params, c_BC, x_BRC, seen_RS, keep):

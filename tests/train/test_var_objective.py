@@ -86,7 +86,7 @@ def test_a_drafter_learns_the_first_part_of_the_whole_and_nothing_of_the_rest(im
 
 
 def transformer_logits(objective, params, lesson):
-    return var.teacher_forced(objective.model, params, lesson.labels, lesson.features, 4)
+    return var.teacher_forced(objective.model, params, lesson.labels, lesson.features, 0, 4)
 
 
 def test_evaluation_tells_the_class_and_counts_no_padding(image_setting):

@@ -2,8 +2,10 @@
 
 import json
 import math
+import re
 import subprocess
 import sys
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +22,7 @@ from tests.train.conftest import VQVAE
 from tests.train.test_trainer import ROOT, lines, weights
 from train import trainer
 from train.objectives.adversary import Discriminator, adaptive_weight, hinge
-from train.objectives.perceptual import InceptionTaps, perceptual_distance
+from train.objectives.perceptual import FEATURE_NETS, InceptionTaps, perceptual_distance
 from train.objectives.vqvae import PerceptualConfig, replace_unused
 
 GAN = {"weight": 0.5, "start_fraction": 0.5, "width": 4, "layers": 2}
@@ -37,11 +39,62 @@ def rebuilt_latents(params, images):
     return quantiser.quantise(VQVAE, params, vqvae.features(VQVAE, params, images))[0][-1]
 
 
-def gradients(objective, params, batch, progress=0.0):
+class ToyNet:
+    """A feature net of two maps: a curved mix of channels, and means of 2x2 places of another."""
+
+    loaded: ClassVar[list[str]] = []
+
+    def __init__(self, weights):
+        self.weights = weights
+
+    def shapes(self):
+        return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, jnp.float32), self.drawn())
+
+    def load(self):
+        self.loaded.append(self.weights)
+        return jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), self.drawn())
+
+    def features(self, params, images):
+        curved = jnp.tanh(images @ params["first"])
+        B, H, W, _ = images.shape
+        return [curved, (images @ params["second"]).reshape(B, H // 2, 2, W // 2, 2, -1).mean(axis=(2, 4))]
+
+    @staticmethod
+    def drawn():
+        rng = np.random.default_rng(11)
+        return {"first": rng.normal(size=(3, 5)), "second": rng.normal(size=(3, 4))}
+
+
+PERCEPTUAL = {"net": "toy", "weights": "toy.pth", "weight": 0.6}
+
+
+@pytest.fixture
+def toy_net(monkeypatch):
+    """The toy net by its name in configs; the paths that were loaded."""
+    monkeypatch.setitem(FEATURE_NETS, "toy", ToyNet)
+    monkeypatch.setattr(ToyNet, "loaded", [])
+    return ToyNet.loaded
+
+
+def toy_distance(xp, net, images, decoded):
+    """The perceptual distance per image by its definition, in NumPy or, to be differentiated, in JAX."""
+
+    def unit(f):
+        return f / xp.sqrt((f**2).sum(axis=-1, keepdims=True) + 1e-10)
+
+    def means(x):
+        y = x @ net["second"]
+        return (y[:, ::2, ::2] + y[:, 1::2, ::2] + y[:, ::2, 1::2] + y[:, 1::2, 1::2]) / 4
+
+    maps = [[xp.tanh(x @ net["first"]), means(x)] for x in (images, decoded)]
+    return sum(((unit(a) - unit(b)) ** 2).sum(axis=-1).mean(axis=(1, 2)) for a, b in zip(*maps, strict=True))
+
+
+def gradients(objective, params, batch, progress=0.0, frozen=None):
     """Slopes of the whole loss by path."""
 
     def mean(params):
-        (total, weight), _ = objective.loss(params, None, batch, jax.random.key(0), progress)
+        (total, weight), _ = objective.loss(params, frozen, batch, jax.random.key(0), progress)
         return total / weight
 
     return leaves_by_path(jax.jit(jax.grad(mean))(params))
@@ -84,6 +137,79 @@ def test_the_decoders_gradient_passes_the_quantiser_straight(image_setting):
     assert np.abs(found["vqvae/encoder/conv_in/kernel"]).max() > 0
     for path in ("codebook/embedding", "phi/0/kernel", "phi/3/bias"):
         assert not np.any(found[f"vqvae/{path}"])
+
+
+@pytest.mark.usefixtures("x64")
+def test_the_perceptual_term_compares_features_of_the_net_that_was_loaded(image_setting, toy_net):
+    objective, params, frozen, batch = image_setting("vqvae", perceptual=PERCEPTUAL)
+    assert toy_net == ["toy.pth"] and jax.tree.map(jnp.shape, frozen) == jax.tree.map(np.shape, ToyNet.drawn())
+    params, frozen = widened(params), widened(frozen)
+    (total, _), parts = jax.jit(objective.loss)(params, frozen, batch, jax.random.key(0), 0.0)
+    tree, net = (jax.tree.map(np.asarray, part) for part in (params["vqvae"], frozen))
+    images = np.asarray(batch["image"]) / 127.5 - 1
+    _, f_hats = reference.encode(VQVAE, tree, reference.features(VQVAE, tree, images))
+    decoded = np.asarray(jax.jit(vqvae.reconstruct, static_argnums=0)(VQVAE, params["vqvae"], jnp.asarray(f_hats[-1])))
+    expected = 0.6 * toy_distance(np, net, images, decoded).sum()
+    assert expected > 0.1 and float(parts["perceptual"][0]) == pytest.approx(expected, rel=1e-10)
+    assert float(total) == pytest.approx(sum(float(part[0]) for part in parts.values()), rel=1e-12)
+
+
+@pytest.mark.usefixtures("x64")
+def test_the_perceptual_slope_reaches_the_decoder_and_through_it_the_features(image_setting, toy_net):
+    plain = {"l1": 0.0, "l2": 1e-30, "quantiser": 0.0}
+    objective, params, frozen, batch = image_setting("vqvae", **plain, perceptual=PERCEPTUAL)
+    assert params.keys() == {"vqvae"}  # all that is differentiated
+    params, frozen = widened(params), widened(frozen)
+    found = gradients(objective, params, batch, frozen=frozen)
+    images = batch["image"] / 127.5 - 1
+    f_hat = rebuilt_latents(params["vqvae"], images)
+
+    def distance(decoder, f_hat):
+        decoded = vqvae.reconstruct(VQVAE, {**params["vqvae"], "decoder": decoder}, f_hat)
+        return 0.6 * jnp.mean(toy_distance(jnp, frozen, images, decoded))
+
+    by_decoder, by_f_hat = jax.jit(jax.grad(distance, (0, 1)))(params["vqvae"]["decoder"], f_hat)
+    for path, slope in leaves_by_path(by_decoder).items():
+        np.testing.assert_allclose(found[f"vqvae/decoder/{path}"], slope, rtol=1e-8, atol=1e-12)
+    assert np.abs(by_decoder["conv_out"]["kernel"]).max() > 1e-3
+    np.testing.assert_allclose(found["vqvae/quant/bias"], jnp.sum(by_f_hat, axis=(0, 1, 2)), rtol=1e-8)
+
+
+@pytest.mark.usefixtures("x64")
+def test_the_adaptive_weight_counts_the_perceptual_term(image_setting, toy_net):
+    objective, params, frozen, batch = image_setting("vqvae", gan=GAN, perceptual=PERCEPTUAL)
+    params, frozen = widened(params), widened(frozen)
+    _, parts = jax.jit(objective.loss)(params, frozen, batch, jax.random.key(0), 0.5)
+    images = batch["image"] / 127.5 - 1
+    f_hat = rebuilt_latents(params["vqvae"], images)
+    decoder, critic = params["vqvae"]["decoder"], Discriminator(4, 2)
+
+    def decoded(kernel):
+        changed = {**decoder, "conv_out": {**decoder["conv_out"], "kernel": kernel}}
+        return vqvae.reconstruct(VQVAE, {**params["vqvae"], "decoder": changed}, f_hat)
+
+    def rebuilt(kernel):
+        y = decoded(kernel)
+        errors = jnp.mean(0.2 * jnp.abs(y - images) + jnp.square(y - images), axis=(1, 2, 3))
+        return jnp.sum(errors + 0.6 * toy_distance(jnp, frozen, images, y))
+
+    def fooled(kernel):
+        return -jnp.sum(jnp.mean(call(critic, params["discriminator"], decoded(kernel)), axis=(1, 2)))
+
+    kernel = decoder["conv_out"]["kernel"]
+    wanted, made = (jnp.linalg.norm(jax.jit(jax.grad(loss))(kernel)) for loss in (rebuilt, fooled))
+    expected = 0.5 * wanted / (made + 1e-4) * fooled(kernel)
+    assert float(parts["adversarial"][0]) == pytest.approx(float(expected), rel=1e-8)
+
+
+def test_a_job_trains_against_a_net_that_stays_as_it_is(image_job, toy_net, tmp_path):
+    config = image_job("vqvae", objective={"perceptual": PERCEPTUAL}, steps=2)
+    plan = trainer.make_plan(config, ("A", "B", "C"))
+    assert jax.tree.map(jnp.shape, plan.frozen) == jax.tree.map(np.shape, ToyNet.drawn())
+    assert not toy_net and plan.state["params"].keys() == {"vqvae"}
+    trainer.train(config, tmp_path)
+    assert toy_net == ["toy.pth"] and all(line["perceptual"] > 0 for line in lines(tmp_path) if "loss" in line)
+    assert files.load(tmp_path / "vqvae", VQVAEConfig)[0] == VQVAE
 
 
 @pytest.mark.usefixtures("x64")
@@ -202,6 +328,19 @@ def test_evaluation_counts_images_and_codes_but_no_padding(image_setting):
     assert found["psnr"] == pytest.approx(np.mean(10 * np.log10(4 / error)), rel=1e-4)
     assert found["perplexity"] == pytest.approx(math.exp(-(p * np.log(p)).sum()), rel=1e-4)
     assert found["codes_used"] == np.mean(counts > 0)
+    for k, index in enumerate(indices):
+        p = np.bincount(index.reshape(-1), minlength=24) / index.size
+        expected = math.exp(-(p[p > 0] * np.log(p[p > 0])).sum())
+        assert found[f"scale_perplexity_{k}"] == pytest.approx(expected, rel=1e-4)
+
+
+def test_a_scale_that_collapses_shows(image_setting):
+    objective, _, _, _ = image_setting("vqvae")
+    count_KV = np.zeros((4, 24))
+    count_KV[0, 5], count_KV[1, :2], count_KV[2:] = 1, 2, 1
+    found = objective.report({"squared_error": 0.1, "psnr": 10.0, "codes": count_KV})
+    by_scale = [found[f"scale_perplexity_{k}"] for k in range(4)]
+    assert by_scale == pytest.approx([1, 2, 24, 24]) and found["codes_used"] == 1
 
 
 def test_perceptual_distance_compares_unit_features():
@@ -248,7 +387,8 @@ def test_inception_is_tapped_at_four_depths_and_reads_what_it_was_made_for():
     [
         ({"perceptual": {"net": "inception"}}, "objective.perceptual.weights to the file of its weights"),
         ({"perceptual": {"weights": "x.pth"}}, "no objective.perceptual.net to read them"),
-        ({"perceptual": {"net": "vgg"}}, "must be one of 'inception'"),
+        ({"perceptual": {"net": "vgg"}}, "objective.perceptual.net must be None or one of 'inception', got 'vgg'"),
+        ({"perceptual": {"net": "inceptoin"}}, "did you mean 'inception'?"),
         ({"gan": {"start_fraction": 1.0}}, "objective.gan.start_fraction must lie in 0..1"),
         ({"l1": 0.0, "l2": 0.0}, "objective.l1 or objective.l2 must be positive"),
         ({"reset_every": -1}, "objective.reset_every must not be negative"),
@@ -283,10 +423,13 @@ def test_a_job_learns_and_leaves_a_vqvae(image_job, tmp_path, capsys):
     valid = [line for line in found if "valid/squared_error" in line]
     assert np.mean(losses[-3:]) < 0.8 * losses[0] and valid[1]["valid/squared_error"] < valid[0]["valid/squared_error"]
     assert {"l1", "l2", "quantiser"} < found[0].keys()
-    assert {f"valid/{name}" for name in ("squared_error", "psnr", "perplexity", "codes_used")} < valid[0].keys()
+    shown = ("squared_error", "psnr", "perplexity", "codes_used", "scale_perplexity_0", "scale_perplexity_3")
+    assert {f"valid/{name}" for name in shown} < valid[0].keys()
     assert "images_per_second" in json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[0])
     assert files.load(tmp_path / "vqvae", VQVAEConfig)[0] == VQVAE
-    assert "30 steps of 4 images" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "30 steps of 4 images" in said
+    assert re.search(r"  scale_perplexity( [\d.]+){4}\n", said)  # one place in the line for all scales
 
 
 @pytest.mark.slow

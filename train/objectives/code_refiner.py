@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from models import sharding
-from models.images import files
+from models.images import files, var
 from models.images.config import VARConfig, scale_starts
 from models.schema import require
 from models.transformer import stack_layers
@@ -27,7 +27,6 @@ from train.objectives.next_scale import (
     NextScaleConfig,
     cross_entropy,
     measures,
-    scores,
     stacked_shapes,
     summed,
 )
@@ -105,8 +104,9 @@ class CodeRefiner(NextScale):
         """Scores by student and teacher, codes and weights; at scales N and above."""
         first, last = self._config.first_scale, self.model.num_scales
         lesson = self.lesson(frozen, batch, key)
-        student = scores(self.model, trainable, lesson, first, last, keep)
-        teacher = scores(self.teacher, frozen["teacher"], lesson, first, last)
+        given = lesson.labels, lesson.features, first, last
+        student = var.teacher_forced(self.model, trainable, *given, keep)
+        teacher = var.teacher_forced(self.teacher, frozen["teacher"], *given)
         return student, teacher, lesson.codes[:, scale_starts(self.model.scales)[first] :], lesson.weights
 
 

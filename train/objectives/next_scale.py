@@ -19,7 +19,7 @@ from decoding.sampling import argmax
 from models import schema, sharding
 from models.errors import UserError
 from models.images import files, quantiser, var, vqvae
-from models.images.config import VARConfig, VQVAEConfig, scale_starts
+from models.images.config import VARConfig, VQVAEConfig
 from models.schema import require
 from models.transformer import stack_layers
 from train.images import Images
@@ -189,22 +189,6 @@ class NextScale:
         kept_d11 = 1 - jnp.linspace(0, self._rate, self.model.depth)[:, None, None]
         drawn_d2B = jax.random.bernoulli(key, kept_d11, (self.model.depth, 2, batch_size))
         return drawn_d2B / kept_d11
-
-
-def scores(
-    model: VARConfig,
-    params: Params,
-    lesson: Lesson,
-    first: int,
-    last: int,
-    keep: Float[Array, "d 2 B"] | None = None,
-) -> Float[Array, "B R V"]:
-    """Scores of the codes of scales `first` to `last` - 1, given the true scales before each."""
-    starts = scale_starts(model.scales)
-    c_BC = var.class_features(params, lesson.labels)
-    x_BRC = var.inputs(model, params, c_BC, lesson.features[:, : starts[last] - 1], 0, last)
-    hidden_BRC, _ = var.forward(model, params, c_BC, x_BRC, 0, last, keep=keep)
-    return var.logits(model, params, hidden_BRC[:, starts[first] :], c_BC)
 
 
 def cross_entropy(

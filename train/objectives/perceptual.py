@@ -7,14 +7,15 @@ were learned on. A network is anything that keeps `FeatureNet`; `FEATURE_NETS` n
 """
 
 import dataclasses
-from collections.abc import Sequence
-from typing import Any, Protocol
+from collections.abc import Callable, Sequence
+from typing import Protocol
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from models.images import inception
+from models.layers import call
 from train.objectives.objective import Params
 
 
@@ -57,18 +58,12 @@ class InceptionTaps:
         """One map per tap."""
         height, width = (max(side, self._smallest) for side in images.shape[1:3])
         enlarged = jax.image.resize(images, (len(images), height, width, 3), "bilinear")
-        _, state = inception.Inception().apply(
-            {"params": params},
-            (enlarged * 127.5 - 0.5) / 128,  # (x - 128) / 128 of x in 0..255
-            capture_intermediates=lambda module, _: module.name in self.taps,
-            mutable=["intermediates"],
-        )
-        found: dict[str, Any] = {tap: state["intermediates"][tap]["__call__"][0] for tap in self.taps}
-        # Some blocks also return a branch.
-        return [out[0] if isinstance(out, tuple) else out for out in found.values()]
+        # (x - 128) / 128 of x in 0..255
+        return call(inception.InceptionMaps(self.taps), params, (enlarged * 127.5 - 0.5) / 128)
 
 
-FEATURE_NETS: dict[str, type[InceptionTaps]] = {"inception": InceptionTaps}
+# What `objective.perceptual.net` may be -> the network, from the path of its weights.
+FEATURE_NETS: dict[str, Callable[[str], FeatureNet]] = {"inception": InceptionTaps}
 
 
 def perceptual_distance(

@@ -27,7 +27,7 @@ from models.errors import UserError
 from models.images import files, quantiser, vqvae
 from models.images.config import VQVAEConfig
 from models.layers import call
-from models.schema import require
+from models.schema import nearest, require
 from train.images import Images
 from train.objectives.adversary import Discriminator, adaptive_weight, hinge
 from train.objectives.image_batch import pixels, present
@@ -40,23 +40,27 @@ class PerceptualConfig:
     """The perceptual term.
 
     Attributes:
-      net: the network whose features are compared; None is no such term.
+      net: the network whose features are compared, one of `perceptual.FEATURE_NETS`; None is no such term.
       weights: path of its weights.
       weight: of the term.
     """
 
-    net: Literal["inception"] | None = None
+    net: str | None = None
     weights: str | None = None
     weight: float = 1.0
 
     def __post_init__(self):
         require(self.weight > 0, "objective.perceptual.weight must be positive", self.weight)
+        if self.net is not None and self.net not in FEATURE_NETS:
+            known = ", ".join(map(repr, FEATURE_NETS))
+            hint = nearest(self.net, FEATURE_NETS)
+            raise UserError(f"objective.perceptual.net must be None or one of {known}, got {self.net!r}{hint}")
         if self.net is None and self.weights is not None:
             raise UserError("objective.perceptual.weights are given, but no objective.perceptual.net to read them")
         if self.net is not None and self.weights is None:
             raise UserError(
                 f"objective.perceptual.net is {self.net!r}: set objective.perceptual.weights to the file of its "
-                "weights, such as pt_inception-2015-12-05-6726825d.pth, or the net to None"
+                "weights, or the net to None"
             )
 
 
@@ -200,27 +204,26 @@ class VQVAEObjective:
         return {**trainable, "vqvae": {**params, "codebook": {"embedding": codebook}}}
 
     def evaluate(self, trainable: Params, frozen: Params | None, batch: Batch) -> Sums:
-        """Squared error, signal-to-noise ratio, and how often every code was chosen, over all scales."""
+        """Squared error, signal-to-noise ratio, and how often an image's scales choose every code."""
         params, images, present_B = trainable["vqvae"], pixels(batch), present(batch)
         f_hats, indices = quantiser.quantise(self.model, params, vqvae.features(self.model, params, images))
         error_B = jnp.mean(jnp.square(vqvae.decode(self.model, params, f_hats[-1]) - images), axis=(1, 2, 3))
         decibels_B = 10 * jnp.log10(4 / jnp.maximum(error_B, 1e-10))
-        count_V = jnp.zeros(self.model.vocab_size, error_B.dtype)
-        for index_BT in indices:
-            count_V = count_V.at[index_BT].add(present_B[:, None].astype(count_V.dtype))
+        count_KV = quantiser.usage(self.model, indices, present_B > 0)
         number = jnp.sum(present_B)
         return {
             "squared_error": (jnp.sum(error_B * present_B), number),
             "psnr": (jnp.sum(decibels_B * present_B), number),
-            "codes": (count_V, jnp.sum(count_V)),
+            "codes": (count_KV.astype(error_B.dtype), number),
         }
 
     def report(self, means: dict[str, Any]) -> dict[str, float]:
-        """Adds what the codebook is worth: the perplexity of its use, and the share of codes that were used at all."""
-        share_V = np.asarray(means["codes"])
-        entropy = -np.sum(share_V * np.log(np.where(share_V > 0, share_V, 1)))
-        used = {"perplexity": math.exp(entropy), "codes_used": float(np.mean(share_V > 0))}
-        return {"squared_error": means["squared_error"], "psnr": means["psnr"], **used}
+        """Adds what the codebook is worth: the perplexity of its use and the share of codes that were used at all, over
+        all scales; and the perplexity at each, which falls to 1 where a scale collapses to one code."""
+        count_KV = np.asarray(means["codes"])
+        used = {"perplexity": _perplexity(count_KV.sum(axis=0)), "codes_used": float(np.mean(count_KV.any(axis=0)))}
+        by_scale = {f"scale_perplexity_{k}": _perplexity(count_V) for k, count_V in enumerate(count_KV)}
+        return {"squared_error": means["squared_error"], "psnr": means["psnr"], **used, **by_scale}
 
     def probe(self, trainable: Params, frozen: Params | None, batches: Iterator[Batch]) -> dict[str, float]:
         """Nothing."""
@@ -259,6 +262,12 @@ class VQVAEObjective:
         """The discriminator's loss per image; the decoder is a constant."""
         true, made = (call(self._discriminator, critic, x) for x in (images, jax.lax.stop_gradient(decoded)))
         return hinge(true, made)
+
+
+def _perplexity(counts: np.ndarray) -> float:
+    """exp of the entropy of a choice that was made so many times each way."""
+    shares = counts / counts.sum()
+    return math.exp(-np.sum(shares * np.log(np.where(shares > 0, shares, 1))))
 
 
 def replace_unused(

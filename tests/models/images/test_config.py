@@ -25,6 +25,10 @@ def test_configs_pass_through_records(config: VQVAEConfig | VARConfig) -> None:
     assert parse(type(config), record) == config
 
 
+def test_a_tokenizer_without_a_var_may_begin_anywhere() -> None:
+    assert VQVAEConfig(scales=(2, 3, 7)).length == 62
+
+
 @pytest.mark.parametrize(
     ("make", "words"),
     [
@@ -34,6 +38,7 @@ def test_configs_pass_through_records(config: VQVAEConfig | VARConfig) -> None:
         (lambda: VQVAEConfig(phis=0), "phis must be at least 1, got 0"),
         (lambda: VARConfig(2, 30, 4, 10), r"width \(30\) must be a multiple of num_heads, got 4"),
         (lambda: VARConfig(0, 32, 4, 10), "depth must be at least 1, got 0"),
+        (lambda: VARConfig(2, 32, 4, 10, scales=(2, 3, 7)), r"scales of a VAR must begin with 1, .* got \[2, 3, 7\]"),
     ],
 )
 def test_broken_shapes_are_refused(make, words: str) -> None:

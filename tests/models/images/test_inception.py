@@ -122,6 +122,17 @@ def test_spatial_features_are_the_first_channels_of_6d(params: dict) -> None:
     np.testing.assert_array_equal(with_bias("Mixed_6e", 2), plain)
 
 
+def test_taps_are_what_the_graph_computes_on_its_way(params: dict) -> None:
+    params = jax.tree.map(jnp.asarray, params)
+    x = jax.random.normal(jax.random.key(1), (2, 75, 75, 3))
+    tapped = inception.InceptionMaps(("Mixed_7c", "Mixed_6d/branch1x1", "Mixed_6d"))
+    whole, (last, branch, block) = jax.jit(lambda p: (call(inception.Inception(), p, x), call(tapped, p, x)))(params)
+    np.testing.assert_allclose(last.mean(axis=(1, 2)), whole.pool, rtol=1e-5)
+    np.testing.assert_array_equal(branch[..., :7].reshape(2, -1), whole.spatial)
+    np.testing.assert_array_equal(block[..., :192], branch)  # the first of the block's branches
+    assert block.shape == (2, 3, 3, 768)
+
+
 def test_weights_come_back_from_a_torch_file(params: dict, tmp_path: pathlib.Path) -> None:
     tensors = {**port_tensors(params), "Mixed_5b.branch1x1.bn.num_batches_tracked": np.zeros((), np.int64)}
     for write in (torch_archives.write_torch, write_old_torch):

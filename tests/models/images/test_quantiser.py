@@ -114,19 +114,32 @@ def test_usage_counts_codes_by_scale() -> None:
     assert counts.shape == (2, 64) and counts.dtype == jnp.int32
     assert {k: int(v) for k, v in enumerate(counts[1]) if v} == {0: 1, 1: 2, 3: 4, 63: 1}
     assert counts[0, 3] == 2 and counts[0].sum() == 2
+    np.testing.assert_array_equal(
+        quantiser.usage(SMALL, indices, jnp.array([True, False])),
+        quantiser.usage(SMALL, [index[:1] for index in indices]),
+    )
 
 
 def test_nothing_runs_below_float32_or_at_less_than_full_precision() -> None:
     _, params, features = drawn(SMALL)
     narrow = jax.tree.map(lambda x: x.astype(jnp.bfloat16), params)
 
-    def both(params, features):
+    def everything(params, features):
         f_hats, indices = quantiser.quantise(SMALL, params, features)
-        return f_hats, quantiser.teacher_inputs(SMALL, params, indices)
+        f_hat, fed = quantiser.first_f_hat(SMALL, 2, jnp.bfloat16), []
+        for k, index in enumerate(indices):
+            vectors = params["codebook"]["embedding"][index]  # bfloat16, as a sampler may hand them in
+            f_hat, following = quantiser.step(SMALL, params, k, f_hat, vectors)
+            fed += [f_hat, following]
+        added = [
+            quantiser.contribution(SMALL, params, k, params["codebook"]["embedding"][i]) for k, i in enumerate(indices)
+        ]
+        return f_hats, quantiser.teacher_inputs(SMALL, params, indices), fed[:-1], added
 
-    jaxpr = jax.make_jaxpr(both)(narrow, jnp.asarray(features, jnp.bfloat16))
+    assert quantiser.first_f_hat(SMALL, 2, jnp.bfloat16).dtype == jnp.float32
+    jaxpr = jax.make_jaxpr(everything)(narrow, jnp.asarray(features, jnp.bfloat16))
     products = [e for e in jaxpr.jaxpr.eqns if e.primitive.name in ("dot_general", "conv_general_dilated")]
-    assert len(products) > 30
+    assert len(products) > 50
     for product in products:
         highest = jax.lax.Precision.HIGHEST
         assert product.params["precision"] in (highest, (highest, highest))

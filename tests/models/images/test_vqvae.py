@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from models.images import vqvae
+from models.images import convolution, vqvae
 from models.images.config import VQVAEConfig
 from models.storage import leaves_by_path
 from tests import image_reference as reference
@@ -15,6 +15,9 @@ from tests import image_reference as reference
 # Groups of three channels, an odd map, and a level whose width does not change.
 TINY = VQVAEConfig(vocab_size=40, latent_channels=4, width=12, multipliers=(1, 1, 2), blocks=1, scales=(1, 2, 3, 4, 5))
 WIDE = dataclasses.replace(TINY, multipliers=(1, 3), width=32, blocks=2, scales=(1, 3))
+
+# Large enough for Winograd's convolution: two images of 32x32 have 2,048 places, and of 16x16 too few.
+LARGE = dataclasses.replace(TINY, multipliers=(1, 2), width=6, scales=(1, 4, 16))
 
 each_config = pytest.mark.parametrize("config", [TINY, WIDE], ids=["tiny", "wide"])
 
@@ -44,7 +47,7 @@ def test_the_published_network_has_the_published_size() -> None:
 
 
 @pytest.mark.usefixtures("x64")
-@each_config
+@pytest.mark.parametrize("config", [TINY, WIDE, LARGE], ids=["tiny", "wide", "large"])
 def test_networks_match_the_reference(config: VQVAEConfig) -> None:
     tree = reference.random_vqvae(config)
     params = jax.tree.map(jnp.asarray, tree)
@@ -64,6 +67,39 @@ def test_networks_match_the_reference(config: VQVAEConfig) -> None:
     free = np.asarray(vqvae.reconstruct(config, params, jnp.asarray(f_hat)))
     np.testing.assert_allclose(free[inside], decoded[inside], atol=1e-11)
     assert np.abs(free[~inside]).min() >= 1
+
+
+@pytest.mark.usefixtures("x64")
+def test_networks_take_winograds_way_where_it_pays_with_the_same_slopes(monkeypatch: pytest.MonkeyPatch) -> None:
+    params = jax.tree.map(jnp.asarray, reference.random_vqvae(LARGE))
+    images = jnp.asarray(np.random.default_rng(5).uniform(-1, 1, (2, 32, 32, 3)))
+    taken, winograd = set(), convolution.winograd
+
+    def noted(x, kernel):
+        taken.add((*x.shape, kernel.shape[-1]))
+        return winograd(x, kernel)
+
+    monkeypatch.setattr(convolution, "winograd", noted)
+
+    def gradient():
+        def loss(params, images):
+            f_hat = vqvae.features(LARGE, params, images)
+            return jnp.mean(jnp.square(vqvae.reconstruct(LARGE, params, f_hat) - images))
+
+        return leaves_by_path(jax.jit(jax.grad(loss))(params, images))
+
+    found = gradient()
+    # All of full resolution: in, within a block, after doubling, into a narrower block, out.
+    assert taken == {(2, 32, 32, *widths) for widths in ((3, 6), (6, 6), (12, 12), (12, 6), (6, 3))}
+    taken.clear()
+    monkeypatch.setattr(convolution, "_FEWEST_PATCHES", 10**9)
+    expected = gradient()
+    assert not taken
+    for path, slope in expected.items():
+        np.testing.assert_allclose(found[path], slope, rtol=1e-9, atol=1e-11, err_msg=path)
+    assert all(
+        np.abs(expected[f"{half}/level_0/block_0/conv_1/kernel"]).max() > 1e-4 for half in ("encoder", "decoder")
+    )
 
 
 def test_narrow_networks_run_narrow_and_hand_back_float32() -> None:
