@@ -70,5 +70,5 @@ if [ -e "$out/results/results.json" ]; then
 fi
 run eval.images.main --tokenizer "$tokenizer" --var "$out/var/var" --refiner "$out/var_small/var" --draft_scales 3,4,5 \
     --refiners "3=$out/refiner/refiner" --data "$out/data" --features "$out/classifier/classifier" \
-    --reference_images 5000 --out "$out/results"
+    --reference_images 5000 --grid 10x2 --out "$out/results"
 job_end
