@@ -1,9 +1,9 @@
 r"""Trains the classifier whose features judge generated images, on the glyphs that need no download.
 
-    python -m scripts.build_dataset --images glyphs --max_documents 20000 --valid_documents 1000 --out data/glyphs
+    python -m scripts.build_dataset --images glyphs --max_documents 21000 --valid_documents 1000 --out data/glyphs
     python -m train.main --config=configs/classifier.py --workdir=runs/classifier
 
-Half a million parameters. Expected time: 1 min on two CPU cores; expected result: about 95% accuracy on held-out glyphs
+Half a million parameters. Expected time: 1 min on two CPU cores; expected result: about 99% accuracy on held-out glyphs
 of 34 classes, and runs/classifier/classifier for `python -m eval.images.main --features`. For other images set
 `--config.data.path` and `--config.objective.model.image_size`.
 

@@ -14,10 +14,12 @@ a VQ-VAE directory, runs/vqvae/vqvae. For sharper images give it Inception's fea
 `configs/vqvae.py:glyphs` is the tokenizer of `scripts/quickstart.sh images`: 1M parameters, about 4 min on two CPU
 cores; expect readable glyphs.
 
-    python -m scripts.build_dataset --images glyphs --max_documents 20000 --valid_documents 1000 --out data/glyphs
+    python -m scripts.build_dataset --images glyphs --max_documents 21000 --valid_documents 1000 --out data/glyphs
     python -m train.main --config=configs/vqvae.py:glyphs --workdir=runs/glyphs/vqvae
 
 `configs/vqvae.py:emoji` is that of `scripts/quickstart.sh images --emoji FILE`, for 64x64 pixels.
+
+    python -m scripts.build_dataset --images FILE.npz --label group --valid_documents 500 --out data/emoji
 
 `configs/vqvae.py:smoke` runs the same path in 10 steps, within 1 min on two CPU cores; expect a loss that falls.
 """

@@ -7,6 +7,7 @@
 # with (default: the first of python3.11, python3.12, python3 that is 3.11 or 3.12).
 
 set -euo pipefail
+unset CDPATH  # With it, cd may go elsewhere, and says where.
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 VENV=${TANDEM_VENV:-$ROOT/.venv}
 unset PYTHONPATH

@@ -92,6 +92,9 @@ def make(args: argparse.Namespace) -> tuple[Generated, int]:
         side = tokenizer.config.image_size
         given = np.repeat(_read(args.edit, side)[None], len(labels), axis=0)
         kept = keep(tokenizer, given, ~box(args.keep, side) if args.mask is None else box(args.mask, side))
+        if bool(kept.mask.all()):
+            cell = side // tokenizer.config.scales[-1]
+            raise UserError(f"nothing of the image stays: cells of {cell} x {cell} pixels are made anew as a whole")
     return generate_images(tokenizer, stages(args), labels, seeds=args.seed, kept=kept), len(columns)
 
 

@@ -26,7 +26,7 @@ while [ $# -gt 0 ]; do
     --out=*) out=${1#*=} ;;
     --fresh) fresh=yes ;;
     -h | --help)
-        sed -n '2,/^set/s/^# \{0,1\}//p' "${BASH_SOURCE[0]}" | sed '$d'
+        sed -n '2,/^set/s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"
         exit
         ;;
     *) fail "unknown argument $1; usage: bash scripts/quickstart.sh [--out DIR] [--fresh]" ;;

@@ -25,19 +25,23 @@ while [ $# -gt 0 ]; do
     --out=*) out=${1#*=} ;;
     --emoji)
         [ $# -gt 1 ] || fail "--emoji needs a file"
-        [ -f "$2" ] || fail "--emoji: there is no file $2"
-        emoji=$(realpath "$2")
+        emoji=$2
         shift
         ;;
+    --emoji=*) emoji=${1#*=} ;;
     --fresh) fresh=yes ;;
     -h | --help)
-        sed -n '2,/^set/s/^# \{0,1\}//p' "${BASH_SOURCE[0]}" | sed '$d'
+        sed -n '2,/^set/s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"
         exit
         ;;
     *) fail "unknown argument $1; usage: bash scripts/quickstart.sh images [--emoji FILE] [--out DIR] [--fresh]" ;;
     esac
     shift
 done
+if [ -n "$emoji" ]; then
+    [ -f "$emoji" ] || fail "--emoji: there is no file $emoji"
+    emoji=$(realpath "$emoji")
+fi
 kind=${emoji:+emoji}
 kind=${kind:-glyphs}
 out=${out:-$ROOT/runs/$kind}
@@ -70,5 +74,5 @@ if [ -e "$out/results/results.json" ]; then
 fi
 run eval.images.main --tokenizer "$tokenizer" --var "$out/var/var" --refiner "$out/var_small/var" --draft_scales 3,4,5 \
     --refiners "3=$out/refiner/refiner" --data "$out/data" --features "$out/classifier/classifier" \
-    --reference_images 5000 --grid 10x2 --out "$out/results"
+    --reference_images 5000 --grid 10x2 ${emoji:+--images 500} --out "$out/results"
 job_end

@@ -30,7 +30,7 @@ while [ $# -gt 0 ]; do
         ;;
     --fresh) fresh=yes ;;
     -h | --help)
-        sed -n '2,/^set/s/^# \{0,1\}//p' "${BASH_SOURCE[0]}" | sed '$d'
+        sed -n '2,/^set/s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"
         exit
         ;;
     *) fail "unknown argument $1; $usage" ;;
@@ -56,19 +56,19 @@ if [ ! -d "$out/continuations" ]; then
 fi
 
 # All learn from the same text for as many steps, under the same optimizer.
-learn="--config.data.path=$out/continuations --config.steps=600 --config.optimizer.name=muon \
-    --config.optimizer.learning_rate=1e-2 --config.optimizer.weight_decay=0.0 --config.optimizer.final_fraction=0.1"
+learn=(--config.data.path="$out/continuations" --config.steps=600 --config.optimizer.name=muon
+    --config.optimizer.learning_rate=1e-2 --config.optimizer.weight_decay=0.0 --config.optimizer.final_fraction=0.1)
 for drafter in medusa hydra hydra_pp eagle eagle3; do
     case $drafter in
     hydra_pp) extra=--config.objective.heads.dropout=0.0 ;;  # It is for more passes over a text than the four here.
     eagle3) extra=--config.batch_size=8 ;;                   # Its step unrolls five steps of drafting.
     *) extra="" ;;
     esac
-    run train.main --config=configs/$drafter.py --config.objective.target="$out/target" $learn $extra \
+    run train.main --config=configs/$drafter.py --config.objective.target="$out/target" "${learn[@]}" $extra \
         --workdir="$out/$drafter"
 done
 shape=--config.objective.model
-run train.main --config=configs/draft_model.py $learn --config.batch_size=16 $shape.width=32 $shape.head_dim=8 \
+run train.main --config=configs/draft_model.py "${learn[@]}" --config.batch_size=16 $shape.width=32 $shape.head_dim=8 \
     $shape.mlp_width=88 $shape.max_position=512 --workdir="$out/small"
 if [ ! -d "$out/draft_model" ]; then
     run scripts.convert --from model --src "$out/small/target" --base "$out/target" --growth static:tree=chain:4 \

@@ -2,10 +2,10 @@
 
 import argparse
 import dataclasses
-import re
 from typing import Any
 
 from decoding.images.scales import Drawing
+from models.errors import UserError
 
 
 def add_drawing(parser: Any, defaults: Drawing) -> None:
@@ -33,16 +33,20 @@ def drawings(args: argparse.Namespace, smooth: bool = False) -> tuple[Drawing, D
     """How the first model draws, and how the refiner does.
 
     Raises:
-      UserError: a value outside its range.
+      UserError: a value outside its range, or settings of a refiner where `args.refiner` is None.
     """
     first = Drawing(args.guidance, args.top_k, args.top_p, args.temperature, smooth)
     own = {name: getattr(args, f"refiner_{name}") for name in ("guidance", "top_k", "top_p", "temperature")}
     values: dict[str, Any] = {name: value for name, value in own.items() if value is not None}
+    if values and args.refiner is None:
+        raise UserError(f"--refiner_{next(iter(values))} is for a refiner, and there is no --refiner")
     return first, dataclasses.replace(first, **values)
 
 
 def _temperature(text: str) -> float | tuple[float, ...]:
-    if not re.fullmatch(r"[\d.]+(,[\d.]+)*", text):
-        raise argparse.ArgumentTypeError(f"expected a number, or one per scale separated by commas, got {text!r}")
-    values = tuple(float(part) for part in text.split(","))
+    try:
+        values = tuple(float(part) for part in text.split(","))
+    except ValueError:
+        told = f"expected a number, or one per scale separated by commas, got {text!r}"
+        raise argparse.ArgumentTypeError(told) from None
     return values if len(values) > 1 else values[0]

@@ -14,7 +14,8 @@ CoDe's table):
     torch              the same in PyTorch, where it is installed and computes on the same kind of device: name ->
                        {seconds, speedup of ours}, without end to end; else null
 
-Seconds are medians over rounds, per batch; `..._min` beside them are minima. What is drawn decides nothing about time.
+Everybody draws by VAR's settings; what is drawn decides nothing about time. Seconds are medians over rounds, per batch;
+`..._min` beside them are minima.
 On a GPU, XLA_PYTHON_CLIENT_PREALLOCATE=false leaves PyTorch its part of the memory.
 """
 

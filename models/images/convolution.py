@@ -34,6 +34,9 @@ class Conv3x3(nn.Module):
 def convolve(x: Float[Array, "B H W C"], kernel: Float[Array, "3 3 C D"]) -> Float[Array, "B H W D"]:
     """Cross-correlation with zeros around the input; on CPU within a few units of the last place of `direct`.
 
+    Which way it goes hangs on how many places there are, batch included, so on CPU the last digits of a small map may
+    differ between batch sizes, as those of any sum may.
+
     Args:
       x: input.
       kernel: weights by row, column, channel of the input, channel of the output.

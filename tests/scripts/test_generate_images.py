@@ -53,7 +53,7 @@ def test_a_refiner_makes_the_last_scales(directories, tmp_path) -> None:
 
 
 def test_the_refiners_settings_are_the_first_models_unless_given(directories) -> None:
-    given = ["--classes", "1", "--top_k", "5", "--refiner_top_k", "7", "--temperature", "1.1,1,1"]
+    given = ["--refiner", "x", "--classes", "1", "--top_k", "5", "--refiner_top_k", "7", "--temperature", "1.1,1,1"]
     args = generate_images._parser().parse_args(words(directories, pathlib.Path("a.png"), *given))
     first, refiner = drawings(args)
     assert first == Drawing(4.0, 5, 0.95, (1.1, 1.0, 1.0)) and refiner == Drawing(4.0, 7, 0.95, (1.1, 1.0, 1.0))
@@ -83,6 +83,7 @@ def test_an_edit_makes_what_its_box_holds(flag: str, directories, tmp_path) -> N
         (["--classes", "1", "--draft_scales", "2"], "belong together"),
         (["--classes", "1", "--edit", "x.png"], "belong together"),
         (["--classes", "1", "--edit", "x.png", "--mask", "0,0,2,2"], "there is no image x.png"),
+        (["--classes", "1", "--refiner_top_k", "5"], "there is no --refiner"),
         (["--classes", "1", "--temperature", "1,1"], "temperature has 2 entries for 3 scales"),
         (["--classes", "1", "--rows", "0"], "--rows must be at least 1"),
     ],
@@ -90,6 +91,20 @@ def test_an_edit_makes_what_its_box_holds(flag: str, directories, tmp_path) -> N
 def test_what_does_not_fit_is_one_sentence(more, message, directories, tmp_path) -> None:
     args = generate_images._parser().parse_args(words(directories, tmp_path / "a.png", *more))
     with pytest.raises(UserError, match=message):
+        generate_images.make(args)
+
+
+def test_a_temperature_is_a_number_or_several(capsys) -> None:
+    with pytest.raises(SystemExit):
+        generate_images._parser().parse_args(["--temperature", "1.2.3"])
+    assert "one per scale separated by commas, got '1.2.3'" in capsys.readouterr().err
+
+
+def test_a_box_too_small_to_keep_anything_is_refused(directories, tmp_path) -> None:
+    Image.new("RGB", (8, 8)).save(tmp_path / "given.png")
+    edit = ["--edit", str(tmp_path / "given.png"), "--keep", "1,1,2,2", "--classes", "2"]
+    args = generate_images._parser().parse_args(words(directories, tmp_path / "a.png", *edit))
+    with pytest.raises(UserError, match="nothing of the image stays"):
         generate_images.make(args)
 
 
