@@ -9,12 +9,6 @@ warm-up, images are the centre crops of the data set, and numbers are float32. E
 accelerators. Expected result: a VAR directory, runs/var/var. Deeper ones are 64 x depth wide with as many heads as
 layers, and begin with smaller gates (`--config.objective.gate`, 1e-5 for depth 30).
 
-`configs/var.py:drafter` goes on from a VAR and learns the scales before 8 alone, as the drafter of a collaborating pair
-(CoDe); the rate is a suggestion, none is published:
-
-    python -m train.main --config=configs/var.py:drafter --config.objective.tokenizer=runs/vqvae/vqvae \
-        --config.objective.init_from=runs/var/var --workdir=runs/drafter
-
 `configs/var.py:glyphs` is the larger model of `scripts/quickstart.sh images`, after `configs/vqvae.py:glyphs`, and with
 other sizes the smaller one: 4.2M and 0.6M parameters, about 4 and 1 min on two CPU cores. `configs/var.py:emoji` is
 that of `scripts/quickstart.sh images --emoji FILE`.
@@ -32,7 +26,7 @@ from configs import check_variant
 
 
 def get_config(variant: str = "") -> ConfigDict:
-    check_variant(variant, "drafter", "glyphs", "emoji", "smoke")
+    check_variant(variant, "glyphs", "emoji", "smoke")
     config = ConfigDict()
     config.objective = ConfigDict(
         {
@@ -79,12 +73,6 @@ def get_config(variant: str = "") -> ConfigDict:
     config.checkpoint = ConfigDict({"every": 5000, "keep": 2})
     config.metrics = ConfigDict({"every": 50, "tensorboard": False, "wandb": config_dict.placeholder(str)})
 
-    if variant == "drafter":
-        del config.objective.model
-        config.objective.init_from = config_dict.placeholder(str)
-        config.objective.scales_until = 8
-        config.steps = 16_700
-        config.optimizer.update(learning_rate=1e-5, warmup_steps=300)
     if variant in ("glyphs", "emoji", "smoke"):
         config.data.path = "data/glyphs"
         config.objective.model.update(depth=6, width=192, num_heads=6)

@@ -8,12 +8,13 @@ its text.
 
 import dataclasses
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Real
 
 from models.errors import UserError
 from models.sharding import row_wise
@@ -76,7 +77,7 @@ def batch_warps(settings: list[Sampling]) -> Warps:
     )
 
 
-def argmax(x: Float[Array, "*B V"]) -> Int[Array, "*B"]:
+def argmax(x: Real[Array, "*B V"]) -> Int[Array, "*B"]:
     """First index of the maximum over the last axis; two reductions, which XLA's CPU back end vectorises (its own
     argmax takes about six times as long)."""
     size = x.shape[-1]
@@ -92,11 +93,17 @@ def warp_logits(logits: Float[Array, "B V"], warps: Warps) -> Float[Array, "B V"
     dtype = logits.dtype
     temperature = jnp.where(warps.temperature > 0, warps.temperature, 1.0).astype(dtype)
     x = logits / temperature[:, None]
-    if warps.cuts:
-        x = jax.lax.cond(jnp.any(warps.top_k > 0), _keep_top_k, lambda x, _: x, x, warps)
-        x = jax.lax.cond(jnp.any(warps.top_p < 1), _keep_top_p, lambda x, _: x, x, warps)
+    x = filtered(x, warps)
     floor = jnp.max(x, axis=-1) + jnp.log(warps.min_p.astype(dtype))
     return jnp.where(x >= floor[:, None], x, -jnp.inf)
+
+
+def filtered(x: Float[Array, "B V"], warps: Warps) -> Float[Array, "B V"]:
+    """`x` with what top-k, and top-p on what that leaves, drop at -inf; ties at a threshold are kept."""
+    if not warps.cuts:
+        return x
+    x = jax.lax.cond(jnp.any(warps.top_k > 0), _keep_top_k, lambda x, _: x, x, warps)
+    return jax.lax.cond(jnp.any(warps.top_p < 1), _keep_top_p, lambda x, _: x, x, warps)
 
 
 def target_probabilities(logits: Float[Array, "B V"], warps: Warps) -> Float[Array, "B V"]:
@@ -111,38 +118,54 @@ def target_probabilities(logits: Float[Array, "B V"], warps: Warps) -> Float[Arr
 def _keep_top_k(x: Float[Array, "B V"], warps: Warps) -> Float[Array, "B V"]:
     size = x.shape[-1]
     need = jnp.where(warps.top_k > 0, jnp.minimum(warps.top_k, size), size)
-    return _keep_until(x, jnp.ones_like(x), need.astype(x.dtype))
+    bits = jax.lax.bitcast_convert_type(x, _integer(x.dtype))
+    # The order of floats, once the magnitude bits of negative ones are flipped.
+    order_BV = jnp.where(bits < 0, bits ^ jnp.iinfo(bits.dtype).max, bits)
+
+    def above(threshold_B):
+        return jnp.sum(order_BV >= threshold_B[:, None], axis=-1, dtype=x.dtype)
+
+    threshold_B = _threshold(above, need.astype(x.dtype))
+    return jnp.where(order_BV >= threshold_B[:, None], x, -jnp.inf)
 
 
 def _keep_top_p(x: Float[Array, "B V"], warps: Warps) -> Float[Array, "B V"]:
-    mass = jax.nn.softmax(x, axis=-1)
-    need = warps.top_p.astype(x.dtype) * jnp.sum(mass, axis=-1)
-    # Where top_p is 1 everything stays, even what rounding cannot see in the sum.
-    return jnp.where(warps.top_p[:, None] < 1, _keep_until(x, mass, need), x)
+    mass_BV = jax.nn.softmax(x, axis=-1)
+
+    def floor_B1(threshold_B):
+        # Of what is not negative the bits are in order as they are.
+        return jax.lax.bitcast_convert_type(threshold_B, x.dtype)[:, None]
+
+    def above(threshold_B):
+        return jnp.sum(jnp.where(mass_BV >= floor_B1(threshold_B), mass_BV, 0), axis=-1)
+
+    threshold_B = _threshold(above, warps.top_p.astype(x.dtype) * jnp.sum(mass_BV, axis=-1))
+    # Scores that rounding gives equal masses are ties. Where top_p is 1 everything stays, even what rounding cannot see
+    # in the sum.
+    return jnp.where((mass_BV >= floor_B1(threshold_B)) | (warps.top_p[:, None] >= 1), x, -jnp.inf)
 
 
-def _keep_until(x: Float[Array, "B V"], mass: Float[Array, "B V"], need: Float[Array, "B"]) -> Float[Array, "B V"]:
-    """Drops all that lies below the largest threshold at or above which there is `need` of `mass`.
+def _integer(dtype) -> type:
+    return jnp.int64 if dtype == jnp.float64 else jnp.int32
 
-    The threshold is found bit by bit, by adding up what lies above it: exact, and about 25 times as fast as sorting a
-    vocabulary of 32,000 on a CPU. Floats are compared as integers, whose order is theirs once the magnitude bits of
-    negative ones are flipped.
+
+def _threshold(above: Callable[[Array], Array], need: Float[Array, "B"]) -> Int[Array, "B"]:
+    """The largest integers at which `above` is at least `need`; it falls as they grow, and the least of all will do.
+
+    They are found bit by bit: exact, and about 25 times as fast as sorting a vocabulary of 32,000 on a CPU. What counts
+    is how much memory a call of `above` reads.
     """
-    kind = jnp.int64 if x.dtype == jnp.float64 else jnp.int32
-    bits = jax.lax.bitcast_convert_type(x, kind)
-    order_BV = jnp.where(bits < 0, bits ^ jnp.iinfo(kind).max, bits)
+    kind = _integer(need.dtype)
 
     def raised(threshold_B, trial_B):
-        above = jnp.sum(jnp.where(order_BV >= trial_B[:, None], mass, 0), axis=-1)
-        return jnp.where(above >= need, trial_B, threshold_B)
+        return jnp.where(above(trial_B) >= need, trial_B, threshold_B)
 
     def body(i, threshold_B):
         return raised(threshold_B, threshold_B + jnp.left_shift(jnp.ones((), kind), jnp.iinfo(kind).bits - 2 - i))
 
-    lowest_B = jnp.full(x.shape[:1], jnp.iinfo(kind).min, kind)
+    lowest_B = jnp.full(need.shape, jnp.iinfo(kind).min, kind)
     threshold_B = raised(lowest_B, jnp.zeros_like(lowest_B))
-    threshold_B = jax.lax.fori_loop(0, jnp.iinfo(kind).bits - 1, body, threshold_B)
-    return jnp.where(order_BV >= threshold_B[:, None], x, -jnp.inf)
+    return jax.lax.fori_loop(0, jnp.iinfo(kind).bits - 1, body, threshold_B)
 
 
 def draw(logits: Float[Array, "B V"], warps: Warps, keys: Array, positions: Int[Array, "B"]) -> Int[Array, "B"]:
@@ -170,10 +193,30 @@ def noise(keys: Array, positions: Int[Array, "B"], size: int, dtype) -> Float[Ar
     return jax.vmap(lambda k, p: jax.random.gumbel(jax.random.fold_in(k, p), (size,), dtype))(keys, positions)
 
 
+def invert(mass: Float[Array, "B V"], uniform: Float[Array, "B 2"]) -> Int[Array, "B"]:
+    """Draws from `mass`, unnormalised, by inverting its running sum, and never a place that has none.
+
+    One random number says which block of places, the other which place of it, where Gumbel noise would take one for
+    each place; 0 for both takes the first place with any mass.
+    """
+    padded = jnp.pad(mass, [(0, 0), (0, -mass.shape[1] % _BLOCK)])
+    blocks = padded.reshape(len(mass), -1, _BLOCK)
+    block = _first_past(jnp.sum(blocks, axis=-1), uniform[:, 0])
+    inside = jnp.take_along_axis(blocks, block[:, None, None], axis=1)[:, 0]
+    return block * _BLOCK + _first_past(inside, uniform[:, 1])
+
+
+def _first_past(mass, uniform):
+    running = jnp.cumsum(mass, axis=-1)
+    past = running > uniform[:, None] * running[:, -1:]
+    # Sums round: should none with mass be past its share, the first one is taken.
+    return argmax(jnp.where(mass > 0, 1 + past.astype(jnp.int32), 0))
+
+
 # Folded into a request's key for drafters, in the place where the verifier folds in a position: no text is that long.
 _DRAFTS = 2**32 - 1
 
-# Logits per block of `best_logits`.
+# Tokens per block of `best_logits` and `invert`.
 _BLOCK = 64
 
 

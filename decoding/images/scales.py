@@ -19,11 +19,11 @@ import jax.numpy as jnp
 from flax import struct
 from jaxtyping import Array, Bool, Float, Int
 
-from decoding.sampling import Sampling, Warps, argmax, batch_warps, warp_logits
+from decoding.sampling import Sampling, Warps, argmax, batch_warps, filtered, invert
 from models.errors import UserError
 from models.images import quantiser, var
 from models.images.config import VARConfig, VQVAEConfig, scale_starts
-from models.sharding import keep_rows
+from models.sharding import keep_rows, row_wise
 from models.transformer import Params
 
 
@@ -206,29 +206,29 @@ def draw_codes(
     codebook: Float[Array, "V E"], scores: Float[Array, "B T V"], draws: Draws, k: int
 ) -> tuple[Int[Array, "B T"], Float[Array, "B T E"]]:
     """Codes of scale k, and the vectors that stand for them."""
-    _, tokens, size = scores.shape
+    index, weights = row_wise(functools.partial(_draw_codes, k), scores, draws)
+    return index, codebook[index] if weights is None else weights @ codebook
+
+
+def _draw_codes(k, scores, draws):
     if draws.greedy and not draws.smooth:
-        index = argmax(scores)
-        return index, codebook[index]
-    left = filtered(scores, draws.filters)
-    noise = jax.vmap(lambda key: jax.random.gumbel(jax.random.fold_in(key, k), (tokens, size), scores.dtype))(
-        draws.keys
-    )
+        return argmax(scores), None
+    batch, tokens, size = scores.shape
+    per_token: Any = jax.tree.map(lambda setting: jnp.repeat(setting, tokens), draws.filters)
+    left = filtered(scores.reshape(-1, size), per_token).reshape(scores.shape)
+    keys = jax.vmap(lambda key: jax.random.split(jax.random.fold_in(key, k)))(draws.keys)
+    uniform = jax.vmap(lambda key: jax.random.uniform(key, (tokens, 2), scores.dtype))(keys[:, 0])
     temperature = draws.temperature[:, k].astype(scores.dtype)[:, None, None]
-    drawn = argmax(left / jnp.where(temperature > 0, temperature, 1) + noise)
-    index = jnp.where(temperature[..., 0] > 0, drawn, argmax(scores))
+    # At temperature 0 the best codes alone have mass, and 0 takes the first of them.
+    uniform = jnp.where(temperature > 0, uniform, 0)
+    least = jnp.finfo(scores.dtype).tiny
+    mass = jnp.exp((left - jnp.max(left, axis=-1, keepdims=True)) / jnp.maximum(temperature, least))
+    index = invert(mass.reshape(-1, size), uniform.reshape(-1, 2)).reshape(batch, tokens)
     if not draws.smooth:
-        return index, codebook[index]
+        return index, None
+    noise = jax.vmap(lambda key: jax.random.gumbel(key, (tokens, size), scores.dtype))(keys[:, 1])
     ratio = k / (draws.temperature.shape[1] - 1)
-    weights = jax.nn.softmax((left * (1 + ratio) + noise) / max(0.27 * (1 - 0.95 * ratio), 0.005), axis=-1)
-    return index, weights @ codebook
-
-
-def filtered(scores: Float[Array, "B T V"], filters: Warps) -> Float[Array, "B T V"]:
-    """Scores with what top-k, and top-p on what that leaves, drop at -inf; ties are kept."""
-    tokens = scores.shape[1]
-    per_token: Any = jax.tree.map(lambda setting: jnp.repeat(setting, tokens), filters)
-    return warp_logits(scores.reshape(-1, scores.shape[-1]), per_token).reshape(scores.shape)
+    return index, jax.nn.softmax((left * (1 + ratio) + noise) / max(0.27 * (1 - 0.95 * ratio), 0.005), axis=-1)
 
 
 def _step(tokenizer, codes, k, f_hat, vectors, kept):

@@ -35,6 +35,7 @@ from models.heads.eagle import Eagle3Heads, EagleHeads
 from models.heads.hydra import HydraHeads
 from models.heads.medusa import MedusaHeads
 from models.target import Target, load_target
+from tests.noise import noisy
 
 # The second child has more descendants than the first: a builder that takes the first's for granted goes wrong.
 LOPSIDED = Topology(((0,), (1,), (2,), (0, 0), (1, 0), (1, 1), (1, 0, 0), (1, 1, 0), (1, 1, 1)))
@@ -169,14 +170,7 @@ def learns_from_rejected_nodes(drafter: Drafter) -> bool:
 
 def _random(drafter, target: Target, key: Array) -> tuple[Drafter, Any]:
     """Fresh heads with noise on every parameter, so that no block is the identity that it starts as."""
-    params = drafter.heads.init(target.config, target.params, key)
-    leaves, structure = jax.tree.flatten(params)
-    keys = jax.random.split(key, len(leaves))
-    noisy = [
-        leaf + 0.2 * jax.random.normal(k, leaf.shape, leaf.dtype) if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf
-        for leaf, k in zip(leaves, keys, strict=True)
-    ]
-    return drafter, jax.tree.unflatten(structure, noisy)
+    return drafter, noisy(drafter.heads.init(target.config, target.params, key), 0.2)
 
 
 def random_target(

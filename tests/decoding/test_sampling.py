@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from decoding.sampling import Sampling, argmax, batch_warps, best_tokens, draw, warp_logits
+from decoding.sampling import Sampling, argmax, batch_warps, best_tokens, draw, invert, warp_logits
 from models.errors import UserError
 
 VOCAB = 17
@@ -102,6 +102,28 @@ def test_draw_follows_the_distribution(x64: None) -> None:
     statistic = np.sum((observed - expected)[p > 0] ** 2 / expected[p > 0])
     # p > 1e-4 for 5 degrees of freedom or fewer.
     assert statistic < 25.7
+
+
+def test_inversion_gives_each_place_its_share(x64: None) -> None:
+    """Of a grid over both random numbers, as exactly as the grid can tell; 150 places are three blocks."""
+    mass = np.random.default_rng(5).exponential(size=150) * (np.random.default_rng(6).random(150) < 0.5)
+    mass[64:128] *= 9
+    mass[128:140] = 0
+    side = 400
+    grid = (np.stack(np.meshgrid(*[np.arange(side)] * 2), axis=-1).reshape(-1, 2) + 0.5) / side
+    drawn = np.asarray(invert(jnp.broadcast_to(jnp.array(mass), (side**2, 150)), jnp.array(grid)))
+    share = np.bincount(drawn, minlength=150) / side**2
+    assert share[mass == 0].sum() == 0 and (mass == 0).any()
+    np.testing.assert_allclose(share, mass / mass.sum(), atol=2 / side)
+    ends = invert(jnp.broadcast_to(jnp.array(mass), (2, 150)), jnp.array([[0.0, 0.0], [1 - 1e-9, 1 - 1e-9]]))
+    assert ends.tolist() == [np.flatnonzero(mass)[0], np.flatnonzero(mass)[-1]]
+
+
+def test_inversion_finds_what_little_there_is() -> None:
+    """Whatever a sum rounds to: one place with the smallest mass that float32 holds beside others with none."""
+    mass = jnp.zeros((3, 200)).at[jnp.arange(3), jnp.array([0, 77, 199])].set(jnp.finfo(jnp.float32).tiny)
+    for number in (0.0, 0.5, 1 - 2**-23):
+        assert invert(mass, jnp.full((3, 2), number)).tolist() == [0, 77, 199]
 
 
 def test_argmax_takes_the_first_of_equals() -> None:

@@ -14,6 +14,7 @@ from models.heads.eagle import Eagle3Heads, EagleHeads, eagle3_layers, unroll
 from models.heads.medusa import vocab_kernel
 from models.layers import apply_rope, rope_angles
 from models.layout import Layout
+from tests.noise import noisy
 
 CONFIG = TransformerConfig(
     vocab_size=19, width=8, num_layers=4, num_heads=4, num_kv_heads=2, head_dim=4, mlp_width=12, rope_theta=50.0
@@ -32,15 +33,7 @@ each_kind = pytest.mark.parametrize("heads", KINDS.values(), ids=KINDS)
 
 @pytest.fixture
 def target() -> dict:
-    return noisy(transformer.init(CONFIG, jax.random.key(0), jnp.float64))
-
-
-def noisy(tree: dict, seed: int = 5) -> dict:
-    leaves, structure = jax.tree.flatten(tree)
-    keys = jax.random.split(jax.random.key(seed), len(leaves))
-    noise = [0.3 * jax.random.normal(key, leaf.shape, jnp.float64) for key, leaf in zip(keys, leaves, strict=True)]
-    noisy = [leaf if leaf.dtype == jnp.int32 else leaf + extra for leaf, extra in zip(leaves, noise, strict=True)]
-    return jax.tree.unflatten(structure, noisy)
+    return noisy(transformer.init(CONFIG, jax.random.key(0), jnp.float64), 0.3)
 
 
 def rms(x: np.ndarray, scale: np.ndarray) -> np.ndarray:
@@ -86,7 +79,7 @@ def text_and_features(heads, target: dict, params: dict, batch: int = 2, rows: i
 
 @each_kind
 def test_run_and_logits_match_numpy(heads, target: dict) -> None:
-    params = noisy(heads.init(CONFIG, target, jax.random.key(1)))
+    params = noisy(heads.init(CONFIG, target, jax.random.key(1)), 0.3)
     tokens, layout, feature, _ = text_and_features(heads, target, params)
     embedding = transformer.lookup(target, jnp.roll(tokens, -1, axis=1))
     found, rows = heads.run(CONFIG, params, feature, embedding, layout)
@@ -105,7 +98,7 @@ def test_run_and_logits_match_numpy(heads, target: dict) -> None:
 
 def test_eagle3_fuses_what_enters_three_layers(target: dict) -> None:
     heads = KINDS["eagle3"]
-    params = noisy(heads.init(CONFIG, target, jax.random.key(1)))
+    params = noisy(heads.init(CONFIG, target, jax.random.key(1)), 0.3)
     tokens, layout, feature, _ = text_and_features(heads, target, params)
     entering = [transformer.embed(CONFIG, target, tokens)]
     for k in range(3):
@@ -118,7 +111,7 @@ def test_eagle3_fuses_what_enters_three_layers(target: dict) -> None:
 @pytest.mark.parametrize("tied", [False, True])
 def test_eagle3_starts_with_rows_of_the_targets_head(tied: bool) -> None:
     config = dataclasses.replace(CONFIG, tied_embeddings=tied)
-    target = noisy(transformer.init(config, jax.random.key(0), jnp.float64))
+    target = noisy(transformer.init(config, jax.random.key(0), jnp.float64), 0.3)
     vocabulary = jnp.array([2, 3, 5, 7, 11, 13, 17], jnp.int32)
     heads = KINDS["eagle3 of few tokens"]
     params = heads.init(config, target, jax.random.key(1), vocabulary)
@@ -134,7 +127,7 @@ def test_eagle3_starts_with_rows_of_the_targets_head(tied: bool) -> None:
 @pytest.mark.parametrize("packed", [False, True])
 def test_unrolled_equals_a_dense_mask_over_all_steps(heads, packed: bool, target: dict) -> None:
     steps, rows = 4, 9
-    params = noisy(heads.init(CONFIG, target, jax.random.key(1)))
+    params = noisy(heads.init(CONFIG, target, jax.random.key(1)), 0.3)
     segments = jnp.array([[1] * 4 + [2] * 5] * 2) if packed else None
     layout = Layout.causal(2, rows, segments)
     tokens, _, feature, _ = text_and_features(heads, target, params)
@@ -165,7 +158,7 @@ def test_unrolled_equals_a_dense_mask_over_all_steps(heads, packed: bool, target
 def test_unrolled_equals_drafting_step_by_step_with_a_cache(heads, target: dict) -> None:
     """From every position, with true tokens, one pair at a time; true pairs in the prefix, drafted ones in scratch."""
     steps, rows = 3, 7
-    params = noisy(heads.init(CONFIG, target, jax.random.key(1)))
+    params = noisy(heads.init(CONFIG, target, jax.random.key(1)), 0.3)
     tokens, layout, feature, _ = text_and_features(heads, target, params, rows=rows)
     embedding = transformer.lookup(target, jnp.pad(tokens, ((0, 0), (0, steps))))
     unrolled = unroll(heads, CONFIG, params, feature, [embedding[:, 1 + k :][:, :rows] for k in range(steps)], layout)

@@ -10,6 +10,7 @@ from models.config import TransformerConfig
 from models.heads.hydra import HydraHeads
 from models.heads.medusa import MedusaHeads, vocab_kernel
 from models.layout import Layout
+from tests.noise import noisy
 
 CONFIG = TransformerConfig(
     vocab_size=19, width=8, num_layers=2, num_heads=2, num_kv_heads=1, head_dim=4, mlp_width=12, tied_embeddings=True
@@ -27,13 +28,6 @@ each_kind = pytest.mark.parametrize("heads", KINDS.values(), ids=KINDS)
 @pytest.fixture
 def target() -> dict:
     return transformer.init(CONFIG, jax.random.key(0), jnp.float64)
-
-
-def noisy(tree: dict, seed: int = 5) -> dict:
-    leaves, structure = jax.tree.flatten(tree)
-    keys = jax.random.split(jax.random.key(seed), len(leaves))
-    noise = [0.3 * jax.random.normal(key, leaf.shape, leaf.dtype) for key, leaf in zip(keys, leaves, strict=True)]
-    return jax.tree.unflatten(structure, [leaf + extra for leaf, extra in zip(leaves, noise, strict=True)])
 
 
 def test_medusa_starts_as_the_targets_head(target: dict) -> None:
@@ -65,7 +59,7 @@ def silu(x: np.ndarray) -> np.ndarray:
 
 @each_kind
 def test_hidden_matches_numpy(heads, target: dict) -> None:
-    params = noisy(heads.init(CONFIG, target, jax.random.key(1)))
+    params = noisy(heads.init(CONFIG, target, jax.random.key(1)), 0.3)
     rng = np.random.default_rng(0)
     for i in range(3):
         feature, path = rng.normal(size=(4, 8)), rng.normal(size=(4, i + 1, 8))
@@ -83,7 +77,7 @@ def test_hidden_matches_numpy(heads, target: dict) -> None:
 
 def test_joined_inputs_compute_the_same_hidden(target: dict) -> None:
     heads = KINDS["hydra++"]
-    params = noisy(heads.init(CONFIG, target, jax.random.key(1)))
+    params = noisy(heads.init(CONFIG, target, jax.random.key(1)), 0.3)
     joined = heads.join_inputs(params, 3)
     rng = np.random.default_rng(0)
     for i in range(3):
@@ -120,7 +114,7 @@ def test_untied_targets_lend_their_head() -> None:
 
 def test_prefix_block_is_causal_over_features_and_cached(target: dict) -> None:
     heads = KINDS["hydra++"]
-    params = noisy(heads.init(CONFIG, target, jax.random.key(1)))
+    params = noisy(heads.init(CONFIG, target, jax.random.key(1)), 0.3)
     features = jax.random.normal(jax.random.key(3), (2, 6, 8), jnp.float64)
     whole = heads.features(CONFIG, params, features, Layout.causal(2, 6))
     changed = heads.features(CONFIG, params, features.at[:, 4].add(1.0), Layout.causal(2, 6))
@@ -131,7 +125,7 @@ def test_prefix_block_is_causal_over_features_and_cached(target: dict) -> None:
 def test_dropout_is_for_training() -> None:
     heads = KINDS["hydra++"]
     target = transformer.init(CONFIG, jax.random.key(0), jnp.float64)
-    params = noisy(heads.init(CONFIG, target, jax.random.key(1)))
+    params = noisy(heads.init(CONFIG, target, jax.random.key(1)), 0.3)
     feature, path = jnp.ones((64, 8)), jnp.ones((64, 1, 8))
     once, again, other = (heads.hidden(params, 0, feature, path, jax.random.key(k)) for k in (0, 0, 1))
     assert np.array_equal(once, again) and not np.array_equal(once, other)

@@ -15,6 +15,7 @@ from models.attention import softcap
 from models.config import RopeScaling, TransformerConfig
 from models.layers import apply_rope, rope_frequencies
 from models.layout import Layout
+from tests.noise import noisy
 
 LLAMA = TransformerConfig(
     vocab_size=23, width=16, num_layers=3, num_heads=4, num_kv_heads=2, head_dim=6, mlp_width=20, norm_eps=1e-6
@@ -45,10 +46,7 @@ each_family = pytest.mark.parametrize("config", FAMILIES.values(), ids=FAMILIES)
 
 def lively(config: TransformerConfig, dtype=jnp.float64, seed: int = 0) -> dict:
     """Parameters with noise on every one, biases and norms too, large enough to matter."""
-    leaves, structure = jax.tree.flatten(transformer.init(config, jax.random.key(seed), dtype))
-    keys = jax.random.split(jax.random.key(seed + 1), len(leaves))
-    noise = [0.3 * jax.random.normal(key, leaf.shape, dtype) for key, leaf in zip(keys, leaves, strict=True)]
-    return jax.tree.unflatten(structure, [leaf + extra for leaf, extra in zip(leaves, noise, strict=True)])
+    return noisy(transformer.init(config, jax.random.key(seed), dtype), 0.3, seed)
 
 
 def close(a, b, atol: float = 1e-10) -> None:

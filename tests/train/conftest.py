@@ -15,6 +15,7 @@ from models.images import files
 from models.images.config import VARConfig, VQVAEConfig
 from scripts import build_dataset
 from tests import image_reference
+from tests.noise import noisy
 from train import glyphs, images, trainer
 from train.config import TrainConfig, parse
 from train.corpus import open_corpus
@@ -168,12 +169,9 @@ def image_setting(image_job: Callable[..., TrainConfig]) -> Callable[..., Any]:
         corpus = open_corpus(config)
         plan = trainer.make_plan(config, corpus.facts)
         base = plan.objective.load_base(plan.mesh) if plan.base is not None else None
-        params = jax.jit(plan.objective.init)(jax.random.key(3), base)
-        leaves, structure = jax.tree.flatten(params)
-        keys = jax.random.split(jax.random.key(4), len(leaves))
-        noisy = [leaf + 0.1 * jax.random.normal(key, leaf.shape) for key, leaf in zip(keys, leaves, strict=True)]
+        params = jax.jit(plan.objective.init, compiler_options=trainer.once())(jax.random.key(3), base)
         batch = jax.tree.map(jnp.asarray, dict(next(corpus.batches(batch_size, 0))))
-        return plan.objective, jax.tree.unflatten(structure, noisy), plan.objective.frozen_part(base), batch
+        return plan.objective, noisy(params, 0.1), plan.objective.frozen_part(base), batch
 
     return make
 

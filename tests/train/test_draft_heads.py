@@ -13,6 +13,7 @@ from models import transformer
 from models.errors import UserError
 from models.layout import Layout
 from models.target import load_target
+from tests.noise import noisy
 from train import trainer
 from train.corpus import open_corpus
 from train.objectives.draft_heads import DraftHeads
@@ -29,12 +30,9 @@ def setting(job):
         plan = trainer.make_plan(config, corpus.facts)
         frozen = plan.objective.load_base(plan.mesh)
         heads = plan.objective.init(jax.random.key(3), frozen)
-        leaves, structure = jax.tree.flatten(heads)
-        keys = jax.random.split(jax.random.key(4), len(leaves))
-        noisy = [leaf + 0.1 * jax.random.normal(key, leaf.shape) for leaf, key in zip(leaves, keys, strict=True)]
         batch = {**next(corpus.batches(config.batch_size, 0))}
         batch["mask"] = np.random.default_rng(0).integers(0, 2, batch["mask"].shape).astype(np.uint8)
-        return plan.objective, jax.tree.unflatten(structure, noisy), frozen, jax.tree.map(jnp.asarray, batch)
+        return plan.objective, noisy(heads, 0.1), frozen, jax.tree.map(jnp.asarray, batch)
 
     return make
 

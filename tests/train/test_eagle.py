@@ -13,6 +13,7 @@ from models.errors import UserError
 from models.heads.eagle import unroll
 from models.layout import Layout
 from models.target import load_target
+from tests.noise import noisy
 from train import trainer
 from train.corpus import open_corpus
 from train.objectives.drafting import Guess
@@ -33,12 +34,9 @@ def setting(job):
         plan.objective.survey(corpus.train)
         frozen = plan.objective.load_base(plan.mesh)
         params = plan.objective.init(jax.random.key(3), frozen)
-        leaves, structure = jax.tree.flatten(params)
-        keys = jax.random.split(jax.random.key(4), len(leaves))
-        noisy = [leaf + 0.1 * jax.random.normal(key, leaf.shape) for key, leaf in zip(keys, leaves, strict=True)]
         batch = {**next(corpus.batches(config.batch_size, 0))}
         batch["mask"] = np.random.default_rng(0).integers(0, 2, batch["mask"].shape).astype(np.uint8)
-        return plan.objective, jax.tree.unflatten(structure, noisy), frozen, jax.tree.map(jnp.asarray, batch)
+        return plan.objective, noisy(params, 0.1), frozen, jax.tree.map(jnp.asarray, batch)
 
     return make
 

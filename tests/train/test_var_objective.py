@@ -195,3 +195,11 @@ def test_the_smoke_job_runs(image_set, image_models, tmp_path):
     said = smoke("var", image_set, tmp_path, *options)
     assert "finished 3 steps" in said and "last_accuracy" in said
     assert files.read_config(tmp_path / "var", VARConfig).num_classes == 3
+
+
+@pytest.mark.slow
+def test_the_smoke_job_of_a_drafter_runs(image_set, image_models, tmp_path):
+    options = ["steps=3", "optimizer.warmup_steps=1", f"objective.tokenizer={image_models['vqvae']}"]
+    said = smoke("code_drafter", image_set, tmp_path, *options, f"objective.init_from={image_models['var']}")
+    assert "finished 3 steps" in said and "last_accuracy" in said
+    assert files.read_config(tmp_path / "var", VARConfig) == VAR
