@@ -1,4 +1,4 @@
-"""The programs of a generation, compiled ahead, so that they can be asked for memory and timed without dispatch."""
+"""The programs of a generation, compiled ahead to be asked for memory; `generate_images` will run these very ones."""
 
 import time
 from collections.abc import Sequence
@@ -16,7 +16,7 @@ class Program(NamedTuple):
     """One stage, compiled for a batch.
 
     Attributes:
-      call: takes the leaves of (codes, params, labels, draws, sketch) and returns those of the next sketch.
+      call: takes (codes, params, labels, draws, sketch, None) and returns the next sketch.
       draws: how its codes are drawn.
       seconds: of its compilation.
     """
@@ -40,14 +40,12 @@ def compile_stages(tokenizer: VQVAEConfig, codes: Any, stages: Sequence[Stage], 
     for stage in stages:
         assert isinstance(stage.drawing, Drawing)
         draws = Draws.of([stage.drawing] * batch, keys, tokenizer.num_scales)
-        leaves, structure = jax.tree.flatten((codes, stage.params, labels, draws, sketch))
-
-        def call(leaves, structure=structure, config=stage.config, first=first, last=stage.last):
-            return jax.tree.leaves(run(tokenizer, config, *jax.tree.unflatten(structure, leaves), first, last))
-
         started = time.perf_counter()
-        lowered = jax.jit(call).lower(leaves)
+        # JAX keeps what it compiled for a call of the very same form.
+        lowered = run.lower(
+            tokenizer, stage.config, codes, stage.params, labels, draws, sketch, first, stage.last, None
+        )
         programs.append(Program(lowered.compile(), draws, time.perf_counter() - started))
-        f_hat, prefix, *indices = (jnp.zeros(leaf.shape, leaf.dtype) for leaf in lowered.out_info)
-        sketch, first = Sketch(f_hat, prefix, indices), stage.last
+        sketch = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), lowered.out_info)
+        first = stage.last
     return programs

@@ -26,7 +26,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, UInt8
+from jaxtyping import UInt8
 
 from decoding.images.generate import Stage, Tokenizer, code_stages, decode_pixels
 from decoding.images.scales import Drawing, Sketch
@@ -88,16 +88,15 @@ class Made:
         self.temporary_bytes = max(memory.temp_size_in_bytes for memory in memories)
         labels = jnp.arange(batch, dtype=jnp.int32) % stages[0].config.num_classes
         self._given = [
-            jax.tree.leaves((codes, stage.params, labels, program.draws))
-            for stage, program in zip(stages, self._programs, strict=True)
+            (codes, stage.params, labels, program.draws) for stage, program in zip(stages, self._programs, strict=True)
         ]
-        self._empty = jax.tree.leaves(Sketch.empty(tokenizer, batch))
+        self._empty = Sketch.empty(tokenizer, batch)
 
-    def run(self) -> list[Array]:
-        """Makes the batch and returns the leaves of its sketch, f_hat first, which may not be computed yet."""
+    def run(self) -> Sketch:
+        """Makes the batch and returns its sketch, which may not be computed yet."""
         sketch = self._empty
         for program, given in zip(self._programs, self._given, strict=True):
-            sketch = program.call([*given, *sketch])
+            sketch = program.call(*given, sketch, None)
         return sketch
 
     def sample(self) -> float:
@@ -116,7 +115,7 @@ class Whole:
 
     def pixels(self) -> UInt8[np.ndarray, "B H W 3"]:
         """The batch."""
-        return decode_pixels(self._tokenizer, np.asarray(self._made.run()[0]))
+        return decode_pixels(self._tokenizer, np.asarray(self._made.run().f_hat))
 
     def sample(self) -> float:
         """Seconds per batch."""

@@ -29,7 +29,6 @@ from models.errors import UserError
 from models.layout import Layout
 from models.target import Target
 from tests.decoding.drafter_cases import (
-    CASES,
     LOPSIDED,
     WARM,
     Oracle,
@@ -38,7 +37,6 @@ from tests.decoding.drafter_cases import (
     battery_target,
     each_drafter,
     learns_from_rejected_nodes,
-    random_target,
 )
 
 PROMPTS = [[1, 2, 3], [4, 5, 6, 7, 8, 9, 10], [11], [0, 3, 3, 7, 1]]
@@ -460,40 +458,3 @@ def test_one_compilation_per_bucket(name: str) -> None:
     assert plain.tokens and sampled.tokens
     decode(name, max_new_tokens=7, sampling=Sampling(temperature=2.0, min_p=0.3))
     assert loop.run._cache_size() == before[0] + 1, "another static sampling mode must be seen as a compilation"
-
-
-# Rows do not feel their neighbours.
-
-
-def test_rows_are_bitwise_independent_at_full_width() -> None:
-    wide = random_target(vocab_size=64, width=256, head_dim=32, num_heads=8, scale=5.0, dtype=jnp.float32)
-    drafter, params = CASES["hydra++"](wide, jax.random.key(2))
-    settings = [Sampling(temperature=1.0), Sampling(temperature=0.8, top_p=0.9), Sampling(temperature=1.0), Sampling()]
-    requests = list(zip(PROMPTS, settings, [5, 6, 7, 8], strict=True))
-    states = []
-    run = loop.run
-
-    def decode_rows(rows) -> Generation:
-        prompts, sampling, seeds = (list(column) for column in zip(*rows, strict=True))
-        arguments = dict(drafter=Recorder(drafter), drafter_params=params, sampling=sampling, seeds=seeds)
-        return generate(wide, prompts, max_new_tokens=40, stop=[], **arguments)
-
-    def watched(*arguments):
-        states.append(run(*arguments))
-        return states[-1]
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop, "run", watched)
-        alone = decode_rows(requests)
-        order = [2, 0, 3, 1]
-        shuffled = decode_rows([requests[row] for row in order])
-        strangers = decode_rows([requests[0], *[([40 + i, 50], Sampling(temperature=1.3), 90 + i) for i in range(3)]])
-    assert [shuffled.tokens[order.index(row)] for row in range(4)] == alone.tokens
-    assert strangers.tokens[0] == alone.tokens[0] and strangers.tokens[1] != alone.tokens[1]
-    assert len(states) == 3
-    for layer in range(2):
-        first, second, third = (np.asarray(state.cache[layer]["v"]) for state in states)
-        ends = np.asarray(states[0].length)
-        for row, end in enumerate(ends):
-            assert np.array_equal(first[row, :, :end], second[order.index(row), :, :end])
-        assert np.array_equal(first[0, :, : ends[0]], third[0, :, : ends[0]])

@@ -62,7 +62,11 @@ def call(function: str) -> str:
     return f"from tests.decoding import mesh_checks; mesh_checks.{function}; print('done')"
 
 
-@pytest.mark.parametrize("name", NEEDED)
+# What these exchange is nearly all exchanged by the others too. They run with `-m slow`.
+LATER = ("eagle2", "lookahead", "prompt_lookup+hydra++")
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] if n in LATER else []) for n in NEEDED])
 def test_meshes_decode_alike_and_exchange_no_more_than_needed(name: str, run_python) -> None:
     # Where tensor parallelism is alone nothing differs from where it is not, but for the agreement between rows.
     meshes = {"data=8": DATA_ONLY | ACROSS_ROWS.get(name, {}), "data=2,tensor=4": NEEDED[name] | DATA_ONLY}

@@ -100,10 +100,15 @@ def test_dtype_is_that_of_transformers_decoder_and_products(parts: dict) -> None
     assert dtypes([tokenizer.params[name] for name in ("decoder", "post_quant")]) == {"bfloat16"}
     assert dtypes([tokenizer.params[name] for name in ("codebook", "phi")]) == {"float32"}
     for name, programs in (("var-d2", 1), ("code-1", 2)):
-        matrices = [leaf for leaves in parts[name]._given for leaf in leaves if leaf.ndim == 2 and leaf.size >= 64]
+        matrices = [
+            leaf
+            for leaves in parts[name]._given
+            for leaf in jax.tree.leaves(leaves)
+            if leaf.ndim == 2 and leaf.size >= 64
+        ]
         # Beside those of the transformers there is only the codebook, once for each program.
         assert sum(leaf.dtype == jnp.float32 for leaf in matrices) == programs and len(matrices) > 5 * programs
-        f_hat = parts[name].run()[0]
+        f_hat = parts[name].run().f_hat
         assert f_hat.dtype == jnp.float32 and f_hat.shape == (3, 2, 2, 4)
     assert parts["var-d2 end to end"].pixels().shape == (3, 4, 4, 3)
 
