@@ -32,8 +32,8 @@ def get_config(variant: str = "") -> ConfigDict:
     if not variant:
         config.steps = 16_700
         config.optimizer.update(learning_rate=1e-5, warmup_steps=300)
+    else:
+        config.optimizer.learning_rate = 5e-4
     if variant in ("glyphs", "emoji"):
-        config.steps = 120
-        config.optimizer.update(learning_rate=5e-4, warmup_steps=10)
-        config.evaluation.every = 60
+        config.steps, config.optimizer.warmup_steps, config.evaluation.every = 120, 10, 60
     return config

@@ -130,7 +130,8 @@ def _keep_top_k(x: Float[Array, "B V"], warps: Warps) -> Float[Array, "B V"]:
 
 
 def _keep_top_p(x: Float[Array, "B V"], warps: Warps) -> Float[Array, "B V"]:
-    mass_BV = jax.nn.softmax(x, axis=-1)
+    # Computed once: the threshold is one of these very numbers.
+    mass_BV = jax.lax.optimization_barrier(jax.nn.softmax(x, axis=-1))
 
     def floor_B1(threshold_B):
         # Of what is not negative the bits are in order as they are.
@@ -139,7 +140,8 @@ def _keep_top_p(x: Float[Array, "B V"], warps: Warps) -> Float[Array, "B V"]:
     def above(threshold_B):
         return jnp.sum(jnp.where(mass_BV >= floor_B1(threshold_B), mass_BV, 0), axis=-1)
 
-    threshold_B = _threshold(above, warps.top_p.astype(x.dtype) * jnp.sum(mass_BV, axis=-1))
+    need = jnp.maximum(warps.top_p.astype(x.dtype) * jnp.sum(mass_BV, axis=-1), jnp.finfo(x.dtype).tiny)
+    threshold_B = _threshold(above, need)
     # Scores that rounding gives equal masses are ties. Where top_p is 1 everything stays, even what rounding cannot see
     # in the sum.
     return jnp.where((mass_BV >= floor_B1(threshold_B)) | (warps.top_p[:, None] >= 1), x, -jnp.inf)
@@ -150,10 +152,10 @@ def _integer(dtype) -> type:
 
 
 def _threshold(above: Callable[[Array], Array], need: Float[Array, "B"]) -> Int[Array, "B"]:
-    """The largest integers at which `above` is at least `need`; it falls as they grow, and the least of all will do.
+    """The largest integers at which `above`, which must not rise with them, is at least `need`; the least if nowhere.
 
-    They are found bit by bit: exact, and about 25 times as fast as sorting a vocabulary of 32,000 on a CPU. What counts
-    is how much memory a call of `above` reads.
+    They are found bit by bit: exact, and about 25 times as fast as sorting a vocabulary of 32,000 on a CPU. Time goes
+    into the memory that `above` reads. Negative ones are tried only where 0 is too large.
     """
     kind = _integer(need.dtype)
 

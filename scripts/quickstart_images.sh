@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The whole path for images on this machine, without a download: glyphs drawn with matplotlib's fonts, a VQ-VAE, a larger
-# and a smaller VAR, both tuned to collaborate, a classifier that judges, and a benchmark of all of them.
+# and a smaller VAR, both fine-tuned to collaborate, a classifier that judges, and a benchmark of all of them.
 #
 #   bash scripts/quickstart.sh images [--out DIR] [--fresh]
 #   bash scripts/quickstart.sh images --emoji FILE.npz [--out DIR] [--fresh]
@@ -66,7 +66,8 @@ train vqvae "vqvae.py:$kind"
 train var "var.py:$kind" --config.objective.tokenizer="$tokenizer"
 train var_small "var.py:$kind" --config.objective.tokenizer="$tokenizer" --config.objective.model.depth=3 \
     --config.objective.model.width=96 --config.objective.model.num_heads=3
-train drafter "code_drafter.py:$kind" --config.objective.tokenizer="$tokenizer" --config.objective.init_from="$out/var/var"
+train drafter "code_drafter.py:$kind" --config.objective.tokenizer="$tokenizer" \
+    --config.objective.init_from="$out/var/var"
 train refiner "code_refiner.py:$kind" --config.objective.tokenizer="$tokenizer" --config.objective.teacher="$out/var/var" \
     --config.objective.init_from="$out/var_small/var"
 if [ -e "$out/results/results.json" ]; then
@@ -74,6 +75,7 @@ if [ -e "$out/results/results.json" ]; then
     exit
 fi
 run eval.images.main --tokenizer "$tokenizer" --var "$out/var/var" --refiner "$out/var_small/var" --draft_scales 3,4,5 \
-    --drafters "3=$out/drafter/var" --refiners "3=$out/refiner/refiner" --data "$out/data" --features "$out/classifier/classifier" \
+    --drafters "3=$out/drafter/var" --refiners "3=$out/refiner/refiner" \
+    --data "$out/data" --features "$out/classifier/classifier" \
     --reference_images 5000 --grid 10x2 ${emoji:+--images 500} --out "$out/results"
 job_end

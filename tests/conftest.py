@@ -30,8 +30,8 @@ def programs_are_dropped() -> Iterator[None]:
 
 @pytest.fixture(scope="session", autouse=True)
 def structs_may_hold_descriptions() -> None:
-    """A program compiled ahead describes its arguments by the same structs with shapes in them, which checks of arrays
-    would refuse."""
+    """`jit(...).lower` rebuilds its arguments and `out_info` with shapes in the place of arrays, which the checks that
+    these three structs make of their fields would refuse."""
     from decoding.images.scales import Draws, Sketch
     from decoding.sampling import Warps
 

@@ -237,11 +237,11 @@ def first_state(plan: Plan, checkpoints: Checkpoints, start: int) -> tuple[State
         return state, frozen, position
     initialise = functools.partial(init_state, plan.config, objective, plan.optimizer)
     shardings = jax.tree.map(lambda leaf: leaf.sharding, plan.state)
-    return jax.jit(initialise, out_shardings=shardings, compiler_options=once())(base), frozen, None
+    return jax.jit(initialise, out_shardings=shardings, compiler_options=unoptimised())(base), frozen, None
 
 
-def once() -> dict[str, int] | None:
-    """Compiler options for a program that runs once. Hundreds of draws take a CPU longer to optimise than to make."""
+def unoptimised() -> dict[str, int] | None:
+    """Compiler options for initial draws: many small ones, which take longer to optimise for a CPU than to make."""
     return {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else None
 
 

@@ -205,14 +205,16 @@ def run(
 def draw_codes(
     codebook: Float[Array, "V E"], scores: Float[Array, "B T V"], draws: Draws, k: int
 ) -> tuple[Int[Array, "B T"], Float[Array, "B T E"]]:
-    """Codes of scale k, and the vectors that stand for them."""
+    """Codes of scale k, by inversion of what the filters leave, and the vectors that stand for them; smooth mixtures of
+    vectors have noise of their own."""
+    if draws.greedy and not draws.smooth:
+        index = argmax(scores)
+        return index, codebook[index]
     index, weights = row_wise(functools.partial(_draw_codes, k), scores, draws)
     return index, codebook[index] if weights is None else weights @ codebook
 
 
 def _draw_codes(k, scores, draws):
-    if draws.greedy and not draws.smooth:
-        return argmax(scores), None
     batch, tokens, size = scores.shape
     per_token: Any = jax.tree.map(lambda setting: jnp.repeat(setting, tokens), draws.filters)
     left = filtered(scores.reshape(-1, size), per_token).reshape(scores.shape)

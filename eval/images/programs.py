@@ -41,7 +41,7 @@ def compile_stages(tokenizer: VQVAEConfig, codes: Any, stages: Sequence[Stage], 
         assert isinstance(stage.drawing, Drawing)
         draws = Draws.of([stage.drawing] * batch, keys, tokenizer.num_scales)
         started = time.perf_counter()
-        # JAX keeps what it compiled for a call of the very same form.
+        # JAX keeps what it compiled for a call of the very same form: this batch, one device, nothing kept of images.
         lowered = run.lower(
             tokenizer, stage.config, codes, stage.params, labels, draws, sketch, first, stage.last, None
         )

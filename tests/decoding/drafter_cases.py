@@ -170,7 +170,7 @@ def learns_from_rejected_nodes(drafter: Drafter) -> bool:
 
 def _random(drafter, target: Target, key: Array) -> tuple[Drafter, Any]:
     """Fresh heads with noise on every parameter, so that no block is the identity that it starts as."""
-    return drafter, noisy(drafter.heads.init(target.config, target.params, key), 0.2)
+    return drafter, noisy(drafter.heads.init(target.config, target.params, key), 0.2, int(jax.random.key_data(key)[-1]))
 
 
 def random_target(

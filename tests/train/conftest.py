@@ -169,7 +169,7 @@ def image_setting(image_job: Callable[..., TrainConfig]) -> Callable[..., Any]:
         corpus = open_corpus(config)
         plan = trainer.make_plan(config, corpus.facts)
         base = plan.objective.load_base(plan.mesh) if plan.base is not None else None
-        params = jax.jit(plan.objective.init, compiler_options=trainer.once())(jax.random.key(3), base)
+        params = jax.jit(plan.objective.init, compiler_options=trainer.unoptimised())(jax.random.key(3), base)
         batch = jax.tree.map(jnp.asarray, dict(next(corpus.batches(batch_size, 0))))
         return plan.objective, noisy(params, 0.1), plan.objective.frozen_part(base), batch
 

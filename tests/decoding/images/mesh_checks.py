@@ -75,7 +75,7 @@ def rows_stay_on_their_devices() -> None:
         assert rows == {len(LABELS) // mesh.shape["data"]}, axes
         with on_mesh(mesh):
             text = run.lower(*arguments).compile().as_text()
-        found = re.findall(r" (all-\w+|collective-permute|reduce-scatter)(?:-start)?\(", text)
+        found = re.findall(r" ((?:ragged-)?all-to-all|all-\w+|collective-\w+|reduce-scatter)(?:-start)?\(", text)
         assert set(found) == ({"all-reduce", "all-gather"} if gathers else set()), (axes, found)
         assert found.count("all-gather") == gathers, (axes, found)
     print("done")

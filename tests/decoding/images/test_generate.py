@@ -128,6 +128,17 @@ def test_the_cache_is_written_in_place_and_nothing_is_sorted() -> None:
     assert not re.search(r" (sort|custom-call)\(", text), "no sort, and no TopK"
 
 
+def test_a_program_compiled_ahead_is_the_one_that_runs(caplog: pytest.LogCaptureFixture) -> None:
+    codes = {name: tokenizer().params[name] for name in ("codebook", "phi")}
+    stages = code_stages(model(LARGE), model(SMALL), 2, WARM, WARM)
+    compile_stages(VQVAE, codes, stages, 3)
+    for labels, compiled in (([0, 1, 2], 0), ([0, 1, 2, 3, 4], 2)):
+        caplog.clear()
+        with jax.log_compiles():
+            generate_images(tokenizer(), stages, labels)
+        assert caplog.text.count("Finished XLA compilation of jit(run)") == compiled
+
+
 def test_a_drafters_cache_ends_with_its_program() -> None:
     """What a stage leaves behind is the sketch alone; keys and values of N scales would be six times as large."""
     codes = {name: tokenizer().params[name] for name in ("codebook", "phi")}
@@ -147,7 +158,7 @@ def after_filters(scores: np.ndarray, draws: Draws) -> np.ndarray:
 @pytest.mark.parametrize("drawing", [WARM, Drawing(top_k=3, top_p=1.0), Drawing(top_k=0, top_p=0.6, temperature=0.7)])
 def test_codes_are_drawn_from_the_filtered_distribution(drawing: Drawing) -> None:
     """The filters see scores before the temperature, top-p what top-k left; checked as a distribution."""
-    scores = 2 * np.random.default_rng(4).normal(size=(2, 3, 19))
+    scores = 2 * np.random.default_rng(4).normal(size=(2, 3, 150))
     draws = Draws.of([drawing] * 2, jax.vmap(jax.random.key)(jnp.arange(2)), 5)
     left = after_filters(scores, draws) / drawing.temperature
     expected = reference.distribution(scores, drawing.top_k, drawing.top_p, drawing.temperature)
@@ -157,10 +168,10 @@ def test_codes_are_drawn_from_the_filtered_distribution(drawing: Drawing) -> Non
     # And what is drawn follows it: 2,000 draws of one row.
     keys = jax.vmap(jax.random.key)(jnp.arange(2000))
     many = Draws.of([drawing] * 2000, keys, 5)
-    index, vectors = scales.draw_codes(jnp.eye(19), jnp.broadcast_to(jnp.array(scores[:1]), (2000, 3, 19)), many, 2)
+    index, vectors = scales.draw_codes(jnp.eye(150), jnp.broadcast_to(jnp.array(scores[:1]), (2000, 3, 150)), many, 2)
     assert np.array_equal(np.argmax(vectors, axis=-1), index)
     for token in range(3):
-        share = np.bincount(np.asarray(index[:, token]), minlength=19) / 2000
+        share = np.bincount(np.asarray(index[:, token]), minlength=150) / 2000
         assert np.abs(share - expected[0, token]).max() < 0.06 and share[expected[0, token] == 0].sum() == 0
 
 
