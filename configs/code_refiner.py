@@ -20,12 +20,12 @@ loss.
 
 from ml_collections import ConfigDict, config_dict
 
-from configs import check_variant
+from configs import check_variant, var
 
 
 def get_config(variant: str = "") -> ConfigDict:
     check_variant(variant, "glyphs", "emoji", "smoke")
-    config = ConfigDict()
+    config = var.get_config(variant)
     config.objective = ConfigDict(
         {
             "name": "code_refiner",
@@ -39,54 +39,13 @@ def get_config(variant: str = "") -> ConfigDict:
             "stochastic_depth": config_dict.placeholder(float),
         }
     )
-    config.data = ConfigDict(
-        {
-            "path": "data/imagenet256",
-            "split": "train",
-            "valid_split": "valid",
-            "tokenizer": config_dict.placeholder(str),
-            "fields": config_dict.placeholder(str),
-        }
-    )
-    config.steps = 16_700
-    config.batch_size = 768
-    config.length = config_dict.placeholder(int)
-    config.seed = 0
-    config.optimizer = ConfigDict(
-        {
-            "name": "adamw",
-            "learning_rate": 1e-5,
-            "schedule": "linear",
-            "warmup_steps": 300,
-            "final_fraction": 0.1,
-            "weight_decay": 0.05,
-            "b1": 0.9,
-            "b2": 0.95,
-            "eps": 1e-8,
-            "clip_norm": 2.0,
-            "ema": 0.0,
-        }
-    )
-    config.mesh = ConfigDict({"data": -1, "fsdp": 1, "tensor": 1})
-    config.evaluation = ConfigDict({"every": 5000, "batches": 20})
-    config.checkpoint = ConfigDict({"every": 5000, "keep": 2})
-    config.metrics = ConfigDict({"every": 50, "tensorboard": False, "wandb": config_dict.placeholder(str)})
-
-    if variant in ("glyphs", "emoji", "smoke"):
-        config.data.path = "data/glyphs"
-        config.objective.first_scale = 3
-        config.objective.stochastic_depth = 0.0
-        config.steps, config.batch_size = 200, 8
-        config.optimizer.update(learning_rate=5e-4, schedule="cosine", warmup_steps=10, final_fraction=0.05)
-        config.evaluation.update(every=100, batches=16)
-        config.checkpoint.update(every=100, keep=1)
-        config.metrics.every = 20
-    if variant == "emoji":
-        config.data.path = "data/emoji"
-        config.steps = 400
-    if variant == "smoke":
-        config.steps, config.batch_size = 10, 4
-        config.optimizer.warmup_steps = 2
-        config.evaluation.update(every=10, batches=2)
-        config.metrics.every = 5
+    if not variant:
+        config.steps = 16_700
+        config.optimizer.update(learning_rate=1e-5, warmup_steps=300)
+    else:
+        config.objective.update(first_scale=3, stochastic_depth=0.0)
+        config.optimizer.learning_rate = 5e-4
+    if variant in ("glyphs", "emoji"):
+        config.steps = 400 if variant == "emoji" else 200
+        config.batch_size, config.optimizer.warmup_steps, config.evaluation.every = 8, 10, 100
     return config

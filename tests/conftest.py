@@ -28,15 +28,19 @@ def programs_are_dropped() -> Iterator[None]:
     jax.clear_caches()
 
 
-@pytest.fixture(scope="session", autouse=True)
-def structs_may_hold_descriptions() -> None:
+@pytest.fixture(scope="module")
+def structs_may_hold_shapes() -> Iterator[None]:
     """`jit(...).lower` rebuilds its arguments and `out_info` with shapes in the place of arrays, which the checks that
     these three structs make of their fields would refuse."""
     from decoding.images.scales import Draws, Sketch
     from decoding.sampling import Warps
 
-    for struct in (Draws, Sketch, Warps):
+    structs = (Draws, Sketch, Warps)
+    for struct in structs:
         struct.__init__.__no_type_check__ = True
+    yield
+    for struct in structs:
+        del struct.__init__.__no_type_check__
 
 
 @pytest.fixture

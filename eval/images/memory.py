@@ -101,7 +101,7 @@ def stage_memory(tokenizer: Tokenizer, stages: Sequence[Stage], batch: int) -> l
     for stage, program in zip(stages, compile_stages(tokenizer.config, codes, stages, batch), strict=True):
         itemsize = stage.params["classes"]["embedding"].dtype.itemsize
         cache = cache_bytes(stage.config, stage.last, batch, program.draws.guided, itemsize, itemsize)
-        found.append(StageMemory(_of(program.call, (codes, stage.params)), cache))
+        found.append(StageMemory(_of(program.compiled, (codes, stage.params)), cache))
     return found
 
 

@@ -6,24 +6,30 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array
 
 from decoding.images.generate import Stage
 from decoding.images.scales import Drawing, Draws, Sketch, run
 from models.images.config import VQVAEConfig
+from models.transformer import Params
 
 
 class Program(NamedTuple):
     """One stage, compiled for a batch.
 
     Attributes:
-      call: takes (codes, params, labels, draws, sketch, None) and returns the next sketch.
+      compiled: `run` for the stage's scales.
       draws: how its codes are drawn.
       seconds: of its compilation.
     """
 
-    call: Any
+    compiled: Any
     draws: Draws
     seconds: float
+
+    def make(self, codes: Any, params: Params, labels: Array, sketch: Sketch) -> Sketch:
+        """The next sketch: `codes` are the quantiser's parameters, `params` the transformer's."""
+        return self.compiled(codes, params, labels, self.draws, sketch, None)
 
 
 def compile_stages(tokenizer: VQVAEConfig, codes: Any, stages: Sequence[Stage], batch: int) -> list[Program]:

@@ -85,19 +85,17 @@ class Made:
         """`codes`: the quantiser's parameters."""
         self._programs = compile_stages(tokenizer, codes, stages, batch)
         self.compile_seconds = sum(program.seconds for program in self._programs)
-        memories = [program.call.memory_analysis() for program in self._programs]
+        memories = [program.compiled.memory_analysis() for program in self._programs]
         self.temporary_bytes = max(memory.temp_size_in_bytes for memory in memories)
         labels = jnp.arange(batch, dtype=jnp.int32) % stages[0].config.num_classes
-        self._given = [
-            (codes, stage.params, labels, program.draws) for stage, program in zip(stages, self._programs, strict=True)
-        ]
+        self._given = [(codes, stage.params, labels) for stage in stages]
         self._empty = Sketch.empty(tokenizer, batch)
 
     def run(self) -> Sketch:
         """Makes the batch and returns its sketch, which may not be computed yet."""
         sketch = self._empty
         for program, given in zip(self._programs, self._given, strict=True):
-            sketch = program.call(*given, sketch, None)
+            sketch = program.make(*given, sketch)
         return sketch
 
     def sample(self) -> float:

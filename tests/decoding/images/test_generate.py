@@ -27,7 +27,7 @@ LABELS = [0, 3, 5, 2]
 GREEDY = Drawing(guidance=1.5, temperature=0.0)
 WARM = Drawing(guidance=2.0, top_k=9, top_p=0.8, temperature=1.2)
 
-pytestmark = pytest.mark.usefixtures("x64")
+pytestmark = pytest.mark.usefixtures("x64", "structs_may_hold_shapes")
 
 
 @functools.cache
@@ -122,7 +122,7 @@ def test_the_cache_is_written_in_place_and_nothing_is_sorted() -> None:
     """In the compiled program: no copy of a whole cache, and filters that search for thresholds."""
     codes = {name: tokenizer().params[name] for name in ("codebook", "phi")}
     (program,) = compile_stages(VQVAE, codes, var_stages(LARGE, WARM), 4)
-    text = program.call.as_text()
+    text = program.compiled.as_text()
     cache = r"f64\[8,3,30,8\]"
     assert re.search(rf"{cache}\S* dynamic-update-slice", text) and not re.search(rf"= {cache}\S* copy\(", text)
     assert not re.search(r" (sort|custom-call)\(", text), "no sort, and no TopK"
@@ -143,7 +143,7 @@ def test_a_drafters_cache_ends_with_its_program() -> None:
     """What a stage leaves behind is the sketch alone; keys and values of N scales would be six times as large."""
     codes = {name: tokenizer().params[name] for name in ("codebook", "phi")}
     drafter, _ = compile_stages(VQVAE, codes, code_stages(model(LARGE), model(SMALL), 2, WARM, WARM), 4)
-    left = [leaf.shape for leaf in jax.tree.leaves(drafter.call.out_info)]
+    left = [leaf.shape for leaf in jax.tree.leaves(drafter.compiled.out_info)]
     # f_hat, what the transformer reads at scales 1 and 2, codes of scales 0 and 1.
     assert left == [(4, 4, 4, 6), (4, 4 + 9, 6), (4, 1), (4, 4)]
 

@@ -19,6 +19,8 @@ from models.errors import UserError
 from scripts import build_dataset
 from train.images import open_images as open_split
 
+pytestmark = pytest.mark.usefixtures("structs_may_hold_shapes")
+
 
 def arguments(folder: pathlib.Path, out: pathlib.Path, *more: str) -> list[str]:
     names = {"tokenizer": "tokenizer", "var": "large", "data": "data", "features": "classifier"}

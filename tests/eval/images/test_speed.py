@@ -25,6 +25,8 @@ TINY = VQVAEConfig(vocab_size=16, latent_channels=4, width=32, multipliers=(1, 1
 LEAST = dataclasses.replace(TINY, scales=(1, 2))
 FULL = VQVAEConfig()
 
+pytestmark = pytest.mark.usefixtures("structs_may_hold_shapes")
+
 
 @pytest.mark.parametrize(
     ("depths", "ratios"), [((30, 16), (1.29, 1.90, 2.63, 3.47)), ((16, 8), (1.33, 2.00, 2.81, 3.76))], ids=str
