@@ -1,7 +1,7 @@
 """Pretrains a small transformer to draft for a larger one of the same tokenizer (Leviathan et al. 2023).
 
     python -m train.main --config=configs/draft_model.py --config.data.path=data/continuations --workdir=runs/draft
-    python -m scripts.convert --from model --src runs/draft/target --base runs/lm/target --growth static:tree=chain:4 \
+    python -m scripts.convert --from model --src runs/draft/target --base runs/lm/target --policy static:tree=chain:4 \
         --out runs/draft/drafter
 
 It learns next tokens like any target (`configs/lm.py`), best on text that the target itself wrote

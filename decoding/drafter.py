@@ -14,7 +14,7 @@ from flax import struct
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int
 
-from decoding.sampling import Warps
+from decoding.sampling import SamplingParameters
 from decoding.trees import TokenTree
 from decoding.verify import Verdict
 from models import schema, transformer
@@ -33,7 +33,7 @@ class TargetView:
       cache: keys and values of the committed tokens.
       length: how many tokens those are; the root stands at this position.
       text: the tokens themselves, in the first `length` places, then the root; what follows is padding.
-      warps: sampling settings, for drafters that sample.
+      sampling: sampling settings, for drafters that sample.
     """
 
     config: TransformerConfig = struct.field(pytree_node=False)
@@ -41,7 +41,7 @@ class TargetView:
     cache: Cache
     length: Int[Array, "B"]
     text: Int[Array, "B C"]
-    warps: Warps
+    sampling: SamplingParameters
 
     def lookup(self, tokens: Int[Array, "*B"]) -> Float[Array, "*B H"]:
         """Raw rows of the target's embedding table, without the scale that some families put on their inputs."""
@@ -91,6 +91,10 @@ class Riders:
     sees_riders: Bool[Array, "#B R R"]
 
 
+# Entries of records by the names that they had in Tandem 0.1, which are still read.
+RENAMED = {"growth": "policy"}
+
+
 class Drafter:
     """Base of all drafters; the defaults are those of one without parameters, state or candidates.
 
@@ -137,17 +141,20 @@ class Drafter:
         method = raw.get("method") if isinstance(raw, dict) else None
         if not isinstance(method, str) or method not in known:
             raise UserError(f"{place} names the method {method!r}; known are {', '.join(known)}")
-        entries = {key: _immutable(value) for key, value in raw.items() if key != "method"}
+        entries = {RENAMED.get(key, key): _immutable(value) for key, value in raw.items() if key != "method"}
         for field in dataclasses.fields(known[method]):
             if field.name not in entries:
                 raise UserError(f"{place} has no entry {field.name!r}")
         return schema.parse(known[method], entries, where, place)
 
-    def law(self, greedy: bool) -> str:
-        """The law of its trees (`decoding.trees.LAWS`), for batches whose rows all have temperature 0 or others.
+    def rule(self, greedy: bool) -> str:
+        """The acceptance rule of its trees, one of `decoding.trees.ACCEPTANCE_RULES`.
+
+        Args:
+          greedy: every row of the batch has temperature 0.
 
         Raises:
-          UserError: a combination of drafters that no law covers.
+          UserError: a combination of drafters that no rule covers.
         """
         return "match"
 

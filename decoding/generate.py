@@ -19,12 +19,12 @@ from jaxtyping import Array, Int
 from decoding import loop
 from decoding.drafter import Drafter
 from decoding.drafters.plain import Plain
-from decoding.sampling import Sampling, batch_warps
+from decoding.sampling import Sampling, batch_sampling
 from decoding.stats import Stats
 from decoding.verify import Typical
 from models.errors import UserError
+from models.formats.target import Target
 from models.sharding import check_placed, mesh_of, on_mesh, place_rows
-from models.target import Target
 
 PREFILL_CHUNK = 512
 
@@ -124,7 +124,7 @@ def generate(
         _check_mesh(mesh, target, drafter_params, batch)
     lengths = np.array([len(prompt) for prompt in prompts], np.int32)
     request = _make_request(config, lengths, limits, seeds, sampling, stop, attention)
-    drafter.law(request.warps.greedy)  # Refuses what cannot be verified, before anything is computed.
+    drafter.rule(request.sampling.greedy)  # Refuses what cannot be verified, before anything is computed.
     text = np.zeros((batch, padded), np.int32)
     for row, prompt in enumerate(prompts):
         text[row, : len(prompt)] = prompt
@@ -208,7 +208,7 @@ def _make_request(config, lengths, limits, seeds, sampling, stop, attention) -> 
         limit=jnp.asarray(lengths + np.array(limits, np.int32)),
         stops=_pack_stops(stop if stop is not None else [[eos] for eos in config.eos_ids], batch),
         keys=jax.vmap(jax.random.key)(jnp.array(seeds, jnp.uint32)),
-        warps=batch_warps(_per_row(sampling, batch, "sampling")),
+        sampling=batch_sampling(_per_row(sampling, batch, "sampling")),
         attention=attention,
     )
 

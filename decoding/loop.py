@@ -18,7 +18,7 @@ from jaxtyping import Array, Bool, Float, Int, Int16, Int32
 
 from decoding.cache import commit, init_cache
 from decoding.drafter import Drafter, Riders, TargetView, TrueRows
-from decoding.sampling import Warps, draft_keys, draw
+from decoding.sampling import SamplingParameters, draft_keys, draw
 from decoding.stats import Counters
 from decoding.trees import TokenTree
 from decoding.verify import Typical, verify, verify_typical
@@ -37,7 +37,7 @@ class Request:
       limit: most tokens in the end, prompt included.
       stops: K token sequences that end a text, right-aligned in L places, padded on the left with -1.
       keys: typed PRNG keys.
-      warps: sampling settings.
+      sampling: sampling settings.
       attention: how the target attends to its cache (`models.layout.Layout.attention`).
     """
 
@@ -45,7 +45,7 @@ class Request:
     limit: Int[Array, "B"]
     stops: Int[Array, "B K L"]
     keys: Array
-    warps: Warps
+    sampling: SamplingParameters
     attention: str = struct.field(pytree_node=False, default="dense")
 
 
@@ -114,7 +114,7 @@ def prefill_chunk(
     out = forward(config, params, tokens, layout, state.cache, taps=drafter.taps)
     cache = commit(state.cache, out.rows, None, state.length)
     length = state.length + count
-    view = TargetView(config, params, cache, length, state.tokens, request.warps)
+    view = TargetView(config, params, cache, length, state.tokens, request.sampling)
     drafter_state = drafter.ingest(drafter_params, view, state.drafter, TrueRows(tokens, state.length, count, out.taps))
     last = jnp.maximum(count - 1, 0)[:, None, None]
     read = jnp.take_along_axis(out.hidden, last, axis=1)[:, 0]
@@ -127,7 +127,7 @@ def choose_first(
     config: TransformerConfig, params: Params, state: DecodeState, hidden: Float[Array, "B H"], request: Request
 ) -> DecodeState:
     """Chooses the first root from the prompt's last feature."""
-    root = draw(head(config, params, hidden), request.warps, request.keys, state.length)
+    root = draw(head(config, params, hidden), request.sampling, request.keys, state.length)
     zero = jnp.zeros_like(state.length)
     # The root goes to `tokens[length]`, one place before where a step's tokens go.
     before = dataclasses.replace(state, length=state.length - 1)
@@ -167,7 +167,7 @@ def run(
 
 def decode_step(config, drafter, params, drafter_params, state, request, typical=None) -> DecodeState:
     """One draft, one target forward, one verdict; `drafter_params` are prepared."""
-    view = TargetView(config, params, state.cache, state.length, state.tokens, request.warps)
+    view = TargetView(config, params, state.cache, state.length, state.tokens, request.sampling)
     root = jnp.take_along_axis(state.tokens, state.length[:, None], axis=1)[:, 0]
     with jax.named_scope("draft"):
         keys = draft_keys(request.keys, state.length)
@@ -178,7 +178,7 @@ def decode_step(config, drafter, params, drafter_params, state, request, typical
         layout = dataclasses.replace(layout, attention=request.attention)
         out = forward(config, params, tokens, layout, state.cache, taps=drafter.taps)
     with jax.named_scope("verify"):
-        arguments = (request.warps, request.keys, state.length, drafter.max_depth)
+        arguments = (request.sampling, request.keys, state.length, drafter.max_depth)
         if typical is None:
             verdict = verify(tree, out.logits, *arguments)
         else:
@@ -200,7 +200,7 @@ def decode_step(config, drafter, params, drafter_params, state, request, typical
         taps = {name: jnp.take_along_axis(tap, verdict.path[:, :, None], axis=1) for name, tap in out.taps.items()}
         read = jnp.take_along_axis(tree.tokens, verdict.path, axis=1)
         rows = TrueRows(read, state.length, emitted, taps, verdict.path, drafted)
-        view = TargetView(config, params, after.cache, after.length, after.tokens, request.warps)
+        view = TargetView(config, params, after.cache, after.length, after.tokens, request.sampling)
         drafter_state = drafter.ingest(drafter_params, view, state.drafter, rows)
         drafter_state = drafter.observe(drafter_params, view, drafter_state, tree, out, verdict, ~state.done)
     return keep_rows(dataclasses.replace(after, drafter=drafter_state))

@@ -19,8 +19,8 @@ from decoding.generate import Generation, bucket
 from decoding.trees import Topology
 from models import transformer
 from models.config import TransformerConfig
+from models.formats.target import Target
 from models.layout import Layout
-from models.target import Target
 from models.transformer import Output, Params
 
 

@@ -1,9 +1,9 @@
 """From target logits to the token that is emitted.
 
-The warps make up the *target distribution*, with respect to which everything here is lossless: temperature, then top-k,
-top-p and min-p, each on what the one before left. It is evaluated for one node at a time, only where verification asks.
-Draws are keyed by request and absolute position, so a drafter that changes how many steps a text takes does not change
-its text.
+The sampling parameters make up the *target distribution*, with respect to which everything here is lossless:
+temperature, then top-k, top-p and min-p, each on what the one before left. It is evaluated for one node at a time,
+only where verification asks. Draws are keyed by request and absolute position, so a drafter that changes how many
+steps a text takes does not change its text.
 """
 
 import dataclasses
@@ -21,7 +21,7 @@ from models.sharding import row_wise
 
 
 @struct.dataclass
-class Warps:
+class SamplingParameters:
     """Sampling settings, one per batch row, traced; which of them are in force is static.
 
     Attributes:
@@ -65,9 +65,9 @@ class Sampling:
                 raise UserError(f"{name} must be {range_text}, got {getattr(self, name)}")
 
 
-def batch_warps(settings: list[Sampling]) -> Warps:
+def batch_sampling(settings: list[Sampling]) -> SamplingParameters:
     """Stacks the requests' settings into arrays of batch rows."""
-    return Warps(
+    return SamplingParameters(
         temperature=jnp.array([s.temperature for s in settings], jnp.float32),
         top_k=jnp.array([s.top_k for s in settings], jnp.int32),
         top_p=jnp.array([s.top_p for s in settings], jnp.float32),
@@ -85,39 +85,39 @@ def argmax(x: Real[Array, "*B V"]) -> Int[Array, "*B"]:
     return jnp.min(jnp.where(x == jnp.max(x, axis=-1, keepdims=True), index_V, size - 1), axis=-1)
 
 
-def warp_logits(logits: Float[Array, "B V"], warps: Warps) -> Float[Array, "B V"]:
+def apply_sampling(logits: Float[Array, "B V"], sampling: SamplingParameters) -> Float[Array, "B V"]:
     """Log-probabilities, up to a constant, of the target distribution; dropped tokens are -inf.
 
     Ties at a threshold are kept. Rows of temperature 0 are left at temperature 1: `draw` takes their argmax.
     """
     dtype = logits.dtype
-    temperature = jnp.where(warps.temperature > 0, warps.temperature, 1.0).astype(dtype)
+    temperature = jnp.where(sampling.temperature > 0, sampling.temperature, 1.0).astype(dtype)
     x = logits / temperature[:, None]
-    x = filtered(x, warps)
-    floor = jnp.max(x, axis=-1) + jnp.log(warps.min_p.astype(dtype))
+    x = filtered(x, sampling)
+    floor = jnp.max(x, axis=-1) + jnp.log(sampling.min_p.astype(dtype))
     return jnp.where(x >= floor[:, None], x, -jnp.inf)
 
 
-def filtered(x: Float[Array, "B V"], warps: Warps) -> Float[Array, "B V"]:
+def filtered(x: Float[Array, "B V"], sampling: SamplingParameters) -> Float[Array, "B V"]:
     """`x` with what top-k, and top-p on what that leaves, drop at -inf; ties at a threshold are kept."""
-    if not warps.cuts:
+    if not sampling.cuts:
         return x
-    x = jax.lax.cond(jnp.any(warps.top_k > 0), _keep_top_k, lambda x, _: x, x, warps)
-    return jax.lax.cond(jnp.any(warps.top_p < 1), _keep_top_p, lambda x, _: x, x, warps)
+    x = jax.lax.cond(jnp.any(sampling.top_k > 0), _keep_top_k, lambda x, _: x, x, sampling)
+    return jax.lax.cond(jnp.any(sampling.top_p < 1), _keep_top_p, lambda x, _: x, x, sampling)
 
 
-def target_probabilities(logits: Float[Array, "B V"], warps: Warps) -> Float[Array, "B V"]:
+def target_probabilities(logits: Float[Array, "B V"], sampling: SamplingParameters) -> Float[Array, "B V"]:
     """The target distribution itself; at temperature 0 all of it lies on the argmax."""
     best = argmax(logits)[:, None] == jnp.arange(logits.shape[-1], dtype=jnp.int32)
-    if warps.greedy:
+    if sampling.greedy:
         return best.astype(logits.dtype)
-    p = jax.nn.softmax(warp_logits(logits, warps), axis=-1)
-    return jnp.where(warps.temperature[:, None] > 0, p, best)
+    p = jax.nn.softmax(apply_sampling(logits, sampling), axis=-1)
+    return jnp.where(sampling.temperature[:, None] > 0, p, best)
 
 
-def _keep_top_k(x: Float[Array, "B V"], warps: Warps) -> Float[Array, "B V"]:
+def _keep_top_k(x: Float[Array, "B V"], sampling: SamplingParameters) -> Float[Array, "B V"]:
     size = x.shape[-1]
-    need = jnp.where(warps.top_k > 0, jnp.minimum(warps.top_k, size), size)
+    need = jnp.where(sampling.top_k > 0, jnp.minimum(sampling.top_k, size), size)
     bits = jax.lax.bitcast_convert_type(x, _integer(x.dtype))
     # The order of floats, once the magnitude bits of negative ones are flipped.
     order_BV = jnp.where(bits < 0, bits ^ jnp.iinfo(bits.dtype).max, bits)
@@ -129,7 +129,7 @@ def _keep_top_k(x: Float[Array, "B V"], warps: Warps) -> Float[Array, "B V"]:
     return jnp.where(order_BV >= threshold_B[:, None], x, -jnp.inf)
 
 
-def _keep_top_p(x: Float[Array, "B V"], warps: Warps) -> Float[Array, "B V"]:
+def _keep_top_p(x: Float[Array, "B V"], sampling: SamplingParameters) -> Float[Array, "B V"]:
     # Computed once: the threshold is one of these very numbers.
     mass_BV = jax.lax.optimization_barrier(jax.nn.softmax(x, axis=-1))
 
@@ -140,11 +140,11 @@ def _keep_top_p(x: Float[Array, "B V"], warps: Warps) -> Float[Array, "B V"]:
     def above(threshold_B):
         return jnp.sum(jnp.where(mass_BV >= floor_B1(threshold_B), mass_BV, 0), axis=-1)
 
-    need = jnp.maximum(warps.top_p.astype(x.dtype) * jnp.sum(mass_BV, axis=-1), jnp.finfo(x.dtype).tiny)
+    need = jnp.maximum(sampling.top_p.astype(x.dtype) * jnp.sum(mass_BV, axis=-1), jnp.finfo(x.dtype).tiny)
     threshold_B = _threshold(above, need)
     # Scores that rounding gives equal masses are ties. Where top_p is 1 everything stays, even what rounding cannot see
     # in the sum.
-    return jnp.where((mass_BV >= floor_B1(threshold_B)) | (warps.top_p[:, None] >= 1), x, -jnp.inf)
+    return jnp.where((mass_BV >= floor_B1(threshold_B)) | (sampling.top_p[:, None] >= 1), x, -jnp.inf)
 
 
 def _integer(dtype) -> type:
@@ -170,24 +170,26 @@ def _threshold(above: Callable[[Array], Array], need: Float[Array, "B"]) -> Int[
     return jax.lax.fori_loop(0, jnp.iinfo(kind).bits - 1, body, threshold_B)
 
 
-def draw(logits: Float[Array, "B V"], warps: Warps, keys: Array, positions: Int[Array, "B"]) -> Int[Array, "B"]:
+def draw(
+    logits: Float[Array, "B V"], sampling: SamplingParameters, keys: Array, positions: Int[Array, "B"]
+) -> Int[Array, "B"]:
     """The target's token at `positions`, one per row: argmax at temperature 0, else a draw keyed by row and position.
 
     Args:
       logits: target logits at the position before.
-      warps: sampling settings.
+      sampling: sampling settings.
       keys: typed PRNG keys `[B]`, one per request.
       positions: absolute position that the token will take.
     """
-    return row_wise(_draw, logits, warps, keys, positions)
+    return row_wise(_draw, logits, sampling, keys, positions)
 
 
-def _draw(logits, warps, keys, positions):
+def _draw(logits, sampling, keys, positions):
     best = argmax(logits)
-    if warps.greedy:
+    if sampling.greedy:
         return best
-    drawn = argmax(warp_logits(logits, warps) + noise(keys, positions, logits.shape[-1], logits.dtype))
-    return jnp.where(warps.temperature > 0, drawn, best)
+    drawn = argmax(apply_sampling(logits, sampling) + noise(keys, positions, logits.shape[-1], logits.dtype))
+    return jnp.where(sampling.temperature > 0, drawn, best)
 
 
 def noise(keys: Array, positions: Int[Array, "B"], size: int, dtype) -> Float[Array, "B V"]:

@@ -28,8 +28,8 @@ from models.errors import UserError
 #   point  besides, deterministically, siblings distinct
 #   iid    siblings drawn from one distribution, with replacement (SpecInfer)
 #   swor   siblings drawn without replacement: each from what its elder siblings left (RSD, Sequoia, EAGLE-1)
-LAWS = ("match", "point", "iid", "swor")
-SAMPLED_LAWS = ("iid", "swor")
+ACCEPTANCE_RULES = ("match", "point", "iid", "swor")
+SAMPLED_RULES = ("iid", "swor")
 
 
 @struct.dataclass
@@ -43,12 +43,12 @@ class TokenTree:
       valid: nodes that take part; the others are never accepted.
       children: node indices in the order in which they are offered, padded with -1.
       ancestors: `[b, i, j]`: j is i or lies on the path from the root to i.
-      law: one of `LAWS`.
-      proposals: under the sampled laws, the exact distributions that children were drawn from.
+      rule: one of `ACCEPTANCE_RULES`.
+      proposals: under the sampled rules, the exact distributions that children were drawn from.
       proposal_of: per node the row of `proposals` that its first child was drawn from; -1 for a node without.
 
     Raises:
-      ValueError: an unknown law, or proposals that are missing or do not belong to the law.
+      ValueError: an unknown rule, or proposals that are missing or do not belong to the rule.
     """
 
     tokens: Int[Array, "B N"]
@@ -57,17 +57,17 @@ class TokenTree:
     valid: Bool[Array, "#B N"]
     children: Int[Array, "#B N C"]
     ancestors: Bool[Array, "#B N N"]
-    law: str = struct.field(pytree_node=False)
+    rule: str = struct.field(pytree_node=False)
     proposals: Float[Array, "B M V"] | None = None
     proposal_of: Int[Array, "#B N"] | None = None
 
     def __post_init__(self):
-        if self.law not in LAWS:
-            raise ValueError(f"a token tree's law must be one of {', '.join(LAWS)}, got {self.law!r}")
+        if self.rule not in ACCEPTANCE_RULES:
+            raise ValueError(f"a token tree's rule must be one of {', '.join(ACCEPTANCE_RULES)}, got {self.rule!r}")
         for name in ("proposals", "proposal_of"):
-            if (getattr(self, name) is None) == (self.law in SAMPLED_LAWS):
-                must = "needs" if self.law in SAMPLED_LAWS else "cannot have"
-                raise ValueError(f"a token tree under the law {self.law!r} {must} {name}")
+            if (getattr(self, name) is None) == (self.rule in SAMPLED_RULES):
+                must = "needs" if self.rule in SAMPLED_RULES else "cannot have"
+                raise ValueError(f"a token tree under the rule {self.rule!r} {must} {name}")
 
     @classmethod
     def grown(
@@ -78,7 +78,7 @@ class TokenTree:
         valid: Bool[Array, "B N"],
         rank: Int[Array, "B N"],
         width: int,
-        law: str,
+        rule: str,
         proposals: Float[Array, "B M V"] | None = None,
         proposal_of: Int[Array, "#B N"] | None = None,
     ) -> "TokenTree":
@@ -91,7 +91,7 @@ class TokenTree:
           valid: nodes that take part. An invalid node may have any earlier parent; its rank is ignored.
           rank: place among the siblings in the order offered; distinct among valid siblings.
           width: C, more than every valid rank.
-          law: one of `LAWS`.
+          rule: one of `ACCEPTANCE_RULES`.
           proposals: see the class.
           proposal_of: see the class.
         """
@@ -109,7 +109,7 @@ class TokenTree:
             return jnp.full((nodes, width), -1, jnp.int32).at[row_N, rank_N].set(index_N, mode="drop")
 
         children_BNC = jax.vmap(place)(parent, rank, valid)
-        return cls(tokens, parent, depth, valid, children_BNC, ancestors_BNN, law, proposals, proposal_of)
+        return cls(tokens, parent, depth, valid, children_BNC, ancestors_BNN, rule, proposals, proposal_of)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -216,13 +216,13 @@ class Topology:
         """The inverse of `to_record`; also takes what `load_topology` takes."""
         return load_topology(raw, f"{where} in {place}")
 
-    def fill(self, tokens: Int[Array, "B N"], law: str, proposals: Float[Array, "B M V"] | None = None) -> TokenTree:
+    def fill(self, tokens: Int[Array, "B N"], rule: str, proposals: Float[Array, "B M V"] | None = None) -> TokenTree:
         """The token tree of this topology with `tokens` in it.
 
         Args:
           tokens: one per node.
-          law: one of `LAWS`.
-          proposals: under a sampled law, for each node that has children, in the order of nodes, the distribution that
+          rule: one of `ACCEPTANCE_RULES`.
+          proposals: under a sampled rule, for each node that has children, in the order of nodes, the distribution that
             its first child was drawn from.
         """
         parents = np.flatnonzero(self.children[:, 0] >= 0)
@@ -235,7 +235,7 @@ class Topology:
             valid=jnp.ones((1, self.size), bool),
             children=jnp.asarray(self.children)[None],
             ancestors=jnp.asarray(self.ancestors)[None],
-            law=law,
+            rule=rule,
             proposals=proposals,
             proposal_of=None if proposals is None else jnp.asarray(proposal_of)[None],
         )

@@ -1,7 +1,7 @@
 """Verification: which candidates of a token tree become text, and which token comes next.
 
 It walks from the root, one node per level, so the target distribution p is evaluated at visited nodes only. What
-happens at a node depends on how its children were proposed, which the tree says (`TokenTree.law`):
+happens at a node depends on how its children were proposed, which the tree says (`TokenTree.rule`):
 
 * `match`, `point`: draw the target's own token; if a child holds it, descend, otherwise it is the next root. For
   deterministic children this is point-mass rejection sampling (EAGLE-2) in its simplest form, and at temperature 0 it
@@ -23,8 +23,8 @@ import jax.numpy as jnp
 from flax import struct
 from jaxtyping import Array, Float, Int, Shaped
 
-from decoding.sampling import Warps, argmax, draw, noise, target_probabilities
-from decoding.trees import SAMPLED_LAWS, TokenTree
+from decoding.sampling import SamplingParameters, argmax, draw, noise, target_probabilities
+from decoding.trees import SAMPLED_RULES, TokenTree
 from models.sharding import row_wise
 
 
@@ -54,17 +54,17 @@ class Verdict:
 def verify(
     tree: TokenTree,
     logits: Float[Array, "B _ V"],
-    warps: Warps,
+    sampling: SamplingParameters,
     keys: Array,
     length: Int[Array, "B"],
     max_depth: int,
 ) -> Verdict:
-    """Lossless verification under the tree's law: output follows the target distribution.
+    """Lossless verification under the tree's rule: output follows the target distribution.
 
     Args:
       tree: the candidates.
       logits: the target's, at every node; rows past the tree's are ignored.
-      warps: sampling settings.
+      sampling: sampling settings.
       keys: request keys.
       length: position of the root.
       max_depth: of the deepest candidate.
@@ -72,7 +72,7 @@ def verify(
     batch = tree.tokens.shape[0]
     children = jnp.broadcast_to(tree.children, (batch, *tree.children.shape[1:]))
     valid = jnp.broadcast_to(tree.valid, tree.tokens.shape)
-    judge = functools.partial(_try_children, law=tree.law) if tree.law in SAMPLED_LAWS else _meet_target
+    judge = functools.partial(_try_children, rule=tree.rule) if tree.rule in SAMPLED_RULES else _meet_target
     node = jnp.zeros(batch, jnp.int32)
     alive = jnp.ones(batch, bool)
     drafts = jnp.zeros(batch, jnp.int32)
@@ -87,7 +87,7 @@ def verify(
             row = _at(jnp.broadcast_to(tree.proposal_of, tree.tokens.shape), node)
             proposal = _at(tree.proposals, jnp.maximum(row, 0))
         # Devices share the logits of visited nodes alone, and each judges its own rows.
-        arguments = (_at(logits, node), warps, keys, offered, held, length + depth + 1, proposal)
+        arguments = (_at(logits, node), sampling, keys, offered, held, length + depth + 1, proposal)
         token, child = row_wise(functools.partial(_level, judge, depth > 0), alive, *arguments)
         tokens.append(token)
         if depth == max_depth:
@@ -113,18 +113,18 @@ def _level(judge, may_skip, alive, *arguments):
     return jax.lax.cond(jnp.any(alive), lambda: judge(*arguments), lambda: (nothing, nothing))
 
 
-def _meet_target(visited, warps, keys, offered, held, positions, proposal):
-    """Laws `match` and `point`: the target's own token, and the child that holds it or -1."""
-    token = draw(visited, warps, keys, positions)
+def _meet_target(visited, sampling, keys, offered, held, positions, proposal):
+    """Rules `match` and `point`: the target's own token, and the child that holds it or -1."""
+    token = draw(visited, sampling, keys, positions)
     hit = (offered >= 0) & (held == token[:, None])
     # `point` children are distinct, and of equal `match` children the first in the order offered is as good as any.
     hit &= jnp.cumsum(hit, axis=1) == 1
     return token, jnp.sum(jnp.where(hit, offered + 1, 0), axis=1, dtype=jnp.int32) - 1
 
 
-def _try_children(visited, warps, keys, offered, held, positions, proposal, law):
-    """Laws `iid` and `swor`: the accepted child or -1, and its token or one drawn from the last residual."""
-    p_BV = target_probabilities(visited, warps)
+def _try_children(visited, sampling, keys, offered, held, positions, proposal, rule):
+    """Rules `iid` and `swor`: the accepted child or -1, and its token or one drawn from the last residual."""
+    p_BV = target_probabilities(visited, sampling)
     q_BV = proposal.astype(p_BV.dtype)
     count = offered.shape[1]
     # Beside the noise that `draw` takes from this key, which the residual below uses.
@@ -147,7 +147,7 @@ def _try_children(visited, warps, keys, offered, held, positions, proposal, law)
         left = jnp.sum(residual_BV, axis=1, keepdims=True)
         rejected = (tried & ~accepted)[:, None]
         p_BV = jnp.where(rejected & (left > 0), residual_BV / jnp.where(left > 0, left, 1), p_BV)
-        if law == "swor":
+        if rule == "swor":
             q_BV = jnp.where(rejected & is_x_BV, 0, q_BV)
     drawn = argmax(jnp.log(p_BV) + noise(keys, positions, p_BV.shape[1], p_BV.dtype))
     return jnp.where(child >= 0, token, drawn), child
@@ -157,7 +157,7 @@ def verify_typical(
     tree: TokenTree,
     logits: Float[Array, "B _ V"],
     rule: Typical,
-    warps: Warps,
+    sampling: SamplingParameters,
     keys: Array,
     length: Int[Array, "B"],
     max_depth: int,
@@ -168,7 +168,7 @@ def verify_typical(
     """
     batch, nodes = tree.tokens.shape
     logits = logits[:, :nodes]
-    temperature = jnp.where(warps.temperature > 0, warps.temperature, 1.0).astype(logits.dtype)
+    temperature = jnp.where(sampling.temperature > 0, sampling.temperature, 1.0).astype(logits.dtype)
     logp_BNV = jax.nn.log_softmax(logits / temperature[:, None, None], axis=-1)
     entropy_BN = -jnp.sum(jnp.exp(logp_BNV) * logp_BNV, axis=-1)
     parent = jnp.broadcast_to(jnp.maximum(tree.parent, 0), (batch, nodes))
@@ -191,6 +191,6 @@ def verify_typical(
     path = jnp.sum(jnp.where(at_level, jnp.arange(nodes, dtype=jnp.int32), 0), axis=2, dtype=jnp.int32)
     path = jnp.where(levels <= drafts[:, None], path, best[:, None])
     last = jnp.take_along_axis(logits, best[:, None, None], axis=1)[:, 0]
-    root = draw(last, warps, keys, length + drafts + 1)
+    root = draw(last, sampling, keys, length + drafts + 1)
     shifted = jnp.take_along_axis(tree.tokens, jnp.concatenate([path[:, 1:], path[:, -1:]], axis=1), axis=1)
     return Verdict(path, drafts, jnp.where(levels < drafts[:, None], shifted, root[:, None]))

@@ -4,10 +4,10 @@
         eagle-1=DIR@top eagle-2=DIR@confidence ... [--budgets 8,16,32,64] [--temperatures 0,1]
 
 Acceptance length depends on how large a tree is and on how well it was chosen. So methods are compared at equal
-*budgets*, candidates besides the root, and every static tree is chosen in the same way (`eval/budget.py`), on
+*budgets*, candidates besides the root, and every static tree is chosen in the same way (`eval/text/budget.py`), on
 calibration prompts, none of which is decoded for the table. Every text is compared with plain decoding's. Greedily all
-must be equal; at a temperature those of the laws `match` and `point` must be equal too, token for token, while the
-sampled laws promise the distribution alone (`eval/losslessness.py` tests that one).
+must be equal; at a temperature those of the rules `match` and `point` must be equal too, token for token, while the
+sampled rules promise the distribution alone (`eval/losslessness.py` tests that one).
 
 A method is LABEL=SPEC[@GROWTH]: SPEC is a drafter directory or the name of a drafter without parameters, and GROWTH
 says how its tree grows where there is more than one way.
@@ -22,19 +22,19 @@ import jax
 import numpy as np
 
 from decoding.drafter import Drafter
-from decoding.drafters import load_drafter
-from decoding.drafters.growing import GrowthDrafter
+from decoding.drafters.network_drafter import NetworkDrafter
+from decoding.drafters.registry import load_drafter
 from decoding.generate import Generation, generate
 from decoding.sampling import Sampling
 from decoding.stats import Stats
-from eval.acceptance_report import print_table, write_acceptance_results
-from eval.benchmark import ratio_interval
-from eval.budget import GROWTHS, SAMPLED, Fitter
-from eval.progress import Progress
-from eval.prompts import Prompt, document_prompts
-from eval.results import describe_target
+from eval.measure.progress import Progress
+from eval.report.acceptance import print_table, write_acceptance_results
+from eval.text.benchmark import ratio_interval
+from eval.text.budget import POLICIES, SAMPLED, Fitter
+from eval.text.prompts import Prompt, document_prompts
+from eval.text.results import describe_target
 from models.errors import UserError, exit_on_user_error
-from models.target import Target, load_target
+from models.formats.target import Target, load_target
 
 BUDGETS = (8, 16, 32, 64)
 TEMPERATURES = (0.0, 1.0)
@@ -48,14 +48,14 @@ class Method:
       label: what people call it.
       drafter: its static part; tree and depth are fitted to each budget.
       params: its parameters.
-      growth: how its tree grows, one of `eval.budget.GROWTHS`, or "" for the drafter's only way.
+      policy: how its tree grows, one of `eval.text.budget.POLICIES`, or "" for the drafter's only way.
       path: the directory it came from.
     """
 
     label: str
     drafter: Drafter
     params: Any = None
-    growth: str = ""
+    policy: str = ""
     path: str | None = None
 
 
@@ -63,16 +63,16 @@ def parse_method(text: str, target: Target) -> Method:
     """A method from LABEL=SPEC[@GROWTH].
 
     Raises:
-      UserError: another form, an unknown growth, or a drafter that cannot be loaded.
+      UserError: another form, an unknown policy, or a drafter that cannot be loaded.
     """
     label, _, rest = text.partition("=")
-    spec, _, growth = rest.partition("@")
+    spec, _, policy = rest.partition("@")
     if not label or not spec:
         raise UserError(f"a method is written LABEL=DRAFTER or LABEL=DRAFTER@GROWTH, got {text!r}")
-    if growth and growth not in GROWTHS:
-        raise UserError(f"{text!r} asks for the growth {growth!r}; known are {', '.join(GROWTHS)}")
+    if policy and policy not in POLICIES:
+        raise UserError(f"{text!r} asks for the policy {policy!r}; known are {', '.join(POLICIES)}")
     drafter, params = load_drafter(spec, target)
-    return Method(label, drafter, params, growth, spec if params is not None else None)
+    return Method(label, drafter, params, policy, spec if params is not None else None)
 
 
 def decode(
@@ -113,7 +113,7 @@ def study(
       progress: told what is being done.
 
     Returns:
-      One entry per method, temperature and budget that fit together; `eval/acceptance_report.py` gives the keys.
+      One entry per method, temperature and budget that fit together; `eval/report/acceptance.py` gives the keys.
 
     Raises:
       UserError: no prompts, repeated labels, a prompt that is in both lists, or a fitted drafter that does not propose
@@ -125,14 +125,14 @@ def study(
         progress(f"temperature {temperature:g}, plain decoding")
         plain = decode(target, prompts, new_tokens, temperature)
         for method in methods:
-            sampled = method.growth in SAMPLED and temperature > 0
+            sampled = method.policy in SAMPLED and temperature > 0
 
             def calibrate(drafter: Drafter, method=method, temperature=temperature) -> Stats:
                 progress(f"temperature {temperature:g}, {method.label}, calibrating")
                 made = decode(target, calibration, new_tokens, temperature, drafter, method.params)
                 return sum(made.stats[1:], made.stats[0])
 
-            fitter = Fitter(method.drafter, method.growth, calibrate)
+            fitter = Fitter(method.drafter, method.policy, calibrate)
             for budget in budgets:
                 drafter = fitter.fit(budget)
                 if drafter is None:
@@ -168,7 +168,7 @@ def _cell(drafter: Drafter, made: Generation, plain: Generation, sampled: bool) 
     stats = sum(made.stats[1:], made.stats[0])
     counts = np.array([(one.committed, one.steps) for one in made.stats if one.steps])
     different = sum(mine != theirs for mine, theirs in zip(made.tokens, plain.tokens, strict=True))
-    chosen = drafter.growth if isinstance(drafter, GrowthDrafter) else drafter
+    chosen = drafter.policy if isinstance(drafter, NetworkDrafter) else drafter
     tree = getattr(chosen, "tree", None)
     conditional = stats.conditional_acceptance
     return {
@@ -181,7 +181,7 @@ def _cell(drafter: Drafter, made: Generation, plain: Generation, sampled: bool) 
         "accepted_by_depth": stats.accepted_by_depth.tolist(),
         "conditional_acceptance": [None if np.isnan(share) else float(share) for share in conditional],
         "texts": len(made.tokens),
-        # A sampled law has draws of its own, so equal texts are neither promised nor expected.
+        # A sampled rule has draws of its own, so equal texts are neither promised nor expected.
         "identical": None if sampled else different == 0,
         "differing_texts": different,
         "tree": None if tree is None else [list(path) for path in tree.paths],
@@ -193,7 +193,7 @@ def _describe(method: Method) -> dict[str, Any]:
     return {
         "label": method.label,
         "drafter": method.drafter.name,
-        "growth": method.growth or None,
+        "policy": method.policy or None,
         "path": method.path,
         "parameters": sum(leaf.size for leaf in leaves),
     }

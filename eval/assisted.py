@@ -19,13 +19,13 @@ import numpy as np
 
 from decoding.drafters.draft_model import DraftModel
 from decoding.generate import bucket, generate, slots_needed
-from decoding.growth import Static
+from decoding.policies import Static
 from decoding.trees import chain
-from eval import peer
-from eval.environment import describe_environment
-from eval.progress import Progress
-from eval.prompts import document_prompts
-from eval.results import describe_target, write_json
+from eval.measure.environment import describe_environment
+from eval.measure.progress import Progress
+from eval.peers import text as peer
+from eval.text.prompts import document_prompts
+from eval.text.results import describe_target, write_json
 from models import load_target
 from models.errors import UserError, exit_on_user_error
 

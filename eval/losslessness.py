@@ -1,11 +1,11 @@
-"""Is sampled text really distributed as the target says? Exact law against observed counts, by chi-square.
+"""Is sampled text really distributed as the target says? The exact distribution against observed counts, by chi-square.
 
     >>> target = tiny_target()
     >>> results = check_losslessness(target, drafter, params, [1, 2, 3], 3, [Sampling(temperature=1.0)])
     >>> print(format_table(results))
 
 On a vocabulary of a few tokens every string of two or three tokens can be listed with its probability, from the
-target's own forward and the sampling warps. Thousands of decodes of one prompt are then counted against that law. A
+target's own forward and the sampling parameters. Thousands of decodes of one prompt are then counted against it. A
 small p says that the decoder samples from something else; a large one says that this many samples could not tell. What
 the test would catch is told by the acceptance length beside it: drafts that nobody accepts prove little.
 """
@@ -24,13 +24,13 @@ from jaxtyping import Float, Int
 from decoding.drafter import Drafter
 from decoding.drafters.plain import Plain
 from decoding.generate import generate, slots_needed
-from decoding.sampling import Sampling, batch_warps, warp_logits
+from decoding.sampling import Sampling, apply_sampling, batch_sampling
 from decoding.stats import Stats
 from decoding.verify import Typical
 from models import transformer
 from models.config import TransformerConfig
 from models.errors import UserError
-from models.target import Target
+from models.formats.target import Target
 
 # Below this a result is taken for a failure: one lossless run in ten thousand gets there by chance.
 SMALLEST_P = 1e-4
@@ -44,7 +44,7 @@ class ChiSquare:
     Attributes:
       statistic: sum of (observed - expected)^2 / expected over cells; infinite if something impossible was seen.
       degrees: cells minus one.
-      p_value: probability of a statistic at least as large when the law holds.
+      p_value: probability of a statistic at least as large when they follow the distribution.
       samples: how many strings were counted.
     """
 
@@ -60,19 +60,19 @@ class Check:
 
     Attributes:
       sampling: the setting.
-      law: the law that the drafter's trees carried (`decoding.trees.LAWS`).
-      test: the strings drawn against the target's law.
+      rule: the rule that the drafter's trees carried (`decoding.trees.ACCEPTANCE_RULES`).
+      test: the strings drawn against the target's distribution.
       acceptance_length: tokens per target forward while drawing them; 1 means that no draft was ever accepted.
     """
 
     sampling: Sampling
-    law: str
+    rule: str
     test: ChiSquare
     acceptance_length: float
 
     @property
     def passed(self) -> bool:
-        """The strings may well follow the law."""
+        """The strings may well follow the distribution."""
         return self.test.p_value > SMALLEST_P
 
 
@@ -89,7 +89,7 @@ def check_losslessness(
     seed: int = 0,
     typical: Typical | None = None,
 ) -> list[Check]:
-    """Draws strings with a drafter and compares them with the target's exact law.
+    """Draws strings with a drafter and compares them with the target's exact distribution.
 
     Args:
       target: of a tiny vocabulary, such as `tiny_target`.
@@ -108,23 +108,23 @@ def check_losslessness(
     """
     if length < 2:
         raise UserError(f"strings of {length} tokens are too short to judge drafts by: length must be at least 2")
-    laws = [string_law(target, prompt, length, sampling) for sampling in settings]
+    expected = [string_distribution(target, prompt, length, sampling) for sampling in settings]
     decoded = dict(drafter=drafter, drafter_params=drafter_params, samples=samples, batches=batches)
     strings, stats = sampled_strings(target, prompt, length, settings, **decoded, seed=seed, typical=typical)
     return [
         Check(
             sampling,
-            drafter.law(greedy=False),
-            chi_square(count_strings(drawn, target.config.vocab_size), law),
+            drafter.rule(greedy=False),
+            chi_square(count_strings(drawn, target.config.vocab_size), exact),
             counted.acceptance_length,
         )
-        for sampling, law, drawn, counted in zip(settings, laws, strings, stats, strict=True)
+        for sampling, exact, drawn, counted in zip(settings, expected, strings, stats, strict=True)
     ]
 
 
 def format_table(results: Sequence[Check]) -> str:
     """One line per result."""
-    lines = [f"{'setting':32} {'law':5} {'samples':>7} {'chi2':>9} {'df':>4} {'p':>8} {'tau':>5}"]
+    lines = [f"{'setting':32} {'rule':5} {'samples':>7} {'chi2':>9} {'df':>4} {'p':>8} {'tau':>5}"]
     for result in results:
         default = Sampling()
         names = [field.name for field in dataclasses.fields(Sampling)]
@@ -132,7 +132,7 @@ def format_table(results: Sequence[Check]) -> str:
         setting = " ".join(f"{name}={value:g}" for name, value in chosen.items() if value != getattr(default, name))
         test = result.test
         lines.append(
-            f"{setting:32} {result.law:5} {test.samples:7} {test.statistic:9.1f} {test.degrees:4} {test.p_value:8.2g} "
+            f"{setting:32} {result.rule:5} {test.samples:7} {test.statistic:9.1f} {test.degrees:4} {test.p_value:8.2g} "
             f"{result.acceptance_length:5.2f}" + ("" if result.passed else "  NOT the target's distribution")
         )
     return "\n".join(lines)
@@ -154,7 +154,9 @@ def tiny_target(vocab_size: int = 5, seed: int = 0, dtype=jnp.float32, **config)
     return Target(network, transformer.join_projections(params))
 
 
-def string_law(target: Target, prompt: Sequence[int], length: int, sampling: Sampling) -> Float[np.ndarray, "*V"]:
+def string_distribution(
+    target: Target, prompt: Sequence[int], length: int, sampling: Sampling
+) -> Float[np.ndarray, "*V"]:
     """Probability of every continuation of `prompt` by `length` tokens, an array with `length` axes of size V.
 
     Args:
@@ -173,29 +175,33 @@ def string_law(target: Target, prompt: Sequence[int], length: int, sampling: Sam
             "tiny vocabulary, such as eval.losslessness.tiny_target()"
         )
     if sampling.temperature == 0:
-        raise UserError("at temperature 0 there is one string and no law: compare it with plain decoding's instead")
+        raise UserError(
+            "at temperature 0 there is one string and nothing to draw: compare it with plain decoding's instead"
+        )
     strings = list(itertools.product(range(vocab_size), repeat=length - 1))
     logits_BTV = target.apply([[*prompt, *string] for string in strings]).logits[:, len(prompt) - 1 :]
-    warps = batch_warps([sampling] * (len(strings) * length))
-    warped = warp_logits(logits_BTV.reshape(-1, vocab_size), warps)
-    p_BTV = np.asarray(jax.nn.softmax(warped, axis=-1), np.float64).reshape(logits_BTV.shape)
-    law = np.ones((vocab_size,) * length)
+    parameters = batch_sampling([sampling] * (len(strings) * length))
+    shaped = apply_sampling(logits_BTV.reshape(-1, vocab_size), parameters)
+    p_BTV = np.asarray(jax.nn.softmax(shaped, axis=-1), np.float64).reshape(logits_BTV.shape)
+    exact = np.ones((vocab_size,) * length)
     for string, p_TV in zip(strings, p_BTV, strict=True):
         seen = np.prod([p_TV[place, token] for place, token in enumerate(string)])
-        law[string] = seen * p_TV[length - 1]
-    return law
+        exact[string] = seen * p_TV[length - 1]
+    return exact
 
 
-def chi_square(counts: Int[np.ndarray, "*V"], law: Float[np.ndarray, "*V"], fewest: float = 5.0) -> ChiSquare:
+def chi_square(
+    counts: Int[np.ndarray, "*V"], expected_share: Float[np.ndarray, "*V"], fewest: float = 5.0
+) -> ChiSquare:
     """Pearson's test; cells that expect fewer than `fewest` strings are pooled into one.
 
     Args:
       counts: observed strings.
-      law: their probabilities.
+      expected_share: their probabilities.
       fewest: below this the chi-square approximation is poor.
     """
     samples = int(counts.sum())
-    observed, expected = counts.ravel().astype(np.float64), law.ravel() * samples
+    observed, expected = counts.ravel().astype(np.float64), expected_share.ravel() * samples
     small = expected < fewest
     observed = np.append(observed[~small], observed[small].sum())
     cells = np.append(expected[~small], expected[small].sum())
@@ -253,7 +259,7 @@ def sampled_strings(
 
 
 def count_strings(strings: Int[np.ndarray, "samples length"], vocab_size: int) -> Int[np.ndarray, "*V"]:
-    """How often each string occurs, in the shape of `string_law`."""
+    """How often each string occurs, in the shape of `string_distribution`."""
     counts = np.zeros((vocab_size,) * strings.shape[1], np.int64)
     np.add.at(counts, tuple(strings.T), 1)
     return counts

@@ -13,22 +13,22 @@ from typing import Any
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from decoding.drafters import load_drafter
-from decoding.drafters.heads import HeadDrafter
+from decoding.drafters.head_drafter import HeadDrafter
+from decoding.drafters.registry import load_drafter
 from decoding.generate import generate
 from decoding.sampling import Sampling
 from decoding.verify import Typical
-from eval.benchmark import Contender, benchmark
-from eval.metrics import head_accuracy, perplexity, rows_of_text
-from eval.progress import Progress
-from eval.prompts import BUILT_IN, Prompt, Question, document_prompts, encode_questions, read_questions, spread
-from eval.report import print_table
-from eval.results import describe_target, samples, write_results
+from eval.measure.progress import Progress
+from eval.report.text import print_table
+from eval.text.benchmark import Contender, benchmark
+from eval.text.metrics import head_accuracy, perplexity, rows_of_text
+from eval.text.prompts import BUILT_IN, Prompt, Question, document_prompts, encode_questions, read_questions, spread
+from eval.text.results import describe_target, samples, write_results
 from models import schema
 from models.errors import UserError, exit_on_user_error
+from models.formats.target import Target, load_target
 from models.schema import require
 from models.sharding import parse_mesh
-from models.target import Target, load_target
 from train.command_line import read_flags
 
 DOCUMENTS = 16
@@ -44,8 +44,8 @@ class DecodeConfig:
       target: a target directory.
       drafters: drafter directories, comma-separated; `none` may be among them and runs in any case.
       out: directory that receives the results.
-      prompts: a file of prompts (`eval/prompts.py`). Where there is none, prompts are the beginnings of documents of
-        `data`, or, without that too, a few built-in ones.
+      prompts: a file of prompts (`eval/text/prompts.py`). Where there is none, prompts are the beginnings of documents
+        of `data`, or, without that too, a few built-in ones.
       num_prompts: questions or documents to take, evenly spread; None takes all questions, or 16 documents.
       prompt_tokens: length of a prompt from `data`.
       chat: put prompts from a file in the tokenizer's chat template.

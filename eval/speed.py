@@ -3,7 +3,7 @@
     python -m eval.speed [--shape 110m] [--sections SECTION,...] [--drafters NAME,...] [--out FILE.json]
     python -m eval.speed --sections images [--image_depths 16,8] [--image_batch 2] [--out FILE.json]
 
-Prints and saves, with the terms of `eval/benchmark.py`:
+Prints and saves, with the terms of `eval/text/benchmark.py`:
 
     bandwidth_gb_per_s   read rate of a reduction or a matrix-vector product over 1 GiB (10^9 bytes/s), whichever is
                          faster in the median, and `bandwidth_best_gb_per_s` in the best round: where other tenants
@@ -50,17 +50,17 @@ from decoding.drafters.medusa import Medusa
 from decoding.drafters.plain import Plain
 from decoding.drafters.prompt_lookup import PromptLookup
 from decoding.drafters.token_recycling import TokenRecycling
-from decoding.growth import Confidence, Static, StochasticBeam
+from decoding.policies import Confidence, Static, StochasticBeam
 from decoding.sampling import Sampling
-from eval import peer
-from eval.bandwidth import bandwidth_block, block_side, bytes_per_token, matrix_vector, reduction
-from eval.environment import describe_environment
 from eval.images.speed import describe as describe_images
 from eval.images.speed import run_images
-from eval.parts import Scene, Step, network_ms, rows_forward, step_parts
-from eval.progress import Progress
-from eval.results import write_json
-from eval.timing import Timed, Timing, measure
+from eval.measure.bandwidth import bandwidth_block, block_side, bytes_per_token, matrix_vector, reduction
+from eval.measure.environment import describe_environment
+from eval.measure.parts import Scene, Step, network_ms, rows_forward, step_parts
+from eval.measure.progress import Progress
+from eval.measure.timing import Timed, Timing, measure
+from eval.peers import text as peer
+from eval.text.results import write_json
 from models.config import TransformerConfig
 from models.errors import UserError, exit_on_user_error
 from models.heads.eagle import EagleHeads

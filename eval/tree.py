@@ -2,7 +2,7 @@
 
     python -m eval.tree --target DIR --drafter DIR [--prompts FILE | --data DIR] [--max_nodes 64] [--write]
     python -m eval.tree --target DIR --drafter DIR --tree TREE [--write]
-    python -m eval.tree --target DIR --drafter DIR --growth KIND[:NAME=VALUE,...] [--write]
+    python -m eval.tree --target DIR --drafter DIR --policy KIND[:NAME=VALUE,...] [--write]
 
 1. The target continues the prompts greedily, and the heads, teacher-forced on that text, are asked for the rank of
    every token among their guesses. That gives the accuracy of each rank at each depth.
@@ -12,8 +12,8 @@
    it expands, and what the loop adds to a forward.
 5. The tree with the most tokens per second wins; `--write` puts it into the drafter's directory.
 
-`--tree` and `--growth` measure nothing: they check what is given, and `--write` puts it there. Drafters made of heads
-have a tree, draft models and EAGLE heads a growth (`decoding/growth`).
+`--tree` and `--policy` measure nothing: they check what is given, and `--write` puts it there. Drafters made of heads
+have a tree, draft models and EAGLE heads a policy (`decoding/policies`).
 
 The module is called `tree` because the command is `python -m eval.tree`. As `eval.tree`, run from the project's root,
 it does not shadow the library `tree` that TFDS imports, which a top-level `tree.py` would.
@@ -28,20 +28,20 @@ from typing import Any, cast
 import numpy as np
 from jaxtyping import Float, Int
 
-from decoding.drafters import load_drafter, write_tree
-from decoding.drafters.growing import GrowthDrafter
-from decoding.drafters.heads import HeadDrafter
+from decoding.drafters.head_drafter import HeadDrafter
+from decoding.drafters.network_drafter import NetworkDrafter
 from decoding.drafters.plain import Plain
+from decoding.drafters.registry import load_drafter, write_tree
 from decoding.generate import bucket, generate
-from decoding.growth import Growth, parse_growth
+from decoding.policies import TreePolicy, parse_policy
 from decoding.trees import Topology, greedy_search, load_topology
-from eval.metrics import RANKS, head_ranks, rank_accuracy
-from eval.parts import Scene, Step, draft_part, rows_forward
-from eval.progress import Progress
-from eval.prompts import BUILT_IN, Question, document_prompts, encode_questions, read_questions
-from eval.timing import Timed, measure
+from eval.measure.parts import Scene, Step, draft_part, rows_forward
+from eval.measure.progress import Progress
+from eval.measure.timing import Timed, measure
+from eval.text.metrics import RANKS, head_ranks, rank_accuracy
+from eval.text.prompts import BUILT_IN, Question, document_prompts, encode_questions, read_questions
 from models.errors import UserError, exit_on_user_error
-from models.target import Target, load_target
+from models.formats.target import Target, load_target
 
 ROWS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)  # Of the target's forward, measured; between them interpolated.
 HEAD_ROWS = (1, 4, 16)  # That a level of `draft` is timed at.
@@ -302,7 +302,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--tree", help="measure nothing and take this tree: a published name, chain:DEPTH or a JSON file"
     )
-    parser.add_argument("--growth", help="measure nothing and take this growth, as in dyspec:budget=32,depth=5")
+    parser.add_argument("--policy", help="measure nothing and take this policy, as in dyspec:budget=32,depth=5")
     parser.add_argument("--write", action="store_true", help="put it into the drafter's drafter.json")
     args = parser.parse_args(argv)
     for name in ("prompt_tokens", "num_prompts", "max_new_tokens", "rounds"):
@@ -310,17 +310,17 @@ def main(argv: Sequence[str] | None = None) -> None:
             raise UserError(f"--{name} must be at least 1, got {getattr(args, name)}")
     target = load_target(args.target)
     drafter, params = load_drafter(args.drafter, target)
-    if args.growth is not None:
-        if not isinstance(drafter, GrowthDrafter):
-            raise UserError(f"the drafter {args.drafter!r} has no growth: --growth is for draft models and EAGLE heads")
-        growth = parse_growth(args.growth)
-        dataclasses.replace(cast(Any, drafter), growth=growth).check(target.config)
-        _write(args, growth, growth.max_nodes)
+    if args.policy is not None:
+        if not isinstance(drafter, NetworkDrafter):
+            raise UserError(f"the drafter {args.drafter!r} has no policy: --policy is for draft models and EAGLE heads")
+        policy = parse_policy(args.policy)
+        dataclasses.replace(cast(Any, drafter), policy=policy).check(target.config)
+        _write(args, policy, policy.max_nodes)
         return
     if not isinstance(drafter, HeadDrafter):
         rest = "takes none"
-        if isinstance(drafter, GrowthDrafter):
-            rest = "has a growth instead: choose it with --growth, as in --growth static:tree=chain:4"
+        if isinstance(drafter, NetworkDrafter):
+            rest = "has a policy instead: choose it with --policy, as in --policy static:tree=chain:4"
         raise UserError(f"trees are chosen for Medusa and Hydra heads; the drafter {args.drafter!r} {rest}")
     if args.tree is not None:
         tree = load_topology(args.tree, "--tree")
@@ -344,7 +344,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     _write(args, choice.tree, choice.tree.size)
 
 
-def _write(args: argparse.Namespace, tree: Topology | Growth, rows: int) -> None:
+def _write(args: argparse.Namespace, tree: Topology | TreePolicy, rows: int) -> None:
     if args.write:
         write_tree(args.drafter, tree)
         print(f"wrote the tree of {rows} rows to {Path(args.drafter) / 'drafter.json'}")

@@ -7,14 +7,14 @@ package does not import them all.
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from models.target import Target, load_target
+    from models.formats.target import Target, load_target
 
 __all__ = ["Target", "load_target"]
 
 
 def __getattr__(name: str) -> Any:
     if name in __all__:
-        from models import target
+        from models.formats import target
 
         return getattr(target, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,7 +1,7 @@
 """The shape of a Llama-family transformer: every number that decides its parameters and its forward.
 
 One frozen, hashable record serves Llama 1-3.x, Vicuna, Mistral, Qwen2, Qwen3 and Gemma-2. Families differ in data here,
-never in code paths named after them; `models/hf.py` maps Hugging Face's `config.json` to this record and back.
+never in code paths named after them; `models/formats/hf.py` maps Hugging Face's `config.json` to this record and back.
 """
 
 import dataclasses

@@ -1,4 +1,5 @@
-"""Text, JSONL, source files or chats become a tokenised data set that `train/data.py` reads; images one of images.
+"""Text, JSONL, source files or chats become a tokenised data set that `train/data/texts.py` reads; images one of
+images.
 
     python -m scripts.build_dataset --kind source --src DIR --glob '**/*.py' --exclude 'test*,site-packages' \
         --train_tokenizer 2048 --valid_fraction 0.02 --out data/python
@@ -32,11 +33,11 @@ from typing import Any, TextIO
 import numpy as np
 
 from models.errors import UserError, exit_on_user_error
-from models.storage import write_json
-from models.tokenizer import Message, Tokenizer
+from models.formats.storage import write_json
+from models.formats.tokenizer import Message, Tokenizer
 from scripts import image_dataset
 from scripts.dataset_directory import check_out, name_rank, new_dataset
-from train import data
+from train.data import texts as data
 
 KINDS = ("jsonl", "text", "source", "chat")
 END_OF_TEXT = "<|endoftext|>"

@@ -21,9 +21,9 @@ import numpy as np
 from decoding.generate import generate
 from decoding.sampling import Sampling
 from models.errors import UserError, exit_on_user_error
-from models.target import Target, load_target
+from models.formats.target import Target, load_target
 from scripts.build_dataset import write_dataset
-from train import data
+from train.data import texts as data
 
 
 def continuations(

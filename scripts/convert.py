@@ -2,15 +2,15 @@
 
     python -m scripts.convert --from llama2c --src stories260K.bin --tokenizer tok512.bin --out stories260K
     python -m scripts.convert --from eagle3 --src EAGLE3-LLaMA3-8B --base Meta-Llama-3-8B-Instruct --out eagle3
-    python -m scripts.convert --from model --src small/target --base large/target --growth static:tree=chain:4 --out d
+    python -m scripts.convert --from model --src small/target --base large/target --policy static:tree=chain:4 --out d
     python -m scripts.convert --from vae --src vae_ch160v4096z32.pth --out vae
     python -m scripts.convert --from var --src var_d36.pth --schedule 512 --out var-d36
 
 A target directory loads with `models.load_target` and with transformers. A drafter directory is for `--base`, the
 target directory that the drafter was trained on, and keeps what it was made from under `provenance`. Drafters come as
 one file or a directory, in safetensors or in torch's format, which is read without torch and without running anything
-in it. `model` makes a drafter of a whole target directory, a smaller model of the same vocabulary. `--growth` says how
-a model or an EAGLE head grows its trees (`decoding/growth`).
+in it. `model` makes a drafter of a whole target directory, a smaller model of the same vocabulary. `--policy` says how
+a model or an EAGLE head grows its trees (`decoding/policies`).
 
 Image models are VAR's transformers (`var`), its tokenizer (`vae`) and CoDe's drafters and refiners (`code`), one file
 each. `--schedule`, `256`, `512` or the sides of the scales, says what their files do not; without it a transformer has
@@ -24,25 +24,25 @@ from pathlib import Path
 from typing import Any, cast
 
 from decoding.drafter import Drafter
-from decoding.drafters import save_drafter
 from decoding.drafters.draft_model import DraftModel
 from decoding.drafters.eagle import Eagle, Eagle3
 from decoding.drafters.hydra import Hydra
 from decoding.drafters.medusa import Medusa
-from decoding.growth import parse_growth
+from decoding.drafters.registry import save_drafter
+from decoding.policies import parse_policy
 from decoding.trees import MC_SIM_7B_63, Topology
 from models import load_target
 from models.config import TransformerConfig
 from models.errors import UserError, exit_on_user_error
-from models.heads import released
-from models.heads.released_files import Release, read_release
-from models.hf import load_config, load_params, save_target
-from models.images import files as image_files
+from models.formats import image_models as image_files
+from models.formats import released_heads as released
+from models.formats.hf import load_config, load_params, save_target
+from models.formats.llama2c import read_llama2c, read_llama2c_tokenizer
+from models.formats.release import Release, read_release
+from models.formats.released_images import Converted, read_vae, read_var
+from models.formats.target import Target
+from models.formats.tokenizer import Tokenizer
 from models.images.config import SCHEDULES
-from models.images.released import Converted, read_vae, read_var
-from models.llama2c import read_llama2c, read_llama2c_tokenizer
-from models.target import Target
-from models.tokenizer import Tokenizer
 from models.transformer import Params
 
 Checkpoint = tuple[TransformerConfig, Params, Tokenizer | None]
@@ -66,7 +66,7 @@ class DrafterFormat:
     Attributes:
       files: names that its tensors go by in a directory, first choice first.
       read: makes parameters of them; `--layers` is passed on where it is given.
-      drafter: the drafter of heads of that shape, with the tree or growth it was published with.
+      drafter: the drafter of heads of that shape, with the tree or policy it was published with.
     """
 
     files: tuple[str, ...]
@@ -113,7 +113,7 @@ def convert_target(args: argparse.Namespace) -> str:
 def convert_model(args: argparse.Namespace) -> str:
     """Writes a drafter directory with a whole model in it; returns what was made, for a person."""
     base, config = load_target(args.base), load_config(args.src)
-    drafter = DraftModel(config, args.growth) if args.growth else DraftModel(config)
+    drafter = DraftModel(config, args.policy) if args.policy else DraftModel(config)
     drafter.check(base.config)
     if base.tokenizer and (args.src / "tokenizer.json").exists():
         found, wanted = Tokenizer.load(args.src).fingerprint, base.tokenizer.fingerprint
@@ -131,8 +131,8 @@ def convert_drafter(args: argparse.Namespace) -> str:
     base: Target = load_target(args.base)
     made = kind.read(release, base, *([args.layers] if args.layers else []))
     drafter = kind.drafter(made.heads)
-    if args.growth:
-        drafter = dataclasses.replace(cast(Any, drafter), growth=args.growth)
+    if args.policy:
+        drafter = dataclasses.replace(cast(Any, drafter), policy=args.policy)
     drafter.check(base.config)
     provenance = {"format": made.format, "files": release.digests, "detected": made.detected}
     save_drafter(args.out, drafter, made.params, base.fingerprint(), overwrite=args.overwrite, provenance=provenance)
@@ -171,7 +171,7 @@ def check_options(args: argparse.Namespace) -> None:
         ("--base", args.base, drafter),
         ("--tokenizer", args.tokenizer, target),
         ("--layers", args.layers, args.format == "eagle3"),
-        ("--growth", args.growth, args.format in ("model", "eagle", "eagle3")),
+        ("--policy", args.policy, args.format in ("model", "eagle", "eagle3")),
         ("--schedule", args.schedule, image),
     ):
         if value is not None and not known:
@@ -197,7 +197,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         help="layers whose input eagle3 reads, if they are not those of the original release",
     )
     parser.add_argument(
-        "--growth", metavar="KIND[:NAME=VALUE,...]", help="how a model or an EAGLE head grows its trees"
+        "--policy", metavar="KIND[:NAME=VALUE,...]", help="how a model or an EAGLE head grows its trees"
     )
     parser.add_argument(
         "--schedule",
@@ -209,7 +209,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--overwrite", action="store_true", help="replace a directory of the same kind that exists")
     args = parser.parse_args(argv)
     check_options(args)
-    args.growth = parse_growth(args.growth) if args.growth else None
+    args.policy = parse_policy(args.policy) if args.policy else None
     converters = {"model": convert_model, **dict.fromkeys(TARGETS, convert_target)}
     converters |= dict.fromkeys(DRAFTERS, convert_drafter) | dict.fromkeys(IMAGES, convert_image_model)
     made = converters[args.format](args)

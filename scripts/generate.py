@@ -12,14 +12,14 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TextIO
 
-from decoding.drafters import load_drafter
+from decoding.drafters.registry import load_drafter
 from decoding.generate import Generation, bucket, generate, slots_needed
 from decoding.sampling import Sampling
 from decoding.verify import Typical
 from models.errors import UserError, exit_on_user_error
+from models.formats.target import Target, load_target
+from models.formats.tokenizer import StreamDecoder, Tokenizer
 from models.sharding import parse_mesh
-from models.target import Target, load_target
-from models.tokenizer import StreamDecoder, Tokenizer
 
 # Of the 256 colours of terminals: greens, from an accepted draft of depth 1 to the deepest.
 DEPTH_COLOURS = (71, 77, 83, 119, 155, 191)

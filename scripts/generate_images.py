@@ -21,9 +21,9 @@ from decoding.images.scales import Drawing
 from eval.images.flags import add_drawing, drawings
 from eval.images.pictures import png, tiled
 from models.errors import UserError, exit_on_user_error
-from models.images import files
+from models.formats import image_models as files
 from models.images.config import VARConfig, VQVAEConfig
-from train.images import decoded
+from train.data.images import decoded
 
 _SMALLEST_SIDE = 96  # Of an image on the page; smaller ones are enlarged to this or more.
 

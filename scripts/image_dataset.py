@@ -1,13 +1,13 @@
-"""Image folders, `.npz` files and drawn glyphs as data sets that `train/images.py` reads.
+"""Image folders, `.npz` files and drawn glyphs as data sets that `train/data/images.py` reads.
 
     python -m scripts.build_dataset --images FOLDER --size 64 --valid_fraction 0.02 --out data/pictures
     python -m scripts.build_dataset --images emoji64.npz --label group --valid_documents 200 --out data/emoji
     python -m scripts.build_dataset --images glyphs --max_documents 20000 --valid_documents 1000 --out data/glyphs
 
 A folder holds one folder per class, and those their images at whatever depth. An `.npz` holds `images`, uint8
-[N, H, W, 3], an array of labels, and perhaps their names (`group` and `group_names`). Glyphs (`train/glyphs.py`) need
-nothing. The directory holds TFDS `array_record` files and `manifest.json`: source, size, classes, counts per split and
-per class.
+[N, H, W, 3], an array of labels, and perhaps their names (`group` and `group_names`). Glyphs (`train/data/glyphs.py`)
+need nothing. The directory holds TFDS `array_record` files and `manifest.json`: source, size, classes, counts per
+split and per class.
 """
 
 import argparse
@@ -26,10 +26,10 @@ from jaxtyping import UInt8
 from PIL import Image
 
 from models.errors import UserError
-from models.storage import write_json
+from models.formats.storage import write_json
 from scripts.dataset_directory import name_rank, new_dataset
-from train import images
-from train.glyphs import CHARACTERS, check, glyph
+from train.data import images
+from train.data.glyphs import CHARACTERS, check, glyph
 
 GLYPHS = "glyphs"
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp")
@@ -126,7 +126,7 @@ def _arrays(path: Path, wanted: Sequence[str], optional: str) -> dict[str, np.nd
 
 
 def draw_glyphs(count: int, size: int = _GLYPH_SIZE, seed: int = 0, characters: str = CHARACTERS) -> ImageList:
-    """The first `count` glyphs of a seed (`train/glyphs.py`); every class gets as many as the others."""
+    """The first `count` glyphs of a seed (`train/data/glyphs.py`); every class gets as many as the others."""
     if count < 1:
         raise UserError(f"draw at least one glyph, not {count}")
     check(size, characters)

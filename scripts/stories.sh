@@ -71,7 +71,7 @@ shape=--config.objective.model
 run train.main --config=configs/draft_model.py "${learn[@]}" --config.batch_size=16 $shape.width=32 $shape.head_dim=8 \
     $shape.mlp_width=88 $shape.max_position=512 --workdir="$out/small"
 if [ ! -d "$out/draft_model" ]; then
-    run scripts.convert --from model --src "$out/small/target" --base "$out/target" --growth static:tree=chain:4 \
+    run scripts.convert --from model --src "$out/small/target" --base "$out/target" --policy static:tree=chain:4 \
         --out "$out/draft_model"
 fi
 if [ -e "$out/results/results.json" ]; then

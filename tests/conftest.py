@@ -33,9 +33,9 @@ def structs_may_hold_shapes() -> Iterator[None]:
     """`jit(...).lower` rebuilds its arguments and `out_info` with shapes in the place of arrays, which the checks that
     these three structs make of their fields would refuse."""
     from decoding.images.scales import Draws, Sketch
-    from decoding.sampling import Warps
+    from decoding.sampling import SamplingParameters
 
-    structs = (Draws, Sketch, Warps)
+    structs = (Draws, Sketch, SamplingParameters)
     for struct in structs:
         struct.__init__.__no_type_check__ = True
     yield

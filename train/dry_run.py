@@ -8,7 +8,7 @@ import jax
 
 from models.schema import resolved
 from train.config import TrainConfig
-from train.corpus import open_corpus
+from train.data.corpus import open_corpus
 from train.trainer import Plan, count, describe_job, make_plan
 
 

@@ -32,7 +32,7 @@ from models.schema import resolved
 from train import provenance
 from train.checkpoint import Checkpoints
 from train.config import TrainConfig
-from train.corpus import Corpus, open_corpus
+from train.data.corpus import Corpus, open_corpus
 from train.metrics import NotFinite, Report
 from train.objectives import OBJECTIVES
 from train.objectives.objective import Batch, Objective, Params

@@ -1,7 +1,7 @@
 """A smaller transformer as drafter: speculative decoding proper (Leviathan et al. 2023; Chen et al. 2023).
 
-The draft model reads the same text with a cache of its own; how its scores become a tree is the growth's business
-(`decoding/growth`), and the growth decides the law.
+The draft model reads the same text with a cache of its own; how its scores become a tree is the policy's business
+(`decoding/policies`), and the policy decides the rule.
 
 Nothing is computed twice: rows that ran while drafting are kept if they turn out to be text. The deepest accepted
 candidate may be a leaf, which never ran, and on full acceptance always is (the bonus-token case that chains get wrong
@@ -17,9 +17,9 @@ from flax import struct
 from jaxtyping import Array, Int
 
 from decoding.cache import commit, init_cache
-from decoding.drafters.growing import GrowthDrafter
-from decoding.growth import Growth, Static
-from decoding.growth.scratch import Scratch
+from decoding.drafters.network_drafter import NetworkDrafter
+from decoding.policies import Static, TreePolicy
+from decoding.policies.scratch import Scratch
 from models import transformer
 from models.config import TransformerConfig
 from models.errors import UserError
@@ -28,16 +28,16 @@ from models.transformer import Cache, Params
 
 
 @dataclasses.dataclass(frozen=True)
-class DraftModel(GrowthDrafter):
+class DraftModel(NetworkDrafter):
     """Any transformer of the target's vocabulary.
 
     Attributes:
       model: its shape.
-      growth: how it grows a tree.
+      policy: how it grows a tree.
     """
 
     model: TransformerConfig
-    growth: Growth = dataclasses.field(default_factory=Static)
+    policy: TreePolicy = dataclasses.field(default_factory=Static)
     name: ClassVar[str] = "draft_model"
 
     def check(self, config):
@@ -71,7 +71,7 @@ class DraftModel(GrowthDrafter):
         slots = jnp.take_along_axis(
             jnp.broadcast_to(rows.drafted["slot_of_node"], (nodes.shape[0], self.max_nodes)), nodes, 1
         )
-        unread = jnp.full((nodes.shape[0], 1), self.growth.slots, jnp.int32)
+        unread = jnp.full((nodes.shape[0], 1), self.policy.slots, jnp.int32)
         taken = rows.drafted["scratch"].take(jnp.concatenate([unread, jnp.maximum(slots, 0)], axis=1))
         start = rows.start - 1 + jnp.minimum(rows.nodes[:, -1], 0)
         return {"cache": commit(cache, taken, None, start)}
@@ -82,13 +82,13 @@ class DraftModel(GrowthDrafter):
         return ModelNetwork(self.model, params, state["cache"], target.length - 1, unread)
 
     def draft(self, params, target, state, root, keys):
-        grown = self.growth.grow(self.network(params, target, state), root, keys, target.warps)
+        grown = self.policy.grow(self.network(params, target, state), root, keys, target.sampling)
         return grown.tree, {"scratch": grown.scratch, "slot_of_node": grown.slot_of_node}
 
 
 @struct.dataclass
 class ModelNetwork:
-    """A transformer, or its first layers, as a draft network (`decoding.growth.DraftNetwork`).
+    """A transformer, or its first layers, as a draft network (`decoding.policies.DraftNetwork`).
 
     Attributes:
       config: its shape.

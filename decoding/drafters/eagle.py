@@ -1,4 +1,4 @@
-"""EAGLE's drafters: one layer continues the target's features token by token, and a growth makes a tree of that.
+"""EAGLE's drafters: one layer continues the target's features token by token, and a policy makes a tree of that.
 
 The keys and values kept from step to step are of *true* pairs alone: at slot p the target's feature at p with the token
 at p + 1. The feature of the last committed token waits for its token, the root, with which drafting begins. Everything
@@ -17,10 +17,10 @@ from jaxtyping import Array, Float, Int
 
 from decoding.cache import commit, init_cache
 from decoding.drafter import TargetView
-from decoding.drafters.growing import GrowthDrafter
-from decoding.drafters.heads import last_feature
-from decoding.growth import Confidence, Growth, Static
-from decoding.growth.scratch import Scratch
+from decoding.drafters.head_drafter import last_feature
+from decoding.drafters.network_drafter import NetworkDrafter
+from decoding.policies import Confidence, Static, TreePolicy
+from decoding.policies.scratch import Scratch
 from decoding.sampling import best_tokens
 from decoding.trees import EAGLE_25
 from models import transformer
@@ -44,7 +44,7 @@ class Drafted:
 
 @struct.dataclass
 class Network:
-    """EAGLE's layer as a draft network (`decoding.growth.DraftNetwork`); a slot is the pair that ends in its token.
+    """EAGLE's layer as a draft network (`decoding.policies.DraftNetwork`); a slot is the pair that ends in its token.
 
     Attributes:
       heads: shape of the network.
@@ -96,16 +96,16 @@ class Network:
 
 
 @dataclasses.dataclass(frozen=True)
-class EagleDrafter(GrowthDrafter):
-    """What `Eagle` and `Eagle3` share: a network and a growth.
+class EagleDrafter(NetworkDrafter):
+    """What `Eagle` and `Eagle3` share: a network and a policy.
 
     Attributes:
       heads: shape of the network.
-      growth: how its guesses make a tree.
+      policy: how its guesses make a tree.
     """
 
     heads: EagleHeads | Eagle3Heads
-    growth: Growth
+    policy: TreePolicy
 
     @property
     def taps(self) -> tuple[str, ...]:  # type: ignore[override]
@@ -113,7 +113,7 @@ class EagleDrafter(GrowthDrafter):
 
     def check(self, config):
         self.heads.check(config)
-        self.growth.check(self.heads.outputs(config))
+        self.policy.check(self.heads.outputs(config))
 
     def init_params(self, config, target, key):
         return self.heads.init(config, target, key)
@@ -187,7 +187,7 @@ class Eagle(EagleDrafter):
     """EAGLE-1 with its static tree; EAGLE-2 is the same network grown by `Confidence`."""
 
     heads: EagleHeads = dataclasses.field(default_factory=EagleHeads)
-    growth: Growth = dataclasses.field(default_factory=functools.partial(Static, EAGLE_25, "top"))
+    policy: TreePolicy = dataclasses.field(default_factory=functools.partial(Static, EAGLE_25, "top"))
     name: ClassVar[str] = "eagle"
 
 
@@ -196,5 +196,5 @@ class Eagle3(EagleDrafter):
     """EAGLE-3, grown by `Confidence` as released."""
 
     heads: Eagle3Heads
-    growth: Growth = dataclasses.field(default_factory=Confidence)
+    policy: TreePolicy = dataclasses.field(default_factory=Confidence)
     name: ClassVar[str] = "eagle3"

@@ -12,22 +12,22 @@ from typing import ClassVar
 import jax.numpy as jnp
 
 from decoding.drafters.draft_model import ModelNetwork
-from decoding.drafters.growing import GrowthDrafter
-from decoding.growth import Growth, Static
+from decoding.drafters.network_drafter import NetworkDrafter
+from decoding.policies import Static, TreePolicy
 from models.errors import UserError
 
 
 @dataclasses.dataclass(frozen=True)
-class EarlyExit(GrowthDrafter):
+class EarlyExit(NetworkDrafter):
     """The first layers of the target.
 
     Attributes:
       layers: how many; each candidate with children costs as much of a target row as they are of the stack.
-      growth: how they grow a tree.
+      policy: how they grow a tree.
     """
 
     layers: int
-    growth: Growth = dataclasses.field(default_factory=Static)
+    policy: TreePolicy = dataclasses.field(default_factory=Static)
     name: ClassVar[str] = "early_exit"
 
     def check(self, config):

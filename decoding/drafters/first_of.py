@@ -16,7 +16,7 @@ from jaxtyping import Array, Bool
 from decoding.cache import SLOTS
 from decoding.drafter import Drafter, Riders
 from decoding.drafters.plain import Plain
-from decoding.trees import SAMPLED_LAWS, TokenTree
+from decoding.trees import SAMPLED_RULES, TokenTree
 from models.errors import UserError
 
 _PARTS = ("first", "second")
@@ -55,20 +55,20 @@ class FirstOf(Drafter):
     def num_riders(self) -> int:
         return sum(part.num_riders for part in self._parts.values())
 
-    def law(self, greedy):
+    def rule(self, greedy):
         """`point` if both trees have it, else `match`.
 
         Raises:
-          UserError: a drafter whose law, at these sampling settings, depends on its own distribution.
+          UserError: a drafter whose rule, at these sampling settings, depends on its own distribution.
         """
-        laws = [part.law(greedy) for part in self._parts.values()]
-        for part, law in zip(self._parts.values(), laws, strict=True):
-            if law in SAMPLED_LAWS:
+        rules = [part.rule(greedy) for part in self._parts.values()]
+        for part, rule in zip(self._parts.values(), rules, strict=True):
+            if rule in SAMPLED_RULES:
                 raise UserError(
                     f"{part.name} cannot be combined with another drafter: its candidates are drawn from its own "
-                    f"distribution (law {law!r}), and joined trees need the law match or point"
+                    f"distribution (rule {rule!r}), and joined trees need the rule match or point"
                 )
-        return "point" if set(laws) == {"point"} else "match"
+        return "point" if set(rules) == {"point"} else "match"
 
     def check(self, config):
         for part in self._parts.values():
@@ -113,7 +113,7 @@ class FirstOf(Drafter):
         )
         kept = {name: own for name, own in zip(_PARTS, (first_kept, second_kept), strict=True) if own is not None}
         drafted = {name: own if isinstance(self._parts[name], FirstOf) else () for name, own in kept.items()}
-        return joined(first, second, by_second, self.law(target.warps.greedy)), drafted or None
+        return joined(first, second, by_second, self.rule(target.sampling.greedy)), drafted or None
 
     def riders(self, params, target, state, tree):
         both = [part.riders(params[name], target, state[name], tree) for name, part in self._parts.items()]
@@ -196,8 +196,8 @@ def _draft_if(needed: Bool[Array, ""], drafter: Drafter, params, target, state, 
     return jax.tree.unflatten(structures[-1], leaves)
 
 
-def joined(first: TokenTree, second: TokenTree, by_second: Bool[Array, "B"], law: str) -> TokenTree:
-    """Each batch row's tree from one of two, under `law`."""
+def joined(first: TokenTree, second: TokenTree, by_second: Bool[Array, "B"], rule: str) -> TokenTree:
+    """Each batch row's tree from one of two, under `rule`."""
     nodes = max(first.tokens.shape[1], second.tokens.shape[1])
     width = max(first.children.shape[2], second.children.shape[2])
 
@@ -223,5 +223,5 @@ def joined(first: TokenTree, second: TokenTree, by_second: Bool[Array, "B"], law
         valid=chosen("valid", False),
         children=chosen("children", -1, width),
         ancestors=chosen("ancestors", False, nodes) | itself_and_root,
-        law=law,
+        rule=rule,
     )

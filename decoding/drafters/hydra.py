@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from decoding.cache import commit, init_cache
-from decoding.drafters.heads import HeadDrafter, last_feature
+from decoding.drafters.head_drafter import HeadDrafter, last_feature
 from decoding.sampling import best_tokens
 from models.heads.hydra import HydraHeads
 from models.layout import Layout
@@ -66,4 +66,4 @@ class Hydra(HeadDrafter):
             best_BMK = best_tokens(self.heads.vocab(params, i, hidden_BMH), int(tree.rank[nodes].max()) + 1)
             levels.append(best_BMK[:, np.searchsorted(parents, tree.parent[nodes]), tree.rank[nodes]])
             above = parents
-        return tree.fill(jnp.concatenate(levels, axis=1), self.law(target.warps.greedy)), None
+        return tree.fill(jnp.concatenate(levels, axis=1), self.rule(target.sampling.greedy)), None

@@ -191,5 +191,5 @@ def merged_chains(root: Int[Array, "B"], chains: Int[Array, "B G K"]) -> TokenTr
         valid=nodes(True, own_BGK),
         rank=nodes(0, rank_BGK),
         width=G,
-        law="match",
+        rule="match",
     )

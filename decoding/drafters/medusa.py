@@ -10,7 +10,7 @@ from typing import ClassVar
 import jax.numpy as jnp
 import numpy as np
 
-from decoding.drafters.heads import HeadDrafter, last_feature
+from decoding.drafters.head_drafter import HeadDrafter, last_feature
 from decoding.sampling import best_tokens
 from models.heads.medusa import MedusaHeads
 
@@ -37,4 +37,6 @@ class Medusa(HeadDrafter):
             hidden_BH = self.heads.hidden(params, i, state, jnp.zeros((*state.shape[:1], 0, state.shape[-1])))
             best_BK = best_tokens(self.heads.vocab(params, i, hidden_BH), int(self.tree.rank[nodes].max()) + 1)
             levels.append(best_BK[:, np.asarray(self.tree.rank[nodes])])
-        return self.tree.fill(jnp.concatenate([root[:, None], *levels], axis=1), self.law(target.warps.greedy)), None
+        return self.tree.fill(
+            jnp.concatenate([root[:, None], *levels], axis=1), self.rule(target.sampling.greedy)
+        ), None

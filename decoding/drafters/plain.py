@@ -24,4 +24,4 @@ class Plain(Drafter):
         return 0
 
     def draft(self, params, target, state, root, keys):
-        return _ROOT.fill(root[:, None], self.law(target.warps.greedy)), None
+        return _ROOT.fill(root[:, None], self.rule(target.sampling.greedy)), None

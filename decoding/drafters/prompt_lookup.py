@@ -53,7 +53,7 @@ class PromptLookup(Drafter):
         known_BN = (match_B[:, None] >= 0) & (place_BN <= target.length[:, None])
         copied_BN = jnp.take_along_axis(target.text, jnp.where(known_BN, place_BN, 0), axis=1)
         # The match ends with a copy of the root, so node 0 needs no care but for rows without a match.
-        tree = chain(self.depth).fill(copied_BN.at[:, 0].set(root), self.law(target.warps.greedy))
+        tree = chain(self.depth).fill(copied_BN.at[:, 0].set(root), self.rule(target.sampling.greedy))
         return dataclasses.replace(tree, valid=known_BN.at[:, 0].set(True)), None
 
 

@@ -98,7 +98,7 @@ class TokenRecycling(Drafter):
             )
             levels.append(jnp.where(above_BM >= 0, found_BM, -1))
         tokens_BN = jnp.concatenate(levels, axis=1)
-        filled = tree.fill(jnp.maximum(tokens_BN, 0), self.law(target.warps.greedy))
+        filled = tree.fill(jnp.maximum(tokens_BN, 0), self.rule(target.sampling.greedy))
         return dataclasses.replace(filled, valid=tokens_BN >= 0), None
 
     def observe(self, params, target, state, tree, output, verdict, live):

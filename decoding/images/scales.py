@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from flax import struct
 from jaxtyping import Array, Bool, Float, Int
 
-from decoding.sampling import Sampling, Warps, argmax, batch_warps, filtered, invert
+from decoding.sampling import Sampling, SamplingParameters, argmax, batch_sampling, filtered, invert
 from models.errors import UserError
 from models.images import quantiser, var
 from models.images.config import VARConfig, VQVAEConfig, scale_starts
@@ -86,7 +86,7 @@ class Draws:
     keys: Array
     guidance: Float[Array, "B"]
     temperature: Float[Array, "B K"]
-    filters: Warps
+    filters: SamplingParameters
     guided: bool = struct.field(pytree_node=False)
     greedy: bool = struct.field(pytree_node=False)
     smooth: bool = struct.field(pytree_node=False)
@@ -105,7 +105,7 @@ class Draws:
             keys=keys,
             guidance=jnp.array([drawing.guidance for drawing in drawings], jnp.float32),
             temperature=jnp.array(temperatures, jnp.float32),
-            filters=batch_warps([Sampling(1.0, drawing.top_k, drawing.top_p) for drawing in drawings]),
+            filters=batch_sampling([Sampling(1.0, drawing.top_k, drawing.top_p) for drawing in drawings]),
             guided=any(drawing.guidance for drawing in drawings),
             greedy=not any(map(any, temperatures)),
             smooth=drawings[0].smooth,

@@ -14,7 +14,7 @@ import jax
 from decoding.images.generate import Stage, Tokenizer, code_stages
 from decoding.images.scales import Drawing
 from models.errors import UserError
-from models.images import files
+from models.formats import image_models as files
 from models.images.config import VARConfig, VQVAEConfig
 from models.transformer import Params
 

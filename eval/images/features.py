@@ -18,8 +18,9 @@ from jaxtyping import Array, Float, Float32, UInt8
 
 from eval.images.samples import INCEPTION, Gaussian, Statistics
 from models.errors import UserError
-from models.hf_config import read_json
-from models.images import classifier, files, inception
+from models.formats import image_models as files
+from models.formats.hf_config import read_json
+from models.images import classifier, inception
 from models.images.classifier import ClassifierConfig
 
 

@@ -19,7 +19,6 @@ import numpy as np
 
 from decoding.images.generate import DECODED_AT_ONCE, Tokenizer
 from decoding.images.scales import Drawing
-from eval.environment import describe_environment
 from eval.images import memory
 from eval.images.benchmark import Made, Requests, benchmark, rates, speedups
 from eval.images.contenders import Contender, Model, contenders, load_tokenizer, tokenizer_record
@@ -27,11 +26,12 @@ from eval.images.features import load_classifier, load_inception
 from eval.images.flags import add_drawing, drawings
 from eval.images.pictures import build_up, png, tiled
 from eval.images.quality import Judge
-from eval.images.report import Pictures, print_table, write_report
-from eval.progress import Progress
-from eval.results import make_directory, write_json
+from eval.measure.environment import describe_environment
+from eval.measure.progress import Progress
+from eval.report.images import Pictures, print_table, write_report
+from eval.text.results import make_directory, write_json
 from models.errors import UserError, exit_on_user_error
-from train.images import Images, open_images
+from train.data.images import Images, open_images
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:

@@ -23,11 +23,11 @@ from typing import Any
 import numpy as np
 from jaxtyping import Bool, Float
 
-from eval.environment import describe_environment
 from eval.images.features import Extracted, Extractor, extract, load_classifier, load_inception
 from eval.images.samples import Gaussian, ImageFile, Statistics, write_statistics
-from eval.progress import Progress
-from eval.results import write_json
+from eval.measure.environment import describe_environment
+from eval.measure.progress import Progress
+from eval.text.results import write_json
 from models.errors import UserError, exit_on_user_error
 
 SPLIT = 5000  # Images per split of an Inception Score.

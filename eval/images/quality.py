@@ -22,7 +22,7 @@ from eval.images.metrics import Described, describe, evaluate, open_images
 from eval.images.pictures import reconstructions
 from eval.images.samples import INCEPTION, evenly
 from models.errors import UserError
-from train.images import Images
+from train.data.images import Images
 
 Blocks = Iterator[UInt8[np.ndarray, "B H W 3"]]
 

@@ -30,9 +30,9 @@ from jaxtyping import UInt8
 
 from decoding.images.generate import Stage, Tokenizer, code_stages, decode_pixels
 from decoding.images.scales import Drawing, Sketch
-from eval.images import peer
 from eval.images.programs import compile_stages
-from eval.timing import Part, Timed, Timing, measure
+from eval.measure.timing import Part, Timed, Timing, measure
+from eval.peers import images as peer
 from models.errors import UserError
 from models.images import var, vqvae
 from models.images.config import VARConfig, VQVAEConfig, scale_starts

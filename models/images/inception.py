@@ -22,10 +22,10 @@ import numpy as np
 from jaxtyping import Array, Float, UInt8
 
 from models.errors import UserError
-from models.heads.released_files import Release, read_release
+from models.formats.old_torch_files import is_old_torch_file, read_old_torch_file
+from models.formats.release import Release, read_release
+from models.formats.storage import leaves_by_path
 from models.layers import call
-from models.old_torch_files import is_old_torch_file, read_old_torch_file
-from models.storage import leaves_by_path
 
 Params = dict[str, Any]
 

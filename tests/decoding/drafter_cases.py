@@ -15,26 +15,26 @@ import pytest
 from jaxtyping import Array
 
 from decoding.drafter import Drafter
-from decoding.drafters import load_drafter
 from decoding.drafters.draft_model import DraftModel
 from decoding.drafters.eagle import Eagle, Eagle3
 from decoding.drafters.early_exit import EarlyExit
 from decoding.drafters.first_of import FirstOf
-from decoding.drafters.growing import GrowthDrafter
 from decoding.drafters.hydra import Hydra
 from decoding.drafters.lookahead import Lookahead
 from decoding.drafters.medusa import Medusa
+from decoding.drafters.network_drafter import NetworkDrafter
 from decoding.drafters.plain import Plain
 from decoding.drafters.prompt_lookup import PromptLookup
+from decoding.drafters.registry import load_drafter
 from decoding.drafters.token_recycling import TokenRecycling
-from decoding.growth import Confidence, DySpec, Growth, Static, StochasticBeam
+from decoding.policies import Confidence, DySpec, Static, StochasticBeam, TreePolicy
 from decoding.trees import Topology, chain
 from models import transformer
 from models.config import TransformerConfig
+from models.formats.target import Target, load_target
 from models.heads.eagle import Eagle3Heads, EagleHeads
 from models.heads.hydra import HydraHeads
 from models.heads.medusa import MedusaHeads
-from models.target import Target, load_target
 from tests.noise import noisy
 
 # The second child has more descendants than the first: a builder that takes the first's for granted goes wrong.
@@ -98,8 +98,8 @@ def eagle2(target: Target, key: Array) -> tuple[Drafter, Any]:
 def eagle3(target: Target, key: Array) -> tuple[Drafter, Any]:
     """A vocabulary of its own, which is not the beginning of the target's."""
     known = [token for token in (0, 1, 3, 5, 6, 8, 10, 11) if token < target.config.vocab_size]
-    growth = Confidence(top_k=min(4, len(known)), depth=4, total=12)
-    drafter, params = _random(Eagle3(Eagle3Heads(0, 1, 1, len(known)), growth), target, key)
+    policy = Confidence(top_k=min(4, len(known)), depth=4, total=12)
+    drafter, params = _random(Eagle3(Eagle3Heads(0, 1, 1, len(known)), policy), target, key)
     return drafter, {**params, "draft_vocab": jnp.array(known, jnp.int32)}
 
 
@@ -124,10 +124,10 @@ def draft_dyspec(target: Target, key: Array) -> tuple[Drafter, Any]:
     return _draft_model(target, DySpec(budget=8, depth=3, width=3, branch=4))
 
 
-def _draft_model(target: Target, growth: Growth) -> tuple[Drafter, Any]:
+def _draft_model(target: Target, policy: TreePolicy) -> tuple[Drafter, Any]:
     small = dataclasses.replace(target.config, num_layers=1)
     first = {**target.params, "layers": target.params["layers"][:1]}
-    return DraftModel(small, growth), transformer.split_projections(small, first)
+    return DraftModel(small, policy), transformer.split_projections(small, first)
 
 
 def early_exit(target: Target, key: Array) -> tuple[Drafter, Any]:
@@ -154,8 +154,8 @@ CASES: dict[str, Callable[[Target, Array], tuple[Drafter, Any]]] = {
     "eagle3 static": eagle3_static,
 }
 
-# What these add is shown elsewhere too: the network by another growth, the growth by tests/decoding/growth, its law by
-# test_losslessness.py. They run with `-m slow`.
+# What these add is shown elsewhere too: the network by another policy, the policy by tests/decoding/policies, its rule
+# by test_losslessness.py. They run with `-m slow`.
 VARIANTS = ("hydra", "eagle2", "eagle3 static", "early_exit", "draft rsd-s", "draft dyspec")
 each_drafter = pytest.mark.parametrize(
     "name", [pytest.param(name, marks=[pytest.mark.slow] if name in VARIANTS else []) for name in CASES]
@@ -206,7 +206,7 @@ def battery_case(name: str, target: Target) -> tuple[Drafter, Any]:
 
 
 def _with_trained(name: str, drafter: Drafter, params: Any, target: Target) -> tuple[Drafter, Any]:
-    """A case's drafter with the network that was trained in the place of its own; the tree or growth is the case's."""
+    """A case's drafter with the network that was trained in the place of its own; the tree or policy is the case's."""
     if isinstance(drafter, FirstOf):
         second, second_params = _with_trained(name.partition("+")[2], drafter.second, params["second"], target)
         return dataclasses.replace(drafter, second=second), {**params, "second": second_params}
@@ -214,7 +214,7 @@ def _with_trained(name: str, drafter: Drafter, params: Any, target: Target) -> t
         return drafter, None
     folder = "draft_model" if isinstance(drafter, DraftModel) else f"{_TRAINED_AS.get(name, name)}/drafter"
     trained, params = load_drafter(f"{TRAINED}/{folder}", target)
-    kept = "growth" if isinstance(drafter, GrowthDrafter) else "tree"
+    kept = "policy" if isinstance(drafter, NetworkDrafter) else "tree"
     return dataclasses.replace(trained, **{kept: getattr(drafter, kept)}), params  # type: ignore[type-var]
 
 
@@ -251,13 +251,13 @@ class Oracle(Drafter):
     def max_depth(self) -> int:
         return self.tree.max_depth
 
-    def law(self, greedy):
+    def rule(self, greedy):
         return "point"
 
     def draft(self, params, target, state, root, keys):
         truth_BN = jnp.take_along_axis(params, target.length[:, None] + self.tree.depth, axis=1)
         tokens_BN = (truth_BN + self.tree.rank - self.rank) % self.vocab_size
-        return self.tree.fill(tokens_BN.at[:, 0].set(root), self.law(target.warps.greedy)), None
+        return self.tree.fill(tokens_BN.at[:, 0].set(root), self.rule(target.sampling.greedy)), None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -279,8 +279,8 @@ class Recorder(Drafter):
     def max_depth(self) -> int:
         return self.inner.max_depth
 
-    def law(self, greedy):
-        return self.inner.law(greedy)
+    def rule(self, greedy):
+        return self.inner.rule(greedy)
 
     def init(self, config, batch, capacity, dtype, mesh=None):
         nodes = self.max_nodes
@@ -299,7 +299,7 @@ class Recorder(Drafter):
 
     def draft(self, params, target, state, root, keys):
         tree, drafted = self.inner.draft(params, target, state["inner"], root, keys)
-        assert tree.law == self.law(target.warps.greedy)
+        assert tree.rule == self.rule(target.sampling.greedy)
         return tree, drafted
 
     def riders(self, params, target, state, tree):

@@ -14,15 +14,15 @@ import jax
 import jax.numpy as jnp
 
 from decoding import loop
-from decoding.drafters import load_drafter, save_drafter
 from decoding.drafters.draft_model import DraftModel
+from decoding.drafters.registry import load_drafter, save_drafter
 from decoding.generate import Generation, generate
 from decoding.sampling import Sampling
 from models import transformer
 from models.errors import UserError
+from models.formats.storage import leaves_by_path
+from models.formats.target import Target
 from models.sharding import param_shardings, parse_mesh, place_params
-from models.storage import leaves_by_path
-from models.target import Target
 from tests.decoding.drafter_cases import CASES, random_target
 from tests.decoding.test_compiled_loop import LINE, computations, inside_loops
 

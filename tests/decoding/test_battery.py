@@ -22,12 +22,12 @@ from decoding.drafter import Drafter, TargetView
 from decoding.drafters.draft_model import DraftModel
 from decoding.generate import Generation, generate
 from decoding.replay import is_replayable, replay_acceptance
-from decoding.sampling import Sampling, batch_warps
-from decoding.trees import SAMPLED_LAWS, Topology, chain
+from decoding.sampling import Sampling, batch_sampling
+from decoding.trees import SAMPLED_RULES, Topology, chain
 from models import transformer
 from models.errors import UserError
+from models.formats.target import Target
 from models.layout import Layout
-from models.target import Target
 from tests.decoding.drafter_cases import (
     LOPSIDED,
     WARM,
@@ -41,7 +41,7 @@ from tests.decoding.drafter_cases import (
 
 PROMPTS = [[1, 2, 3], [4, 5, 6, 7, 8, 9, 10], [11], [0, 3, 3, 7, 1]]
 CAPACITY = 640
-WARPS = [
+SAMPLINGS = [
     Sampling(temperature=0.7),
     Sampling(temperature=0.8 * WARM, top_p=0.9),
     Sampling(temperature=1.5 * WARM, top_k=4, min_p=0.05),
@@ -87,7 +87,7 @@ def long_run(name: str) -> Generation:
 @functools.cache
 def long_sampled_run(name: str) -> Generation:
     with jax.enable_x64(True):
-        return decode(name, max_new_tokens=[200, 150, 180, 130], sampling=WARPS, seeds=[3, 1, 4, 1])
+        return decode(name, max_new_tokens=[200, 150, 180, 130], sampling=SAMPLINGS, seeds=[3, 1, 4, 1])
 
 
 # 1. Greedy output is plain greedy output.
@@ -174,15 +174,15 @@ def changed(change, params):
     return jax.tree.map(lambda leaf: change(leaf) if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf, params)
 
 
-# 2. Sampled output: under `match` and `point` it is the plain sampled output, token for token; under other laws a seed
+# 2. Sampled output: under `match` and `point` it is the plain sampled output, token for token; under other rules a seed
 # still names one text. That it follows the target distribution is tested in test_losslessness.py.
 
 
 @each_drafter
 def test_sampled_output_is_that_of_the_seed(name: str) -> None:
     generation, plain = long_sampled_run(name), long_sampled_run("none")
-    if case(name)[0].law(greedy=False) in SAMPLED_LAWS:
-        again = decode(name, PROMPTS[2:3], max_new_tokens=[180], sampling=WARPS[2:3], seeds=[4])
+    if case(name)[0].rule(greedy=False) in SAMPLED_RULES:
+        again = decode(name, PROMPTS[2:3], max_new_tokens=[180], sampling=SAMPLINGS[2:3], seeds=[4])
         assert again.tokens == generation.tokens[2:3] and generation.tokens != plain.tokens
     else:
         assert generation.tokens == plain.tokens
@@ -436,7 +436,7 @@ def test_heads_read_embeddings_that_are_not_scaled() -> None:
 
     root, feature = jnp.arange(12), jax.random.normal(jax.random.key(0), (12, scaled.config.width))
     empty = jnp.zeros(12, jnp.int32), jnp.zeros((12, 1), jnp.int32)
-    view = TargetView(scaled.config, scaled.params, [], *empty, batch_warps([Sampling()] * 12))
+    view = TargetView(scaled.config, scaled.params, [], *empty, batch_sampling([Sampling()] * 12))
     tree, _ = drafter.draft(drafter.prepare(params), view, {"feature": feature}, root, None)
     path = scaled.params["embed"]["embedding"][root][:, None]
     scores = drafter.heads.vocab(params, 0, drafter.heads.hidden(params, 0, feature, path))

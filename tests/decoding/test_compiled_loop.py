@@ -10,7 +10,7 @@ import pytest
 from decoding import loop
 from decoding.cache import SLOTS
 from decoding.generate import _pack_stops
-from decoding.sampling import Sampling, batch_warps
+from decoding.sampling import Sampling, batch_sampling
 from tests.decoding.drafter_cases import CASES, each_drafter, random_target
 
 CAPACITY, HEAD_DIM, KV_HEADS = 112, 22, 2
@@ -31,7 +31,7 @@ def compiled_text(name: str, batch: int, vocab_size: int = 12) -> str:
         limit=jnp.full(batch, 50, jnp.int32),
         stops=_pack_stops([[3]], batch),
         keys=jax.vmap(jax.random.key)(jnp.arange(batch)),
-        warps=batch_warps([Sampling(temperature=1.0, top_p=0.9)] * batch),
+        sampling=batch_sampling([Sampling(temperature=1.0, top_p=0.9)] * batch),
     )
     carried, of_state = jax.tree.flatten(state)
     given, of_rest = jax.tree.flatten((target.params, params, request))

@@ -11,17 +11,17 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from decoding import drafters
-from decoding.drafters import build, describe, load_drafter, save_drafter, write_tree
+from decoding.drafters import registry as drafters
 from decoding.drafters.early_exit import EarlyExit
 from decoding.drafters.first_of import FirstOf
 from decoding.drafters.plain import Plain
 from decoding.drafters.prompt_lookup import PromptLookup
+from decoding.drafters.registry import build, describe, load_drafter, save_drafter, write_tree
 from decoding.drafters.token_recycling import TokenRecycling
 from decoding.trees import chain
 from models.errors import UserError
-from models.target import Target
-from models.tokenizer import Tokenizer
+from models.formats.target import Target
+from models.formats.tokenizer import Tokenizer
 from tests.decoding.drafter_cases import CASES, LOPSIDED, random_target
 
 WITH_PARAMETERS = [name for name in CASES if name != "none"]

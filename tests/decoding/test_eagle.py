@@ -7,7 +7,7 @@ import pytest
 
 from decoding.drafters.eagle import Eagle, Eagle3
 from decoding.generate import generate
-from decoding.growth import Confidence, Static
+from decoding.policies import Confidence, Static
 from decoding.sampling import Sampling
 from decoding.trees import EAGLE_25
 from eval.losslessness import check_losslessness

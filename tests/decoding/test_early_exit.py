@@ -8,8 +8,8 @@ import pytest
 from decoding.drafter import TargetView
 from decoding.drafters.early_exit import EarlyExit
 from decoding.generate import generate
-from decoding.growth import Static
-from decoding.sampling import Sampling, batch_warps
+from decoding.policies import Static
+from decoding.sampling import Sampling, batch_sampling
 from decoding.trees import chain
 from models import transformer
 from models.errors import UserError
@@ -28,7 +28,7 @@ def test_candidates_are_the_best_of_the_first_layers(layers: int) -> None:
     text = jnp.array(np.random.default_rng(0).integers(0, 12, (2, 20)), jnp.int32)
     length = jnp.array([9, 1], jnp.int32)
     cache = transformer.forward(target.config, target.params, text, Layout.causal(2, 20)).rows
-    view = TargetView(target.config, target.params, cache, length, text, batch_warps([Sampling()] * 2))
+    view = TargetView(target.config, target.params, cache, length, text, batch_sampling([Sampling()] * 2))
     root = jnp.take_along_axis(text, length[:, None], axis=1)[:, 0]
     tree, _ = drafter.draft(None, view, (), root, jax.vmap(jax.random.key)(jnp.arange(2)))
     for row in range(2):

@@ -18,8 +18,8 @@ from decoding.drafters.plain import Plain
 from decoding.drafters.prompt_lookup import PromptLookup
 from decoding.drafters.token_recycling import TokenRecycling
 from decoding.generate import generate
-from decoding.growth import Static
-from decoding.sampling import Sampling, batch_warps
+from decoding.policies import Static
+from decoding.sampling import Sampling, batch_sampling
 from decoding.trees import TokenTree, chain
 from models import transformer
 from models.errors import UserError
@@ -53,7 +53,7 @@ class Told(Drafter):
     def num_riders(self) -> int:
         return self.riding
 
-    def law(self, greedy):
+    def rule(self, greedy):
         return self.under
 
     def draft(self, params, target, state, root, keys):
@@ -77,10 +77,10 @@ class Told(Drafter):
 def view(batch: int) -> TargetView:
     target = random_target(vocab_size=12)
     zero = jnp.zeros(batch, jnp.int32)
-    return TargetView(target.config, target.params, [], zero + 3, jnp.zeros((batch, 9), jnp.int32), WARPS)
+    return TargetView(target.config, target.params, [], zero + 3, jnp.zeros((batch, 9), jnp.int32), SAMPLINGS)
 
 
-WARPS = batch_warps([Sampling()])
+SAMPLINGS = batch_sampling([Sampling()])
 GUESSES = {"first": [[5, -1, -1], [-1, -1, -1]], "second": [[1, 2, 3], [4, 6, -1]]}
 
 
@@ -109,23 +109,23 @@ def test_a_row_without_candidates_gets_the_second_tree(sizes: tuple[int, int]) -
     assert (tree.depth[padding] == 1).all() and (tree.ancestors.sum(axis=2)[padding] == 2).all()
 
 
-def test_law_of_the_joined_tree() -> None:
-    point, match = (FirstOf(Told(2, "point"), Told(2, law)) for law in ("point", "match"))
+def test_rule_of_the_joined_tree() -> None:
+    point, match = (FirstOf(Told(2, "point"), Told(2, rule)) for rule in ("point", "match"))
     state, roots = {"first": (), "second": ()}, jnp.array([7, 8], jnp.int32)
-    assert point.draft(both(), view(2), state, roots, None)[0].law == "point"
-    assert match.draft(both(), view(2), state, roots, None)[0].law == "match"
+    assert point.draft(both(), view(2), state, roots, None)[0].rule == "point"
+    assert match.draft(both(), view(2), state, roots, None)[0].rule == "match"
     for drafter in (FirstOf(Told(2, "swor"), Told(2)), FirstOf(Told(2), Told(2, "swor"))):
-        with pytest.raises(UserError, match=r"told cannot be combined with another drafter.*law 'swor'"):
-            drafter.law(greedy=False)
+        with pytest.raises(UserError, match=r"told cannot be combined with another drafter.*rule 'swor'"):
+            drafter.rule(greedy=False)
 
 
-def test_a_sampled_law_is_refused_before_anything_is_computed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_sampled_rule_is_refused_before_anything_is_computed(monkeypatch: pytest.MonkeyPatch) -> None:
     target = random_target(vocab_size=12)
     drafter = FirstOf(PromptLookup(depth=2), DraftModel(target.config, Static(chain(2), "without")))
     params = {"first": None, "second": target.params}
-    assert drafter.law(greedy=True) == "match"
+    assert drafter.rule(greedy=True) == "match"
     monkeypatch.delattr(loop, "init_state")
-    with pytest.raises(UserError, match=r"draft_model cannot be combined with another drafter.*law 'swor'"):
+    with pytest.raises(UserError, match=r"draft_model cannot be combined with another drafter.*rule 'swor'"):
         generate(target, PROMPTS, drafter=drafter, drafter_params=params, sampling=Sampling(temperature=1.0))
 
 

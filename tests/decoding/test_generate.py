@@ -15,8 +15,8 @@ from decoding.sampling import Sampling
 from decoding.trees import MC_SIM_7B_63
 from decoding.verify import Typical
 from models.errors import UserError
+from models.formats.target import Target
 from models.heads.medusa import MedusaHeads
-from models.target import Target
 from tests.decoding.drafter_cases import CASES, LOPSIDED, random_target
 
 PROMPTS = [[1, 2, 3], list(range(12)) * 3, [11]]

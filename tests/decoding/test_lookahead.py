@@ -12,7 +12,7 @@ from decoding import loop
 from decoding.drafter import Riders, TargetView
 from decoding.drafters.lookahead import Lookahead, merged_chains, remember, staircase
 from decoding.generate import generate
-from decoding.sampling import Sampling, batch_warps
+from decoding.sampling import Sampling, batch_sampling
 from decoding.verify import verify
 from models import transformer
 from models.errors import UserError
@@ -91,7 +91,7 @@ def test_no_candidate_is_lost_to_its_twin() -> None:
     behind = {0: 1, 1: 4, 4: 5, 5: 7}
     logits = jax.nn.one_hot(jnp.array([[behind.get(int(token), 0) for token in tree.tokens[0]]]), 8, dtype=jnp.float64)
     keys = jax.vmap(jax.random.key)(jnp.arange(1))
-    verdict = verify(tree, logits, batch_warps([Sampling()]), keys, jnp.array([5], jnp.int32), 3)
+    verdict = verify(tree, logits, batch_sampling([Sampling()]), keys, jnp.array([5], jnp.int32), 3)
     assert verdict.tokens[0].tolist() == [1, 4, 5, 7] and int(verdict.drafts[0]) == 3
 
 
@@ -102,7 +102,7 @@ def a_step(drafter: Lookahead):
     text = jnp.array(rng.integers(0, 12, (2, 40)), jnp.int32)
     length = jnp.array([9, 6], jnp.int32)
     whole = transformer.forward(target.config, target.params, text, Layout.causal(2, 40))
-    view = TargetView(target.config, target.params, whole.rows, length, text, batch_warps([Sampling()] * 2))
+    view = TargetView(target.config, target.params, whole.rows, length, text, batch_sampling([Sampling()] * 2))
     state = drafter.init(target.config, 2, 40, jnp.float64)
     window = jnp.array(rng.integers(0, 12, state["window"].shape), jnp.int32)
     pool = jnp.array(rng.integers(0, 12, state["pool"].shape), jnp.int32)
@@ -152,7 +152,7 @@ def test_a_step_finds_one_ngram_per_column() -> None:
     tokens, layout = loop.verify_rows(tree, riders, view.length)
     out = transformer.forward(target.config, target.params, tokens, layout, view.cache)
     keys = jax.vmap(jax.random.key)(jnp.arange(2))
-    verdict = verify(tree, out.logits, view.warps, keys, view.length, drafter.max_depth)
+    verdict = verify(tree, out.logits, view.sampling, keys, view.length, drafter.max_depth)
     after = drafter.observe(None, view, state, tree, out, verdict, jnp.array([True, False]))
     for name in state:
         assert np.array_equal(after[name][1], state[name][1]), "a finished row keeps its state"
@@ -175,7 +175,7 @@ def test_prompt_fills_pool_and_window() -> None:
         limit=jnp.array([60, 60], jnp.int32),
         stops=jnp.full((2, 4, 8), -1, jnp.int32),
         keys=jax.vmap(jax.random.key)(jnp.arange(2)),
-        warps=batch_warps([Sampling()] * 2),
+        sampling=batch_sampling([Sampling()] * 2),
     )
     hidden = jnp.zeros((2, target.config.width))
     for chunk in (slice(0, 4), slice(4, 9)):

@@ -16,10 +16,10 @@ import pytest
 
 from decoding import loop
 from decoding.drafter import Drafter
-from decoding.drafters.growing import GrowthDrafter
-from decoding.growth import DySpec, Growth, Static, StochasticBeam
+from decoding.drafters.network_drafter import NetworkDrafter
+from decoding.policies import DySpec, Static, StochasticBeam, TreePolicy
 from decoding.sampling import Sampling, draw
-from decoding.trees import SAMPLED_LAWS, from_child_counts
+from decoding.trees import SAMPLED_RULES, from_child_counts
 from decoding.verify import Typical, verify
 from eval.losslessness import (
     SMALLEST_P,
@@ -30,7 +30,7 @@ from eval.losslessness import (
     count_strings,
     format_table,
     sampled_strings,
-    string_law,
+    string_distribution,
     tiny_target,
 )
 from models.errors import UserError
@@ -55,9 +55,9 @@ def target():
 
 
 @functools.cache
-def law(setting: str) -> np.ndarray:
+def exact(setting: str) -> np.ndarray:
     with jax.enable_x64(True):
-        return string_law(target(), PROMPT, LENGTH, SETTINGS[setting])
+        return string_distribution(target(), PROMPT, LENGTH, SETTINGS[setting])
 
 
 @functools.cache
@@ -70,7 +70,7 @@ def plain_strings(samples: int = SAMPLES) -> np.ndarray:
 
 def judge(strings: np.ndarray) -> dict[str, ChiSquare]:
     return {
-        setting: chi_square(count_strings(drawn, VOCAB), law(setting))
+        setting: chi_square(count_strings(drawn, VOCAB), exact(setting))
         for setting, drawn in zip(SETTINGS, strings, strict=True)
     }
 
@@ -82,7 +82,7 @@ def check(drafter: Drafter, params, samples: int = SAMPLES, **settings) -> dict[
     return dict(zip(settings, results, strict=True))
 
 
-# Drafters that cost nothing: a table of bigrams is the draft network, and a growth makes the tree.
+# Drafters that cost nothing: a table of bigrams is the draft network, and a policy makes the tree.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,10 +101,10 @@ class Bigrams:
 
 
 @dataclasses.dataclass(frozen=True)
-class Table(GrowthDrafter):
-    """A drafter made of a growth; its parameters are the logits of the table."""
+class Table(NetworkDrafter):
+    """A drafter made of a policy; its parameters are the logits of the table."""
 
-    growth: Growth
+    policy: TreePolicy
     name: ClassVar[str] = "table"
 
     def network(self, params, target, state):
@@ -115,8 +115,8 @@ class RankedAsIfDrawn(Table):
     """Known to be wrong: the most likely children, offered with q as if they had been drawn from it."""
 
     def draft(self, params, target, state, root, keys):
-        ranking = dataclasses.replace(target.warps, temperature=jnp.zeros_like(target.warps.temperature))
-        return self.growth.grow(Bigrams(params), root, keys, ranking).tree, None
+        ranking = dataclasses.replace(target.sampling, temperature=jnp.zeros_like(target.sampling.temperature))
+        return self.policy.grow(Bigrams(params), root, keys, ranking).tree, None
 
 
 class PrunedByOwnProbability(Table):
@@ -136,7 +136,7 @@ def table() -> jax.Array:
     return 1.2 * jax.random.normal(jax.random.key(5), (VOCAB, VOCAB), jnp.float64)
 
 
-GROWTHS = {
+POLICIES = {
     "swor 3x3": (Static(WIDE, "without"), "swor"),
     "iid 3x3": (Static(WIDE, "with"), "iid"),
     "top 3x3": (Static(WIDE, "top"), "point"),
@@ -146,13 +146,13 @@ GROWTHS = {
 }
 
 
-@pytest.mark.parametrize("name", GROWTHS)
+@pytest.mark.parametrize("name", POLICIES)
 def test_growths_are_lossless(name: str) -> None:
-    growth, law = GROWTHS[name]
+    policy, rule = POLICIES[name]
     # A vocabulary that is cut, and one that is not.
     settings = {name: SETTINGS[name] for name in ("temperature", "top_p")}
-    for setting, result in check(Table(growth), table(), **settings).items():
-        assert result.law == law and result.test.samples == SAMPLES and result.test.degrees > 5
+    for setting, result in check(Table(policy), table(), **settings).items():
+        assert result.rule == rule and result.test.samples == SAMPLES and result.test.degrees > 5
         assert result.passed, f"{setting}: {result}"
         assert result.acceptance_length > 1.1, "nothing was accepted, so nothing was shown"
 
@@ -162,7 +162,7 @@ def test_known_bad_constructions_are_caught(wrong: type[Table]) -> None:
     """Both are found in published code; a harness that lets them through shows nothing."""
     drafter = wrong(Static(WIDE, "without"))
     result = check(drafter, table(), temperature=SETTINGS["temperature"])["temperature"]
-    assert result.law == "swor" and not result.passed and result.test.p_value < 1e-12
+    assert result.rule == "swor" and not result.passed and result.test.p_value < 1e-12
     assert "NOT the target's distribution" in format_table([result])
 
 
@@ -176,32 +176,32 @@ def test_what_cannot_be_judged_is_refused() -> None:
         check_losslessness(target(), drafter, table(), PROMPT, 2, [Sampling()])
 
 
-def test_law_is_a_distribution_and_warps_bite() -> None:
+def test_it_is_a_distribution_and_sampling_bites() -> None:
     for setting in SETTINGS:
-        assert law(setting).shape == (VOCAB,) * LENGTH and abs(law(setting).sum() - 1) < 1e-9
-    assert (law("temperature") > 0).all() and (law("temperature") * SAMPLES > 5).sum() > 25
+        assert exact(setting).shape == (VOCAB,) * LENGTH and abs(exact(setting).sum() - 1) < 1e-9
+    assert (exact("temperature") > 0).all() and (exact("temperature") * SAMPLES > 5).sum() > 25
     # Three of five tokens at every place.
-    assert (law("top_k") > 0).sum() == 3**LENGTH
-    assert 1 < (law("top_p") > 0).sum() < VOCAB**LENGTH and 1 < (law("min_p") > 0).sum() < VOCAB**LENGTH
+    assert (exact("top_k") > 0).sum() == 3**LENGTH
+    assert 1 < (exact("top_p") > 0).sum() < VOCAB**LENGTH and 1 < (exact("min_p") > 0).sum() < VOCAB**LENGTH
 
 
-def test_law_is_the_product_of_conditionals() -> None:
+def test_it_is_the_product_of_conditionals() -> None:
     string = (4, 0, 2)
     logits = np.asarray(target().apply([[*PROMPT, *string]]).logits)[0, len(PROMPT) - 1 : -1] / 1.5
     p = np.exp(logits - logits.max(axis=1, keepdims=True))
     p /= p.sum(axis=1, keepdims=True)
-    assert np.isclose(law("temperature")[string], np.prod([p[i, token] for i, token in enumerate(string)]), rtol=1e-9)
+    assert np.isclose(exact("temperature")[string], np.prod([p[i, token] for i, token in enumerate(string)]), rtol=1e-9)
 
 
 @each_drafter
 def test_sampled_strings_follow_the_target(name: str) -> None:
     drafter, params = CASES[name](target(), jax.random.key(3))
     settings = list(SETTINGS.values())
-    if drafter.law(greedy=False) in SAMPLED_LAWS:
+    if drafter.rule(greedy=False) in SAMPLED_RULES:
         for setting, result in check(drafter, params, 1024).items():
             assert result.test.degrees > 5 and result.passed, f"{setting}: {result}"
         return
-    # Drafts change how the text is made, never which text a seed makes; and plain text follows the law.
+    # Drafts change how the text is made, never which text a seed makes; and plain text follows the distribution.
     arguments = dict(drafter=drafter, drafter_params=params, samples=256, seed=1)
     strings, stats = sampled_strings(target(), PROMPT, LENGTH, settings, **arguments)
     assert np.array_equal(strings, plain_strings(256))
@@ -221,12 +221,12 @@ def test_typical_acceptance_is_caught() -> None:
         assert result.test.samples == SAMPLES and result.test.p_value < 1e-12, result
 
 
-def redraws_after_rejection(tree, logits, warps, keys, length, max_depth):
+def redraws_after_rejection(tree, logits, sampling, keys, length, max_depth):
     """A published mistake: when every child is rejected, the next token is drawn afresh, as if none had been tried."""
-    verdict = verify(tree, logits, warps, keys, length, max_depth)
+    verdict = verify(tree, logits, sampling, keys, length, max_depth)
     last = jnp.take_along_axis(verdict.path, verdict.drafts[:, None], axis=1)
     visited = jnp.take_along_axis(logits, last[:, :, None], axis=1)[:, 0]
-    again = draw(visited, warps, keys, length + 1000 + verdict.drafts)
+    again = draw(visited, sampling, keys, length + 1000 + verdict.drafts)
     places = jnp.arange(verdict.tokens.shape[1])
     return dataclasses.replace(
         verdict, tokens=jnp.where(places == verdict.drafts[:, None], again[:, None], verdict.tokens)
@@ -248,11 +248,11 @@ def test_a_biased_verifier_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_another_temperature_and_the_impossible_are_seen() -> None:
-    warmer = string_law(target(), PROMPT, LENGTH, Sampling(temperature=1.0))
+    warmer = string_distribution(target(), PROMPT, LENGTH, Sampling(temperature=1.0))
     assert chi_square(count_strings(plain_strings()[0], VOCAB), warmer).p_value < 1e-6
     impossible = plain_strings()[2].copy()
-    impossible[0] = np.argwhere(law("top_k") == 0)[0]
-    assert chi_square(count_strings(impossible, VOCAB), law("top_k")).p_value == 0
+    impossible[0] = np.argwhere(exact("top_k") == 0)[0]
+    assert chi_square(count_strings(impossible, VOCAB), exact("top_k")).p_value == 0
 
 
 def test_chi_square_arithmetic() -> None:

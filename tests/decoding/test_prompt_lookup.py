@@ -6,7 +6,7 @@ import pytest
 
 from decoding.drafters.prompt_lookup import PromptLookup, find_match
 from decoding.generate import generate
-from decoding.sampling import Sampling, batch_warps
+from decoding.sampling import Sampling, batch_sampling
 from models.errors import UserError
 from tests.decoding.drafter_cases import cyclic_target, random_target
 
@@ -42,7 +42,7 @@ def test_draft_is_what_followed() -> None:
     text = [[1, 2, 3, 9, 1, 2, 3, 4, 5, 1, 2, 3, 7, 7]]
     drafter = PromptLookup(depth=4, ngram=2)
     tree = drafted(drafter, text, 11)
-    assert tree.tokens.tolist() == [[3, 4, 5, 1, 2]] and tree.valid.all() and tree.law == "match"
+    assert tree.tokens.tolist() == [[3, 4, 5, 1, 2]] and tree.valid.all() and tree.rule == "match"
     tree = drafted(PromptLookup(depth=9, ngram=2), text, 11)
     assert tree.tokens[0].tolist() == [3, 9, 1, 2, 3, 4, 5, 1, 2, 3]
     tree = drafted(PromptLookup(depth=10, ngram=2), text, 11)
@@ -57,7 +57,7 @@ def drafted(drafter, text, length):
 
     view = View()
     view.text, view.length = jnp.array(text, jnp.int32), jnp.array([length], jnp.int32)
-    view.warps = batch_warps([Sampling()])
+    view.sampling = batch_sampling([Sampling()])
     return drafter.draft(None, view, (), view.text[:, length], None)[0]
 
 

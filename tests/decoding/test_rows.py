@@ -20,10 +20,10 @@ from decoding.drafter import Drafter
 from decoding.drafters.early_exit import EarlyExit
 from decoding.drafters.hydra import Hydra
 from decoding.generate import Generation, bucket, generate, slots_needed
-from decoding.growth import Static
+from decoding.policies import Static
 from decoding.sampling import Sampling
+from models.formats.target import Target
 from models.heads.hydra import HydraHeads
-from models.target import Target
 from tests.decoding.drafter_cases import CASES, LOPSIDED, random_target
 
 WIDTH = 256
@@ -62,10 +62,10 @@ def decode(name: str, rows, dtype=jnp.float32, **settings) -> Generation:
     return generate(target(dtype), prompts, stop=[], **{"max_new_tokens": 30, **settings})
 
 
-each_law = pytest.mark.parametrize("name", ["point", "swor"])
+each_rule = pytest.mark.parametrize("name", ["point", "swor"])
 
 
-@each_law
+@each_rule
 def test_rows_are_bitwise_independent_of_their_neighbours(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     states = []
     run = loop.run
@@ -93,7 +93,7 @@ def test_rows_are_bitwise_independent_of_their_neighbours(name: str, monkeypatch
     assert sum(stats.accepted_by_depth for stats in alone.stats)[0] > 5, "drafts that nobody accepts prove nothing"
 
 
-@each_law
+@each_rule
 def test_tokens_are_equal_in_float64_across_batch_sizes_and_capacities(name: str) -> None:
     with jax.enable_x64(True):
         batch = decode(name, ROWS, jnp.float64, capacity=64)

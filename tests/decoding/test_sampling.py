@@ -1,11 +1,11 @@
-"""Sampling warps against an independent numpy version, and draws that depend on request and position alone."""
+"""Sampling sampling against an independent numpy version, and draws that depend on request and position alone."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from decoding.sampling import Sampling, argmax, batch_warps, best_tokens, draw, invert, warp_logits
+from decoding.sampling import Sampling, apply_sampling, argmax, batch_sampling, best_tokens, draw, invert
 from models.errors import UserError
 
 VOCAB = 17
@@ -45,9 +45,9 @@ SETTINGS = [
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_warps_match_numpy(x64: None, seed: int) -> None:
+def test_sampling_matches_numpy(x64: None, seed: int) -> None:
     logits = 2 * np.random.default_rng(seed).normal(size=(len(SETTINGS), VOCAB))
-    ours = jax.nn.softmax(warp_logits(jnp.array(logits), batch_warps(SETTINGS)), axis=-1)
+    ours = jax.nn.softmax(apply_sampling(jnp.array(logits), batch_sampling(SETTINGS)), axis=-1)
     theirs = np.stack([reference(row, setting) for row, setting in zip(logits, SETTINGS, strict=True)])
     # Settings travel as float32.
     np.testing.assert_allclose(ours, theirs, atol=1e-6)
@@ -55,38 +55,38 @@ def test_warps_match_numpy(x64: None, seed: int) -> None:
 
 
 def test_static_facts() -> None:
-    assert batch_warps([Sampling(), Sampling(top_k=3)]).greedy and not batch_warps([Sampling(top_k=3)]).cuts
-    mixed = batch_warps([Sampling(), Sampling(temperature=1.0, top_p=0.9)])
+    assert batch_sampling([Sampling(), Sampling(top_k=3)]).greedy and not batch_sampling([Sampling(top_k=3)]).cuts
+    mixed = batch_sampling([Sampling(), Sampling(temperature=1.0, top_p=0.9)])
     assert mixed.cuts and not mixed.greedy
-    assert not batch_warps([Sampling(temperature=1.0, min_p=0.5)]).cuts
+    assert not batch_sampling([Sampling(temperature=1.0, min_p=0.5)]).cuts
 
 
 def test_ties_at_a_threshold_are_kept() -> None:
     logits = jnp.array([[1.0, 3.0, 3.0, 0.0], [0.0, 0.0, 0.0, 0.0]])
-    warped = warp_logits(
-        logits, batch_warps([Sampling(temperature=1.0, top_k=1), Sampling(temperature=1.0, top_p=0.2)])
+    shaped = apply_sampling(
+        logits, batch_sampling([Sampling(temperature=1.0, top_k=1), Sampling(temperature=1.0, top_p=0.2)])
     )
-    assert np.isfinite(warped).tolist() == [[False, True, True, False], [True] * 4]
+    assert np.isfinite(shaped).tolist() == [[False, True, True, False], [True] * 4]
 
 
-def test_greedy_rows_ignore_warps_and_keys() -> None:
+def test_greedy_rows_ignore_sampling_and_keys() -> None:
     logits = jnp.array(np.random.default_rng(0).normal(size=(2, VOCAB)), jnp.float32)
     settings = [Sampling(), Sampling(temperature=1.0)]
     draws = []
     for seed in range(20):
         keys = jax.vmap(jax.random.key)(jnp.array([seed, seed]))
-        draws.append(np.asarray(draw(logits, batch_warps(settings), keys, jnp.array([5, 5]))))
+        draws.append(np.asarray(draw(logits, batch_sampling(settings), keys, jnp.array([5, 5]))))
     first, second = np.array(draws).T
     assert set(first) == {int(np.argmax(logits[0]))} and len(set(second)) > 3
 
 
 def test_draws_depend_on_key_and_position_only() -> None:
     logits = jnp.zeros((4, 1000))
-    warps = batch_warps([Sampling(temperature=1.0)] * 4)
+    sampling = batch_sampling([Sampling(temperature=1.0)] * 4)
     keys = jax.vmap(jax.random.key)(jnp.array([1, 1, 1, 2]))
-    drawn = draw(logits, warps, keys, jnp.array([7, 7, 8, 7])).tolist()
+    drawn = draw(logits, sampling, keys, jnp.array([7, 7, 8, 7])).tolist()
     assert drawn[0] == drawn[1] and len(set(drawn)) == 3
-    alone = draw(logits[:1], batch_warps([Sampling(temperature=1.0)]), keys[2:3], jnp.array([8]))
+    alone = draw(logits[:1], batch_sampling([Sampling(temperature=1.0)]), keys[2:3], jnp.array([8]))
     assert int(alone[0]) == drawn[2]
 
 
@@ -94,8 +94,8 @@ def test_draw_follows_the_distribution(x64: None) -> None:
     logits = np.random.default_rng(3).normal(size=6)
     setting, samples = Sampling(temperature=0.8, top_p=0.9), 4000
     keys = jax.vmap(jax.random.key)(jnp.arange(samples))
-    warps = batch_warps([setting] * samples)
-    drawn = draw(jnp.broadcast_to(jnp.array(logits), (samples, 6)), warps, keys, jnp.full(samples, 3))
+    sampling = batch_sampling([setting] * samples)
+    drawn = draw(jnp.broadcast_to(jnp.array(logits), (samples, 6)), sampling, keys, jnp.full(samples, 3))
     p = reference(logits, setting)
     observed, expected = np.bincount(drawn, minlength=6), p * samples
     assert observed[p == 0].sum() == 0

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from decoding.sampling import Sampling, batch_warps, draw
+from decoding.sampling import Sampling, batch_sampling, draw
 from decoding.trees import Topology
 from decoding.verify import Typical, verify, verify_typical
 
@@ -28,7 +28,7 @@ def problem(seed: int, temperature: float) -> tuple[np.ndarray, np.ndarray, dict
             tokens[row, nodes] = rng.permutation(VOCAB)[: len(nodes)]
     logits = rng.normal(size=(BATCH, TREE.size, VOCAB))
     arguments = dict(
-        warps=batch_warps([Sampling(temperature=temperature)] * BATCH),
+        sampling=batch_sampling([Sampling(temperature=temperature)] * BATCH),
         keys=jax.vmap(jax.random.key)(jnp.arange(BATCH)),
         length=jnp.array(rng.integers(1, 40, size=BATCH), jnp.int32),
         max_depth=TREE.max_depth,
@@ -41,7 +41,7 @@ def targets(logits: np.ndarray, arguments: dict) -> np.ndarray:
     drawn = []
     for node in range(TREE.size):
         positions = arguments["length"] + int(TREE.depth[node]) + 1
-        drawn.append(draw(jnp.array(logits[:, node]), arguments["warps"], arguments["keys"], positions))
+        drawn.append(draw(jnp.array(logits[:, node]), arguments["sampling"], arguments["keys"], positions))
     return np.stack(drawn, axis=1)
 
 
@@ -59,11 +59,11 @@ def walk(tokens: np.ndarray, valid: np.ndarray, target: np.ndarray) -> tuple[lis
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
-@pytest.mark.parametrize("law", ["point", "match"])
-def test_verify_walks_like_numpy(law: str, temperature: float) -> None:
+@pytest.mark.parametrize("rule", ["point", "match"])
+def test_verify_walks_like_numpy(rule: str, temperature: float) -> None:
     tokens, logits, arguments = problem(0, temperature)
     target = targets(logits, arguments)
-    verdict = verify(TREE.fill(jnp.array(tokens), law), jnp.array(logits), **arguments)
+    verdict = verify(TREE.fill(jnp.array(tokens), rule), jnp.array(logits), **arguments)
     lengths = set()
     for row in range(BATCH):
         path, emitted = walk(tokens[row], np.ones(TREE.size, bool), target[row])
@@ -140,15 +140,15 @@ def test_typical_matches_numpy(rule: Typical, temperature: float) -> None:
     assert len(lengths) > 1
 
 
-def test_a_law_that_does_not_fit_its_tree_is_refused() -> None:
+def test_a_rule_that_does_not_fit_its_tree_is_refused() -> None:
     tokens = jnp.zeros((1, TREE.size), jnp.int32)
     proposals = jnp.ones((1, 4, 5)) / 5
-    with pytest.raises(ValueError, match="law must be one of match, point, iid, swor, got 'greedy'"):
+    with pytest.raises(ValueError, match="rule must be one of match, point, iid, swor, got 'greedy'"):
         TREE.fill(tokens, "greedy")
-    for law in ("iid", "swor"):
-        assert TREE.fill(tokens, law, proposals).law == law
-        with pytest.raises(ValueError, match=f"under the law '{law}' needs proposals"):
-            TREE.fill(tokens, law)
-    for law in ("match", "point"):
-        with pytest.raises(ValueError, match=f"under the law '{law}' cannot have proposals"):
-            TREE.fill(tokens, law, proposals)
+    for rule in ("iid", "swor"):
+        assert TREE.fill(tokens, rule, proposals).rule == rule
+        with pytest.raises(ValueError, match=f"under the rule '{rule}' needs proposals"):
+            TREE.fill(tokens, rule)
+    for rule in ("match", "point"):
+        with pytest.raises(ValueError, match=f"under the rule '{rule}' cannot have proposals"):
+            TREE.fill(tokens, rule, proposals)

@@ -4,7 +4,7 @@ import pathlib
 
 import pytest
 
-from models.target import Target, load_target
+from models.formats.target import Target, load_target
 from tests.eval import tiny
 
 

@@ -10,25 +10,25 @@ import jax
 import numpy as np
 import pytest
 
-from decoding.drafters import load_drafter
 from decoding.drafters.draft_model import DraftModel
 from decoding.drafters.lookahead import Lookahead
 from decoding.drafters.plain import Plain
 from decoding.drafters.prompt_lookup import PromptLookup
+from decoding.drafters.registry import load_drafter
 from decoding.drafters.token_recycling import TokenRecycling
 from decoding.generate import generate
-from decoding.growth import Static
+from decoding.policies import Static
 from decoding.stats import Stats
 from decoding.trees import Topology, chain, expected_acceptance, from_child_counts
 from eval import acceptance as command
 from eval.acceptance import Method, parse_method, study
-from eval.acceptance_report import print_table, render
-from eval.budget import Fitter, best_tree, branchings, counted_accuracy, probing_tree
-from eval.prompts import Prompt
+from eval.report.acceptance import print_table, render
+from eval.text.budget import Fitter, best_tree, branchings, counted_accuracy, probing_tree
+from eval.text.prompts import Prompt
 from models import transformer
 from models.errors import UserError
-from models.target import Target
-from tests.eval.test_report import Page
+from models.formats.target import Target
+from tests.eval.report.test_text import Page
 
 TEXTS = ("def f(x):", "once upon a time", "return x")
 
@@ -93,16 +93,16 @@ def test_branchings_are_all_and_exact() -> None:
 @pytest.mark.parametrize("budget", [8, 16, 32])
 def test_every_drafter_gets_exactly_its_budget(target, drafter_directories, small, budget: int) -> None:
     def decode(drafter) -> Stats:
-        tree = drafter.growth.tree if isinstance(drafter, DraftModel) else drafter.tree
+        tree = drafter.policy.tree if isinstance(drafter, DraftModel) else drafter.tree
         shares = {path: int(1000 * np.prod([0.5 / (1 + rank) for rank in path])) for path in tree.paths}
         return counts(tree, 1000, shares)
 
     hydra = load_drafter(drafter_directories["hydra"], target)[0]
     plain = [(hydra, ""), (TokenRecycling(), ""), (PromptLookup(), ""), (Lookahead(), "")]
-    growths = ["top", "confidence", "specinfer", "sequoia", "rsd-c", "rsd-s", "dyspec"]
-    for drafter, growth in [*plain, *((small.drafter, growth) for growth in growths)]:
-        fitted = Fitter(drafter, growth, decode).fit(budget)
-        assert fitted.max_nodes == budget + 1, (drafter.name, growth)
+    policies = ["top", "confidence", "specinfer", "sequoia", "rsd-c", "rsd-s", "dyspec"]
+    for drafter, policy in [*plain, *((small.drafter, policy) for policy in policies)]:
+        fitted = Fitter(drafter, policy, decode).fit(budget)
+        assert fitted.max_nodes == budget + 1, (drafter.name, policy)
         fitted.check(target.config)
     long = Fitter(small.drafter, "chain", decode).fit(budget)
     assert (long is None) == (budget > 16) and (long is None or long.max_depth == budget)
@@ -120,7 +120,7 @@ def test_fitter_says_what_it_needs(small: Method) -> None:
 
 @pytest.fixture(scope="module")
 def cells(target: Target, drafter_directories, small: Method):
-    methods = [small, dataclasses.replace(small, label="drawn", growth="rsd-s")]
+    methods = [small, dataclasses.replace(small, label="drawn", policy="rsd-s")]
     prompts, calibration = prompts_of(target), prompts_of(target, ("def g(y):",))
     options = dict(new_tokens=24, budgets=(4,))
     greedy = study(target, methods[:1], prompts, calibration, temperatures=(0.0,), **options)
@@ -139,7 +139,7 @@ def test_cells_hold_what_the_loop_counted(target: Target, cells) -> None:
         given = [below / above if above else None for above, below in itertools.pairwise(by_depth)]
         assert cell["conditional_acceptance"] == pytest.approx(given)
     tree = Topology(tuple(map(tuple, table[0]["tree"])))
-    again = dataclasses.replace(methods[0].drafter, growth=Static(tree, "top"))
+    again = dataclasses.replace(methods[0].drafter, policy=Static(tree, "top"))
     prompts = [prompt.tokens for prompt in prompts_of(target)]
     made = generate(target, prompts, drafter=again, drafter_params=methods[0].params, max_new_tokens=24)
     assert sum(stats.steps for stats in made.stats) == table[0]["steps"]
@@ -189,7 +189,7 @@ def test_study_says_what_is_wrong(target: Target, small: Method) -> None:
 
 @pytest.mark.parametrize(
     ("text", "message"),
-    [("hydra", "LABEL=DRAFTER"), ("=none", "LABEL=DRAFTER"), ("a=none@up", "growth 'up'"), ("a=nowhere", "nowhere")],
+    [("hydra", "LABEL=DRAFTER"), ("=none", "LABEL=DRAFTER"), ("a=none@up", "policy 'up'"), ("a=nowhere", "nowhere")],
 )
 def test_methods_that_cannot_be_read(target: Target, text: str, message: str) -> None:
     with pytest.raises(UserError, match=message):
@@ -203,7 +203,7 @@ def test_report_shows_every_method_and_what_differed(cells) -> None:
         "config": {},
         "target": {"layers": 2},
         "methods": [
-            {"label": m.label, "drafter": m.drafter.name, "growth": m.growth, "path": None, "parameters": 9}
+            {"label": m.label, "drafter": m.drafter.name, "policy": m.policy, "path": None, "parameters": 9}
             for m in methods
         ],
         "cells": [{**cell, "identical": False} if cell["method"] == "small" else cell for cell in table],
@@ -211,7 +211,7 @@ def test_report_shows_every_method_and_what_differed(cells) -> None:
     text = " ".join(Page(render(results)).texts)
     best = max((cell for cell in table if cell["temperature"] == 0), key=lambda cell: cell["acceptance_length"])
     assert f"{best['method']} commits {best['acceptance_length']:.2f} tokens" in text
-    assert "in law" in text and "abacus" in text and " no " in text
+    assert "in rule" in text and "abacus" in text and " no " in text
     out = io.StringIO()
     print_table(results, out)
     head, first, *_ = out.getvalue().splitlines()

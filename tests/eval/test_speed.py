@@ -8,8 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from eval import bandwidth, peer, speed
-from eval.timing import Timing
+from eval import speed
+from eval.measure import bandwidth
+from eval.measure.timing import Timing
+from eval.peers import text as peer
 from models import transformer
 from models.transformer import param_shapes
 

@@ -8,14 +8,14 @@ import shutil
 import numpy as np
 import pytest
 
-from decoding.drafters import load_drafter
+from decoding.drafters.registry import load_drafter
 from decoding.generate import generate
 from decoding.trees import Topology, chain, from_child_counts
 from eval import tree as command
-from eval.timing import Timing
+from eval.measure.timing import Timing
 from eval.tree import Choice, calibration_ranks, choose_tree, probe, walk
 from models.errors import UserError
-from models.target import Target
+from models.formats.target import Target
 
 
 def test_walk_starts_where_the_last_step_ended() -> None:

@@ -5,17 +5,17 @@ import pathlib
 
 import jax
 
-from decoding.drafters import save_drafter
 from decoding.drafters.hydra import Hydra
 from decoding.drafters.medusa import Medusa
+from decoding.drafters.registry import save_drafter
 from decoding.trees import from_child_counts
 from models import transformer
 from models.config import TransformerConfig
+from models.formats.hf import save_target
+from models.formats.target import load_target
+from models.formats.tokenizer import Tokenizer
 from models.heads.hydra import HydraHeads
 from models.heads.medusa import MedusaHeads
-from models.hf import save_target
-from models.target import load_target
-from models.tokenizer import Tokenizer
 
 TREE = from_child_counts({(): 3, (0,): 2, (0, 0): 1})
 DRAFTERS = {

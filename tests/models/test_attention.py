@@ -11,8 +11,8 @@ from decoding.generate import generate
 from models.attention import attend
 from models.config import TransformerConfig
 from models.errors import UserError
+from models.formats.target import Target
 from models.layout import Layout
-from models.target import Target
 from models.transformer import init
 from tests.decoding.drafter_cases import BUSHY, CASES
 

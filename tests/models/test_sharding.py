@@ -8,6 +8,7 @@ from jax.sharding import AxisType, PartitionSpec
 from models import transformer
 from models.config import TransformerConfig
 from models.errors import UserError
+from models.formats.storage import leaves_by_path
 from models.heads.eagle import Eagle3Heads, EagleHeads
 from models.heads.hydra import HydraHeads
 from models.sharding import (
@@ -20,7 +21,6 @@ from models.sharding import (
     place_params,
     row_wise,
 )
-from models.storage import leaves_by_path
 
 CONFIG = TransformerConfig(
     vocab_size=18,
@@ -127,11 +127,11 @@ jax.config.update("jax_enable_x64", True)
 from jax.sharding import PartitionSpec as P
 from decoding import loop
 from decoding.generate import generate, _pack_stops
-from decoding.sampling import Sampling, batch_warps
+from decoding.sampling import Sampling, batch_sampling
 from models import transformer
 from models.config import TransformerConfig
 from models.sharding import make_mesh, param_shardings
-from models.target import Target
+from models.formats.target import Target
 
 config = TransformerConfig(vocab_size=18, width=8, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=4, mlp_width=12)
 params = jax.tree.map(lambda x: 20.0 * x, transformer.init(config, jax.random.key(0), jnp.float64))
@@ -148,8 +148,8 @@ assert alone.tokens == spread.tokens, (alone.tokens, spread.tokens)
 
 from decoding.drafters.plain import Plain
 state = loop.init_state(config, Plain(), 4, 96, jnp.float64, mesh=mesh)
-keys, warps = jax.vmap(jax.random.key)(jnp.arange(4)), batch_warps([Sampling()] * 4)
-request = loop.Request(jnp.ones(4, jnp.int32), jnp.full(4, 9), _pack_stops([], 4), keys, warps)
+keys, sampling = jax.vmap(jax.random.key)(jnp.arange(4)), batch_sampling([Sampling()] * 4)
+request = loop.Request(jnp.ones(4, jnp.int32), jnp.full(4, 9), _pack_stops([], 4), keys, sampling)
 arguments = (config, Plain(), jax.device_put(params, places), None, state, request, np.int32(3), None)
 text = loop.run.lower(*arguments).compile().as_text()
 assert "f64[2,1,96,4]" in text, "the cache is split"
@@ -173,7 +173,7 @@ from models import transformer
 from models.config import TransformerConfig
 from models.heads.hydra import HydraHeads
 from models.sharding import fitted, make_mesh, param_shardings
-from models.target import Target
+from models.formats.target import Target
 
 config = TransformerConfig(vocab_size=18, width=8, num_layers=2, num_heads=4, num_kv_heads=1, head_dim=4, mlp_width=12)
 params = jax.tree.map(lambda x: 20.0 * x, transformer.init(config, jax.random.key(0), jnp.float64))

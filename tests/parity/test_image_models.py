@@ -7,11 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from models.formats.released_images import read_vae, read_var
 from models.images import quantiser, vqvae
 from models.images.config import SCHEDULES, VARConfig, VQVAEConfig
-from models.images.released import read_vae, read_var
 from tests import image_reference as reference
-from tests.models.images import checkpoints
+from tests.models.formats import image_checkpoints as checkpoints
 
 torch = pytest.importorskip("torch")
 F = torch.nn.functional

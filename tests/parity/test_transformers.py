@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 
 from models import load_target
-from models.hf import load_config, load_params, save_target, tensor_names
-from models.hf_config import config_from_hf
-from models.tokenizer import Tokenizer
+from models.formats.hf import load_config, load_params, save_target, tensor_names
+from models.formats.hf_config import config_from_hf
+from models.formats.tokenizer import Tokenizer
 from models.transformer import init, param_shapes
 from tests.parity.goldens import CASES, reference_logits, reference_model, tokens_for
 from tests.parity.stepwise import stepwise_logits

@@ -9,10 +9,10 @@ import sysconfig
 import pytest
 
 from models.errors import UserError
-from models.tokenizer import Tokenizer
+from models.formats.tokenizer import Tokenizer
 from scripts import build_dataset
 from scripts.build_dataset import RawDocument, build, hold_out
-from train.data import open_split
+from train.data.texts import open_split
 
 CHATML = "{% for m in messages %}<|{{ m.role }}|>\n{{ m.content }}<eos>\n{% endfor %}" + (
     "{% if add_generation_prompt %}<|assistant|>\n{% endif %}"

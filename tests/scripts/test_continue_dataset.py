@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 
 from decoding.generate import generate
-from models.target import load_target
+from models.formats.target import load_target
 from scripts import build_dataset, continue_dataset
 from scripts.build_dataset import RawDocument
 from tests.eval.tiny import write_target
-from train.data import open_split
+from train.data.texts import open_split
 
 
 @pytest.fixture(scope="module")

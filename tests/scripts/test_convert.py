@@ -14,15 +14,15 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from decoding.drafters import build, load_drafter
+from decoding.drafters.registry import build, load_drafter
 from decoding.trees import MC_SIM_7B_63
 from models import load_target
-from models.hf import save_target
-from models.llama2c import read_llama2c
-from models.target import Target
+from models.formats.hf import save_target
+from models.formats.llama2c import read_llama2c
+from models.formats.target import Target
 from scripts.convert import main
-from tests.models import released_cases as cases
-from tests.models.test_llama2c import (
+from tests.models.formats import released_cases as cases
+from tests.models.formats.test_llama2c import (
     CHARACTERS,
     TEXT,
     WORDS,

@@ -8,11 +8,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from models.images import files
+from models.formats import image_models as files
 from models.images.config import SCHEDULES, VARConfig, VQVAEConfig
 from scripts.convert import main
-from tests.models.images import checkpoints
-from tests.models.torch_archives import write_torch
+from tests.models.formats import image_checkpoints as checkpoints
+from tests.models.formats.torch_archives import write_torch
 
 VAR = VARConfig(depth=2, width=8, num_heads=2, num_classes=5, vocab_size=20, latent_channels=4)
 VAE = VQVAEConfig(vocab_size=20, latent_channels=4, width=4, multipliers=(1, 2), blocks=1)

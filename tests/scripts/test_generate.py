@@ -9,8 +9,8 @@ import shutil
 import pytest
 
 from decoding.generate import generate
-from models.target import load_target
-from models.tokenizer import Tokenizer
+from models.formats.target import load_target
+from models.formats.tokenizer import Tokenizer
 from scripts import generate as command
 from scripts.generate import RESET, TextStream
 from tests.eval import tiny

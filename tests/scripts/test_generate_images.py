@@ -11,7 +11,7 @@ from decoding.images.generate import generate_images as generate
 from decoding.images.scales import Drawing
 from eval.images.flags import drawings
 from models.errors import UserError
-from models.images import files
+from models.formats import image_models as files
 from models.images.config import VARConfig, VQVAEConfig
 from scripts import generate_images
 from tests.eval.images import tiny

@@ -10,8 +10,8 @@ from PIL import Image
 from models.errors import UserError
 from scripts import build_dataset
 from scripts.image_dataset import draw_glyphs, hold_out
-from train.glyphs import glyph
-from train.images import Images, open_images
+from train.data.glyphs import glyph
+from train.data.images import Images, open_images
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (9, 8, 8, 3), np.uint8)
 LABELS = np.array([0, 1, 2, 0, 1, 2, 0, 0, 1], np.uint8)

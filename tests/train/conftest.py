@@ -11,14 +11,15 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from models.images import files
+from models.formats import image_models as files
 from models.images.config import VARConfig, VQVAEConfig
 from scripts import build_dataset
 from tests import image_reference
 from tests.noise import noisy
-from train import glyphs, images, trainer
+from train import trainer
 from train.config import TrainConfig, parse
-from train.corpus import open_corpus
+from train.data import glyphs, images
+from train.data.corpus import open_corpus
 from train.metrics import Report
 from train.objectives import OBJECTIVES
 

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from models.errors import UserError
-from models.images import files
+from models.formats import image_models as files
+from models.formats.storage import leaves_by_path
 from models.images.config import VARConfig, scale_starts
-from models.storage import leaves_by_path
 from tests.train.conftest import VAR
 from tests.train.test_trainer import lines, weights
 from tests.train.test_var_objective import log_softmax, reference_lesson, reference_logits, taken

@@ -11,11 +11,11 @@ import pytest
 
 from models import transformer
 from models.errors import UserError
+from models.formats.target import load_target
 from models.layout import Layout
-from models.target import load_target
 from tests.noise import noisy
 from train import trainer
-from train.corpus import open_corpus
+from train.data.corpus import open_corpus
 from train.objectives.draft_heads import DraftHeads
 from train.objectives.shift import ahead
 

@@ -7,15 +7,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from decoding.drafters import load_drafter
+from decoding.drafters.registry import load_drafter
 from models import transformer
 from models.errors import UserError
+from models.formats.target import load_target
 from models.heads.eagle import unroll
 from models.layout import Layout
-from models.target import load_target
 from tests.noise import noisy
 from train import trainer
-from train.corpus import open_corpus
+from train.data.corpus import open_corpus
 from train.objectives.drafting import Guess
 from train.objectives.eagle import EagleObjective, count_labels, most_frequent
 from train.objectives.shift import ahead

@@ -7,9 +7,9 @@ import pytest
 
 from models import transformer
 from models.config import TransformerConfig
+from models.formats.storage import leaves_by_path
 from models.images import var
 from models.images.config import VARConfig
-from models.storage import leaves_by_path
 from train.config import OptimizerConfig
 from train.optimizer import decays, make_optimizer, make_schedule
 

@@ -13,14 +13,14 @@ import jax
 import numpy as np
 import pytest
 
-from decoding.drafters import load_drafter
+from decoding.drafters.registry import load_drafter
 from models import transformer
 from models.errors import UserError
+from models.formats.storage import leaves_by_path
+from models.formats.target import load_target
 from models.schema import resolved
-from models.storage import leaves_by_path
-from models.target import load_target
 from train import dry_run, provenance, trainer
-from train.corpus import open_corpus
+from train.data.corpus import open_corpus
 from train.objectives.objective import Objective
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]

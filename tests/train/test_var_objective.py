@@ -10,15 +10,16 @@ import pytest
 
 from models import transformer
 from models.errors import UserError
-from models.images import files, var
+from models.formats import image_models as files
+from models.formats.storage import leaves_by_path
+from models.images import var
 from models.images.config import VARConfig, scale_starts
-from models.storage import leaves_by_path
 from tests import image_reference as reference
 from tests.train.conftest import VAR, VAR_SHAPE, VQVAE
 from tests.train.test_trainer import lines, weights
 from tests.train.test_vqvae import smoke, widened
 from train import trainer
-from train.corpus import open_corpus
+from train.data.corpus import open_corpus
 from train.objectives.next_scale import cross_entropy
 
 STARTS = scale_starts(VAR.scales)

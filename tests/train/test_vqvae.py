@@ -13,10 +13,11 @@ import numpy as np
 import pytest
 
 from models.errors import UserError
-from models.images import files, inception, quantiser, vqvae
+from models.formats import image_models as files
+from models.formats.storage import leaves_by_path
+from models.images import inception, quantiser, vqvae
 from models.images.config import VQVAEConfig
 from models.layers import call
-from models.storage import leaves_by_path
 from tests import image_reference as reference
 from tests.train.conftest import VQVAE
 from tests.train.test_trainer import ROOT, lines, weights

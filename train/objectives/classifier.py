@@ -17,9 +17,10 @@ from jaxtyping import Array
 from decoding.sampling import argmax
 from models import schema
 from models.errors import UserError
-from models.images import classifier, files
+from models.formats import image_models as files
+from models.images import classifier
 from models.images.classifier import ClassifierConfig
-from train.images import Images
+from train.data.images import Images
 from train.objectives.image_batch import pixels, present
 from train.objectives.objective import Batch, Params, Sums
 

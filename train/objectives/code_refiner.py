@@ -18,7 +18,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from models import sharding
-from models.images import files, var
+from models.formats import image_models as files
+from models.images import var
 from models.images.config import VARConfig, scale_starts
 from models.schema import require
 from models.transformer import stack_layers

@@ -11,8 +11,8 @@ from typing import Any, ClassVar, Literal
 import jax
 import jax.numpy as jnp
 
-from decoding.drafters import DRAFTERS
-from decoding.drafters.heads import HeadDrafter
+from decoding.drafters.head_drafter import HeadDrafter
+from decoding.drafters.registry import DRAFTERS
 from decoding.trees import MC_SIM_7B_63, Topology
 from models import schema, transformer
 from models.config import TransformerConfig

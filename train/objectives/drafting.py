@@ -22,18 +22,18 @@ import optax
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
-from decoding.drafters import save_drafter
+from decoding.drafters.registry import save_drafter
 from decoding.generate import generate
 from decoding.replay import replay_acceptance
 from decoding.sampling import argmax
 from decoding.trees import chain
 from models import schema, transformer
-from models.hf import load_config
+from models.formats.hf import load_config
+from models.formats.target import Target, check_vocabulary, load_target
+from models.formats.tokenizer import Tokenizer
 from models.layout import Layout
-from models.target import Target, check_vocabulary, load_target
-from models.tokenizer import Tokenizer
 from models.transformer import Output
-from train.data import Documents
+from train.data.texts import Documents
 from train.objectives.objective import Batch, Params, Sums
 from train.objectives.shift import ahead, label_mask, labels_at, log_likelihood
 

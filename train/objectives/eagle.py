@@ -22,7 +22,7 @@ from decoding.drafters.eagle import Eagle, Eagle3
 from models import schema, transformer
 from models.config import TransformerConfig
 from models.heads.eagle import Eagle3Heads, EagleHeads, eagle3_layers, unroll
-from train.data import Documents
+from train.data.texts import Documents
 from train.objectives.drafting import DraftObjective, Guess, Weights, check_drafting
 from train.objectives.shift import ahead
 

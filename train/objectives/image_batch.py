@@ -12,5 +12,5 @@ def pixels(batch: Batch) -> Float[Array, "B S S 3"]:
 
 
 def present(batch: Batch) -> Float[Array, "B"]:
-    """1 for images, 0 for what only fills up a last batch (`train.images.PADDING`)."""
+    """1 for images, 0 for what only fills up a last batch (`train.data.images.PADDING`)."""
     return (batch["label"] >= 0).astype(jnp.result_type(float))

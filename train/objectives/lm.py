@@ -18,11 +18,11 @@ from decoding.sampling import argmax
 from models import schema, transformer
 from models.config import TransformerConfig
 from models.errors import UserError
-from models.hf import load_config, save_target
+from models.formats.hf import load_config, save_target
+from models.formats.target import check_vocabulary, load_target
+from models.formats.tokenizer import Tokenizer
 from models.layout import Layout
-from models.target import check_vocabulary, load_target
-from models.tokenizer import Tokenizer
-from train.data import Documents
+from train.data.texts import Documents
 from train.objectives.objective import Batch, Params, Sums
 from train.objectives.shift import label_mask, labels_at, log_likelihood
 

@@ -18,11 +18,12 @@ from jaxtyping import Array, Float, Int
 from decoding.sampling import argmax
 from models import schema, sharding
 from models.errors import UserError
-from models.images import files, quantiser, var, vqvae
+from models.formats import image_models as files
+from models.images import quantiser, var, vqvae
 from models.images.config import VARConfig, VQVAEConfig
 from models.schema import require
 from models.transformer import stack_layers
-from train.images import Images
+from train.data.images import Images
 from train.objectives.image_batch import pixels, present
 from train.objectives.objective import Batch, Params, Sums
 from train.objectives.shift import log_likelihood

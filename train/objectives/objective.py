@@ -2,11 +2,11 @@
 
 An objective is built once per run as `Objective(config, facts)` and holds no arrays. What it reads, text or images, its
 config says; `facts` is what the data decides about the model: the tokenizer of text, the names of the classes of images
-(`train/corpus.py`). Parameters come from two places: *base* parameters are read from disk (a target to finetune, or to
-train heads on; the tokenizer of images), *trainable* ones are made by `init` from a key and the base. The part of the
-base that stays frozen travels beside the trainables as an argument: it is never differentiated, never donated and never
-seen by the optimizer. What an evaluation, a probe and the export get as trainable is their average over the steps where
-the optimizer keeps one (`optimizer.ema`).
+(`train/data/corpus.py`). Parameters come from two places: *base* parameters are read from disk (a target to finetune,
+or to train heads on; the tokenizer of images), *trainable* ones are made by `init` from a key and the base. The part
+of the base that stays frozen travels beside the trainables as an argument: it is never differentiated, never donated
+and never seen by the optimizer. What an evaluation, a probe and the export get as trainable is their average over the
+steps where the optimizer keeps one (`optimizer.ema`).
 """
 
 from collections.abc import Iterator

@@ -24,11 +24,12 @@ from jaxtyping import Array, Float
 
 from models import sharding
 from models.errors import UserError
-from models.images import files, quantiser, vqvae
+from models.formats import image_models as files
+from models.images import quantiser, vqvae
 from models.images.config import VQVAEConfig
 from models.layers import call
 from models.schema import nearest, require
-from train.images import Images
+from train.data.images import Images
 from train.objectives.adversary import Discriminator, adaptive_weight, hinge
 from train.objectives.image_batch import pixels, present
 from train.objectives.objective import Batch, Params, Sums

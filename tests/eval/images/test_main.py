@@ -17,7 +17,7 @@ from eval.images.metrics import describe, frechet_distance, open_images
 from eval.images.samples import ImageFile, write_images
 from models.errors import UserError
 from scripts import build_dataset
-from train.images import open_images as open_split
+from train.data.images import open_images as open_split
 
 pytestmark = pytest.mark.usefixtures("structs_may_hold_shapes")
 

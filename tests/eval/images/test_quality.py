@@ -10,7 +10,7 @@ from eval.images.features import Extractor, ImageFeatures, load_classifier
 from eval.images.quality import Judge, spread
 from eval.images.samples import INCEPTION
 from models.errors import UserError
-from train.images import Images
+from train.data.images import Images
 
 
 def data(classes: int, count: int = 6) -> Images:

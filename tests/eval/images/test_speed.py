@@ -14,8 +14,9 @@ import pytest
 from decoding.images import generate
 from decoding.images.generate import Stage, Tokenizer, code_stages, generate_images
 from decoding.images.scales import Drawing
-from eval.images import peer, speed
-from eval.timing import Timing
+from eval.images import speed
+from eval.measure.timing import Timing
+from eval.peers import images as peer
 from models.errors import UserError
 from models.images import quantiser
 from models.images.config import VARConfig, VQVAEConfig

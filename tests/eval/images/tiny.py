@@ -6,7 +6,8 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 
-from models.images import classifier, files
+from models.formats import image_models as files
+from models.images import classifier
 from models.images.classifier import ClassifierConfig
 from models.images.config import VARConfig, VQVAEConfig
 from scripts import build_dataset

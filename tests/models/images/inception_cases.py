@@ -5,8 +5,8 @@ from typing import Any
 import jax
 import numpy as np
 
+from models.formats.storage import leaves_by_path
 from models.images import inception
-from models.storage import leaves_by_path
 
 NAMES = {
     "kernel": "conv.weight",

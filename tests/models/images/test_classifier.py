@@ -7,7 +7,8 @@ import optax
 import pytest
 
 from models.errors import UserError
-from models.images import classifier, files
+from models.formats import image_models as files
+from models.images import classifier
 from models.images.classifier import ClassifierConfig
 
 CONFIG = ClassifierConfig(num_classes=3, image_size=8, width=4, multipliers=(1, 2))

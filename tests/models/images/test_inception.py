@@ -12,12 +12,12 @@ import numpy as np
 import pytest
 
 from models.errors import UserError
-from models.heads.released_files import Release
+from models.formats.release import Release
 from models.images import inception
 from models.layers import call
-from tests.models import torch_archives
+from tests.models.formats import torch_archives
+from tests.models.formats.old_torch_streams import write_old_torch
 from tests.models.images.inception_cases import port_tensors, random_params
-from tests.models.old_torch_streams import write_old_torch
 
 
 def looped(image: np.ndarray, height: int, width: int) -> np.ndarray:

@@ -7,9 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from models.formats.storage import leaves_by_path
 from models.images import convolution, vqvae
 from models.images.config import VQVAEConfig
-from models.storage import leaves_by_path
 from tests import image_reference as reference
 
 # Groups of three channels, an odd map, and a level whose width does not change.

@@ -1,0 +1,77 @@
+"""What drafters made of draft heads share: heads, a static tree, and the feature at the last committed position."""
+
+import dataclasses
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from decoding.drafter import Drafter
+from decoding.sampling import best_tokens
+from decoding.trees import MC_SIM_7B_63, Topology
+from models import transformer
+from models.errors import UserError
+from models.heads.hydra import HydraHeads
+from models.heads.medusa import MedusaHeads
+from models.layout import Layout
+from models.transformer import Output, Params
+
+
+@dataclasses.dataclass(frozen=True)
+class HeadDrafter(Drafter):
+    """Heads with a tree.
+
+    Attributes:
+      heads: shape of the heads.
+      tree: the candidates; at most as deep as there are heads.
+    """
+
+    heads: MedusaHeads | HydraHeads
+    tree: Topology = MC_SIM_7B_63
+
+    @property
+    def max_nodes(self) -> int:
+        return self.tree.size
+
+    @property
+    def max_depth(self) -> int:
+        return self.tree.max_depth
+
+    def rule(self, greedy):
+        return "point"
+
+    def init_params(self, config, target, key):
+        return self.heads.init(config, target, key)
+
+    def check(self, config):
+        if not self.tree.paths:
+            raise UserError(f"the draft tree of {self.name} is empty: it needs at least one candidate")
+        self.tree.check(heads=self.heads.num_heads, vocab_size=config.vocab_size)
+
+    def with_tree(self, tree: Topology) -> "HeadDrafter":
+        """The same heads with another tree."""
+        return dataclasses.replace(self, tree=tree)
+
+    def teacher_forced(
+        self, config, target: Params, params: Params, tokens: Int[Array, "B T"], output: Output, depth: int
+    ) -> list[Float[Array, "B T H"]]:
+        """What the first `depth` heads' vocabulary maps read everywhere in true texts (see `decoding/replay.py`)."""
+        batch, length = tokens.shape
+        feature_BTH = self.heads.features(config, params, output.hidden, Layout.causal(batch, length))
+        padded = jnp.pad(tokens, ((0, 0), (0, depth)))
+        embeddings = [transformer.lookup(target, padded[:, 1 + i : 1 + i + length]) for i in range(depth)]
+        return [self.heads.hidden(params, i, feature_BTH, jnp.stack(embeddings[: i + 1], axis=2)) for i in range(depth)]
+
+    def ranked(
+        self, config, target: Params, params: Params, i: int, hidden: Float[Array, "*B H"], count: int
+    ) -> Int[Array, "*B K"]:
+        """The `count` best guesses of head i, best first."""
+        return best_tokens(self.heads.vocab(params, i, hidden), count)
+
+
+def last_feature(
+    state: Float[Array, "B H"], features: Float[Array, "B R H"], count: Int[Array, "B"]
+) -> Float[Array, "B H"]:
+    """Feature of the last of `count` true rows; the old state where there are none."""
+    last = jnp.maximum(count - 1, 0)[:, None, None]
+    newest = jnp.take_along_axis(features, last, axis=1)[:, 0]
+    return jnp.where((count > 0)[:, None], newest.astype(state.dtype), state)

@@ -1,0 +1,48 @@
+"""What drafters made of a draft network share: the network scores, a policy makes the tree and decides its rule."""
+
+import dataclasses
+from typing import Any
+
+from decoding.drafter import Drafter, TargetView
+from decoding.policies import DraftNetwork, Static, TreePolicy
+from decoding.trees import Topology
+
+
+class NetworkDrafter(Drafter):
+    """A draft network with a policy; subclasses are dataclasses that have the latter as a field.
+
+    Attributes:
+      policy: how the network's guesses make a tree.
+    """
+
+    policy: TreePolicy
+
+    @property
+    def max_nodes(self) -> int:
+        return self.policy.max_nodes
+
+    @property
+    def max_depth(self) -> int:
+        return self.policy.max_depth
+
+    @property
+    def tree(self) -> Topology | None:
+        """The tree, where it is static and holds the best guesses."""
+        return self.policy.tree if isinstance(self.policy, Static) and self.policy.draws == "top" else None
+
+    def with_tree(self, tree: Topology) -> "NetworkDrafter":
+        """The same network with a static tree of its best guesses."""
+        return dataclasses.replace(self, policy=Static(tree, "top"))  # type: ignore[type-var]
+
+    def rule(self, greedy):
+        return self.policy.rule(greedy)
+
+    def check(self, config):
+        self.policy.check(config.vocab_size)
+
+    def network(self, params, target: TargetView, state: Any) -> DraftNetwork:
+        """The network in the middle of the text."""
+        raise AttributeError(f"{type(self).__name__} must define network")
+
+    def draft(self, params, target, state, root, keys):
+        return self.policy.grow(self.network(params, target, state), root, keys, target.sampling).tree, None

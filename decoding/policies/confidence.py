@@ -1,0 +1,77 @@
+"""EAGLE-2's dynamic tree: the draft network's own confidence decides where to look (Li et al. 2024, section 4).
+
+A candidate is worth the log-probability of its path. Per level the best `top_k` run on, each offers its `top_k` best
+tokens, and of all candidates ever offered the best `total - 1` are verified. Children are ranked, never drawn: rule
+`point`, lossless at every temperature.
+"""
+
+import dataclasses
+from typing import ClassVar
+
+import jax
+import jax.numpy as jnp
+
+from decoding.policies.by_value import Candidates, grow_by_value
+from decoding.policies.policy import TreePolicy
+from decoding.sampling import best_logits
+from models.errors import UserError
+from models.sharding import gather_rows
+
+
+@dataclasses.dataclass(frozen=True)
+class Confidence(TreePolicy):
+    """The published defaults are 10, 6 and 60.
+
+    Attributes:
+      top_k: rows that run per level, and tokens that each offers.
+      depth: levels.
+      total: nodes of the tree, root included.
+    """
+
+    top_k: int = 10
+    depth: int = 6
+    total: int = 60
+    kind: ClassVar[str] = "confidence"
+
+    def __post_init__(self):
+        if self.top_k < 1 or self.depth < 1:
+            raise UserError(
+                f"a tree by confidence needs top_k and depth of at least 1, got {self.top_k} and {self.depth}"
+            )
+        made = self.top_k + (self.depth - 1) * self.top_k**2
+        if not 2 <= self.total <= 1 + made:
+            raise UserError(
+                f"a tree by confidence with top_k {self.top_k} and depth {self.depth} makes {made} candidates: total "
+                f"must lie in 2..{1 + made}, got {self.total}"
+            )
+
+    @property
+    def max_nodes(self) -> int:
+        return self.total
+
+    @property
+    def max_depth(self) -> int:
+        return self.depth
+
+    @property
+    def levels(self) -> tuple[int, ...]:
+        return 1, *(self.top_k,) * (self.depth - 1)
+
+    def check(self, vocab_size: int) -> None:
+        if self.top_k > vocab_size:
+            raise UserError(f"a tree by confidence asks for the {self.top_k} best of {vocab_size} tokens")
+
+    def rule(self, greedy):
+        return "point"
+
+    def grow(self, network, root, keys, sampling):
+        def expand(logits_BFW, value_BF, level):
+            logits_BFW = gather_rows(logits_BFW)
+            best_BFK, outputs_BFK = best_logits(logits_BFW, self.top_k)
+            # Rounding must let no path be worth more than its beginning.
+            logp_BFK = jnp.minimum(best_BFK - jax.nn.logsumexp(logits_BFW, axis=2, keepdims=True), 0)
+            worth_BFK = value_BF[:, :, None] + logp_BFK
+            return Candidates(outputs_BFK, worth_BFK, worth_BFK, None)
+
+        sizes = dict(width=self.top_k, depth=self.depth, budget=self.total - 1)
+        return grow_by_value(network, root, expand, start=0.0, rule=self.rule(sampling.greedy), **sizes)

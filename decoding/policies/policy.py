@@ -1,0 +1,177 @@
+"""The two halves of autoregressive drafting: a *network* scores what may follow a path, a *policy* decides the tree.
+
+Any network (a smaller transformer, the target's first layers, an EAGLE head) serves any policy (a static tree, sampled
+siblings, a beam, a tree that follows confidence). Between them stands the *scratch*: what the network keeps of the rows
+it ran in this step. Rows are named by *slot*, in the order in which they ran; slot 0 is the root. Leaves never run, so
+a tree has fewer slots than nodes.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, ClassVar, NamedTuple, Protocol, runtime_checkable
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from decoding.sampling import SamplingParameters
+from decoding.trees import TokenTree
+from models import schema
+from models.errors import UserError
+from models.sharding import gather_rows
+
+
+@runtime_checkable
+class DraftNetwork(Protocol):
+    """A draft network in the middle of a text."""
+
+    @property
+    def vocabulary(self) -> Int[Array, "W"] | None:
+        """Target tokens of its W outputs; None when W is the target's vocabulary."""
+
+    @property
+    def vocab_size(self) -> int:
+        """V, of the target."""
+
+    def begin(self, root: Int[Array, "B"], slots: int) -> tuple[Float[Array, "B W"], Any]:
+        """Logits of what follows the root, and a scratch of `slots` slots with the root in the first."""
+
+    def extend(
+        self,
+        scratch: Any,
+        at: int,
+        tokens: Int[Array, "B M"],
+        parents: Int[Array, "B M"],
+        depth: Int[Array, "B M"],
+        seen: Bool[Array, "B M S"],
+    ) -> tuple[Float[Array, "B M W"], Any]:
+        """Runs M candidates, as slots `at` to `at + M - 1`.
+
+        Args:
+          scratch: of the rows so far.
+          at: first slot.
+          tokens: what they read.
+          parents: slots of their parents.
+          depth: 1 for children of the root.
+          seen: the earlier slots that each sees: its ancestors, root included.
+
+        Returns:
+          Logits of what follows each, and the scratch with them in it.
+        """
+
+
+class Grown(NamedTuple):
+    """What a policy made: the tree, the slot of each of its nodes (-1 for one that did not run), the scratch."""
+
+    tree: TokenTree
+    slot_of_node: Int[Array, "#B N"]
+    scratch: Any
+
+
+@dataclasses.dataclass(frozen=True)
+class TreePolicy:
+    """Base of all policies: frozen and hashable, so that they can be jit constants.
+
+    Class attributes:
+      known: every policy by its kind (`decoding.policies.POLICIES`).
+      kind: its name in `decoding.policies.POLICIES`.
+
+    Properties:
+      max_nodes: nodes of its trees, root included.
+      max_depth: of the deepest candidate.
+      levels: rows of each pass of the network, the root's first.
+    """
+
+    known: ClassVar[Mapping[str, type]] = {}
+    kind: ClassVar[str]
+
+    @property
+    def max_nodes(self) -> int:
+        raise AttributeError(f"{type(self).__name__} must say max_nodes")
+
+    @property
+    def max_depth(self) -> int:
+        raise AttributeError(f"{type(self).__name__} must say max_depth")
+
+    @property
+    def levels(self) -> tuple[int, ...]:
+        raise AttributeError(f"{type(self).__name__} must say levels")
+
+    @property
+    def slots(self) -> int:
+        """Rows that the network runs in all, root included."""
+        return sum(self.levels)
+
+    def rule(self, greedy: bool) -> str:
+        """The acceptance rule of its trees; `greedy` says that every row of the batch has temperature 0."""
+        raise AttributeError(f"{type(self).__name__} must define rule")
+
+    def grow(self, network: DraftNetwork, root: Int[Array, "B"], keys: Array, sampling: SamplingParameters) -> Grown:
+        """A tree under `root`.
+
+        Args:
+          network: what scores candidates.
+          root: the pending tokens.
+          keys: typed PRNG keys `[B]` for policies that draw.
+          sampling: sampling settings; the networks' distributions are taken at the same temperature.
+        """
+        raise AttributeError(f"{type(self).__name__} must define grow")
+
+    def check(self, vocab_size: int) -> None:
+        """Raises UserError when a network of `vocab_size` outputs cannot grow this."""
+
+    def to_record(self) -> dict:
+        """As `drafter.json` has it."""
+        fields = {field.name: schema.resolved(getattr(self, field.name)) for field in dataclasses.fields(self)}
+        return {"kind": self.kind, **fields}
+
+    @classmethod
+    def from_record(cls, raw: Any, where: str, place: str) -> "TreePolicy":
+        """The inverse of `to_record`, for any kind. Raises UserError for what does not fit."""
+        known = TreePolicy.known
+        kind = raw.get("kind") if isinstance(raw, dict) else None
+        if not isinstance(kind, str) or kind not in known:
+            raise UserError(f"{place}: {where}.kind must be one of {', '.join(known)}, got {kind!r}")
+        return schema.parse(known[kind], {key: value for key, value in raw.items() if key != "kind"}, where, place)
+
+
+def draft_log_probabilities(logits: Float[Array, "B *M W"], sampling: SamplingParameters) -> Float[Array, "B *M W"]:
+    """log q at the target's temperature; rows of temperature 0 stay at 1, and are not drawn from but ranked.
+
+    On a mesh every device of a row holds all of it: what follows, from ranking to the residual, takes the whole of q.
+    """
+    logits = gather_rows(logits)
+    temperature = jnp.where(sampling.temperature > 0, sampling.temperature, 1.0).astype(logits.dtype)
+    return jax.nn.log_softmax(logits / temperature.reshape(-1, *[1] * (logits.ndim - 1)), axis=-1)
+
+
+def gumbel_for(
+    keys: Array, sampling: SamplingParameters, level: int, shape: tuple[int, ...], dtype
+) -> Float[Array, "B *shape"]:
+    """Gumbel noise `[B, *shape]` for a level of a tree; none in rows of temperature 0, whose candidates are ranked."""
+    noise = jax.vmap(lambda key: jax.random.gumbel(jax.random.fold_in(key, level), shape, dtype))(keys)
+    return jnp.where(sampling.temperature.reshape(-1, *[1] * len(shape)) > 0, noise, 0)
+
+
+def of_target(network: DraftNetwork, indices: Int[Array, "*B"]) -> Int[Array, "*B"]:
+    """Target tokens of outputs of the network."""
+    return indices if network.vocabulary is None else network.vocabulary[indices]
+
+
+def over_target(network: DraftNetwork, q: Float[Array, "B M W"]) -> Float[Array, "B M V"]:
+    """Distributions over the network's outputs as distributions over the target's vocabulary."""
+    if network.vocabulary is None:
+        return q
+    return jnp.zeros((*q.shape[:2], network.vocab_size), q.dtype).at[:, :, network.vocabulary].set(q)
+
+
+def own_slot(parents: Int[Array, "B M"], seen: Bool[Array, "B F S"], slots: Int[Array, "B M"]) -> Bool[Array, "B M S"]:
+    """What the children of frontier rows see: all that the parent saw, and the parent.
+
+    Args:
+      parents: which row of the frontier, per child.
+      seen: of the frontier.
+      slots: of the parents.
+    """
+    inherited = jnp.take_along_axis(seen, parents[:, :, None], axis=1)
+    return inherited | (slots[:, :, None] == jnp.arange(seen.shape[2], dtype=jnp.int32))

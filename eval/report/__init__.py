@@ -1,0 +1,1 @@
+"""From the dicts behind `results.json` to pages and tables for people."""

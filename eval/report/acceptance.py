@@ -1,0 +1,226 @@
+"""The table of acceptance lengths: on the terminal, as `results.json`, and as a page with plots.
+
+The results (written by `eval/acceptance.py`):
+
+    environment, command        as in every results file
+    config, target              plain dicts
+    methods     list of {label, drafter, policy, path, parameters}
+    cells       list, one per method, temperature and budget that fit together:
+      method, temperature, budget
+      candidates, depth         of the tree; candidates equal the budget
+      acceptance_length, acceptance_length_interval (95%, over prompts), steps, committed
+      accepted_by_depth         steps that accepted depth 1, 2, ...
+      conditional_acceptance    the share of those that accepted the depth above, or None where none did
+      texts, differing_texts    decoded, and those unlike plain decoding's
+      identical                 no text differs; None where equal texts are not promised (sampled rules)
+      tree                      rank paths, where the topology is static
+"""
+
+import dataclasses
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, TextIO
+
+import jinja2
+from markupsafe import Markup
+
+from eval.measure.environment import describe_environment
+from eval.report.charts import Line, line_chart, percent, value_chart
+from eval.report.text import NUM_COLORS, facts
+from eval.text.results import make_directory, write_json, write_text
+
+Results = Mapping[str, Any]
+DEPTHS = 8  # That are shown; a copied chain may be much deeper, and its few long hits say little.
+GROUPS = {
+    "trained": "Heads and draft networks trained on the target",
+    "model": "A draft model, by policy",
+    "free": "Without training",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """A method with its group, its colour there, and its cells by (temperature, budget)."""
+
+    method: Mapping[str, Any]
+    group: str
+    color: str
+    cells: dict[tuple[float, int], Mapping[str, Any]]
+
+    @property
+    def label(self) -> str:
+        """What people call it."""
+        return self.method["label"]
+
+    def line(self, temperature: float, budgets: Sequence[int]) -> Line:
+        """Acceptance length over budgets."""
+        found = [self.cells.get((temperature, budget)) for budget in budgets]
+        return Line(self.label, [cell["acceptance_length"] if cell else None for cell in found], self.color)
+
+    def identical(self, temperature: float) -> str:
+        """`yes`, `no`, `in distribution`, or nothing where it did not run."""
+        said = [cell["identical"] for (at, _), cell in self.cells.items() if at == temperature]
+        if not said:
+            return ""
+        return "in distribution" if None in said else "yes" if all(said) else "no"
+
+
+def write_acceptance_results(results: Results, directory: str | Path) -> None:
+    """Writes `results.json` and `report.html` into `directory`, each whole or not at all.
+
+    Args:
+      results: what the module's docstring says; the environment is added.
+      directory: made where it does not exist.
+
+    Raises:
+      UserError: the directory cannot be made or written to.
+    """
+    directory = make_directory(directory)
+    environment = describe_environment()
+    full = {"environment": environment, "command": environment["command"], **results}
+    write_json(full, directory / "results.json")
+    write_text(render(full), directory / "report.html")
+
+
+def render(results: Results) -> str:
+    """The page."""
+    folder = Path(__file__).parent
+    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
+    template = environment.from_string((folder / "acceptance.html").read_text(encoding="utf-8"))
+    css = Markup((folder / "report.css").read_text(encoding="utf-8"))
+    return template.render(css=css, **_view(results))
+
+
+def print_table(results: Results, file: TextIO | None = None) -> None:
+    """Acceptance length by method (rows), temperature and budget (columns), with what was compared."""
+    rows, temperatures, budgets = _rows(results), *_axes(results)
+    texts = [["acceptance length", *(row.label for row in rows)]]
+    for temperature in temperatures:
+        for budget in budgets:
+            cells = [row.cells.get((temperature, budget)) for row in rows]
+            head = f"T={temperature:g} n={budget}"
+            texts.append([head, *(f"{cell['acceptance_length']:.2f}" if cell else "-" for cell in cells)])
+        texts.append(["identical", *(row.identical(temperature) or "-" for row in rows)])
+    widths = [max(map(len, column)) for column in texts]
+    for first, *others in zip(*texts, strict=True):
+        aligned = [text.rjust(width) for text, width in zip(others, widths[1:], strict=True)]
+        print("  ".join([first.ljust(widths[0]), *aligned]).rstrip(), file=file or sys.stdout)
+
+
+def _axes(results: Results) -> tuple[list[float], list[int]]:
+    """Temperatures and budgets, in order."""
+    cells = results["cells"]
+    return sorted({cell["temperature"] for cell in cells}), sorted({cell["budget"] for cell in cells})
+
+
+def _rows(results: Results) -> list[Row]:
+    rows: list[Row] = []
+    for method in results["methods"]:
+        group = "free" if not method["parameters"] else "model" if method["drafter"] == "draft_model" else "trained"
+        number = sum(row.group == group for row in rows)
+        cells = {(c["temperature"], c["budget"]): c for c in results["cells"] if c["method"] == method["label"]}
+        rows.append(Row(method, group, f"var(--s{1 + number % NUM_COLORS})", cells))
+    return rows
+
+
+def _setting(temperature: float) -> str:
+    return "greedy" if temperature == 0 else f"temperature {temperature:g}"
+
+
+def _best(rows: Sequence[Row], temperature: float, budget: int) -> Row | None:
+    present = [row for row in rows if (temperature, budget) in row.cells]
+    return max(present, key=lambda row: row.cells[temperature, budget]["acceptance_length"], default=None)
+
+
+def _view(results: Results) -> dict[str, Any]:
+    """Everything the template shows."""
+    rows, temperatures, budgets = _rows(results), *_axes(results)
+    environment = results.get("environment") or {}
+    widest = budgets[-1]
+    champion = _best(rows, temperatures[0], widest)
+    assert champion is not None
+    tau = champion.cells[temperatures[0], widest]["acceptance_length"]
+    compared = [cell["identical"] for cell in results["cells"] if cell["identical"] is not None]
+    return {
+        "claim": f"{champion.label} commits {tau:.2f} tokens per target forward with {widest} candidates",
+        "subtitle": environment.get("date", ""),
+        "machine": " · ".join(str(environment[key]) for key in ("device", "cpu", "platform") if environment.get(key)),
+        "tiles": [
+            (f"{tau:.2f}", f"acceptance length of {champion.label}, {_setting(temperatures[0])}, {widest} candidates"),
+            (f"{len(rows)}", "methods at equal budgets"),
+            (f"{sum(compared)} of {len(compared)}", "decodes with every text identical to plain decoding"),
+        ],
+        "settings": [_setting(temperature) for temperature in temperatures],
+        "budgets": budgets,
+        "rows": [_table_row(row, rows, temperatures, budgets) for row in rows],
+        "groups": [
+            group for name, title in GROUPS.items() if (group := _group(name, title, rows, temperatures, budgets))
+        ],
+        "by_depth": [_by_depth(rows, temperature, widest) for temperature in temperatures],
+        "depth_note": (
+            f"With {widest} candidates: how often a step accepts a draft of this depth once it accepted the depth "
+            "above; in grey, the share of all steps that get so far."
+        ),
+        "command": results.get("command", ""),
+        "records": [("Target", facts(results["target"])), ("Environment", facts(environment))],
+        "config": json.dumps(results["config"], indent=2),
+    }
+
+
+def _table_row(row: Row, rows: Sequence[Row], temperatures: Sequence[float], budgets: Sequence[int]) -> dict[str, Any]:
+    groups = []
+    for temperature in temperatures:
+        cells = []
+        for budget in budgets:
+            cell = row.cells.get((temperature, budget))
+            if cell is None:
+                cells.append({"text": "–", "hover": "", "best": False})
+                continue
+            interval = cell["acceptance_length_interval"]
+            spread = f"{interval[0]:.2f} to {interval[1]:.2f} over prompts; " if interval else ""
+            hover = f"{spread}depth {cell['depth']}, {cell['committed']} tokens in {cell['steps']} forwards"
+            best = _best(rows, temperature, budget) is row
+            cells.append({"text": f"{cell['acceptance_length']:.2f}", "hover": hover, "best": best})
+        groups.append({"cells": cells, "identical": row.identical(temperature)})
+    return {"label": row.label, "color": row.color, "groups": groups}
+
+
+def _group(
+    name: str, title: str, rows: Sequence[Row], temperatures: Sequence[float], budgets: Sequence[int]
+) -> dict[str, Any] | None:
+    """Charts of one group: acceptance length over budgets and conditional acceptance, at each temperature."""
+    members = [row for row in rows if row.group == name]
+    if not members:
+        return None
+    charts = []
+    for temperature in temperatures:
+        lines = [row.line(temperature, budgets) for row in members]
+        label = f"Acceptance length, {_setting(temperature)}"
+        drawing = value_chart(lines, [str(budget) for budget in budgets], label, "candidates")
+        charts.append((label, Markup(drawing)))
+    for temperature in temperatures:
+        lines = [
+            Line(row.label, row.cells[temperature, budgets[-1]]["conditional_acceptance"][:DEPTHS], row.color)
+            for row in members
+            if (temperature, budgets[-1]) in row.cells
+        ]
+        if lines:
+            label = f"Acceptance once the depth above was accepted, {_setting(temperature)}, {budgets[-1]} candidates"
+            charts.append((label, Markup(line_chart(lines, label))))
+    return {"title": title, "legend": [(row.label, row.color) for row in members], "charts": charts}
+
+
+def _by_depth(rows: Sequence[Row], temperature: float, budget: int) -> tuple[str, list[int], list[Any]]:
+    present = [(row, row.cells[temperature, budget]) for row in rows if (temperature, budget) in row.cells]
+    deepest = min(DEPTHS, max((cell["depth"] for _, cell in present), default=0))
+    lines = []
+    for row, cell in present:
+        cells = []
+        for depth in range(deepest):
+            given = cell["conditional_acceptance"][depth] if depth < cell["depth"] else None
+            share = cell["accepted_by_depth"][depth] / cell["steps"] if given is not None else None
+            cells.append({"given": "–" if given is None else percent(given), "reached": share and percent(share)})
+        lines.append((row.label, row.color, cells))
+    return _setting(temperature), list(range(1, deepest + 1)), lines

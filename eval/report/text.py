@@ -1,0 +1,367 @@
+"""From the dict behind `results.json` to a page a person would rather look at, and a table for the terminal.
+
+`write_report` makes one HTML file with no outside assets: style and drawings are inside it, and it follows the reader's
+light or dark setting. The same file may be mailed, committed or opened from disk.
+
+The results (keys marked ? may be absent or None; what needs them is then left out):
+
+    environment?      what eval.measure.environment.describe_environment returns
+    command?          str, what to type to run this again
+    config?           plain nested dict
+    target?           {path, parameters, layers, width, vocab_size, perplexity?, ...}: anything printable
+    runs              list, the baseline (drafter `none`) among them:
+      drafter         str, the method's name
+      path?           str, the drafter's directory
+      tokens_per_second           float, median of repeats, prefill excluded
+      tokens_per_second_repeats?  list of float
+      speedup         float, over the baseline of the same run
+      acceptance_length           float, tokens committed per target forward, bonus included
+      identical_to_baseline?      bool
+      first_difference?           dict of anything printable: where the output first left the baseline's
+      lossy?          bool, the drafter or its acceptance rule does not promise the target's output
+      new_tokens?, steps?         int, over all prompts of one repeat
+      distinct_token_share?       float, distinct over all tokens of a text, mean over texts: low where text repeats
+                      itself, which makes it easy to draft
+      accepted_by_depth?          per depth 1, 2, ...: int, steps that accepted a draft of this depth
+      accepted_histogram?         per 0, 1, 2, ... accepted drafts: int, steps that accepted so many
+      prefill_seconds?, draft_share?, loop_efficiency?    float
+      head_accuracy?  per depth, [top-1, top-2, ...] accuracy in 0..1, teacher-forced
+      tree?           {paths: list of lists of ranks, accepted: int per path (steps that accepted this node),
+                       visits?: int per path (steps that accepted its parent)}
+      categories?     name -> {speedup, acceptance_length, tokens_per_second?}
+    samples?          list of {prompt: str, drafter: str, pieces: list of [text, writer]} with one piece per token; its
+                      writer is 0 for the target, d >= 1 for an accepted draft of depth d
+"""
+
+import dataclasses
+import json
+import os
+import pathlib
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any, TextIO
+
+import jinja2
+from markupsafe import Markup
+
+from eval.report.charts import Bar, Line, bar_chart, histogram, line_chart, percent, tree_chart
+from models.errors import UserError
+
+BASELINE = "none"
+NUM_COLORS = 6  # --s1 to --s6 in report.css; --s0 is the baseline's
+PROMPT_TAIL = 320  # characters of a prompt shown in front of its continuation
+
+Results = Mapping[str, Any]
+Run = Mapping[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Column:
+    """One column of the table of runs: a cell per run, a small note per run or none, and the row that leads."""
+
+    head: str
+    cells: list[str]
+    notes: list[str] | None = None
+    best: int | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Entry:
+    """One run with the name and the colour it has everywhere on the page."""
+
+    run: Run
+    label: str
+    color: str
+
+    @property
+    def baseline(self) -> bool:
+        """Plain decoding, which has no drafts to show."""
+        return self.run["drafter"] == BASELINE
+
+    @property
+    def lossy(self) -> bool:
+        """The run does not promise the target's output."""
+        return bool(self.run.get("lossy"))
+
+
+def write_report(results: Results, path: str | os.PathLike[str]) -> None:
+    """Writes the HTML report of `results` (the module's docstring gives their shape) to `path`, atomically.
+
+    Raises:
+      UserError: no runs, or a draft tree with a node whose parent is missing.
+    """
+    folder = pathlib.Path(__file__).parent
+    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
+    template = environment.from_string((folder / "text.html").read_text(encoding="utf-8"))
+    css = Markup((folder / "report.css").read_text(encoding="utf-8"))
+    page = template.render(css=css, **_view(results))
+    path = pathlib.Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    try:
+        partial.write_text(page, encoding="utf-8")
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def print_table(results: Results, file: TextIO | None = None) -> None:
+    """Prints the table of runs as aligned text to `file` (default: stdout), with or without a terminal."""
+    entries = _entries(results)
+    texts = [["drafter", *(f"{entry.label} (lossy)" if entry.lossy else entry.label for entry in entries)]]
+    for column in _columns(entries)[1:]:
+        texts.append([column.head, *(cell or "-" for cell in column.cells)])
+        if column.notes and any(column.notes):
+            texts.append(["range", *(note.replace("–", "-") for note in column.notes)])
+    widths = [max(map(len, column)) for column in texts]
+    rows = [list(row) for row in zip(*texts, strict=True)]
+    for name, *numbers in [rows[0], ["-" * width for width in widths], *rows[1:]]:
+        aligned = [number.rjust(width) for number, width in zip(numbers, widths[1:], strict=True)]
+        print("  ".join([name.ljust(widths[0]), *aligned]).rstrip(), file=file or sys.stdout)
+
+
+def _entries(results: Results) -> list[Entry]:
+    """Runs with distinct labels: the drafter's name, and its directory's where one method runs more than once."""
+    runs = results.get("runs") or []
+    if not runs:
+        raise UserError("a report needs at least one run, and the results hold none under the key 'runs'")
+    names = [run["drafter"] for run in runs]
+    entries: list[Entry] = []
+    colored = 0
+    for run, name in zip(runs, names, strict=True):
+        label = name
+        if names.count(name) > 1 and run.get("path"):
+            label = f"{name} ({pathlib.PurePath(run['path']).name})"
+        taken = {entry.label for entry in entries}
+        twins = (f"{label} #{number}" for number in range(2, len(runs) + 2))
+        label = label if label not in taken else next(twin for twin in twins if twin not in taken)
+        if name == BASELINE:
+            color = "var(--s0)"
+        else:
+            color, colored = f"var(--s{1 + colored % NUM_COLORS})", colored + 1
+        entries.append(Entry(run, label, color))
+    return entries
+
+
+def _columns(entries: Sequence[Entry]) -> list[Column]:
+    """The table of runs; a column that no run has a value for is left out."""
+    runs = [entry.run for entry in entries]
+
+    def cells(key: str, form: str) -> list[str]:
+        return ["" if run.get(key) is None else format(run[key], form) for run in runs]
+
+    def leader(key: str) -> int | None:
+        rivals = [index for index, entry in enumerate(entries) if not entry.baseline and not entry.lossy]
+        return max(rivals, key=lambda index: runs[index][key], default=None)
+
+    spreads = []
+    for run in runs:
+        repeats = run.get("tokens_per_second_repeats") or []
+        spreads.append(f"{min(repeats):,.0f}–{max(repeats):,.0f}" if len(repeats) > 1 else "")
+    identical = {True: "yes", False: "no", None: ""}
+    columns = [
+        Column("drafter", [entry.label for entry in entries]),
+        Column("tokens/s", cells("tokens_per_second", ",.1f"), spreads, leader("tokens_per_second")),
+        Column("speed-up", [f"{run['speedup']:.2f}x" for run in runs], best=leader("speedup")),
+        Column("acceptance length", cells("acceptance_length", ".2f"), best=leader("acceptance_length")),
+        Column("identical", [identical[run.get("identical_to_baseline")] for run in runs]),
+        Column("draft share", cells("draft_share", ".0%")),
+        Column("loop efficiency", cells("loop_efficiency", ".0%")),
+        Column("prefill s", cells("prefill_seconds", ".3f")),
+        Column("new tokens", cells("new_tokens", ",d")),
+        Column("distinct", cells("distinct_token_share", ".0%")),
+    ]
+    return [column for column in columns if any(column.cells)]
+
+
+def _champion(entries: Sequence[Entry]) -> Entry | None:
+    """The fastest drafter, among the lossless ones if there is any; None where only the baseline ran."""
+    rivals = [entry for entry in entries if not entry.baseline]
+    lossless = [entry for entry in rivals if not entry.lossy]
+    return max(lossless or rivals, key=lambda entry: entry.run["speedup"], default=None)
+
+
+def _claim(entries: Sequence[Entry]) -> str:
+    """The headline in one sentence, true also when the drafter is slow or its output differs."""
+    champion = _champion(entries)
+    if champion is None:
+        return f"Plain decoding makes {entries[0].run['tokens_per_second']:,.0f} tokens per second"
+    identical = champion.run.get("identical_to_baseline")
+    ending = {True: "with identical output", False: "but its output differs", None: "output not compared"}[identical]
+    if champion.lossy:
+        ending = "with lossy acceptance"
+    return f"{champion.label} decodes {champion.run['speedup']:.2f}x as fast as plain decoding, {ending}"
+
+
+def _tiles(entries: Sequence[Entry]) -> list[tuple[str, str]]:
+    champion = _champion(entries) or entries[0]
+    tiles = [
+        (f"{champion.run['speedup']:.2f}x", f"speed-up of {champion.label}"),
+        (f"{champion.run['acceptance_length']:.2f}", "tokens per target forward"),
+        (f"{champion.run['tokens_per_second']:,.0f}", "tokens per second"),
+    ]
+    compared = [entry.run["identical_to_baseline"] for entry in entries if _is_compared(entry)]
+    if compared:
+        tiles.append((f"{sum(compared)} of {len(compared)}", "drafters identical to plain decoding"))
+    return tiles
+
+
+def _is_compared(entry: Entry) -> bool:
+    return not entry.baseline and not entry.lossy and entry.run.get("identical_to_baseline") is not None
+
+
+def _view(results: Results) -> dict[str, Any]:
+    """Everything the template shows, as values that need no more thought."""
+    entries = _entries(results)
+    drafting = [entry for entry in entries if not entry.baseline]
+    environment = results.get("environment") or {}
+    records = [("Target", facts(results.get("target") or {})), ("Environment", facts(environment))]
+    config = results.get("config")
+    return {
+        "claim": _claim(entries),
+        "subtitle": environment.get("date", ""),
+        "machine": " · ".join(str(environment[key]) for key in ("device", "cpu", "platform") if environment.get(key)),
+        "tiles": _tiles(entries),
+        "runs": entries,
+        "columns": _columns(entries),
+        "differences": _differences(entries),
+        "bars": _bars(entries) if drafting else [],
+        "depths": _depths(drafting),
+        "histograms": [
+            (entry, Markup(histogram(counts, f"Drafts accepted per step, {entry.label}", entry.color)))
+            for entry in drafting
+            if (counts := entry.run.get("accepted_histogram"))
+        ],
+        "trees": [_tree(entry) for entry in drafting if entry.run.get("tree") and entry.run.get("steps")],
+        "heads": [
+            (entry, [[(min(1.0, share), percent(share)) for share in row] for row in accuracy])
+            for entry in drafting
+            if (accuracy := entry.run.get("head_accuracy"))
+        ],
+        "categories": _categories(drafting),
+        **_samples(results.get("samples") or []),
+        "command": results.get("command") or environment.get("command", ""),
+        "records": [(title, told) for title, told in records if told],
+        "config": json.dumps(config, indent=2, default=str) if config else "",
+    }
+
+
+def facts(record: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Names and values as text, without those that are None and the command, which has a place of its own."""
+    told = []
+    for name, value in record.items():
+        if value is None or name == "command":
+            continue
+        if isinstance(value, int) and not isinstance(value, bool):
+            value = f"{value:,}"
+        elif isinstance(value, float):
+            value = f"{value:,.4g}"
+        told.append((name.replace("_", " "), str(value)))
+    return told
+
+
+def _differences(entries: Sequence[Entry]) -> list[str]:
+    lines = []
+    for entry in entries:
+        if entry.run.get("identical_to_baseline") is False:
+            where = ", ".join(f"{name} {value}" for name, value in facts(entry.run.get("first_difference") or {}))
+            lines.append(f"{entry.label} differs from plain decoding" + (f", first at {where}" if where else ""))
+    return lines
+
+
+def _bars(entries: Sequence[Entry]) -> list[tuple[str, Markup]]:
+    speed, length = [], []
+    for entry in entries:
+        run = entry.run
+        unit = run["speedup"] / run["tokens_per_second"]
+        repeats = run.get("tokens_per_second_repeats") or []
+        spread = (unit * min(repeats), unit * max(repeats)) if len(repeats) > 1 else None
+        speed.append(Bar(entry.label, run["speedup"], f"{run['speedup']:.2f}x", entry.color, spread))
+        length.append(Bar(entry.label, run["acceptance_length"], f"{run['acceptance_length']:.2f}", entry.color))
+    return [
+        ("Speed-up", Markup(bar_chart(speed, "Speed-up by drafter", 1.0))),
+        ("Acceptance length", Markup(bar_chart(length, "Acceptance length by drafter", 1.0))),
+    ]
+
+
+def _depths(entries: Sequence[Entry]) -> list[tuple[str, Markup]]:
+    reached, conditional = [], []
+    for entry in entries:
+        accepted, steps = entry.run.get("accepted_by_depth"), entry.run.get("steps")
+        if not accepted or not steps:
+            continue
+        before = [steps, *accepted[:-1]]
+        reached.append(Line(entry.label, [count / steps for count in accepted], entry.color))
+        given = [count / chances if chances else None for count, chances in zip(accepted, before, strict=True)]
+        conditional.append(Line(entry.label, given, entry.color))
+    if not reached:
+        return []
+    return [
+        ("Share of steps that accept this depth", Markup(line_chart(reached, "Share of steps by draft depth"))),
+        ("Share once the depth above was accepted", Markup(line_chart(conditional, "Conditional acceptance by depth"))),
+    ]
+
+
+def _tree(entry: Entry) -> tuple[Entry, int, Markup]:
+    tree, steps = entry.run["tree"], entry.run["steps"]
+    paths, accepted = tree["paths"], tree["accepted"]
+    hovers = []
+    for index, (path, count) in enumerate(zip(paths, accepted, strict=True)):
+        hover = f"ranks {' '.join(map(str, path))}: accepted in {percent(count / steps)} of steps ({count} of {steps})"
+        visits = (tree.get("visits") or {index: 0})[index]
+        hovers.append(hover + (f", {percent(count / visits)} of those that accepted its parent" if visits else ""))
+    shares = [count / steps for count in accepted]
+    return entry, len(paths), Markup(tree_chart(paths, shares, hovers, f"Draft tree of {entry.label}"))
+
+
+def _categories(entries: Sequence[Entry]) -> dict[str, Any] | None:
+    """A row per category, a cell per drafter that has categories, the fastest of a row marked."""
+    tables = {entry.label: entry.run["categories"] for entry in entries if entry.run.get("categories")}
+    if not tables:
+        return None
+    rows = []
+    for name in dict.fromkeys(name for table in tables.values() for name in table):
+        speeds = [table[name]["speedup"] for table in tables.values() if name in table]
+        cells = []
+        for table in tables.values():
+            cell = table.get(name)
+            cells.append(
+                {
+                    "speedup": f"{cell['speedup']:.2f}x" if cell else "–",
+                    "acceptance": f"{cell['acceptance_length']:.2f}" if cell else "",
+                    "best": bool(cell) and len(speeds) > 1 and cell["speedup"] == max(speeds),
+                }
+            )
+        rows.append((name, cells))
+    return {"labels": list(tables), "rows": rows}
+
+
+def _samples(samples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Generated texts cut at line ends (so that an accepted newline shows), and the shade of each draft depth."""
+    deepest = max((writer for sample in samples for _, writer in sample["pieces"]), default=0)
+    alphas = {depth: round(0.14 + 0.42 * (depth - 1) / max(1, deepest - 1), 3) for depth in range(1, deepest + 1)}
+    shown = []
+    for sample in samples:
+        prompt, total = sample["prompt"], max(1, len(sample["pieces"]))
+        drafted = sum(writer > 0 for _, writer in sample["pieces"])
+        pieces = [
+            {
+                "lines": text.split("\n"),
+                "writer": writer,
+                "alpha": alphas.get(writer),
+                "hover": f"draft of depth {writer}" if writer else "target",
+            }
+            for text, writer in sample["pieces"]
+        ]
+        cut = len(prompt) > PROMPT_TAIL
+        shown.append(
+            {
+                "drafter": sample["drafter"],
+                "summary": f"{drafted} of {len(sample['pieces'])} tokens drafted ({percent(drafted / total)})",
+                "prompt": prompt,
+                "prompt_tail": "…" + prompt[-PROMPT_TAIL:] if cut else prompt,
+                "cut": cut,
+                "pieces": pieces,
+            }
+        )
+    return {"samples": shown, "shades": list(alphas.items())}

@@ -1,0 +1,338 @@
+"""The speed benchmark: every drafter decodes the same prompts in the same run, taking turns prompt by prompt.
+
+Definitions (`decoding/stats.py` has those of acceptance):
+
+* **tokens/s** of a question is what the loop's steps committed over the seconds they took, all its turns together; the
+  prompt's reading and the token it chooses are in neither (prefill is reported apart). A repeat's tokens/s is the mean
+  over questions (Spec-Bench's macro-mean), and a drafter's is the median over repeats.
+* **speed-up** is tokens/s over that of plain decoding in the same run.
+* **draft share** is the time of the drafter's `draft` over the time of a step.
+* **loop efficiency** is the speed-up over the ideal one, acceptance length x t(plain forward) / (t(target forward on
+  the tree's rows) + t(the drafter's networks)).
+
+Decodes run with batch 1. Plain decoding always takes part and comes first in the results.
+"""
+
+import collections
+import dataclasses
+import statistics
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from decoding.drafter import Drafter
+from decoding.drafters.head_drafter import HeadDrafter
+from decoding.drafters.plain import Plain
+from decoding.generate import Generation, bucket, generate, slots_needed
+from decoding.sampling import Sampling
+from decoding.stats import Stats
+from decoding.verify import Typical
+from eval.measure.parts import Scene, network_ms, step_parts
+from eval.measure.timing import Timed, Timing, summary
+from eval.text.prompts import Prompt
+from models.errors import UserError
+from models.formats.target import Target
+
+WARM_UP_TOKENS = 4
+RESAMPLES = 1000
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Contender:
+    """A drafter that takes part.
+
+    Attributes:
+      drafter: its static part.
+      params: its parameters.
+      path: the directory it came from.
+      typical: lossy typical acceptance instead of lossless verification.
+    """
+
+    drafter: Drafter
+    params: Any = None
+    path: str | None = None
+    typical: Typical | None = None
+
+
+@dataclasses.dataclass
+class Measured:
+    """What one contender did: per repeat and prompt seconds, per prompt its text."""
+
+    contender: Contender
+    generations: list[Generation]
+    decode_seconds: list[list[float]]
+    prefill_seconds: list[list[float]]
+    parts: dict[str, Timing] = dataclasses.field(default_factory=dict)
+
+    @property
+    def stats(self) -> Stats:
+        """Counts over all prompts of one repeat."""
+        first, *rest = (generation.stats[0] for generation in self.generations)
+        return sum(rest, first)
+
+
+def benchmark(
+    target: Target,
+    contenders: Sequence[Contender],
+    prompts: Sequence[Prompt],
+    *,
+    max_new_tokens: int = 128,
+    repeats: int = 3,
+    sampling: Sampling = Sampling(),
+    seed: int = 0,
+    parts: bool = True,
+    progress: Callable[[str], None] = lambda line: None,
+) -> list[dict[str, Any]]:
+    """Runs the benchmark.
+
+    Args:
+      target: the model whose text it is.
+      contenders: drafters; plain decoding joins by itself.
+      prompts: what to continue, at most `max_new_tokens` tokens each or to an end token.
+      repeats: how often everything is decoded.
+      sampling: the same for all.
+      seed: of the first prompt's draws; the others count up from it.
+      parts: also time the parts of a step alone, for draft share and loop efficiency.
+      progress: told what is being done, one line at a time.
+
+    Returns:
+      One entry of `runs` per contender (`eval/report/text.py` gives the keys), the baseline first.
+
+    Raises:
+      UserError: no prompts, one that does not fit the target's context, or targets that end every text at once.
+    """
+    if not prompts:
+        raise UserError("there is no prompt to decode")
+    if repeats < 1:
+        raise UserError(f"repeats must be at least 1, got {repeats}")
+    field = [Contender(Plain()), *(c for c in contenders if not isinstance(c.drafter, Plain))]
+    deepest = max(contender.drafter.max_depth for contender in field)
+    capacities = [bucket(slots_needed(len(prompt.tokens), max_new_tokens, deepest)) for prompt in prompts]
+
+    def decode(contender: Contender, index: int, limit: int) -> Generation:
+        return generate(
+            target,
+            [prompts[index].tokens],
+            drafter=contender.drafter,
+            drafter_params=contender.params,
+            max_new_tokens=limit,
+            sampling=sampling,
+            seeds=seed + index,
+            typical=contender.typical,
+            capacity=capacities[index],
+        )
+
+    buckets = _one_of_each_bucket(prompts, capacities)
+    for number, index in enumerate(buckets, 1):
+        for contender in field:
+            progress(f"compiling {contender.drafter.name}, bucket {number} of {len(buckets)}")
+            decode(contender, index, min(WARM_UP_TOKENS, max_new_tokens))
+    middle = sorted(range(len(prompts)), key=capacities.__getitem__)[len(prompts) // 2]
+    scene = Scene(target.config, target.params, len(prompts[middle].tokens), capacities[middle])
+    timed = _Parts(scene, field, progress) if parts else None
+    measured = [Measured(contender, [], [], []) for contender in field]
+    for repeat in range(repeats):
+        for one in measured:
+            one.decode_seconds.append([])
+            one.prefill_seconds.append([])
+        for index in range(len(prompts)):
+            progress(f"repeat {repeat + 1} of {repeats}, prompt {index + 1} of {len(prompts)}")
+            # Nobody is always the first to find the caches as another left them.
+            first = (repeat + index) % len(measured)
+            for one in measured[first:] + measured[:first]:
+                generation = decode(one.contender, index, max_new_tokens)
+                one.decode_seconds[-1].append(generation.decode_seconds)
+                one.prefill_seconds[-1].append(generation.prefill_seconds)
+                if repeat == 0:
+                    one.generations.append(generation)
+        if timed is not None:
+            timed.sample()
+    if timed is not None:
+        timed.finish(measured)
+    if not measured[0].stats.steps:
+        raise UserError("plain decoding ends every text with its first token, so there is no speed to measure")
+    return [_run(target, one, measured[0], prompts, sampling) for one in measured]
+
+
+def _one_of_each_bucket(prompts: Sequence[Prompt], capacities: Sequence[int]) -> list[int]:
+    """Prompts that need a compilation each, by number."""
+    shapes = [(bucket(len(prompt.tokens), 16), size) for prompt, size in zip(prompts, capacities, strict=True)]
+    return list({shape: index for index, shape in enumerate(shapes)}.values())
+
+
+class _Parts:
+    """The parts of everybody's step, sampled after each repeat so that they see the machine as the decodes do."""
+
+    def __init__(self, scene: Scene, field: Sequence[Contender], progress: Callable[[str], None]):
+        self._parts: list[dict[str, Timed]] = []
+        for contender in field:
+            chosen = step_parts(scene, contender.drafter, contender.params)
+            names = ("forward",) if isinstance(contender.drafter, Plain) else ("draft", "choice", "forward")
+            self._parts.append({name: chosen[name] for name in names if name in chosen})
+        self._seconds: list[dict[str, list[float]]] = [{name: [] for name in parts} for parts in self._parts]
+        for contender, parts in zip(field, self._parts, strict=True):
+            for name, part in parts.items():
+                progress(f"compiling {contender.drafter.name}, {name} alone")
+                part.sample()
+
+    def sample(self) -> None:
+        """One more sample of every part."""
+        for parts, seconds in zip(self._parts, self._seconds, strict=True):
+            for name, part in parts.items():
+                seconds[name].append(part.sample())
+
+    def finish(self, measured: Sequence[Measured]) -> None:
+        """Hands everybody the summary of its samples."""
+        for one, seconds in zip(measured, self._seconds, strict=True):
+            one.parts = {name: summary(samples) for name, samples in seconds.items()}
+
+
+def _run(
+    target: Target, one: Measured, baseline: Measured, prompts: Sequence[Prompt], sampling: Sampling
+) -> dict[str, Any]:
+    """An entry of `runs`."""
+    stats = one.stats
+    rates, base_rates = _question_rates(one, prompts), _question_rates(baseline, prompts)
+    tokens_per_second = _headline(rates)
+    speedup = tokens_per_second / _headline(base_rates)
+    difference = _first_difference(target, one, baseline, prompts, sampling)
+    run = {
+        "drafter": one.contender.drafter.name,
+        "path": one.contender.path,
+        "tokens_per_second": tokens_per_second,
+        "tokens_per_second_repeats": [statistics.fmean(repeat) for repeat in rates],
+        "speedup": speedup,
+        "speedup_interval": _speedup_interval(rates, base_rates),
+        "acceptance_length": stats.acceptance_length,
+        "acceptance_length_interval": _acceptance_interval(one, prompts),
+        "identical_to_baseline": difference is None,
+        "first_difference": difference,
+        "lossy": one.contender.typical is not None,
+        "new_tokens": sum(len(generation.tokens[0]) for generation in one.generations),
+        "distinct_token_share": statistics.fmean(
+            len(set(generation.tokens[0])) / len(generation.tokens[0]) for generation in one.generations
+        ),
+        "steps": stats.steps,
+        "accepted_by_depth": stats.accepted_by_depth.tolist(),
+        "accepted_histogram": stats.histogram.tolist(),
+        "prefill_seconds": statistics.median(map(sum, one.prefill_seconds)),
+        "decode_seconds": statistics.median(map(sum, one.decode_seconds)),
+        "categories": _categories(one, baseline, prompts),
+    }
+    if isinstance(one.contender.drafter, HeadDrafter):
+        run["tree"] = _tree(one.contender.drafter, stats)
+    if one.parts:
+        run |= _efficiency(one, baseline, speedup)
+    return run
+
+
+def _question_rates(one: Measured, prompts: Sequence[Prompt], category: str | None = None) -> list[list[float]]:
+    """Tokens/s per repeat and question; questions whose texts end with their first token have none."""
+    rates = []
+    for seconds in one.decode_seconds:
+        committed: dict[str, int] = collections.Counter()
+        spent: dict[str, float] = collections.defaultdict(float)
+        for prompt, generation, taken in zip(prompts, one.generations, seconds, strict=True):
+            if category in (None, prompt.category) and generation.stats[0].steps:
+                committed[prompt.question] += generation.stats[0].committed
+                spent[prompt.question] += taken
+        rates.append([committed[question] / spent[question] for question in committed])
+    return rates
+
+
+def _headline(rates: Sequence[Sequence[float]]) -> float:
+    return statistics.median(statistics.fmean(repeat) for repeat in rates)
+
+
+def _speedup_interval(rates: Sequence[Sequence[float]], base: Sequence[Sequence[float]]) -> list[float]:
+    """95% bootstrap interval of the speed-up over the choice of questions."""
+    mine, theirs = np.median(rates, axis=0), np.median(base, axis=0)
+    if len(mine) != len(theirs):  # Lossy acceptance may end other texts at once.
+        return []
+    return ratio_interval(mine, theirs)
+
+
+def _acceptance_interval(one: Measured, prompts: Sequence[Prompt]) -> list[float]:
+    """95% bootstrap interval of the acceptance length over the choice of questions."""
+    counts: dict[str, np.ndarray] = collections.defaultdict(lambda: np.zeros(2))
+    for prompt, generation in zip(prompts, one.generations, strict=True):
+        counts[prompt.question] += (generation.stats[0].committed, generation.stats[0].steps)
+    committed, steps = np.stack([count for count in counts.values() if count[1]]).T
+    return ratio_interval(committed, steps)
+
+
+def ratio_interval(numerator: np.ndarray, denominator: np.ndarray) -> list[float]:
+    """95% bootstrap interval of sum(numerator) / sum(denominator) over the choice of entries."""
+    picks = np.random.default_rng(0).integers(0, len(numerator), (RESAMPLES, len(numerator)))
+    ratios = numerator[picks].sum(axis=1) / denominator[picks].sum(axis=1)
+    return np.quantile(ratios, [0.025, 0.975]).tolist()
+
+
+def _first_difference(
+    target: Target, one: Measured, baseline: Measured, prompts: Sequence[Prompt], sampling: Sampling
+) -> dict[str, Any] | None:
+    """Where a text first leaves the baseline's, and how close the target's two best scores are there."""
+    for prompt, mine, theirs in zip(prompts, one.generations, baseline.generations, strict=True):
+        ours, base = mine.tokens[0], theirs.tokens[0]
+        if ours == base:
+            continue
+        shorter = min(len(ours), len(base))
+        shared = next((i for i, pair in enumerate(zip(ours, base, strict=False)) if pair[0] != pair[1]), shorter)
+        place: dict[str, Any] = {
+            "question": prompt.question,
+            "new_token": shared,
+            "token": ours[shared] if shared < len(ours) else None,
+            "baseline_token": base[shared] if shared < len(base) else None,
+        }
+        if sampling.temperature == 0:
+            logits = target.apply([[*prompt.tokens, *base[:shared]]]).logits[0, -1]
+            second, best = np.sort(np.asarray(logits))[-2:]
+            place["top_2_margin"] = float(best - second)
+        return place
+    return None
+
+
+def _categories(one: Measured, baseline: Measured, prompts: Sequence[Prompt]) -> dict[str, Any] | None:
+    names = dict.fromkeys(prompt.category for prompt in prompts)
+    if list(names) == [""]:
+        return None
+    table = {}
+    for name in names:
+        rates, base = _question_rates(one, prompts, name), _question_rates(baseline, prompts, name)
+        if not rates[0] or not base[0]:
+            continue
+        stats = [g.stats[0] for prompt, g in zip(prompts, one.generations, strict=True) if prompt.category == name]
+        table[name or "other"] = {
+            "speedup": _headline(rates) / _headline(base),
+            "acceptance_length": sum(stats[1:], stats[0]).acceptance_length,
+            "tokens_per_second": _headline(rates),
+        }
+    return table
+
+
+def _tree(drafter: HeadDrafter, stats: Stats) -> dict[str, Any]:
+    """Paths with the steps that accepted each node, and those that accepted its parent (the root: all)."""
+    accepted = stats.accepted_by_node[1:].tolist()
+    reached = [stats.steps, *accepted]
+    return {
+        "paths": [list(path) for path in drafter.tree.paths],
+        "accepted": accepted,
+        "visits": [reached[parent] for parent in drafter.tree.parent[1:]],
+    }
+
+
+def _efficiency(one: Measured, baseline: Measured, speedup: float) -> dict[str, Any]:
+    """Draft share, loop efficiency and the milliseconds that they are made of."""
+    parts = {f"{name}_ms": timing.median for name, timing in one.parts.items()}
+    step_ms = 1e3 * statistics.median(map(sum, one.decode_seconds)) / max(1, one.stats.steps)
+    if "draft" not in one.parts:
+        return {"parts": {**parts, "step_ms": step_ms}}
+    plain = baseline.parts["forward"].median
+    network = network_ms(one.parts)
+    ideal = one.stats.acceptance_length * plain / (one.parts["forward"].median + network)
+    return {
+        "parts": {**parts, "network_ms": network, "step_ms": step_ms},
+        "draft_share": one.parts["draft"].median / step_ms,
+        "loop_efficiency": speedup / ideal,
+    }

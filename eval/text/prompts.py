@@ -1,0 +1,184 @@
+"""Prompts from files (Spec-Bench and MT-bench questions, HumanEval, GSM8K, plain text) and from data sets.
+
+A *question* has one or more turns of a user. What is decoded is a list of *prompts*, one per turn, in tokens; a later
+turn's prompt holds the earlier turns with the answers that plain decoding gave, so that every drafter decodes the same
+prompts.
+"""
+
+import dataclasses
+import gzip
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from models.errors import UserError
+from models.formats.target import Target
+from models.formats.tokenizer import Tokenizer
+
+SEPARATOR = "---"  # A line of a text file; with it prompts may span lines, without it every line is one.
+_TEXT_KEYS = ("prompt", "question")
+_ID_KEYS = ("question_id", "task_id")
+
+BUILT_IN = (
+    "def fibonacci(n: int) -> int:\n",
+    "import json\nimport sys\n\n\ndef main():\n",
+    "class Stack:\n    def __init__(self):\n",
+    "Once upon a time, in a small house by the sea,",
+    "The three most important things to know about the sun are",
+    "Question: what is the capital of France?\nAnswer:",
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Question:
+    """What a person asks.
+
+    Attributes:
+      name: its id in the file, or its number from 0.
+      turns: one text per turn.
+      category: the kind of task, or "".
+    """
+
+    name: str
+    turns: tuple[str, ...]
+    category: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Prompt:
+    """What is decoded.
+
+    Attributes:
+      tokens: token ids.
+      question: name of its question; the turns of one question are averaged together.
+      category: of its question.
+      text: for people; what `tokens` say.
+    """
+
+    tokens: tuple[int, ...]
+    question: str
+    category: str = ""
+    text: str = ""
+
+
+def read_questions(path: str | Path, limit: int | None = None) -> list[Question]:
+    """Reads a file of questions.
+
+    `.jsonl` and `.jsonl.gz` hold one object a line: `{"turns": [...]}` (Spec-Bench, MT-bench), `{"prompt": ...}`
+    (HumanEval) or `{"question": ...}` (GSM8K), perhaps with `question_id` or `task_id`, and `category`. Any other file
+    is text: prompts are what lies between lines `---`, or, where there are none, its lines. Blank prompts are passed
+    over.
+
+    Args:
+      path: the file.
+      limit: how many questions to keep, spread evenly over the file; None keeps all.
+
+    Raises:
+      UserError: no such file, a line that is none of these, or no questions.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"there is no prompts file {path}")
+    try:
+        content = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+        text = content.decode("utf-8")
+    except (OSError, EOFError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} cannot be read as text: {error}") from error
+    if path.name.removesuffix(".gz").endswith(".jsonl"):
+        numbered = [(number, line) for number, line in enumerate(text.splitlines(), 1) if line.strip()]
+        questions = [_record(line, f"{path}, line {number}", str(i)) for i, (number, line) in enumerate(numbered)]
+    else:
+        lines = text.splitlines()
+        if SEPARATOR in lines:
+            lines = [block.strip("\n") for block in f"\n{text}\n".split(f"\n{SEPARATOR}\n")]
+        questions = [Question(str(i), (line,)) for i, line in enumerate(x for x in lines if x.strip())]
+    if not questions:
+        raise UserError(f"{path} holds no prompts")
+    return spread(questions, limit)
+
+
+def document_prompts(data: str, split: str, target: Target, count: int, length: int, start: int = 0) -> list[Prompt]:
+    """Tokens `start` to `start + length` of documents of a data set split, spread evenly over the split.
+
+    Args:
+      data: a data set directory or `tfds:NAME`.
+      split: its split, perhaps a slice.
+      target: whose tokenizer the data must come from.
+      count: how many, fewer where fewer documents are long enough.
+      length: tokens of each prompt.
+      start: tokens to pass over at the beginning of a document.
+
+    Raises:
+      UserError: no such data, or no document is long enough.
+    """
+    from train.data.texts import open_split  # TFDS takes seconds to import; prompts files do not need it.
+
+    fingerprint = target.tokenizer.fingerprint if target.tokenizer else None
+    documents = open_split(data, split, tokenizer=target.tokenizer, tokenizer_fingerprint=fingerprint)
+    long = np.flatnonzero(documents.lengths >= start + length)
+    if not len(long):
+        raise UserError(f"no document of {data}, split {split}, has {start + length} tokens")
+    prompts = []
+    for index in spread(long.tolist(), count):
+        document = documents[index]
+        tokens = tuple(document["tokens"][start : start + length].tolist())
+        text = target.tokenizer.decode(tokens) if target.tokenizer else ""
+        prompts.append(Prompt(tokens, document["name"], text=text))
+    return prompts
+
+
+def spread(items: Sequence, limit: int | None) -> list:
+    """At most `limit` items, evenly spaced: files are often sorted by category.
+
+    Raises:
+      UserError: a limit below 1.
+    """
+    if limit is not None and limit < 1:
+        raise UserError(f"the number of prompts must be at least 1, got {limit}")
+    if limit is None or limit >= len(items):
+        return list(items)
+    return [items[i * len(items) // limit] for i in range(limit)]
+
+
+def encode_questions(
+    questions: Sequence[Question], tokenizer: Tokenizer, answer: Callable[[list[int]], list[int]], chat: bool = False
+) -> list[Prompt]:
+    """Prompts for every turn of every question.
+
+    Args:
+      questions: what to ask.
+      tokenizer: the target's.
+      answer: continues a prompt by plain decoding; called for turns that are followed by another.
+      chat: put the turns in the tokenizer's chat template; otherwise the texts follow each other as they are.
+
+    Raises:
+      UserError: a chat template is asked for and there is none.
+    """
+    prompts = []
+    for question in questions:
+        messages: list[dict[str, str]] = []
+        for number, turn in enumerate(question.turns, 1):
+            messages.append({"role": "user", "content": turn})
+            text = tokenizer.apply_chat(messages) if chat else "\n".join(m["content"] for m in messages)
+            tokens = tokenizer.encode(text, bos=not chat)
+            prompts.append(Prompt(tuple(tokens), question.name, question.category, text))
+            if number < len(question.turns):
+                messages.append({"role": "assistant", "content": tokenizer.decode(answer(tokens))})
+    return prompts
+
+
+def _record(line: str, where: str, number: str) -> Question:
+    try:
+        record: dict[str, Any] = json.loads(line)
+    except ValueError as error:
+        raise UserError(f"{where} is not JSON: {error}") from error
+    texts = record.get("turns") if isinstance(record, dict) else None
+    if isinstance(record, dict) and texts is None:
+        texts = [record[key] for key in _TEXT_KEYS if key in record][:1]
+    if not isinstance(texts, list) or not texts or not all(isinstance(text, str) and text.strip() for text in texts):
+        raise UserError(f"{where} must be an object with 'turns' (a list of texts), 'prompt' or 'question' (a text)")
+    name = next((str(record[key]) for key in _ID_KEYS if key in record), number)
+    return Question(name, tuple(texts), str(record.get("category") or ""))

@@ -1,0 +1,408 @@
+"""Text to token ids and back: a Hugging Face tokenizer directory, its chat template, streaming decoding and training.
+
+The byte-pair work is done by the `tokenizers` library. What is added here: which tokens begin and end a text, the chat
+template (Jinja in a sandbox) with the character spans that the assistant wrote, a fingerprint that data sets and heads
+carry, and a decoder that turns a growing list of ids into a growing text. The definition is kept as it was read, so
+that saving what was loaded changes neither the file nor the fingerprint.
+"""
+
+import bisect
+import datetime
+import functools
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, SupportsIndex
+
+import jinja2
+import jinja2.ext
+import jinja2.nodes
+import jinja2.sandbox
+import tokenizers
+
+from models.errors import UserError
+from models.formats.hf_config import read_json
+
+TokenIds = Iterable[SupportsIndex]  # ints, or an integer array
+Message = Mapping[str, Any]  # {'role': 'system' | 'user' | 'assistant', 'content': str}
+
+# Unicode noncharacters, reserved for a program's own use, around what `{% generation %}` blocks produce.
+_OPEN, _CLOSE = "\ufdd0", "\ufdd1"
+
+
+class Tokenizer:
+    """A `tokenizers.Tokenizer` with its begin and end tokens and its chat template.
+
+    Attributes:
+      core: the wrapped tokenizer.
+      config: contents of `tokenizer_config.json`, `chat_template` included.
+      vocab_size: number of entries, added tokens included.
+      bos_id: token that begins a text, or None.
+      eos_ids: tokens that end one; the first is appended to documents.
+    """
+
+    def __init__(
+        self, core: tokenizers.Tokenizer, config: Mapping[str, Any] | None = None, definition: str | None = None
+    ):
+        """Wraps `core`.
+
+        Args:
+          core: the tokenizer; its truncation and padding are switched off.
+          config: what `tokenizer_config.json` holds: `bos_token`, `eos_token` (each a string or `{'content': ...}`),
+            `add_bos_token`, `chat_template`.
+          definition: text of `tokenizer.json` where `core` was read from one.
+
+        Raises:
+          UserError: `bos_token` or `eos_token` is not in the vocabulary.
+        """
+        core.no_truncation()
+        core.no_padding()
+        self.core = core
+        self.config = dict(config or {})
+        self._definition = definition
+        self.vocab_size: int = core.get_vocab_size(with_added_tokens=True)
+        self.bos_id = self._special_id("bos_token")
+        eos_id = self._special_id("eos_token")
+        self.eos_ids: tuple[int, ...] = () if eos_id is None else (eos_id,)
+
+    @classmethod
+    def load(cls, directory: str | Path) -> "Tokenizer":
+        """Reads `tokenizer.json` and, where present, `tokenizer_config.json` and `chat_template.jinja`.
+
+        Raises:
+          UserError: no such directory or file, or a file that cannot be parsed.
+        """
+        directory = Path(directory)
+        path = directory / "tokenizer.json"
+        if not path.is_file():
+            raise UserError(
+                f"no tokenizer in {directory}: expected the file tokenizer.json of a Hugging Face directory"
+            )
+        definition = _read_text(path)
+        try:
+            core = tokenizers.Tokenizer.from_str(definition)
+        except Exception as error:  # The library raises bare Exceptions.
+            raise UserError(f"{path} is not a tokenizer definition ({error})") from error
+        config: dict[str, Any] = {}
+        for optional in (directory / "special_tokens_map.json", directory / "tokenizer_config.json"):
+            config |= read_json(optional) if optional.is_file() else {}
+        template = directory / "chat_template.jinja"
+        if template.is_file():
+            config["chat_template"] = _read_text(template)
+        return cls(core, config, definition)
+
+    def save(self, directory: str | Path) -> None:
+        """Writes `tokenizer.json` and `tokenizer_config.json`, which transformers loads; each file appears whole."""
+        directory = Path(directory)
+        directory.mkdir(parents=True, exist_ok=True)
+        files = {
+            "tokenizer.json": self._definition or self.core.to_str(pretty=True),
+            "tokenizer_config.json": json.dumps(self.config, indent=2, ensure_ascii=False) + "\n",
+        }
+        for name, content in files.items():
+            temporary = directory / f".{name}.{os.getpid()}"
+            temporary.write_text(content, encoding="utf-8")
+            os.replace(temporary, directory / name)
+
+    @classmethod
+    def train(
+        cls, texts: Iterable[str], vocab_size: int, progress: Callable[[str], None] = lambda line: None
+    ) -> "Tokenizer":
+        """Trains byte-level BPE with the specials `<bos>` (id 0) and `<eos>` (id 1).
+
+        The same texts in the same order give the same tokenizer. Any Unicode text survives encoding and decoding,
+        because every byte is in the vocabulary; few texts may give fewer entries than asked for.
+
+        Args:
+          texts: training texts, read once.
+          vocab_size: entries, at least 258 (256 bytes and the specials).
+          progress: told one line when all texts have been read.
+
+        Raises:
+          UserError: `vocab_size` is too small.
+        """
+        if vocab_size < 258:
+            raise UserError(
+                f"a byte-level tokenizer needs at least 258 entries (256 bytes, 2 specials), got {vocab_size}"
+            )
+        core = tokenizers.Tokenizer(tokenizers.models.BPE())
+        core.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+        core.decoder = tokenizers.decoders.ByteLevel()
+        trainer = tokenizers.trainers.BpeTrainer(
+            vocab_size=vocab_size,
+            special_tokens=["<bos>", "<eos>"],
+            initial_alphabet=sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet()),
+            show_progress=False,
+        )
+        core.train_from_iterator(_counted(texts, vocab_size, progress), trainer)
+        # Other readers of the directory begin a text as `encode` does.
+        core.post_processor = tokenizers.processors.TemplateProcessing(
+            single="<bos> $A", pair="<bos> $A <bos> $B", special_tokens=[("<bos>", 0)]
+        )
+        config = {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "bos_token": "<bos>",
+            "eos_token": "<eos>",
+            "clean_up_tokenization_spaces": False,
+        }
+        return cls(core, config)
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """16 hexadecimal digits of the SHA-256 of `tokenizer.json`, whatever its key order and white space."""
+        content = json.loads(self._definition or self.core.to_str())
+        # How long inputs are cut or padded is a setting of whoever saved the file, not a property of the tokens.
+        content = {key: value for key, value in content.items() if key not in ("truncation", "padding")}
+        canonical = json.dumps(content, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+        return hashlib.sha256(canonical.encode()).hexdigest()[:16]
+
+    def encode(self, text: str, bos: bool = True, specials: bool = True) -> list[int]:
+        """Token ids of `text`.
+
+        Args:
+          text: any Unicode text.
+          bos: begin with the begin token, where the tokenizer has one and uses it.
+          specials: `<eos>` and the like inside `text` become those tokens, as a rendered chat needs; False takes them
+            as ordinary characters, which is right for documents: then `decode(encode(x)) == x` for every text.
+
+        Raises:
+          UserError: `text` holds half of a surrogate pair, which is no Unicode character.
+        """
+        core = self.core if specials else self._literal
+        return [*self._prefix(bos), *core.encode(_checked(text), add_special_tokens=False).ids]
+
+    def encode_documents(self, texts: Sequence[str]) -> list[list[int]]:
+        """Each text as one document, in parallel: begin token, the text with specials taken literally, end token."""
+        encodings = self._literal.encode_batch_fast([_checked(text) for text in texts], add_special_tokens=False)
+        return [[*self._prefix(True), *encoding.ids, *self.eos_ids[:1]] for encoding in encodings]
+
+    def decode(self, ids: TokenIds, skip_specials: bool = True) -> str:
+        """The text of `ids`; bytes that are no UTF-8 become U+FFFD, ids outside the vocabulary nothing."""
+        return self.core.decode([int(token) for token in ids], skip_special_tokens=skip_specials)
+
+    @property
+    def chat_template(self) -> str | None:
+        """The Jinja chat template, or None; of several named ones, `default`."""
+        template = self.config.get("chat_template")
+        if isinstance(template, list):
+            return {entry["name"]: entry["template"] for entry in template}.get("default")
+        return template
+
+    def with_chat_template(self, template: str) -> "Tokenizer":
+        """The same tokenizer with another chat template."""
+        return Tokenizer(self.core, {**self.config, "chat_template": template}, self._definition)
+
+    def apply_chat(self, messages: Sequence[Message], add_generation_prompt: bool = True) -> str:
+        """`messages` as one string; encode it with `bos=False`, since a template writes its own begin token.
+
+        Raises:
+          UserError: there is no template, or it fails on these messages.
+        """
+        return self._render(messages, add_generation_prompt).replace(_OPEN, "").replace(_CLOSE, "")
+
+    def encode_chat(self, messages: Sequence[Message], add_generation_prompt: bool = True) -> list[int]:
+        """Token ids of `messages` in the chat template."""
+        return self.encode(self.apply_chat(messages, add_generation_prompt), bos=False)
+
+    def encode_chat_with_mask(self, messages: Sequence[Message]) -> tuple[list[int], list[int]]:
+        """A whole conversation and which of its tokens the assistant wrote.
+
+        The assistant's spans are the template's `{% generation %}` blocks if it has them; otherwise what each of its
+        turns adds to the conversation before it, generation prompt included, up to and with the closing token.
+
+        Returns:
+          Token ids and, for each, 1 if it belongs to an assistant turn or closes one, else 0.
+
+        Raises:
+          UserError: no assistant turn, no template, a template that fails, or one that rewrites earlier turns.
+        """
+        if not any(message["role"] == "assistant" for message in messages):
+            raise UserError("the conversation has no assistant turn, so there is nothing to learn from it")
+        text, spans = self._assistant_spans(messages)
+        encoding = self.core.encode(_checked(text), add_special_tokens=False)
+        starts = [start for start, _ in spans]
+        mask = []
+        for begin, end in encoding.offsets:
+            # Spans are disjoint and ordered, so the only candidate is the last one that starts before the token ends.
+            nearest = bisect.bisect_left(starts, end) - 1
+            mask.append(int(nearest >= 0 and begin < spans[nearest][1]))
+        return encoding.ids, mask
+
+    def _assistant_spans(self, messages: Sequence[Message]) -> tuple[str, list[tuple[int, int]]]:
+        marked = self._render(messages, False)
+        if _OPEN in marked:
+            return _unmark(marked)
+        spans = []
+        for index, message in enumerate(messages):
+            if message["role"] != "assistant":
+                continue
+            before = self._render(messages[:index], True)
+            after = self._render(messages[: index + 1], False)
+            if not (after.startswith(before) and marked.startswith(after)):
+                raise UserError(
+                    f"the chat template rewrites earlier text when assistant turn {index} is added, so its tokens "
+                    "cannot be told apart: give one that only appends, or that marks them with {% generation %}"
+                )
+            # White space after the closing token separates turns; nobody generates it.
+            closed = after.rstrip()
+            ends_with_special = any(closed.endswith(token) for token in self.specials)
+            spans.append((len(before), len(closed) if ends_with_special else len(after)))
+        return marked, spans
+
+    def _render(self, messages: Sequence[Message], add_generation_prompt: bool) -> str:
+        if self.chat_template is None:
+            raise UserError("this tokenizer has no chat template: expected chat_template in tokenizer_config.json")
+        try:
+            return _compiled(self.chat_template).render(
+                messages=list(messages),
+                add_generation_prompt=add_generation_prompt,
+                bos_token=_token_text(self.config.get("bos_token")) or "",
+                eos_token=_token_text(self.config.get("eos_token")) or "",
+            )
+        except Exception as error:  # A template is input: whatever goes wrong inside it is its author's to mend.
+            raise UserError(f"the chat template failed on {len(messages)} messages: {error}") from error
+
+    @functools.cached_property
+    def _literal(self) -> tokenizers.Tokenizer:
+        """A copy that takes special tokens inside a text as ordinary characters."""
+        copy = tokenizers.Tokenizer.from_str(self.core.to_str())
+        copy.encode_special_tokens = True
+        return copy
+
+    @functools.cached_property
+    def specials(self) -> frozenset[str]:
+        """The special tokens, which `decode` leaves out."""
+        return frozenset(token.content for token in self.core.get_added_tokens_decoder().values() if token.special)
+
+    @functools.cached_property
+    def _adds_bos(self) -> bool:
+        """Whether texts begin with the begin token: some tokenizers name one and never use it."""
+        if self.bos_id is None:
+            return False
+        setting = self.config.get("add_bos_token")
+        if setting is not None:
+            return bool(setting)
+        return self.core.post_processor is None or self.core.encode("").ids[:1] == [self.bos_id]
+
+    def _prefix(self, bos: bool) -> list[int]:
+        return [self.bos_id] if bos and self.bos_id is not None and self._adds_bos else []
+
+    def _special_id(self, key: str) -> int | None:
+        token = _token_text(self.config.get(key))
+        if not token:
+            return None
+        index = self.core.token_to_id(token)
+        if index is None:
+            raise UserError(f"tokenizer_config.json names {token!r} as {key}, which tokenizer.json does not hold")
+        return index
+
+
+class StreamDecoder:
+    """Token ids in, text out, while a sequence is being generated.
+
+    Everything returned, joined, equals `tokenizer.decode` of all the ids. Ids that end inside a character are held
+    back until it is complete.
+    """
+
+    def __init__(self, tokenizer: Tokenizer):
+        self._tokenizer = tokenizer
+        # A token's text may depend on there being one before it (some decoders drop the space that begins a text), so
+        # the ids whose text was returned last are decoded again with those that are pending.
+        self._context: list[int] = []
+        self._pending: list[int] = []
+
+    def feed(self, ids: TokenIds) -> str:
+        """The text that `ids` complete; empty while a character is still incomplete."""
+        return "".join(self._next(int(token)) for token in ids)
+
+    def flush(self) -> str:
+        """What was held back, incomplete characters as U+FFFD; to be called once, at the end."""
+        return self._pending_text()
+
+    def _next(self, token: int) -> str:
+        name = self._tokenizer.core.id_to_token(token)
+        if name is None or name in self._tokenizer.specials:
+            return ""
+        self._pending.append(token)
+        text = self._pending_text()
+        # A run of `<0xNN>` byte tokens is read as a whole: one bad byte changes the reading of all of them.
+        if not text or text.endswith("\ufffd") or (len(name) == 6 and name.startswith("<0x")):
+            return ""
+        self._context, self._pending = self._pending, []
+        return text
+
+    def _pending_text(self) -> str:
+        known = len(self._tokenizer.decode(self._context))
+        return self._tokenizer.decode(self._context + self._pending)[known:]
+
+
+class _GenerationTag(jinja2.ext.Extension):
+    """`{% generation %}...{% endgeneration %}`: what the assistant wrote, put between two marks."""
+
+    tags = {"generation"}  # noqa: RUF012 - as Jinja declares it
+
+    def parse(self, parser):
+        line = next(parser.stream).lineno
+        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        return jinja2.nodes.CallBlock(self.call_method("_mark"), [], [], body).set_lineno(line)
+
+    def _mark(self, caller) -> str:
+        return _OPEN + caller() + _CLOSE
+
+
+@functools.lru_cache(maxsize=16)
+def _compiled(template: str) -> jinja2.Template:
+    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationTag, "jinja2.ext.loopcontrols"]
+    )
+    # Jinja's own filter escapes HTML.
+    environment.filters["tojson"] = lambda value, indent=None: json.dumps(value, ensure_ascii=False, indent=indent)
+    environment.globals["raise_exception"] = _raise_exception
+    environment.globals["strftime_now"] = lambda form: datetime.datetime.now().strftime(form)
+    return environment.from_string(template)
+
+
+def _raise_exception(message: str) -> None:
+    raise jinja2.TemplateError(message)
+
+
+def _unmark(marked: str) -> tuple[str, list[tuple[int, int]]]:
+    """The text without marks, and the spans that lay between them."""
+    text, spans = "", []
+    for piece in marked.split(_OPEN):
+        inside, closed, outside = piece.partition(_CLOSE)
+        if closed:
+            spans.append((len(text), len(text) + len(inside)))
+        text += inside + outside
+    return text, spans
+
+
+def _counted(texts: Iterable[str], vocab_size: int, progress: Callable[[str], None]) -> Iterable[str]:
+    count = characters = 0
+    for text in texts:
+        count += 1
+        characters += len(text)
+        yield _checked(text)
+    progress(f"training a tokenizer of {vocab_size:,} entries on {count:,} texts ({characters / 1e6:.1f}M characters)")
+
+
+def _checked(text: str) -> str:
+    if not text.isascii():
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise UserError(f"character {error.start} of a text is half a surrogate pair, not Unicode text") from error
+    return text
+
+
+def _token_text(token: Any) -> str | None:
+    return token.get("content") if isinstance(token, Mapping) else token
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not UTF-8 text") from error

@@ -1,0 +1,324 @@
+"""Growths against plain references: which candidates, in which order, drawn from what.
+
+The network here is a table from paths to distributions, so that every policy can be recomputed in NumPy.
+"""
+
+import dataclasses
+import heapq
+import itertools
+import types
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from decoding.policies import Confidence, DySpec, Static, StochasticBeam, TreePolicy, parse_policy
+from decoding.policies.policy import gumbel_for
+from decoding.policies.rsd import condition_maximum
+from decoding.policies.sequoia import constant_branching
+from decoding.sampling import Sampling, batch_sampling
+from decoding.trees import chain
+from models.errors import UserError
+from tests.decoding.drafter_cases import LOPSIDED
+
+VOCAB, DEPTH = 5, 4
+ROOTS = jnp.array([2, 0, 4])
+WARM, GREEDY = (batch_sampling([Sampling(temperature=t)] * 3) for t in (1.0, 0.0))
+KEYS = jax.vmap(jax.random.key)(jnp.arange(3))
+
+pytestmark = pytest.mark.usefixtures("x64")
+
+
+def table(path) -> np.ndarray:
+    """Logits after a path of tokens, the root first."""
+    seed = sum((token + 1) * 7**place for place, token in enumerate(path))
+    return 1.5 * np.random.default_rng(seed).normal(size=VOCAB)
+
+
+def softmax(x) -> np.ndarray:
+    """Probabilities of a vector of logits."""
+    e = np.exp(x - np.max(x))
+    return e / e.sum()
+
+
+@dataclasses.dataclass
+class Table:
+    """A draft network that knows its own past: it rebuilds each row's path from what the row sees."""
+
+    vocabulary: jax.Array | None = None
+    vocab_size: int = VOCAB
+    ran: int = 0
+
+    def begin(self, root, slots):
+        tokens = np.full((len(root), slots), -1)
+        tokens[:, 0] = root
+        depths = np.zeros((len(root), slots), int)
+        self.ran = 1
+        return jnp.array([table([int(r)]) for r in root]), (tokens, depths)
+
+    def extend(self, scratch, at, tokens, parents, depth, seen):
+        old_tokens, old_depths = scratch
+        slot_tokens, depths = old_tokens.copy(), old_depths.copy()
+        count = tokens.shape[1]
+        slot_tokens[:, at : at + count], depths[:, at : at + count] = tokens, depth
+        self.ran += count
+        logits = np.zeros((*tokens.shape, VOCAB))
+        for b, i in np.ndindex(*tokens.shape):
+            above = np.flatnonzero(np.asarray(seen)[b, i])
+            above = sorted(above, key=lambda s: depths[b, s])
+            assert [depths[b, s] for s in above] == list(range(int(depth[b, i]))), "sees exactly its ancestors"
+            assert int(parents[b, i]) == above[-1]
+            logits[b, i] = table([int(slot_tokens[b, s]) for s in above] + [int(tokens[b, i])])
+        return jnp.array(logits), (slot_tokens, depths)
+
+
+POLICIES = {
+    "chain": Static(chain(DEPTH)),
+    "lopsided top": Static(LOPSIDED, "top"),
+    "lopsided without": Static(LOPSIDED, "without"),
+    "lopsided with": Static(LOPSIDED, "with"),
+    "beam": StochasticBeam(3, DEPTH),
+    "wide beam": StochasticBeam(7, 3),
+    "dyspec": DySpec(9, DEPTH, 6, 5),
+    "dyspec threshold": DySpec(40, DEPTH, 8, 5, threshold=0.07),
+    "confidence": Confidence(3, DEPTH, 14),
+}
+each_policy = pytest.mark.parametrize("name", POLICIES)
+
+
+def grow(policy: TreePolicy, sampling=WARM) -> tuple[types.SimpleNamespace, np.ndarray]:
+    """What it makes, arrays as NumPy; kept, since many tests look at the same trees."""
+    if (policy, id(sampling)) not in MADE:
+        MADE[policy, id(sampling)] = _grow(policy, sampling)
+    return MADE[policy, id(sampling)]
+
+
+MADE: dict = {}
+
+
+def _grow(policy: TreePolicy, sampling) -> tuple[types.SimpleNamespace, np.ndarray]:
+    grown = policy.grow(Table(), ROOTS, KEYS, sampling)
+    tree = grown.tree
+    whole = {
+        f.name: np.broadcast_to(np.asarray(x), (3, *x.shape[1:]))
+        for f in dataclasses.fields(tree)
+        if hasattr(x := getattr(tree, f.name), "shape")
+    }
+    return types.SimpleNamespace(**whole, rule=tree.rule), np.broadcast_to(grown.slot_of_node, whole["tokens"].shape)
+
+
+def path_of(tree: types.SimpleNamespace, b: int, node: int) -> list[int]:
+    path = []
+    while node >= 0:
+        path.append(int(tree.tokens[b, node]))
+        node = int(tree.parent[b, node])
+    return path[::-1]
+
+
+@each_policy
+@pytest.mark.parametrize("sampling", [WARM, GREEDY], ids=["warm", "greedy"])
+def test_tree_is_sound(name: str, sampling) -> None:
+    policy = POLICIES[name]
+    tree, slots = grow(policy, sampling)
+    assert tree.tokens.shape == (3, policy.max_nodes)
+    for b in range(3):
+        assert tree.tokens[b, 0] == ROOTS[b] and tree.parent[b, 0] == -1 and tree.valid[b, 0] and slots[b, 0] == 0
+        for node in range(1, policy.max_nodes):
+            parent = tree.parent[b, node]
+            assert 0 <= parent < node
+            seen = {node, *itertools.chain([parent], np.flatnonzero(tree.ancestors[b, parent]))}
+            assert set(np.flatnonzero(tree.ancestors[b, node])) == seen
+            if tree.valid[b, node]:
+                assert tree.valid[b, parent] and tree.depth[b, node] == tree.depth[b, parent] + 1
+                assert tree.depth[b, node] <= policy.max_depth
+                assert slots[b, parent] >= 0, "a parent ran"
+                assert node in tree.children[b, parent]
+        for node in range(policy.max_nodes):
+            children = tree.children[b, node][tree.children[b, node] >= 0]
+            assert all(tree.parent[b, child] == node for child in children)
+            tokens = tree.tokens[b, children][tree.valid[b, children]]
+            if tree.rule != "iid":
+                assert len(set(tokens.tolist())) == len(tokens)
+    assert (tree.rule == "point") == (sampling.greedy or policy in (POLICIES["lopsided top"], POLICIES["confidence"]))
+    assert slots.max() < policy.slots
+
+
+@pytest.mark.parametrize("name", [n for n in POLICIES if n not in ("lopsided top", "confidence")])
+def test_proposals_are_the_networks_own_distributions(name: str) -> None:
+    tree, _ = grow(POLICIES[name])
+    for b in range(3):
+        for node in range(tree.tokens.shape[1]):
+            if tree.valid[b, node] and (tree.children[b, node] >= 0).any():
+                expected = softmax(table(path_of(tree, b, node)))
+                proposal = tree.proposals[b, tree.proposal_of[b, node]]
+                np.testing.assert_allclose(proposal, expected, rtol=1e-9)
+
+
+@pytest.mark.parametrize("name", ["lopsided top", "confidence"])
+def test_ranked_children_are_the_best_in_order(name: str) -> None:
+    tree, _ = grow(POLICIES[name])
+    for b in range(3):
+        for node in range(tree.tokens.shape[1]):
+            children = [c for c in tree.children[b, node] if c >= 0 and tree.valid[b, c]]
+            best = np.argsort(-table(path_of(tree, b, node)))[: len(children)]
+            assert tree.tokens[b, children].tolist() == best.tolist()
+
+
+def test_siblings_without_replacement_follow_the_rule_of_successive_draws() -> None:
+    """P(x1, x2) = q(x1) q(x2) / (1 - q(x1)), counted over many keys."""
+    stats = pytest.importorskip("scipy.stats")
+    rows = 20_000
+    keys, roots = jax.vmap(jax.random.key)(jnp.arange(rows)), jnp.full(rows, 2)
+    sampling = batch_sampling([Sampling(temperature=1.0)] * rows)
+
+    class Fixed(Table):
+        def begin(self, root, slots):
+            return jnp.broadcast_to(jnp.array(table([2])), (rows, VOCAB)), None
+
+    q = softmax(table([2]))
+    rule = np.array([[0 if x == y else q[x] * q[y] / (1 - q[x]) for y in range(VOCAB)] for x in range(VOCAB)])
+    for policy in (Static(constant_branching([2])), StochasticBeam(2, 1), DySpec(2, 1, 2, 2)):
+        tree = policy.grow(Fixed(), roots, keys, sampling).tree
+        pairs = np.asarray(tree.tokens)[:, 1:]
+        counts = np.zeros((VOCAB, VOCAB))
+        np.add.at(counts, tuple(pairs.T), 1)
+        assert counts[rule == 0].sum() == 0
+        assert stats.chisquare(counts[rule > 0], rule[rule > 0] * rows).pvalue > 1e-4, policy
+
+
+def test_beam_of_one_is_a_sampled_chain_and_of_all_enumerates() -> None:
+    beam, _ = grow(StochasticBeam(1, DEPTH))
+    sampled, _ = grow(Static(chain(DEPTH)))
+    np.testing.assert_array_equal(beam.tokens, sampled.tokens)
+    whole, _ = grow(StochasticBeam(VOCAB**2, 2))
+    for b in range(3):
+        deep = [tuple(path_of(whole, b, n)) for n in range(whole.tokens.shape[1]) if whole.valid[b, n]]
+        assert sorted(path[1:] for path in deep if len(path) == 3) == sorted(itertools.product(range(VOCAB), repeat=2))
+        assert sum(len(path) == 2 for path in deep) == VOCAB
+
+
+def test_conditioned_maximum_is_inherited_exactly_and_order_stays() -> None:
+    g = -jnp.sort(-jax.random.gumbel(jax.random.key(0), (2, 3, 50), jnp.float32), axis=2)
+    maximum = jnp.array([[0.5, -2.0, 7.0], [-30.0, 0.0, 1e-3]], jnp.float32)
+    conditioned = np.asarray(condition_maximum(g, maximum))
+    assert np.array_equal(conditioned[:, :, 0], maximum)
+    assert (np.diff(conditioned, axis=2) <= 0).all() and np.isfinite(conditioned).all()
+    assert (np.diff(conditioned, axis=2)[0] < 0).all()
+
+
+def heap_dyspec(policy: DySpec, b: int, budget: int) -> list[tuple[tuple[int, ...], float]]:
+    """DySpec as a heap of places (section 3), with the noise that the policy draws: popped (path, value), in order.
+
+    The noise is that of the frontier row where the policy ran the node, which depends on the policy; so this follows a
+    network whose rows all draw with the same noise.
+    """
+    noise = [np.asarray(gumbel_for(KEYS, WARM, level, (1, VOCAB), jnp.float64))[b, 0] for level in range(1, DEPTH + 1)]
+    heap, popped = [(-1.0, 0, (int(ROOTS[b]),), 0)], []
+    ticket = itertools.count(1)
+    while heap and len(popped) < budget:
+        value, _, path, rank = heapq.heappop(heap)
+        q = softmax(table(path))
+        order = np.argsort(-(np.log(q) + noise[len(path) - 1]), kind="stable")
+        left = 1 - q[order[:rank]].sum()
+        x = int(order[rank])
+        popped.append(((*path, x), -value))
+        if rank + 1 < VOCAB:
+            heapq.heappush(heap, (value * (left - q[x]) / left, next(ticket), path, rank + 1))
+        if len(path) < DEPTH:
+            heapq.heappush(heap, (value * q[x] / left, next(ticket), (*path, x), 0))
+    return popped
+
+
+@pytest.mark.parametrize("budget", [5, 30])
+def test_dyspec_by_level_by_threshold_and_by_heap_choose_the_same_places(
+    budget: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def shared(keys, sampling, level, shape, dtype):
+        return jnp.broadcast_to(gumbel_for(keys, sampling, level, (1, shape[1]), dtype), (len(keys), *shape))
+
+    monkeypatch.setattr("decoding.policies.dyspec.gumbel_for", shared)
+    greedy = DySpec(budget, DEPTH, 40, VOCAB)
+    tree, _ = _grow(greedy, WARM)
+    for b in range(3):
+        popped = heap_dyspec(greedy, b, budget + 1)
+        values = [value for _, value in popped]
+        assert (np.diff(values) < 1e-12).all(), "values never rise in the order popped"
+        wanted = {path for path, _ in popped[:budget]}
+        ours = {tuple(path_of(tree, b, n)) for n in range(1, budget + 1) if tree.valid[b, n]}
+        assert ours == wanted
+        threshold = (values[budget - 1] + values[budget]) / 2
+        by_threshold, _ = _grow(dataclasses.replace(greedy, budget=60, threshold=threshold), WARM)
+        count = by_threshold.valid[b].sum()
+        assert {tuple(path_of(by_threshold, b, n)) for n in range(1, 61) if by_threshold.valid[b, n]} == wanted
+        assert count == budget + 1
+
+
+def test_confidence_is_the_best_of_all_candidates() -> None:
+    """Brute force over the same frontier rule (EAGLE-2, sections 4.1 and 4.2)."""
+    policy = POLICIES["confidence"]
+    tree, _ = grow(policy)
+    for b in range(3):
+        frontier, made = [((int(ROOTS[b]),), 0.0)], []
+        for _ in range(policy.depth):
+            level = []
+            for path, score in frontier:
+                logp = np.log(softmax(table(path)))
+                level += [((*path, int(x)), score + logp[x]) for x in np.argsort(-logp)[: policy.top_k]]
+            made += level
+            frontier = sorted(level, key=lambda item: -item[1])[: policy.top_k]
+        best = {path for path, _ in sorted(made, key=lambda item: -item[1])[: policy.total - 1]}
+        assert {tuple(path_of(tree, b, n)) for n in range(1, policy.total)} == best
+
+
+def test_reduced_vocabulary_speaks_of_target_tokens() -> None:
+    ids = jnp.array([3, 9, 4, 0, 11])
+    network = Table(vocabulary=ids, vocab_size=12)
+    tree = Static(constant_branching([2])).grow(network, jnp.array([2, 0, 4]), KEYS, WARM).tree
+    q = np.zeros((3, 12))
+    q[:, np.asarray(ids)] = jax.nn.softmax(jnp.array([table([r]) for r in (2, 0, 4)]), axis=-1)
+    np.testing.assert_allclose(tree.proposals[:, 0], q, rtol=1e-9)
+    assert set(np.asarray(tree.tokens)[:, 1:].ravel().tolist()) <= {3, 9, 4, 0, 11}
+
+
+def test_rows_of_temperature_0_rank_even_among_sampled_ones() -> None:
+    mixed = batch_sampling([Sampling(), Sampling(temperature=1.0), Sampling()])
+    for name in ("lopsided without", "lopsided with", "beam", "dyspec"):
+        tree, _ = grow(POLICIES[name], mixed)
+        ranked, _ = grow(POLICIES[name], GREEDY)
+        assert tree.rule in ("iid", "swor")
+        first = tree.tokens[[0, 2]][:, 1]
+        assert first.tolist() == ranked.tokens[[0, 2]][:, 1].tolist()
+
+
+@pytest.mark.parametrize(
+    ("text", "policy"),
+    [
+        ("static:tree=chain:3,draws=top", Static(chain(3), "top")),
+        ("static", Static()),
+        ("stochastic_beam:width=6,depth=2", StochasticBeam(6, 2)),
+        ("dyspec:budget=8,threshold=0.25", DySpec(budget=8, threshold=0.25)),
+        ("confidence:top_k=4,depth=3,total=20", Confidence(4, 3, 20)),
+    ],
+)
+def test_growths_on_a_command_line_and_in_json(text: str, policy: TreePolicy) -> None:
+    assert parse_policy(text) == policy
+    assert TreePolicy.from_record(policy.to_record(), "policy", "here") == policy
+
+
+@pytest.mark.parametrize(
+    ("text", "complaint"),
+    [
+        ("oak", "kind must be one of static, stochastic_beam, dyspec, confidence, got 'oak'"),
+        ("dyspec:budgt=3", "unknown key policy.budgt .did you mean 'budget'"),
+        ("dyspec:budget=3.5", "policy.budget must be int, got float 3.5"),
+        ("static:draws=some", "draws must be one of 'top', 'without', 'with', got 'some'"),
+        ("static:tree", "expected name=value, got 'tree'"),
+        ("confidence:total=1", "total must lie in 2"),
+        ("dyspec:threshold=1", r"threshold must lie in \[0, 1\), got 1"),
+        ("stochastic_beam:width=0", "width and depth of at least 1, got 0 and 4"),
+    ],
+)
+def test_growths_that_do_not_fit(text: str, complaint: str) -> None:
+    with pytest.raises(UserError, match=complaint):
+        parse_policy(text)

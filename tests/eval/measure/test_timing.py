@@ -1,0 +1,97 @@
+"""The stopwatch times the work that it is given: nothing is moved out of the timed loop, nothing is dropped."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from decoding.drafters.hydra import Hydra
+from decoding.drafters.medusa import Medusa
+from eval.measure.parts import STEPS_PER_SAMPLE, Scene, Step, network_ms, rows_forward, step_parts
+from eval.measure.timing import MOST_TIMES, Part, measure, summary
+from eval.speed import SHAPES
+from models import transformer
+from models.heads.hydra import HydraHeads
+from models.heads.medusa import MedusaHeads
+from tests.eval.tiny import TREE
+
+CONFIG = SHAPES["tiny"]
+PRODUCT = re.compile(r" dot\(| custom-call\(")
+
+
+def products(text: str) -> tuple[int, int]:
+    """Matrix products outside the loop, and all of them, in a compiled program."""
+    computations = re.split(r"\n\n", text)
+    entry = next(part for part in computations if part.startswith("ENTRY"))
+    called = re.findall(r"calls=(%[\w.-]+)", entry)
+    outside = [entry, *(part for part in computations if any(part.startswith(name + " ") for name in called))]
+    return sum(len(PRODUCT.findall(part)) for part in outside), len(PRODUCT.findall(text))
+
+
+def test_invariant_work_stays_in_the_loop() -> None:
+    def product(matrix, vector):
+        return matrix @ vector
+
+    part = Part.of(product, jnp.ones((64, 64)), jnp.ones(64))
+    assert products(part.text())[0] == 0 < products(part.text())[1]
+
+    @jax.jit
+    def naive(matrix, vector, times):
+        return jax.lax.fori_loop(0, times, lambda _, carry: matrix @ vector, vector)
+
+    text = naive.lower(jnp.ones((64, 64)), jnp.ones(64), 3).compile().as_text()
+    assert products(text)[0] > 0, "the compiler no longer moves such work: the test of Part shows nothing"
+
+
+@pytest.mark.parametrize(
+    "drafter",
+    [Medusa(MedusaHeads(3), TREE), Hydra(HydraHeads(3, 2, prefix=True), TREE)],
+    ids=["medusa", "hydra++"],
+)
+def test_parts_of_a_step_stay_in_the_loop(drafter) -> None:
+    params = transformer.init(CONFIG, jax.random.key(0))
+    scene = Scene.with_room(CONFIG, params, 20, drafter.max_depth)
+    heads = drafter.heads.init(CONFIG, params, jax.random.key(1))
+    parts = step_parts(scene, drafter, heads)
+    assert set(parts) == {"draft", "choice", "forward", "verdict", "commit", "update", "step"}
+    for name in ("draft", "forward"):
+        outside, total = products(parts[name].text())
+        assert outside == 0 < total, name
+    timings = measure({name: part for name, part in parts.items() if name != "forward"}, rounds=1)
+    assert all(0 < timing.minimum <= timing.median for timing in timings.values())
+    assert 0 <= network_ms(timings) < timings["draft"].median
+
+
+def test_rows_and_step_run_again_and_again() -> None:
+    params = transformer.init(CONFIG, jax.random.key(0))
+    scene = Scene.with_room(CONFIG, params, 20, 3)
+    drafter = Medusa(MedusaHeads(3), TREE)
+    step = Step(scene, drafter, drafter.heads.init(CONFIG, params, jax.random.key(1)))
+    for _ in range(3):
+        assert step.sample() > 0
+    # Every sample makes all its steps: neither the limit nor the cache ends it early.
+    assert int(step._state.counters.steps[0]) == 3 * STEPS_PER_SAMPLE
+    assert not bool(step._state.done[0])
+    assert rows_forward(scene, 5).sample() > 0
+
+
+def test_a_part_that_works_on_its_result_does_so_every_time() -> None:
+    part = Part(lambda fixed, varying, carry: carry + fixed, jnp.int32(2), (), jnp.int32(0))
+    part.sample()
+    runs = 1 + 1 + part._times
+    assert int(part._state[-1]) == 2 * runs
+    assert 1 <= part._times <= MOST_TIMES
+
+
+def test_what_varies_does_not_change() -> None:
+    vector = np.arange(4.0, dtype=np.float32)
+    part = Part.of(lambda fixed, varying: varying * 2, (), vector)
+    part.sample()
+    assert np.array_equal(part._state[0], vector) and np.array_equal(part._state[1], 2 * vector)
+
+
+def test_summary() -> None:
+    timing = summary([0.003, 0.001, 0.002, 0.010])
+    assert timing.median == pytest.approx(2.5) and timing.minimum == pytest.approx(1.0)

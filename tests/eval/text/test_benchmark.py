@@ -1,0 +1,178 @@
+"""The benchmark counts what the loop emitted, compares with plain decoding, and averages as its docstring says."""
+
+import json
+import math
+import pathlib
+
+import numpy as np
+import pytest
+
+from decoding.drafters.registry import load_drafter
+from decoding.generate import Generation
+from decoding.sampling import Sampling
+from decoding.stats import Stats
+from decoding.verify import Typical
+from eval.main import DecodeConfig, run
+from eval.report.text import write_report
+from eval.text import benchmark as module
+from eval.text.benchmark import Contender, Measured, benchmark
+from eval.text.prompts import Prompt
+from models.errors import UserError
+from models.formats.target import Target
+
+NEW_TOKENS = 12
+
+
+def contender(target: Target, directory: pathlib.Path, **options) -> Contender:
+    return Contender(*load_drafter(directory, target), str(directory), **options)
+
+
+@pytest.fixture(scope="module")
+def prompts(target: Target) -> list[Prompt]:
+    texts = [("1", "qa", "def f(x):"), ("1", "qa", "def f(x):\n return"), ("2", "math", "once upon")]
+    return [Prompt(tuple(target.tokenizer.encode(text)), name, category, text) for name, category, text in texts]
+
+
+@pytest.fixture(scope="module")
+def runs(target: Target, drafter_directories, prompts) -> list[dict]:
+    field = [contender(target, path) for path in drafter_directories.values()]
+    return benchmark(target, field, prompts, max_new_tokens=NEW_TOKENS, repeats=2)
+
+
+def test_baseline_comes_first_by_itself(runs) -> None:
+    assert [entry["drafter"] for entry in runs] == ["none", "medusa", "hydra"]
+    baseline = runs[0]
+    assert baseline["speedup"] == 1 and baseline["acceptance_length"] == 1
+    assert baseline["identical_to_baseline"] and baseline["path"] is None
+
+
+def test_greedy_output_is_identical_and_counted(runs) -> None:
+    for entry in runs:
+        assert entry["identical_to_baseline"] is True and entry["first_difference"] is None
+        assert entry["new_tokens"] == runs[0]["new_tokens"] > 0
+        # The first token of each text is prefill's; the steps committed the rest.
+        assert entry["acceptance_length"] == pytest.approx((entry["new_tokens"] - 3) / entry["steps"])
+        assert sum(entry["accepted_histogram"]) == entry["steps"]
+        assert len(entry["tokens_per_second_repeats"]) == 2
+        assert entry["speedup"] == pytest.approx(entry["tokens_per_second"] / runs[0]["tokens_per_second"])
+        assert entry["lossy"] is False
+        low, high = entry["acceptance_length_interval"]
+        assert low <= entry["acceptance_length"] <= high
+
+
+def test_drafters_have_tree_parts_and_categories(runs) -> None:
+    for entry in runs[1:]:
+        assert [list(path) for path in entry["tree"]["paths"]] == [[0], [1], [2], [0, 0], [0, 1], [0, 0, 0]]
+        depth_one = sum(entry["tree"]["accepted"][:3])
+        assert depth_one == entry["accepted_by_depth"][0]
+        assert entry["tree"]["visits"][:3] == [entry["steps"]] * 3
+        assert entry["tree"]["visits"][3] == entry["tree"]["accepted"][0]
+        assert set(entry["categories"]) == {"qa", "math"}
+        parts = entry["parts"]
+        ideal = (
+            entry["acceptance_length"] * runs[0]["parts"]["forward_ms"] / (parts["forward_ms"] + parts["network_ms"])
+        )
+        assert entry["loop_efficiency"] == pytest.approx(entry["speedup"] / ideal)
+        assert entry["draft_share"] == pytest.approx(parts["draft_ms"] / parts["step_ms"])
+
+
+def test_report_and_json_take_the_runs(runs, tmp_path: pathlib.Path) -> None:
+    json.dumps(runs, allow_nan=False)
+    write_report({"runs": runs}, tmp_path / "report.html")
+    assert "medusa" in (tmp_path / "report.html").read_text()
+
+
+def test_sampling_is_compared_too_and_typical_is_lossy(target: Target, drafter_directories, prompts) -> None:
+    field = [
+        contender(target, drafter_directories["medusa"]),
+        contender(target, drafter_directories["medusa"], typical=Typical(epsilon=1e-9, delta=1e-9)),
+    ]
+    options = {"sampling": Sampling(temperature=1.0), "max_new_tokens": 8, "repeats": 1, "parts": False}
+    exact, typical = benchmark(target, field, prompts[:1], **options)[1:]
+    assert exact["identical_to_baseline"] and "draft_share" not in exact
+    assert typical["lossy"] and not typical["identical_to_baseline"]
+    # A threshold of nothing accepts every candidate to full depth.
+    assert typical["acceptance_length"] > exact["acceptance_length"]
+    assert typical["first_difference"]["question"] == "1" and "top_2_margin" not in typical["first_difference"]
+
+
+def generation(tokens: list[int], steps: int, committed: int) -> Generation:
+    stats = Stats(steps, committed, np.zeros(0, np.int64), np.zeros(1, np.int64))
+    return Generation([tokens], [[0] * len(tokens)], [stats], 0.0, 0.0)
+
+
+def test_rates_are_means_over_questions() -> None:
+    prompts = [Prompt((1,), "a"), Prompt((1,), "a"), Prompt((1,), "b"), Prompt((1,), "c")]
+    made = [generation([5] * n, n - 1, n - 1) for n in (11, 31, 11, 1)]
+    one = Measured(Contender(None), made, [[1.0, 3.0, 5.0, 0.5], [2.0, 2.0, 1.0, 0.5]], [])
+    # Question a: 40 tokens in 4 s, both turns together; b: 10 tokens; c ended with its first token and has no rate.
+    assert module._question_rates(one, prompts) == [[10.0, 2.0], [10.0, 10.0]]
+    assert module._headline(module._question_rates(one, prompts)) == pytest.approx((6.0 + 10.0) / 2)
+
+
+def test_first_difference_tells_place_and_margin(target: Target, prompts) -> None:
+    base = [3, 4, 5]
+    baseline = Measured(Contender(None), [generation(base, 2, 2)], [[1.0]], [[1.0]])
+    other = Measured(Contender(None), [generation([3, 9, 5], 2, 2)], [[1.0]], [[1.0]])
+    found = module._first_difference(target, other, baseline, prompts[:1], Sampling())
+    logits = np.sort(np.asarray(target.apply([[*prompts[0].tokens, 3]]).logits[0, -1]))
+    assert found == {
+        "question": "1",
+        "new_token": 1,
+        "token": 9,
+        "baseline_token": 4,
+        "top_2_margin": pytest.approx(logits[-1] - logits[-2]),
+    }
+    shorter = Measured(Contender(None), [generation(base[:2], 1, 1)], [[1.0]], [[1.0]])
+    assert module._first_difference(target, shorter, baseline, prompts[:1], Sampling())["token"] is None
+
+
+def test_bad_requests(target: Target) -> None:
+    with pytest.raises(UserError, match="no prompt"):
+        benchmark(target, [], [])
+    with pytest.raises(UserError, match="repeats"):
+        benchmark(target, [], [Prompt((1,), "a")], repeats=0)
+    with pytest.raises(UserError, match="context"):
+        benchmark(target, [], [Prompt((1,) * 600, "a")], max_new_tokens=4)
+
+
+def test_command_writes_results_and_report(target_directory, drafter_directories, tmp_path, capsys) -> None:
+    (tmp_path / "prompts.txt").write_text("def f(x):\nonce upon\n")
+    (tmp_path / "text.txt").write_text("once upon a time there was a small house\n" * 5)
+    config = DecodeConfig(
+        target=str(target_directory),
+        drafters=f"none,{drafter_directories['medusa']}",
+        prompts=str(tmp_path / "prompts.txt"),
+        out=str(tmp_path / "out"),
+        max_new_tokens=8,
+        repeats=1,
+        samples=1,
+        text=str(tmp_path / "text.txt"),
+        length=32,
+    )
+    run(config)
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert {"environment", "target", "runs", "samples", "config", "command"} <= set(results)
+    wanted = {"drafter", "tokens_per_second", "speedup", "acceptance_length", "identical_to_baseline", "new_tokens"}
+    assert all(wanted <= set(entry) for entry in results["runs"])
+    assert math.isfinite(results["target"]["perplexity"])
+    assert len(results["runs"][1]["head_accuracy"]) == 3 and results["runs"][0]["head_accuracy"] is None
+    assert [sample["drafter"] for sample in results["samples"]] == ["none", "medusa"]
+    assert len(results["samples"][0]["pieces"]) == 8
+    assert (tmp_path / "out" / "report.html").exists()
+    assert "medusa" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("changes", "complaint"),
+    [
+        ({"target": None}, "which target"),
+        ({"drafters": " , "}, "at least one"),
+        ({"max_new_tokens": 0}, "max_new_tokens"),
+        ({"repeats": 0}, "repeats"),
+        ({"length": 1}, "length"),
+    ],
+)
+def test_config_rules(changes, complaint) -> None:
+    with pytest.raises(UserError, match=complaint):
+        DecodeConfig(**{"target": "x", **changes})

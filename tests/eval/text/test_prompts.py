@@ -1,0 +1,109 @@
+"""Every form of prompts file is read, in its order and whole; what is none of them is refused by line."""
+
+import gzip
+import json
+import pathlib
+
+import pytest
+
+from eval.text.prompts import Question, encode_questions, read_questions, spread
+from models.errors import UserError
+from models.formats.tokenizer import Tokenizer
+
+TEMPLATE = (
+    "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}{% if add_generation_prompt %}[bot]{% endif %}"
+)
+
+
+def write(path: pathlib.Path, *records: object) -> pathlib.Path:
+    path.write_text("\n".join(json.dumps(record) for record in records) + "\n")
+    return path
+
+
+def test_spec_bench(tmp_path: pathlib.Path) -> None:
+    path = write(
+        tmp_path / "question.jsonl",
+        {"question_id": 81, "category": "writing", "turns": ["Compose.", "Rewrite."]},
+        {"question_id": 161, "category": "qa", "turns": ["Who?"], "reference": ["x"]},
+    )
+    assert read_questions(path) == [
+        Question("81", ("Compose.", "Rewrite."), "writing"),
+        Question("161", ("Who?",), "qa"),
+    ]
+
+
+def test_human_eval_packed(tmp_path: pathlib.Path) -> None:
+    path = tmp_path / "HumanEval.jsonl.gz"
+    path.write_bytes(gzip.compress(json.dumps({"task_id": "HumanEval/0", "prompt": "def f():\n"}).encode()))
+    assert read_questions(path) == [Question("HumanEval/0", ("def f():\n",))]
+
+
+def test_text_by_line_and_by_separator(tmp_path: pathlib.Path) -> None:
+    path = tmp_path / "prompts.txt"
+    path.write_text("one\n\ntwo\n")
+    assert [q.turns[0] for q in read_questions(path)] == ["one", "two"]
+    path.write_text("one\n  more\n---\n\n---\ntwo\n")
+    assert [q.turns[0] for q in read_questions(path)] == ["one\n  more", "two"]
+
+
+def test_real_files(shared_data: pathlib.Path) -> None:
+    questions = read_questions(shared_data / "spec_bench" / "question.jsonl")
+    assert len(questions) == 480
+    assert sum(len(question.turns) for question in questions) == 560
+    assert len({question.category for question in questions}) == 13
+    assert len({q.category for q in read_questions(shared_data / "spec_bench" / "question.jsonl", 48)}) > 6
+    assert len(read_questions(shared_data / "humaneval" / "HumanEval.jsonl.gz")) == 164
+
+
+@pytest.mark.parametrize(
+    ("content", "complaint"),
+    [
+        ('{"turns": []}', "line 1 must be an object"),
+        ('{"prompt": "x"}\n{"text": "y"}', "line 2 must be an object"),
+        ('{"prompt": "x"}\nnot json', "line 2 is not JSON"),
+        ('{"prompt": " "}', "line 1 must be"),
+        ("3", "line 1 must be"),
+        ("\n\n", "holds no prompts"),
+    ],
+)
+def test_bad_files(tmp_path: pathlib.Path, content: str, complaint: str) -> None:
+    path = tmp_path / "bad.jsonl"
+    path.write_text(content)
+    with pytest.raises(UserError, match=complaint):
+        read_questions(path)
+
+
+def test_missing_file_and_damaged_archive(tmp_path: pathlib.Path) -> None:
+    with pytest.raises(UserError, match="no prompts file"):
+        read_questions(tmp_path / "nowhere.jsonl")
+    (tmp_path / "x.jsonl.gz").write_bytes(b"not gzip")
+    with pytest.raises(UserError, match="cannot be read"):
+        read_questions(tmp_path / "x.jsonl.gz")
+
+
+def test_spread_covers_the_whole_list() -> None:
+    assert spread(range(10), 3) == [0, 3, 6]
+    assert spread(range(3), 10) == [0, 1, 2]
+    with pytest.raises(UserError, match="at least 1"):
+        spread(range(3), 0)
+
+
+def test_later_turns_hold_the_answers() -> None:
+    tokenizer = Tokenizer.train(["first second answer"] * 9, 280).with_chat_template(TEMPLATE)
+    asked = []
+
+    def answer(tokens: list[int]) -> list[int]:
+        asked.append(tokenizer.decode(tokens))
+        return tokenizer.encode("answer", bos=False)
+
+    question = Question("7", ("first", "second"), "qa")
+    chat = encode_questions([question], tokenizer, answer, chat=True)
+    assert [prompt.text for prompt in chat] == ["[user]first[bot]", "[user]first[assistant]answer[user]second[bot]"]
+    assert {(prompt.question, prompt.category) for prompt in chat} == {("7", "qa")}
+    plain = encode_questions([question], tokenizer, answer)
+    assert plain[1].text == "first\nanswer\nsecond"
+    assert tokenizer.decode(plain[1].tokens) == plain[1].text
+    assert plain[0].tokens[0] == tokenizer.bos_id
+    assert asked == ["[user]first[bot]", "first"], "only turns that are followed by another are answered"
+    with pytest.raises(UserError, match="no chat template"):
+        encode_questions([question], Tokenizer.train(["x"], 280), answer, chat=True)

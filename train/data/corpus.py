@@ -1,0 +1,136 @@
+"""The training and validation splits of a job, texts or images, and what they decide about its model.
+
+Text: the tokenizer is the base model's where there is one (a target to finetune or to train heads on), and then the
+data must agree with it; otherwise it is the one stored with the data set, or, for raw catalogue text, the one that
+`data.tokenizer` names. Images: the classes, and every image is brought to the size that the objective's model has.
+"""
+
+import dataclasses
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Protocol
+
+import grain
+import jax
+
+from models.errors import UserError
+from models.formats.tokenizer import Tokenizer
+from train.config import DataConfig, TrainConfig
+from train.data import images
+from train.data import texts as data
+
+
+class Corpus(Protocol):
+    """Both splits of a job, opened.
+
+    Attributes:
+      facts: what the data decides about the model; the objective is built with it.
+      train: what is learnt from, with random access.
+    """
+
+    @property
+    def facts(self) -> Any: ...
+
+    @property
+    def train(self) -> Any: ...
+
+    def batches(self, batch_size: int, seed: int) -> grain.DatasetIterator:
+        """This process's part of endless shuffled training batches; `get_state()` and `set_state()` resume exactly."""
+
+    def validation(self, batch_size: int, max_batches: int | None) -> Iterator[Any]:
+        """This process's part of one pass over what is held out, in order."""
+
+
+@dataclasses.dataclass(frozen=True)
+class TextCorpus:
+    """A `Corpus` of texts.
+
+    Attributes:
+      facts: the tokenizer of both splits.
+      train: documents to learn from.
+      valid: documents held out.
+      length: tokens per row of a batch.
+    """
+
+    facts: Tokenizer
+    train: data.Documents
+    valid: data.Documents
+    length: int
+
+    def batches(self, batch_size: int, seed: int) -> grain.DatasetIterator:
+        """Rows of `train.data.texts.batches`."""
+        return data.batches(self.train, batch_size, self.length, seed, **_this_process())
+
+    def validation(self, batch_size: int, max_batches: int | None) -> Iterator[data.Batch]:
+        """Rows of `train.data.texts.sequential`."""
+        return data.sequential(self.valid, batch_size, self.length, max_batches=max_batches, **_this_process())
+
+
+@dataclasses.dataclass(frozen=True)
+class ImageCorpus:
+    """A `Corpus` of labelled images.
+
+    Attributes:
+      facts: the names of the classes of both splits.
+      train: images to learn from.
+      valid: images held out.
+    """
+
+    facts: tuple[str, ...]
+    train: images.Images
+    valid: images.Images
+
+    def batches(self, batch_size: int, seed: int) -> grain.DatasetIterator:
+        """Rows of `train.data.images.batches`."""
+        return images.batches(self.train, batch_size, seed, **_this_process())
+
+    def validation(self, batch_size: int, max_batches: int | None) -> Iterator[images.ImageBatch]:
+        """Rows of `train.data.images.sequential`."""
+        return images.sequential(self.valid, batch_size, max_batches=max_batches, **_this_process())
+
+
+def open_corpus(config: TrainConfig) -> Corpus:
+    """Opens what a config's section `data` names, as what its objective reads.
+
+    Raises:
+      UserError: no such data set or split, no tokenizer for raw text, data of another tokenizer than the base's, or
+        options of text for images.
+    """
+    if config.objective.reads == "images":
+        return _open_images(config.data, config.objective.image_size)
+    assert config.length is not None
+    return _open_texts(config.data, config.objective.base, config.length)
+
+
+def _open_images(config: DataConfig, size: int) -> ImageCorpus:
+    for name in ("tokenizer", "fields"):
+        if getattr(config, name) is not None:
+            raise UserError(f"data.{name} must be None for images, got {getattr(config, name)!r}")
+    train, valid = (images.open_images(config.path, split, size=size) for split in (config.split, config.valid_split))
+    return ImageCorpus(train.classes, train, valid)
+
+
+def _open_texts(config: DataConfig, base: str | None, length: int) -> TextCorpus:
+    raw = config.path.startswith(data.CATALOGUE_PREFIX)
+    if config.tokenizer is not None and (base is not None or not raw):
+        owner = f"the target {base}" if base is not None else f"the data set {config.path}"
+        raise UserError(f"data.tokenizer must be None: {owner} has its own tokenizer")
+    if raw and base is None and config.tokenizer is None:
+        raise UserError(f"{config.path} holds text: set data.tokenizer to the directory of a tokenizer")
+    directory = base or config.tokenizer
+    tokenizer = None if directory is None else Tokenizer.load(directory)
+    train, valid = (
+        data.open_split(
+            config.path,
+            split,
+            tokenizer=tokenizer,
+            tokenizer_fingerprint=None if tokenizer is None else tokenizer.fingerprint,
+            fields=config.fields and config.fields.split(","),
+        )
+        for split in (config.split, config.valid_split)
+    )
+    return TextCorpus(tokenizer or Tokenizer.load(Path(config.path) / "tokenizer"), train, valid, length)
+
+
+def _this_process() -> dict[str, int]:
+    return {"process_index": jax.process_index(), "process_count": jax.process_count()}
