@@ -21,7 +21,6 @@ from models.formats.target import load_target
 from models.schema import resolved
 from train import dry_run, provenance, trainer
 from train.data.corpus import open_corpus
-from train.objectives.objective import Objective
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 TIMINGS = ("step_seconds", "tokens_per_second", "images_per_second", "data_share")
@@ -294,18 +293,21 @@ def test_evaluation_and_export_use_the_average(job, tmp_path, monkeypatch):
     assert evaluate(stacked, None)["loss"] == pytest.approx(lines(tmp_path)[-1]["valid/loss"], rel=1e-6)
 
 
-def test_renewed_parameters_take_the_place_of_updated_ones(job, monkeypatch):
+def test_replaced_parameters_take_the_place_of_updated_ones(job, monkeypatch):
     config = job("lm", optimizer={"ema": 0.5})
     corpus = open_corpus(config)
     plan = trainer.make_plan(config, corpus.facts)
     batch = trainer.to_devices(plan, next(corpus.batches(config.batch_size, 0)))
 
-    def renew(trainable, frozen, batch, step, progress, key):
+    def replace(trainable, frozen, batch, step, progress, key):
         old = trainable["final_norm"]["scale"]
-        scale = jax.numpy.where((step == 2) & (progress == 2 / config.steps), old.at[:3].set(7.0), old)
-        return {**trainable, "final_norm": {"scale": scale}}
+        replaced = (step == 2) & (progress == 2 / config.steps) & (np.arange(16) < 4)
+        # The fourth is replaced by what it was: its average begins anew all the same.
+        scale = jax.numpy.where(replaced & (np.arange(16) < 3), 7.0, old)
+        mask = {**dict.fromkeys(trainable), "final_norm": {"scale": replaced}}
+        return {**trainable, "final_norm": {"scale": scale}}, mask
 
-    monkeypatch.setattr(plan.objective, "renew", renew)
+    monkeypatch.setattr(plan.objective, "replace", replace)
     state = trainer.init_state(config, plan.objective, plan.optimizer, None)
     step = jax.jit(trainer.make_step(plan))
     once, _ = step(state, None, batch)
@@ -314,23 +316,14 @@ def test_renewed_parameters_take_the_place_of_updated_ones(job, monkeypatch):
         assert not np.any(once[kept]["final_norm"]["scale"] == 7.0)
         # An average of what was and what took its place would be neither.
         np.testing.assert_array_equal(twice[kept]["final_norm"]["scale"] == 7.0, np.arange(16) < 3)
-    assert np.any(twice["average"]["final_norm"]["scale"][3:] != twice["params"]["final_norm"]["scale"][3:])
+    newest, average = (np.asarray(twice[kept]["final_norm"]["scale"]) for kept in ("params", "average"))
+    np.testing.assert_array_equal(newest == average, np.arange(16) < 4)
 
 
 @pytest.mark.parametrize("name", ["vqvae", "var", "code_refiner"])
-def test_image_objectives_are_described_and_keep_the_protocol(name, image_job):
+def test_image_objectives_are_described(name, image_job):
     config = image_job(name)
     plan = trainer.make_plan(config, open_corpus(config).facts)
-    for member in [*Objective.__annotations__, *(m for m in vars(Objective) if not m.startswith("_"))]:
-        assert hasattr(plan.objective, member), (name, member)
     said = dry_run.describe(config)
     assert f"{name}: {trainer.count(plan.state['params']):,} trainable parameters" in said
     assert "6 steps of 4 images on 1 cpu device" in said and ("frozen: " in said) == (name != "vqvae")
-
-
-def test_objectives_keep_the_protocol(job):
-    for name in ("lm", "draft_heads"):
-        config = job(name)
-        plan = trainer.make_plan(config, open_corpus(config).facts)
-        for member in [*Objective.__annotations__, *(m for m in vars(Objective) if not m.startswith("_"))]:
-            assert hasattr(plan.objective, member), (name, member)
