@@ -262,64 +262,6 @@ def test_memory_counts_bytes_per_device(job):
     assert float(line.split()[-2]) == pytest.approx(size, abs=0.06)
 
 
-def test_evaluation_and_export_use_the_average(job, tmp_path, monkeypatch):
-    config = job("lm", steps=4, optimizer={"ema": 0.4, "learning_rate": 0.05}, checkpoint={"every": 9})
-    corpus = open_corpus(config)
-    plan = trainer.make_plan(config, corpus.facts)
-    seen = []
-    make_step = trainer.make_step
-
-    def watched(plan):
-        step = make_step(plan)
-
-        def step_and_tell(state, frozen, batch):
-            state, metrics = step(state, frozen, batch)
-            jax.debug.callback(lambda bias: seen.append(np.asarray(bias)), state["params"]["final_norm"]["scale"])
-            return state, metrics
-
-        return step_and_tell
-
-    monkeypatch.setattr(trainer, "make_step", watched)
-    trainer.train(config, tmp_path)
-    average = np.ones(16, np.float64)  # What norms begin as.
-    for done, scale in enumerate(seen, start=1):
-        decay = min(0.4, (1 + done) / (10 + done))
-        average = decay * average + (1 - decay) * scale
-    assert len(seen) == 4 and np.abs(average - seen[-1]).max() > 1e-3
-    target = load_target(tmp_path / "target").params
-    np.testing.assert_allclose(target["final_norm"]["scale"], average, atol=1e-6)
-    evaluate = trainer.make_evaluation(plan, corpus)
-    stacked = transformer.stack_layers(target)
-    assert evaluate(stacked, None)["loss"] == pytest.approx(lines(tmp_path)[-1]["valid/loss"], rel=1e-6)
-
-
-def test_replaced_parameters_take_the_place_of_updated_ones(job, monkeypatch):
-    config = job("lm", optimizer={"ema": 0.5})
-    corpus = open_corpus(config)
-    plan = trainer.make_plan(config, corpus.facts)
-    batch = trainer.to_devices(plan, next(corpus.batches(config.batch_size, 0)))
-
-    def replace(trainable, frozen, batch, step, progress, key):
-        old = trainable["final_norm"]["scale"]
-        replaced = (step == 2) & (progress == 2 / config.steps) & (np.arange(16) < 4)
-        # The fourth is replaced by what it was: its average begins anew all the same.
-        scale = jax.numpy.where(replaced & (np.arange(16) < 3), 7.0, old)
-        mask = {**dict.fromkeys(trainable), "final_norm": {"scale": replaced}}
-        return {**trainable, "final_norm": {"scale": scale}}, mask
-
-    monkeypatch.setattr(plan.objective, "replace", replace)
-    state = trainer.init_state(config, plan.objective, plan.optimizer, None)
-    step = jax.jit(trainer.make_step(plan))
-    once, _ = step(state, None, batch)
-    twice, _ = step(once, None, batch)
-    for kept in ("params", "average"):
-        assert not np.any(once[kept]["final_norm"]["scale"] == 7.0)
-        # An average of what was and what took its place would be neither.
-        np.testing.assert_array_equal(twice[kept]["final_norm"]["scale"] == 7.0, np.arange(16) < 3)
-    newest, average = (np.asarray(twice[kept]["final_norm"]["scale"]) for kept in ("params", "average"))
-    np.testing.assert_array_equal(newest == average, np.arange(16) < 4)
-
-
 @pytest.mark.parametrize("name", ["vqvae", "var", "code_refiner"])
 def test_image_objectives_are_described(name, image_job):
     config = image_job(name)

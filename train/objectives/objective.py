@@ -63,9 +63,7 @@ class Objective(abc.ABC):
 
     def load_base(self, mesh: Mesh) -> Params:
         """Reads the base from disk into its shardings on `mesh`."""
-        raise UserError(
-            f"the objective {type(self).__name__} is incomplete: it has a base, but no load_base"
-        )
+        raise UserError(f"the objective {type(self).__name__} is incomplete: it has a base, but no load_base")
 
     def frozen_part(self, base: Params | None) -> Params | None:
         """What of the base goes on as frozen parameters, given its arrays or their shapes; the rest feeds `init`."""
