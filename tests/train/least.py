@@ -32,7 +32,7 @@ class Shape:
 
 
 class Least(Objective):
-    """A row of numbers that all fall by the learning rate in every step: their slope is 1, and Adam's update its sign."""
+    """Numbers that all fall by the learning rate in every step: their slope is 1, and Adam's update its sign."""
 
     Config = LeastConfig
     product = "numbers"

@@ -126,7 +126,7 @@ class DraftModelConfig:
 
 
 class DraftModelObjective(DraftObjective):
-    """A draft model that learns the text beside its target: at p + 1 it guesses what the first draft token should be."""
+    """A draft model that learns the text beside its target: at p + 1 it guesses the first draft token."""
 
     Config = DraftModelConfig
     depth = 1

@@ -43,7 +43,7 @@ def params(tokenizer):
 
 @pytest.fixture(scope="module")
 def alone(tokenizer, batch, params):
-    """(likelihood, first choice, label, marked) of everything that answers for a token, each document read by itself."""
+    """(likelihood, first choice, label, marked) of all that answers for a token, each document read by itself."""
     model = LM(LMConfig("lm", SHAPE), tokenizer).model
     places = [(b, s) for b, lengths in enumerate(ROWS) for s in range(1, len(lengths) + 1)]
     documents = np.zeros((len(places), LENGTH), np.int32)

@@ -30,7 +30,7 @@ def test_an_incomplete_objective_is_refused_with_one_sentence(member, data_set, 
 
 def test_a_drafters_objective_without_guesses_is_refused_too(data_set, monkeypatch):
     monkeypatch.setitem(OBJECTIVES, "least", type("Torn", (DraftObjective,), {"Config": LeastConfig}))
-    with pytest.raises(UserError, match="Torn is incomplete: it does not define depth, guesses$"):
+    with pytest.raises(UserError, match=r"Torn is incomplete: it does not define depth, guesses$"):
         least_config(data_set)
 
 

@@ -14,7 +14,6 @@ import numpy as np
 import pytest
 
 from decoding.drafters.registry import load_drafter
-from models import transformer
 from models.errors import UserError
 from models.formats.storage import leaves_by_path
 from models.formats.target import load_target
