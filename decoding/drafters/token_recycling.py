@@ -55,7 +55,12 @@ class TokenRecycling(Drafter):
     tree: Topology = TOKEN_RECYCLING_80
     warm_start: bool = False
     name: ClassVar[str] = "token_recycling"
+    bare_names: ClassVar[tuple[str, ...]] = ("token_recycling",)
     taps: ClassVar[tuple[str, ...]] = ("post_norm",)
+
+    @classmethod
+    def from_name(cls, argument):
+        return None if argument else cls()
 
     @property
     def max_nodes(self) -> int:
@@ -76,7 +81,7 @@ class TokenRecycling(Drafter):
         return jnp.full(shape, -1, jnp.int32, device=place)
 
     def ingest(self, params, target, state, rows):
-        if not self.warm_start or rows.nodes is not None:
+        if not self.warm_start or rows.source != "prompt":
             return state
         best_RBK = jax.lax.map(
             lambda hidden_BH: best_tokens(target.head(hidden_BH), self.tree.max_rank),
