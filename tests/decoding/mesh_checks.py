@@ -118,11 +118,11 @@ def streams_with_one_compilation() -> None:
     mesh = parse_mesh("data=2,tensor=2")
     placed = target_on(mesh, target), drafter, place_params(mesh, params)
     whole = decode(*placed)
-    before = loop.run._cache_size(), loop.prefill_chunk._cache_size(), loop.choose_first._cache_size()
+    before = loop.run._cache_size(), loop._read_chunk._cache_size(), loop._choose_first._cache_size()
     calls: list[Any] = []
     streamed = decode(*placed, stream_every=3, on_tokens=lambda *call: calls.append(call))
     assert streamed.tokens == whole.tokens and len(calls) > 12
-    assert (loop.run._cache_size(), loop.prefill_chunk._cache_size(), loop.choose_first._cache_size()) == before
+    assert (loop.run._cache_size(), loop._read_chunk._cache_size(), loop._choose_first._cache_size()) == before
     assert before == (1, 1, 1)
 
 
@@ -170,8 +170,8 @@ def loads_drafters_where_the_rules_say() -> None:
             loaded, leaves = load_drafter(f"{folder}/heads", model, mesh=where)
             assert loaded == drafter
             wanted = leaves_by_path(param_shardings(mesh, params))
-            for path, leaf in leaves_by_path(leaves).items():
-                assert leaf.sharding == wanted[path], path
-                assert jnp.array_equal(leaf, leaves_by_path(params)[path])
+            for path, leaf in leaves_by_path(params).items():
+                assert leaves_by_path(leaves)[path].sharding == wanted[path], path
+                assert jnp.array_equal(leaves_by_path(leaves)[path], leaf)
         split = [path for path, place in wanted.items() if "tensor" in place.spec]
         assert {"heads/0/vocab/kernel", "prefix/block/mlp/down/kernel"} <= set(split)

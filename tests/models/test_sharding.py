@@ -127,6 +127,7 @@ jax.config.update("jax_enable_x64", True)
 from jax.sharding import PartitionSpec as P
 from decoding import loop
 from decoding.generate import generate, _pack_stops
+from decoding.request import Request
 from decoding.sampling import Sampling, batch_sampling
 from models import transformer
 from models.config import TransformerConfig
@@ -149,8 +150,9 @@ assert alone.tokens == spread.tokens, (alone.tokens, spread.tokens)
 from decoding.drafters.plain import Plain
 state = loop.init_state(config, Plain(), 4, 96, jnp.float64, mesh=mesh)
 keys, sampling = jax.vmap(jax.random.key)(jnp.arange(4)), batch_sampling([Sampling()] * 4)
-request = loop.Request(jnp.ones(4, jnp.int32), jnp.full(4, 9), _pack_stops([], 4), keys, sampling)
-arguments = (config, Plain(), jax.device_put(params, places), None, state, request, np.int32(3), None)
+request = Request(jnp.ones(4, jnp.int32), jnp.full(4, 9), _pack_stops([], 4), keys, sampling)
+models = loop.Models(config, Plain(), jax.device_put(params, places), None)
+arguments = (models, state, request, np.int32(3))
 text = loop.run.lower(*arguments).compile().as_text()
 assert "f64[2,1,96,4]" in text, "the cache is split"
 gathered = [line for line in text.splitlines() if re.search(r"f64\\[[^ ]*96[^ ]* all-gather", line)]

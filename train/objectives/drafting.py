@@ -178,7 +178,7 @@ class DraftObjective:
         decoded = generate(target, prompts, drafter=drafter, drafter_params=params, max_new_tokens=new_tokens)
         replayed = replay_acceptance(target, drafter, params, prompts, decoded)
         stats = sum(decoded.stats[1:], decoded.stats[0])
-        shares = {"loop": stats.accepted_by_depth, "replay": replayed}
+        shares = {"loop": stats.accepted_by_depth, "replay": replayed.sum(axis=0)}
         return {
             f"{name}_{i + 1}": float(hits[i]) / max(stats.steps, 1)
             for name, hits in shares.items()
