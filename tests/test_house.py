@@ -160,6 +160,7 @@ def test_readme_names_the_commands_that_exist() -> None:
     text = readme.read_text() if readme.exists() else ""
     for command in ("scripts/quickstart.sh", "scripts/test.sh"):
         assert not text or f"bash {command}" in text
+    assert len(text.splitlines()) <= 130, "five minutes hold no more"
 
 
 @pytest.mark.parametrize("page", sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")]), ids=lambda page: page.name)
