@@ -29,7 +29,7 @@ class Interpreter:
 
     def __init__(self, devices: int) -> None:
         environment = {**os.environ, "JAX_NUM_CPU_DEVICES": str(devices)}
-        self._outputs = [tempfile.TemporaryFile() for _ in range(2)]
+        self._outputs = [tempfile.TemporaryFile() for _ in range(2)]  # noqa: SIM115  (they live as long as the process)
         self._answers, theirs = os.pipe()
         command = [sys.executable, "-m", "tests.interpreter", str(theirs)]
         stdout, stderr = self._outputs

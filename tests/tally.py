@@ -1,12 +1,12 @@
 """A pytest plugin: what each test file costs, printed at the end as its ten slowest files.
 
-A *program* is one executable that JAX makes for a jitted function and its shapes, small ones included (a lone `jnp.ones`
-is one). It is compiled, or read from the persistent cache of compiled programs. Counted are those of the test processes
-and of the processes that the fixtures of `tests/conftest.py` start; those of commands that tests start by themselves,
-and those of importing the test files, are not.
+A *program* is one executable that JAX makes for a jitted function and its shapes, small ones included (a lone
+`jnp.ones` is one). It is compiled, or read from the persistent cache of compiled programs. Counted are those of the
+test processes and of the processes that the fixtures of `tests/conftest.py` start; those of commands that tests start
+by themselves, and those of importing the test files, are not.
 
-Each report of a phase of a test carries what was made during it, so that under xdist the numbers reach the process that
-prints. Seconds are of all phases, fixtures included: a fixture of the session counts for the first file that asks for it.
+Each report of a phase of a test carries what was made during it, so that under xdist the numbers reach the process
+that prints. Seconds are of all phases, fixtures included: a fixture of the session counts for the first file that asks.
 """
 
 import collections
@@ -103,9 +103,9 @@ class Tally:
             total.programs.add(*dataclasses.astuple(file.programs))
         width = max(map(len, [*slowest, "all 000 files"]))
         terminalreporter.section("slowest files")
-        terminalreporter.line(f"{'':{width}} seconds   tests  programs  from cache  seconds making them")
+        terminalreporter.line(f"{'':{width}} seconds  tests  programs compiled  programs read  seconds for both")
         for name, file in [*((name, self.files[name]) for name in slowest), (f"all {len(self.files)} files", total)]:
-            made = file.programs
+            made, read, seconds = dataclasses.astuple(file.programs)
             terminalreporter.line(
-                f"{name:{width}} {file.seconds:7.1f} {file.tests:7d} {made.made:9d} {made.read:11d} {made.seconds:20.1f}"
+                f"{name:{width}} {file.seconds:7.1f} {file.tests:6d} {made - read:18d} {read:14d} {seconds:17.1f}"
             )
