@@ -1,6 +1,7 @@
 """The rules of the house, read from the source: who imports whom, what files are called, what must be documented.
 
-Each rule is a function from a file to its violations, so that the last tests can show it a file that breaks it.
+Each rule is a function from a file to its violations, so that the last test can show it a file that breaks it. A test
+of a rule goes through all files and lists what breaks it, file by file.
 """
 
 import ast
@@ -8,13 +9,14 @@ import importlib.util
 import itertools
 import pathlib
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import ml_collections
 import pytest
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 MAX_LINES = 500
+MAX_FUNCTION_LINES = 80
 
 # What each package may import of ours, itself aside. eval reads data sets through train; nothing points the other way.
 MAY_IMPORT = {
@@ -54,7 +56,9 @@ def label(path: pathlib.Path) -> str:
     return path.relative_to(ROOT).as_posix() if path.is_relative_to(ROOT) else path.name
 
 
-each_python_file = pytest.mark.parametrize("path", PYTHON_FILES, ids=label)
+def violations(rule: Callable[[str, str], Iterable[object]], paths: Iterable[pathlib.Path]) -> list[str]:
+    """What `rule(source, name)` says of each file, one "file: what" per violation."""
+    return [f"{label(path)}: {what}" for path in paths for what in rule(path.read_text(), label(path))]
 
 
 def imported(source: str, module: str) -> set[str]:
@@ -83,10 +87,13 @@ def wrong_imports(source: str, name: str) -> set[str]:
     return wrong
 
 
-def undocumented(source: str) -> list[str]:
-    """Public functions and classes of a module, and the module itself, that have no docstring."""
+def undocumented(source: str, name: str) -> list[str]:
+    """Public functions and classes of a module, and the module itself, that have no docstring; of a test or a config
+    only the module."""
     tree = ast.parse(source)
     missing = [] if ast.get_docstring(tree) or not tree.body else ["the module"]
+    if name.split("/")[0] not in DOCUMENTED:
+        return missing
     for node in tree.body:
         if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
             public = not node.name.startswith("_") and node.name != "main"
@@ -106,44 +113,55 @@ def config_gaps(source: str, name: str) -> list[str]:
     return [what for what, told in wanted.items() if not told]
 
 
-@each_python_file
-def test_imports_point_one_way(path: pathlib.Path) -> None:
-    assert not wrong_imports(path.read_text(), label(path))
-
-
-@each_python_file
-def test_file_is_small_and_well_named(path: pathlib.Path) -> None:
+def badly_sized_or_named(source: str, name: str) -> list[str]:
+    """Names that say nothing or hide another module, and what is too long: the file `name`, or functions in it."""
+    wrong = []
     # The command `python -m eval.tree` needs that file; inside a package it shadows nothing.
-    allowed = path.parts[-2:] == ("eval", "tree.py")
-    assert allowed or path.name != "tree.py", "tree.py shadows a dependency of TFDS"
-    assert path.name != "utils.py", "utils.py says nothing"
-    assert len(path.read_text().splitlines()) <= MAX_LINES
+    if name.split("/")[-1] == "tree.py" and name != "eval/tree.py":
+        wrong.append("tree.py shadows a dependency of TFDS")
+    if name.split("/")[-1] == "utils.py":
+        wrong.append("utils.py says nothing")
+    if (lines := len(source.splitlines())) > MAX_LINES:
+        wrong.append(f"{lines} lines, more than {MAX_LINES}")
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            lines = node.end_lineno - node.lineno + 1
+            wrong += [f"{node.name} has {lines} lines, more than {MAX_FUNCTION_LINES}"] * (lines > MAX_FUNCTION_LINES)
+    return wrong
 
 
-@each_python_file
-def test_public_names_are_documented(path: pathlib.Path) -> None:
-    missing = undocumented(path.read_text())
-    if path.relative_to(ROOT).parts[0] not in DOCUMENTED:
-        missing = [name for name in missing if name == "the module"]
-    assert not missing
+def pmaps(source: str, name: str) -> list[str]:
+    """Lines that name `pmap`, which meshes have replaced."""
+    nodes = ast.walk(ast.parse(source))
+    return [f"pmap in line {node.lineno}" for node in nodes if isinstance(node, ast.Attribute) and node.attr == "pmap"]
 
 
-@each_python_file
-def test_no_pmap(path: pathlib.Path) -> None:
-    nodes = ast.walk(ast.parse(path.read_text()))
-    assert not [node.lineno for node in nodes if isinstance(node, ast.Attribute) and node.attr == "pmap"]
+def test_imports_point_one_way() -> None:
+    assert not violations(wrong_imports, PYTHON_FILES)
 
 
-@pytest.mark.parametrize("path", CONFIGS, ids=label)
-def test_config_tells_its_command_and_has_a_smoke_variant(path: pathlib.Path) -> None:
-    assert not config_gaps(path.read_text(), label(path))
-    spec = importlib.util.spec_from_file_location(f"house_{path.stem}", path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    full, smoke = module.get_config(), module.get_config("smoke")
-    assert isinstance(full, ml_collections.ConfigDict) and isinstance(smoke, ml_collections.ConfigDict)
-    assert full.to_dict() != smoke.to_dict()
+def test_files_and_functions_are_small_and_well_named() -> None:
+    assert not violations(badly_sized_or_named, PYTHON_FILES)
+
+
+def test_public_names_are_documented() -> None:
+    assert not violations(undocumented, PYTHON_FILES)
+
+
+def test_no_pmap() -> None:
+    assert not violations(pmaps, PYTHON_FILES)
+
+
+def test_configs_tell_their_command_and_have_a_smoke_variant() -> None:
+    assert CONFIGS and not violations(config_gaps, CONFIGS)
+    for path in CONFIGS:
+        spec = importlib.util.spec_from_file_location(f"house_{path.stem}", path)
+        assert spec is not None and spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        full, smoke = module.get_config(), module.get_config("smoke")
+        assert isinstance(full, ml_collections.ConfigDict) and isinstance(smoke, ml_collections.ConfigDict), label(path)
+        assert full.to_dict() != smoke.to_dict(), label(path)
 
 
 def test_no_traces_of_a_machine() -> None:
@@ -226,7 +244,18 @@ def test_rules_catch_what_they_forbid(tmp_path: pathlib.Path) -> None:
     assert wrong_imports("import torch, tensorflow", "tests/models/formats/test_hf.py") == {"tensorflow"}
     assert wrong_imports("import torch", "eval/main.py") == {"torch"}
     assert wrong_imports("import torch\nfrom . import main", "eval/peers/text.py") == set()
-    assert undocumented("def f(): ...\ndef _g(): ...\nclass C:\n    'told'\n") == ["the module", "f"]
+    untold = "def f(): ...\ndef _g(): ...\nclass C:\n    'told'\n"
+    assert undocumented(untold, "models/llama.py") == ["the module", "f"]
+    assert undocumented(untold, "tests/models/test_llama.py") == ["the module"]
+    for name, complaints in (("models/tree.py", 1), ("eval/utils.py", 1), ("eval/tree.py", 0), ("tests/tree.py", 1)):
+        assert len(badly_sized_or_named("", name)) == complaints, name
+    long = "class C:\n    def f(self):\n" + "        pass\n" * (MAX_FUNCTION_LINES - 1)
+    assert badly_sized_or_named(long, "models/llama.py") == []
+    assert badly_sized_or_named(long + "        pass\n", "models/llama.py") == ["f has 81 lines, more than 80"]
+    assert badly_sized_or_named("x = 1\n" * 501, "models/llama.py") == ["501 lines, more than 500"]
+    assert pmaps("import jax\njax.pmap(f)", "models/llama.py") == ["pmap in line 2"]
+    (tmp_path / "bad.py").write_text("import torch")
+    assert violations(wrong_imports, [tmp_path / "bad.py"]) == ["bad.py: torch"]
     assert len(config_gaps('"""A config."""', "configs/lm.py")) == 4
     assert MACHINE_TRACES.search("see /work" + "/main") and not MACHINE_TRACES.search("~/work/x and ./home/y")
     table = "## Results\n\n### Text\n\n| drafter | rate |\n|---|---|\n| hydra | 1.9x |\n| eagle | 2.1x |\n"
