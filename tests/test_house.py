@@ -110,6 +110,18 @@ def test_imports_point_one_way(path: pathlib.Path) -> None:
     assert not wrong_imports(path.read_text(), label(path))
 
 
+def reads_files(source: str, name: str) -> bool:
+    """Whether the file `name` is a network's and imports `models.formats`. models/__init__.py is the way in for all."""
+    if not name.startswith("models/") or name.startswith("models/formats/") or name == "models/__init__.py":
+        return False
+    full = imported(source, name.removesuffix(".py").replace("/", "."))
+    return any(f"{module}.".startswith("models.formats.") for module in full)
+
+
+def test_networks_never_import_formats() -> None:
+    assert not [label(path) for path in PYTHON_FILES if reads_files(path.read_text(), label(path))]
+
+
 @each_python_file
 def test_file_is_small_and_well_named(path: pathlib.Path) -> None:
     # The command `python -m eval.tree` needs that file; inside a package it shadows nothing.
@@ -208,6 +220,9 @@ def test_rules_catch_what_they_forbid(tmp_path: pathlib.Path) -> None:
     assert wrong_imports("import torch, tensorflow", "tests/models/formats/test_hf.py") == {"tensorflow"}
     assert wrong_imports("import torch", "eval/main.py") == {"torch"}
     assert wrong_imports("import torch\nfrom . import main", "eval/peers/text.py") == set()
+    assert reads_files("from models.formats import hf", "models/images/inception.py")
+    assert reads_files("from . import formats", "models/transformer.py")
+    assert not reads_files("from models.formats import hf", "models/formats/target.py")
     assert undocumented("def f(): ...\ndef _g(): ...\nclass C:\n    'told'\n") == ["the module", "f"]
     assert len(config_gaps('"""A config."""', "configs/lm.py")) == 4
     assert MACHINE_TRACES.search("see /work" + "/main") and not MACHINE_TRACES.search("~/work/x and ./home/y")
