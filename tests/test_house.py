@@ -113,6 +113,14 @@ def config_gaps(source: str, name: str) -> list[str]:
     return [what for what, told in wanted.items() if not told]
 
 
+def reads_files(source: str, name: str) -> set[str]:
+    """What a network in the file `name` imports of `models.formats`; models/__init__.py is the way in for all."""
+    if not name.startswith("models/") or name.startswith("models/formats/") or name == "models/__init__.py":
+        return set()
+    full = imported(source, name.removesuffix(".py").replace("/", "."))
+    return {module for module in full if f"{module}.".startswith("models.formats.")}
+
+
 def badly_sized_or_named(source: str, name: str) -> list[str]:
     """Names that say nothing or hide another module, and what is too long: the file `name`, or functions in it."""
     wrong = []
@@ -138,6 +146,10 @@ def pmaps(source: str, name: str) -> list[str]:
 
 def test_imports_point_one_way() -> None:
     assert not violations(wrong_imports, PYTHON_FILES)
+
+
+def test_networks_never_import_formats() -> None:
+    assert not violations(reads_files, PYTHON_FILES)
 
 
 def test_files_and_functions_are_small_and_well_named() -> None:
@@ -256,6 +268,9 @@ def test_rules_catch_what_they_forbid(tmp_path: pathlib.Path) -> None:
     assert pmaps("import jax\njax.pmap(f)", "models/llama.py") == ["pmap in line 2"]
     (tmp_path / "bad.py").write_text("import torch")
     assert violations(wrong_imports, [tmp_path / "bad.py"]) == ["bad.py: torch"]
+    assert reads_files("from models.formats import hf", "models/images/inception.py")
+    assert reads_files("from . import formats", "models/transformer.py")
+    assert not reads_files("from models.formats import hf", "models/formats/target.py")
     assert len(config_gaps('"""A config."""', "configs/lm.py")) == 4
     assert MACHINE_TRACES.search("see /work" + "/main") and not MACHINE_TRACES.search("~/work/x and ./home/y")
     table = "## Results\n\n### Text\n\n| drafter | rate |\n|---|---|\n| hydra | 1.9x |\n| eagle | 2.1x |\n"
