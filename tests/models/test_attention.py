@@ -66,12 +66,12 @@ def test_windows_caps_and_scratch_are_sums_over_pairs(window: int | None, cap: f
     new, prefix, scratch = rows(0, T), rows(1, 11), rows(2, len(SCRATCH_DEPTHS))
     layout = Layout(
         jnp.asarray(places),
-        jnp.asarray(lengths),
-        jnp.asarray(ANCESTORS)[None],
+        jnp.asarray(lengths)[:, None],
+        Tree(jnp.asarray(ANCESTORS)[None]),
         scratch_seen=jnp.broadcast_to(SCRATCH_SEEN, (B, *SCRATCH_SEEN.shape)),
         scratch_positions=jnp.asarray(scratch_places),
     )
-    run = functools.partial(attend, q, new, prefix, layout, scratch, scale=0.4, cap=cap)
+    run = functools.partial(attend, q, new, Sources(prefix, scratch), layout, scale=0.4, cap=cap)
     found = jax.jit(lambda w: run(window=w))(window) if traced else jax.jit(lambda: run(window=window))()
     for b, length in enumerate(lengths):
         sources = []
