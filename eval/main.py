@@ -13,7 +13,6 @@ from typing import Any
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from decoding.drafters.head_drafter import HeadDrafter
 from decoding.drafters.registry import load_drafter
 from decoding.generate import generate
 from decoding.sampling import Sampling
@@ -172,9 +171,7 @@ def _quality(config: DecodeConfig, target: Target, contenders: Sequence[Contende
     data = None if config.text else config.data
     batches = rows_of_text(target, data, config.split, config.text, config.length, config.rows)
     accuracies = [
-        head_accuracy(target, contender.drafter, contender.params, batches)
-        if isinstance(contender.drafter, HeadDrafter)
-        else None
+        head_accuracy(target, contender.drafter, contender.params, batches) if contender.drafter.num_heads else None
         for contender in contenders
     ]
     return {"perplexity": perplexity(target, batches), "head_accuracy": accuracies}

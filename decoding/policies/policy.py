@@ -15,7 +15,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from decoding.sampling import SamplingParameters
-from decoding.trees import TokenTree
+from decoding.tree_search import Acceptance
+from decoding.trees import TokenTree, Topology
 from models import schema
 from models.errors import UserError
 from models.sharding import gather_rows
@@ -133,6 +134,27 @@ class TreePolicy:
         if not isinstance(kind, str) or kind not in known:
             raise UserError(f"{place}: {where}.kind must be one of {', '.join(known)}, got {kind!r}")
         return schema.parse(known[kind], {key: value for key, value in raw.items() if key != "kind"}, where, place)
+
+    @property
+    def topology(self) -> Topology | None:
+        """Of its trees, where it is always the same; None where it depends on what the network says."""
+        return None
+
+    def probing(self) -> "TreePolicy | None":
+        """A policy of wide static trees, with which to count the acceptance that `with_budget` asks for.
+
+        None for one that needs no counts.
+        """
+        return None
+
+    def with_budget(self, candidates: int, acceptance: Acceptance | None = None) -> "TreePolicy | None":
+        """The same way of growing with exactly `candidates` candidates; None where it cannot have so many.
+
+        Args:
+          candidates: nodes of a tree, root not included.
+          acceptance: counted with `probing`; None where that is None.
+        """
+        raise AttributeError(f"{type(self).__name__} must define with_budget")
 
 
 def draft_log_probabilities(logits: Float[Array, "B *M W"], sampling: SamplingParameters) -> Float[Array, "B *M W"]:
