@@ -29,7 +29,8 @@ from decoding.sampling import Sampling
 from decoding.stats import Stats
 from decoding.trees import SAMPLED_RULES
 from eval.measure.progress import Progress
-from eval.report.acceptance import print_table, write_acceptance_results
+from eval.report.acceptance import print_table, write_report
+from eval.report.page import write_results
 from eval.text.benchmark import ratio_interval
 from eval.text.budget import Fitter
 from eval.text.prompts import Prompt, document_prompts
@@ -248,7 +249,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "methods": [_describe(method) for method in methods],
         "cells": cells,
     }
-    write_acceptance_results(results, args.out)
+    write_results(results, write_report, args.out)
     print_table(results)
     print(f"\nwrote {args.out}/results.json and {args.out}/report.html")
 

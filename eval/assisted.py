@@ -24,8 +24,9 @@ from decoding.trees import chain
 from eval.measure.environment import describe_environment
 from eval.measure.progress import Progress
 from eval.peers import text as peer
+from eval.report.files import write_json
 from eval.text.prompts import document_prompts
-from eval.text.results import describe_target, write_json
+from eval.text.results import describe_target
 from models import load_target, schema
 from models.errors import UserError, exit_on_user_error
 

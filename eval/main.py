@@ -18,11 +18,12 @@ from decoding.generate import generate
 from decoding.sampling import Sampling
 from decoding.verify import Typical
 from eval.measure.progress import Progress
-from eval.report.text import print_table
+from eval.report.page import write_results
+from eval.report.text import print_table, write_report
 from eval.text.benchmark import Contender, benchmark
 from eval.text.metrics import head_accuracy, perplexity, rows_of_text
 from eval.text.prompts import BUILT_IN, Prompt, Question, document_prompts, encode_questions, read_questions, spread
-from eval.text.results import describe_target, samples, write_results
+from eval.text.results import describe_target, samples
 from models import schema
 from models.errors import UserError, exit_on_user_error
 from models.formats.target import Target, load_target
@@ -129,7 +130,7 @@ def run(config: DecodeConfig) -> dict[str, Any]:
             "runs": runs,
             "samples": samples(target, contenders, shown, config.max_new_tokens, **options),
         }
-        write_results(results, config.out)
+        write_results(results, write_report, config.out)
     print_table(results)
     print(f"\nwrote {config.out}/results.json and {config.out}/report.html")
     return results
