@@ -18,8 +18,10 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int
 
 from decoding.place import Place
+from decoding.policies.policy import TreePolicy
 from decoding.sampling import SamplingParameters
-from decoding.trees import TokenTree
+from decoding.tree_search import Acceptance, best_tree
+from decoding.trees import TokenTree, Topology
 from decoding.verify import Verdict
 from models import schema, transformer
 from models.config import TransformerConfig
@@ -256,3 +258,51 @@ class Drafter:
     def recall(self, state, memory):
         """A fresh state with an earlier request's memory. Raises UserError for memory that is not this drafter's."""
         raise UserError(f"the drafter {self.name} keeps nothing between requests, so it cannot be given memory")
+
+    # What commands and benchmarks ask. The policy of those that have one is a field of theirs.
+    policy: TreePolicy | None = None
+
+    @property
+    def num_heads(self) -> int:
+        """Draft heads, one per depth, whose guesses are known for whole texts (`decoding/replay.py`); 0 without."""
+        return 0
+
+    @property
+    def tree(self) -> Topology | None:
+        """The topology, where it is static and holds the best guesses in their order."""
+        return None
+
+    @property
+    def topology(self) -> Topology | None:
+        """The topology, where it is static, however candidates are chosen."""
+        return self.tree
+
+    def with_tree(self, tree: Topology) -> "Drafter":
+        """The same drafter with a static tree of its best guesses. Raises UserError for one that takes none."""
+        raise UserError(f"the drafter {self.name} takes no tree")
+
+    def with_policy(self, policy: TreePolicy) -> "Drafter":
+        """The same drafter with another policy. Raises UserError for one without."""
+        raise UserError(f"the drafter {self.name} has no policy")
+
+    def probing(self) -> "Drafter | None":
+        """The drafter with wide static trees, with which to count the acceptance that `with_budget` asks for.
+
+        None for one that needs no counts.
+        """
+        return None
+
+    def with_budget(self, candidates: int, acceptance: Acceptance | None = None) -> "Drafter | None":
+        """The drafter with its best tree of exactly `candidates` candidates; None where it cannot have so many.
+
+        Args:
+          candidates: nodes of a tree, root not included.
+          acceptance: counted with `probing`; None where that is None.
+
+        Raises:
+          UserError: a drafter whose trees have no size to choose.
+        """
+        if self.tree is None or acceptance is None:
+            raise UserError(f"{self.name} cannot be fitted to a budget")
+        tree = best_tree(acceptance.accuracy, candidates)
+        return None if tree is None else self.with_tree(tree)

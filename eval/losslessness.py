@@ -22,7 +22,6 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from decoding.drafter import Drafter
-from decoding.drafters.plain import Plain
 from decoding.generate import generate, slots_needed
 from decoding.sampling import Sampling, apply_sampling, batch_sampling
 from decoding.stats import Stats
@@ -234,7 +233,7 @@ def sampled_strings(
     """
     share = samples // batches
     rows = [sampling for sampling in settings for _ in range(share)]
-    depth = (drafter or Plain()).max_depth
+    depth = 0 if drafter is None else drafter.max_depth
     drawn, counted = [], []
     for batch in range(batches):
         generation = generate(

@@ -60,7 +60,7 @@ from eval.measure.parts import Scene, Step, network_ms, rows_forward, step_parts
 from eval.measure.progress import Progress
 from eval.measure.timing import Timed, Timing, measure
 from eval.peers import text as peer
-from eval.text.results import write_json
+from eval.report.files import write_json
 from models.config import TransformerConfig
 from models.errors import UserError, exit_on_user_error
 from models.heads.eagle import EagleHeads

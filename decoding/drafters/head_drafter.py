@@ -8,6 +8,7 @@ from jaxtyping import Array, Float, Int
 
 from decoding.drafter import CostPart, Drafter
 from decoding.sampling import best_tokens
+from decoding.tree_search import probing_tree
 from decoding.trees import MC_SIM_7B_63, Topology
 from models import transformer
 from models.errors import UserError
@@ -83,6 +84,13 @@ class HeadDrafter(Drafter):
     ) -> Int[Array, "*B K"]:
         """The `count` best guesses of head i, best first."""
         return best_tokens(self.heads.vocab(params, i, hidden), count)
+
+    @property
+    def num_heads(self) -> int:
+        return self.heads.num_heads
+
+    def probing(self):
+        return self.with_tree(probing_tree(self.heads.num_heads))
 
 
 def last_feature(

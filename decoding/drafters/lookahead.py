@@ -127,6 +127,10 @@ class Lookahead(Drafter):
             "pool": remember(state["pool"], moved_BRC.swapaxes(1, 2), found_BC),
         }
 
+    def with_budget(self, candidates, acceptance=None):
+        guesses, rest = divmod(candidates, self.max_depth)
+        return dataclasses.replace(self, guesses=guesses) if guesses and not rest else None
+
 
 def staircase(generations: int, columns: int) -> Bool[np.ndarray, "R R"]:
     """Who sees whom in the window, by rows r * columns + c of generation r, column c (Fu et al. 2024, figure 5).

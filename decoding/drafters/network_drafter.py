@@ -69,3 +69,18 @@ class NetworkDrafter(Drafter):
 
     def draft(self, params, target, state, root, keys):
         return self.policy.grow(self.network(params, target, state), root, keys, target.sampling).tree, None
+
+    @property
+    def topology(self):
+        return self.policy.topology
+
+    def with_policy(self, policy):
+        return dataclasses.replace(self, policy=policy)  # type: ignore[type-var]
+
+    def probing(self):
+        policy = self.policy.probing()
+        return None if policy is None else self.with_policy(policy)
+
+    def with_budget(self, candidates, acceptance=None):
+        policy = self.policy.with_budget(candidates, acceptance)
+        return None if policy is None else self.with_policy(policy)

@@ -63,6 +63,9 @@ class PromptLookup(Drafter):
         tree = chain(self.depth).fill(copied_BN.at[:, 0].set(root), self.rule(target.sampling.greedy))
         return dataclasses.replace(tree, valid=known_BN.at[:, 0].set(True)), None
 
+    def with_budget(self, candidates, acceptance=None):
+        return dataclasses.replace(self, depth=candidates)
+
 
 def find_match(
     text: Int[Array, "B C"], length: Int[Array, "B"], ngram: int, depth: int, shortest: int = 1

@@ -17,6 +17,7 @@ from jaxtyping import Array, Bool, Int
 
 from decoding.drafter import Drafter
 from decoding.sampling import best_tokens
+from decoding.tree_search import NETWORK_DEPTH, probing_tree
 from decoding.trees import Topology, from_child_counts
 from models.errors import UserError
 from models.sharding import fitted
@@ -126,6 +127,12 @@ class TokenRecycling(Drafter):
                 f"is {list(state.shape)} (batch, vocabulary, candidates)"
             )
         return memory
+
+    def with_tree(self, tree):
+        return dataclasses.replace(self, tree=tree)
+
+    def probing(self):
+        return self.with_tree(probing_tree(NETWORK_DEPTH))
 
 
 def remember(

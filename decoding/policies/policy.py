@@ -14,7 +14,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from decoding.sampling import SamplingParameters
-from decoding.trees import TokenTree
+from decoding.tree_search import Acceptance
+from decoding.trees import TokenTree, Topology
 from models import schema
 from models.sharding import gather_rows
 
@@ -120,6 +121,27 @@ class TreePolicy:
         """As `drafter.json` has it."""
         fields = {field.name: schema.resolved(getattr(self, field.name)) for field in dataclasses.fields(self)}
         return {"kind": self.kind, **fields}
+
+    @property
+    def topology(self) -> Topology | None:
+        """Of its trees, where it is always the same; None where it depends on what the network says."""
+        return None
+
+    def probing(self) -> "TreePolicy | None":
+        """A policy of wide static trees, with which to count the acceptance that `with_budget` asks for.
+
+        None for one that needs no counts.
+        """
+        return None
+
+    def with_budget(self, candidates: int, acceptance: Acceptance | None = None) -> "TreePolicy | None":
+        """The same way of growing with exactly `candidates` candidates; None where it cannot have so many.
+
+        Args:
+          candidates: nodes of a tree, root not included.
+          acceptance: counted with `probing`; None where that is None.
+        """
+        raise AttributeError(f"{type(self).__name__} must define with_budget")
 
 
 def draft_log_probabilities(logits: Float[Array, "B *M W"], sampling: SamplingParameters) -> Float[Array, "B *M W"]:
