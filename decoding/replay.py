@@ -103,8 +103,9 @@ def replay_acceptance(
     params: Params,
     prompts: Sequence[Sequence[int]],
     generation: Generation,
-) -> Int[np.ndarray, "D"]:
-    """Accepted drafts by depth according to the training-time forward, over all texts.
+    length: int | None = None,
+) -> Int[np.ndarray, "B D"]:
+    """Accepted drafts of each text by depth, according to the training-time forward.
 
     Args:
       target: the model that wrote the texts.
@@ -113,13 +114,15 @@ def replay_acceptance(
       prompts: what `generation` continues.
       generation: texts and who wrote each token, by a lossless decode of these prompts with this drafter.
 
+      length: tokens to pad the texts to; by default a bucket that holds the longest.
+
     Returns:
-      Int `[D]`, to be compared with the sum of `Stats.accepted_by_depth`.
+      Int `[B, D]`, to be compared with each text's `Stats.accepted_by_depth`.
     """
     tree = drafter.tree
-    hits = np.zeros(tree.max_depth, np.int64)
+    hits = np.zeros((len(prompts), tree.max_depth), np.int64)
     texts = [[*prompt, *new] for prompt, new in zip(prompts, generation.tokens, strict=True)]
-    padded = np.zeros((len(texts), bucket(max(map(len, texts)))), np.int32)
+    padded = np.zeros((len(texts), length or bucket(max(map(len, texts)))), np.int32)
     for row, text in enumerate(texts):
         padded[row, : len(text)] = text
     ranks_DBT = np.asarray(teacher_forced_ranks(target.config, drafter, target.params, params, padded))
@@ -132,5 +135,5 @@ def replay_acceptance(
                 if rank >= len(children) or children[rank] < 0:
                     break
                 node = children[rank]
-                hits[depth - 1] += 1
+                hits[row, depth - 1] += 1
     return hits

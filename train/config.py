@@ -43,7 +43,7 @@ class OptimizerConfig:
         updates scaled to AdamW's size so that one learning rate serves both (Liu et al. 2025, section 2.2).
       learning_rate: the peak, reached after `warmup_steps`.
       schedule: how the rate falls from the peak to `final_fraction` of it at the last step.
-      warmup_steps: steps of linear policy from 0.
+      warmup_steps: steps of linear growth from 0.
       final_fraction: last rate over peak; must be 1 when the schedule is constant.
       weight_decay: decoupled, on matrices only (never on norm scales, biases and tables of positions).
       clip_norm: gradients are scaled down to this global norm.

@@ -192,7 +192,7 @@ class DraftObjective(Objective):
         stats = sum(decoded.stats[1:], decoded.stats[0])
         shares = {"loop": stats.accepted_by_depth}
         if is_replayable(drafter):
-            shares["replay"] = replay_acceptance(target, drafter, params, prompts, decoded)
+            shares["replay"] = replay_acceptance(target, drafter, params, prompts, decoded).sum(axis=0)
         return {
             f"{name}_{i + 1}": float(hits[i]) / max(stats.steps, 1)
             for name, hits in shares.items()
