@@ -228,9 +228,10 @@ def test_branches_other_than_the_first_are_accepted(name: str) -> None:
     if not is_replayable(drafter):
         pytest.skip("has no static tree")
     visits = sum(stats.accepted_by_node for stats in long_run(name).stats)
-    ranks = {path[0] for path, count in zip(drafter.tree.paths, visits[1:], strict=True) if count}
-    assert ranks == {path[0] for path in drafter.tree.paths}
-    assert any(count and path[-1] for path, count in zip(drafter.tree.paths, visits[1:], strict=True) if len(path) > 1)
+    paths = drafter.ranked_tree.paths
+    ranks = {path[0] for path, count in zip(paths, visits[1:], strict=True) if count}
+    assert ranks == {path[0] for path in paths}
+    assert any(count and path[-1] for path, count in zip(paths, visits[1:], strict=True) if len(path) > 1)
 
 
 # 4 and 5. What a step computes is what a whole forward computes; what it leaves behind is what prefill would.
@@ -361,7 +362,7 @@ def test_heads_read_embeddings_that_are_not_scaled() -> None:
     tree, _ = drafter.draft(drafter.for_decoding(params), view, {"feature": feature}, root, None)
     path = scaled.params["embed"]["embedding"][root][:, None]
     scores = drafter.heads.vocab(params, 0, drafter.heads.hidden(params, 0, feature, path))
-    children = np.asarray(tree.tokens)[:, drafter.tree.level(1)]
+    children = np.asarray(tree.tokens)[:, drafter.ranked_tree.level(1)]
     assert np.array_equal(children, np.argsort(-scores, axis=-1)[:, : children.shape[1]])
 
 
