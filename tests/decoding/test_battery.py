@@ -60,6 +60,8 @@ from tests.decoding.drafter_cases import (
 
 pytestmark = pytest.mark.usefixtures("x64")
 
+GROUP_BY = "name"  # Drafters share the target's programs alone, which the cache of compiled programs carries over.
+
 
 # Those that show what a batch of one row and a third sampling mode are: heads with a cache of their own, drawn drafts.
 two_drafters = pytest.mark.parametrize("name", ["hydra++", "draft chain"])
