@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 
 from decoding.generate import generate
-from models.attention import attend
+from models.attention import Sources, attend
 from models.config import TransformerConfig
 from models.errors import UserError
 from models.formats.target import Target
-from models.layout import Layout
+from models.layout import Layout, Tree
 from models.transformer import init
 from tests.decoding.drafter_cases import BUSHY, CASES
 
@@ -66,12 +66,12 @@ def test_windows_caps_and_scratch_are_sums_over_pairs(window: int | None, cap: f
     new, prefix, scratch = rows(0, T), rows(1, 11), rows(2, len(SCRATCH_DEPTHS))
     layout = Layout(
         jnp.asarray(places),
-        jnp.asarray(lengths),
-        jnp.asarray(ANCESTORS)[None],
+        jnp.asarray(lengths)[:, None],
+        Tree(jnp.asarray(ANCESTORS)[None]),
         scratch_seen=jnp.broadcast_to(SCRATCH_SEEN, (B, *SCRATCH_SEEN.shape)),
         scratch_positions=jnp.asarray(scratch_places),
     )
-    run = functools.partial(attend, q, new, prefix, layout, scratch, scale=0.4, cap=cap)
+    run = functools.partial(attend, q, new, Sources(prefix, scratch), layout, scale=0.4, cap=cap)
     found = jax.jit(lambda w: run(window=w))(window) if traced else jax.jit(lambda: run(window=window))()
     for b, length in enumerate(lengths):
         sources = []
@@ -96,13 +96,13 @@ def test_split_attention_is_dense_attention(scratch_slots: int) -> None:
         seen = jax.random.bernoulli(jax.random.key(3), 0.5, (B, nodes, scratch_slots))
         extra = dict(scratch_seen=seen, scratch_positions=jnp.zeros((B, scratch_slots), jnp.int32))
     positions = LENGTHS[:, None] + jnp.asarray(BUSHY.depth)
-    dense = Layout(positions, LENGTHS, jnp.asarray(BUSHY.ancestors)[None], **extra)
+    dense = Layout(positions, LENGTHS[:, None], Tree(jnp.asarray(BUSHY.ancestors)[None]), **extra)
     split = dataclasses.replace(dense, attention="split")
     q = 3 * jax.random.normal(jax.random.key(4), (B, nodes, N, D))
-    out = [attend(q, rows(0, nodes), rows(1, S), layout, scratch, scale=0.4) for layout in (dense, split)]
+    out = [attend(q, rows(0, nodes), Sources(rows(1, S), scratch), layout, scale=0.4) for layout in (dense, split)]
     np.testing.assert_allclose(out[0], out[1], atol=2e-6)
-    shorter = dataclasses.replace(split, length=LENGTHS - jnp.array([0, 1, 1]))
-    changed = attend(q, rows(0, nodes), rows(1, S), shorter, scratch, scale=0.4)
+    shorter = dataclasses.replace(split, horizon=(LENGTHS - jnp.array([0, 1, 1]))[:, None])
+    changed = attend(q, rows(0, nodes), Sources(rows(1, S), scratch), shorter, scale=0.4)
     assert np.abs(changed - out[0])[1:].max() > 1e-3, "the length is what masks"
 
 

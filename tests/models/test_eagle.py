@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from models import transformer
+from models.attention import Sources
 from models.config import TransformerConfig
 from models.errors import UserError
 from models.heads.eagle import Eagle3Heads, EagleHeads, eagle3_layers, unroll
@@ -196,12 +197,11 @@ def test_unrolled_equals_drafting_step_by_step_with_a_cache(heads, target: dict)
         for k in range(steps):
             place = Layout(
                 jnp.full((2, 1), p + k),
-                jnp.full(2, p),
-                jnp.ones((1, 1, 1), bool),
+                jnp.full((2, 1), p),
                 scratch_seen=jnp.broadcast_to(jnp.arange(steps) < k, (2, 1, steps)),
                 scratch_positions=jnp.zeros((2, steps), jnp.int32),
             )
-            f, fresh = heads.run(CONFIG, params, f, embedding[:, p + 1 + k][:, None], place, true, scratch)
+            f, fresh = heads.run(CONFIG, params, f, embedding[:, p + 1 + k][:, None], place, Sources(true, scratch))
             np.testing.assert_allclose(f[:, 0], unrolled[k][:, p], atol=1e-10)
             scratch = {
                 "k": scratch["k"].at[:, :, :, k].set(fresh["k"][:, :, :, 0]),
