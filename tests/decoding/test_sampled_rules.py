@@ -285,4 +285,10 @@ def test_the_smallest_and_the_largest_number_decide_rightly(number: float, monke
         tree = filled(chain(1), "swor", children, np.broadcast_to(q, (VOCAB, 1, VOCAB)))
         drafts = judge(tree, np.broadcast_to(log(p), (VOCAB, 2, VOCAB)), 1).drafts
         assert drafts.tolist() == ((p > 0) if number == 0 else (p >= q)).tolist()
+    # Where q exceeds p by one rounding alone, a rejection leaves nothing, and p itself is drawn from.
+    p, q = np.array([0.0, 0.0, 0.5, 0.5]), np.array([0.0, 0.0, 0.5 + 2**-24, 0.5])
+    tree = filled(chain(1), "swor", np.full((64, 1), 2), np.broadcast_to(q, (64, 1, VOCAB)))
+    verdict = judge(tree, np.broadcast_to(log(p), (64, 2, VOCAB)), 1)
+    assert verdict.drafts.tolist() == [int(number == 0)] * 64
+    assert set(verdict.tokens[:, 0].tolist()) == ({2} if number == 0 else {2, 3})
     jax.clear_caches()
