@@ -48,11 +48,7 @@ def get_config(variant: str = "") -> ConfigDict:
             "l2": 1.0,
             "quantiser": 1.0,
             "commitment": 0.25,
-            "perceptual": {
-                "net": config_dict.placeholder(str),
-                "weights": config_dict.placeholder(str),
-                "weight": 1.0,
-            },
+            "perceptual": {"net": config_dict.placeholder(str), "weights": config_dict.placeholder(str), "weight": 1.0},
             "gan": {"weight": 0.4, "start_fraction": 0.22, "width": 64, "layers": 3},
             "reset_every": 0,
             "reset_until": 0.8,
@@ -67,8 +63,7 @@ def get_config(variant: str = "") -> ConfigDict:
             "fields": config_dict.placeholder(str),
         }
     )
-    config.steps = 417_000
-    config.batch_size = 768
+    config.steps, config.batch_size = 417_000, 768
     config.length = config_dict.placeholder(int)
     config.seed = 0
     config.optimizer = ConfigDict(

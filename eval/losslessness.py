@@ -150,7 +150,7 @@ def tiny_target(vocab_size: int = 5, seed: int = 0, dtype=jnp.float32, **config)
     network = TransformerConfig(vocab_size=vocab_size, **shape)
     params = transformer.init(network, jax.random.key(seed), dtype)
     params = jax.tree.map(lambda leaf: leaf * (8 if leaf.ndim > 1 else 1), params)
-    return Target(network, transformer.join_projections(params))
+    return Target(network, transformer.for_decoding(params))
 
 
 def string_distribution(

@@ -43,7 +43,7 @@ class OptimizerConfig:
         updates scaled to AdamW's size so that one learning rate serves both (Liu et al. 2025, section 2.2).
       learning_rate: the peak, reached after `warmup_steps`.
       schedule: how the rate falls from the peak to `final_fraction` of it at the last step.
-      warmup_steps: steps of linear policy from 0.
+      warmup_steps: steps of linear growth from 0.
       final_fraction: last rate over peak; must be 1 when the schedule is constant.
       weight_decay: decoupled, on matrices only (never on norm scales, biases and tables of positions).
       clip_norm: gradients are scaled down to this global norm.
@@ -190,11 +190,11 @@ def parse(raw: ConfigDict | Mapping[str, Any], objectives: Mapping[str, Any], pl
 
     Args:
       raw: a `ConfigDict`, or the same as nested dicts.
-      objectives: name -> objective class; each has its dataclass as `Config`.
+      objectives: name -> subclass of `train.objectives.objective.Objective`, whose `Config` is the section's dataclass.
       place: how messages call the whole, for instance the file's name.
 
     Raises:
-      UserError: one sentence that names the key, what was found and what was expected.
+      UserError: one sentence that names the key, what was found and what was expected, or what the objective lacks.
     """
     raw = raw.to_dict() if isinstance(raw, ConfigDict) else raw
     section = raw.get("objective")
@@ -205,4 +205,5 @@ def parse(raw: ConfigDict | Mapping[str, Any], objectives: Mapping[str, Any], pl
         raise UserError(
             f"{place}: there is no objective {name!r}{schema.nearest(name, objectives)}, only {', '.join(objectives)}"
         )
+    objectives[name].require_complete()
     return schema.parse(TrainConfig, raw, place=place, given={"objective": objectives[name].Config})

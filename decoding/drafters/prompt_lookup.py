@@ -31,6 +31,13 @@ class PromptLookup(Drafter):
     ngram: int = 3
     shortest: int = 1
     name: ClassVar[str] = "prompt_lookup"
+    bare_names: ClassVar[tuple[str, ...]] = ("prompt_lookup", "prompt_lookup:SHORTEST")
+
+    @classmethod
+    def from_name(cls, argument):
+        if not argument:
+            return cls()
+        return cls(shortest=int(argument)) if argument.isdecimal() else None
 
     @property
     def max_nodes(self) -> int:

@@ -56,7 +56,12 @@ class TokenRecycling(Drafter):
     tree: Topology = TOKEN_RECYCLING_80
     warm_start: bool = False
     name: ClassVar[str] = "token_recycling"
+    bare_names: ClassVar[tuple[str, ...]] = ("token_recycling",)
     taps: ClassVar[tuple[str, ...]] = ("post_norm",)
+
+    @classmethod
+    def from_name(cls, argument):
+        return None if argument else cls()
 
     @property
     def max_nodes(self) -> int:
@@ -77,7 +82,7 @@ class TokenRecycling(Drafter):
         return jnp.full(shape, -1, jnp.int32, device=place)
 
     def ingest(self, params, target, state, rows):
-        if not self.warm_start or rows.nodes is not None:
+        if not self.warm_start or rows.source != "prompt":
             return state
         best_RBK = jax.lax.map(
             lambda hidden_BH: best_tokens(target.head(hidden_BH), self.tree.max_rank),
@@ -122,6 +127,10 @@ class TokenRecycling(Drafter):
                 f"is {list(state.shape)} (batch, vocabulary, candidates)"
             )
         return memory
+
+    @property
+    def ranked_tree(self):
+        return self.tree
 
     def with_tree(self, tree):
         return dataclasses.replace(self, tree=tree)

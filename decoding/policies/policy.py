@@ -7,7 +7,6 @@ a tree has fewer slots than nodes.
 """
 
 import dataclasses
-from collections.abc import Mapping
 from typing import Any, ClassVar, NamedTuple, Protocol, runtime_checkable
 
 import jax
@@ -18,7 +17,6 @@ from decoding.sampling import SamplingParameters
 from decoding.tree_search import Acceptance
 from decoding.trees import TokenTree, Topology
 from models import schema
-from models.errors import UserError
 from models.sharding import gather_rows
 
 
@@ -74,7 +72,6 @@ class TreePolicy:
     """Base of all policies: frozen and hashable, so that they can be jit constants.
 
     Class attributes:
-      known: every policy by its kind (`decoding.policies.POLICIES`).
       kind: its name in `decoding.policies.POLICIES`.
 
     Properties:
@@ -83,7 +80,6 @@ class TreePolicy:
       levels: rows of each pass of the network, the root's first.
     """
 
-    known: ClassVar[Mapping[str, type]] = {}
     kind: ClassVar[str]
 
     @property
@@ -126,14 +122,10 @@ class TreePolicy:
         fields = {field.name: schema.resolved(getattr(self, field.name)) for field in dataclasses.fields(self)}
         return {"kind": self.kind, **fields}
 
-    @classmethod
-    def from_record(cls, raw: Any, where: str, place: str) -> "TreePolicy":
-        """The inverse of `to_record`, for any kind. Raises UserError for what does not fit."""
-        known = TreePolicy.known
-        kind = raw.get("kind") if isinstance(raw, dict) else None
-        if not isinstance(kind, str) or kind not in known:
-            raise UserError(f"{place}: {where}.kind must be one of {', '.join(known)}, got {kind!r}")
-        return schema.parse(known[kind], {key: value for key, value in raw.items() if key != "kind"}, where, place)
+    @property
+    def ranked_tree(self) -> Topology | None:
+        """The topology, where it is static and holds the best guesses in their order."""
+        return None
 
     @property
     def topology(self) -> Topology | None:

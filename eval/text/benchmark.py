@@ -91,8 +91,7 @@ def benchmark(
       contenders: drafters; plain decoding joins by itself.
       prompts: what to continue, at most `max_new_tokens` tokens each or to an end token.
       repeats: how often everything is decoded.
-      sampling: the same for all.
-      seed: of the first prompt's draws; the others count up from it.
+      sampling, seed: the same for all contenders; the seed is of the first prompt, the others count up from it.
       parts: also time the parts of a step alone, for draft share and loop efficiency.
       progress: told what is being done, one line at a time.
 
@@ -221,7 +220,7 @@ def _run(
         "categories": _categories(one, baseline, prompts),
     }
     if one.contender.drafter.num_heads:
-        run["tree"] = _tree(one.contender.drafter.tree, stats)
+        run["tree"] = _tree(one.contender.drafter.ranked_tree, stats)
     if one.parts:
         run |= _efficiency(one, baseline, speedup)
     return run

@@ -1,6 +1,6 @@
 """Files of a released drafter: found, read whatever their format, and used up to the last tensor.
 
-A release is a directory or one file, in safetensors or torch's own format (read by `models.formats.torch_files`), in
+A release is a directory or one file, in safetensors or torch's own formats (read by `models.formats.torch_files`), in
 one piece or in shards with an index. `take` hands out a tensor once, after its shape and kind were checked; `finish`
 complains about any that nobody took. So a converter cannot miss a tensor that changes what a drafter computes.
 """

@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from models.formats import image_models as files
@@ -94,6 +95,24 @@ def job(data_set: pathlib.Path, target_directory: pathlib.Path) -> Callable[...,
 
     def make(name: str, objective: dict[str, Any] | None = None, **changes: Any) -> TrainConfig:
         return tiny_job(data_set, {**objectives[name], **(objective or {})}, **changes)
+
+    return make
+
+
+@pytest.fixture
+def draft_setting(job: Callable[..., TrainConfig]) -> Callable[..., Any]:
+    """`draft_setting("eagle", soft=1.0)`: objective, random drafter, frozen target, one batch with labels at random."""
+
+    def make(name: str, **objective: Any) -> tuple[Any, Any, Any, dict[str, jax.Array]]:
+        config = job(name, objective=objective)
+        corpus = open_corpus(config)
+        plan = trainer.make_plan(config, corpus.facts)
+        plan.objective.scan_data(corpus.train)
+        frozen = plan.objective.load_base(plan.mesh)
+        params = jax.jit(plan.objective.init, compiler_options=trainer.unoptimised())(jax.random.key(3), frozen)
+        batch = {**next(corpus.batches(config.batch_size, 0))}
+        batch["mask"] = np.random.default_rng(0).integers(0, 2, batch["mask"].shape).astype(np.uint8)
+        return plan.objective, noisy(params, 0.1), frozen, jax.tree.map(jnp.asarray, batch)
 
     return make
 

@@ -296,21 +296,27 @@ def test_codes_that_the_batch_did_not_choose_become_vectors_of_the_batch(image_s
     sought = np.concatenate([reference.tokens(VQVAE, k, r).reshape(-1, 4) for k, r in enumerate(residuals)])
     old = tree["codebook"]["embedding"]
     replace = jax.jit(replace_unused, static_argnums=0)
-    new = np.asarray(replace(VQVAE, params["vqvae"], jnp.asarray(images), jax.random.key(1)))
+    new, rows = map(np.asarray, replace(VQVAE, params["vqvae"], jnp.asarray(images), jax.random.key(1)))
+    np.testing.assert_array_equal(rows[:, 0], ~used)
     assert not np.any(used[7:12]) and used.sum() >= 12
     np.testing.assert_array_equal(new[used], old[used])
     nearest = np.abs(new[~used][:, None] - sought).max(axis=-1)
     assert nearest.min(axis=1).max() < 1e-9 and len(set(nearest.argmin(axis=1))) > 1
 
     for step, progress in ((3, 0.5), (4, 0.5), (4, 0.9)):
-        renewed = jax.jit(objective.renew)(params, None, batch, step, progress, jax.random.key(1))
-        changed = {p for p, leaf in leaves_by_path(renewed).items() if np.any(leaf != leaves_by_path(params)[p])}
-        assert changed == ({"vqvae/codebook/embedding"} if (step, progress) == (4, 0.5) else set())
+        later, mask = jax.jit(objective.replace)(params, None, batch, step, progress, jax.random.key(1))
+        changed = {p for p, leaf in leaves_by_path(later).items() if np.any(leaf != leaves_by_path(params)[p])}
+        due = (step, progress) == (4, 0.5)
+        assert changed == ({"vqvae/codebook/embedding"} if due else set())
+        # What the average forgets are these rows, and no other parameter.
+        ((path, rows),) = leaves_by_path(mask).items()
+        assert path == "vqvae/codebook/embedding" and rows[:, 0].tolist() == (~used & due).tolist()
 
 
 def test_without_a_reset_nothing_is_traced(image_setting):
     objective, params, _, batch = image_setting("vqvae")
-    assert objective.renew(params, None, batch, 1, 0.1, jax.random.key(0)) is params
+    same, mask = objective.replace(params, None, batch, 1, 0.1, jax.random.key(0))
+    assert same is params and mask is None
 
 
 def test_evaluation_counts_images_and_codes_but_no_padding(image_setting):

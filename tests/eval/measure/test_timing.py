@@ -74,7 +74,7 @@ def test_rows_and_step_run_again_and_again() -> None:
         assert step.sample() > 0
     # Every sample makes all its steps: neither the limit nor the cache ends it early.
     assert int(step._state.counters.steps[0]) == 3 * STEPS_PER_SAMPLE
-    assert not bool(step._state.done[0])
+    assert not bool(step._state.text.done[0])
     assert rows_forward(scene, 5).sample() > 0
 
 
