@@ -259,8 +259,13 @@ class Drafter:
         """A fresh state with an earlier request's memory. Raises UserError for memory that is not this drafter's."""
         raise UserError(f"the drafter {self.name} keeps nothing between requests, so it cannot be given memory")
 
-    # What commands and benchmarks ask. The policy of those that have one is a field of theirs.
-    policy: TreePolicy | None = None
+    # What commands and benchmarks ask. No name here is one that a drafter would give a field: dataclasses would take
+    # what stands here for the field's default.
+
+    @property
+    def tree_policy(self) -> TreePolicy | None:
+        """What makes its trees, for drafters that have one to choose."""
+        return None
 
     @property
     def num_heads(self) -> int:
@@ -268,14 +273,14 @@ class Drafter:
         return 0
 
     @property
-    def tree(self) -> Topology | None:
+    def ranked_tree(self) -> Topology | None:
         """The topology, where it is static and holds the best guesses in their order."""
         return None
 
     @property
     def topology(self) -> Topology | None:
         """The topology, where it is static, however candidates are chosen."""
-        return self.tree
+        return self.ranked_tree
 
     def with_tree(self, tree: Topology) -> "Drafter":
         """The same drafter with a static tree of its best guesses. Raises UserError for one that takes none."""
@@ -302,7 +307,7 @@ class Drafter:
         Raises:
           UserError: a drafter whose trees have no size to choose.
         """
-        if self.tree is None or acceptance is None:
+        if self.ranked_tree is None or acceptance is None:
             raise UserError(f"{self.name} cannot be fitted to a budget")
         tree = best_tree(acceptance.accuracy, candidates)
         return None if tree is None else self.with_tree(tree)

@@ -29,7 +29,7 @@ class Replayable(Protocol):
     """A drafter with a static tree of its best guesses, which can be computed for whole texts at once."""
 
     @property
-    def tree(self) -> Topology:
+    def ranked_tree(self) -> Topology | None:
         """The tree."""
 
     @property
@@ -52,7 +52,12 @@ class Replayable(Protocol):
 
 def is_replayable(drafter: Drafter) -> bool:
     """Whether `replay_acceptance` knows what this drafter would have guessed."""
-    return isinstance(drafter, Replayable) and drafter.tree is not None
+    return isinstance(drafter, Replayable) and drafter.ranked_tree is not None
+
+
+def _tree(drafter: Replayable) -> Topology:
+    assert drafter.ranked_tree is not None, "only static trees of best guesses can be replayed"
+    return drafter.ranked_tree
 
 
 @functools.partial(jax.jit, static_argnames=("config", "drafter"))
@@ -76,7 +81,7 @@ def teacher_forced_ranks(
       `[i, b, p]`: where the guesses of depth i + 1, made from the feature at p and the true tokens p+1 .. p+1+i, rank
       the token at p+2+i; the width of the tree at that depth when the token is not on the list.
     """
-    tree = drafter.tree
+    tree = _tree(drafter)
     layout = Layout.causal(tokens.shape[0], tokens.shape[1])
     output = transformer.forward(config, target, tokens, layout, taps=drafter.taps)
     ranks = []
@@ -119,7 +124,7 @@ def replay_acceptance(
     Returns:
       Int `[B, D]`, to be compared with each text's `Stats.accepted_by_depth`.
     """
-    tree = drafter.tree
+    tree = _tree(drafter)
     hits = np.zeros((len(prompts), tree.max_depth), np.int64)
     texts = [[*prompt, *new] for prompt, new in zip(prompts, generation.tokens, strict=True)]
     padded = np.zeros((len(texts), length or bucket(max(map(len, texts)))), np.int32)

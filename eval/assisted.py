@@ -101,7 +101,7 @@ def run(
         "transformers_assisted": lambda text: (theirs.assisted(text), None),
     }
     made, seconds = _race(ways, texts, rounds, progress)
-    rates = {name: len(texts) * new_tokens / statistics.median(seconds[name]) for name in ways}
+    rates = _rates(seconds, len(texts) * new_tokens)
     return {
         "ways": {name: _way(made[name], made["plain"], rates[name]) for name in ways},
         "draft_model_over_assisted": rates["draft_model"] / rates["transformers_assisted"],
@@ -132,6 +132,11 @@ def _race(ways: dict[str, Way], texts: list[list[int]], rounds: int, progress: C
         for name in ways if turn else ():
             seconds[name].append(spent[name])
     return made, seconds
+
+
+def _rates(seconds: dict[str, list[float]], tokens: int) -> dict[str, float]:
+    """Tokens per second of every way, in the median over rounds of so many tokens each."""
+    return {name: tokens / statistics.median(spent) for name, spent in seconds.items()}
 
 
 def _way(made: Sequence[tuple[list[int], int | None]], plain, rate: float) -> dict[str, Any]:

@@ -283,7 +283,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     target = load_target(args.target)
     drafter, params = load_drafter(args.drafter, target)
     if args.policy is not None:
-        if drafter.policy is None:
+        if drafter.tree_policy is None:
             raise UserError(f"the drafter {args.drafter!r} has no policy: --policy is for draft models and EAGLE heads")
         policy = parse_policy(args.policy)
         drafter.with_policy(policy).check(target.config)
@@ -291,7 +291,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         return
     if not drafter.num_heads:
         rest = "takes none"
-        if drafter.policy is not None:
+        if drafter.tree_policy is not None:
             rest = "has a policy instead: choose it with --policy, as in --policy static:tree=chain:4"
         raise UserError(f"trees are chosen for Medusa and Hydra heads; the drafter {args.drafter!r} {rest}")
     if args.tree is not None:

@@ -89,6 +89,10 @@ class HeadDrafter(Drafter):
     def num_heads(self) -> int:
         return self.heads.num_heads
 
+    @property
+    def ranked_tree(self) -> Topology:
+        return self.tree
+
     def probing(self):
         return self.with_tree(probing_tree(self.heads.num_heads))
 

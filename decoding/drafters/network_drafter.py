@@ -29,9 +29,12 @@ class NetworkDrafter(Drafter):
         return self.policy.max_depth
 
     @property
-    def tree(self) -> Topology | None:
-        """The tree, where it is static and holds the best guesses."""
-        return self.policy.tree if isinstance(self.policy, Static) and self.policy.draws == "top" else None
+    def tree_policy(self) -> TreePolicy:
+        return self.policy
+
+    @property
+    def ranked_tree(self) -> Topology | None:
+        return self.policy.ranked_tree
 
     def with_tree(self, tree: Topology) -> "NetworkDrafter":
         """The same network with a static tree of its best guesses."""

@@ -128,6 +128,10 @@ class TokenRecycling(Drafter):
             )
         return memory
 
+    @property
+    def ranked_tree(self):
+        return self.tree
+
     def with_tree(self, tree):
         return dataclasses.replace(self, tree=tree)
 

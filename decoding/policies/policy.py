@@ -123,6 +123,11 @@ class TreePolicy:
         return {"kind": self.kind, **fields}
 
     @property
+    def ranked_tree(self) -> Topology | None:
+        """The topology, where it is static and holds the best guesses in their order."""
+        return None
+
+    @property
     def topology(self) -> Topology | None:
         """Of its trees, where it is always the same; None where it depends on what the network says."""
         return None

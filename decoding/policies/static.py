@@ -114,6 +114,10 @@ class Static(TreePolicy):
         return argmax(logq_BMW[:, :, None] + noise_BMKW)
 
     @property
+    def ranked_tree(self):
+        return self.tree if self.draws == "top" else None
+
+    @property
     def topology(self):
         return self.tree
 

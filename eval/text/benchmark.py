@@ -220,7 +220,7 @@ def _run(
         "categories": _categories(one, baseline, prompts),
     }
     if one.contender.drafter.num_heads:
-        run["tree"] = _tree(one.contender.drafter.tree, stats)
+        run["tree"] = _tree(one.contender.drafter.ranked_tree, stats)
     if one.parts:
         run |= _efficiency(one, baseline, speedup)
     return run

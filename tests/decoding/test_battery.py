@@ -13,6 +13,7 @@ its `ingest`, its replay, and what it alone needs. Batches of one row and a thir
 
 import dataclasses
 import functools
+import math
 from typing import Any
 
 import jax
@@ -58,6 +59,8 @@ from tests.decoding.drafter_cases import (
 )
 
 pytestmark = pytest.mark.usefixtures("x64")
+
+GROUP_BY = "name"  # Drafters share the target's programs alone, which the cache of compiled programs carries over.
 
 
 # Those that show what a batch of one row and a third sampling mode are: heads with a cache of their own, drawn drafts.
@@ -226,9 +229,10 @@ def test_branches_other_than_the_first_are_accepted(name: str) -> None:
     if not is_replayable(drafter):
         pytest.skip("has no static tree")
     visits = sum(stats.accepted_by_node for stats in long_run(name).stats)
-    ranks = {path[0] for path, count in zip(drafter.tree.paths, visits[1:], strict=True) if count}
-    assert ranks == {path[0] for path in drafter.tree.paths}
-    assert any(count and path[-1] for path, count in zip(drafter.tree.paths, visits[1:], strict=True) if len(path) > 1)
+    paths = drafter.ranked_tree.paths
+    ranks = {path[0] for path, count in zip(paths, visits[1:], strict=True) if count}
+    assert ranks == {path[0] for path in paths}
+    assert any(count and path[-1] for path, count in zip(paths, visits[1:], strict=True) if len(path) > 1)
 
 
 # 4 and 5. What a step computes is what a whole forward computes; what it leaves behind is what prefill would.
@@ -359,7 +363,7 @@ def test_heads_read_embeddings_that_are_not_scaled() -> None:
     tree, _ = drafter.draft(drafter.for_decoding(params), view, {"feature": feature}, root, None)
     path = scaled.params["embed"]["embedding"][root][:, None]
     scores = drafter.heads.vocab(params, 0, drafter.heads.hidden(params, 0, feature, path))
-    children = np.asarray(tree.tokens)[:, drafter.tree.level(1)]
+    children = np.asarray(tree.tokens)[:, drafter.ranked_tree.level(1)]
     assert np.array_equal(children, np.argsort(-scores, axis=-1)[:, : children.shape[1]])
 
 
@@ -396,6 +400,8 @@ def test_loop_stays_on_the_device_and_copies_no_cache(name: str) -> None:
     with shapes_for_arrays(loop.Models, loop.DecodeState, Text, Counters, Request, SamplingParameters):
         text = loop.run.lower(*arguments).compile().as_text()
     assert text.count("while(") >= 1 and inside_loops(text)
-    assert f"f64[4,2,{CAPACITY},8]" in text
+    config = target().config
+    cache = len(PROMPTS), config.num_kv_heads, CAPACITY, config.head_dim
+    assert f"f64[{','.join(map(str, cache))}]" in text
     assert not HOST.findall(text)
-    assert whole_copies(text, "f64", 4 * 2 * CAPACITY * 8) == []
+    assert whole_copies(text, "f64", math.prod(cache)) == []
