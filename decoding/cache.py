@@ -1,14 +1,13 @@
 """The KV cache: per layer, keys `k` of shape [B, K, D, S] and values `v` of shape [B, K, S, D].
 
-Slot s holds the committed token at position s and nothing else is ever written below `length`. A forward reads the
-cache and returns fresh rows beside it; `commit` writes those that became text. What lies at or beyond `length` is never
-read.
+Committed rows fill the slots from 0, and nothing else is ever written below their number. A forward reads the cache and
+returns fresh rows beside it; `commit` writes those that became text. What lies in later slots is never read.
 """
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, PartitionSpec
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Shaped
 
 from models.attention import Rows
 from models.config import TransformerConfig
@@ -40,12 +39,29 @@ def init_cache(
     ]
 
 
-def commit(cache: Cache, rows: list[Rows], path: Int[Array, "B R"] | None, length: Int[Array, "B"]) -> Cache:
-    """Appends to each layer the fresh rows named by `path` (all of them, in order, when None), from slot `length`.
+def commit(
+    cache: Cache,
+    rows: list[Rows] | Rows,
+    path: Int[Array, "B R"] | None,
+    slots: Int[Array, "B"],
+    after: Shaped[Array, "B *_"] | None = None,
+) -> Cache:
+    """Appends to each layer the fresh rows named by `path` (all of them, in order, when None), from slot `slots`.
 
-    Rows past the accepted ones may follow; they land beyond the new length, where nothing looks. The caller leaves room
-    for all of them, and inside a jitted loop the buffers are updated in place.
+    Rows past the accepted ones may follow; they land beyond what is in use, where nothing looks. The caller leaves room
+    for all of them.
+
+    Args:
+      cache: one entry per layer.
+      rows: fresh keys and values of each layer.
+      path: which of them to write.
+      slots: where to begin.
+      after: something that could only be computed after every layer had read the cache: finite floats, or integers that
+        are never negative. XLA then sees that all reads come first, and updates the buffers in place.
     """
+    assert isinstance(rows, list), "caches in motion are lists of layers"
+    if after is not None:
+        slots = _behind(slots, after)
 
     def append(name, buffer, fresh):
         axis = SLOTS[name]
@@ -53,12 +69,20 @@ def commit(cache: Cache, rows: list[Rows], path: Int[Array, "B R"] | None, lengt
             shape = [path.shape[0], 1, 1, 1]
             shape[axis] = path.shape[1]
             fresh = jnp.take_along_axis(fresh, path.reshape(shape), axis=axis)
-        return _write(buffer, fresh.astype(buffer.dtype), length, axis)
+        return _write(buffer, fresh.astype(buffer.dtype), slots, axis)
 
     return [
         {name: append(name, layer[name], fresh[name]) for name in SLOTS}
         for layer, fresh in zip(cache, rows, strict=True)
     ]
+
+
+def _behind(slots: Int[Array, "B"], after: Shaped[Array, "B *_"]) -> Int[Array, "B"]:
+    """`slots`, computed from `after` in a way that no compiler sees through."""
+    flat = after.reshape(after.shape[0], -1)
+    if jnp.issubdtype(flat.dtype, jnp.floating):
+        return slots + jnp.any(flat > jnp.inf, axis=1)
+    return slots + jnp.minimum(flat[:, 0], 0)
 
 
 def _write(buffer: Float[Array, "B K _ _"], rows: Float[Array, "B K _ _"], start: Int[Array, "B"], axis: int):

@@ -1,21 +1,27 @@
 """What a drafter is: a few pure functions over a state pytree, and some static facts.
 
 A drafter is a frozen, hashable dataclass, so that it can be a jit constant; its parameters and its state are pytrees.
-The loop calls, in this order, `draft` and `riders` before each target forward, `ingest` with the rows that became text
-(and, before that, with the prompt), and `observe` with everything the forward said. Plain decoding is the drafter that
-proposes nothing.
+While the prompt is read the loop calls `ingest` with each part of it, then `begin` once. Every step calls `draft` and
+`riders` before the target's forward, then `ingest` with the rows that became text and `observe` with everything that
+the forward said. Plain decoding is the drafter that proposes nothing.
+
+A drafter answers for itself: what commands and benchmarks want to know of a method are methods here, with defaults, so
+that nothing outside a drafter's own files asks which one it is.
 """
 
 import dataclasses
-from collections.abc import Mapping
-from typing import Any, ClassVar, cast
+from collections.abc import Callable
+from typing import Any, ClassVar, Literal, NamedTuple, cast
 
 from flax import struct
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int
 
+from decoding.place import Place
+from decoding.policies.policy import TreePolicy
 from decoding.sampling import SamplingParameters
-from decoding.trees import TokenTree
+from decoding.tree_search import Acceptance, best_tree
+from decoding.trees import TokenTree, Topology
 from decoding.verify import Verdict
 from models import schema, transformer
 from models.config import TransformerConfig
@@ -30,18 +36,23 @@ class TargetView:
     Attributes:
       config: shape of the target.
       params: its parameters, layers as a list.
-      cache: keys and values of the committed tokens.
-      length: how many tokens those are; the root stands at this position.
-      text: the tokens themselves, in the first `length` places, then the root; what follows is padding.
-      sampling: sampling settings, for drafters that sample.
+      cache: keys and values of what is committed.
+      place: how much that is.
+      text: its tokens, in the first `length` places, then the root; what follows is padding.
+      sampling: sampling parameters, for drafters that sample.
     """
 
     config: TransformerConfig = struct.field(pytree_node=False)
     params: Params
     cache: Cache
-    length: Int[Array, "B"]
+    place: Place
     text: Int[Array, "B C"]
     sampling: SamplingParameters
+
+    @property
+    def length(self) -> Int[Array, "B"]:
+        """Committed tokens of text; the root has this index."""
+        return self.place.length
 
     def lookup(self, tokens: Int[Array, "*B"]) -> Float[Array, "*B H"]:
         """Raw rows of the target's embedding table, without the scale that some families put on their inputs."""
@@ -58,18 +69,19 @@ class TrueRows:
 
     Attributes:
       tokens: the tokens read; only the first `count[b]` of a row are text, the rest is padding.
-      start: position of `tokens[:, 0]`.
+      start: where `tokens[:, 0]` stands.
       count: how many are text; 0 leaves the row's state unchanged.
       taps: the features named in `Drafter.taps`, `[B, R, H]` each.
-      nodes: the tree node that each row was, the root first; None for text that is not from the drafter's own tree,
-        such as the prompt.
-      drafted: what `draft` kept beside that tree; None with `nodes`, or where it kept nothing.
+      source: where the text is from: the `prompt`, the drafter's `own` tree, or the tree of an `other` drafter.
+      nodes: of its own tree, the node that each row was, the root first.
+      drafted: what `draft` kept beside that tree; None where it kept nothing.
     """
 
     tokens: Int[Array, "B R"]
-    start: Int[Array, "B"]
+    start: Place
     count: Int[Array, "B"]
     taps: dict[str, Float[Array, "B R H"]]
+    source: Literal["prompt", "own", "other"] = struct.field(pytree_node=False)
     nodes: Int[Array, "B R"] | None = None
     drafted: Any = None
 
@@ -91,16 +103,24 @@ class Riders:
     sees_riders: Bool[Array, "#B R R"]
 
 
-# Entries of records by the names that they had in Tandem 0.1, which are still read.
-RENAMED = {"growth": "policy"}
+class CostPart(NamedTuple):
+    """Something that `draft` does, to be run and timed alone.
+
+    Attributes:
+      run: (params, target, state, root, inputs) -> arrays; the first four as for `draft`.
+      inputs: what else it reads, made once.
+    """
+
+    run: Callable[..., Any]
+    inputs: Any
 
 
 class Drafter:
     """Base of all drafters; the defaults are those of one without parameters, state or candidates.
 
     Class attributes:
-      known: every drafter by its name (`decoding.drafters.DRAFTERS`).
       name: what `drafter.json` and command lines call it.
+      bare_names: forms that `from_name` takes, for messages; none for a drafter with parameters.
       taps: target features that `ingest` wants (see `models.transformer.forward`).
 
     Properties:
@@ -109,8 +129,8 @@ class Drafter:
       num_riders: rows that `riders` adds.
     """
 
-    known: ClassVar[Mapping[str, type]] = {}
     name: ClassVar[str]
+    bare_names: ClassVar[tuple[str, ...]] = ()
     taps: ClassVar[tuple[str, ...]] = ()
 
     @property
@@ -131,21 +151,15 @@ class Drafter:
         return {"method": self.name, **{field.name: schema.resolved(getattr(self, field.name)) for field in fields}}
 
     @classmethod
-    def from_record(cls, raw: Any, where: str, place: str) -> "Drafter":
-        """The inverse of `to_record`, for any method; `where` is the dotted place of the record in `place`.
+    def from_name(cls, argument: str) -> "Drafter | None":
+        """The drafter that a command line means by its bare name, or by `NAME:ARGUMENT`; None where it means none.
 
-        Raises:
-          UserError: an unknown method, or an entry that is unknown, missing or of the wrong type.
+        A drafter with parameters has none: it is named by its directory.
+
+        Args:
+          argument: what stands behind the colon; empty without one.
         """
-        known = Drafter.known
-        method = raw.get("method") if isinstance(raw, dict) else None
-        if not isinstance(method, str) or method not in known:
-            raise UserError(f"{place} names the method {method!r}; known are {', '.join(known)}")
-        entries = {RENAMED.get(key, key): _immutable(value) for key, value in raw.items() if key != "method"}
-        for field in dataclasses.fields(known[method]):
-            if field.name not in entries:
-                raise UserError(f"{place} has no entry {field.name!r}")
-        return schema.parse(known[method], entries, where, place)
+        return None
 
     def rule(self, greedy: bool) -> str:
         """The acceptance rule of its trees, one of `decoding.trees.ACCEPTANCE_RULES`.
@@ -165,27 +179,41 @@ class Drafter:
         """Fresh parameters for a target; None for a drafter without."""
         return None
 
-    def fuse(self, params):
-        """Parameters as one device multiplies them fastest; `load_drafter` calls it where there is no mesh."""
-        return params
+    def for_decoding(self, params, mesh: Mesh | None = None):
+        """Parameters as `draft` and `ingest` read them fastest, on one device or a mesh.
 
-    def prepare(self, params):
-        """Parameters in the layout that `draft` reads; called once per request, before anything is decoded."""
+        Those that are in that form already come back as they are: `load_drafter` makes it, and so does `generate` of
+        parameters that come from elsewhere.
+        """
         return params
 
     def init(self, config: TransformerConfig, batch: int, capacity: int, dtype, mesh: Mesh | None = None):
         """The state before any text: a pytree of arrays with the batch leading; a cache of its own goes on `mesh`."""
         return ()
 
+    @property
+    def ingests(self) -> bool:
+        """Whether `ingest` does anything; where it does not, no program is compiled for it."""
+        return type(self).ingest is not Drafter.ingest
+
     def ingest(self, params, target: TargetView, state, rows: TrueRows):
-        """The state after `rows` became text; `target.cache` and `target.length` already include them."""
+        """The state after `rows` became text; `target.cache` and `target.place` already include them."""
+        return state
+
+    @property
+    def begins(self) -> bool:
+        """Whether `begin` does anything."""
+        return type(self).begin is not Drafter.begin
+
+    def begin(self, params, target: TargetView, state):
+        """The state once the whole prompt was ingested, before the first step."""
         return state
 
     def draft(self, params, target: TargetView, state, root: Int[Array, "B"], keys: Array) -> tuple[TokenTree, Any]:
-        """Candidates that may follow `root`, the pending token at position `target.length`.
+        """Candidates that may follow `root`, the pending token, which has the index `target.length`.
 
         Args:
-          params: as `prepare` left them.
+          params: as `for_decoding` left them.
           target: the target before this step.
           state: as `ingest` and `observe` left it.
           root: the pending tokens.
@@ -205,7 +233,7 @@ class Drafter:
         """The state after looking at every node's output, rejected ones included.
 
         Args:
-          params: as `prepare` left them.
+          params: as `for_decoding` left them.
           target: the target after this step.
           state: as `ingest` left it.
           tree: what was drafted.
@@ -215,6 +243,14 @@ class Drafter:
         """
         return state
 
+    def cost_parts(self, config: TransformerConfig, batch: int) -> dict[str, CostPart]:
+        """What tells the networks from the rest of `draft`, for batches of a target of that shape.
+
+        `network` is the networks alone, with nothing chosen between their passes; `choice` is the choice of candidates
+        alone. One of them is enough; a drafter without networks has neither.
+        """
+        return {}
+
     def memory(self, state):
         """What outlives the request, to be given to `recall` in the next; None for a drafter that keeps nothing."""
         return None
@@ -223,9 +259,55 @@ class Drafter:
         """A fresh state with an earlier request's memory. Raises UserError for memory that is not this drafter's."""
         raise UserError(f"the drafter {self.name} keeps nothing between requests, so it cannot be given memory")
 
+    # What commands and benchmarks ask. No name here is one that a drafter would give a field: dataclasses would take
+    # what stands here for the field's default.
 
-def _immutable(value: Any) -> Any:
-    """JSON with tuples for its lists, which is what frozen dataclasses hold."""
-    if isinstance(value, dict):
-        return {key: _immutable(item) for key, item in value.items()}
-    return tuple(map(_immutable, value)) if isinstance(value, list) else value
+    @property
+    def tree_policy(self) -> TreePolicy | None:
+        """What makes its trees, for drafters that have one to choose."""
+        return None
+
+    @property
+    def num_heads(self) -> int:
+        """Draft heads, one per depth, whose guesses are known for whole texts (`decoding/replay.py`); 0 without."""
+        return 0
+
+    @property
+    def ranked_tree(self) -> Topology | None:
+        """The topology, where it is static and holds the best guesses in their order."""
+        return None
+
+    @property
+    def topology(self) -> Topology | None:
+        """The topology, where it is static, however candidates are chosen."""
+        return self.ranked_tree
+
+    def with_tree(self, tree: Topology) -> "Drafter":
+        """The same drafter with a static tree of its best guesses. Raises UserError for one that takes none."""
+        raise UserError(f"the drafter {self.name} takes no tree")
+
+    def with_policy(self, policy: TreePolicy) -> "Drafter":
+        """The same drafter with another policy. Raises UserError for one without."""
+        raise UserError(f"the drafter {self.name} has no policy")
+
+    def probing(self) -> "Drafter | None":
+        """The drafter with wide static trees, with which to count the acceptance that `with_budget` asks for.
+
+        None for one that needs no counts.
+        """
+        return None
+
+    def with_budget(self, candidates: int, acceptance: Acceptance | None = None) -> "Drafter | None":
+        """The drafter with its best tree of exactly `candidates` candidates; None where it cannot have so many.
+
+        Args:
+          candidates: nodes of a tree, root not included.
+          acceptance: counted with `probing`; None where that is None.
+
+        Raises:
+          UserError: a drafter whose trees have no size to choose.
+        """
+        if self.ranked_tree is None or acceptance is None:
+            raise UserError(f"{self.name} cannot be fitted to a budget")
+        tree = best_tree(acceptance.accuracy, candidates)
+        return None if tree is None else self.with_tree(tree)

@@ -19,6 +19,7 @@ from jaxtyping import Array, Int
 from decoding import loop
 from decoding.drafter import Drafter
 from decoding.drafters.plain import Plain
+from decoding.request import Request
 from decoding.sampling import Sampling, batch_sampling
 from decoding.stats import Stats
 from decoding.verify import Typical
@@ -123,31 +124,31 @@ def generate(
     if mesh is not None:
         _check_mesh(mesh, target, drafter_params, batch)
     lengths = np.array([len(prompt) for prompt in prompts], np.int32)
-    request = _make_request(config, lengths, limits, seeds, sampling, stop, attention)
+    request = _make_request(config, lengths, limits, seeds, sampling, stop, attention, typical)
     drafter.rule(request.sampling.greedy)  # Refuses what cannot be verified, before anything is computed.
     text = np.zeros((batch, padded), np.int32)
     for row, prompt in enumerate(prompts):
         text[row, : len(prompt)] = prompt
 
     started = time.perf_counter()
-    drafter_params = loop.prepare(drafter, drafter_params)
+    models = loop.Models(config, drafter, params, drafter.for_decoding(drafter_params, mesh))
     with on_mesh(mesh):
-        state, request = _prefill(target, drafter, drafter_params, request, text, capacity, mesh, memory)
+        state, request = _prefill(models, request, text, capacity, mesh, memory)
         prefilled = time.perf_counter()
         every = 2**31 - 1 if on_tokens is None else stream_every
         sent = lengths.copy()
         while True:
             if on_tokens is not None:
                 sent = _stream(state, sent, on_tokens)
-            if bool(jnp.all(state.done)):
+            if bool(jnp.all(state.text.done)):
                 break
-            state = loop.run(config, drafter, params, drafter_params, state, request, np.int32(every), typical)
+            state = loop.run(models, state, request, np.int32(every))
         jax.block_until_ready(state)
     return _finished(state, lengths, drafter, prefilled - started, time.perf_counter() - prefilled)
 
 
 def _finished(state, lengths, drafter, prefill_seconds, decode_seconds) -> Generation:
-    tokens, writers, ends = (np.asarray(x) for x in (state.tokens, state.writers, state.length + 1))
+    tokens, writers, ends = (np.asarray(x) for x in (state.text.tokens, state.text.writers, state.text.length + 1))
     span = [slice(int(start), int(end)) for start, end in zip(lengths, ends, strict=True)]
     return Generation(
         tokens=[tokens[row, s].tolist() for row, s in enumerate(span)],
@@ -159,10 +160,10 @@ def _finished(state, lengths, drafter, prefill_seconds, decode_seconds) -> Gener
     )
 
 
-def _prefill(target, drafter, drafter_params, request, text, capacity, mesh, memory):
+def _prefill(models: loop.Models, request, text, capacity, mesh, memory):
     """The state in which the prompts are read and the first tokens chosen, and the request beside it."""
-    config, params, batch = target.config, target.params, len(text)
-    dtype = params["embed"]["embedding"].dtype
+    config, drafter, batch = models.config, models.drafter, len(text)
+    dtype = models.params["embed"]["embedding"].dtype
     state = loop.init_state(config, drafter, batch, capacity, dtype, text, mesh=mesh)
     if memory is not None:
         # Copied, and through the host: the loop donates its state, the caller may want to begin from this memory again,
@@ -174,8 +175,8 @@ def _prefill(target, drafter, drafter_params, request, text, capacity, mesh, mem
     if mesh is not None:
         hidden, chunks, request = place_rows(mesh, (hidden, chunks, request))
     for chunk in chunks:
-        state, hidden = loop.prefill_chunk(config, drafter, params, drafter_params, state, hidden, request, chunk)
-    return jax.block_until_ready(loop.choose_first(config, params, state, hidden, request)), request
+        state, hidden = loop.read_prompt(models, state, hidden, request, jnp.asarray(chunk))
+    return jax.block_until_ready(loop.begin(models, state, hidden, request)), request
 
 
 def _param_shapes(drafter: Drafter, target: Target):
@@ -192,7 +193,7 @@ def _check_mesh(mesh, target, drafter_params, batch) -> None:
             warnings.warn(f"{size} {what} do not divide over {where}: each device there works on all", stacklevel=3)
 
 
-def _make_request(config, lengths, limits, seeds, sampling, stop, attention) -> loop.Request:
+def _make_request(config, lengths, limits, seeds, sampling, stop, attention, typical) -> Request:
     batch = len(lengths)
     if attention not in ("dense", "split"):
         raise UserError(f"attention must be 'dense' or 'split', got {attention!r}")
@@ -203,13 +204,14 @@ def _make_request(config, lengths, limits, seeds, sampling, stop, attention) -> 
     )
     if min(seeds) < 0 or max(seeds) >= 2**32:
         raise UserError(f"seeds must be in [0, 2^32), got {min(seeds) if min(seeds) < 0 else max(seeds)}")
-    return loop.Request(
+    return Request(
         prompt_length=jnp.asarray(lengths),
         limit=jnp.asarray(lengths + np.array(limits, np.int32)),
         stops=_pack_stops(stop if stop is not None else [[eos] for eos in config.eos_ids], batch),
         keys=jax.vmap(jax.random.key)(jnp.array(seeds, jnp.uint32)),
         sampling=batch_sampling(_per_row(sampling, batch, "sampling")),
         attention=attention,
+        typical=typical,
     )
 
 
@@ -282,7 +284,7 @@ def _pack_stops(stops: Sequence[Sequence[int]], batch: int) -> Int[Array, "B K L
 
 
 def _stream(state, sent, on_tokens):
-    tokens, writers, ends = (np.asarray(x) for x in (state.tokens, state.writers, state.length + 1))
+    tokens, writers, ends = (np.asarray(x) for x in (state.text.tokens, state.text.writers, state.text.length + 1))
     for row in range(len(sent)):
         if ends[row] > sent[row]:
             span = slice(int(sent[row]), int(ends[row]))

@@ -1,52 +1,47 @@
-"""The decoding loop: one `lax.while_loop`, everything on the device.
+"""The decoding loop: one `lax.while_loop`, everything on the device, and the programs that read a prompt before it.
 
-A step drafts a token tree, runs the target on all of its nodes at once, verifies, commits the accepted rows to the
-cache and tells the drafter what became text. One compilation serves a *bucket*, (batch, capacity, tree width, static
-sampling mode); lengths, limits, stop sequences, sampling settings and the number of steps are traced.
+A step is five functions, which the loop, the benchmarks and the tests all call:
 
-Invariant between steps: the cache holds `tokens[:, :length]`, and `tokens[:, length]` is the root, chosen but not yet
-read by the target.
+    draft    the drafter's token tree                                   (`decoding/drafters`, `decoding/policies`)
+    read     the target's forward on all of its nodes, and on riders    (`models/transformer.py`)
+    judge    which candidates become text, and the next root            (`decoding/verify.py`)
+    commit   accepted rows into the cache; text, counters, stops        (`decoding/cache.py`, `decoding/text.py`)
+    learn    what the drafter makes of it                               (`decoding/drafter.py`)
+
+One compilation of the loop serves a *bucket*, (batch, capacity, tree width, static sampling mode); lengths, limits,
+stop sequences, sampling parameters and the number of steps are traced. Prompts are read by a program of the target's
+own, which all drafters share; what a drafter makes of a prompt is a small program beside it.
+
+Invariant between steps: the cache holds the rows of `tokens[:, :length]`, and `tokens[:, length]` is the root, chosen
+but not yet read by the target.
 """
 
 import dataclasses
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import struct
-from jaxtyping import Array, Bool, Float, Int, Int16, Int32
+from jaxtyping import Array, Float, Int, Int32
 
-from decoding.cache import commit, init_cache
+from decoding import verify
+from decoding.cache import commit as commit_rows
+from decoding.cache import init_cache
 from decoding.drafter import Drafter, Riders, TargetView, TrueRows
-from decoding.sampling import SamplingParameters, draft_keys, draw
+from decoding.place import Place
+from decoding.request import Request
+from decoding.sampling import draft_keys, draw
 from decoding.stats import Counters
+from decoding.text import Text, emit
 from decoding.trees import TokenTree
-from decoding.verify import Typical, verify, verify_typical
+from decoding.verify import Verdict
+from models.attention import Sources
 from models.config import TransformerConfig
-from models.layout import Layout
+from models.layout import Layout, Tree
 from models.sharding import keep_rows, place_rows
-from models.transformer import Cache, Params, forward, head
-
-
-@struct.dataclass
-class Request:
-    """What was asked, per batch row; read only.
-
-    Attributes:
-      prompt_length: tokens of the prompt.
-      limit: most tokens in the end, prompt included.
-      stops: K token sequences that end a text, right-aligned in L places, padded on the left with -1.
-      keys: typed PRNG keys.
-      sampling: sampling settings.
-      attention: how the target attends to its cache (`models.layout.Layout.attention`).
-    """
-
-    prompt_length: Int[Array, "B"]
-    limit: Int[Array, "B"]
-    stops: Int[Array, "B K L"]
-    keys: Array
-    sampling: SamplingParameters
-    attention: str = struct.field(pytree_node=False, default="dense")
+from models.transformer import Cache, Output, Params, forward, head
 
 
 @struct.dataclass
@@ -54,22 +49,37 @@ class DecodeState:
     """The carry of the loop.
 
     Attributes:
-      tokens: the text so far, root included, in the first `length + 1` places.
-      writers: who wrote each token: 0 the target, d the accepted draft of depth d.
-      length: committed tokens.
-      done: finished rows; they stay frozen.
+      text: tokens, who wrote them, lengths, finished rows; those stay frozen.
+      slots: cache slots in use.
       cache: the target's keys and values.
       drafter: the drafter's own state.
       counters: what the statistics are made of.
     """
 
-    tokens: Int32[Array, "B C"]
-    writers: Int16[Array, "B C"]
-    length: Int32[Array, "B"]
-    done: Bool[Array, "B"]
+    text: Text
+    slots: Int32[Array, "B"]
     cache: Cache
-    drafter: object
+    drafter: Any
     counters: Counters
+
+    @property
+    def place(self) -> Place:
+        """Where each row stands."""
+        return Place(self.text.length, self.slots)
+
+
+@struct.dataclass
+class Models:
+    """Who works together: a target, a drafter, and their parameters as `for_decoding` made them."""
+
+    config: TransformerConfig = struct.field(pytree_node=False)
+    drafter: Drafter = struct.field(pytree_node=False)
+    params: Params
+    drafter_params: Any
+
+    def view(self, state: DecodeState, request: Request) -> TargetView:
+        """The target as the drafter may see it."""
+        return TargetView(self.config, self.params, state.cache, state.place, state.text.tokens, request.sampling)
 
 
 def init_state(config, drafter: Drafter, batch: int, capacity: int, dtype, prompts=None, mesh=None) -> DecodeState:
@@ -77,14 +87,17 @@ def init_state(config, drafter: Drafter, batch: int, capacity: int, dtype, promp
 
     On a mesh every row's part of it lies on the row's devices.
     """
-    tokens = jnp.zeros((batch, capacity), jnp.int32)
+    tokens = np.zeros((batch, capacity), np.int32)
     if prompts is not None:
-        tokens = tokens.at[:, : prompts.shape[1]].set(prompts)
+        tokens[:, : prompts.shape[1]] = prompts
     state = DecodeState(
-        tokens=tokens,
-        writers=jnp.zeros((batch, capacity), jnp.int16),
-        length=jnp.zeros(batch, jnp.int32),
-        done=jnp.zeros(batch, bool),
+        text=Text(
+            tokens=jnp.asarray(tokens),
+            writers=jnp.zeros((batch, capacity), jnp.int16),
+            length=jnp.zeros(batch, jnp.int32),
+            done=jnp.zeros(batch, bool),
+        ),
+        slots=jnp.zeros(batch, jnp.int32),
         cache=init_cache(config, batch, capacity, dtype, mesh=mesh),
         drafter=drafter.init(config, batch, capacity, dtype, mesh),
         counters=Counters.zeros(batch, drafter.max_depth, drafter.max_nodes),
@@ -92,174 +105,205 @@ def init_state(config, drafter: Drafter, batch: int, capacity: int, dtype, promp
     return state if mesh is None else place_rows(mesh, state)
 
 
-@functools.partial(jax.jit, static_argnames=("config", "drafter"), donate_argnames=("state", "hidden"))
-def prefill_chunk(
-    config: TransformerConfig,
-    drafter: Drafter,
-    params: Params,
-    drafter_params,
+def read_prompt(
+    models: Models,
     state: DecodeState,
     hidden: Float[Array, "B H"],
     request: Request,
     tokens: Int[Array, "B T"],
 ) -> tuple[DecodeState, Float[Array, "B H"]]:
-    """Reads the next T prompt tokens of every row that still has any.
+    """Reads the next T prompt tokens of every row that still has any, and lets the drafter ingest them.
 
     Returns:
       The state, and per row the post-norm feature of its last prompt token read so far.
     """
+    config, drafter = models.config, models.drafter
+    start = state.place
+    cache, count, taps, hidden = _read_chunk(
+        config,
+        drafter.taps,
+        request.attention,
+        models.params,
+        state.cache,
+        start,
+        hidden,
+        request.prompt_length,
+        tokens,
+    )
+    after = start.after(count)
+    text = dataclasses.replace(state.text, length=after.length)
+    state = dataclasses.replace(state, text=text, slots=after.slots, cache=cache)
+    if drafter.ingests:
+        rows = TrueRows(tokens, start, count, taps, "prompt")
+        view = models.view(state, dataclasses.replace(request, sampling=request.sampling.of_any_mode))
+        made = _ingest(drafter, models.drafter_params, view, state.drafter, rows)
+        state = dataclasses.replace(state, drafter=made)
+    return state, hidden
+
+
+def begin(models: Models, state: DecodeState, hidden: Float[Array, "B H"], request: Request) -> DecodeState:
+    """Chooses the first root from the prompt's last feature, and tells the drafter that the prompt is complete."""
+    request = dataclasses.replace(request, sampling=request.sampling.of_any_mode, attention="dense", typical=None)
+    state = dataclasses.replace(state, text=_choose_first(models.config, models.params, state.text, hidden, request))
+    if models.drafter.begins:
+        view = models.view(state, request)
+        made = _begin(models.drafter, models.drafter_params, view, state.drafter)
+        state = dataclasses.replace(state, drafter=made)
+    return state
+
+
+@functools.partial(jax.jit, static_argnames=("config", "taps", "attention"), donate_argnames=("cache", "hidden"))
+def _read_chunk(config, taps, attention, params, cache, start: Place, hidden, prompt_length, tokens):
+    """The target on one chunk of prompts: cache, tokens that were text, taps, and the newest last feature."""
     rows = tokens.shape[1]
-    count = jnp.clip(request.prompt_length - state.length, 0, rows)
-    layout = Layout.extend(state.length, rows, request.attention)
-    out = forward(config, params, tokens, layout, state.cache, taps=drafter.taps)
-    cache = commit(state.cache, out.rows, None, state.length)
-    length = state.length + count
-    view = TargetView(config, params, cache, length, state.tokens, request.sampling)
-    drafter_state = drafter.ingest(drafter_params, view, state.drafter, TrueRows(tokens, state.length, count, out.taps))
+    count = jnp.clip(prompt_length - start.length, 0, rows)
+    layout = Layout.extend(start.slots, rows, start.positions(jnp.zeros((1, 1), jnp.int32))[:, 0], attention)
+    out = forward(config, params, tokens, layout, Sources(cache), taps=taps)
+    cache = commit_rows(cache, out.rows, None, start.slots, after=out.hidden[:, 0])
     last = jnp.maximum(count - 1, 0)[:, None, None]
     read = jnp.take_along_axis(out.hidden, last, axis=1)[:, 0]
-    hidden = jnp.where((count > 0)[:, None], read, hidden)
-    return keep_rows((dataclasses.replace(state, cache=cache, length=length, drafter=drafter_state), hidden))
+    return keep_rows((cache, count, out.taps, jnp.where((count > 0)[:, None], read, hidden)))
 
 
-@functools.partial(jax.jit, static_argnames=("config",), donate_argnames=("state",))
-def choose_first(
-    config: TransformerConfig, params: Params, state: DecodeState, hidden: Float[Array, "B H"], request: Request
-) -> DecodeState:
-    """Chooses the first root from the prompt's last feature."""
-    root = draw(head(config, params, hidden), request.sampling, request.keys, state.length)
-    zero = jnp.zeros_like(state.length)
+@functools.partial(jax.jit, static_argnames=("drafter",), donate_argnames=("state",))
+def _ingest(drafter: Drafter, params, view: TargetView, state, rows: TrueRows):
+    return keep_rows(drafter.ingest(params, view, state, rows))
+
+
+@functools.partial(jax.jit, static_argnames=("drafter",), donate_argnames=("state",))
+def _begin(drafter: Drafter, params, view: TargetView, state):
+    return keep_rows(drafter.begin(params, view, state))
+
+
+@functools.partial(jax.jit, static_argnames=("config",), donate_argnames=("text",))
+def _choose_first(config, params: Params, text: Text, hidden: Float[Array, "B H"], request: Request) -> Text:
+    root = draw(head(config, params, hidden), request.sampling, request.keys, text.length)
     # The root goes to `tokens[length]`, one place before where a step's tokens go.
-    before = dataclasses.replace(state, length=state.length - 1)
-    state, _ = emit(before, request, root[:, None], zero)
-    return keep_rows(state)
+    before = dataclasses.replace(text, length=text.length - 1)
+    return keep_rows(emit(before, request, root[:, None], jnp.zeros_like(text.length))[0])
 
 
-@functools.partial(jax.jit, static_argnames=("drafter",))
-def prepare(drafter: Drafter, drafter_params):
-    """The drafter's parameters as its `draft` reads them; what stays as it is is not copied."""
-    return drafter.prepare(drafter_params)
-
-
-@functools.partial(jax.jit, static_argnames=("config", "drafter", "typical"), donate_argnames=("state",))
-def run(
-    config: TransformerConfig,
-    drafter: Drafter,
-    params: Params,
-    drafter_params,
-    state: DecodeState,
-    request: Request,
-    steps: Int[Array, ""],
-    typical: Typical | None = None,
-) -> DecodeState:
-    """At most `steps` steps, fewer when every row is done; `drafter_params` are prepared."""
+@functools.partial(jax.jit, donate_argnames=("state",))
+def run(models: Models, state: DecodeState, request: Request, steps: Int[Array, ""]) -> DecodeState:
+    """At most `steps` steps, fewer when every row is done."""
 
     def going(carry):
         step, state = carry
-        return (step < steps) & ~jnp.all(state.done)
+        return (step < steps) & ~jnp.all(state.text.done)
 
     def body(carry):
         step, state = carry
-        return step + 1, decode_step(config, drafter, params, drafter_params, state, request, typical)
+        return step + 1, decode_step(models, state, request)
 
     return jax.lax.while_loop(going, body, (jnp.int32(0), state))[1]
 
 
-def decode_step(config, drafter, params, drafter_params, state, request, typical=None) -> DecodeState:
-    """One draft, one target forward, one verdict; `drafter_params` are prepared."""
-    view = TargetView(config, params, state.cache, state.length, state.tokens, request.sampling)
-    root = jnp.take_along_axis(state.tokens, state.length[:, None], axis=1)[:, 0]
-    with jax.named_scope("draft"):
-        keys = draft_keys(request.keys, state.length)
-        tree, drafted = drafter.draft(drafter_params, view, state.drafter, root, keys)
-        riders = drafter.riders(drafter_params, view, state.drafter, tree)
-    with jax.named_scope("target"):
-        tokens, layout = verify_rows(tree, riders, state.length)
-        layout = dataclasses.replace(layout, attention=request.attention)
-        out = forward(config, params, tokens, layout, state.cache, taps=drafter.taps)
-    with jax.named_scope("verify"):
-        arguments = (request.sampling, request.keys, state.length, drafter.max_depth)
-        if typical is None:
-            verdict = verify(tree, out.logits, *arguments)
-        else:
-            verdict = verify_typical(tree, out.logits, typical, *arguments)
-    with jax.named_scope("commit"):
-        after, emitted = emit(state, request, verdict.tokens, verdict.drafts)
-        path = verdict.path if drafter.max_depth else None
-        # XLA updates the cache in place only if it can tell that every layer has read it before. Plain decoding writes
-        # the same row whatever the verdict, so the place is made to depend on it: tokens are never negative.
-        start = state.length + jnp.minimum(verdict.tokens[:, 0], 0)
-        after = dataclasses.replace(
-            after,
-            cache=commit(state.cache, out.rows, path, start),
-            counters=state.counters.record(
-                verdict.path, emitted, jnp.minimum(verdict.drafts, emitted), (~state.done).astype(jnp.int32)
-            ),
-        )
-    with jax.named_scope("ingest"):
-        taps = {name: jnp.take_along_axis(tap, verdict.path[:, :, None], axis=1) for name, tap in out.taps.items()}
-        read = jnp.take_along_axis(tree.tokens, verdict.path, axis=1)
-        rows = TrueRows(read, state.length, emitted, taps, verdict.path, drafted)
-        view = TargetView(config, params, after.cache, after.length, after.tokens, request.sampling)
-        drafter_state = drafter.ingest(drafter_params, view, state.drafter, rows)
-        drafter_state = drafter.observe(drafter_params, view, drafter_state, tree, out, verdict, ~state.done)
-    return keep_rows(dataclasses.replace(after, drafter=drafter_state))
+def decode_step(models: Models, state: DecodeState, request: Request) -> DecodeState:
+    """One draft, one target forward, one verdict."""
+    tree, kept = draft(models, state, request)
+    out = read(models, state, request, tree)
+    verdict = judge(models, state, request, tree, out.logits)
+    after, emitted = commit(models, state, request, out.rows, verdict)
+    return keep_rows(learn(models, state, after, request, Step(tree, kept, out, verdict, emitted)))
 
 
-def verify_rows(tree: TokenTree, riders: Riders | None, length: Int[Array, "B"]) -> tuple[Int[Array, "B _"], Layout]:
+@struct.dataclass
+class Step:
+    """What happened in a step, for `learn`.
+
+    Attributes:
+      tree: what was drafted.
+      kept: what `draft` returned beside it.
+      out: the target's output on its nodes, then on the riders.
+      verdict: what became text.
+      emitted: how many tokens each row got.
+    """
+
+    tree: TokenTree
+    kept: Any
+    out: Output
+    verdict: Verdict
+    emitted: Int[Array, "B"]
+
+
+@jax.named_scope("draft")
+def draft(models: Models, state: DecodeState, request: Request) -> tuple[TokenTree, Any]:
+    """The drafter's candidates behind the root, and what it keeps beside them for `learn`."""
+    root = jnp.take_along_axis(state.text.tokens, state.text.length[:, None], axis=1)[:, 0]
+    keys = draft_keys(request.keys, state.text.length)
+    return models.drafter.draft(models.drafter_params, models.view(state, request), state.drafter, root, keys)
+
+
+@jax.named_scope("read")
+def read(models: Models, state: DecodeState, request: Request, tree: TokenTree) -> Output:
+    """The target's forward on the tree's N nodes, then on the drafter's riders, with the features that it taps."""
+    view = models.view(state, request)
+    riders = models.drafter.riders(models.drafter_params, view, state.drafter, tree)
+    tokens, layout = verify_rows(tree, riders, state.place)
+    layout = dataclasses.replace(layout, attention=request.attention)
+    return forward(models.config, models.params, tokens, layout, Sources(state.cache), taps=models.drafter.taps)
+
+
+@jax.named_scope("judge")
+def judge(
+    models: Models, state: DecodeState, request: Request, tree: TokenTree, logits: Float[Array, "B _ V"]
+) -> Verdict:
+    """Which candidates become text and what the next root is, by the tree's acceptance rule."""
+    arguments = (request.sampling, request.keys, state.text.length, models.drafter.max_depth)
+    if request.typical is not None:
+        return verify.verify_typical(tree, logits, request.typical, *arguments)
+    return verify.verify(tree, logits, *arguments)
+
+
+@jax.named_scope("commit")
+def commit(
+    models: Models, state: DecodeState, request: Request, rows: Any, verdict: Verdict
+) -> tuple[DecodeState, Int[Array, "B"]]:
+    """Accepted ones of the fresh rows into the cache, tokens into the text; and how many tokens each row got."""
+    text, emitted = emit(state.text, request, verdict.tokens, verdict.drafts)
+    path = verdict.path if models.drafter.max_depth else None
+    live = (~state.text.done).astype(jnp.int32)
+    after = dataclasses.replace(
+        state,
+        text=text,
+        slots=state.place.after(emitted).slots,
+        # Plain decoding writes the same row whatever the verdict, so XLA is told that it comes after.
+        cache=commit_rows(state.cache, rows, path, state.slots, after=verdict.tokens[:, :1]),
+        counters=state.counters.record(verdict.path, emitted, jnp.minimum(verdict.drafts, emitted), live),
+    )
+    return after, emitted
+
+
+@jax.named_scope("learn")
+def learn(models: Models, state: DecodeState, after: DecodeState, request: Request, step: Step) -> DecodeState:
+    """The drafter's state after it ingested the rows that became text and observed everything else.
+
+    Args:
+      models: target and drafter.
+      state: before the step.
+      after: as `commit` left it.
+      request: what was asked.
+      step: what happened.
+    """
+    tree, verdict = step.tree, step.verdict
+    taps = {name: jnp.take_along_axis(tap, verdict.path[:, :, None], axis=1) for name, tap in step.out.taps.items()}
+    tokens = jnp.take_along_axis(tree.tokens, verdict.path, axis=1)
+    rows = TrueRows(tokens, state.place, step.emitted, taps, "own", verdict.path, step.kept)
+    view, params = models.view(after, request), models.drafter_params
+    made = models.drafter.ingest(params, view, state.drafter, rows)
+    made = models.drafter.observe(params, view, made, tree, step.out, verdict, ~state.text.done)
+    return dataclasses.replace(after, drafter=made)
+
+
+def verify_rows(tree: TokenTree, riders: Riders | None, place: Place) -> tuple[Int[Array, "B _"], Layout]:
     """The rows of the verify forward: tokens and layout of the tree's N nodes, then of the riders."""
-    layout = Layout(length[:, None] + tree.depth, length, tree.ancestors)
+    positions, horizon = place.positions(tree.depth), place.slots[:, None]
     if riders is None:
-        return tree.tokens, layout
+        return tree.tokens, Layout(positions, horizon, Tree(tree.ancestors))
     batch, nodes = tree.tokens.shape
     among = jnp.broadcast_to(tree.ancestors, (batch, nodes, nodes))
     by_riders = jnp.concatenate([riders.sees_tree, riders.sees_riders], axis=2)
     by_riders = jnp.broadcast_to(by_riders, (batch, *by_riders.shape[1:]))
     seen = jnp.concatenate([jnp.pad(among, ((0, 0), (0, 0), (0, riders.tokens.shape[1]))), by_riders], axis=1)
-    positions = jnp.concatenate([layout.positions, riders.positions], axis=1)
-    return jnp.concatenate([tree.tokens, riders.tokens], axis=1), Layout(positions, length, seen)
-
-
-def emit(
-    state: DecodeState, request: Request, tokens: Int[Array, "B R"], drafts: Int[Array, "B"]
-) -> tuple[DecodeState, Int[Array, "B"]]:
-    """Appends `drafts + 1` tokens to each live row, cut at its limit and after its first stop sequence.
-
-    Returns:
-      The state and how many tokens each row really got.
-    """
-    R = tokens.shape[1]
-    place_R = jnp.arange(R, dtype=jnp.int32)
-    count = jnp.minimum(drafts + 1, request.limit - state.length - 1)
-    stopped_BR = _ends_stop(state, request, tokens) & (place_R < count[:, None])
-    first = jnp.min(jnp.where(stopped_BR, place_R, R), axis=1)
-    count = jnp.where(state.done, 0, jnp.minimum(count, first + 1))
-    writers_BR = jnp.where(place_R < drafts[:, None], place_R + 1, 0).astype(jnp.int16)
-    length = state.length + count
-    done = state.done | (first < R) | (length + 1 >= request.limit)
-    state = dataclasses.replace(
-        state,
-        tokens=_write_text(state.tokens, tokens, state.length + 1),
-        writers=_write_text(state.writers, writers_BR, state.length + 1),
-        length=length,
-        done=done,
-    )
-    return state, count
-
-
-def _write_text(buffer: Int[Array, "B C"], values: Int[Array, "B R"], start: Int[Array, "B"]) -> Int[Array, "B C"]:
-    return jax.vmap(lambda b, v, s: jax.lax.dynamic_update_slice(b, v.astype(b.dtype), (s,)))(buffer, values, start)
-
-
-def _ends_stop(state: DecodeState, request: Request, tokens: Int[Array, "B R"]) -> Bool[Array, "B R"]:
-    """`[b, r]`: generated text up to and including `tokens[b, r]` ends with one of the row's stop sequences."""
-    R, L = tokens.shape[1], request.stops.shape[2]
-    before_BL = state.length[:, None] + 1 + jnp.arange(-(L - 1), 0, dtype=jnp.int32)
-    tail = jnp.take_along_axis(state.tokens, jnp.maximum(before_BL, 0), axis=1)
-    # A stop sequence must lie in generated text: prompt tokens match nothing.
-    tail = jnp.where(before_BL >= request.prompt_length[:, None], tail, -2)
-    text = jnp.concatenate([tail, tokens], axis=1)
-    window_BRL = jnp.stack([text[:, i : i + R] for i in range(L)], axis=2)
-    stops_BKL = request.stops
-    same = (stops_BKL[:, None] == window_BRL[:, :, None]) | (stops_BKL[:, None] == -1)
-    return jnp.any(jnp.all(same, axis=3) & (stops_BKL[:, None, :, -1] >= 0), axis=2)
+    positions = jnp.concatenate([positions, riders.positions], axis=1)
+    return jnp.concatenate([tree.tokens, riders.tokens], axis=1), Layout(positions, horizon, Tree(seen))

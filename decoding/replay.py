@@ -29,7 +29,7 @@ class Replayable(Protocol):
     """A drafter with a static tree of its best guesses, which can be computed for whole texts at once."""
 
     @property
-    def tree(self) -> Topology:
+    def ranked_tree(self) -> Topology | None:
         """The tree."""
 
     @property
@@ -52,7 +52,12 @@ class Replayable(Protocol):
 
 def is_replayable(drafter: Drafter) -> bool:
     """Whether `replay_acceptance` knows what this drafter would have guessed."""
-    return isinstance(drafter, Replayable) and drafter.tree is not None
+    return isinstance(drafter, Replayable) and drafter.ranked_tree is not None
+
+
+def _tree(drafter: Replayable) -> Topology:
+    assert drafter.ranked_tree is not None, "only static trees of best guesses can be replayed"
+    return drafter.ranked_tree
 
 
 @functools.partial(jax.jit, static_argnames=("config", "drafter"))
@@ -76,7 +81,7 @@ def teacher_forced_ranks(
       `[i, b, p]`: where the guesses of depth i + 1, made from the feature at p and the true tokens p+1 .. p+1+i, rank
       the token at p+2+i; the width of the tree at that depth when the token is not on the list.
     """
-    tree = drafter.tree
+    tree = _tree(drafter)
     layout = Layout.causal(tokens.shape[0], tokens.shape[1])
     output = transformer.forward(config, target, tokens, layout, taps=drafter.taps)
     ranks = []
@@ -103,8 +108,9 @@ def replay_acceptance(
     params: Params,
     prompts: Sequence[Sequence[int]],
     generation: Generation,
-) -> Int[np.ndarray, "D"]:
-    """Accepted drafts by depth according to the training-time forward, over all texts.
+    length: int | None = None,
+) -> Int[np.ndarray, "B D"]:
+    """Accepted drafts of each text by depth, according to the training-time forward.
 
     Args:
       target: the model that wrote the texts.
@@ -113,13 +119,15 @@ def replay_acceptance(
       prompts: what `generation` continues.
       generation: texts and who wrote each token, by a lossless decode of these prompts with this drafter.
 
+      length: tokens to pad the texts to; by default a bucket that holds the longest.
+
     Returns:
-      Int `[D]`, to be compared with the sum of `Stats.accepted_by_depth`.
+      Int `[B, D]`, to be compared with each text's `Stats.accepted_by_depth`.
     """
-    tree = drafter.tree
-    hits = np.zeros(tree.max_depth, np.int64)
+    tree = _tree(drafter)
+    hits = np.zeros((len(prompts), tree.max_depth), np.int64)
     texts = [[*prompt, *new] for prompt, new in zip(prompts, generation.tokens, strict=True)]
-    padded = np.zeros((len(texts), bucket(max(map(len, texts)))), np.int32)
+    padded = np.zeros((len(texts), length or bucket(max(map(len, texts)))), np.int32)
     for row, text in enumerate(texts):
         padded[row, : len(text)] = text
     ranks_DBT = np.asarray(teacher_forced_ranks(target.config, drafter, target.params, params, padded))
@@ -132,5 +140,5 @@ def replay_acceptance(
                 if rank >= len(children) or children[rank] < 0:
                     break
                 node = children[rank]
-                hits[depth - 1] += 1
+                hits[row, depth - 1] += 1
     return hits

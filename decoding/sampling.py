@@ -40,6 +40,11 @@ class SamplingParameters:
     greedy: bool = struct.field(pytree_node=False)
     cuts: bool = struct.field(pytree_node=False)
 
+    @property
+    def of_any_mode(self) -> "SamplingParameters":
+        """The same, without what is static: for programs that run once and need not be compiled for every mode."""
+        return dataclasses.replace(self, greedy=False, cuts=True)
+
 
 @dataclasses.dataclass(frozen=True)
 class Sampling:

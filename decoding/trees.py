@@ -10,7 +10,6 @@ position `length + depth(i)`.
 import dataclasses
 import functools
 import json
-import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -187,17 +186,6 @@ class Topology:
         width = max(1, max(map(len, lists)))
         return np.array([row + [-1] * (width - len(row)) for row in lists], np.int32)
 
-    @functools.cached_property
-    def lineage(self) -> np.ndarray:
-        """Int32 `[N, max_depth + 1]`: the nodes from the root down to each node, then that node repeated."""
-        rows = []
-        for i in range(self.size):
-            up = [i]
-            while self.parent[up[-1]] >= 0:
-                up.append(int(self.parent[up[-1]]))
-            rows.append(up[::-1] + [i] * (self.max_depth + 1 - len(up)))
-        return np.array(rows, np.int32)
-
     def level(self, depth: int) -> np.ndarray:
         """Nodes at `depth`, in order."""
         return np.flatnonzero(self.depth == depth).astype(np.int32)
@@ -303,35 +291,3 @@ def load_topology(spec: "str | Path | Iterable[Sequence[int]]", where: str = "tr
     ):
         raise UserError(f"{where} must be a list of paths, each a list of integer ranks, such as [[0], [1], [0, 0]]")
     return Topology(tuple(tuple(row) for row in spec))
-
-
-def greedy_search(accuracy: np.ndarray, candidates: int) -> list[tuple[tuple[int, ...], float]]:
-    """Grows the tree with the largest expected acceptance, one candidate at a time (Medusa, section 3.2).
-
-    Args:
-      accuracy: `[depth, rank]`, the probability that the rank-k guess at depth d is right given that its parent is.
-      candidates: how many to choose.
-
-    Returns:
-      (path, score) in the order chosen, score = product of accuracies along the path; the first n of them are the best
-      tree of n candidates, and 1 + the sum of their scores is its expected acceptance length.
-    """
-    depths, ranks = accuracy.shape
-    frontier: dict[tuple[int, ...], float] = {(0,): float(accuracy[0, 0])}
-    chosen: list[tuple[tuple[int, ...], float]] = []
-    while frontier and len(chosen) < candidates:
-        path = max(frontier, key=lambda p: (frontier[p], -len(p), tuple(-r for r in p)))
-        score = frontier.pop(path)
-        chosen.append((path, score))
-        depth, rank = len(path) - 1, path[-1]
-        if rank + 1 < ranks:
-            above = score / accuracy[depth, rank] if accuracy[depth, rank] > 0 else 0.0
-            frontier[(*path[:-1], rank + 1)] = above * float(accuracy[depth, rank + 1])
-        if depth + 1 < depths:
-            frontier[(*path, 0)] = score * float(accuracy[depth + 1, 0])
-    return chosen
-
-
-def expected_acceptance(topology: Topology, accuracy: np.ndarray) -> float:
-    """1 + the sum over nodes of the product of accuracies along their path: predicted acceptance length."""
-    return 1.0 + sum(math.prod(accuracy[d, rank] for d, rank in enumerate(path)) for path in topology.paths)

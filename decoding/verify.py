@@ -21,7 +21,7 @@ import functools
 import jax
 import jax.numpy as jnp
 from flax import struct
-from jaxtyping import Array, Float, Int, Shaped
+from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from decoding.sampling import SamplingParameters, argmax, draw, noise, target_probabilities
 from decoding.trees import SAMPLED_RULES, TokenTree
@@ -66,18 +66,17 @@ def verify(
       logits: the target's, at every node; rows past the tree's are ignored.
       sampling: sampling settings.
       keys: request keys.
-      length: position of the root.
+      length: index of the root in the text.
       max_depth: of the deepest candidate.
     """
     batch = tree.tokens.shape[0]
     children = jnp.broadcast_to(tree.children, (batch, *tree.children.shape[1:]))
     valid = jnp.broadcast_to(tree.valid, tree.tokens.shape)
-    judge = functools.partial(_try_children, rule=tree.rule) if tree.rule in SAMPLED_RULES else _meet_target
-    node = jnp.zeros(batch, jnp.int32)
-    alive = jnp.ones(batch, bool)
-    drafts = jnp.zeros(batch, jnp.int32)
-    path, tokens = [node], []
-    for depth in range(max_depth + 1):
+    try_children = functools.partial(_try_children, rule=tree.rule) if tree.rule in SAMPLED_RULES else _meet_target
+    depths = jnp.arange(max_depth + 1, dtype=jnp.int32)
+
+    def at_node(node, depth):
+        """The target's token at every row's node, and the child that holds it or -1."""
         offered = _at(children, node)
         slot = jnp.maximum(offered, 0)
         offered = jnp.where(jnp.take_along_axis(valid, slot, axis=1), offered, -1)
@@ -87,30 +86,49 @@ def verify(
             row = _at(jnp.broadcast_to(tree.proposal_of, tree.tokens.shape), node)
             proposal = _at(tree.proposals, jnp.maximum(row, 0))
         # Devices share the logits of visited nodes alone, and each judges its own rows.
-        arguments = (_at(logits, node), sampling, keys, offered, held, length + depth + 1, proposal)
-        token, child = row_wise(functools.partial(_level, judge, depth > 0), alive, *arguments)
-        tokens.append(token)
-        if depth == max_depth:
-            break
-        alive &= child >= 0
-        node = jnp.where(alive, child, node)
-        drafts += alive.astype(jnp.int32)
-        path.append(node)
-    return Verdict(jnp.stack(path, axis=1), drafts, jnp.stack(tokens, axis=1))
+        arguments = (sampling, keys, offered, held, length + depth + 1, proposal)
+        return row_wise(try_children, _at(logits, node), *arguments)
+
+    def descend(walk):
+        token, child = at_node(walk.node, walk.depth)
+        here = walk.alive[:, None] & (depths == walk.depth)
+        alive = walk.alive & (child >= 0)
+        node = jnp.where(alive, child, walk.node)
+        return _Walk(
+            depth=walk.depth + 1,
+            node=node,
+            alive=alive,
+            drafts=walk.drafts + alive.astype(jnp.int32),
+            path=jnp.where(depths > walk.depth, node[:, None], walk.path),
+            tokens=jnp.where(here, token[:, None], walk.tokens),
+        )
+
+    # A loop over depth, which ends where no row goes on: one program for a level, and no work for those not reached.
+    root, nothing = jnp.zeros(batch, jnp.int32), jnp.zeros((batch, max_depth + 1), jnp.int32)
+    walk = _Walk(jnp.int32(0), root, jnp.ones(batch, bool), root, nothing, nothing)
+    if max_depth:
+        walk = jax.lax.while_loop(lambda walk: (walk.depth <= max_depth) & jnp.any(walk.alive), descend, walk)
+    else:
+        walk = descend(walk)
+    return Verdict(walk.path, walk.drafts, walk.tokens)
+
+
+@struct.dataclass
+class _Walk:
+    """How far verification came: where each row stands, and while `alive` it goes on."""
+
+    depth: Int[Array, ""]
+    node: Int[Array, "B"]
+    alive: Bool[Array, "B"]
+    drafts: Int[Array, "B"]
+    path: Int[Array, "B R"]
+    tokens: Int[Array, "B R"]
 
 
 def _at(values: Shaped[Array, "B N *C"], node: Int[Array, "B"]) -> Shaped[Array, "B *C"]:
     """What every row has at its node."""
     index = node.reshape(-1, *[1] * (values.ndim - 1))
     return jnp.take_along_axis(values, index, axis=1)[:, 0]
-
-
-def _level(judge, may_skip, alive, *arguments):
-    if not may_skip:
-        return judge(*arguments)
-    # The target distribution over a large vocabulary is costly: not for levels that no row reaches.
-    nothing = jnp.full(alive.shape, -1, jnp.int32)
-    return jax.lax.cond(jnp.any(alive), lambda: judge(*arguments), lambda: (nothing, nothing))
 
 
 def _meet_target(visited, sampling, keys, offered, held, positions, proposal):

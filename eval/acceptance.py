@@ -22,15 +22,17 @@ import jax
 import numpy as np
 
 from decoding.drafter import Drafter
-from decoding.drafters.network_drafter import NetworkDrafter
 from decoding.drafters.registry import load_drafter
 from decoding.generate import Generation, generate
+from decoding.policies.published import PUBLISHED
 from decoding.sampling import Sampling
 from decoding.stats import Stats
+from decoding.trees import SAMPLED_RULES
 from eval.measure.progress import Progress
-from eval.report.acceptance import print_table, write_acceptance_results
+from eval.report.acceptance import print_table, write_report
+from eval.report.page import write_results
 from eval.text.benchmark import ratio_interval
-from eval.text.budget import POLICIES, SAMPLED, Fitter
+from eval.text.budget import Fitter
 from eval.text.prompts import Prompt, document_prompts
 from eval.text.results import describe_target
 from models.errors import UserError, exit_on_user_error
@@ -48,7 +50,7 @@ class Method:
       label: what people call it.
       drafter: its static part; tree and depth are fitted to each budget.
       params: its parameters.
-      policy: how its tree grows, one of `eval.text.budget.POLICIES`, or "" for the drafter's only way.
+      policy: how its tree grows, one of `decoding.policies.published.PUBLISHED`, or "" for the drafter's only way.
       path: the directory it came from.
     """
 
@@ -69,8 +71,8 @@ def parse_method(text: str, target: Target) -> Method:
     spec, _, policy = rest.partition("@")
     if not label or not spec:
         raise UserError(f"a method is written LABEL=DRAFTER or LABEL=DRAFTER@GROWTH, got {text!r}")
-    if policy and policy not in POLICIES:
-        raise UserError(f"{text!r} asks for the policy {policy!r}; known are {', '.join(POLICIES)}")
+    if policy and policy not in PUBLISHED:
+        raise UserError(f"{text!r} asks for the policy {policy!r}; known are {', '.join(PUBLISHED)}")
     drafter, params = load_drafter(spec, target)
     return Method(label, drafter, params, policy, spec if params is not None else None)
 
@@ -125,7 +127,6 @@ def study(
         progress(f"temperature {temperature:g}, plain decoding")
         plain = decode(target, prompts, new_tokens, temperature)
         for method in methods:
-            sampled = method.policy in SAMPLED and temperature > 0
 
             def calibrate(drafter: Drafter, method=method, temperature=temperature) -> Stats:
                 progress(f"temperature {temperature:g}, {method.label}, calibrating")
@@ -145,6 +146,7 @@ def study(
                 progress(f"temperature {temperature:g}, {method.label}, {budget} candidates")
                 made = decode(target, prompts, new_tokens, temperature, drafter, method.params)
                 place = {"method": method.label, "temperature": temperature, "budget": budget}
+                sampled = drafter.rule(greedy=temperature == 0) in SAMPLED_RULES
                 cells.append(place | _cell(drafter, made, plain, sampled))
             # Every fit is a program of its own, and the system bounds how much compiled code a process may hold.
             jax.clear_caches()
@@ -168,8 +170,6 @@ def _cell(drafter: Drafter, made: Generation, plain: Generation, sampled: bool) 
     stats = sum(made.stats[1:], made.stats[0])
     counts = np.array([(one.committed, one.steps) for one in made.stats if one.steps])
     different = sum(mine != theirs for mine, theirs in zip(made.tokens, plain.tokens, strict=True))
-    chosen = drafter.policy if isinstance(drafter, NetworkDrafter) else drafter
-    tree = getattr(chosen, "tree", None)
     conditional = stats.conditional_acceptance
     return {
         "candidates": drafter.max_nodes - 1,
@@ -184,7 +184,7 @@ def _cell(drafter: Drafter, made: Generation, plain: Generation, sampled: bool) 
         # A sampled rule has draws of its own, so equal texts are neither promised nor expected.
         "identical": None if sampled else different == 0,
         "differing_texts": different,
-        "tree": None if tree is None else [list(path) for path in tree.paths],
+        "tree": None if drafter.topology is None else drafter.topology.to_record(),
     }
 
 
@@ -249,7 +249,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "methods": [_describe(method) for method in methods],
         "cells": cells,
     }
-    write_acceptance_results(results, args.out)
+    write_results(results, write_report, args.out)
     print_table(results)
     print(f"\nwrote {args.out}/results.json and {args.out}/report.html")
 

@@ -17,16 +17,17 @@ from typing import Any
 
 import numpy as np
 
-from decoding.drafters.draft_model import DraftModel
+from decoding.drafters.registry import build
 from decoding.generate import bucket, generate, slots_needed
 from decoding.policies import Static
 from decoding.trees import chain
 from eval.measure.environment import describe_environment
 from eval.measure.progress import Progress
 from eval.peers import text as peer
+from eval.report.files import write_json
 from eval.text.prompts import document_prompts
-from eval.text.results import describe_target, write_json
-from models import load_target
+from eval.text.results import describe_target
+from models import load_target, schema
 from models.errors import UserError, exit_on_user_error
 
 # One way of decoding: prompt tokens -> new tokens, and target forwards where they are counted.
@@ -75,7 +76,10 @@ def run(
         if count < 1:
             raise UserError(f"{name} must be at least 1, got {count}")
     target, draft = load_target(target_directory), load_target(draft_directory)
-    drafter = DraftModel(draft.config, Static(chain(draft_length), "top"))
+    policy = Static(chain(draft_length), "top").to_record()
+    drafter = build(
+        {"method": "draft_model", "model": schema.resolved(draft.config), "policy": policy}, "the draft model"
+    )
     drafter.check(target.config)
     texts = [list(prompt.tokens) for prompt in document_prompts(data, split, target, prompts, prompt_length)]
     capacity = bucket(max(slots_needed(len(text), new_tokens, draft_length) for text in texts))
@@ -97,7 +101,7 @@ def run(
         "transformers_assisted": lambda text: (theirs.assisted(text), None),
     }
     made, seconds = _race(ways, texts, rounds, progress)
-    rates = {name: len(texts) * new_tokens / statistics.median(seconds[name]) for name in ways}
+    rates = _rates(seconds, len(texts) * new_tokens)
     return {
         "ways": {name: _way(made[name], made["plain"], rates[name]) for name in ways},
         "draft_model_over_assisted": rates["draft_model"] / rates["transformers_assisted"],
@@ -128,6 +132,11 @@ def _race(ways: dict[str, Way], texts: list[list[int]], rounds: int, progress: C
         for name in ways if turn else ():
             seconds[name].append(spent[name])
     return made, seconds
+
+
+def _rates(seconds: dict[str, list[float]], tokens: int) -> dict[str, float]:
+    """Tokens per second of every way, in the median over rounds of so many tokens each."""
+    return {name: tokens / statistics.median(spent) for name, spent in seconds.items()}
 
 
 def _way(made: Sequence[tuple[list[int], int | None]], plain, rate: float) -> dict[str, Any]:

@@ -22,7 +22,6 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from decoding.drafter import Drafter
-from decoding.drafters.plain import Plain
 from decoding.generate import generate, slots_needed
 from decoding.sampling import Sampling, apply_sampling, batch_sampling
 from decoding.stats import Stats
@@ -151,7 +150,7 @@ def tiny_target(vocab_size: int = 5, seed: int = 0, dtype=jnp.float32, **config)
     network = TransformerConfig(vocab_size=vocab_size, **shape)
     params = transformer.init(network, jax.random.key(seed), dtype)
     params = jax.tree.map(lambda leaf: leaf * (8 if leaf.ndim > 1 else 1), params)
-    return Target(network, transformer.join_projections(params))
+    return Target(network, transformer.for_decoding(params))
 
 
 def string_distribution(
@@ -234,7 +233,7 @@ def sampled_strings(
     """
     share = samples // batches
     rows = [sampling for sampling in settings for _ in range(share)]
-    depth = (drafter or Plain()).max_depth
+    depth = 0 if drafter is None else drafter.max_depth
     drawn, counted = [], []
     for batch in range(batches):
         generation = generate(

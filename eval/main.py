@@ -13,17 +13,17 @@ from typing import Any
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from decoding.drafters.head_drafter import HeadDrafter
 from decoding.drafters.registry import load_drafter
 from decoding.generate import generate
 from decoding.sampling import Sampling
 from decoding.verify import Typical
 from eval.measure.progress import Progress
-from eval.report.text import print_table
+from eval.report.page import write_results
+from eval.report.text import print_table, write_report
 from eval.text.benchmark import Contender, benchmark
 from eval.text.metrics import head_accuracy, perplexity, rows_of_text
 from eval.text.prompts import BUILT_IN, Prompt, Question, document_prompts, encode_questions, read_questions, spread
-from eval.text.results import describe_target, samples, write_results
+from eval.text.results import describe_target, samples
 from models import schema
 from models.errors import UserError, exit_on_user_error
 from models.formats.target import Target, load_target
@@ -130,7 +130,7 @@ def run(config: DecodeConfig) -> dict[str, Any]:
             "runs": runs,
             "samples": samples(target, contenders, shown, config.max_new_tokens, **options),
         }
-        write_results(results, config.out)
+        write_results(results, write_report, config.out)
     print_table(results)
     print(f"\nwrote {config.out}/results.json and {config.out}/report.html")
     return results
@@ -172,9 +172,7 @@ def _quality(config: DecodeConfig, target: Target, contenders: Sequence[Contende
     data = None if config.text else config.data
     batches = rows_of_text(target, data, config.split, config.text, config.length, config.rows)
     accuracies = [
-        head_accuracy(target, contender.drafter, contender.params, batches)
-        if isinstance(contender.drafter, HeadDrafter)
-        else None
+        head_accuracy(target, contender.drafter, contender.params, batches) if contender.drafter.num_heads else None
         for contender in contenders
     ]
     return {"perplexity": perplexity(target, batches), "head_accuracy": accuracies}

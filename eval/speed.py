@@ -60,13 +60,13 @@ from eval.measure.parts import Scene, Step, network_ms, rows_forward, step_parts
 from eval.measure.progress import Progress
 from eval.measure.timing import Timed, Timing, measure
 from eval.peers import text as peer
-from eval.text.results import write_json
+from eval.report.files import write_json
 from models.config import TransformerConfig
 from models.errors import UserError, exit_on_user_error
 from models.heads.eagle import EagleHeads
 from models.heads.hydra import HydraHeads
 from models.heads.medusa import MedusaHeads
-from models.transformer import init, join_projections
+from models.transformer import for_decoding, init
 
 SHAPES = {
     "110m": TransformerConfig(
@@ -177,7 +177,7 @@ def run(
     dtype = _dtype()
     progress(f"making the {shape} shape")
     # Joined, as `load_target` hands them to the loop.
-    params = jax.jit(lambda key: join_projections(init(config, key, dtype)))(jax.random.key(0))
+    params = jax.jit(lambda key: for_decoding(init(config, key, dtype)))(jax.random.key(0))
     maker = _Maker(config, params, progress)
     timings = measure(_parts(maker, sections, drafters, bandwidth_bytes), rounds, progress)
     growth = {"growth": _growth(maker, drafters, rounds, progress)} if "growth" in sections else {}
@@ -211,7 +211,7 @@ class _Maker:
             drafter = DRAFTERS[name](self.config)
 
             def fresh(key):
-                return drafter.fuse(drafter.init_params(self.config, self.params, key))
+                return drafter.for_decoding(drafter.init_params(self.config, self.params, key))
 
             self._made[name] = drafter, jax.jit(fresh)(jax.random.key(1))
         return self._made[name]

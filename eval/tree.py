@@ -23,22 +23,21 @@ import argparse
 import dataclasses
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float, Int
 
-from decoding.drafters.head_drafter import HeadDrafter
-from decoding.drafters.network_drafter import NetworkDrafter
-from decoding.drafters.plain import Plain
+from decoding.drafter import Drafter
 from decoding.drafters.registry import load_drafter, write_tree
 from decoding.generate import bucket, generate
 from decoding.policies import TreePolicy, parse_policy
-from decoding.trees import Topology, greedy_search, load_topology
+from decoding.tree_search import RANKS, Acceptance, nested_trees, walk
+from decoding.trees import Topology, load_topology
 from eval.measure.parts import Scene, Step, draft_part, rows_forward
 from eval.measure.progress import Progress
 from eval.measure.timing import Timed, measure
-from eval.text.metrics import RANKS, head_ranks, rank_accuracy
+from eval.text.metrics import head_ranks
 from eval.text.prompts import BUILT_IN, Question, document_prompts, encode_questions, read_questions
 from models.errors import UserError, exit_on_user_error
 from models.formats.target import Target, load_target
@@ -95,7 +94,7 @@ class Choice:
 
 def choose_tree(
     target: Target,
-    drafter: HeadDrafter,
+    drafter: Drafter,
     drafter_params: Any,
     prompts: Sequence[Sequence[int]],
     *,
@@ -127,15 +126,12 @@ def choose_tree(
         )
     progress("decoding the calibration prompts")
     ranks = calibration_ranks(target, drafter, drafter_params, prompts, max_new_tokens)
-    accuracy = rank_accuracy(np.concatenate(ranks, axis=1), min(RANKS, target.config.vocab_size))
+    width = min(RANKS, target.config.vocab_size)
+    accuracy = Acceptance.of_ranks(np.concatenate(ranks, axis=1), width).accuracy
     length = int(np.median([len(prompt) for prompt in prompts])) + max_new_tokens // 2
     cost = _measure_cost(target, drafter, drafter_params, length, [*rows, max_nodes], max_nodes, rounds, progress)
     progress("searching")
-    candidates = []
-    for depth in range(1, len(accuracy) + 1):
-        grown = [path for path, score in greedy_search(accuracy[:depth], max_nodes - 1) if score > 0]
-        trees = [Topology(tuple(grown[:count])) for count in range(1, len(grown) + 1)]
-        candidates += [cost.candidate(tree, walk(ranks, tree)) for tree in trees if tree.max_depth == depth]
+    candidates = [cost.candidate(tree, walk(ranks, tree)) for tree in nested_trees(accuracy, max_nodes - 1)]
     if not candidates:
         raise UserError("no head guessed a single token of the calibration text: there is no tree to build")
     table = {}
@@ -146,7 +142,7 @@ def choose_tree(
 
 
 def calibration_ranks(
-    target: Target, drafter: HeadDrafter, drafter_params: Any, prompts: Sequence[Sequence[int]], max_new_tokens: int
+    target: Target, drafter: Drafter, drafter_params: Any, prompts: Sequence[Sequence[int]], max_new_tokens: int
 ) -> list[Int[np.ndarray, "D N"]]:
     """Per prompt, the ranks of the true tokens at every place of its greedy continuation where a step may start.
 
@@ -168,30 +164,6 @@ def calibration_ranks(
             f"the continuations of the prompts are shorter than the {depth} heads reach: ask for more tokens"
         )
     return ranks
-
-
-def walk(ranks: Sequence[Int[np.ndarray, "D N"]], tree: Topology) -> float:
-    """Acceptance length that the loop with `tree` has on texts whose ranks are known.
-
-    Steps start where the one before ended, as in the loop, so this is no average over all places.
-    """
-    committed = steps = 0
-    width = tree.children.shape[1]
-    for ranks_DN in ranks:
-        node = np.zeros(ranks_DN.shape[1], np.int32)
-        accepted = np.zeros_like(node)
-        alive = np.ones(len(node), bool)
-        for rank in ranks_DN[: tree.max_depth]:
-            child = np.where(rank < width, tree.children[node, np.minimum(rank, width - 1)], -1)
-            alive &= child >= 0
-            node = np.where(alive, child, node)
-            accepted += alive
-        place = 0
-        while place < len(accepted):
-            place += int(accepted[place]) + 1
-            steps += 1
-        committed += place
-    return committed / steps
 
 
 @dataclasses.dataclass(frozen=True)
@@ -232,13 +204,13 @@ def _measure_cost(target, drafter, drafter_params, length, rows, max_nodes, roun
     scene = Scene.with_room(target.config, target.params, length, max_depth=0)
     rows = sorted({1, *(count for count in rows if count <= max_nodes)})
     widest = min(max_nodes // 2, target.config.vocab_size)
-    counts = [(1,)] + [tuple(n for n in HEAD_ROWS if n == 1 or n <= widest)] * (drafter.heads.num_heads - 1)
+    counts = [(1,)] + [tuple(n for n in HEAD_ROWS if n == 1 or n <= widest)] * (drafter.num_heads - 1)
     parts: dict[str, Timed] = {f"forward {count}": rows_forward(scene, count) for count in rows}
     for level, widths in enumerate(counts):
         for count in widths:
-            probing = dataclasses.replace(drafter, tree=probe(level, count))
+            probing = drafter.with_tree(probe(level, count))
             parts[f"draft {level} {count}"] = draft_part(scene, probing, drafter_params)
-    parts["plain"] = Step(scene, Plain(), None)
+    parts["plain"] = Step(scene, *load_drafter("none", target))
     ms = {name: timing.median for name, timing in measure(parts, rounds, progress).items()}
     above = [0.0, *(ms[f"draft {level} 1"] for level in range(len(counts) - 1))]
     levels = [
@@ -311,20 +283,20 @@ def main(argv: Sequence[str] | None = None) -> None:
     target = load_target(args.target)
     drafter, params = load_drafter(args.drafter, target)
     if args.policy is not None:
-        if not isinstance(drafter, NetworkDrafter):
+        if drafter.tree_policy is None:
             raise UserError(f"the drafter {args.drafter!r} has no policy: --policy is for draft models and EAGLE heads")
         policy = parse_policy(args.policy)
-        dataclasses.replace(cast(Any, drafter), policy=policy).check(target.config)
+        drafter.with_policy(policy).check(target.config)
         _write(args, policy, policy.max_nodes)
         return
-    if not isinstance(drafter, HeadDrafter):
+    if not drafter.num_heads:
         rest = "takes none"
-        if isinstance(drafter, NetworkDrafter):
+        if drafter.tree_policy is not None:
             rest = "has a policy instead: choose it with --policy, as in --policy static:tree=chain:4"
         raise UserError(f"trees are chosen for Medusa and Hydra heads; the drafter {args.drafter!r} {rest}")
     if args.tree is not None:
         tree = load_topology(args.tree, "--tree")
-        dataclasses.replace(drafter, tree=tree).check(target.config)
+        drafter.with_tree(tree).check(target.config)
         _write(args, tree, tree.size)
         return
     with Progress() as progress:

@@ -1,4 +1,4 @@
-"""The layers every network here is built from: RMSNorm, RoPE, attention over two key sources, the gated MLP.
+"""The layers every network here is built from: RMSNorm, RoPE, attention over several key sources, the gated MLP.
 
 Letters: B batch, T new rows, S cache slots, H width, N query heads, K key/value heads, G = N/K, D head size, F MLP
 width. Matrix products run in the dtype of the parameters; norms, RoPE angles, softmax and scores run in float32 or,
@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from models.attention import attend, wide
+from models.attention import ALONE, attend, wide
 from models.config import RopeScaling, TransformerConfig
 
 
@@ -67,7 +67,7 @@ def apply_rope(x: Float[Array, "B T N D"], angles: Float[Array, "B T 1 half"]) -
 def joined_or_apart(module: nn.Module, names: tuple[str, ...], widths: list[int], bias: bool, x: Array) -> list[Array]:
     """Linear maps of one input: one by one, or as a single product where the parameters were joined for decoding.
 
-    A few rows times many small kernels costs more than times few large ones (`models.transformer.join_projections`).
+    A few rows times many small kernels costs more than times few large ones (`models.transformer.for_decoding`).
     """
     if module.has_variable("params", joined_name(names)):
         both = nn.Dense(sum(widths), use_bias=bias, name=joined_name(names))(x)
@@ -86,7 +86,7 @@ class Attention(nn.Module):
     config: TransformerConfig
 
     @nn.compact
-    def __call__(self, x_BTI, angles, layout, prefix=None, window=None, scratch=None, mix=attend):
+    def __call__(self, x_BTI, angles, layout, sources=ALONE, window=None, mix=attend):
         """Returns the attention output `[B, T, H]` and the fresh key/value rows.
 
         `x_BTI` may be of any width; `mix`, which has the arguments of `attend`, says who attends to what.
@@ -103,7 +103,7 @@ class Attention(nn.Module):
         rows = {"k": apply_rope(k, angles).transpose(0, 2, 3, 1), "v": v.transpose(0, 2, 1, 3)}
         scale = c.head_dim**-0.5 if c.query_scale is None else c.query_scale
         q = apply_rope(q, angles)
-        mixed = mix(q, rows, prefix, layout, scratch, scale=scale, cap=c.attention_softcap, window=window)
+        mixed = mix(q, rows, sources, layout, scale=scale, cap=c.attention_softcap, window=window)
         return nn.Dense(c.width, use_bias=c.output_bias, name="o")(mixed), rows
 
 
@@ -127,7 +127,7 @@ class Block(nn.Module):
     config: TransformerConfig
 
     @nn.compact
-    def __call__(self, x_BTH, angles, layout, prefix=None, window=None, scratch=None):
+    def __call__(self, x_BTH, angles, layout, sources=ALONE, window=None):
         """Returns the residual stream `[B, T, H]` and the fresh key/value rows."""
         c = self.config
 
@@ -135,7 +135,7 @@ class Block(nn.Module):
             return RMSNorm(c.norm_eps, c.zero_centred_norm, name=name)(y)
 
         x = norm("attention_norm", x_BTH)
-        mixed, rows = Attention(c, name="attention")(x, angles, layout, prefix, window, scratch)
+        mixed, rows = Attention(c, name="attention")(x, angles, layout, sources, window)
         x_BTH = x_BTH + (norm("post_attention_norm", mixed) if c.post_norms else mixed)
         wider = MLP(c.width, c.mlp_width, c.activation, name="mlp")(norm("mlp_norm", x_BTH))
         return x_BTH + (norm("post_mlp_norm", wider) if c.post_norms else wider), rows

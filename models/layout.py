@@ -1,12 +1,14 @@
 """Who sees whom, said in structure instead of as a dense mask.
 
 Every forward computes some *new rows* per batch row. A new row has a position (its place in the text, which RoPE and
-sliding windows use), perhaps a segment (packed training documents do not see each other), and a relation to the other
-new rows: causal, or the ancestor matrix of a draft tree. Beside the new rows lies the *prefix*: the first `length`
-slots of the KV cache, whose slot number is their position, because only committed tokens are ever written there.
+sliding windows use), perhaps a segment (packed training documents do not see each other), and stands to the other new
+rows in one of a few *orders*: causal, the ancestors of a draft tree, block-causal, or bidirectional inside blocks.
+Beside the new rows lie other sources of keys (`models.attention.Sources`). The *prefix* is the KV cache, of which a new
+row sees the slots below its *horizon*: the same for all rows in decoding, another for each where rows are packed that
+continue different beginnings of a text. The *scratch* holds rows that an earlier forward of the same draft computed.
 
-Row `i` of a draft tree would occupy slot `length + i` but stands at position `length + depth(i)`; positions, never
-slots, reach RoPE and windows. Attention derives from this the two masks it needs.
+Slots and positions are different numbers. Row `i` of a draft tree would occupy slot `slots + i` but stands at position
+`position + depth(i)`; positions, never slots, reach RoPE and windows. Attention derives from this the masks it needs.
 """
 
 import jax
@@ -16,26 +18,87 @@ from jaxtyping import Array, Bool, Int
 
 
 @struct.dataclass
-class Layout:
-    """Visibility of T new rows over themselves and over a committed prefix.
+class Causal:
+    """A row sees itself and the rows before it."""
+
+    def sees(self, rows: int) -> Bool[Array, "1 T T"]:
+        """`[0, i, j]`: new row i sees new row j."""
+        return jnp.tril(jnp.ones((rows, rows), bool))[None]
+
+
+@struct.dataclass
+class Tree:
+    """A row sees itself and its ancestors, `ancestors[b, i, j]`."""
+
+    ancestors: Bool[Array, "#B T T"]
+
+    def sees(self, rows: int) -> Bool[Array, "#B T T"]:
+        """`[b, i, j]`: new row i sees new row j."""
+        return self.ancestors
+
+
+@struct.dataclass
+class BlockCausal:
+    """A row sees its own block and the blocks before it (Falcon's relaxed causal mask: floor(j/k) <= floor(i/k)).
 
     Attributes:
-      positions: place of each new row in its text, in tokens from 0.
-      length: committed tokens in the cache, per batch row.
-      ancestors: `[b, i, j]` says that new row i sees new row j (itself included); None means causal order.
+      size: k, rows of a block.
+      phase: rows that the first block lacks, 0 to k - 1: row i lies in block (i + phase) // k. Decoding lines blocks up
+        at the end of what is read; training draws the phase.
+    """
+
+    size: int = struct.field(pytree_node=False)
+    phase: int | Int[Array, "B"] = 0
+
+    def sees(self, rows: int) -> Bool[Array, "#B T T"]:
+        """`[b, i, j]`: new row i sees new row j."""
+        block_BT = _blocks(rows, self.size, self.phase)
+        return block_BT[:, None, :] <= block_BT[:, :, None]
+
+
+@struct.dataclass
+class Blocks:
+    """A row sees its own block alone, in both directions; `size` and `phase` as in `BlockCausal`."""
+
+    size: int = struct.field(pytree_node=False)
+    phase: int | Int[Array, "B"] = 0
+
+    def sees(self, rows: int) -> Bool[Array, "#B T T"]:
+        """`[b, i, j]`: new row i sees new row j."""
+        block_BT = _blocks(rows, self.size, self.phase)
+        return block_BT[:, None, :] == block_BT[:, :, None]
+
+
+def _blocks(rows: int, size: int, phase: int | Int[Array, "B"]) -> Int[Array, "#B T"]:
+    return (jnp.arange(rows, dtype=jnp.int32) + jnp.reshape(jnp.asarray(phase, jnp.int32), (-1, 1))) // size
+
+
+Order = Causal | Tree | BlockCausal | Blocks
+CAUSAL = Causal()
+
+
+@struct.dataclass
+class Layout:
+    """Visibility of T new rows over themselves, a committed prefix of S slots and a scratch of R rows.
+
+    Attributes:
+      positions: place of each new row in its text, from 0.
+      horizon: cache slots that a new row sees, counted from slot 0; `[B, 1]` where all rows see the same.
+      order: who sees whom among the new rows, each itself included.
       segments: packed documents, 1, 2, ...; 0 is padding; None means one document per row.
-      scratch_seen: `[b, i, s]` says that new row i sees row s of the scratch, rows that an earlier forward of the same
-        draft computed; None when there is no scratch.
+      scratch_seen: `[b, i, r]` says that new row i sees row r of the scratch; None when there is no scratch.
       scratch_positions: where those rows stand.
+      prefix_positions: where the tokens in the cache's slots stand; None where slot and position agree.
       attention: "dense", or "split", which leaves the prefix to the library's attention (`models/attention.py`).
     """
 
     positions: Int[Array, "B T"]
-    length: Int[Array, "B"]
-    ancestors: Bool[Array, "#B T T"] | None = None
+    horizon: Int[Array, "B #T"]
+    order: Order = CAUSAL
     segments: Int[Array, "B T"] | None = None
-    scratch_seen: Bool[Array, "#B T S"] | None = None
-    scratch_positions: Int[Array, "B S"] | None = None
+    scratch_seen: Bool[Array, "#B T R"] | None = None
+    scratch_positions: Int[Array, "B R"] | None = None
+    prefix_positions: Int[Array, "B S"] | None = None
     attention: str = struct.field(pytree_node=False, default="dense")
 
     @classmethod
@@ -48,39 +111,39 @@ class Layout:
             begins_BT = jnp.concatenate([jnp.ones((batch, 1), bool), segments[:, 1:] != segments[:, :-1]], axis=1)
             start_BT = jnp.where(begins_BT, index_T, 0)
             positions_BT = index_T - jax.lax.cummax(start_BT, axis=1)
-        return cls(positions_BT, jnp.zeros(batch, jnp.int32), segments=segments)
+        return cls(positions_BT, jnp.zeros((batch, 1), jnp.int32), segments=segments)
 
     @classmethod
-    def extend(cls, length: Int[Array, "B"], rows: int, attention: str = "dense") -> "Layout":
-        """The next `rows` tokens of texts whose first `length` tokens are in the cache (a prefill chunk)."""
-        positions_BT = length[:, None] + jnp.arange(rows, dtype=jnp.int32)
-        return cls(positions_BT, length, attention=attention)
+    def extend(
+        cls, slots: Int[Array, "B"], rows: int, first: Int[Array, "B"] | None = None, attention: str = "dense"
+    ) -> "Layout":
+        """The next `rows` tokens behind a cache in which `slots` slots are used (a prefill chunk).
 
-    def sees_rows(self, window: int | Int[Array, ""] | None) -> Bool[Array, "B T T"]:
+        They stand at positions `first` and on, by default those that the slots would give.
+        """
+        first = slots if first is None else first
+        return cls(first[:, None] + jnp.arange(rows, dtype=jnp.int32), slots[:, None], attention=attention)
+
+    def sees_rows(self, window: int | Int[Array, ""] | None) -> Bool[Array, "#B T T"]:
         """`[b, i, j]`: new row i attends to new row j."""
-        rows = self.positions.shape[1]
-        if self.ancestors is None:
-            seen = jnp.tril(jnp.ones((rows, rows), bool))[None]
-        else:
-            seen = self.ancestors
+        seen = self.order.sees(self.positions.shape[1])
         if self.segments is not None:
             seen = seen & (self.segments[:, :, None] == self.segments[:, None, :])
-        if window is not None:
-            seen = seen & (self.positions[:, :, None] - self.positions[:, None, :] < window)
-        return seen
+        return seen if window is None else seen & self._near(self.positions, window)
 
-    def sees_scratch(self, window: int | Int[Array, ""] | None) -> Bool[Array, "B T S"]:
-        """`[b, i, s]`: new row i attends to row s of the scratch."""
+    def sees_scratch(self, window: int | Int[Array, ""] | None) -> Bool[Array, "#B T R"]:
+        """`[b, i, r]`: new row i attends to row r of the scratch."""
         assert self.scratch_seen is not None and self.scratch_positions is not None
-        if window is None:
-            return self.scratch_seen
-        near = self.positions[:, :, None] - self.scratch_positions[:, None, :] < window
-        return self.scratch_seen & near
+        return self.scratch_seen if window is None else self.scratch_seen & self._near(self.scratch_positions, window)
 
     def sees_prefix(self, capacity: int, window: int | Int[Array, ""] | None) -> Bool[Array, "B #T S"]:
-        """`[b, i, s]`: new row i attends to cache slot s, which holds the committed token at position s."""
+        """`[b, i, s]`: new row i attends to cache slot s."""
         slot_S = jnp.arange(capacity, dtype=jnp.int32)
-        seen = (slot_S < self.length[:, None])[:, None, :]
-        if window is not None:
-            seen = seen & (self.positions[:, :, None] - slot_S < window)
-        return seen
+        seen = slot_S < self.horizon[:, :, None]
+        if window is None:
+            return seen
+        return seen & self._near(slot_S[None] if self.prefix_positions is None else self.prefix_positions, window)
+
+    def _near(self, positions: Int[Array, "#B K"], window: int | Int[Array, ""]) -> Bool[Array, "B T K"]:
+        """Keys at `positions` that a sliding window reaches: a query at p sees p - window + 1 to p."""
+        return self.positions[:, :, None] - positions[:, None, :] < window

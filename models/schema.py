@@ -3,19 +3,22 @@
 Whatever a dataclass does not know is refused: an unknown key, a wrong type, a missing value, a broken rule between
 fields. Each refusal is one sentence with the dotted place, what was found, what was expected and the nearest match.
 
-A class that says for itself how it is written down has `from_record(raw, where, place)` and `to_record()`.
+A class that says for itself how it is written down has `from_record(raw, where, place)` and `to_record()`; of one that
+only a table of its subclasses can read, `parse` is given the reader.
 """
 
 import dataclasses
 import difflib
 import types
 import typing
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from types import MappingProxyType
 from typing import Any, Literal, TypeVar
 
 from models.errors import UserError
 
 T = TypeVar("T")
+Readers = Mapping[Any, Callable[[Any, str, str], Any]]
 
 
 def parse(
@@ -24,6 +27,7 @@ def parse(
     where: str = "",
     place: str = "the config",
     given: Mapping[str, Any] | None = None,
+    readers: Readers = MappingProxyType({}),
 ) -> T:
     """A section as its dataclass.
 
@@ -33,11 +37,12 @@ def parse(
       where: dotted place of the section; empty for the whole.
       place: how messages call the whole, for instance the file's name.
       given: annotations to use instead of those of `kind`, by field name.
+      readers: of classes that have several kinds of subclass: functions of (raw, where, place), by class.
 
     Raises:
       UserError: one sentence that names the key, what was found and what was expected.
     """
-    return _record(kind, raw, where, place, {**typing.get_type_hints(kind), **(given or {})})
+    return _record(kind, raw, where, place, {**typing.get_type_hints(kind), **(given or {})}, readers)
 
 
 def require(holds: bool, sentence: str, value: object) -> None:
@@ -74,7 +79,9 @@ def flattened(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def _record(kind: type[T], raw: Mapping[str, Any], where: str, place: str, types_of: Mapping[str, Any]) -> T:
+def _record(
+    kind: type[T], raw: Mapping[str, Any], where: str, place: str, types_of: Mapping[str, Any], readers: Readers
+) -> T:
     fields = {field.name: field for field in dataclasses.fields(kind)}  # type: ignore[arg-type]
     prefix = f"{where}." if where else ""
     for key in raw:
@@ -83,7 +90,7 @@ def _record(kind: type[T], raw: Mapping[str, Any], where: str, place: str, types
     values = {}
     for name, field in fields.items():
         if name in raw:
-            values[name] = _value(types_of[name], raw[name], f"{prefix}{name}", place)
+            values[name] = _value(types_of[name], raw[name], f"{prefix}{name}", place, readers)
         elif field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
             raise UserError(f"{place} lacks {prefix}{name} ({_describe(types_of[name])})")
     try:
@@ -94,8 +101,8 @@ def _record(kind: type[T], raw: Mapping[str, Any], where: str, place: str, types
         raise UserError(str(error)) from error
 
 
-def _value(annotation: Any, raw: Any, where: str, place: str) -> Any:
-    kind, optional = _without_none(annotation)
+def _value(annotation: Any, raw: Any, where: str, place: str, readers: Readers) -> Any:
+    kind, optional = without_none(annotation)
     if raw is None and optional:
         return None
     origin, args = typing.get_origin(kind), typing.get_args(kind)
@@ -103,12 +110,14 @@ def _value(annotation: Any, raw: Any, where: str, place: str) -> Any:
         return raw
     if origin is Literal:
         raise UserError(f"{place}: {where} must be {_describe(kind)}, got {raw!r}{nearest(raw, args)}")
+    if kind in readers:
+        return readers[kind](raw, where, place)
     if hasattr(kind, "from_record"):
         return kind.from_record(raw, where, place)
     if origin is tuple and isinstance(raw, tuple):
-        return tuple(_value(args[0], item, f"{where}[{i}]", place) for i, item in enumerate(raw))
+        return tuple(_value(args[0], item, f"{where}[{i}]", place, readers) for i, item in enumerate(raw))
     if isinstance(kind, type) and dataclasses.is_dataclass(kind) and isinstance(raw, Mapping):
-        return parse(kind, raw, where, place)
+        return parse(kind, raw, where, place, readers=readers)
     if origin is not None and issubclass(origin, Mapping) and isinstance(raw, Mapping):
         return raw
     if kind is float and isinstance(raw, int) and not isinstance(raw, bool):
@@ -119,7 +128,7 @@ def _value(annotation: Any, raw: Any, where: str, place: str) -> Any:
     raise UserError(f"{place}: {where} must be {_describe(annotation)}, got {found}")
 
 
-def _without_none(annotation: Any) -> tuple[Any, bool]:
+def without_none(annotation: Any) -> tuple[Any, bool]:
     """`T | None` as (T, True), any other annotation as (itself, False)."""
     if typing.get_origin(annotation) not in (types.UnionType, typing.Union):
         return annotation, False

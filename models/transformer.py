@@ -1,11 +1,12 @@
 """The one transformer forward that trains targets, serves them, and is the target of every drafter.
 
-    forward(config, params, inputs, layout, cache, layers, taps) -> Output(logits, hidden, taps, rows)
+    forward(config, params, inputs, layout, sources, layers, taps) -> Output(logits, hidden, taps, rows)
 
-It is a pure function. The KV cache is an argument that it only reads: the keys and values of the new rows come back in
-`Output.rows`, and whoever decides which rows become text writes those (`decoding/cache.py`). Parameters are plain
-nested dicts in one of two layouts: a *list* of layers (decoding; stacked weights cost about 3x inside a token loop on
-CPU) or one *stacked* layer tree with a leading axis, scanned (training; compile time does not grow with depth).
+It is a pure function. The KV cache is one of the sources of keys, which it only reads: the keys and values of the new
+rows come back in `Output.rows`, and whoever decides which rows become text writes those (`decoding/cache.py`).
+Parameters are plain nested dicts in one of two layouts: a *list* of layers (decoding; stacked weights cost about 3x
+inside a token loop on CPU) or one *stacked* layer tree with a leading axis, scanned (training; compile time does not
+grow with depth). Caches lie as the layers do.
 
     {'embed': {'embedding'}, 'layers': [...] or {...}, 'final_norm': {'scale'}, 'head': {'kernel'} unless tied}
 """
@@ -17,9 +18,10 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from flax import struct
+from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
-from models.attention import Rows, softcap, wide
+from models.attention import ALONE, Rows, Sources, softcap, wide
 from models.config import TransformerConfig
 from models.layers import Block, RMSNorm, call, joined_name, rope_angles
 from models.layout import Layout
@@ -37,13 +39,14 @@ class Output:
       logits: scores of the next token, float32 or wider; XLA drops the head's product when they are not used.
       hidden: the residual stream after the final norm, which the head multiplies.
       taps: the features asked for by name.
-      rows: fresh keys (RoPE-rotated) and values, one entry per layer that ran.
+      rows: fresh keys (RoPE-rotated) and values: one entry per layer that ran, or of stacked layers one with a leading
+        axis of layers.
     """
 
     logits: Float[Array, "B T V"]
     hidden: Float[Array, "B T H"]
     taps: dict[str, Float[Array, "B T H"]]
-    rows: list[Rows]
+    rows: list[Rows] | Rows
 
 
 def init(config: TransformerConfig, key: Array, dtype=jnp.float32) -> Params:
@@ -99,6 +102,16 @@ def unstack_layers(params: Params) -> Params:
     return {**params, "layers": [jax.tree.map(lambda leaf, i=i: leaf[i], stacked) for i in range(count)]}
 
 
+def for_decoding(params: Params, mesh: Mesh | None = None) -> Params:
+    """Parameters as decoding reads them: a list of layers, whose projections are joined where there is no mesh.
+
+    Parameters that are in that form already come back as they are.
+    """
+    if not isinstance(params["layers"], list):
+        params = unstack_layers(params)
+    return params if mesh is not None else join_projections(params)
+
+
 # Maps of the same input, which decoding on one device runs as one product.
 _JOINED = {"attention": ("q", "k", "v"), "mlp": ("gate", "up")}
 
@@ -106,10 +119,13 @@ _JOINED = {"attention": ("q", "k", "v"), "mlp": ("gate", "up")}
 def join_projections(params: Params) -> Params:
     """Layers whose q, k, v and gate, up kernels lie side by side in one kernel; the forward takes them either way.
 
-    For one device: split over `tensor`, a joined kernel would put parts of q, k and v in the wrong places.
+    For one device: split over `tensor`, a joined kernel would put parts of q, k and v in the wrong places. What is
+    joined already stays as it is.
     """
 
     def join(module, names):
+        if joined_name(names) in module:
+            return module
         parts = [module[name] for name in names]
         rest = {name: leaf for name, leaf in module.items() if name not in names}
         return {**rest, joined_name(names): jax.tree.map(lambda *leaves: jnp.concatenate(leaves, axis=-1), *parts)}
@@ -170,10 +186,9 @@ def forward(
     params: Params,
     inputs: Int[Array, "B T"] | Float[Array, "B T H"],
     layout: Layout,
-    cache: Cache | None = None,
+    sources: Sources = ALONE,
     layers: tuple[int, int] | None = None,
     taps: Sequence[str] = (),
-    scratch: Cache | None = None,
 ) -> Output:
     """Runs the new rows through the stack, or through a slice of it.
 
@@ -182,15 +197,13 @@ def forward(
       params: its parameters, layers as a list or stacked.
       inputs: token ids, or embeddings / the residual stream entering layer `layers[0]`.
       layout: positions and visibility of the new rows.
-      cache: keys and values of the committed prefix, one entry per layer of the whole stack; None when there is none.
+      sources: keys and values beside those of the new rows, of every layer of the whole stack.
       layers: half-open range of layers to run; None means all.
-      scratch: keys and values of rows that earlier forwards of the same draft computed, one entry per layer of the
-        whole stack, seen as `layout.scratch_seen` says; None when there are none.
       taps: features to return: `pre_norm` (the residual stream leaving the last layer run), `post_norm`, `layer:k`
         (the residual stream entering layer k).
 
     Raises:
-      ValueError: a tap that does not exist, or stacked parameters with a cache or a slice.
+      ValueError: a tap that does not exist, or a slice of stacked layers.
     """
     lo, hi = layers or (0, config.num_layers)
     inner = [int(tap.removeprefix("layer:")) for tap in taps if tap.startswith("layer:")]
@@ -201,19 +214,18 @@ def forward(
     angles = rope_angles(config, layout.positions)
     block = Block(config)
     taken: dict[str, Array] = {}
-    rows: list[Rows] = []
+    rows: list[Rows] | Rows
     if isinstance(params["layers"], list):
+        rows = []
         for k in range(lo, hi):
             if k in inner:
                 taken[f"layer:{k}"] = x_BTH
-            prefix = None if cache is None else cache[k]
-            drafted = None if scratch is None else scratch[k]
-            x_BTH, fresh = call(block, params["layers"][k], x_BTH, angles, layout, prefix, config.window(k), drafted)
+            x_BTH, fresh = call(block, params["layers"][k], x_BTH, angles, layout, sources.layer(k), config.window(k))
             rows.append(fresh)
     else:
-        if cache is not None or (lo, hi) != (0, config.num_layers):
-            raise ValueError("stacked layers run whole and without a cache; use unstack_layers for decoding")
-        x_BTH, entering = _scan_layers(config, params["layers"], x_BTH, angles, layout, keep=bool(inner))
+        if (lo, hi) != (0, config.num_layers):
+            raise ValueError("stacked layers run whole; use unstack_layers to run a slice of them")
+        x_BTH, (entering, rows) = _scan_layers(config, params["layers"], x_BTH, angles, layout, sources, bool(inner))
         taken.update({f"layer:{k}": entering[k] for k in inner})
     hidden_BTH = final_norm(config, params, x_BTH)
     taken.update(pre_norm=x_BTH, post_norm=hidden_BTH)
@@ -221,14 +233,18 @@ def forward(
     return Output(logits_BTV, hidden_BTH, {tap: taken[tap] for tap in taps}, rows)
 
 
-def _scan_layers(config, stacked, x_BTH, angles, layout, keep):
+def _scan_layers(config, stacked, x_BTH, angles, layout, sources, keep):
+    """The residual stream behind the last layer; and of every layer, if `keep`, the stream entering it, and its rows.
+
+    The carry is the stream alone. Sources are inputs of the scan, so that no layer's cache is carried through others.
+    """
     block = Block(config)
     # A traced window needs a number even where attention is global: one no position difference reaches.
     windows = jnp.array([w or 2**30 for w in config.windows], jnp.int32) if any(config.windows) else None
 
-    def body(x, layer_and_window):
-        layer, window = layer_and_window
-        y, _ = call(block, layer, x, angles, layout, None, window)
-        return y, (x if keep else None)
+    def body(x, of_layer):
+        layer, window, keys = of_layer
+        y, rows = call(block, layer, x, angles, layout, keys, window)
+        return y, (x if keep else None, rows)
 
-    return jax.lax.scan(body, x_BTH, (stacked, windows))
+    return jax.lax.scan(body, x_BTH, (stacked, windows, sources))

@@ -1,9 +1,8 @@
 """What every test shares: one CPU device, a persistent compilation cache, and a few fixtures."""
 
+import contextlib
 import os
 import pathlib
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -11,13 +10,23 @@ import pytest
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 
 # Before JAX starts. Tolerances in these tests are those of float32 products on a CPU. A test that needs several devices
-# starts its own process (`run_python`), because their number cannot change once the backend runs.
+# starts another process (`run_on_devices`), because their number cannot change once the backend runs.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".cache" / "jax"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 
 import jax
+
+from tests import schedule
+from tests.interpreter import Interpreter
+from tests.tally import Tally
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Starts counting what each file costs, and sees to the order of groups."""
+    config.pluginmanager.register(Tally(), "tally")
+    config.pluginmanager.register(schedule, "schedule")
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -64,11 +73,25 @@ def run_python() -> Callable[..., str]:
     """`run_python(code, devices=8)` runs code in a fresh process with that many CPU devices and returns its stdout."""
 
     def run(code: str, devices: int = 1, timeout: float = 300) -> str:
-        environment = {**os.environ, "JAX_NUM_CPU_DEVICES": str(devices)}
-        done = subprocess.run(
-            [sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=timeout
-        )
-        assert done.returncode == 0, f"exit status {done.returncode}\n{done.stdout}\n{done.stderr}"
-        return done.stdout
+        with Interpreter(devices) as python:
+            return python.run(code, timeout)
 
     return run
+
+
+@pytest.fixture(scope="module")
+def run_on_devices() -> Iterator[Callable[..., str]]:
+    """`run_on_devices(code, devices=8)`: as `run_python`, in one process for all of a file's checks on so many devices.
+
+    Imports, flags of JAX and compiled programs stay from one to the next. A check that ends the process fails alone:
+    the next one starts another.
+    """
+    started: dict[int, Interpreter] = {}
+    with contextlib.ExitStack() as processes:
+
+        def run(code: str, devices: int, timeout: float = 300) -> str:
+            if devices not in started or started[devices].ended:
+                started[devices] = processes.enter_context(Interpreter(devices))
+            return started[devices].run(code, timeout)
+
+        yield run

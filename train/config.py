@@ -5,10 +5,11 @@ changes when an objective is added.
 """
 
 import dataclasses
+import typing
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from ml_collections import ConfigDict
+from ml_collections import ConfigDict, config_dict
 
 from models import schema
 from models.errors import UserError
@@ -43,7 +44,7 @@ class OptimizerConfig:
         updates scaled to AdamW's size so that one learning rate serves both (Liu et al. 2025, section 2.2).
       learning_rate: the peak, reached after `warmup_steps`.
       schedule: how the rate falls from the peak to `final_fraction` of it at the last step.
-      warmup_steps: steps of linear policy from 0.
+      warmup_steps: steps of linear growth from 0.
       final_fraction: last rate over peak; must be 1 when the schedule is constant.
       weight_decay: decoupled, on matrices only (never on norm scales, biases and tables of positions).
       clip_norm: gradients are scaled down to this global norm.
@@ -190,11 +191,11 @@ def parse(raw: ConfigDict | Mapping[str, Any], objectives: Mapping[str, Any], pl
 
     Args:
       raw: a `ConfigDict`, or the same as nested dicts.
-      objectives: name -> objective class; each has its dataclass as `Config`.
+      objectives: name -> subclass of `train.objectives.objective.Objective`, whose `Config` is the section's dataclass.
       place: how messages call the whole, for instance the file's name.
 
     Raises:
-      UserError: one sentence that names the key, what was found and what was expected.
+      UserError: one sentence that names the key, what was found and what was expected, or what the objective lacks.
     """
     raw = raw.to_dict() if isinstance(raw, ConfigDict) else raw
     section = raw.get("objective")
@@ -205,4 +206,36 @@ def parse(raw: ConfigDict | Mapping[str, Any], objectives: Mapping[str, Any], pl
         raise UserError(
             f"{place}: there is no objective {name!r}{schema.nearest(name, objectives)}, only {', '.join(objectives)}"
         )
+    objectives[name].require_complete()
     return schema.parse(TrainConfig, raw, place=place, given={"objective": objectives[name].Config})
+
+
+def fill_in(raw: ConfigDict, objectives: Mapping[str, Any]) -> None:
+    """Gives every key that a config leaves out its default, so that a command line can name it.
+
+    What is unknown or missing stays so, for `parse` to tell. A section that is a mapping stays as the config has it:
+    which keys it may hold is for its owner to say.
+    """
+    section = raw.get("objective")
+    name = section.get("name") if isinstance(section, ConfigDict) else None
+    given = {"objective": objectives[name].Config} if name in objectives else {}
+    with raw.unlocked():
+        _fill_in(raw, TrainConfig, given)
+
+
+def _fill_in(raw: ConfigDict, kind: type, given: Mapping[str, Any]) -> None:
+    types = {**typing.get_type_hints(kind), **given}
+    for field in dataclasses.fields(kind):
+        annotation = schema.without_none(types[field.name])[0]
+        absent = field.name not in raw
+        if dataclasses.is_dataclass(annotation):
+            if absent and field.default is not dataclasses.MISSING:
+                raw[field.name] = ConfigDict()
+            if isinstance(raw.get(field.name), ConfigDict):
+                _fill_in(raw[field.name], typing.cast(type, annotation), {})
+        elif absent and field.default is None:
+            written = typing.get_origin(annotation) or annotation
+            if isinstance(written, type) and not issubclass(written, Mapping):
+                raw[field.name] = config_dict.placeholder(written)
+        elif absent and field.default is not dataclasses.MISSING:
+            raw[field.name] = field.default

@@ -24,7 +24,6 @@ import numpy as np
 import optax
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from jaxtyping import Array
 
 from models import sharding
 from models.errors import UserError
@@ -35,7 +34,7 @@ from train.config import TrainConfig
 from train.data.corpus import Corpus, open_corpus
 from train.metrics import NotFinite, Report
 from train.objectives import OBJECTIVES
-from train.objectives.objective import Batch, Objective, Params
+from train.objectives.objective import Batch, Objective, Params, Replaced
 from train.optimizer import make_optimizer, make_schedule
 
 BATCH_AXES = ("data", "fsdp")
@@ -165,20 +164,24 @@ def make_step(plan: Plan) -> Callable[[State, Params | None, Batch], tuple[State
         done = state["step"] + 1
         updated = optax.apply_updates(state["params"], updates)
         share = done / plan.config.steps
-        params = plan.objective.renew(updated, frozen, batch, done, share, jax.random.fold_in(key, 1))
+        params, replaced = plan.objective.replace(updated, frozen, batch, done, share, jax.random.fold_in(key, 1))
         state = {**state, "params": params, "optimizer": optimizer, "step": done}
         if "average" in state:
             decay = jnp.minimum(plan.config.optimizer.ema, (1 + done) / (10 + done))
             average = optax.incremental_update(updated, state["average"], 1 - decay)
-            state["average"] = jax.tree.map(_without_history, average, updated, params)
+            state["average"] = without_history(average, params, replaced)
         return state, metrics
 
     return step
 
 
-def _without_history(average: Array, updated: Array, renewed: Array) -> Array:
+def without_history(average: Params, params: Params, replaced: Replaced) -> Params:
     """An average over steps in which what was put in the place of other values begins anew."""
-    return average if renewed is updated else jnp.where(renewed == updated, average, renewed)
+
+    def anew(mask, average, params):
+        return average if mask is None else jnp.where(mask, params, average)
+
+    return jax.tree.map(anew, replaced, average, params, is_leaf=lambda mask: mask is None)
 
 
 def train(config: TrainConfig, workdir: Path, profile: tuple[int, int] | None = None) -> None:
@@ -194,7 +197,7 @@ def train(config: TrainConfig, workdir: Path, profile: tuple[int, int] | None = 
     """
     corpus = open_corpus(config)
     plan = make_plan(config, corpus.facts)
-    plan.objective.survey(corpus.train)
+    plan.objective.scan_data(corpus.train)
     batches = corpus.batches(config.batch_size, config.seed)
     evaluate = make_evaluation(plan, corpus)
     first = jax.process_index() == 0

@@ -18,9 +18,11 @@ from jaxtyping import Array, Int
 
 from decoding.cache import commit, init_cache
 from decoding.drafters.network_drafter import NetworkDrafter
+from decoding.place import Place
 from decoding.policies import Static, TreePolicy
 from decoding.policies.scratch import Scratch
 from models import transformer
+from models.attention import Sources
 from models.config import TransformerConfig
 from models.errors import UserError
 from models.layout import Layout
@@ -50,21 +52,19 @@ class DraftModel(NetworkDrafter):
     def init_params(self, config, target, key):
         return transformer.init(self.model, key, target["embed"]["embedding"].dtype)
 
-    def fuse(self, params):
-        return transformer.join_projections(params)
+    def for_decoding(self, params, mesh=None):
+        return transformer.for_decoding(params, mesh)
 
     def init(self, config, batch, capacity, dtype, mesh=None):
         """The draft model's own cache."""
         return {"cache": init_cache(self.model, batch, capacity, dtype, mesh=mesh)}
 
     def ingest(self, params, target, state, rows):
-        cache = state["cache"]
-        if rows.nodes is None:
-            layout = Layout.extend(rows.start, rows.tokens.shape[1])
-            out = transformer.forward(self.model, params, rows.tokens, layout, cache)
-            # As in the loop, the place is made to depend on what was read, or XLA would copy the cache to write it.
-            start = rows.start + jnp.any(out.hidden[:, 0] > jnp.inf, axis=-1)
-            return {"cache": commit(cache, out.rows, None, start)}
+        cache, length = state["cache"], rows.start.length
+        if rows.source != "own":
+            layout = Layout.extend(length, rows.tokens.shape[1], rows.start.slots)
+            out = transformer.forward(self.model, params, rows.tokens, layout, Sources(cache))
+            return {"cache": commit(cache, out.rows, None, length, after=out.hidden[:, 0])}
         # Row r of the text is the slot of node r - 1, and the first the token that was unread. What did not run lies
         # behind the accepted rows and is read next time.
         nodes = rows.nodes[:, :-1]
@@ -73,13 +73,13 @@ class DraftModel(NetworkDrafter):
         )
         unread = jnp.full((nodes.shape[0], 1), self.policy.slots, jnp.int32)
         taken = rows.drafted["scratch"].take(jnp.concatenate([unread, jnp.maximum(slots, 0)], axis=1))
-        start = rows.start - 1 + jnp.minimum(rows.nodes[:, -1], 0)
-        return {"cache": commit(cache, taken, None, start)}
+        return {"cache": commit(cache, taken, None, length - 1, after=rows.nodes[:, -1:])}
 
     def network(self, params, target, state):
         """The draft model in the middle of the text."""
         unread = jnp.take_along_axis(target.text, target.length[:, None] - 1, axis=1)
-        return ModelNetwork(self.model, params, state["cache"], target.length - 1, unread)
+        unread_at = Place(target.length - 1, target.place.slots - 1)
+        return ModelNetwork(self.model, params, state["cache"], unread_at, unread)
 
     def draft(self, params, target, state, root, keys):
         grown = self.policy.grow(self.network(params, target, state), root, keys, target.sampling)
@@ -94,7 +94,7 @@ class ModelNetwork:
       config: its shape.
       params: its parameters, layers as a list.
       cache: keys and values of the text; those of the first layers may be the target's own.
-      length: tokens of the text that the cache holds.
+      place: behind the text that the cache holds; its slots are those of the target, for positions alone.
       unread: `[B, U]`, the text between cache and root; U may be 0. These rows take the scratch's last slots.
       layers: how many run; None means all.
       vocabulary: see `DraftNetwork`.
@@ -103,7 +103,7 @@ class ModelNetwork:
     config: TransformerConfig = struct.field(pytree_node=False)
     params: Params
     cache: Cache
-    length: Int[Array, "B"]
+    place: Place
     unread: Int[Array, "B U"]
     layers: int | None = struct.field(pytree_node=False, default=None)
     vocabulary: None = struct.field(pytree_node=False, default=None)
@@ -116,7 +116,7 @@ class ModelNetwork:
     def begin(self, root, slots):
         """See `DraftNetwork`."""
         batch, unread = self.unread.shape
-        layout = Layout.extend(self.length, unread + 1)
+        layout = Layout.extend(self.place.length, unread + 1, self.place.slots)
         out = self._forward(jnp.concatenate([self.unread, root[:, None]], axis=1), layout, None)
         dtype = self.cache[0]["k"].dtype
         scratch = Scratch.empty(self.config, batch, slots + unread, dtype, self.layers)
@@ -128,16 +128,16 @@ class ModelNetwork:
     def extend(self, scratch, at, tokens, parents, depth, seen):
         """See `DraftNetwork`."""
         unread = self.unread.shape[1]
-        positions = self.length[:, None] + unread + depth
+        positions = self.place.positions(unread + depth)
         layout = scratch.layout(
-            positions, self.length, jnp.pad(seen, ((0, 0), (0, 0), (0, unread)), constant_values=True)
+            positions, self.place.length, jnp.pad(seen, ((0, 0), (0, 0), (0, unread)), constant_values=True)
         )
         out = self._forward(tokens, layout, scratch.rows)
         return out.logits, scratch.write(out.rows, positions, at)
 
     def _forward(self, tokens, layout, scratch):
         layers = None if self.layers is None else (0, self.layers)
-        return transformer.forward(self.config, self.params, tokens, layout, self.cache, layers, scratch=scratch)
+        return transformer.forward(self.config, self.params, tokens, layout, Sources(self.cache, scratch), layers)
 
 
 def _cut(rows: Cache, part: slice) -> Cache:

@@ -24,6 +24,7 @@ from decoding.policies.scratch import Scratch
 from decoding.sampling import best_tokens
 from decoding.trees import EAGLE_25
 from models import transformer
+from models.attention import Sources
 from models.heads.eagle import Eagle3Heads, EagleHeads, unroll
 from models.layout import Layout
 from models.transformer import Output, Params
@@ -72,7 +73,7 @@ class Network:
         """The true pair of the last committed feature and the root; see `DraftNetwork`."""
         pairs = self.target.length - 1
         feature_BH = self.state["feature"]
-        layout = Layout.extend(pairs, 1)
+        layout = Layout.extend(pairs, 1, self.target.place.slots - 1)
         logits, hidden, rows = self._run(root[:, None], feature_BH[:, None], layout, None)
         batch, width = feature_BH.shape
         scratch = Scratch.empty(self.heads.layer_config(self.target.config), batch, slots, feature_BH.dtype, layers=1)
@@ -82,7 +83,7 @@ class Network:
     def extend(self, scratch, at, tokens, parents, depth, seen):
         """Every candidate with its parent's output in the place of a feature; see `DraftNetwork`."""
         pairs = self.target.length - 1
-        positions_BM = pairs[:, None] + depth
+        positions_BM = self.target.place.positions(depth - 1)
         feature_BMH = jnp.take_along_axis(scratch.hidden, parents[:, :, None], axis=1)
         layout = scratch.scratch.layout(positions_BM, pairs, seen)
         logits, hidden, rows = self._run(tokens, feature_BMH, layout, scratch.scratch.rows[0])
@@ -91,7 +92,7 @@ class Network:
     def _run(self, tokens, feature, layout, scratch):
         config, target = self.target.config, self.target
         embedding, prefix = target.lookup(tokens), self.state["cache"][0]
-        hidden, rows = self.heads.run(config, self.params, feature, embedding, layout, prefix, scratch)
+        hidden, rows = self.heads.run(config, self.params, feature, embedding, layout, Sources(prefix, scratch))
         return self.heads.logits(config, self.params, target.params, hidden), hidden, rows
 
 
@@ -118,9 +119,8 @@ class EagleDrafter(NetworkDrafter):
     def init_params(self, config, target, key):
         return self.heads.init(config, target, key)
 
-    def fuse(self, params):
-        joined = transformer.join_projections({"layers": [params["layer"]]})
-        return {**params, "layer": joined["layers"][0]}
+    def for_decoding(self, params, mesh=None):
+        return {**params, "layer": transformer.for_decoding({"layers": [params["layer"]]}, mesh)["layers"][0]}
 
     def init(self, config, batch, capacity, dtype, mesh=None):
         """`feature` `[B, H]` of the last committed token, and a one-layer `cache` of the pairs before it."""
@@ -134,29 +134,27 @@ class EagleDrafter(NetworkDrafter):
         R = feature_BRH.shape[1]
         # Row i holds the feature at start - 1 + i and the token after it. A text's first token follows no feature:
         # where it is among the rows, they begin one pair further on.
-        begins_B1 = (rows.start == 0)[:, None]
+        begins_B1 = (rows.start.length == 0)[:, None]
         before_BRH = jnp.concatenate([state["feature"][:, None], feature_BRH[:, :-1]], axis=1)
         paired_BRH = jnp.where(begins_B1[:, :, None], feature_BRH, before_BRH)
         tokens_BR = jnp.where(begins_B1, jnp.roll(rows.tokens, -1, axis=1), rows.tokens)
-        first = jnp.maximum(rows.start - 1, 0)
+        first = jnp.maximum(rows.start.length - 1, 0)
+        position = rows.start.slots - (rows.start.length - first)
         hidden_BRH, fresh = self.heads.run(
             target.config,
             params,
             paired_BRH,
             target.lookup(tokens_BR),
-            Layout.extend(first, R),
-            state["cache"][0],
+            Layout.extend(first, R, position),
+            Sources(state["cache"][0]),
         )
         # Rows that are not text leave zeros, so that the state is a function of the text alone, unused slots included.
         true_BR = jnp.arange(R) < jnp.where(begins_B1[:, 0], rows.count - 1, rows.count)[:, None]
         masks = {"k": true_BR[:, None, None, :], "v": true_BR[:, None, :, None]}
         fresh = {name: jnp.where(masks[name], row, 0) for name, row in fresh.items()}
-        # As in the loop, the place is made to depend on what the layer read, or XLA would copy the cache to write it:
-        # nothing exceeds infinity.
-        first = first + jnp.any(hidden_BRH[:, 0] > jnp.inf, axis=-1)
         return {
             "feature": last_feature(state["feature"], feature_BRH, rows.count),
-            "cache": commit(state["cache"], [fresh], None, first),
+            "cache": commit(state["cache"], [fresh], None, first, after=hidden_BRH[:, 0]),
         }
 
     def network(self, params, target, state):

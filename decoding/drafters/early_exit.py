@@ -29,6 +29,11 @@ class EarlyExit(NetworkDrafter):
     layers: int
     policy: TreePolicy = dataclasses.field(default_factory=Static)
     name: ClassVar[str] = "early_exit"
+    bare_names: ClassVar[tuple[str, ...]] = ("early_exit:LAYERS",)
+
+    @classmethod
+    def from_name(cls, argument):
+        return cls(int(argument)) if argument.isdecimal() else None
 
     def check(self, config):
         if not 1 <= self.layers <= config.num_layers:
@@ -38,4 +43,4 @@ class EarlyExit(NetworkDrafter):
     def network(self, params, target, state):
         """The first layers in the middle of the text."""
         nothing = jnp.zeros((target.length.shape[0], 0), jnp.int32)
-        return ModelNetwork(target.config, target.params, target.cache, target.length, nothing, self.layers)
+        return ModelNetwork(target.config, target.params, target.cache, target.place, nothing, self.layers)

@@ -1,13 +1,13 @@
-"""First of two drafters: the second is asked only where the first has nothing to say.
+"""First of several drafters: each is asked only where those before it have nothing to say.
 
 Prompt lookup and recycled candidates cost nothing but find nothing in a text that does not repeat; a draft model always
-has a guess and has to be run. This combinator takes each batch row's tree from the first drafter if that tree has a
-candidate, otherwise from the second, whose `draft` is skipped when no row needs it. Both learn from everything: prompt,
-committed rows and rejected nodes, whoever drafted them.
+has a guess and has to be run. This combinator takes each batch row's tree from the first drafter whose tree has a
+candidate; the `draft` of a drafter that no row needs is skipped. All of them learn from everything: prompt, committed
+rows and rejected nodes, whoever drafted them.
 """
 
 import dataclasses
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -15,109 +15,103 @@ from jaxtyping import Array, Bool
 
 from decoding.cache import SLOTS
 from decoding.drafter import Drafter, Riders
-from decoding.drafters.plain import Plain
 from decoding.trees import SAMPLED_RULES, TokenTree
 from models.errors import UserError
-
-_PARTS = ("first", "second")
 
 
 @dataclasses.dataclass(frozen=True)
 class FirstOf(Drafter):
-    """Two drafters, either of which may be another combination; parameters, state and memory are dicts of their two.
+    """Several drafters in the order in which they are asked; parameters, state and memory are lists of theirs.
 
     Attributes:
-      first: drafts for the rows where it finds a candidate.
-      second: drafts for the others.
+      parts: at least two, none of them a combination itself.
     """
 
-    first: Drafter = dataclasses.field(default_factory=Plain)
-    second: Drafter = dataclasses.field(default_factory=Plain)
+    parts: tuple[Drafter, ...]
     name: ClassVar[str] = "first_of"
 
-    @property
-    def _parts(self) -> dict[str, Drafter]:
-        return {name: getattr(self, name) for name in _PARTS}
+    def __post_init__(self):
+        if len(self.parts) < 2:
+            raise UserError(f"a combination needs at least two drafters, got {len(self.parts)}")
+        if any(isinstance(part, FirstOf) for part in self.parts):
+            raise UserError("a combination holds a combination: name all its drafters in one list")
 
     @property
     def taps(self) -> tuple[str, ...]:  # type: ignore[override]
-        return tuple(dict.fromkeys([*self.first.taps, *self.second.taps]))
+        return tuple(dict.fromkeys(tap for part in self.parts for tap in part.taps))
 
     @property
     def max_nodes(self) -> int:
-        return max(part.max_nodes for part in self._parts.values())
+        return max(part.max_nodes for part in self.parts)
 
     @property
     def max_depth(self) -> int:
-        return max(part.max_depth for part in self._parts.values())
+        return max(part.max_depth for part in self.parts)
 
     @property
     def num_riders(self) -> int:
-        return sum(part.num_riders for part in self._parts.values())
+        return sum(part.num_riders for part in self.parts)
 
     def rule(self, greedy):
-        """`point` if both trees have it, else `match`.
+        """`point` if all their trees have it, else `match`.
 
         Raises:
-          UserError: a drafter whose rule, at these sampling settings, depends on its own distribution.
+          UserError: a drafter whose rule, at these sampling parameters, depends on its own distribution.
         """
-        rules = [part.rule(greedy) for part in self._parts.values()]
-        for part, rule in zip(self._parts.values(), rules, strict=True):
+        rules = [part.rule(greedy) for part in self.parts]
+        for part, rule in zip(self.parts, rules, strict=True):
             if rule in SAMPLED_RULES:
                 raise UserError(
                     f"{part.name} cannot be combined with another drafter: its candidates are drawn from its own "
-                    f"distribution (rule {rule!r}), and joined trees need the rule match or point"
+                    f"distribution (acceptance rule {rule!r}), and joined trees need the rule match or point"
                 )
         return "point" if set(rules) == {"point"} else "match"
 
     def check(self, config):
-        for part in self._parts.values():
+        for part in self.parts:
             part.check(config)
 
     def init_params(self, config, target, key):
-        keys = dict(zip(_PARTS, jax.random.split(key), strict=True))
-        return {name: part.init_params(config, target, keys[name]) for name, part in self._parts.items()}
+        keys = jax.random.split(key, len(self.parts))
+        return [part.init_params(config, target, key) for part, key in zip(self.parts, keys, strict=True)]
 
-    def fuse(self, params):
-        return {name: part.fuse(_of(params, name)) for name, part in self._parts.items()}
-
-    def prepare(self, params):
-        return {name: part.prepare(_of(params, name)) for name, part in self._parts.items()}
+    def for_decoding(self, params, mesh=None):
+        return [part.for_decoding(own, mesh) for part, own in self._with(params)]
 
     def init(self, config, batch, capacity, dtype, mesh=None):
-        return {name: part.init(config, batch, capacity, dtype, mesh) for name, part in self._parts.items()}
+        return [part.init(config, batch, capacity, dtype, mesh) for part in self.parts]
+
+    @property
+    def ingests(self) -> bool:
+        return any(part.ingests for part in self.parts)
 
     def ingest(self, params, target, state, rows):
-        # Nodes are those of the joined tree. A drafter that kept what it computed for its own cannot tell them apart,
-        # so it reads the new text as it read the prompt.
-        kept = rows.drafted or {}
+        # What came out of the joined tree is to each drafter a text that another wrote.
+        if rows.source != "prompt":
+            rows = dataclasses.replace(rows, source="other", nodes=None, drafted=None)
+        return [part.ingest(own, target, s, rows) for part, own, s in self._with(params, state)]
 
-        def seen_by(name, part):
-            if name not in kept:
-                return dataclasses.replace(rows, drafted=None)
-            if isinstance(part, FirstOf):
-                return dataclasses.replace(rows, drafted=kept[name])
-            return dataclasses.replace(rows, nodes=None, drafted=None)
+    @property
+    def begins(self) -> bool:
+        return any(part.begins for part in self.parts)
 
-        return {
-            name: part.ingest(_of(params, name), target, state[name], seen_by(name, part))
-            for name, part in self._parts.items()
-        }
+    def begin(self, params, target, state):
+        return [part.begin(own, target, s) for part, own, s in self._with(params, state)]
 
     def draft(self, params, target, state, root, keys):
-        """The joined tree; of what the drafters keep beside their own, only which of them kept anything."""
-        first, first_kept = self.first.draft(params["first"], target, state["first"], root, keys)
-        by_second = ~jnp.any(jnp.broadcast_to(first.valid, first.tokens.shape)[:, 1:], axis=1)
-        second, second_kept = _draft_if(
-            jnp.any(by_second), self.second, params["second"], target, state["second"], root, keys
-        )
-        kept = {name: own for name, own in zip(_PARTS, (first_kept, second_kept), strict=True) if own is not None}
-        drafted = {name: own if isinstance(self._parts[name], FirstOf) else () for name, own in kept.items()}
-        return joined(first, second, by_second, self.rule(target.sampling.greedy)), drafted or None
+        """The joined tree; nothing is kept, for `ingest` could not tell whose tree a row's text came from."""
+        rule = self.rule(target.sampling.greedy)
+        asked = self._with(params, state)
+        part, own, s = asked[0]
+        tree = part.draft(own, target, s, root, keys)[0]
+        for part, own, s in asked[1:]:
+            empty = ~jnp.any(jnp.broadcast_to(tree.valid, tree.tokens.shape)[:, 1:], axis=1)
+            tree = joined(tree, _draft_if(jnp.any(empty), part, own, target, s, root, keys), empty, rule)
+        return tree, None
 
     def riders(self, params, target, state, tree):
-        both = [part.riders(params[name], target, state[name], tree) for name, part in self._parts.items()]
-        present = [riders for riders in both if riders is not None]
+        every = [part.riders(own, target, s, tree) for part, own, s in self._with(params, state)]
+        present = [riders for riders in every if riders is not None]
         if not present:
             return None
         batch = tree.tokens.shape[0]
@@ -139,29 +133,27 @@ class FirstOf(Drafter):
         )
 
     def observe(self, params, target, state, tree, output, verdict, live):
-        after, start = {}, tree.tokens.shape[1]
-        for name, part in self._parts.items():
-            own = _with_riders(output, tree.tokens.shape[1], start, part.num_riders)
-            after[name] = part.observe(params[name], target, state[name], tree, own, verdict, live)
+        after, start = [], tree.tokens.shape[1]
+        for part, own, s in self._with(params, state):
+            seen = _with_riders(output, tree.tokens.shape[1], start, part.num_riders)
+            after.append(part.observe(own, target, s, tree, seen, verdict, live))
             start += part.num_riders
         return after
 
     def memory(self, state):
-        kept = {name: part.memory(state[name]) for name, part in self._parts.items()}
-        return None if all(part is None for part in kept.values()) else kept
+        kept = [part.memory(s) for part, s in zip(self.parts, state, strict=True)]
+        return None if all(part is None for part in kept) else kept
 
     def recall(self, state, memory):
-        if not isinstance(memory, dict) or set(memory) != set(_PARTS):
+        if not isinstance(memory, list) or len(memory) != len(self.parts):
             raise UserError(f"{self.name} needs the memory of a combination, with one entry for each of its drafters")
-        return {
-            name: state[name] if memory[name] is None else part.recall(state[name], memory[name])
-            for name, part in self._parts.items()
-        }
+        return [
+            s if kept is None else part.recall(s, kept) for part, s, kept in zip(self.parts, state, memory, strict=True)
+        ]
 
-
-def _of(params: dict | None, name: str) -> Any:
-    """One drafter's parameters; two drafters that have none may be given None."""
-    return None if params is None else params[name]
+    def _with(self, params: list | None, *others: list) -> list[tuple]:
+        """Every drafter with its own of each list; drafters none of which has parameters may be given None for them."""
+        return list(zip(self.parts, params or [None] * len(self.parts), *others, strict=True))
 
 
 def _with_riders(output, nodes: int, start: int, count: int):
@@ -182,18 +174,16 @@ def _with_riders(output, nodes: int, start: int, count: int):
     )
 
 
-def _draft_if(needed: Bool[Array, ""], drafter: Drafter, params, target, state, root, keys) -> tuple[TokenTree, Any]:
-    """What `drafter` drafts, or zeros of the same shapes where that is not needed."""
-    structures = []
+def _draft_if(needed: Bool[Array, ""], drafter: Drafter, params, target, state, root, keys) -> TokenTree:
+    """What `drafter` drafts, or an empty tree of the same shape where that is not needed."""
 
     def asked():
-        leaves, structure = jax.tree.flatten(drafter.draft(params, target, state, root, keys))
-        structures.append(structure)
-        return leaves
+        return drafter.draft(params, target, state, root, keys)[0]
 
-    shapes = jax.eval_shape(asked)
-    leaves = jax.lax.cond(needed, asked, lambda: [jnp.zeros(leaf.shape, leaf.dtype) for leaf in shapes])
-    return jax.tree.unflatten(structures[-1], leaves)
+    def nothing():
+        return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), jax.eval_shape(asked))
+
+    return jax.lax.cond(needed, asked, nothing)
 
 
 def joined(first: TokenTree, second: TokenTree, by_second: Bool[Array, "B"], rule: str) -> TokenTree:

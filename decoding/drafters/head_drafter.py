@@ -2,11 +2,13 @@
 
 import dataclasses
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from decoding.drafter import Drafter
+from decoding.drafter import CostPart, Drafter
 from decoding.sampling import best_tokens
+from decoding.tree_search import probing_tree
 from decoding.trees import MC_SIM_7B_63, Topology
 from models import transformer
 from models.errors import UserError
@@ -47,6 +49,22 @@ class HeadDrafter(Drafter):
             raise UserError(f"the draft tree of {self.name} is empty: it needs at least one candidate")
         self.tree.check(heads=self.heads.num_heads, vocab_size=config.vocab_size)
 
+    def rows_of_level(self, depth: int) -> int:
+        """Rows of a batch row that the head of guesses at `depth` + 1 is evaluated on."""
+        return 1
+
+    def cost_parts(self, config, batch):
+        """`choice`: for every row of every level, the best candidates among the vocabulary."""
+        tree, depths = self.tree, range(self.tree.max_depth)
+        counts = [int(tree.rank[tree.level(depth + 1)].max()) + 1 for depth in depths]
+        shapes = [(batch, self.rows_of_level(depth), config.vocab_size) for depth in depths]
+        logits = [jax.random.normal(jax.random.key(0), shape, jnp.float32) for shape in shapes]
+
+        def choose(params, target, state, root, logits):
+            return [best_tokens(scores, count) for scores, count in zip(logits, counts, strict=True)]
+
+        return {"choice": CostPart(choose, logits)}
+
     def with_tree(self, tree: Topology) -> "HeadDrafter":
         """The same heads with another tree."""
         return dataclasses.replace(self, tree=tree)
@@ -66,6 +84,17 @@ class HeadDrafter(Drafter):
     ) -> Int[Array, "*B K"]:
         """The `count` best guesses of head i, best first."""
         return best_tokens(self.heads.vocab(params, i, hidden), count)
+
+    @property
+    def num_heads(self) -> int:
+        return self.heads.num_heads
+
+    @property
+    def ranked_tree(self) -> Topology:
+        return self.tree
+
+    def probing(self):
+        return self.with_tree(probing_tree(self.heads.num_heads))
 
 
 def last_feature(

@@ -6,8 +6,10 @@ that follows the target's: `ingest` runs its prefix block over exactly the rows 
 """
 
 import dataclasses
+import functools
 from typing import ClassVar
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -16,6 +18,7 @@ from decoding.drafters.head_drafter import HeadDrafter, last_feature
 from decoding.sampling import best_tokens
 from models.heads.hydra import HydraHeads
 from models.layout import Layout
+from models.transformer import Params
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,6 +28,9 @@ class Hydra(HeadDrafter):
     heads: HydraHeads = dataclasses.field(default_factory=HydraHeads)
     name: ClassVar[str] = "hydra"
     taps: ClassVar[tuple[str, ...]] = ("post_norm",)
+
+    def rows_of_level(self, depth):
+        return len(self.tree.expanded(depth))
 
     def init(self, config, batch, capacity, dtype, mesh=None):
         """`feature` `[B, H]` that the heads read, and Hydra++'s one-layer `cache`."""
@@ -36,24 +42,23 @@ class Hydra(HeadDrafter):
     def ingest(self, params, target, state, rows):
         features_BRH = rows.taps["post_norm"]
         if self.heads.prefix:
-            layout = Layout.extend(rows.start, features_BRH.shape[1])
+            layout = Layout.extend(rows.start.length, features_BRH.shape[1], rows.start.slots)
             features_BRH, fresh = self.heads.prefix_rows(target.config, params, features_BRH, layout, state["cache"][0])
-            # As in the loop, the place is made to depend on what the block read, or XLA would copy the cache to write
-            # it: nothing exceeds infinity.
-            start = rows.start + jnp.any(features_BRH[:, 0] > jnp.inf, axis=-1)
-            state = {**state, "cache": commit(state["cache"], [fresh], None, start)}
+            cache = commit(state["cache"], [fresh], None, rows.start.length, after=features_BRH[:, 0])
+            state = {**state, "cache": cache}
         return {**state, "feature": last_feature(state["feature"], features_BRH, rows.count)}
 
-    def prepare(self, params):
-        return {**params, "joined": self.heads.join_inputs(params, self.tree.max_depth)}
+    def for_decoding(self, params, mesh=None):
+        return params if "joined" in params else {**params, "joined": join_inputs(self.heads, params)}
 
     def draft(self, params, target, state, root, keys):
         tree, joined = self.tree, params["joined"]
 
         def read(source, x):
-            return jnp.einsum("...H,HKI->...KI", x, joined["sources"][source])
+            readers = tree.max_depth - max(source - 1, 0)
+            return jnp.einsum("...H,HKI->...KI", x, joined["sources"][source][:, :readers])
 
-        summed_BMKI = (joined["bias"] + read(0, state["feature"]))[:, None]
+        summed_BMKI = (joined["bias"][: tree.max_depth] + read(0, state["feature"]))[:, None]
         above = np.array([0])
         levels = [root[:, None]]
         for i in range(tree.max_depth):
@@ -67,3 +72,9 @@ class Hydra(HeadDrafter):
             levels.append(best_BMK[:, np.searchsorted(parents, tree.parent[nodes]), tree.rank[nodes]])
             above = parents
         return tree.fill(jnp.concatenate(levels, axis=1), self.rule(target.sampling.greedy)), None
+
+
+@functools.partial(jax.jit, static_argnames=("heads",))
+def join_inputs(heads: HydraHeads, params: Params) -> Params:
+    """What drafting reads in place of the heads' first blocks (`HydraHeads.join_inputs`)."""
+    return heads.join_inputs(params)

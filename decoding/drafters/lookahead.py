@@ -42,6 +42,11 @@ class Lookahead(Drafter):
     ngram: int = 5
     guesses: int = 7
     name: ClassVar[str] = "lookahead"
+    bare_names: ClassVar[tuple[str, ...]] = ("lookahead",)
+
+    @classmethod
+    def from_name(cls, argument):
+        return None if argument else cls()
 
     @property
     def max_nodes(self) -> int:
@@ -74,22 +79,22 @@ class Lookahead(Drafter):
         return {name: empty(shape) for name, shape in shapes.items()}
 
     def ingest(self, params, target, state, rows):
-        if rows.nodes is not None:
+        """The prompt's n-grams fill the pool; of what is decoded, `observe` sees more than `ingest`."""
+        if rows.source != "prompt":
             return state
-        # The prompt's n-grams fill the pool, and the window begins as if the end of the prompt were to come again.
-        reach = self.window + self.max_depth - 1
-        ahead_RC = np.add.outer(np.arange(self.max_depth), np.arange(self.window)) - reach
-        place_BRC = jnp.maximum(target.length, 1)[:, None, None] + ahead_RC
-        place_BRC = place_BRC % jnp.maximum(target.length, 1)[:, None, None]
-        window_BRC = jax.vmap(lambda text, place: text[place])(target.text, place_BRC)
-        end_BR = rows.start[:, None] + jnp.arange(rows.tokens.shape[1], dtype=jnp.int32)
+        end_BR = rows.start.length[:, None] + jnp.arange(rows.tokens.shape[1], dtype=jnp.int32)
         place_BRN = end_BR[:, :, None] + jnp.arange(-self.max_depth, 1, dtype=jnp.int32)
         grams_BRN = jax.vmap(lambda text, place: text[place])(target.text, jnp.maximum(place_BRN, 0))
-        is_text_BR = (end_BR < (rows.start + rows.count)[:, None]) & (place_BRN[:, :, 0] >= 0)
-        return {
-            "window": jnp.where((rows.count > 0)[:, None, None], window_BRC, state["window"]),
-            "pool": remember(state["pool"], grams_BRN, is_text_BR),
-        }
+        is_text_BR = (end_BR < (rows.start.length + rows.count)[:, None]) & (place_BRN[:, :, 0] >= 0)
+        return {**state, "pool": remember(state["pool"], grams_BRN, is_text_BR)}
+
+    def begin(self, params, target, state):
+        """The window begins as if the end of the prompt were to come again."""
+        reach = self.window + self.max_depth - 1
+        ahead_RC = np.add.outer(np.arange(self.max_depth), np.arange(self.window)) - reach
+        length_B11 = target.length[:, None, None]
+        place_BRC = (length_B11 + ahead_RC) % length_B11
+        return {**state, "window": jax.vmap(lambda text, place: text[place])(target.text, place_BRC)}
 
     def draft(self, params, target, state, root, keys):
         found_BGK = jax.vmap(lambda pool, token: pool[token])(state["pool"], root)
@@ -103,7 +108,7 @@ class Lookahead(Drafter):
         sees_tree[:, :, 0] = True
         return Riders(
             tokens=state["window"].reshape(-1, self.num_riders + 1)[:, 1:],
-            positions=target.length[:, None] + jnp.asarray(generation + column, jnp.int32),
+            positions=target.place.positions(jnp.asarray(generation + column, jnp.int32)),
             sees_tree=jnp.asarray(sees_tree),
             sees_riders=jnp.asarray(staircase(self.max_depth, self.window)[None, 1:, 1:]),
         )
@@ -121,6 +126,10 @@ class Lookahead(Drafter):
             "window": jnp.where(live[:, None, None], moved_BRC[:, 1:], state["window"]),
             "pool": remember(state["pool"], moved_BRC.swapaxes(1, 2), found_BC),
         }
+
+    def with_budget(self, candidates, acceptance=None):
+        guesses, rest = divmod(candidates, self.max_depth)
+        return dataclasses.replace(self, guesses=guesses) if guesses and not rest else None
 
 
 def staircase(generations: int, columns: int) -> Bool[np.ndarray, "R R"]:

@@ -3,7 +3,10 @@
 import dataclasses
 from typing import Any
 
-from decoding.drafter import Drafter, TargetView
+import jax.numpy as jnp
+import numpy as np
+
+from decoding.drafter import CostPart, Drafter, TargetView
 from decoding.policies import DraftNetwork, Static, TreePolicy
 from decoding.trees import Topology
 
@@ -26,9 +29,12 @@ class NetworkDrafter(Drafter):
         return self.policy.max_depth
 
     @property
-    def tree(self) -> Topology | None:
-        """The tree, where it is static and holds the best guesses."""
-        return self.policy.tree if isinstance(self.policy, Static) and self.policy.draws == "top" else None
+    def tree_policy(self) -> TreePolicy:
+        return self.policy
+
+    @property
+    def ranked_tree(self) -> Topology | None:
+        return self.policy.ranked_tree
 
     def with_tree(self, tree: Topology) -> "NetworkDrafter":
         """The same network with a static tree of its best guesses."""
@@ -44,5 +50,40 @@ class NetworkDrafter(Drafter):
         """The network in the middle of the text."""
         raise AttributeError(f"{type(self).__name__} must define network")
 
+    def cost_parts(self, config, batch):
+        """`network`: what the policy asks of the network, pass by pass, with nothing chosen between the passes."""
+        levels = self.policy.levels
+        rng = np.random.default_rng(0)
+        inputs = [jnp.asarray(rng.integers(0, config.vocab_size, (batch, rows)), jnp.int32) for rows in levels[1:]]
+
+        def run(params, target, state, root, inputs):
+            network = self.network(params, target, state)
+            first, scratch = network.begin(root, sum(levels))
+            logits, at = [first], levels[0]
+            for depth, tokens in enumerate(inputs, start=1):
+                like = jnp.zeros_like(tokens)
+                seen = jnp.zeros((*tokens.shape, sum(levels)), bool).at[:, :, 0].set(True)
+                found, scratch = network.extend(scratch, at, tokens, like, like + depth, seen)
+                logits.append(found)
+                at += tokens.shape[1]
+            return logits
+
+        return {"network": CostPart(run, inputs)}
+
     def draft(self, params, target, state, root, keys):
         return self.policy.grow(self.network(params, target, state), root, keys, target.sampling).tree, None
+
+    @property
+    def topology(self):
+        return self.policy.topology
+
+    def with_policy(self, policy):
+        return dataclasses.replace(self, policy=policy)  # type: ignore[type-var]
+
+    def probing(self):
+        policy = self.policy.probing()
+        return None if policy is None else self.with_policy(policy)
+
+    def with_budget(self, candidates, acceptance=None):
+        policy = self.policy.with_budget(candidates, acceptance)
+        return None if policy is None else self.with_policy(policy)

@@ -14,6 +14,11 @@ class Plain(Drafter):
     """No candidates: one token per target forward."""
 
     name: ClassVar[str] = "none"
+    bare_names: ClassVar[tuple[str, ...]] = ("none",)
+
+    @classmethod
+    def from_name(cls, argument):
+        return None if argument else cls()
 
     @property
     def max_nodes(self) -> int:

@@ -31,6 +31,13 @@ class PromptLookup(Drafter):
     ngram: int = 3
     shortest: int = 1
     name: ClassVar[str] = "prompt_lookup"
+    bare_names: ClassVar[tuple[str, ...]] = ("prompt_lookup", "prompt_lookup:SHORTEST")
+
+    @classmethod
+    def from_name(cls, argument):
+        if not argument:
+            return cls()
+        return cls(shortest=int(argument)) if argument.isdecimal() else None
 
     @property
     def max_nodes(self) -> int:
@@ -55,6 +62,9 @@ class PromptLookup(Drafter):
         # The match ends with a copy of the root, so node 0 needs no care but for rows without a match.
         tree = chain(self.depth).fill(copied_BN.at[:, 0].set(root), self.rule(target.sampling.greedy))
         return dataclasses.replace(tree, valid=known_BN.at[:, 0].set(True)), None
+
+    def with_budget(self, candidates, acceptance=None):
+        return dataclasses.replace(self, depth=candidates)
 
 
 def find_match(

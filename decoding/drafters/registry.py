@@ -5,9 +5,12 @@ has parameters, `model.safetensors`, whose tensors are named by their path in th
 (`heads.0.vocab.kernel`, as [in, out]). On a command line a drafter is its directory, the bare name of one that has no
 parameters, `early_exit:LAYERS`, `prompt_lookup:SHORTEST`, or several of these joined by `+`: each is asked where those
 before it find nothing.
+
+This file is all that knows drafters by name: it parses, loads and saves them.
 """
 
 import contextlib
+import dataclasses
 import functools
 import typing
 from pathlib import Path
@@ -27,8 +30,9 @@ from decoding.drafters.medusa import Medusa
 from decoding.drafters.plain import Plain
 from decoding.drafters.prompt_lookup import PromptLookup
 from decoding.drafters.token_recycling import TokenRecycling
-from decoding.policies import TreePolicy
+from decoding.policies import TreePolicy, read_policy
 from decoding.trees import Topology
+from models import schema
 from models.errors import UserError
 from models.formats.hf_config import read_json
 from models.formats.storage import (
@@ -57,16 +61,13 @@ DRAFTERS: dict[str, type[Drafter]] = {
     "early_exit": EarlyExit,
     "first_of": FirstOf,
 }
-Drafter.known = DRAFTERS
 
 # What a record holds beside the drafter itself: the fingerprint of its base, and where converted weights came from.
 BESIDES = ("base", "provenance")
 
-# Those that a bare name on a command line means: nothing to load.
-WITHOUT_PARAMETERS = ("none", "token_recycling", "prompt_lookup", "lookahead")
-
-# The hyper-parameter that a number behind a name, `early_exit:2`, stands for.
-WITH_NUMBER = {"early_exit": "layers", "prompt_lookup": "shortest"}
+# Entries by the names that they had in Tandem 0.1; a combination of that version was a pair, `first` and `second`.
+RENAMED = {"growth": "policy"}
+PAIR = ("first", "second")
 
 
 def save_drafter(
@@ -109,20 +110,18 @@ def load_drafter(spec: str | Path, target: Target, mesh: Mesh | None = None) -> 
       UserError: no such drafter, a damaged directory, or another base, tokenizer, or vocabulary.
     """
     name, directory = str(spec), Path(spec)
-    if name in WITHOUT_PARAMETERS:
-        return DRAFTERS[name](), None
+    method, _, argument = name.partition(":")
+    named = DRAFTERS[method].from_name(argument) if method in DRAFTERS else None
+    if named is not None:
+        return named, None
     if not (directory / "drafter.json").is_file():
-        method, _, number = name.partition(":")
         if "+" in name:
-            parts = [load_drafter(part, target, mesh) for part in name.rsplit("+", 1)]
-            (first, first_params), (second, second_params) = parts
-            return FirstOf(first, second), {"first": first_params, "second": second_params}
-        if method in WITH_NUMBER and number.isdecimal():
-            return DRAFTERS[method](**{WITH_NUMBER[method]: int(number)}), None
-        numbered = [f"{method}:{field.upper()}" for method, field in WITH_NUMBER.items()]
+            parts = [load_drafter(part, target, mesh) for part in _split(name)]
+            return FirstOf(tuple(drafter for drafter, _ in parts)), [params for _, params in parts]
+        names = [form for drafter in DRAFTERS.values() for form in drafter.bare_names]
         raise UserError(
             f"{name!r} is neither a drafter directory (there is no {directory / 'drafter.json'}) nor one of "
-            f"{', '.join([*WITHOUT_PARAMETERS, *numbered])}, or several of these joined by +"
+            f"{', '.join(names)}, or several of these joined by +"
         )
     record = read_json(directory / "drafter.json")
     drafter = build(record, str(directory / "drafter.json"))
@@ -134,20 +133,21 @@ def load_drafter(spec: str | Path, target: Target, mesh: Mesh | None = None) -> 
     places = [None] * len(wanted) if mesh is None else jax.tree.leaves(param_shardings(mesh, shapes))
     with contextlib.ExitStack() as stack:
         files = open_tensors(directory, stack) if wanted else {}
-        if wrong := sorted(set(files) ^ set(wanted)):
+        stored = {_present_name(name, record): name for name in files}
+        if wrong := sorted(set(stored) ^ set(wanted)):
             complaint = "is missing" if wrong[0] in wanted else "is unknown to its drafter.json"
             raise UserError(f"{directory}: tensor {wrong[0]} {complaint}")
         leaves = []
         for (name, shape), place in zip(wanted.items(), places, strict=True):
             kinds = ("I32",) if np.issubdtype(shape.dtype, np.integer) else FLOATS
-            host = read_tensor(files[name], name, directory, transpose=False, kinds=kinds)
+            host = read_tensor(files[stored[name]], stored[name], directory, transpose=False, kinds=kinds)
             if host.shape != shape.shape:
                 raise UserError(
                     f"{directory}: tensor {name} has shape {list(host.shape)}, drafter.json implies {list(shape.shape)}"
                 )
             leaves.append(place_tensor(np.asarray(host, dtype=shape.dtype), place))
     params = jax.tree.unflatten(jax.tree.structure(shapes), leaves)
-    return drafter, drafter.fuse(params) if mesh is None else params
+    return drafter, drafter.for_decoding(params, mesh)
 
 
 def write_tree(directory: str | Path, tree: Topology | TreePolicy) -> None:
@@ -175,7 +175,67 @@ def build(record: dict, where: str) -> Drafter:
       UserError: an unknown method, an unknown or missing entry, a hyper-parameter that the method does not have or of
         the wrong type, or a tree that is not closed.
     """
-    return Drafter.from_record({key: value for key, value in record.items() if key not in BESIDES}, "", where)
+    return read_drafter({key: value for key, value in record.items() if key not in BESIDES}, "", where)
+
+
+def read_drafter(raw: typing.Any, where: str, place: str) -> Drafter:
+    """A drafter of any method from its record, the entry `where` of `place`.
+
+    Raises:
+      UserError: an unknown method, or an entry that is unknown, missing or of the wrong type.
+    """
+    method = raw.get("method") if isinstance(raw, dict) else None
+    if not isinstance(method, str) or method not in DRAFTERS:
+        raise UserError(f"{place} names the method {method!r}; known are {', '.join(DRAFTERS)}")
+    entries = {RENAMED.get(key, key): _immutable(value) for key, value in raw.items() if key != "method"}
+    if _is_pair(raw):
+        entries = {"parts": tuple(part for _, part in _parts_of_pair(raw))}
+    for field in dataclasses.fields(typing.cast(typing.Any, DRAFTERS[method])):
+        if field.name not in entries:
+            raise UserError(f"{place} has no entry {field.name!r}")
+    readers = {Drafter: read_drafter, TreePolicy: read_policy}
+    return schema.parse(DRAFTERS[method], entries, where, place, readers=readers)
+
+
+def _is_pair(record: typing.Any) -> bool:
+    return isinstance(record, dict) and all(name in record for name in PAIR)
+
+
+def _parts_of_pair(record: dict, prefix: str = "") -> list[tuple[str, dict]]:
+    """The drafters of a combination of version 0.1, pairs in pairs flattened, each with the prefix of its tensors."""
+    parts: list[tuple[str, dict]] = []
+    for name in PAIR:
+        inside = f"{prefix}{name}."
+        parts += _parts_of_pair(record[name], inside) if _is_pair(record[name]) else [(inside, record[name])]
+    return parts
+
+
+def _present_name(tensor: str, record: dict) -> str:
+    """A tensor's name as it would be written today."""
+    if _is_pair(record):
+        for index, (prefix, _) in enumerate(_parts_of_pair(record)):
+            if tensor.startswith(prefix):
+                return f"{index}.{tensor.removeprefix(prefix)}"
+    return tensor
+
+
+def _split(name: str) -> list[str]:
+    """`A+B+C` in its parts; a directory may have a `+` in its name."""
+    parts: list[str] = []
+    for piece in name.split("+"):
+        joined = f"{parts[-1]}+{piece}" if parts else piece
+        if parts and (Path(joined) / "drafter.json").is_file():
+            parts[-1] = joined
+        else:
+            parts.append(piece)
+    return parts
+
+
+def _immutable(value: typing.Any) -> typing.Any:
+    """JSON with tuples for its lists, which is what frozen dataclasses hold."""
+    if isinstance(value, dict):
+        return {key: _immutable(item) for key, item in value.items()}
+    return tuple(map(_immutable, value)) if isinstance(value, list) else value
 
 
 def _check_base(directory: Path, base: typing.Any, target: Target) -> None:

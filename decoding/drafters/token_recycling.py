@@ -17,6 +17,7 @@ from jaxtyping import Array, Bool, Int
 
 from decoding.drafter import Drafter
 from decoding.sampling import best_tokens
+from decoding.tree_search import NETWORK_DEPTH, probing_tree
 from decoding.trees import Topology, from_child_counts
 from models.errors import UserError
 from models.sharding import fitted
@@ -55,7 +56,12 @@ class TokenRecycling(Drafter):
     tree: Topology = TOKEN_RECYCLING_80
     warm_start: bool = False
     name: ClassVar[str] = "token_recycling"
+    bare_names: ClassVar[tuple[str, ...]] = ("token_recycling",)
     taps: ClassVar[tuple[str, ...]] = ("post_norm",)
+
+    @classmethod
+    def from_name(cls, argument):
+        return None if argument else cls()
 
     @property
     def max_nodes(self) -> int:
@@ -76,7 +82,7 @@ class TokenRecycling(Drafter):
         return jnp.full(shape, -1, jnp.int32, device=place)
 
     def ingest(self, params, target, state, rows):
-        if not self.warm_start or rows.nodes is not None:
+        if not self.warm_start or rows.source != "prompt":
             return state
         best_RBK = jax.lax.map(
             lambda hidden_BH: best_tokens(target.head(hidden_BH), self.tree.max_rank),
@@ -121,6 +127,16 @@ class TokenRecycling(Drafter):
                 f"is {list(state.shape)} (batch, vocabulary, candidates)"
             )
         return memory
+
+    @property
+    def ranked_tree(self):
+        return self.tree
+
+    def with_tree(self, tree):
+        return dataclasses.replace(self, tree=tree)
+
+    def probing(self):
+        return self.with_tree(probing_tree(NETWORK_DEPTH))
 
 
 def remember(

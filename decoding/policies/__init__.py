@@ -1,15 +1,27 @@
 """How a draft tree grows from an autoregressive draft network; every way by the name that `drafter.json` gives it."""
 
 import ast
+from typing import Any
 
 from decoding.policies.confidence import Confidence
 from decoding.policies.dyspec import DySpec
 from decoding.policies.policy import DraftNetwork, TreePolicy
 from decoding.policies.rsd import StochasticBeam
 from decoding.policies.static import Static
+from models import schema
 from models.errors import UserError
 
-__all__ = ["POLICIES", "Confidence", "DraftNetwork", "DySpec", "Static", "StochasticBeam", "TreePolicy", "parse_policy"]
+__all__ = [
+    "POLICIES",
+    "Confidence",
+    "DraftNetwork",
+    "DySpec",
+    "Static",
+    "StochasticBeam",
+    "TreePolicy",
+    "parse_policy",
+    "read_policy",
+]
 
 POLICIES: dict[str, type[TreePolicy]] = {
     "static": Static,
@@ -17,7 +29,6 @@ POLICIES: dict[str, type[TreePolicy]] = {
     "dyspec": DySpec,
     "confidence": Confidence,
 }
-TreePolicy.known = POLICIES
 
 
 def parse_policy(text: str) -> TreePolicy:
@@ -36,4 +47,16 @@ def parse_policy(text: str) -> TreePolicy:
             record[name] = ast.literal_eval(value)
         except (ValueError, SyntaxError):
             record[name] = value
-    return TreePolicy.from_record(record, "policy", f"--policy {text!r}")
+    return read_policy(record, "policy", f"--policy {text!r}")
+
+
+def read_policy(raw: Any, where: str, place: str) -> TreePolicy:
+    """A policy of any kind from its record (`TreePolicy.to_record`), the entry `where` of `place`.
+
+    Raises:
+      UserError: what does not fit.
+    """
+    kind = raw.get("kind") if isinstance(raw, dict) else None
+    if not isinstance(kind, str) or kind not in POLICIES:
+        raise UserError(f"{place}: {where}.kind must be one of {', '.join(POLICIES)}, got {kind!r}")
+    return schema.parse(POLICIES[kind], {key: value for key, value in raw.items() if key != "kind"}, where, place)

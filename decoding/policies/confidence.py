@@ -75,3 +75,7 @@ class Confidence(TreePolicy):
 
         sizes = dict(width=self.top_k, depth=self.depth, budget=self.total - 1)
         return grow_by_value(network, root, expand, start=0.0, rule=self.rule(sampling.greedy), **sizes)
+
+    def with_budget(self, candidates, acceptance=None):
+        made = self.top_k + (self.depth - 1) * self.top_k**2
+        return dataclasses.replace(self, total=candidates + 1) if candidates <= made else None

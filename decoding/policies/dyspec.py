@@ -84,3 +84,6 @@ class DySpec(TreePolicy):
         return grow_by_value(
             network, root, expand, start=1.0, rule=self.rule(sampling.greedy), least=self.threshold, **sizes
         )
+
+    def with_budget(self, candidates, acceptance=None):
+        return dataclasses.replace(self, budget=candidates, width=min(candidates, self.width))

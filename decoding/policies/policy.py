@@ -7,7 +7,6 @@ a tree has fewer slots than nodes.
 """
 
 import dataclasses
-from collections.abc import Mapping
 from typing import Any, ClassVar, NamedTuple, Protocol, runtime_checkable
 
 import jax
@@ -15,9 +14,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from decoding.sampling import SamplingParameters
-from decoding.trees import TokenTree
+from decoding.tree_search import Acceptance
+from decoding.trees import TokenTree, Topology
 from models import schema
-from models.errors import UserError
 from models.sharding import gather_rows
 
 
@@ -73,7 +72,6 @@ class TreePolicy:
     """Base of all policies: frozen and hashable, so that they can be jit constants.
 
     Class attributes:
-      known: every policy by its kind (`decoding.policies.POLICIES`).
       kind: its name in `decoding.policies.POLICIES`.
 
     Properties:
@@ -82,7 +80,6 @@ class TreePolicy:
       levels: rows of each pass of the network, the root's first.
     """
 
-    known: ClassVar[Mapping[str, type]] = {}
     kind: ClassVar[str]
 
     @property
@@ -125,14 +122,31 @@ class TreePolicy:
         fields = {field.name: schema.resolved(getattr(self, field.name)) for field in dataclasses.fields(self)}
         return {"kind": self.kind, **fields}
 
-    @classmethod
-    def from_record(cls, raw: Any, where: str, place: str) -> "TreePolicy":
-        """The inverse of `to_record`, for any kind. Raises UserError for what does not fit."""
-        known = TreePolicy.known
-        kind = raw.get("kind") if isinstance(raw, dict) else None
-        if not isinstance(kind, str) or kind not in known:
-            raise UserError(f"{place}: {where}.kind must be one of {', '.join(known)}, got {kind!r}")
-        return schema.parse(known[kind], {key: value for key, value in raw.items() if key != "kind"}, where, place)
+    @property
+    def ranked_tree(self) -> Topology | None:
+        """The topology, where it is static and holds the best guesses in their order."""
+        return None
+
+    @property
+    def topology(self) -> Topology | None:
+        """Of its trees, where it is always the same; None where it depends on what the network says."""
+        return None
+
+    def probing(self) -> "TreePolicy | None":
+        """A policy of wide static trees, with which to count the acceptance that `with_budget` asks for.
+
+        None for one that needs no counts.
+        """
+        return None
+
+    def with_budget(self, candidates: int, acceptance: Acceptance | None = None) -> "TreePolicy | None":
+        """The same way of growing with exactly `candidates` candidates; None where it cannot have so many.
+
+        Args:
+          candidates: nodes of a tree, root not included.
+          acceptance: counted with `probing`; None where that is None.
+        """
+        raise AttributeError(f"{type(self).__name__} must define with_budget")
 
 
 def draft_log_probabilities(logits: Float[Array, "B *M W"], sampling: SamplingParameters) -> Float[Array, "B *M W"]:

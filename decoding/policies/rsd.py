@@ -102,6 +102,10 @@ class StochasticBeam(TreePolicy):
             scratch,
         )
 
+    def with_budget(self, candidates, acceptance=None):
+        width, rest = divmod(candidates, self.depth)
+        return dataclasses.replace(self, width=width) if width and not rest else None
+
 
 def condition_maximum(g_BFK: Float[Array, "B F K"], maximum_BF: Float[Array, "B F"]) -> Float[Array, "B F K"]:
     """Gumbel-perturbed scores, largest first, given that the largest is `maximum` (Kool et al. 2019, section 4.1).

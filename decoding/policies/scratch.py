@@ -9,7 +9,7 @@ from jaxtyping import Array, Bool, Int
 
 from decoding.cache import SLOTS, init_cache
 from models.config import TransformerConfig
-from models.layout import Layout
+from models.layout import Blocks, Layout
 from models.transformer import Cache
 
 
@@ -42,10 +42,9 @@ class Scratch:
         ]
         return dataclasses.replace(self, rows=rows, positions=put(self.positions, positions, 1))
 
-    def layout(self, positions: Int[Array, "B M"], length: Int[Array, "B"], seen: Bool[Array, "B M S"]) -> Layout:
-        """For M rows that see `length` slots of the cache, what `seen` says of the scratch, and each itself."""
-        alone = jnp.eye(positions.shape[1], dtype=bool)[None]
-        return Layout(positions, length, alone, scratch_seen=seen, scratch_positions=self.positions)
+    def layout(self, positions: Int[Array, "B M"], slots: Int[Array, "B"], seen: Bool[Array, "B M S"]) -> Layout:
+        """For M rows that see `slots` slots of the cache, what `seen` says of the scratch, and each itself."""
+        return Layout(positions, slots[:, None], Blocks(1), scratch_seen=seen, scratch_positions=self.positions)
 
     def take(self, slots: Int[Array, "B R"]) -> Cache:
         """The rows of the named slots, per layer, in that order."""

@@ -5,7 +5,7 @@ How children are chosen decides the rule, and which published method this is:
 * `top`: the best tokens, rule `point`: greedy drafting on a chain, EAGLE-1 at temperature 0 on its tree.
 * `without`: drawn without replacement by Gumbel-top-k (Kool et al. 2019), rule `swor`: RSD-C (Jeon et al. 2024) on
   trees of constant branching, Sequoia (Chen et al. 2024) on trees by dynamic programming
-  (`decoding/policies/sequoia.py`), and speculative decoding as in Leviathan et al. 2023 on a chain.
+  (`decoding/tree_search.py`), and speculative decoding as in Leviathan et al. 2023 on a chain.
 * `with`: drawn with replacement, rule `iid`: SpecInfer (Miao et al. 2024).
 
 Where every row of a batch decodes greedily there is nothing to draw, and all three rank.
@@ -26,6 +26,7 @@ from decoding.policies.policy import (
     over_target,
 )
 from decoding.sampling import argmax, best_tokens
+from decoding.tree_search import NETWORK_DEPTH, Acceptance, best_tree, probing_tree
 from decoding.trees import Topology, chain
 from models.errors import UserError
 
@@ -111,6 +112,26 @@ class Static(TreePolicy):
             return best_tokens(logq_BMW + gumbel_for(keys, sampling, depth, logq_BMW.shape[1:], logq_BMW.dtype), count)
         noise_BMKW = gumbel_for(keys, sampling, depth, (*logq_BMW.shape[1:2], count, logq_BMW.shape[2]), logq_BMW.dtype)
         return argmax(logq_BMW[:, :, None] + noise_BMKW)
+
+    @property
+    def ranked_tree(self):
+        return self.tree if self.draws == "top" else None
+
+    @property
+    def topology(self):
+        return self.tree
+
+    def probing(self):
+        return Static(probing_tree(NETWORK_DEPTH), self.draws)
+
+    def with_budget(self, candidates, acceptance=None):
+        tree = self.best(candidates, acceptance)
+        return None if tree is None else Static(tree, self.draws)
+
+    def best(self, candidates: int, acceptance: Acceptance | None) -> Topology | None:
+        """The topology of that many candidates that the counts favour: the most expected tokens."""
+        assert acceptance is not None
+        return best_tree(acceptance.accuracy, candidates)
 
 
 def _rows(values: np.ndarray, batch: int):

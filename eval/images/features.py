@@ -20,6 +20,7 @@ from eval.images.samples import INCEPTION, Gaussian, Statistics
 from models.errors import UserError
 from models.formats import image_models as files
 from models.formats.hf_config import read_json
+from models.formats.inception import read_inception
 from models.images import classifier, inception
 from models.images.classifier import ClassifierConfig
 
@@ -88,7 +89,7 @@ def load_inception(path: str | Path) -> Extractor:
     Raises:
       UserError: the file is missing, damaged or of another network.
     """
-    return Extractor(INCEPTION, INCEPTION, _inception_features, inception.load_inception(path))
+    return Extractor(INCEPTION, INCEPTION, _inception_features, read_inception(path))
 
 
 def _inception_features(params: inception.Params, images: UInt8[Array, "B H W 3"]) -> ImageFeatures:

@@ -11,6 +11,7 @@ one makes when the two collaborate as they are. Models tuned for some N go to `-
 
 import argparse
 import dataclasses
+import functools
 import re
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -26,10 +27,10 @@ from eval.images.features import load_classifier, load_inception
 from eval.images.flags import add_drawing, drawings
 from eval.images.pictures import build_up, png, tiled
 from eval.images.quality import Judge
-from eval.measure.environment import describe_environment
 from eval.measure.progress import Progress
+from eval.report.files import make_directory
 from eval.report.images import Pictures, print_table, write_report
-from eval.text.results import make_directory, write_json
+from eval.report.page import write_results
 from models.errors import UserError, exit_on_user_error
 from train.data.images import Images, open_images
 
@@ -57,10 +58,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         judge = Judge(extractor, splits[0], args.reference_images, args.batch_size, progress)
         made = benchmark(tokenizer, field, requests, out / "samples", progress)
         runs, notes = _runs(field, made, parts, judge, requests)
-        environment = describe_environment()
         results = {
-            "environment": environment,
-            "command": environment["command"],
             "config": {name: value for name, value in vars(args).items() if value not in (None, [])},
             "tokenizer": tokenizer_record(tokenizer, args.tokenizer),
             "models": {model.path: model.record() for model in models},
@@ -72,8 +70,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         }
         progress("writing the report")
         pictures = _pictures(tokenizer, field, made, requests, shown, classes, splits[1])
-        write_json(results, out / "results.json")
-        write_report(results, pictures, out / "report.html")
+        results = write_results(results, functools.partial(write_report, pictures=pictures), out)
         whole = np.concatenate([pictures.real, *pictures.grids.values()])
         (out / "samples.png").write_bytes(png(tiled(whole, len(shown[0]))))
     print_table(results)

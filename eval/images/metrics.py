@@ -27,7 +27,7 @@ from eval.images.features import Extracted, Extractor, extract, load_classifier,
 from eval.images.samples import Gaussian, ImageFile, Statistics, write_statistics
 from eval.measure.environment import describe_environment
 from eval.measure.progress import Progress
-from eval.text.results import write_json
+from eval.report.files import write_json
 from models.errors import UserError, exit_on_user_error
 
 SPLIT = 5000  # Images per split of an Inception Score.

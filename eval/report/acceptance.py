@@ -17,21 +17,16 @@ The results (written by `eval/acceptance.py`):
 """
 
 import dataclasses
-import json
-import sys
+import os
+import pathlib
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any, TextIO
 
-import jinja2
-from markupsafe import Markup
+from eval.report.charts import Curve, depth_chart, length_chart, percent
+from eval.report.files import write_text
+from eval.report.page import Drawing, Results, frame, print_columns, render
+from eval.report.text import NUM_COLORS
 
-from eval.measure.environment import describe_environment
-from eval.report.charts import Line, line_chart, percent, value_chart
-from eval.report.text import NUM_COLORS, facts
-from eval.text.results import make_directory, write_json, write_text
-
-Results = Mapping[str, Any]
 DEPTHS = 8  # That are shown; a copied chain may be much deeper, and its few long hits say little.
 GROUPS = {
     "trained": "Heads and draft networks trained on the target",
@@ -54,10 +49,10 @@ class Row:
         """What people call it."""
         return self.method["label"]
 
-    def line(self, temperature: float, budgets: Sequence[int]) -> Line:
+    def curve(self, temperature: float, budgets: Sequence[int]) -> Curve:
         """Acceptance length over budgets."""
         found = [self.cells.get((temperature, budget)) for budget in budgets]
-        return Line(self.label, [cell["acceptance_length"] if cell else None for cell in found], self.color)
+        return Curve.over(self.label, [cell["acceptance_length"] if cell else None for cell in found], self.color)
 
     def identical(self, temperature: float) -> str:
         """`yes`, `no`, `in distribution`, or nothing where it did not run."""
@@ -67,30 +62,9 @@ class Row:
         return "in distribution" if None in said else "yes" if all(said) else "no"
 
 
-def write_acceptance_results(results: Results, directory: str | Path) -> None:
-    """Writes `results.json` and `report.html` into `directory`, each whole or not at all.
-
-    Args:
-      results: what the module's docstring says; the environment is added.
-      directory: made where it does not exist.
-
-    Raises:
-      UserError: the directory cannot be made or written to.
-    """
-    directory = make_directory(directory)
-    environment = describe_environment()
-    full = {"environment": environment, "command": environment["command"], **results}
-    write_json(full, directory / "results.json")
-    write_text(render(full), directory / "report.html")
-
-
-def render(results: Results) -> str:
-    """The page."""
-    folder = Path(__file__).parent
-    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
-    template = environment.from_string((folder / "acceptance.html").read_text(encoding="utf-8"))
-    css = Markup((folder / "report.css").read_text(encoding="utf-8"))
-    return template.render(css=css, **_view(results))
+def write_report(results: Results, path: str | os.PathLike[str]) -> None:
+    """Writes the page to `path`, whole or not at all. Raises UserError where it cannot be written."""
+    write_text(render("acceptance.html", _view(results)), pathlib.Path(path))
 
 
 def print_table(results: Results, file: TextIO | None = None) -> None:
@@ -103,10 +77,7 @@ def print_table(results: Results, file: TextIO | None = None) -> None:
             head = f"T={temperature:g} n={budget}"
             texts.append([head, *(f"{cell['acceptance_length']:.2f}" if cell else "-" for cell in cells)])
         texts.append(["identical", *(row.identical(temperature) or "-" for row in rows)])
-    widths = [max(map(len, column)) for column in texts]
-    for first, *others in zip(*texts, strict=True):
-        aligned = [text.rjust(width) for text, width in zip(others, widths[1:], strict=True)]
-        print("  ".join([first.ljust(widths[0]), *aligned]).rstrip(), file=file or sys.stdout)
+    print_columns(list(zip(*texts, strict=True)), file)
 
 
 def _axes(results: Results) -> tuple[list[float], list[int]]:
@@ -137,16 +108,14 @@ def _best(rows: Sequence[Row], temperature: float, budget: int) -> Row | None:
 def _view(results: Results) -> dict[str, Any]:
     """Everything the template shows."""
     rows, temperatures, budgets = _rows(results), *_axes(results)
-    environment = results.get("environment") or {}
     widest = budgets[-1]
     champion = _best(rows, temperatures[0], widest)
     assert champion is not None
     tau = champion.cells[temperatures[0], widest]["acceptance_length"]
     compared = [cell["identical"] for cell in results["cells"] if cell["identical"] is not None]
     return {
+        **frame(results, [("Target", results["target"])]),
         "claim": f"{champion.label} commits {tau:.2f} tokens per target forward with {widest} candidates",
-        "subtitle": environment.get("date", ""),
-        "machine": " · ".join(str(environment[key]) for key in ("device", "cpu", "platform") if environment.get(key)),
         "tiles": [
             (f"{tau:.2f}", f"acceptance length of {champion.label}, {_setting(temperatures[0])}, {widest} candidates"),
             (f"{len(rows)}", "methods at equal budgets"),
@@ -163,9 +132,6 @@ def _view(results: Results) -> dict[str, Any]:
             f"With {widest} candidates: how often a step accepts a draft of this depth once it accepted the depth "
             "above; in grey, the share of all steps that get so far."
         ),
-        "command": results.get("command", ""),
-        "records": [("Target", facts(results["target"])), ("Environment", facts(environment))],
-        "config": json.dumps(results["config"], indent=2),
     }
 
 
@@ -196,19 +162,19 @@ def _group(
         return None
     charts = []
     for temperature in temperatures:
-        lines = [row.line(temperature, budgets) for row in members]
+        curves = [row.curve(temperature, budgets) for row in members]
         label = f"Acceptance length, {_setting(temperature)}"
-        drawing = value_chart(lines, [str(budget) for budget in budgets], label, "candidates")
-        charts.append((label, Markup(drawing)))
+        drawing = length_chart(curves, [str(budget) for budget in budgets], label, "candidates")
+        charts.append(Drawing.of(label, drawing))
     for temperature in temperatures:
-        lines = [
-            Line(row.label, row.cells[temperature, budgets[-1]]["conditional_acceptance"][:DEPTHS], row.color)
+        curves = [
+            Curve.over(row.label, row.cells[temperature, budgets[-1]]["conditional_acceptance"][:DEPTHS], row.color, 1)
             for row in members
             if (temperature, budgets[-1]) in row.cells
         ]
-        if lines:
+        if curves:
             label = f"Acceptance once the depth above was accepted, {_setting(temperature)}, {budgets[-1]} candidates"
-            charts.append((label, Markup(line_chart(lines, label))))
+            charts.append(Drawing.of(label, depth_chart(curves, label)))
     return {"title": title, "legend": [(row.label, row.color) for row in members], "charts": charts}
 
 

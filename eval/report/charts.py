@@ -1,17 +1,20 @@
 """Charts as inline SVG strings, drawn by hand: no script, no font, no colour of their own.
 
-Colours come from the page as CSS variables (`eval/report/report.css`), so one drawing serves light and dark. Each
-function takes plain numbers and returns one `<svg>` element; hovering over a mark shows its exact value.
+Colours come from the page as CSS variables (`eval/report/report.css`), so one drawing serves light and dark, and text
+stays text; hovering over a mark tells its exact value. matplotlib's SVG can do neither. Each function takes plain
+numbers and returns one `<svg>` element.
 """
 
 import dataclasses
 import html
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from models.errors import UserError
 
 PANEL_WIDTH = 460
+_LEFT, _RIGHT, _TOP, _BOTTOM = 50, 18, 14, 44
+_NAMES = 124  # Beside the right end of lines that are named there.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,12 +29,56 @@ class Bar:
 
 
 @dataclasses.dataclass(frozen=True)
-class Line:
-    """One line over depths 1, 2, ... (values in 0..1) or over other ticks; None is left out."""
+class Point:
+    """One mark: its place, the range that a whisker spans (or None), and a name that is written beside it (or none),
+    a little above or below."""
+
+    x: float
+    y: float
+    spread: tuple[float, float] | None = None
+    name: str = ""
+    below: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Curve:
+    """Marks of one colour, joined by a line from left to right if `joined`."""
 
     label: str
-    values: Sequence[float | None]
+    points: Sequence[Point]
     color: str
+    joined: bool = True
+
+    @classmethod
+    def over(cls, label: str, values: Sequence[float | None], color: str, first: int = 0) -> "Curve":
+        """Values over `first`, `first` + 1, ...; None is left out."""
+        points = [Point(place, value) for place, value in enumerate(values, first) if value is not None]
+        return cls(label, points, color)
+
+
+@dataclasses.dataclass(frozen=True)
+class Level:
+    """A dashed line across the chart, with its name at the left end."""
+
+    label: str
+    y: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Axis:
+    """One direction of a chart.
+
+    Attributes:
+      label: its name.
+      form: how its numbers are written.
+      ticks: where, by hand; None takes even numbers from zero.
+      told: how a number is told where the pointer rests on a mark; None is the label, if any, and the number.
+    """
+
+    label: str
+    form: Callable[[float], str] = "{:g}".format
+    ticks: Sequence[float] | None = None
+    told: Callable[[float], str] | None = None
 
 
 def percent(share: float) -> str:
@@ -70,72 +117,78 @@ def bar_chart(bars: Sequence[Bar], title: str, reference: float) -> str:
     return _svg(PANEL_WIDTH, height, marks, title)
 
 
-def line_chart(lines: Sequence[Line], title: str) -> str:
-    """Shares (0..100%) by draft depth, one line per drafter."""
-    left, right, top, plot_height = 44, 18, 10, 190
-    depths = max(len(line.values) for line in lines)
-    plot = PANEL_WIDTH - left - right
+def chart(
+    curves: Sequence[Curve],
+    title: str,
+    x: Axis,
+    y: Axis,
+    levels: Sequence[Level] = (),
+    *,
+    height: int = 238,
+    named: bool = False,
+) -> str:
+    """Curves over two axes.
 
-    def point(index: int, value: float) -> tuple[float, float]:
-        return left + plot * (0.5 if depths == 1 else index / (depths - 1)), top + plot_height * (1 - value)
-
-    marks = []
-    for share in (0, 0.25, 0.5, 0.75, 1):
-        y = top + plot_height * (1 - share)
-        marks.append(f'<path class="grid" d="M{left - 6} {y:.1f}H{PANEL_WIDTH - right + 6}"/>')
-        marks.append(_text(left - 12, y, f"{100 * share:.0f}%", "end", "tick"))
-    for index in range(depths):
-        marks.append(_text(point(index, 0)[0], top + plot_height + 16, str(index + 1), "middle", "tick"))
-    for line in lines:
-        points = [(*point(index, value), index, value) for index, value in enumerate(line.values) if value is not None]
-        path = "M" + "L".join(f"{x:.1f} {y:.1f}" for x, y, _, _ in points) if points else ""
-        marks.append(f'<path class="line" style="--c:{line.color}" d="{path}"/>')
-        for x, y, index, value in points:
-            hover = html.escape(f"{line.label}, depth {index + 1}: {percent(value)}")
-            place = f'cx="{x:.1f}" cy="{y:.1f}" r="4.5"'
-            marks.append(f'<circle class="dot" style="--c:{line.color}" {place}><title>{hover}</title></circle>')
-    marks.append(_text(left + plot / 2, top + plot_height + 34, "draft depth", "middle", "tick"))
-    return _svg(PANEL_WIDTH, top + plot_height + 44, marks, title)
-
-
-def value_chart(lines: Sequence[Line], ticks: Sequence[str], title: str, axis: str) -> str:
-    """Numbers of 1 and more, one line per method, over evenly spaced `ticks` of the `axis`; names stand at the ends."""
-    left, right, top, plot_height = 34, 142, 10, 250
-    plot = PANEL_WIDTH - left - right
-    values = [value for line in lines for value in line.values if value is not None]
-    highest = max(2, math.ceil(2 * max(values, default=1)) / 2)
-
-    def point(index: int, value: float) -> tuple[float, float]:
-        share = (value - 1) / (highest - 1)
-        return left + plot * (0.5 if len(ticks) == 1 else index / (len(ticks) - 1)), top + plot_height * (1 - share)
+    Args:
+      curves: what is drawn, the later over the earlier.
+      title: read out to those who cannot see the drawing.
+      x: its name stands below.
+      y: its name belongs into the heading.
+      levels: bounds to compare with.
+      height: of the plot without what is written around it.
+      named: write every curve's name beside its right end.
+    """
+    points = [point for curve in curves for point in curve.points]
+    tops = [point.spread[1] if point.spread else point.y for point in points] + [level.y for level in levels]
+    y_ticks = y.ticks or even_ticks(max(tops, default=1))
+    x_ticks = x.ticks or even_ticks(max((point.x for point in points), default=1))
+    right = PANEL_WIDTH - _RIGHT - (_NAMES if named else 0)
+    place = _placing((_LEFT, right), (_TOP + height, _TOP), x_ticks, [*y_ticks, *tops])
 
     marks = []
+    for tick in y_ticks:
+        across = place(x_ticks[0], tick)[1]
+        marks.append(f'<path class="grid" d="M{_LEFT - 6} {across:.1f}H{right + 6}"/>')
+        marks.append(_text(_LEFT - 12, across, y.form(tick), "end", "tick"))
+    bottom = _TOP + height
+    marks += [_text(place(tick, 0)[0], bottom + 16, x.form(tick), "middle", "tick") for tick in x_ticks]
+    for number, level in enumerate(levels):
+        across = place(x_ticks[0], level.y)[1]
+        marks.append(f'<path class="reference" d="M{_LEFT} {across:.1f}H{right}"/>')
+        # At both ends in turn, for bounds often lie close together.
+        end = (_LEFT + 4, "start") if number % 2 == 0 else (right - 4, "end")
+        marks.append(_text(end[0], across - 8, f"{level.label} {y.form(level.y)}", end[1], "tick"))
+    for curve in curves:
+        marks += _curve(curve, place, x, y, right)
+    marks += _names(curves, place) if named else []
+    marks.append(_text((_LEFT + right) / 2, bottom + 34, x.label, "middle", "tick"))
+    return _svg(PANEL_WIDTH, bottom + _BOTTOM, marks, title)
+
+
+def depth_chart(curves: Sequence[Curve], title: str) -> str:
+    """Shares (0..100%) over draft depths 1, 2, ..., one curve per drafter."""
+    deepest = max((int(point.x) for curve in curves for point in curve.points), default=1)
+    x = Axis("draft depth", "{:.0f}".format, range(1, deepest + 1), "depth {:.0f}".format)
+    return chart(curves, title, x, Axis("", "{:.0%}".format, (0, 0.25, 0.5, 0.75, 1), percent), height=190)
+
+
+def length_chart(curves: Sequence[Curve], ticks: Sequence[str], title: str, axis: str) -> str:
+    """Numbers of 1 and more over evenly spaced `ticks` of the `axis`; names stand beside the ends of the curves."""
+    highest = max(2, math.ceil(2 * max((point.y for curve in curves for point in curve.points), default=1)) / 2)
     step = 0.5 if highest <= 4 else 1
-    for number in range(int((highest - 1) / step) + 1):
-        y = point(0, 1 + step * number)[1]
-        marks.append(f'<path class="grid" d="M{left - 6} {y:.1f}H{PANEL_WIDTH - right + 6}"/>')
-        marks.append(_text(left - 12, y, f"{1 + step * number:g}", "end", "tick"))
-    for index, tick in enumerate(ticks):
-        marks.append(_text(point(index, 1)[0], top + plot_height + 16, tick, "middle", "tick"))
-    ends = []
-    for line in lines:
-        points = [(*point(index, value), index, value) for index, value in enumerate(line.values) if value is not None]
-        if not points:
-            continue
-        path = "M" + "L".join(f"{x:.1f} {y:.1f}" for x, y, _, _ in points)
-        marks.append(f'<path class="line" style="--c:{line.color}" d="{path}"/>')
-        for x, y, index, value in points:
-            hover = html.escape(f"{line.label}, {ticks[index]} {axis}: {value:.3f}")
-            place = f'cx="{x:.1f}" cy="{y:.1f}" r="4"'
-            marks.append(f'<circle class="dot" style="--c:{line.color}" {place}><title>{hover}</title></circle>')
-        ends.append((points[-1][1], points[-1][0], line))
-    # From the lowest up, a name moves off the one below it.
-    free = math.inf
-    for y, x, line in sorted(ends, key=lambda end: -end[0]):
-        free = min(y, free - 13)
-        marks.append(_text(x + 10, free, _short(line.label), "start", "label", title=line.label))
-    marks.append(_text(left + plot / 2, top + plot_height + 34, axis, "middle", "tick"))
-    return _svg(PANEL_WIDTH, top + plot_height + 44, marks, title)
+    x = Axis(axis, lambda place: ticks[int(place)], range(len(ticks)), lambda place: f"{ticks[int(place)]} {axis}")
+    rows = [1 + step * number for number in range(int((highest - 1) / step) + 1)]
+    y = Axis("", "{:g}".format, rows, "{:.3f}".format)
+    return chart(curves, title, x, y, height=250, named=True)
+
+
+def even_ticks(highest: float) -> list[float]:
+    """Four to eight round numbers from zero, the last of them at or above `highest`."""
+    if highest <= 0:
+        return [0.0, 1.0]
+    step = 10.0 ** math.floor(math.log10(highest / 4))
+    step *= next(factor for factor in (1, 2, 2.5, 5, 10) if highest / (factor * step) <= 7)
+    return [round(step * number, 10) for number in range(math.ceil(highest / step - 1e-9) + 1)]
 
 
 def histogram(counts: Sequence[int], title: str, color: str) -> str:
@@ -239,6 +292,67 @@ def _rounded_bar(x: float, y: float, width: float, height: float) -> str:
         f"M{x:.1f} {y:.1f}h{width - radius:.1f}a{radius:.1f} {radius:.1f} 0 0 1 {radius:.1f} {radius:.1f}"
         f"v{height - 2 * radius:.1f}a{radius:.1f} {radius:.1f} 0 0 1 {-radius:.1f} {radius:.1f}h{radius - width:.1f}z"
     )
+
+
+Place = Callable[[float, float], tuple[float, float]]
+
+
+def _placing(across: tuple[float, float], down: tuple[float, float], xs: Sequence[float], ys: Sequence[float]) -> Place:
+    """Where a pair of numbers lies in a rectangle, whose edges are the least and the largest ones."""
+
+    def share(value: float, among: Sequence[float]) -> float:
+        low, high = min(among), max(among)
+        return (value - low) / (high - low) if high > low else 0.5
+
+    def place(x: float, y: float) -> tuple[float, float]:
+        return (
+            across[0] + (across[1] - across[0]) * share(x, xs),
+            down[0] + (down[1] - down[0]) * share(y, ys),
+        )
+
+    return place
+
+
+def _curve(curve: Curve, place: Place, x: Axis, y: Axis, right: float) -> list[str]:
+    """The marks of a curve; names that would pass the `right` edge stand on the other side."""
+    ordered = sorted(curve.points, key=lambda point: point.x)
+    spots = [place(point.x, point.y) for point in ordered]
+    style = f'style="--c:{curve.color}"'
+    marks = []
+    if curve.joined and len(spots) > 1:
+        path = "M" + "L".join(f"{across:.1f} {down:.1f}" for across, down in spots)
+        marks.append(f'<path class="line" {style} d="{path}"/>')
+    for point, (across, down) in zip(ordered, spots, strict=True):
+        if point.spread is not None:
+            low, high = (place(point.x, end)[1] for end in point.spread)
+            marks.append(f'<path class="whisker" d="M{across:.1f} {low:.1f}V{high:.1f}"/>')
+        where = x.told(point.x) if x.told else f"{x.label} {x.form(point.x)}"
+        value = y.told(point.y) if y.told else y.form(point.y)
+        hover = html.escape(f"{curve.label}, {where}: {value}")
+        spot = f'cx="{across:.1f}" cy="{down:.1f}" r="4.5"'
+        marks.append(f'<circle class="dot" {style} {spot}><title>{hover}</title></circle>')
+        if point.name:
+            anchor, aside = ("start", 9) if across < right - 90 else ("end", -9)
+            marks.append(_text(across + aside, down + (10 if point.below else -9), point.name, anchor, "tick"))
+    return marks
+
+
+def _names(curves: Sequence[Curve], place: Place) -> list[str]:
+    """Every curve's name beside its last mark, moved up off the name below it, and back down from the upper edge."""
+    ends = [(place(curve.points[-1].x, curve.points[-1].y), curve.label) for curve in curves if curve.points]
+    ends.sort(key=lambda end: -end[0][1])
+    free, rows = math.inf, []
+    for (_, down), _ in ends:
+        free = min(down, free - 13)
+        rows.append(free)
+    free = _TOP - 6.0
+    for index in reversed(range(len(rows))):
+        rows[index] = max(rows[index], free)
+        free = rows[index] + 13
+    return [
+        _text(across + 10, row, _short(label), "start", "label", title=label)
+        for ((across, _), label), row in zip(ends, rows, strict=True)
+    ]
 
 
 def _short(label: str, limit: int = 20) -> str:

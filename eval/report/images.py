@@ -1,7 +1,6 @@
 """From the dict behind an image benchmark's `results.json`, and its pictures, to a page and a table.
 
-`write_report` makes one HTML file with no outside assets, in the style of the text benchmark's
-(`eval/report/text.py`). The results (keys marked ? may be absent or None):
+The results (keys marked ? may be absent or None):
 
     environment?, command?, config?     as for text
     tokenizer?, data?   anything printable
@@ -22,23 +21,19 @@
 """
 
 import dataclasses
-import json
 import os
 import pathlib
-import sys
 from collections.abc import Mapping, Sequence
 from typing import Any, TextIO
 
-import jinja2
 import numpy as np
 from jaxtyping import UInt8
-from markupsafe import Markup
 
 from eval.images.contenders import ALONE, TRAINING_FREE, TUNED
 from eval.images.pictures import data_uri, tiled
-from eval.report.image_charts import Axis, Curve, Level, Point, chart
-from eval.report.text import facts
-from eval.text.results import write_text
+from eval.report.charts import Axis, Curve, Level, Point, chart
+from eval.report.files import write_text
+from eval.report.page import Drawing, Results, frame, print_columns, render
 from models.errors import UserError
 
 MEBIBYTE = 2**20
@@ -46,9 +41,7 @@ MEBIBYTE = 2**20
 _EQUAL = 1.1
 _COLOURS = {ALONE: "var(--s0)", TRAINING_FREE: "var(--s1)", TUNED: "var(--s2)"}
 
-Results = Mapping[str, Any]
 Run = Mapping[str, Any]
-Drawing = tuple[str, str, list[tuple[str, str]]]  # title, <svg>, and names with colours that the page does not explain
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,7 +61,7 @@ class Pictures:
     build_ups: Mapping[str, UInt8[np.ndarray, "K H W 3"]]
 
 
-def write_report(results: Results, pictures: Pictures, path: str | os.PathLike[str]) -> None:
+def write_report(results: Results, path: str | os.PathLike[str], pictures: Pictures) -> None:
     """Writes the page to `path`, whole or not at all.
 
     Raises:
@@ -76,21 +69,12 @@ def write_report(results: Results, pictures: Pictures, path: str | os.PathLike[s
     """
     if not results.get("runs"):
         raise UserError("a report needs at least one run, and the results hold none under the key 'runs'")
-    folder = pathlib.Path(__file__).parent
-    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
-    template = environment.from_string((folder / "images.html").read_text(encoding="utf-8"))
-    css = Markup((folder / "report.css").read_text(encoding="utf-8"))
-    write_text(template.render(css=css, **_view(results, pictures)), pathlib.Path(path))
+    write_text(render("images.html", _view(results, pictures)), pathlib.Path(path))
 
 
 def print_table(results: Results, file: TextIO | None = None) -> None:
     """Prints the runs, and what bounds them, as aligned text to `file` (default: stdout)."""
-    head, *rows = _table(results)
-    texts = [[head[0], *head[1:]], *([name, *cells] for name, *cells in rows)]
-    widths = [max(map(len, column)) for column in zip(*texts, strict=True)]
-    for name, *cells in [texts[0], ["-" * width for width in widths], *texts[1:]]:
-        aligned = [cell.rjust(width) for cell, width in zip(cells, widths[1:], strict=True)]
-        print("  ".join([name.ljust(widths[0]), *aligned]).rstrip(), file=file or sys.stdout)
+    print_columns(_table(results), file, ruled=True)
 
 
 def champion(runs: Sequence[Run]) -> Run | None:
@@ -133,16 +117,13 @@ def _plain(name: str) -> str:
 def _view(results: Results, pictures: Pictures) -> dict[str, Any]:
     """Everything the template shows, as values that need no more thought."""
     runs = results["runs"]
-    environment = results.get("environment") or {}
-    records = [("Tokenizer", results.get("tokenizer")), *(results.get("models") or {}).items()]
-    records += [("Data", results.get("data")), ("Environment", environment)]
+    models = (results.get("models") or {}).items()
+    records = [("Tokenizer", results.get("tokenizer")), *models, ("Data", results.get("data"))]
     head, *rows = _table(results)
-    config = results.get("config")
     scales = len(runs[0]["makers"])
     return {
+        **frame(results, records),
         "claim": _claim(runs),
-        "subtitle": environment.get("date", ""),
-        "machine": " · ".join(str(environment[key]) for key in ("device", "cpu", "platform") if environment.get(key)),
         "tiles": _tiles(runs),
         "head": head,
         "rows": [(row, _COLOURS[run["kind"]]) for row, run in zip(rows, runs, strict=False)],
@@ -150,16 +131,13 @@ def _view(results: Results, pictures: Pictures) -> dict[str, Any]:
         "network": results["network"],
         "notes": results.get("notes") or [],
         "kinds": [(kind, color) for kind, color in _COLOURS.items() if any(run["kind"] == kind for run in runs)],
-        "charts": [(title, Markup(drawing), legend) for title, drawing, legend in _charts(results, scales)],
+        "drawings": _drawings(results, scales),
         "stages": _stages(runs),
         "batch": runs[0]["memory"]["batch"],
         "columns": pictures.columns,
         "grids": _grids(runs, pictures),
         "build_ups": _build_ups(runs, pictures),
         "side": pictures.real.shape[1],
-        "command": results.get("command") or environment.get("command", ""),
-        "records": [(title, facts(told)) for title, told in records if told],
-        "config": json.dumps(config, indent=2, default=str) if config else "",
     }
 
 
@@ -185,18 +163,18 @@ def _tiles(runs: Sequence[Run]) -> list[tuple[str, str]]:
     return tiles
 
 
-def _charts(results: Results, scales: int) -> list[Drawing]:
+def _drawings(results: Results, scales: int) -> list[Drawing]:
     runs = results["runs"]
     over_n = Axis("scales by the larger model, N", "{:.0f}".format, list(range(scales + 1)))
     bounds = results.get("bounds") or {}
     speed = chart(_curves(runs, _speed), "Speed over N", over_n, Axis(""))
-    drawings: list[Drawing] = [("Speed: images/s, decoder apart", speed, [])]
+    drawings = [Drawing.of("Speed: images/s, decoder apart", speed)]
     for name in runs[0]["metrics"]:
         levels = [Level(bound, metrics[name]) for bound, metrics in bounds.items() if name in metrics]
         axis = Axis("", lambda value: f"{value:.3g}")
         curves = _curves(runs, lambda run, name=name: Point(run["draft_scales"], run["metrics"][name]))
         drawing = chart(curves, f"{_plain(name)} over N", over_n, axis, levels)
-        drawings.append((_plain(name).capitalize(), drawing, []))
+        drawings.append(Drawing.of(_plain(name).capitalize(), drawing))
     drawings.insert(1, _quality_and_speed(runs))
     drawings.insert(2, _memory_chart(runs, over_n))
     return drawings
@@ -230,7 +208,7 @@ def _quality_and_speed(runs: Sequence[Run]) -> Drawing:
         for run in runs
     ]
     drawing = chart(curves, "Quality against speed", Axis("images/s"), Axis("", lambda value: f"{value:.3g}"))
-    return f"{metric.capitalize()} against speed (down and right is better)", drawing, []
+    return Drawing.of(f"{metric.capitalize()} against speed (down and right is better)", drawing)
 
 
 def _short(run: Run) -> str:
@@ -247,7 +225,7 @@ def _memory_chart(runs: Sequence[Run], over_n: Axis) -> Drawing:
         points = [Point(run["draft_scales"], run["memory"]["peak"][key] / MEBIBYTE) for run in shown]
         curves.append(Curve(label, points, color))
     drawing = chart(curves, "Memory over N", over_n, Axis("", lambda value: f"{value:,.4g}"))
-    return "Memory in MiB", drawing, [(label, color) for label, (_, color) in lines.items()]
+    return Drawing.of("Memory in MiB", drawing, [(label, color) for label, (_, color) in lines.items()])
 
 
 def _stages(runs: Sequence[Run]) -> list[list[str]]:

@@ -1,7 +1,4 @@
-"""From the dict behind `results.json` to a page a person would rather look at, and a table for the terminal.
-
-`write_report` makes one HTML file with no outside assets: style and drawings are inside it, and it follows the reader's
-light or dark setting. The same file may be mailed, committed or opened from disk.
+"""From the dict behind a decode benchmark's `results.json` to a page (`eval/report/page.py`) and a table for people.
 
 The results (keys marked ? may be absent or None; what needs them is then left out):
 
@@ -34,24 +31,22 @@ The results (keys marked ? may be absent or None; what needs them is then left o
 """
 
 import dataclasses
-import json
 import os
 import pathlib
-import sys
 from collections.abc import Mapping, Sequence
 from typing import Any, TextIO
 
-import jinja2
 from markupsafe import Markup
 
-from eval.report.charts import Bar, Line, bar_chart, histogram, line_chart, percent, tree_chart
+from eval.report.charts import Bar, Curve, bar_chart, depth_chart, histogram, percent, tree_chart
+from eval.report.files import make_directory, write_text
+from eval.report.page import Drawing, Results, facts, frame, print_columns, render
 from models.errors import UserError
 
 BASELINE = "none"
 NUM_COLORS = 6  # --s1 to --s6 in report.css; --s0 is the baseline's
 PROMPT_TAIL = 320  # characters of a prompt shown in front of its continuation
 
-Results = Mapping[str, Any]
 Run = Mapping[str, Any]
 
 
@@ -90,19 +85,10 @@ def write_report(results: Results, path: str | os.PathLike[str]) -> None:
     Raises:
       UserError: no runs, or a draft tree with a node whose parent is missing.
     """
-    folder = pathlib.Path(__file__).parent
-    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
-    template = environment.from_string((folder / "text.html").read_text(encoding="utf-8"))
-    css = Markup((folder / "report.css").read_text(encoding="utf-8"))
-    page = template.render(css=css, **_view(results))
     path = pathlib.Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    try:
-        partial.write_text(page, encoding="utf-8")
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+    page = render("text.html", _view(results))
+    make_directory(path.parent)
+    write_text(page, path)
 
 
 def print_table(results: Results, file: TextIO | None = None) -> None:
@@ -113,11 +99,7 @@ def print_table(results: Results, file: TextIO | None = None) -> None:
         texts.append([column.head, *(cell or "-" for cell in column.cells)])
         if column.notes and any(column.notes):
             texts.append(["range", *(note.replace("–", "-") for note in column.notes)])
-    widths = [max(map(len, column)) for column in texts]
-    rows = [list(row) for row in zip(*texts, strict=True)]
-    for name, *numbers in [rows[0], ["-" * width for width in widths], *rows[1:]]:
-        aligned = [number.rjust(width) for number, width in zip(numbers, widths[1:], strict=True)]
-        print("  ".join([name.ljust(widths[0]), *aligned]).rstrip(), file=file or sys.stdout)
+    print_columns(list(zip(*texts, strict=True)), file, ruled=True)
 
 
 def _entries(results: Results) -> list[Entry]:
@@ -214,15 +196,12 @@ def _view(results: Results) -> dict[str, Any]:
     """Everything the template shows, as values that need no more thought."""
     entries = _entries(results)
     drafting = [entry for entry in entries if not entry.baseline]
-    environment = results.get("environment") or {}
-    records = [("Target", facts(results.get("target") or {})), ("Environment", facts(environment))]
-    config = results.get("config")
     return {
+        **frame(results, [("Target", results.get("target"))]),
         "claim": _claim(entries),
-        "subtitle": environment.get("date", ""),
-        "machine": " · ".join(str(environment[key]) for key in ("device", "cpu", "platform") if environment.get(key)),
         "tiles": _tiles(entries),
         "runs": entries,
+        "drafters": [(entry.label, entry.color) for entry in drafting],
         "columns": _columns(entries),
         "differences": _differences(entries),
         "bars": _bars(entries) if drafting else [],
@@ -240,24 +219,7 @@ def _view(results: Results) -> dict[str, Any]:
         ],
         "categories": _categories(drafting),
         **_samples(results.get("samples") or []),
-        "command": results.get("command") or environment.get("command", ""),
-        "records": [(title, told) for title, told in records if told],
-        "config": json.dumps(config, indent=2, default=str) if config else "",
     }
-
-
-def facts(record: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """Names and values as text, without those that are None and the command, which has a place of its own."""
-    told = []
-    for name, value in record.items():
-        if value is None or name == "command":
-            continue
-        if isinstance(value, int) and not isinstance(value, bool):
-            value = f"{value:,}"
-        elif isinstance(value, float):
-            value = f"{value:,.4g}"
-        told.append((name.replace("_", " "), str(value)))
-    return told
 
 
 def _differences(entries: Sequence[Entry]) -> list[str]:
@@ -269,7 +231,7 @@ def _differences(entries: Sequence[Entry]) -> list[str]:
     return lines
 
 
-def _bars(entries: Sequence[Entry]) -> list[tuple[str, Markup]]:
+def _bars(entries: Sequence[Entry]) -> list[Drawing]:
     speed, length = [], []
     for entry in entries:
         run = entry.run
@@ -279,26 +241,28 @@ def _bars(entries: Sequence[Entry]) -> list[tuple[str, Markup]]:
         speed.append(Bar(entry.label, run["speedup"], f"{run['speedup']:.2f}x", entry.color, spread))
         length.append(Bar(entry.label, run["acceptance_length"], f"{run['acceptance_length']:.2f}", entry.color))
     return [
-        ("Speed-up", Markup(bar_chart(speed, "Speed-up by drafter", 1.0))),
-        ("Acceptance length", Markup(bar_chart(length, "Acceptance length by drafter", 1.0))),
+        Drawing.of("Speed-up", bar_chart(speed, "Speed-up by drafter", 1.0)),
+        Drawing.of("Acceptance length", bar_chart(length, "Acceptance length by drafter", 1.0)),
     ]
 
 
-def _depths(entries: Sequence[Entry]) -> list[tuple[str, Markup]]:
+def _depths(entries: Sequence[Entry]) -> list[Drawing]:
     reached, conditional = [], []
     for entry in entries:
         accepted, steps = entry.run.get("accepted_by_depth"), entry.run.get("steps")
         if not accepted or not steps:
             continue
         before = [steps, *accepted[:-1]]
-        reached.append(Line(entry.label, [count / steps for count in accepted], entry.color))
+        reached.append(Curve.over(entry.label, [count / steps for count in accepted], entry.color, 1))
         given = [count / chances if chances else None for count, chances in zip(accepted, before, strict=True)]
-        conditional.append(Line(entry.label, given, entry.color))
+        conditional.append(Curve.over(entry.label, given, entry.color, 1))
     if not reached:
         return []
     return [
-        ("Share of steps that accept this depth", Markup(line_chart(reached, "Share of steps by draft depth"))),
-        ("Share once the depth above was accepted", Markup(line_chart(conditional, "Conditional acceptance by depth"))),
+        Drawing.of("Share of steps that accept this depth", depth_chart(reached, "Share of steps by draft depth")),
+        Drawing.of(
+            "Share once the depth above was accepted", depth_chart(conditional, "Conditional acceptance by depth")
+        ),
     ]
 
 

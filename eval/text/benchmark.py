@@ -22,11 +22,11 @@ from typing import Any
 import numpy as np
 
 from decoding.drafter import Drafter
-from decoding.drafters.head_drafter import HeadDrafter
-from decoding.drafters.plain import Plain
+from decoding.drafters.registry import load_drafter
 from decoding.generate import Generation, bucket, generate, slots_needed
 from decoding.sampling import Sampling
 from decoding.stats import Stats
+from decoding.trees import Topology
 from decoding.verify import Typical
 from eval.measure.parts import Scene, network_ms, step_parts
 from eval.measure.timing import Timed, Timing, summary
@@ -91,8 +91,7 @@ def benchmark(
       contenders: drafters; plain decoding joins by itself.
       prompts: what to continue, at most `max_new_tokens` tokens each or to an end token.
       repeats: how often everything is decoded.
-      sampling: the same for all.
-      seed: of the first prompt's draws; the others count up from it.
+      sampling, seed: the same for all contenders; the seed is of the first prompt, the others count up from it.
       parts: also time the parts of a step alone, for draft share and loop efficiency.
       progress: told what is being done, one line at a time.
 
@@ -106,7 +105,7 @@ def benchmark(
         raise UserError("there is no prompt to decode")
     if repeats < 1:
         raise UserError(f"repeats must be at least 1, got {repeats}")
-    field = [Contender(Plain()), *(c for c in contenders if not isinstance(c.drafter, Plain))]
+    field = [Contender(*load_drafter("none", target)), *(c for c in contenders if c.drafter.max_depth)]
     deepest = max(contender.drafter.max_depth for contender in field)
     capacities = [bucket(slots_needed(len(prompt.tokens), max_new_tokens, deepest)) for prompt in prompts]
 
@@ -168,7 +167,7 @@ class _Parts:
         self._parts: list[dict[str, Timed]] = []
         for contender in field:
             chosen = step_parts(scene, contender.drafter, contender.params)
-            names = ("forward",) if isinstance(contender.drafter, Plain) else ("draft", "choice", "forward")
+            names = ("draft", "choice", "forward") if contender.drafter.max_depth else ("forward",)
             self._parts.append({name: chosen[name] for name in names if name in chosen})
         self._seconds: list[dict[str, list[float]]] = [{name: [] for name in parts} for parts in self._parts]
         for contender, parts in zip(field, self._parts, strict=True):
@@ -220,8 +219,8 @@ def _run(
         "decode_seconds": statistics.median(map(sum, one.decode_seconds)),
         "categories": _categories(one, baseline, prompts),
     }
-    if isinstance(one.contender.drafter, HeadDrafter):
-        run["tree"] = _tree(one.contender.drafter, stats)
+    if one.contender.drafter.num_heads:
+        run["tree"] = _tree(one.contender.drafter.ranked_tree, stats)
     if one.parts:
         run |= _efficiency(one, baseline, speedup)
     return run
@@ -311,14 +310,15 @@ def _categories(one: Measured, baseline: Measured, prompts: Sequence[Prompt]) ->
     return table
 
 
-def _tree(drafter: HeadDrafter, stats: Stats) -> dict[str, Any]:
+def _tree(tree: Topology | None, stats: Stats) -> dict[str, Any]:
     """Paths with the steps that accepted each node, and those that accepted its parent (the root: all)."""
+    assert tree is not None
     accepted = stats.accepted_by_node[1:].tolist()
     reached = [stats.steps, *accepted]
     return {
-        "paths": [list(path) for path in drafter.tree.paths],
+        "paths": tree.to_record(),
         "accepted": accepted,
-        "visits": [reached[parent] for parent in drafter.tree.parent[1:]],
+        "visits": [reached[parent] for parent in tree.parent[1:]],
     }
 
 

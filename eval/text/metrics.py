@@ -4,19 +4,19 @@ Both are teacher-forced, on rows of real text, with the shifts and masks that tr
 (`train/objectives/shift.py`) and the ranks that the decoding loop would see (`decoding/replay.py`).
 """
 
-import dataclasses
 import functools
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Int
 
-from decoding.drafters.head_drafter import HeadDrafter
-from decoding.replay import teacher_forced_ranks
+from decoding.drafter import Drafter
+from decoding.replay import Replayable, teacher_forced_ranks
+from decoding.tree_search import RANKS, Acceptance
 from decoding.trees import Topology
 from models.errors import UserError
 from models.formats.target import Target
@@ -26,8 +26,6 @@ from train.objectives.shift import label_mask, labels_at, log_likelihood
 
 if TYPE_CHECKING:  # TFDS takes seconds to import, and most of what is here reads no data set.
     from train.data.texts import Batch, Documents
-
-RANKS = 10  # Choices per head that accuracies are told for.
 
 
 def text_documents(path: str | Path, target: Target) -> "Documents":
@@ -108,24 +106,19 @@ def comb(depth: int, width: int) -> Topology:
 
 
 def head_ranks(
-    target: Target, drafter: HeadDrafter, drafter_params, tokens: Int[np.ndarray, "B T"], width: int = RANKS
+    target: Target, drafter: Drafter, drafter_params, tokens: Int[np.ndarray, "B T"], width: int = RANKS
 ) -> Int[np.ndarray, "D B T"]:
     """Where each head, teacher-forced at p, ranks the token at p + 2 + i among its guesses; `width` if not among them.
 
     D is the number of heads, whatever tree the drafter has. See `decoding.replay.teacher_forced_ranks`.
     """
     width = min(width, target.config.vocab_size)
-    full = dataclasses.replace(drafter, tree=comb(drafter.heads.num_heads, width))
+    full = cast(Replayable, drafter.with_tree(comb(drafter.num_heads, width)))
     return np.asarray(teacher_forced_ranks(target.config, full, target.params, drafter_params, jnp.asarray(tokens)))
 
 
-def rank_accuracy(ranks: Int[np.ndarray, "D N"], width: int) -> Float[np.ndarray, "D K"]:
-    """Share of places where the rank-k guess at each depth is the true token, given the true path above it."""
-    return np.stack([np.bincount(row, minlength=width + 1)[:width] / max(1, len(row)) for row in ranks])
-
-
 def head_accuracy(
-    target: Target, drafter: HeadDrafter, drafter_params, batches: "Sequence[Batch]", width: int = RANKS
+    target: Target, drafter: Drafter, drafter_params, batches: "Sequence[Batch]", width: int = RANKS
 ) -> list[list[float]]:
     """Top-1 to top-`width` accuracy of each head: how often the true token is among its first k guesses.
 
@@ -137,9 +130,9 @@ def head_accuracy(
     for batch in batches:
         ranks_DBT = head_ranks(target, drafter, drafter_params, batch["tokens"], width)
         arrays: dict[str, Array] = {name: jnp.asarray(array) for name, array in batch.items()}
-        _, counts_BT = labels_at({**arrays, "mask": label_mask(arrays, "all")}, 1 + drafter.heads.num_heads)
+        _, counts_BT = labels_at({**arrays, "mask": label_mask(arrays, "all")}, 1 + drafter.num_heads)
         picked.append(ranks_DBT[:, np.asarray(counts_BT)])
     ranks_DN = np.concatenate(picked, axis=1)
     if not ranks_DN.size:
         raise UserError("the rows to measure heads on are shorter than the heads reach")
-    return np.cumsum(rank_accuracy(ranks_DN, width), axis=1).tolist()
+    return np.cumsum(Acceptance.of_ranks(ranks_DN, width).accuracy, axis=1).tolist()

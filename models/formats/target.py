@@ -31,7 +31,7 @@ from models.formats.hf import load_config, load_params
 from models.formats.tokenizer import Tokenizer
 from models.layout import Layout
 from models.sharding import param_shardings
-from models.transformer import Output, Params, forward, join_projections, param_shapes
+from models.transformer import Output, Params, for_decoding, forward, param_shapes
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -41,7 +41,7 @@ class Target:
     Attributes:
       config: the shape of the network.
       params: its parameters, a list of layers; on one device with joined projections
-        (`models.transformer.join_projections`).
+        (`models.transformer.for_decoding`).
       tokenizer: None if its directory holds none.
       path: the directory it was loaded from, if any.
     """
@@ -131,9 +131,7 @@ def load_target(directory: str | Path, dtype=None, mesh: Mesh | None = None) -> 
         check_vocabulary(config, tokenizer, directory)
     shardings = None if mesh is None else param_shardings(mesh, param_shapes(config, dtype))
     params = load_params(config, directory, dtype, shardings)
-    if mesh is None:
-        params = join_projections(params)
-    return Target(config, params, tokenizer, directory)
+    return Target(config, for_decoding(params, mesh), tokenizer, directory)
 
 
 def check_vocabulary(config: TransformerConfig, tokenizer: Tokenizer, directory: str | Path) -> None:

@@ -35,7 +35,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from models import transformer
-from models.attention import Rows, attend, softcap, wide
+from models.attention import ALONE, Rows, Sources, attend, softcap, wide
 from models.config import RopeScaling, TransformerConfig
 from models.errors import UserError
 from models.heads.medusa import vocab_kernel
@@ -51,10 +51,10 @@ class DraftLayer(nn.Module):
     config: TransformerConfig
 
     @nn.compact
-    def __call__(self, x_BTI, residual_BTH, angles, layout, prefix=None, scratch=None, mix=attend):
+    def __call__(self, x_BTI, residual_BTH, angles, layout, sources=ALONE, mix=attend):
         """Returns the residual stream `[B, T, H]` and the fresh key/value rows."""
         c = self.config
-        mixed, rows = Attention(c, name="attention")(x_BTI, angles, layout, prefix, None, scratch, mix)
+        mixed, rows = Attention(c, name="attention")(x_BTI, angles, layout, sources, None, mix)
         y_BTH = residual_BTH + mixed
         normed = RMSNorm(c.norm_eps, c.zero_centred_norm, name="mlp_norm")(y_BTH)
         return y_BTH + MLP(c.width, c.mlp_width, c.activation, name="mlp")(normed), rows
@@ -158,8 +158,7 @@ class EagleHeads(_Network):
         feature: Float[Array, "B T H"],
         embedding: Float[Array, "B T H"],
         layout: Layout,
-        prefix: Rows | None = None,
-        scratch: Rows | None = None,
+        sources: Sources = ALONE,
         mix: Callable = attend,
     ) -> tuple[Float[Array, "B T H"], Rows]:
         """The layer on T pairs.
@@ -170,8 +169,7 @@ class EagleHeads(_Network):
           feature: f of each pair, the target's through `fuse` or an earlier output of `run`.
           embedding: `transformer.lookup` of the token that follows.
           layout: positions of the pairs, which are those of their features, and who sees whom.
-          prefix: keys and values of the committed pairs.
-          scratch: those of pairs drafted before in the same step.
+          sources: keys and values of the committed pairs, and of pairs drafted before in the same step.
           mix: the attention; training-time test has its own.
 
         Returns:
@@ -181,7 +179,7 @@ class EagleHeads(_Network):
         y = call(dense, params["fc"], jnp.concatenate([embedding, feature], axis=-1))
         own = self.layer_config(config)
         angles = rope_angles(own, layout.positions)
-        return call(_layer(own), params["layer"], y, y, angles, layout, prefix, scratch, mix)
+        return call(_layer(own), params["layer"], y, y, angles, layout, sources, mix)
 
     def logits(
         self, config: TransformerConfig, params: Params, target: Params, hidden: Float[Array, "*B H"]
@@ -278,8 +276,7 @@ class Eagle3Heads(_Network):
         feature: Float[Array, "B T H"],
         embedding: Float[Array, "B T H"],
         layout: Layout,
-        prefix: Rows | None = None,
-        scratch: Rows | None = None,
+        sources: Sources = ALONE,
         mix: Callable = attend,
     ) -> tuple[Float[Array, "B T H"], Rows]:
         """The layer on T pairs; see `EagleHeads.run`."""
@@ -288,7 +285,7 @@ class Eagle3Heads(_Network):
         normed = [call(norm, params["input_norm"], embedding), call(norm, params["hidden_norm"], feature)]
         angles = rope_angles(own, layout.positions)
         x = jnp.concatenate(normed, axis=-1)
-        return call(_layer(own), params["layer"], x, feature, angles, layout, prefix, scratch, mix)
+        return call(_layer(own), params["layer"], x, feature, angles, layout, sources, mix)
 
     def logits(
         self, config: TransformerConfig, params: Params, target: Params, hidden: Float[Array, "*B H"]
@@ -352,9 +349,8 @@ def _attend_own_index(
     between: Sequence[Rows],
     q_BTND: Float[Array, "B T N D"],
     rows: Rows,
-    prefix: None,
+    sources: Sources,
     layout: Layout,
-    scratch: None = None,
     *,
     scale: float,
     cap: float | None = None,

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from models.attention import wide
+from models.attention import Sources, wide
 from models.config import TransformerConfig
 from models.heads.medusa import ResBlock, vocab_kernel
 from models.layers import Block, RMSNorm, call, rope_angles
@@ -80,7 +80,7 @@ class HydraHeads:
             post_norm_BTH,
             rope_angles(config, layout.positions),
             layout,
-            cache,
+            Sources(cache),
         )
         norm = RMSNorm(config.norm_eps, config.zero_centred_norm)
         return call(norm, params["prefix"]["norm"], x), rows
@@ -110,19 +110,19 @@ class HydraHeads:
             x = call(ResBlock(width), block, self._drop(x, key))
         return self._drop(x, keys[-1])
 
-    def join_inputs(self, params: Params, count: int) -> Params:
-        """The first blocks of heads 0 .. count-1, cut by what they read instead of by head.
+    def join_inputs(self, params: Params) -> Params:
+        """The heads' first blocks, cut by what they read instead of by head.
 
         z is a concatenation, so a first block is a sum of one product per piece of z, and a piece that several heads
         read can meet all of their kernels at once. Source 0 is f, source 1 + j is E[y_j], read by heads j and up. A
         tree then needs one product per node instead of one per path, with few wide kernels instead of many narrow ones.
 
         Returns:
-          `sources`: per source a kernel [H, heads that read it, 2H], skip and gate side by side; `bias` [count, 2H].
+          `sources`: per source a kernel [H, heads that read it, 2H], skip and gate side by side; `bias` [heads, 2H].
         """
-        first = [params["heads"][i]["blocks"][0] for i in range(count)]
+        first = [head["blocks"][0] for head in params["heads"]]
         sources = []
-        for source in range(count + 1):
+        for source in range(len(first) + 1):
             readers = first[max(source - 1, 0) :]
             pieces = [
                 jnp.concatenate([jnp.split(block[name]["kernel"], i + 2)[source] for name in ("residual", "linear")], 1)

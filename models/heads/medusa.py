@@ -5,6 +5,7 @@ Head i reads h_p, the target's post-norm feature at position p, and predicts x_{
 """
 
 import dataclasses
+from typing import ClassVar
 
 import flax.linen as nn
 import jax
@@ -52,6 +53,8 @@ class MedusaHeads:
     num_heads: int = 4
     num_layers: int = 1
 
+    prefix: ClassVar[bool] = False  # The target's features are read as they are (see `HydraHeads`).
+
     def init(self, config: TransformerConfig, target: Params, key: Array) -> Params:
         """Heads that at first predict what the target's own head does."""
         dtype = target["embed"]["embedding"].dtype
@@ -70,9 +73,14 @@ class MedusaHeads:
         return post_norm_BTH
 
     def hidden(
-        self, params: Params, i: int, feature: Float[Array, "*B H"], path: Float[Array, "*B P H"]
+        self,
+        params: Params,
+        i: int,
+        feature: Float[Array, "*B H"],
+        path: Float[Array, "*B P H"],
+        dropout_key: Array | None = None,
     ) -> Float[Array, "*B H"]:
-        """What head i's vocabulary map reads; the embeddings of the path are not used."""
+        """What head i's vocabulary map reads; the embeddings of the path are not used, and nothing is dropped."""
         x = feature
         for block in params["heads"][i]["blocks"]:
             x = call(ResBlock(x.shape[-1]), block, x)

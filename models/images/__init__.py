@@ -1,5 +1,5 @@
-"""Next-scale image models: the multi-scale VQ-VAE, the VAR transformer, their files.
+"""Next-scale image models: the multi-scale VQ-VAE and the VAR transformer, and the networks that judge images.
 
-`config` says what a model is, `vqvae` turns images into codes and back, `var` predicts codes, `files` keeps both in
-directories, and `released` reads the published checkpoints. Images are NHWC, floats in [-1, 1].
+`config` says what a model is, `vqvae` turns images into codes and back, `var` predicts codes; directories and published
+checkpoints are in `models.formats`. Images are NHWC, floats in [-1, 1].
 """

@@ -11,8 +11,6 @@ blocks instead: `mixed` to `mixed_2` are 5b to 5d at 35x35, `mixed_3` (the reduc
 first convolution of `Mixed_6d`, its 1x1 branch.
 """
 
-from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -21,10 +19,6 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, UInt8
 
-from models.errors import UserError
-from models.formats.old_torch_files import is_old_torch_file, read_old_torch_file
-from models.formats.release import Release, read_release
-from models.formats.storage import leaves_by_path
 from models.layers import call
 
 Params = dict[str, Any]
@@ -34,16 +28,6 @@ FEATURES = 2048  # pool_3
 SPATIAL_CHANNELS = 7  # of mixed_6/conv; at 17x17 they make the 2,023 numbers of sFID.
 CLASSES = 1008
 _EPSILON = 1e-3
-# Our names of a convolution's tensors -> the port's.
-_TENSORS = {
-    "kernel": "conv.weight",
-    "scale": "bn.weight",
-    "bias": "bn.bias",
-    "mean": "bn.running_mean",
-    "variance": "bn.running_var",
-}
-# What the port's batch norms count and nobody reads.
-_UNUSED = r".*\.bn\.num_batches_tracked"
 
 
 class InceptionFeatures(NamedTuple):
@@ -280,50 +264,3 @@ def features(params: Params, images: UInt8[Array, "B H W 3"]) -> InceptionFeatur
 def init(key: Array) -> Params:
     """Random parameters, float32; `jax.eval_shape(init, key)` tells their shapes."""
     return Inception().init(key, jnp.zeros((1, 75, 75, 3)))["params"]
-
-
-def load_inception(path: str | Path) -> Params:
-    """The parameters in a file of the torch port, `pt_inception-2015-12-05-6726825d.pth`.
-
-    Args:
-      path: the file: as published, which is in the format of torch before 1.6, or in the newer one, or as safetensors.
-
-    Raises:
-      UserError: there is no such file, it cannot be read, or a tensor is missing, of another shape or unknown.
-    """
-    if not is_old_torch_file(path):
-        return params_of(read_release(path))
-    content = read_old_torch_file(path)
-    if not isinstance(content, dict) or not all(isinstance(array, np.ndarray) for array in content.values()):
-        raise UserError(f"{path} holds something other than a dict of tensors")
-    return params_of(Release(Path(path), {k: lambda v=v: v for k, v in content.items()}, {}, {}))  # type: ignore[misc]
-
-
-def params_of(release: Release) -> Params:
-    """The parameters among the tensors of the torch port; every tensor must have its place.
-
-    Raises:
-      UserError: a tensor is missing, of another shape or unknown.
-    """
-    shapes = jax.eval_shape(init, jax.random.key(0))
-    because = "the Inception graph of 2015-12-05"
-
-    def taken(path: str, shape: Sequence[int]) -> Array:
-        module, name = path.rsplit("/", 1)
-        if module == "fc":
-            return jnp.asarray(release.take("fc.weight", shape[::-1], because).T, jnp.float32)
-        if name != "kernel":
-            return jnp.asarray(release.take(_port_name(module, name), shape, because), jnp.float32)
-        height, width, channels_in, channels = shape
-        tensor = release.take(_port_name(module, name), (channels, channels_in, height, width), because)
-        return jnp.asarray(tensor.transpose(2, 3, 1, 0), jnp.float32)
-
-    leaves = [taken(path, leaf.shape) for path, leaf in leaves_by_path(shapes).items()]
-    release.take("fc.bias", (CLASSES,), because)  # Belongs to the file; Inception Score is defined without it.
-    release.finish(_UNUSED, because)
-    return jax.tree.unflatten(jax.tree.structure(shapes), leaves)
-
-
-def _port_name(module: str, name: str) -> str:
-    """`Mixed_5b/branch1x1`, `kernel` -> `Mixed_5b.branch1x1.conv.weight`."""
-    return f"{module.replace('/', '.')}.{_TENSORS[name]}"

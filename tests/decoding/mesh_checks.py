@@ -1,4 +1,4 @@
-"""What test_mesh.py runs in processes of their own, with 8 CPU devices."""
+"""What test_mesh.py runs in a process of its own, with 8 CPU devices."""
 
 import collections
 import contextlib
@@ -113,16 +113,17 @@ def decodes_alike(name: str, *meshes: str) -> None:
 
 def streams_with_one_compilation() -> None:
     """What comes back from a block of steps lies where it lay, also in a second request."""
+    jax.clear_caches()  # Other checks compiled these functions too.
     target = apart(random_target(vocab_size=24, num_heads=8, num_kv_heads=4))
     drafter, params = CASES["hydra++"](target, jax.random.key(7))
     mesh = parse_mesh("data=2,tensor=2")
     placed = target_on(mesh, target), drafter, place_params(mesh, params)
     whole = decode(*placed)
-    before = loop.run._cache_size(), loop.prefill_chunk._cache_size(), loop.choose_first._cache_size()
+    before = loop.run._cache_size(), loop._read_chunk._cache_size(), loop._choose_first._cache_size()
     calls: list[Any] = []
     streamed = decode(*placed, stream_every=3, on_tokens=lambda *call: calls.append(call))
     assert streamed.tokens == whole.tokens and len(calls) > 12
-    assert (loop.run._cache_size(), loop.prefill_chunk._cache_size(), loop.choose_first._cache_size()) == before
+    assert (loop.run._cache_size(), loop._read_chunk._cache_size(), loop._choose_first._cache_size()) == before
     assert before == (1, 1, 1)
 
 
@@ -170,8 +171,8 @@ def loads_drafters_where_the_rules_say() -> None:
             loaded, leaves = load_drafter(f"{folder}/heads", model, mesh=where)
             assert loaded == drafter
             wanted = leaves_by_path(param_shardings(mesh, params))
-            for path, leaf in leaves_by_path(leaves).items():
-                assert leaf.sharding == wanted[path], path
-                assert jnp.array_equal(leaf, leaves_by_path(params)[path])
+            for path, leaf in leaves_by_path(params).items():
+                assert leaves_by_path(leaves)[path].sharding == wanted[path], path
+                assert jnp.array_equal(leaves_by_path(leaves)[path], leaf)
         split = [path for path, place in wanted.items() if "tensor" in place.spec]
         assert {"heads/0/vocab/kernel", "prefix/block/mlp/down/kernel"} <= set(split)

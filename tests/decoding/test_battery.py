@@ -5,10 +5,15 @@ With TANDEM_TRAINED=DIR, the same on a trained target and the drafters trained o
 
 A new drafter joins by adding its name in `drafter_cases.py`; nothing here knows any drafter by name, except where a
 construction is shown to be caught.
+
+What is compiled is most of what the battery costs, so every item decodes with the same programs: one shape of batch and
+cache, prompts in chunks of one size, recording always on (`Recorder`). A drafter adds its loop in two sampling modes,
+its `ingest`, its replay, and what it alone needs. Batches of one row and a third sampling mode are for two drafters.
 """
 
 import dataclasses
 import functools
+import math
 from typing import Any
 
 import jax
@@ -20,74 +25,46 @@ from decoding import loop
 from decoding.cache import SLOTS
 from decoding.drafter import Drafter, TargetView
 from decoding.drafters.draft_model import DraftModel
-from decoding.generate import Generation, generate
+from decoding.generate import generate
+from decoding.place import Place
 from decoding.replay import is_replayable, replay_acceptance
-from decoding.sampling import Sampling, batch_sampling
+from decoding.request import Request
+from decoding.sampling import Sampling, SamplingParameters, batch_sampling
+from decoding.stats import Counters
+from decoding.text import Text
 from decoding.trees import SAMPLED_RULES, Topology, chain
-from models import transformer
 from models.errors import UserError
-from models.formats.target import Target
-from models.layout import Layout
+from tests.decoding.battery import (
+    CAPACITY,
+    PROMPTS,
+    SAMPLINGS,
+    blank,
+    case,
+    decode,
+    full_limits,
+    long_run,
+    long_sampled_run,
+    models,
+    prefilled,
+    programs,
+    steps,
+    target,
+)
+from tests.decoding.compiled_text import HOST, inside_loops, shapes_for_arrays, whole_copies
 from tests.decoding.drafter_cases import (
     LOPSIDED,
-    WARM,
     Oracle,
-    Recorder,
-    battery_case,
-    battery_target,
     each_drafter,
     learns_from_rejected_nodes,
 )
 
-PROMPTS = [[1, 2, 3], [4, 5, 6, 7, 8, 9, 10], [11], [0, 3, 3, 7, 1]]
-CAPACITY = 640
-SAMPLINGS = [
-    Sampling(temperature=0.7),
-    Sampling(temperature=0.8 * WARM, top_p=0.9),
-    Sampling(temperature=1.5 * WARM, top_k=4, min_p=0.05),
-    Sampling(temperature=1.0 * WARM, top_k=7, top_p=0.8),
-]
-
 pytestmark = pytest.mark.usefixtures("x64")
 
-
-@functools.cache
-def target() -> Target:
-    with jax.enable_x64(True):
-        return battery_target()
+GROUP_BY = "name"  # Drafters share the target's programs alone, which the cache of compiled programs carries over.
 
 
-@functools.cache
-def case(name: str) -> tuple[Drafter, Any]:
-    with jax.enable_x64(True):
-        return battery_case(name, target())
-
-
-def decode(name: str, prompts=PROMPTS, **settings) -> Generation:
-    drafter, params = case(name)
-    return generate(target(), prompts, drafter=drafter, drafter_params=params, capacity=CAPACITY, **settings)
-
-
-def room(drafter: Drafter, prompt: list[int]) -> int:
-    """New tokens of a request that fills the cache to its last slot."""
-    return CAPACITY - drafter.max_depth - 1 - len(prompt)
-
-
-def full_limits(drafter: Drafter) -> list[int]:
-    """Different limits for every row; the first row's request fills the cache to its last slot."""
-    return [room(drafter, PROMPTS[0]), 500, 430, 571]
-
-
-@functools.cache
-def long_run(name: str) -> Generation:
-    with jax.enable_x64(True):
-        return decode(name, max_new_tokens=full_limits(case(name)[0]))
-
-
-@functools.cache
-def long_sampled_run(name: str) -> Generation:
-    with jax.enable_x64(True):
-        return decode(name, max_new_tokens=[200, 150, 180, 130], sampling=SAMPLINGS, seeds=[3, 1, 4, 1])
+# Those that show what a batch of one row and a third sampling mode are: heads with a cache of their own, drawn drafts.
+two_drafters = pytest.mark.parametrize("name", ["hydra++", "draft chain"])
 
 
 # 1. Greedy output is plain greedy output.
@@ -116,7 +93,7 @@ def test_greedy_fills_ragged_rows_with_the_plain_text(name: str) -> None:
         assert accepted[0] > 100 and accepted[1] > 10, "a case whose drafts are never accepted proves nothing"
 
 
-@each_drafter
+@two_drafters
 def test_greedy_of_one_row(name: str) -> None:
     assert decode(name, PROMPTS[:1], max_new_tokens=400).tokens[0] == long_run("none").tokens[0][:400]
 
@@ -165,8 +142,9 @@ def test_stops_at_every_tree_position(name: str) -> None:
 @each_drafter
 def test_stop_may_be_the_first_token(name: str) -> None:
     first = long_run("none").tokens[0][0]
-    generation = decode(name, PROMPTS[:1], max_new_tokens=50, stop=[[first]])
-    assert generation.tokens == [[first]] and generation.stats[0].steps == 0
+    generation = decode(name, max_new_tokens=50, stop=[[first]])
+    assert generation.tokens == [cut_after(text[:50], [first]) for text in long_run("none").tokens]
+    assert generation.tokens[0] == [first] and generation.stats[0].steps == 0
 
 
 def changed(change, params):
@@ -182,8 +160,9 @@ def changed(change, params):
 def test_sampled_output_is_that_of_the_seed(name: str) -> None:
     generation, plain = long_sampled_run(name), long_sampled_run("none")
     if case(name)[0].rule(greedy=False) in SAMPLED_RULES:
-        again = decode(name, PROMPTS[2:3], max_new_tokens=[180], sampling=SAMPLINGS[2:3], seeds=[4])
-        assert again.tokens == generation.tokens[2:3] and generation.tokens != plain.tokens
+        again = decode(name, PROMPTS[::-1], max_new_tokens=130, sampling=SAMPLINGS[::-1], seeds=[1, 4, 1, 3])
+        assert again.tokens == [text[:130] for text in generation.tokens[::-1]]
+        assert generation.tokens != plain.tokens
     else:
         assert generation.tokens == plain.tokens
     assert all(len(set(tokens)) > 3 for tokens in generation.tokens)
@@ -196,11 +175,10 @@ def test_sampled_output_is_that_of_the_seed(name: str) -> None:
 
 @each_drafter
 def test_garbage_is_exact(name: str) -> None:
-    drafter, params = case(name)
+    params = case(name)[1]
     rng = np.random.default_rng(1)
     garbage = changed(lambda leaf: jnp.asarray(5 * rng.normal(size=leaf.shape), leaf.dtype), params)
-    arguments = dict(drafter=drafter, drafter_params=garbage, capacity=CAPACITY)
-    generation = generate(target(), PROMPTS, max_new_tokens=120, **arguments)
+    generation = decode(name, params=garbage, max_new_tokens=120)
     assert generation.tokens == [text[:120] for text in long_run("none").tokens]
 
 
@@ -251,59 +229,13 @@ def test_branches_other_than_the_first_are_accepted(name: str) -> None:
     if not is_replayable(drafter):
         pytest.skip("has no static tree")
     visits = sum(stats.accepted_by_node for stats in long_run(name).stats)
-    ranks = {path[0] for path, count in zip(drafter.tree.paths, visits[1:], strict=True) if count}
-    assert ranks == {path[0] for path in drafter.tree.paths}
-    assert any(count and path[-1] for path, count in zip(drafter.tree.paths, visits[1:], strict=True) if len(path) > 1)
+    paths = drafter.ranked_tree.paths
+    ranks = {path[0] for path, count in zip(paths, visits[1:], strict=True) if count}
+    assert ranks == {path[0] for path in paths}
+    assert any(count and path[-1] for path, count in zip(paths, visits[1:], strict=True) if len(path) > 1)
 
 
 # 4 and 5. What a step computes is what a whole forward computes; what it leaves behind is what prefill would.
-
-
-@dataclasses.dataclass(frozen=True)
-class Seen:
-    """A copy on the host of what the loop carries."""
-
-    tokens: np.ndarray
-    length: np.ndarray
-    done: np.ndarray
-    cache: Any
-    drafter: Any
-
-    @classmethod
-    def of(cls, state: loop.DecodeState) -> "Seen":
-        return cls(**{f.name: jax.tree.map(np.array, getattr(state, f.name)) for f in dataclasses.fields(cls)})
-
-
-@dataclasses.dataclass(frozen=True)
-class Step:
-    """What was there before and after one step of the loop."""
-
-    before: Seen
-    after: Seen
-
-
-@functools.cache
-def steps(name: str) -> tuple[list[Step], loop.Request]:
-    """Every step of a short decode, looked at by running the loop one step at a time."""
-    drafter, params = case(name)
-    seen, requests = [], []
-    run = loop.run
-
-    def watched(config, drafter, params, drafter_params, state, request, *rest):
-        before = Seen.of(state)
-        after = run(config, drafter, params, drafter_params, state, request, *rest)
-        seen.append(Step(before, Seen.of(after)))
-        requests.append(request)
-        return after
-
-    arguments = dict(
-        drafter=Recorder(drafter), drafter_params=params, capacity=CAPACITY, max_new_tokens=[30, 25, 33, 9]
-    )
-    with jax.enable_x64(True), pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop, "run", watched)
-        generation = generate(target(), PROMPTS, stream_every=1, on_tokens=lambda *_: None, **arguments)
-    assert generation.tokens[0] == long_run("none").tokens[0][:30]
-    return seen, requests[0]
 
 
 @each_drafter
@@ -317,18 +249,20 @@ def test_every_node_scores_like_a_plain_forward_over_its_root_path(name: str) ->
                 paths.append(text + recorded["tokens"][row, np.flatnonzero(seen)].tolist())
                 scores.append(recorded["logits"][row, node])
     assert len(paths) > 25 * case(name)[0].max_nodes
-    width = max(map(len, paths))
-    padded = np.array([path + [0] * (width - len(path)) for path in paths])
-    logits = np.asarray(target().apply(padded).logits)
-    expected = logits[np.arange(len(paths)), np.array([len(path) - 1 for path in paths])]
-    np.testing.assert_allclose(np.array(scores), expected, rtol=0, atol=1e-9)
+    for first in range(0, len(paths), 256):  # In pieces of one shape, for one program to serve every drafter.
+        part = paths[first : first + 256]
+        padded = np.zeros((256, 64), np.int32)
+        for row, path in enumerate(part):
+            padded[row, : len(path)] = path
+        logits = np.asarray(target().apply(padded).logits)
+        expected = logits[np.arange(len(part)), np.array([len(path) - 1 for path in part])]
+        np.testing.assert_allclose(np.array(scores[first : first + 256]), expected, rtol=0, atol=1e-9)
 
 
 @each_drafter
 def test_cache_after_commit_is_a_fresh_prefill(name: str) -> None:
     seen, _ = steps(name)
-    text = jnp.array(seen[-1].after.tokens[:, :64])
-    rows = transformer.forward(target().config, target().params, text, Layout.causal(*text.shape)).rows
+    rows = target().apply(seen[-1].after.tokens[:, :64]).rows
     for step in seen:
         for layer, fresh in zip(step.after.cache, rows, strict=True):
             for kind, axis in SLOTS.items():
@@ -352,17 +286,13 @@ def read_by(drafter: Drafter, length: np.ndarray) -> np.ndarray:
 
 @each_drafter
 def test_drafter_state_is_that_of_the_committed_text(name: str) -> None:
-    drafter, params = case(name)
+    drafter, _ = case(name)
     if learns_from_rejected_nodes(drafter):
         pytest.skip("its state depends on the steps, too: see the replay of the same steps")
     seen, request = steps(name)
     for step in (seen[0], seen[len(seen) // 2], seen[-1]):
-        text, length = jnp.array(step.after.tokens[:, :64]), jnp.array(step.after.length)
-        state = loop.init_state(target().config, Recorder(drafter), len(PROMPTS), CAPACITY, jnp.float64)
-        hidden = jnp.zeros((len(PROMPTS), target().config.width))
-        whole = request.replace(prompt_length=length)
-        arguments = (target().config, Recorder(drafter), target().params, params, state, hidden, whole, text)
-        rebuilt = loop.prefill_chunk(*arguments)[0].drafter["inner"]
+        text, length = step.after.tokens, step.after.length
+        rebuilt = prefilled(name, text, request, [(first, length) for first in (0, 16, 32)])[0].drafter["inner"]
         kept = step.after.drafter["inner"]
         assert jax.tree.structure(kept) == jax.tree.structure(rebuilt)
         read = read_by(drafter, length)
@@ -374,35 +304,26 @@ def test_drafter_state_is_that_of_the_committed_text(name: str) -> None:
 @each_drafter
 def test_replay_of_the_same_steps_rebuilds_the_drafter_state(name: str) -> None:
     """From a prefill in other chunks, and with rubbish wherever the text buffer and the cache hold no text."""
-    drafter, params = case(name)
+    drafter, _ = case(name)
     seen, request = steps(name)
-
-    def blank() -> loop.DecodeState:
-        return loop.init_state(target().config, Recorder(drafter), len(PROMPTS), CAPACITY, jnp.float64)
-
     first = seen[0].before
     text = np.where(np.arange(CAPACITY) < first.length[:, None], first.tokens, 11)
-    state = dataclasses.replace(blank(), tokens=jnp.array(text, jnp.int32))
-    hidden = jnp.zeros((len(PROMPTS), target().config.width))
-    whole = dataclasses.replace(request, prompt_length=jnp.array(first.length))
-    for chunk in (slice(0, 4), slice(4, 12)):
-        arguments = (target().config, Recorder(drafter), target().params, params, state, hidden, whole)
-        state, hidden = loop.prefill_chunk(*arguments, jnp.array(text[:, chunk], jnp.int32))
-    replayed = state.drafter
+    # Four tokens, then the rest, in chunks of the usual size of which not all is read.
+    state, hidden = prefilled(name, text, request, [(0, np.minimum(first.length, 4)), (4, first.length)])
+    replayed = loop.begin(models(name), state, hidden, request).drafter
     for step in seen:
         before, length = step.before, step.before.length[:, None]
         committed = {kind: np.arange(CAPACITY) < length[:, :, None, None] for kind in SLOTS}
         committed["v"] = committed["v"].swapaxes(2, 3)
+        empty = blank(name, np.where(np.arange(CAPACITY) <= length, before.tokens, 11))
         dirty = dataclasses.replace(
-            blank(),
-            tokens=jnp.array(np.where(np.arange(CAPACITY) <= length, before.tokens, 11), jnp.int32),
-            length=jnp.array(before.length),
-            done=jnp.array(before.done),
+            empty,
+            text=dataclasses.replace(empty.text, length=jnp.array(before.length), done=jnp.array(before.done)),
+            slots=jnp.array(before.length),
             cache=[{k: jnp.array(np.where(committed[k], layer[k], 1e3)) for k in SLOTS} for layer in before.cache],
             drafter=replayed,
         )
-        prepared = loop.prepare(Recorder(drafter), params)
-        after = loop.run(target().config, Recorder(drafter), target().params, prepared, dirty, request, np.int32(1))
+        after = loop.run(models(name), dirty, request, np.int32(1))
         replayed = jax.tree.map(np.array, after.drafter)
         for ours, theirs in zip(*map(jax.tree.leaves, (replayed["inner"], step.after.drafter["inner"])), strict=True):
             ends = read_by(drafter, step.after.length)
@@ -420,10 +341,12 @@ def test_teacher_forced_replay_counts_the_same_hits(name: str, run) -> None:
     if not is_replayable(drafter):
         pytest.skip("has no training-time forward, or a tree that is not static")
     generation = run(name)
-    counted = sum(stats.accepted_by_depth for stats in generation.stats)
-    assert replay_acceptance(target(), drafter, params, PROMPTS, generation).tolist() == counted.tolist()
+    counted = [stats.accepted_by_depth.tolist() for stats in generation.stats]
+    # Padded to the length of the longest run, for one program to serve both.
+    replay = functools.partial(replay_acceptance, target(), drafter, generation=generation, prompts=PROMPTS)
+    assert replay(params=params, length=CAPACITY).tolist() == counted
     other = changed(lambda leaf: leaf + 0.1 * jnp.cos(jnp.arange(leaf.size)).reshape(leaf.shape), params)
-    assert replay_acceptance(target(), drafter, other, PROMPTS, generation).tolist() != counted.tolist()
+    assert replay(params=other, length=CAPACITY).tolist() != counted
 
 
 def test_heads_read_embeddings_that_are_not_scaled() -> None:
@@ -431,30 +354,54 @@ def test_heads_read_embeddings_that_are_not_scaled() -> None:
     scaled = dataclasses.replace(target(), config=dataclasses.replace(target().config, embed_scale=True))
     drafter, params = case("hydra")
     generation = generate(scaled, PROMPTS, drafter=drafter, drafter_params=params, max_new_tokens=60)
-    counted = sum(stats.accepted_by_depth for stats in generation.stats)
-    assert replay_acceptance(scaled, drafter, params, PROMPTS, generation).tolist() == counted.tolist()
+    counted = [stats.accepted_by_depth.tolist() for stats in generation.stats]
+    assert replay_acceptance(scaled, drafter, params, PROMPTS, generation).tolist() == counted
 
     root, feature = jnp.arange(12), jax.random.normal(jax.random.key(0), (12, scaled.config.width))
-    empty = jnp.zeros(12, jnp.int32), jnp.zeros((12, 1), jnp.int32)
+    empty = Place.of_text(jnp.zeros(12, jnp.int32)), jnp.zeros((12, 1), jnp.int32)
     view = TargetView(scaled.config, scaled.params, [], *empty, batch_sampling([Sampling()] * 12))
-    tree, _ = drafter.draft(drafter.prepare(params), view, {"feature": feature}, root, None)
+    tree, _ = drafter.draft(drafter.for_decoding(params), view, {"feature": feature}, root, None)
     path = scaled.params["embed"]["embedding"][root][:, None]
     scores = drafter.heads.vocab(params, 0, drafter.heads.hidden(params, 0, feature, path))
-    children = np.asarray(tree.tokens)[:, drafter.tree.level(1)]
+    children = np.asarray(tree.tokens)[:, drafter.ranked_tree.level(1)]
     assert np.array_equal(children, np.argsort(-scores, axis=-1)[:, : children.shape[1]])
 
 
-# 7. One compilation per bucket.
+# 7. One compilation per bucket, which talks to no host and copies no cache.
 
 
 @each_drafter
 def test_one_compilation_per_bucket(name: str) -> None:
     plain, sampled = long_run(name), long_sampled_run(name)
-    before = loop.run._cache_size(), loop.prefill_chunk._cache_size()
+    before = programs()
     decode(name, [[5], [6, 7], [8], [9] * 12], max_new_tokens=[3, 40, 5, 1], stop=[[1], [2, 3], [4] * 5])
     decode(name, max_new_tokens=9, stop=[], stream_every=3, on_tokens=lambda *_: None, seeds=[9, 8, 7, 6])
     decode(name, max_new_tokens=7, sampling=Sampling(temperature=2.0, top_p=0.3), seeds=11)
-    assert (loop.run._cache_size(), loop.prefill_chunk._cache_size()) == before
+    assert programs() == before
     assert plain.tokens and sampled.tokens
+
+
+@two_drafters
+def test_another_sampling_mode_is_another_loop_and_nothing_else(name: str) -> None:
+    long_sampled_run(name)
+    before = programs()
     decode(name, max_new_tokens=7, sampling=Sampling(temperature=2.0, min_p=0.3))
-    assert loop.run._cache_size() == before[0] + 1, "another static sampling mode must be seen as a compilation"
+    assert programs() == [before[0] + 1, *before[1:]]
+
+
+@each_drafter
+def test_loop_stays_on_the_device_and_copies_no_cache(name: str) -> None:
+    """Read off the program that decodes: lowered again it is the one that was compiled."""
+    long_sampled_run(name)
+    request = steps(name)[1]
+    sampling = batch_sampling(SAMPLINGS)
+    state = blank(name, np.zeros((len(PROMPTS), 1), np.int32))
+    arguments = models(name), state, dataclasses.replace(request, sampling=sampling), np.int32(1)
+    with shapes_for_arrays(loop.Models, loop.DecodeState, Text, Counters, Request, SamplingParameters):
+        text = loop.run.lower(*arguments).compile().as_text()
+    assert text.count("while(") >= 1 and inside_loops(text)
+    config = target().config
+    cache = len(PROMPTS), config.num_kv_heads, CAPACITY, config.head_dim
+    assert f"f64[{','.join(map(str, cache))}]" in text
+    assert not HOST.findall(text)
+    assert whole_copies(text, "f64", math.prod(cache)) == []

@@ -52,7 +52,7 @@ def test_round_trip(name: str, target: Target, tmp_path: pathlib.Path) -> None:
     save_drafter(tmp_path / "heads", drafter, params, target.fingerprint())
     loaded, loaded_params = load_drafter(tmp_path / "heads", target)
     assert loaded == drafter and hash(loaded) == hash(drafter)
-    fused = drafter.fuse(params)
+    fused = drafter.for_decoding(params)
     assert jax.tree.structure(loaded_params) == jax.tree.structure(fused)
     jax.tree.map(np.testing.assert_array_equal, loaded_params, fused)
     files = ["drafter.json", "model.safetensors"] if jax.tree.leaves(params) else ["drafter.json"]
@@ -72,11 +72,10 @@ def test_bare_names(target: Target) -> None:
 def test_combinations(saved: pathlib.Path, target: Target) -> None:
     heads, params = load_drafter(saved, target)
     both, both_params = load_drafter(f"prompt_lookup+{saved}", target)
-    assert both == FirstOf(PromptLookup(), heads) and both_params["first"] is None
-    jax.tree.map(np.testing.assert_array_equal, both_params["second"], params)
+    assert both == FirstOf((PromptLookup(), heads)) and both_params[0] is None
+    jax.tree.map(np.testing.assert_array_equal, both_params[1], params)
     three, three_params = load_drafter("prompt_lookup+token_recycling+early_exit:2", target)
-    assert three == FirstOf(FirstOf(PromptLookup(), TokenRecycling()), EarlyExit(2))
-    assert three_params == {"first": {"first": None, "second": None}, "second": None}
+    assert three == FirstOf((PromptLookup(), TokenRecycling(), EarlyExit(2))) and three_params == [None] * 3
     for spec in (
         "prompt_lookup+",
         "prompt_lookup+absent",
@@ -87,6 +86,21 @@ def test_combinations(saved: pathlib.Path, target: Target) -> None:
     ):
         with pytest.raises(UserError, match="is neither a drafter directory"):
             load_drafter(spec, target)
+
+
+def test_a_pair_of_version_01_is_read(saved: pathlib.Path, target: Target, tmp_path: pathlib.Path) -> None:
+    """Its parts were called first and second, and might be pairs themselves."""
+    heads, params = load_drafter(saved, target)
+    lookup, recycling = describe(PromptLookup()), describe(TokenRecycling())
+    pair = {"method": "first_of", "first": lookup, "second": {"method": "first_of", "first": describe(heads)}}
+    pair["second"]["second"] = recycling
+    (tmp_path / "pair").mkdir()
+    (tmp_path / "pair" / "drafter.json").write_text(json.dumps({**pair, "base": target.fingerprint()}))
+    tensors = {f"second.first.{name}": tensor for name, tensor in load_file(saved / "model.safetensors").items()}
+    save_file(tensors, tmp_path / "pair" / "model.safetensors")
+    read, (none, of_heads, nor) = load_drafter(tmp_path / "pair", target)
+    assert read == FirstOf((PromptLookup(), heads, TokenRecycling())) and none is nor is None
+    jax.tree.map(np.testing.assert_array_equal, of_heads, params)
 
 
 def test_tree_is_replaced_alone(saved: pathlib.Path, target: Target) -> None:

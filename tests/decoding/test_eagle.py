@@ -42,7 +42,7 @@ def test_sampled_children_are_lossless(name: str) -> None:
 def test_joined_kernels_draft_the_same(name: str) -> None:
     target = random_target(vocab_size=12)
     drafter, params = CASES[name](target, jax.random.key(7))
-    joined = drafter.fuse(params)
+    joined = drafter.for_decoding(params)
     assert set(joined["layer"]["attention"]) == {"q_k_v", "o"} and set(joined["layer"]["mlp"]) == {"gate_up", "down"}
     both = [
         generate(target, [[1, 2, 3], [4]], drafter=drafter, drafter_params=p, max_new_tokens=60)

@@ -8,6 +8,7 @@ import pytest
 from decoding.drafter import TargetView
 from decoding.drafters.early_exit import EarlyExit
 from decoding.generate import generate
+from decoding.place import Place
 from decoding.policies import Static
 from decoding.sampling import Sampling, batch_sampling
 from decoding.trees import chain
@@ -28,7 +29,9 @@ def test_candidates_are_the_best_of_the_first_layers(layers: int) -> None:
     text = jnp.array(np.random.default_rng(0).integers(0, 12, (2, 20)), jnp.int32)
     length = jnp.array([9, 1], jnp.int32)
     cache = transformer.forward(target.config, target.params, text, Layout.causal(2, 20)).rows
-    view = TargetView(target.config, target.params, cache, length, text, batch_sampling([Sampling()] * 2))
+    view = TargetView(
+        target.config, target.params, cache, Place.of_text(length), text, batch_sampling([Sampling()] * 2)
+    )
     root = jnp.take_along_axis(text, length[:, None], axis=1)[:, 0]
     tree, _ = drafter.draft(None, view, (), root, jax.vmap(jax.random.key)(jnp.arange(2)))
     for row in range(2):

@@ -18,6 +18,7 @@ from decoding.drafters.plain import Plain
 from decoding.drafters.prompt_lookup import PromptLookup
 from decoding.drafters.token_recycling import TokenRecycling
 from decoding.generate import generate
+from decoding.place import Place
 from decoding.policies import Static
 from decoding.sampling import Sampling, batch_sampling
 from decoding.trees import TokenTree, chain
@@ -77,25 +78,26 @@ class Told(Drafter):
 def view(batch: int) -> TargetView:
     target = random_target(vocab_size=12)
     zero = jnp.zeros(batch, jnp.int32)
-    return TargetView(target.config, target.params, [], zero + 3, jnp.zeros((batch, 9), jnp.int32), SAMPLINGS)
+    place = Place.of_text(zero + 3)
+    return TargetView(target.config, target.params, [], place, jnp.zeros((batch, 9), jnp.int32), SAMPLINGS)
 
 
 SAMPLINGS = batch_sampling([Sampling()])
-GUESSES = {"first": [[5, -1, -1], [-1, -1, -1]], "second": [[1, 2, 3], [4, 6, -1]]}
+GUESSES = [[5, -1, -1], [-1, -1, -1]], [[1, 2, 3], [4, 6, -1]]
 
 
-def both() -> dict:
-    return {name: jnp.array(guess, jnp.int32) for name, guess in GUESSES.items()}
+def both() -> list:
+    return [jnp.array(guess, jnp.int32) for guess in GUESSES]
 
 
 @pytest.mark.parametrize("sizes", [(3, 2), (1, 3)])
 def test_a_row_without_candidates_gets_the_second_tree(sizes: tuple[int, int]) -> None:
-    drafter = FirstOf(Told(sizes[0]), Told(sizes[1]))
+    drafter = FirstOf((Told(sizes[0]), Told(sizes[1])))
     roots = jnp.array([7, 8], jnp.int32)
-    tree, drafted = drafter.draft(both(), view(2), {"first": (), "second": ()}, roots, None)
+    tree, drafted = drafter.draft(both(), view(2), [(), ()], roots, None)
     assert drafted is None, "neither kept anything"
     assert drafter.max_nodes == 4 and drafter.max_depth == 3 and drafter.taps == ("pre_norm",)
-    expected = [[7, *GUESSES["first"][0][: sizes[0]]], [8, *GUESSES["second"][1][: sizes[1]]]]
+    expected = [[7, *GUESSES[0][0][: sizes[0]]], [8, *GUESSES[1][1][: sizes[1]]]]
     for row, tokens in enumerate(expected):
         valid = [token >= 0 for token in tokens]
         assert tree.valid[row].tolist() == valid + [False] * (4 - len(tokens))
@@ -110,19 +112,19 @@ def test_a_row_without_candidates_gets_the_second_tree(sizes: tuple[int, int]) -
 
 
 def test_rule_of_the_joined_tree() -> None:
-    point, match = (FirstOf(Told(2, "point"), Told(2, rule)) for rule in ("point", "match"))
-    state, roots = {"first": (), "second": ()}, jnp.array([7, 8], jnp.int32)
+    point, match = (FirstOf((Told(2, "point"), Told(2, rule))) for rule in ("point", "match"))
+    state, roots = [(), ()], jnp.array([7, 8], jnp.int32)
     assert point.draft(both(), view(2), state, roots, None)[0].rule == "point"
     assert match.draft(both(), view(2), state, roots, None)[0].rule == "match"
-    for drafter in (FirstOf(Told(2, "swor"), Told(2)), FirstOf(Told(2), Told(2, "swor"))):
+    for drafter in (FirstOf((Told(2, "swor"), Told(2))), FirstOf((Told(2), Told(2, "swor")))):
         with pytest.raises(UserError, match=r"told cannot be combined with another drafter.*rule 'swor'"):
             drafter.rule(greedy=False)
 
 
 def test_a_sampled_rule_is_refused_before_anything_is_computed(monkeypatch: pytest.MonkeyPatch) -> None:
     target = random_target(vocab_size=12)
-    drafter = FirstOf(PromptLookup(depth=2), DraftModel(target.config, Static(chain(2), "without")))
-    params = {"first": None, "second": target.params}
+    drafter = FirstOf((PromptLookup(depth=2), DraftModel(target.config, Static(chain(2), "without"))))
+    params = [None, target.params]
     assert drafter.rule(greedy=True) == "match"
     monkeypatch.delattr(loop, "init_state")
     with pytest.raises(UserError, match=r"draft_model cannot be combined with another drafter.*rule 'swor'"):
@@ -131,8 +133,8 @@ def test_a_sampled_rule_is_refused_before_anything_is_computed(monkeypatch: pyte
 
 def test_the_second_is_skipped_when_no_row_needs_it() -> None:
     """Under the conditional's predicate, a draft that would be wrong is never looked at."""
-    text = jax.jit(lambda params, state, root: FirstOf(Told(2), Told(3)).draft(params, view(2), state, root, None)[0])
-    lowered = text.lower(both(), {"first": (), "second": ()}, jnp.array([7, 8], jnp.int32)).as_text()
+    text = jax.jit(lambda params, state, root: FirstOf((Told(2), Told(3))).draft(params, view(2), state, root, None)[0])
+    lowered = text.lower(both(), [(), ()], jnp.array([7, 8], jnp.int32)).as_text()
     assert lowered.count("stablehlo.case") == 1
 
 
@@ -145,8 +147,8 @@ def test_riders_of_both_reach_their_drafters() -> None:
             seen[self.riding] = output
             return state
 
-    drafter = FirstOf(Watcher(1, riding=2), Watcher(2, riding=3))
-    state, target = {"first": (), "second": ()}, view(2)
+    drafter = FirstOf((Watcher(1, riding=2), Watcher(2, riding=3)))
+    state, target = [(), ()], view(2)
     tree, _ = drafter.draft(both(), target, state, jnp.array([7, 8], jnp.int32), None)
     riders = drafter.riders(both(), target, state, tree)
     assert drafter.num_riders == 5 == riders.tokens.shape[1]
@@ -172,43 +174,58 @@ def test_each_learns_from_what_the_other_drafted() -> None:
     target = random_target(vocab_size=12)
     arguments = dict(max_new_tokens=30, stop=[], sampling=Sampling(temperature=1.0))
     plain = generate(target, PROMPTS, **arguments)
-    drafter = FirstOf(PromptLookup(depth=3), FirstOf(TokenRecycling(LOPSIDED), Lookahead(3, 4, 2)))
+    drafter = FirstOf((PromptLookup(depth=3), TokenRecycling(LOPSIDED), Lookahead(3, 4, 2)))
     generation = generate(target, PROMPTS, drafter=drafter, **arguments)
     assert generation.tokens == plain.tokens
-    assert generation.memory["first"] is None and generation.memory["second"]["second"] is None
-    table = np.asarray(generation.memory["second"]["first"])
+    assert generation.memory[0] is None and generation.memory[2] is None
+    table = np.asarray(generation.memory[1])
     for row, new in enumerate(generation.tokens):
         for token in set(new[:-1]):
             assert table[row, token].min() >= 0, "every root was a node, whoever drafted"
     warm = generate(target, PROMPTS, drafter=drafter, memory=generation.memory, **arguments)
     assert warm.tokens == plain.tokens
     assert sum(stats.steps for stats in warm.stats) < sum(stats.steps for stats in generation.stats)
-    assert generate(target, PROMPTS, drafter=FirstOf(Plain(), Plain()), **arguments).memory is None
+    assert generate(target, PROMPTS, drafter=FirstOf((Plain(), Plain())), **arguments).memory is None
 
 
-def test_a_combination_of_three_tells_each_what_became_of_the_tree() -> None:
-    """Only the drafter that kept something of its own tree reads new text as it read the prompt, wherever it sits."""
-    seen = {}
+@pytest.mark.parametrize("candidates", [(0, 1, 2), (1, 2), (2,), ()], ids=str)
+def test_a_combination_of_three_asks_one_after_the_other(candidates: tuple[int, ...]) -> None:
+    guesses = [jnp.full((1, 2), 5 + i if i in candidates else -1, jnp.int32) for i in range(3)]
+    drafter = FirstOf((Told(2), Told(2), Told(2)))
+    tree, _ = drafter.draft(guesses, view(1), [(), (), ()], jnp.array([7], jnp.int32), None)
+    assert tree.valid[0].tolist() == [True, bool(candidates), bool(candidates)]
+    assert not candidates or tree.tokens[0].tolist() == [7, 5 + candidates[0], 5 + candidates[0]]
+
+
+def test_each_is_told_where_text_comes_from() -> None:
+    """The prompt is the prompt to all; what the joined tree became is to each what another wrote."""
+    seen = []
 
     @dataclasses.dataclass(frozen=True)
     class Watched(Told):
-        keeps: bool = False
-
         def draft(self, params, target, state, root, keys):
-            return super().draft(params, target, state, root, keys)[0], jnp.zeros(2) if self.keeps else None
+            return super().draft(params, target, state, root, keys)[0], jnp.zeros(2)
 
         def ingest(self, params, target, state, rows):
-            seen[self.depth] = rows.nodes is not None
+            seen.append((rows.source, rows.nodes is None, rows.drafted is None))
             return state
 
-    drafter = FirstOf(FirstOf(Watched(1), Watched(2, keeps=True)), Watched(3))
-    params = {"first": {"first": both()["first"], "second": both()["second"]}, "second": both()["second"]}
-    state = {"first": {"first": (), "second": ()}, "second": ()}
-    roots = jnp.array([7, 8], jnp.int32)
+    drafter = FirstOf((Watched(1), Watched(2), Watched(3)))
+    params, state, roots = [*both(), both()[1]], [(), (), ()], jnp.array([7, 8], jnp.int32)
+    assert drafter.ingests and not drafter.begins
     _, drafted = drafter.draft(params, view(2), state, roots, None)
-    rows = TrueRows(roots[:, None], jnp.array([3, 3]), jnp.array([1, 1]), {}, jnp.zeros((2, 1), jnp.int32), drafted)
-    drafter.ingest(params, view(2), state, rows)
-    assert seen == {1: True, 2: False, 3: True}
+    assert drafted is None
+    place, one = Place.of_text(jnp.array([3, 3])), jnp.array([1, 1])
+    for source, nodes in (("prompt", None), ("own", jnp.zeros((2, 1), jnp.int32))):
+        drafter.ingest(params, view(2), state, TrueRows(roots[:, None], place, one, {}, source, nodes, drafted))
+    assert seen == [("prompt", True, True)] * 3 + [("other", True, True)] * 3
+
+
+def test_what_is_no_combination_is_refused() -> None:
+    with pytest.raises(UserError, match="at least two drafters, got 1"):
+        FirstOf((Plain(),))
+    with pytest.raises(UserError, match="holds a combination"):
+        FirstOf((FirstOf((Plain(), Plain())), Plain()))
 
 
 @pytest.mark.parametrize("order", ["first", "second"])
@@ -217,11 +234,9 @@ def test_a_draft_model_keeps_up_with_text_that_it_did_not_draft(order: str) -> N
     target = random_target(vocab_size=12)
     model = DraftModel(target.config, Static(chain(3), "top"))
     lookup = PromptLookup(depth=2, ngram=3)
-    parts = {"second": model, "first": lookup} if order == "second" else {"first": model, "second": lookup}
-    params = {"first": None, "second": None} | {order: target.params}
-    generation = generate(
-        target, PROMPTS, drafter=FirstOf(**parts), drafter_params=params, max_new_tokens=61, stop=[], seeds=3
-    )
+    parts = {lookup: None, model: target.params} if order == "second" else {model: target.params, lookup: None}
+    drafter, params = FirstOf(tuple(parts)), list(parts.values())
+    generation = generate(target, PROMPTS, drafter=drafter, drafter_params=params, max_new_tokens=61, stop=[], seeds=3)
     assert generation.tokens == generate(target, PROMPTS, max_new_tokens=61, stop=[]).tokens
     for prompt, new, stats in zip(PROMPTS, generation.tokens, generation.stats, strict=True):
         if order == "first":
@@ -248,8 +263,8 @@ def test_joined_trees_may_differ_in_width() -> None:
     assert np.array_equal(tree.ancestors[0], BUSHY.ancestors)
 
 
-def test_both_are_checked() -> None:
+def test_all_are_checked() -> None:
     target = random_target(vocab_size=12)
-    for drafter in (FirstOf(PromptLookup(depth=0), Plain()), FirstOf(Plain(), PromptLookup(depth=0))):
+    for drafter in (FirstOf((PromptLookup(depth=0), Plain())), FirstOf((Plain(), PromptLookup(depth=0)))):
         with pytest.raises(UserError, match="prompt_lookup needs depth of at least 1"):
             drafter.check(target.config)

@@ -177,7 +177,7 @@ def test_memory_goes_only_where_it_was_kept(target: Target, drafter: dict) -> No
     assert generate(target, PROMPTS, max_new_tokens=5, **drafter).memory is None
     with pytest.raises(UserError, match="hydra keeps nothing between requests"):
         generate(target, PROMPTS, max_new_tokens=5, memory=first.memory, **drafter)
-    pair = FirstOf(recycling, recycling)
+    pair = FirstOf((recycling, recycling))
     with pytest.raises(UserError, match="needs the memory of a combination"):
         generate(target, PROMPTS, drafter=pair, max_new_tokens=5, memory=first.memory)
 

@@ -11,9 +11,12 @@ from decoding import loop
 from decoding.drafter import Riders, TargetView
 from decoding.drafters.lookahead import Lookahead, merged_chains, remember, staircase
 from decoding.generate import generate
+from decoding.place import Place
+from decoding.request import Request
 from decoding.sampling import Sampling, batch_sampling
 from decoding.verify import verify
 from models import transformer
+from models.attention import Sources
 from models.errors import UserError
 from models.layout import Layout
 from tests.decoding.drafter_cases import cyclic_target, random_target
@@ -103,7 +106,9 @@ def a_step(drafter: Lookahead):
     text = jnp.array(rng.integers(0, 12, (2, 40)), jnp.int32)
     length = jnp.array([9, 6], jnp.int32)
     whole = transformer.forward(target.config, target.params, text, Layout.causal(2, 40))
-    view = TargetView(target.config, target.params, whole.rows, length, text, batch_sampling([Sampling()] * 2))
+    view = TargetView(
+        target.config, target.params, whole.rows, Place.of_text(length), text, batch_sampling([Sampling()] * 2)
+    )
     state = drafter.init(target.config, 2, 40, jnp.float64)
     window = jnp.array(rng.integers(0, 12, state["window"].shape), jnp.int32)
     pool = jnp.array(rng.integers(0, 12, state["pool"].shape), jnp.int32)
@@ -117,8 +122,8 @@ def test_each_rider_scores_like_a_plain_forward_over_its_column() -> None:
     drafter = Lookahead(window=4, ngram=4, guesses=2)
     target, view, state, tree, riders = a_step(drafter)
     assert riders.tokens.shape == (2, drafter.num_riders) == (2, 11)
-    tokens, layout = loop.verify_rows(tree, riders, view.length)
-    out = transformer.forward(target.config, target.params, tokens, layout, view.cache)
+    tokens, layout = loop.verify_rows(tree, riders, view.place)
+    out = transformer.forward(target.config, target.params, tokens, layout, Sources(view.cache))
     for row, length in enumerate(view.length.tolist()):
         window = np.array(state["window"][row])
         window[0, 0] = view.text[row, length]
@@ -138,8 +143,8 @@ def test_riders_change_no_row_of_the_tree() -> None:
     target, view, _, tree, riders = a_step(Lookahead(window=4, ngram=4, guesses=2))
 
     def logits(riders: Riders | None):
-        tokens, layout = loop.verify_rows(tree, riders, view.length)
-        out = transformer.forward(target.config, target.params, tokens, layout, view.cache)
+        tokens, layout = loop.verify_rows(tree, riders, view.place)
+        out = transformer.forward(target.config, target.params, tokens, layout, Sources(view.cache))
         return np.asarray(out.logits[:, : tree.tokens.shape[1]])
 
     others = dataclasses.replace(riders, tokens=(riders.tokens + 5) % 12)
@@ -150,8 +155,8 @@ def test_riders_change_no_row_of_the_tree() -> None:
 def test_a_step_finds_one_ngram_per_column() -> None:
     drafter = Lookahead(window=4, ngram=4, guesses=2)
     target, view, state, tree, riders = a_step(drafter)
-    tokens, layout = loop.verify_rows(tree, riders, view.length)
-    out = transformer.forward(target.config, target.params, tokens, layout, view.cache)
+    tokens, layout = loop.verify_rows(tree, riders, view.place)
+    out = transformer.forward(target.config, target.params, tokens, layout, Sources(view.cache))
     keys = jax.vmap(jax.random.key)(jnp.arange(2))
     verdict = verify(tree, out.logits, view.sampling, keys, view.length, drafter.max_depth)
     after = drafter.observe(None, view, state, tree, out, verdict, jnp.array([True, False]))
@@ -171,19 +176,18 @@ def test_prompt_fills_pool_and_window() -> None:
     target, drafter = random_target(vocab_size=12), Lookahead(window=3, ngram=3, guesses=4)
     prompt = [1, 2, 3, 1, 2, 5, 1, 2, 3]
     state = loop.init_state(target.config, drafter, 2, 64, jnp.float64, np.array([prompt, [7] * 9], np.int32))
-    request = loop.Request(
+    request = Request(
         prompt_length=jnp.array([9, 1], jnp.int32),
         limit=jnp.array([60, 60], jnp.int32),
         stops=jnp.full((2, 4, 8), -1, jnp.int32),
         keys=jax.vmap(jax.random.key)(jnp.arange(2)),
         sampling=batch_sampling([Sampling()] * 2),
     )
-    hidden = jnp.zeros((2, target.config.width))
+    models, hidden = loop.Models(target.config, drafter, target.params, None), jnp.zeros((2, target.config.width))
     for chunk in (slice(0, 4), slice(4, 9)):
         tokens = np.array([prompt, [7] * 9], np.int32)[:, chunk]
-        state, hidden = loop.prefill_chunk(
-            target.config, drafter, target.params, None, state, hidden, request, jnp.array(tokens)
-        )
+        state, hidden = loop.read_prompt(models, state, hidden, request, jnp.array(tokens))
+    state = loop.begin(models, state, hidden, request)
     pool = np.asarray(state.drafter["pool"])
     assert pool[0, 1].tolist() == [[2, 3], [2, 5], [-1, -1], [-1, -1]]
     assert pool[0, 2].tolist() == [[5, 1], [3, 1], [-1, -1], [-1, -1]]

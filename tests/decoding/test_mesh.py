@@ -59,7 +59,7 @@ ACROSS_ROWS = {"prompt_lookup+hydra++": {"draft": {"all-reduce": 1}}}
 
 
 def call(function: str) -> str:
-    return f"from tests.decoding import mesh_checks; mesh_checks.{function}; print('done')"
+    return f"from tests.decoding import mesh_checks; mesh_checks.{function}"
 
 
 # What these exchange is nearly all exchanged by the others too. They run with `-m slow`.
@@ -67,18 +67,17 @@ LATER = ("eagle2", "lookahead")
 
 
 @pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] if n in LATER else []) for n in NEEDED])
-def test_meshes_decode_alike_and_exchange_no_more_than_needed(name: str, run_python) -> None:
+def test_meshes_decode_alike_and_exchange_no_more_than_needed(name: str, run_on_devices) -> None:
     # Where tensor parallelism is alone nothing differs from where it is not, but for the agreement between rows.
     meshes = {"data=8": DATA_ONLY | ACROSS_ROWS.get(name, {}), "data=2,tensor=4": NEEDED[name] | DATA_ONLY}
     if name in ("none", "hydra++"):
         meshes["tensor=2"] = NEEDED[name]
-    *lines, done = run_python(call(f"decodes_alike({name!r}, *{[*meshes]})"), devices=8).splitlines()
-    assert done == "done"
+    lines = run_on_devices(call(f"decodes_alike({name!r}, *{[*meshes]})"), devices=8).splitlines()
     assert dict(zip(meshes, map(json.loads, lines), strict=True)) == meshes
 
 
 @pytest.mark.parametrize(
     "check", ["streams_with_one_compilation", "says_what_does_not_fit", "loads_drafters_where_the_rules_say"]
 )
-def test_on_eight_devices(check: str, run_python) -> None:
-    assert run_python(call(f"{check}()"), devices=8).splitlines()[-1] == "done"
+def test_on_eight_devices(check: str, run_on_devices) -> None:
+    run_on_devices(call(f"{check}()"), devices=8)

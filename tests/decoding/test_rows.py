@@ -86,7 +86,7 @@ def test_rows_are_bitwise_independent_of_their_neighbours(name: str, monkeypatch
     assert mixed.tokens[0] != alone.tokens[0]
     for other, state, row, place in places:
         assert other.tokens[place] == alone.tokens[row] and other.writers[place] == alone.writers[row]
-        end = int(states[0].length[row])
+        end = int(states[0].text.length[row])
         for ours, theirs in zip(states[0].cache, state.cache, strict=True):
             assert np.array_equal(ours["v"][row, :, :end], theirs["v"][place, :, :end])
             assert np.array_equal(ours["k"][row, :, :, :end], theirs["k"][place, :, :, :end])
@@ -140,13 +140,13 @@ def test_prompts_of_several_chunks_read_like_one(name: str, monkeypatch: pytest.
     text = np.asarray(jax.random.randint(jax.random.key(1), (700,), 0, 12)).tolist()
     prompts = [text, text[:3], text[:512], text[:513]]
     chunks = []
-    prefill = loop.prefill_chunk
+    prefill = loop.read_prompt
 
     def watched(*arguments):
         chunks.append(arguments[-1].shape[1])
         return prefill(*arguments)
 
-    monkeypatch.setattr(loop, "prefill_chunk", watched)
+    monkeypatch.setattr(loop, "read_prompt", watched)
     arguments = dict(drafter=drafter, drafter_params=params, max_new_tokens=24, capacity=800, seeds=4)
     sampling = [Sampling(), Sampling(temperature=2.0), Sampling(), Sampling(temperature=3.0, top_p=0.9)]
     chunked = generate(reader, prompts, sampling=sampling, **arguments)

@@ -1,8 +1,6 @@
-"""Topologies against golden tables and published trees, closure errors, files, and the greedy search."""
+"""Topologies against golden tables and published trees, closure errors, and files."""
 
-import itertools
 import json
-import math
 import pathlib
 
 import jax
@@ -10,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from decoding.trees import MC_SIM_7B_63, TokenTree, Topology, chain, expected_acceptance, greedy_search, load_topology
+from decoding.trees import MC_SIM_7B_63, TokenTree, Topology, chain, load_topology
 from models.errors import UserError
 
 GOLDEN = Topology(((0, 0, 0), (1, 0), (0,), (0, 1), (1,), (0, 0)))
@@ -24,7 +22,6 @@ def test_golden_tree() -> None:
     assert GOLDEN.children.tolist() == [[1, 2], [3, 4], [5, -1], [6, -1], [-1, -1], [-1, -1], [-1, -1]]
     rows = ["".join(map(str, row)) for row in GOLDEN.ancestors.astype(int)]
     assert rows == ["1000000", "1100000", "1010000", "1101000", "1100100", "1010010", "1101001"]
-    assert GOLDEN.lineage[[6, 5, 4]].tolist() == [[0, 1, 3, 6], [0, 2, 5, 5], [0, 1, 4, 4]]
     assert (GOLDEN.size, GOLDEN.max_depth, GOLDEN.max_rank) == (7, 3, 2)
     assert GOLDEN.level(2).tolist() == [3, 4, 5] and GOLDEN.expanded(1).tolist() == [1, 2]
 
@@ -150,30 +147,3 @@ def test_load_topology(tmp_path: pathlib.Path) -> None:
         file.write_text(wrong)
         with pytest.raises(UserError, match=r"tree\.json must be a list of paths"):
             load_topology(file)
-
-
-def closed_trees(depths: int, ranks: int, size: int) -> list[Topology]:
-    every = [path for d in range(1, depths + 1) for path in itertools.product(range(ranks), repeat=d)]
-    trees = []
-    for paths in itertools.combinations(every, size):
-        try:
-            trees.append(Topology(paths))
-        except UserError:
-            continue
-    return trees
-
-
-@pytest.mark.parametrize("seed", range(4))
-def test_greedy_search_finds_the_best_tree(seed: int) -> None:
-    accuracy = -np.sort(-np.random.default_rng(seed).dirichlet(np.ones(4), size=2), axis=1)[:, :3]
-    found = greedy_search(accuracy, 6)
-    for size in range(1, 7):
-        tree = Topology(tuple(path for path, _ in found[:size]))
-        best = max(expected_acceptance(other, accuracy) for other in closed_trees(2, 3, size))
-        assert math.isclose(expected_acceptance(tree, accuracy), best, rel_tol=1e-12)
-        assert math.isclose(expected_acceptance(tree, accuracy), 1 + sum(score for _, score in found[:size]))
-    assert [score for _, score in found] == sorted((score for _, score in found), reverse=True)
-
-
-def test_greedy_search_ends_when_nothing_is_left() -> None:
-    assert len(greedy_search(np.array([[0.5, 0.0], [0.2, 0.1]]), 100)) == 6

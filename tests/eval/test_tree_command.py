@@ -10,28 +10,13 @@ import pytest
 
 from decoding.drafters.registry import load_drafter
 from decoding.generate import generate
-from decoding.trees import Topology, chain, from_child_counts
+from decoding.tree_search import walk
+from decoding.trees import chain, from_child_counts
 from eval import tree as command
 from eval.measure.timing import Timing
-from eval.tree import Choice, calibration_ranks, choose_tree, probe, walk
+from eval.tree import Choice, calibration_ranks, choose_tree, probe
 from models.errors import UserError
 from models.formats.target import Target
-
-
-def test_walk_starts_where_the_last_step_ended() -> None:
-    # Depth 1 is right at places 0, 1, 3; depth 2 at 0 and 3. By rank 1 place 4 is right at depth 1.
-    ranks = np.array([[0, 0, 9, 0, 1, 9], [0, 9, 9, 0, 9, 9]])
-    # Steps with the chain: place 0 accepts two (to 3), 3 accepts two (to 6): two steps, six tokens.
-    assert walk([ranks], chain(2)) == 3.0
-    # With one guess: 0 -> 2 -> 3 -> 5 -> 6.
-    assert walk([ranks], chain(1)) == 6 / 4
-    # A second choice at depth 1 changes nothing here, because no step starts at place 4.
-    assert walk([ranks], Topology(((0,), (1,), (0, 0)))) == 3.0
-    assert walk([ranks[:, 4:]], Topology(((0,), (1,)))) == 2 / 1
-
-
-def test_bare_root_commits_one_token_a_step() -> None:
-    assert walk([np.zeros((2, 5), np.int64)], Topology(())) == 1.0
 
 
 @pytest.mark.parametrize("name", ["medusa", "hydra"])

@@ -1,6 +1,7 @@
-"""Attention with a library kernel for the prefix equals the dense reference, whatever the lengths and the tree."""
+"""Attention equals sums over pairs written out, and with a library kernel for the prefix the dense computation."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -8,11 +9,11 @@ import numpy as np
 import pytest
 
 from decoding.generate import generate
-from models.attention import attend
+from models.attention import Sources, attend
 from models.config import TransformerConfig
 from models.errors import UserError
 from models.formats.target import Target
-from models.layout import Layout
+from models.layout import Layout, Tree
 from models.transformer import init
 from tests.decoding.drafter_cases import BUSHY, CASES
 
@@ -25,6 +26,67 @@ def rows(key: int, slots: int) -> dict[str, jax.Array]:
     return {"k": jax.random.normal(k, (B, K, D, slots)), "v": jax.random.normal(v, (B, K, slots, D))}
 
 
+# Of one kind of key source: keys [K, D, S], values [K, S, D], whether the tree lets row t see s [T, S], positions [S].
+Source = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]
+
+
+def pair_by_pair(
+    q_TND: np.ndarray, places: np.ndarray, sources: list[Source], scale: float, cap: float | None, window: int | None
+) -> np.ndarray:
+    """Attention of the new rows of one text, [T, N, D]."""
+    out = np.zeros(q_TND.shape)
+    for t, n in np.ndindex(q_TND.shape[:2]):
+        scores, values = [], []
+        for k_KDS, v_KSD, lets_TS, places_S in sources:
+            head = n // (q_TND.shape[1] // len(k_KDS))
+            for s, place in enumerate(places_S):
+                if lets_TS[t, s] and (window is None or place > places[t] - window):
+                    score = scale * (q_TND[t, n] @ k_KDS[head, :, s])
+                    scores.append(score if cap is None else cap * np.tanh(score / cap))
+                    values.append(v_KSD[head, s])
+        weights = np.exp(np.array(scores) - max(scores))
+        out[t, n] = weights @ np.array(values) / weights.sum()
+    return out
+
+
+# New rows of a draft tree, after scratch rows of its first levels, of which the last was never filled. No two sizes are
+# the same, and with a window of 3 some pair of every kind stands where the window ends.
+DEPTHS, SCRATCH_DEPTHS = np.array([2, 3, 3, 4, 5]), np.array([0, 1, 1, 0])
+ANCESTORS = np.array([[1, 0, 0, 0, 0], [1, 1, 0, 0, 0], [1, 0, 1, 0, 0], [1, 0, 1, 1, 0], [1, 0, 1, 1, 1]], bool)
+SCRATCH_SEEN = np.array([[1, 1, 0, 0]] * 2 + [[1, 0, 1, 0]] * 3, bool)
+
+
+@pytest.mark.parametrize(
+    ("window", "cap", "traced"), [(None, 1.5, False), (3, None, False), (3, 1.5, False), (3, 1.5, True)]
+)
+def test_windows_caps_and_scratch_are_sums_over_pairs(window: int | None, cap: float | None, traced: bool) -> None:
+    T, lengths = len(DEPTHS), np.array([1, 9, 11])
+    places, scratch_places = (lengths[:, None] + depths for depths in (DEPTHS, SCRATCH_DEPTHS))
+    q = 3 * jax.random.normal(jax.random.key(4), (B, T, N, D))
+    new, prefix, scratch = rows(0, T), rows(1, 11), rows(2, len(SCRATCH_DEPTHS))
+    layout = Layout(
+        jnp.asarray(places),
+        jnp.asarray(lengths)[:, None],
+        Tree(jnp.asarray(ANCESTORS)[None]),
+        scratch_seen=jnp.broadcast_to(SCRATCH_SEEN, (B, *SCRATCH_SEEN.shape)),
+        scratch_positions=jnp.asarray(scratch_places),
+    )
+    run = functools.partial(attend, q, new, Sources(prefix, scratch), layout, scale=0.4, cap=cap)
+    found = jax.jit(lambda w: run(window=w))(window) if traced else jax.jit(lambda: run(window=window))()
+    for b, length in enumerate(lengths):
+        sources = []
+        for source, lets, where in (
+            (new, ANCESTORS, places[b]),
+            (scratch, SCRATCH_SEEN, scratch_places[b]),
+            (prefix, np.ones((T, length), bool), np.arange(length)),
+        ):
+            keys, values = np.asarray(source["k"])[b], np.asarray(source["v"])[b]
+            sources.append((keys[..., : len(where)], values[:, : len(where)], lets, where))
+            assert np.any(lets & (where == places[b][:, None] - 3))
+        expected = pair_by_pair(np.asarray(q[b], np.float64), places[b], sources, 0.4, cap, window)
+        np.testing.assert_allclose(found[b], expected.reshape(T, -1), atol=2e-6)
+
+
 @pytest.mark.parametrize("scratch_slots", [0, 5])
 def test_split_attention_is_dense_attention(scratch_slots: int) -> None:
     nodes = BUSHY.size
@@ -34,13 +96,13 @@ def test_split_attention_is_dense_attention(scratch_slots: int) -> None:
         seen = jax.random.bernoulli(jax.random.key(3), 0.5, (B, nodes, scratch_slots))
         extra = dict(scratch_seen=seen, scratch_positions=jnp.zeros((B, scratch_slots), jnp.int32))
     positions = LENGTHS[:, None] + jnp.asarray(BUSHY.depth)
-    dense = Layout(positions, LENGTHS, jnp.asarray(BUSHY.ancestors)[None], **extra)
+    dense = Layout(positions, LENGTHS[:, None], Tree(jnp.asarray(BUSHY.ancestors)[None]), **extra)
     split = dataclasses.replace(dense, attention="split")
     q = 3 * jax.random.normal(jax.random.key(4), (B, nodes, N, D))
-    out = [attend(q, rows(0, nodes), rows(1, S), layout, scratch, scale=0.4) for layout in (dense, split)]
+    out = [attend(q, rows(0, nodes), Sources(rows(1, S), scratch), layout, scale=0.4) for layout in (dense, split)]
     np.testing.assert_allclose(out[0], out[1], atol=2e-6)
-    shorter = dataclasses.replace(split, length=LENGTHS - jnp.array([0, 1, 1]))
-    changed = attend(q, rows(0, nodes), rows(1, S), shorter, scratch, scale=0.4)
+    shorter = dataclasses.replace(split, horizon=(LENGTHS - jnp.array([0, 1, 1]))[:, None])
+    changed = attend(q, rows(0, nodes), Sources(rows(1, S), scratch), shorter, scale=0.4)
     assert np.abs(changed - out[0])[1:].max() > 1e-3, "the length is what masks"
 
 

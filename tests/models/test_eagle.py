@@ -8,16 +8,25 @@ import numpy as np
 import pytest
 
 from models import transformer
+from models.attention import Sources
 from models.config import TransformerConfig
 from models.errors import UserError
 from models.heads.eagle import Eagle3Heads, EagleHeads, eagle3_layers, unroll
-from models.heads.medusa import vocab_kernel
 from models.layers import apply_rope, rope_angles
 from models.layout import Layout
 from tests.noise import noisy
 
+CAP = 0.5  # so low that every score bends
 CONFIG = TransformerConfig(
-    vocab_size=19, width=8, num_layers=4, num_heads=4, num_kv_heads=2, head_dim=4, mlp_width=12, rope_theta=50.0
+    vocab_size=19,
+    width=8,
+    num_layers=4,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=4,
+    mlp_width=12,
+    rope_theta=50.0,
+    attention_softcap=CAP,
 )
 KINDS = {
     "eagle": EagleHeads(),
@@ -51,7 +60,8 @@ def layer(params: dict, x: np.ndarray, residual: np.ndarray, positions: np.ndarr
     q, k, v = ((x @ p["attention"][n]["kernel"]).reshape(len(x), -1, CONFIG.head_dim) for n in ("q", "k", "v"))
     q, k = rotated(q, positions), rotated(k, positions)
     k, v = (np.repeat(y, 2, axis=1) for y in (k, v))
-    scores = np.where(seen, np.einsum("tnd,snd->nts", q, k) / np.sqrt(CONFIG.head_dim), -np.inf)
+    scores = CAP * np.tanh(np.einsum("tnd,snd->nts", q, k) / np.sqrt(CONFIG.head_dim) / CAP)
+    scores = np.where(seen, scores, -np.inf)
     weights = np.exp(scores - scores.max(axis=-1, keepdims=True))
     weights /= weights.sum(axis=-1, keepdims=True)
     y = residual + np.einsum("nts,snd->tnd", weights, v).reshape(len(x), -1) @ p["attention"]["o"]["kernel"]
@@ -96,6 +106,23 @@ def test_run_and_logits_match_numpy(heads, target: dict) -> None:
         np.testing.assert_allclose(logits[b], scores, atol=1e-10)
 
 
+@pytest.mark.parametrize("kind", ["eagle", "eagle3"])
+def test_zero_centred_norms_are_norms_of_one_more(kind: str, target: dict) -> None:
+    """As Gemma's are: the network of such a target is that of another whose scales are larger by one."""
+    heads, zero = KINDS[kind], dataclasses.replace(CONFIG, zero_centred_norm=True)
+    fresh = heads.init(zero, transformer.init(zero, jax.random.key(0), jnp.float64), jax.random.key(1))
+    assert not any(leaf.any() for path, leaf in jax.tree.leaves_with_path(fresh) if path[-1].key == "scale")
+    params = noisy(fresh, 0.3)
+    centred = jax.tree.map_with_path(lambda path, leaf: leaf + (path[-1].key == "scale"), params)
+    _, layout, feature, _ = text_and_features(heads, target, params)
+    embedding = feature[:, ::-1]
+    found, expected = (
+        heads.logits(config, p, target, heads.run(config, p, feature, embedding, layout)[0])
+        for config, p in ((zero, params), (CONFIG, centred))
+    )
+    np.testing.assert_allclose(found, expected, atol=1e-10)
+
+
 def test_eagle3_fuses_what_enters_three_layers(target: dict) -> None:
     heads = KINDS["eagle3"]
     params = noisy(heads.init(CONFIG, target, jax.random.key(1)), 0.3)
@@ -119,7 +146,8 @@ def test_eagle3_starts_with_rows_of_the_targets_head(tied: bool) -> None:
     expected = transformer.head(config, target, transformer.final_norm(config, target, hidden))[:, vocabulary]
     np.testing.assert_allclose(heads.logits(config, params, target, hidden), expected, atol=1e-12)
     assert heads.vocabulary(params).tolist() == vocabulary.tolist()
-    assert np.array_equal(params["vocab"]["kernel"], vocab_kernel(target)[:, vocabulary])
+    kernel = target["embed"]["embedding"].T if tied else target["head"]["kernel"]
+    assert np.array_equal(params["vocab"]["kernel"], kernel[:, vocabulary])
     assert heads.vocabulary(KINDS["eagle3"].init(config, target, jax.random.key(1))) is None
 
 
@@ -169,12 +197,11 @@ def test_unrolled_equals_drafting_step_by_step_with_a_cache(heads, target: dict)
         for k in range(steps):
             place = Layout(
                 jnp.full((2, 1), p + k),
-                jnp.full(2, p),
-                jnp.ones((1, 1, 1), bool),
+                jnp.full((2, 1), p),
                 scratch_seen=jnp.broadcast_to(jnp.arange(steps) < k, (2, 1, steps)),
                 scratch_positions=jnp.zeros((2, steps), jnp.int32),
             )
-            f, fresh = heads.run(CONFIG, params, f, embedding[:, p + 1 + k][:, None], place, true, scratch)
+            f, fresh = heads.run(CONFIG, params, f, embedding[:, p + 1 + k][:, None], place, Sources(true, scratch))
             np.testing.assert_allclose(f[:, 0], unrolled[k][:, p], atol=1e-10)
             scratch = {
                 "k": scratch["k"].at[:, :, :, k].set(fresh["k"][:, :, :, 0]),

@@ -11,10 +11,10 @@ import pytest
 
 from decoding.cache import commit, init_cache
 from models import transformer
-from models.attention import softcap
+from models.attention import Sources, softcap
 from models.config import RopeScaling, TransformerConfig
 from models.layers import apply_rope, rope_frequencies
-from models.layout import Layout
+from models.layout import Blocks, Layout, Tree
 from tests.noise import noisy
 
 LLAMA = TransformerConfig(
@@ -132,15 +132,34 @@ def test_cached_rows_are_whole_rows(config: TransformerConfig) -> None:
     length = jnp.array([4, 6])
     cache = commit(init_cache(config, 2, 12, jnp.float64), whole.rows, None, jnp.zeros(2, jnp.int32))
     following = jnp.take_along_axis(TOKENS, length[:, None] + jnp.arange(3), axis=1)
-    rest = forward(config, params, following, Layout.extend(length, 3), cache).logits
+    rest = forward(config, params, following, Layout.extend(length, 3), Sources(cache)).logits
     close(rest, jnp.stack([whole.logits[row, n : n + 3] for row, n in enumerate(length)]))
 
     ancestors = jnp.array([[[1, 0, 0, 0], [1, 1, 0, 0], [1, 0, 1, 0], [1, 0, 1, 1]]], bool)
     nodes = jnp.concatenate([following[:, :1], (following[:, 1:2] + 1) % 23, following[:, 1:]], axis=1)
-    layout = Layout(length[:, None] + jnp.array([0, 1, 1, 2]), length, ancestors)
-    branched = forward(config, params, nodes, layout, cache).logits
+    layout = Layout(length[:, None] + jnp.array([0, 1, 1, 2]), length[:, None], Tree(ancestors))
+    branched = forward(config, params, nodes, layout, Sources(cache)).logits
     close(branched[:, [0, 2, 3]], rest)
     assert np.abs(branched[:, 1] - rest[:, 1]).max() > 1e-3
+
+
+@each_family
+def test_stacked_layers_attend_to_a_stacked_cache(config: TransformerConfig) -> None:
+    """As a list of layers does to a list, at a horizon per row too; and their rows come back stacked."""
+    params = lively(config)
+    stacked = transformer.stack_layers(params)
+    layout = Layout.causal(2, 9)
+    whole = forward(config, params, TOKENS, layout)
+    together = forward(config, stacked, TOKENS, layout)
+    cache = jax.tree.map(lambda *layers: jnp.stack(layers), *whole.rows)
+    close(together.rows, cache)
+    for horizon in (jnp.array([[4], [6]]), jnp.array([[4, 2, 0], [6, 6, 1]])):
+        positions = jnp.broadcast_to(horizon, (2, 3)) + jnp.arange(3)
+        following = Layout(positions, horizon, Blocks(2))
+        apart = forward(config, params, TOKENS[:, :3], following, Sources(whole.rows))
+        scanned = forward(config, stacked, TOKENS[:, :3], following, Sources(cache))
+        close(scanned.logits, apart.logits)
+        assert np.abs(scanned.logits - forward(config, stacked, TOKENS[:, :3], following).logits).max() > 1e-3
 
 
 def test_window_limits_what_is_seen() -> None:

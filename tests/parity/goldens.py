@@ -69,6 +69,16 @@ CASES: dict[str, dict[str, Any]] = {
     },
 }
 
+# The least that a config.json says, of any family: all else has defaults. Windows are on where that is a switch.
+BARE: dict[str, Any] = {
+    "vocab_size": 32,
+    "hidden_size": 64,
+    "intermediate_size": 24,
+    "num_hidden_layers": 30,
+    "num_attention_heads": 32,
+    "use_sliding_window": True,
+}
+
 
 def tokens_for(vocab_size: int) -> np.ndarray:
     """Fixed random token ids `[BATCH, LENGTH]`, int64."""

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from decoding.cache import commit, init_cache
+from models.attention import Sources
 from models.config import TransformerConfig
 from models.layout import Layout
 from models.transformer import Params, forward
@@ -28,5 +29,5 @@ def stepwise_logits(config: TransformerConfig, params: Params, tokens: np.ndarra
 
 @functools.partial(jax.jit, static_argnames="config")
 def _step(config, params, tokens_BT, length, cache):
-    output = forward(config, params, tokens_BT, Layout.extend(length, tokens_BT.shape[1]), cache)
+    output = forward(config, params, tokens_BT, Layout.extend(length, tokens_BT.shape[1]), Sources(cache))
     return output.logits, commit(cache, output.rows, None, length)

@@ -12,10 +12,10 @@ import pytest
 
 from models import load_target
 from models.formats.hf import load_config, load_params, save_target, tensor_names
-from models.formats.hf_config import config_from_hf
+from models.formats.hf_config import ARCHITECTURES, config_from_hf
 from models.formats.tokenizer import Tokenizer
 from models.transformer import init, param_shapes
-from tests.parity.goldens import CASES, reference_logits, reference_model, tokens_for
+from tests.parity.goldens import BARE, CASES, reference_logits, reference_model, tokens_for
 from tests.parity.stepwise import stepwise_logits
 
 torch = pytest.importorskip("torch")
@@ -86,6 +86,12 @@ def test_saved_config_means_the_same_to_them(case: str, tmp_path: Path) -> None:
     unused = set() if config.windows else {"sliding_window", "max_window_layers"}
     for key in theirs.to_dict().keys() - BOOKKEEPING - unused:
         assert back.get(key) == theirs.to_dict()[key], key
+
+
+@pytest.mark.parametrize("family", ARCHITECTURES)
+def test_absent_keys_mean_the_same_to_them(family: str) -> None:
+    bare = {"model_type": family, **BARE}
+    assert config_from_hf(bare) == config_from_hf(transformers.AutoConfig.for_model(**bare).to_dict())
 
 
 def test_their_tokenizer_reads_ours(tmp_path: Path) -> None:

@@ -13,28 +13,16 @@ from models import transformer
 from models.errors import UserError
 from models.formats.target import load_target
 from models.layout import Layout
-from tests.noise import noisy
 from train import trainer
 from train.data.corpus import open_corpus
 from train.objectives.draft_heads import DraftHeads
-from train.objectives.shift import ahead
+from train.objectives.shift import ahead, labels_at
 
 
 @pytest.fixture
-def setting(job):
+def setting(draft_setting):
     """`setting(objective={...})`: objective, random heads, frozen target, one batch."""
-
-    def make(**changes):
-        config = job("draft_heads", **changes)
-        corpus = open_corpus(config)
-        plan = trainer.make_plan(config, corpus.facts)
-        frozen = plan.objective.load_base(plan.mesh)
-        heads = plan.objective.init(jax.random.key(3), frozen)
-        batch = {**next(corpus.batches(config.batch_size, 0))}
-        batch["mask"] = np.random.default_rng(0).integers(0, 2, batch["mask"].shape).astype(np.uint8)
-        return plan.objective, noisy(heads, 0.1), frozen, jax.tree.map(jnp.asarray, batch)
-
-    return make
+    return lambda objective=None: draft_setting("draft_heads", **(objective or {}))
 
 
 @pytest.mark.parametrize("drafter", ["medusa", "hydra"])
@@ -78,7 +66,7 @@ class Oracle:
     def features(self, config, params, post_norm, layout):
         return post_norm
 
-    def hidden(self, params, i, feature, path):
+    def hidden(self, params, i, feature, path, dropout_key=None):
         return feature
 
     def vocab(self, params, i, hidden):
@@ -93,7 +81,7 @@ def test_a_perfect_head_always_agrees_with_the_target(setting, monkeypatch):
     for depth in (1, 2):
         agreed, weight = sums[f"agreement_{depth}"]
         assert float(agreed) == float(weight) > 5
-        labels, counted = objective._labels(depth - 1, batch)
+        labels, counted = labels_at(batch, depth + 1)
         choice = jnp.argmax(ahead(target.logits, depth), axis=-1)
         assert float(sums[f"accuracy_{depth}"][0]) == float(jnp.sum((choice == labels) & counted))
 
@@ -131,7 +119,7 @@ class Listener(Oracle):
         self.feature = post_norm
         return post_norm
 
-    def hidden(self, params, i, feature, path):
+    def hidden(self, params, i, feature, path, dropout_key=None):
         self.path = path
         return feature
 

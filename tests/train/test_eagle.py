@@ -13,7 +13,6 @@ from models.errors import UserError
 from models.formats.target import load_target
 from models.heads.eagle import unroll
 from models.layout import Layout
-from tests.noise import noisy
 from train import trainer
 from train.data.corpus import open_corpus
 from train.objectives.drafting import Guess
@@ -21,24 +20,6 @@ from train.objectives.eagle import EagleObjective, count_labels, most_frequent
 from train.objectives.shift import ahead
 
 STEPS = 3
-
-
-@pytest.fixture
-def setting(job):
-    """`setting("eagle", soft=1.0)`: objective, random network, frozen target, one batch."""
-
-    def make(name, **objective):
-        config = job(name, objective=objective)
-        corpus = open_corpus(config)
-        plan = trainer.make_plan(config, corpus.facts)
-        plan.objective.survey(corpus.train)
-        frozen = plan.objective.load_base(plan.mesh)
-        params = plan.objective.init(jax.random.key(3), frozen)
-        batch = {**next(corpus.batches(config.batch_size, 0))}
-        batch["mask"] = np.random.default_rng(0).integers(0, 2, batch["mask"].shape).astype(np.uint8)
-        return plan.objective, noisy(params, 0.1), frozen, jax.tree.map(jnp.asarray, batch)
-
-    return make
 
 
 def forwards(objective, params, frozen, batch):
@@ -61,8 +42,8 @@ def counted(batch, distance):
 
 
 @pytest.mark.parametrize(("feature", "soft"), [(2.0, 0.0), (0.0, 0.5), (1.0, 0.1)])
-def test_eagle_loss_equals_its_definition_row_by_row(feature, soft, setting):
-    objective, params, frozen, batch = setting("eagle", feature=feature, soft=soft, noise=0.0)
+def test_eagle_loss_equals_its_definition_row_by_row(feature, soft, draft_setting):
+    objective, params, frozen, batch = draft_setting("eagle", feature=feature, soft=soft, noise=0.0)
     (sums, weights), _ = objective.loss(params, frozen, batch, jax.random.key(0), 0.0)
     out, outputs = forwards(objective, params, frozen, batch)
     total = count = 0
@@ -79,8 +60,8 @@ def test_eagle_loss_equals_its_definition_row_by_row(feature, soft, setting):
 
 
 @pytest.mark.parametrize("vocabulary", [0, 12])
-def test_eagle3_loss_equals_its_definition_row_by_row(vocabulary, setting):
-    objective, params, frozen, batch = setting("eagle3", vocabulary=vocabulary, decay=0.5)
+def test_eagle3_loss_equals_its_definition_row_by_row(vocabulary, draft_setting):
+    objective, params, frozen, batch = draft_setting("eagle3", vocabulary=vocabulary, decay=0.5)
     (sums, weights), metrics = objective.loss(params, frozen, batch, jax.random.key(0), 0.0)
     out, outputs = forwards(objective, params, frozen, batch)
     known = np.asarray(frozen["draft_vocab"]) if vocabulary else np.arange(objective.model.vocab_size)
@@ -103,8 +84,8 @@ def test_eagle3_loss_equals_its_definition_row_by_row(vocabulary, setting):
 
 
 @pytest.mark.parametrize(("name", "changes"), [("eagle", {}), ("eagle3", {}), ("eagle3", {"vocabulary": 12})])
-def test_no_gradient_needs_the_target(name, changes, setting):
-    objective, params, frozen, batch = setting(name, **changes)
+def test_no_gradient_needs_the_target(name, changes, draft_setting):
+    objective, params, frozen, batch = draft_setting(name, **changes)
 
     def loss(trainable):
         (sums, weights), _ = objective.loss(trainable, frozen, batch, jax.random.key(0), 0.0)
@@ -115,8 +96,8 @@ def test_no_gradient_needs_the_target(name, changes, setting):
     assert all(float(jnp.max(jnp.abs(leaf))) > 0 for leaf in jax.tree.leaves(gradient))
 
 
-def test_noise_is_on_features_in_training_only(setting, monkeypatch):
-    objective, params, frozen, batch = setting("eagle", noise=0.5)
+def test_noise_is_on_features_in_training_only(draft_setting, monkeypatch):
+    objective, params, frozen, batch = draft_setting("eagle", noise=0.5)
     heard = []
     fuse = type(objective.heads).fuse
     monkeypatch.setattr(type(objective.heads), "fuse", lambda *a: heard.append(fuse(*a)) or heard[-1])
@@ -130,12 +111,12 @@ def test_noise_is_on_features_in_training_only(setting, monkeypatch):
     assert 0.99 * bound < np.abs(noise).max() <= 1.001 * bound and abs(noise.mean()) < 0.05 * bound
 
 
-def test_agreement_is_with_the_targets_choice_in_the_targets_tokens(setting, monkeypatch):
-    objective, params, frozen, batch = setting("eagle3", vocabulary=12)
+def test_agreement_is_with_the_targets_choice_in_the_targets_tokens(draft_setting, monkeypatch):
+    objective, params, frozen, batch = draft_setting("eagle3", vocabulary=12)
     target, _ = objective.teacher_forced(params, frozen, batch, None)
     known = frozen["draft_vocab"]
     hidden = [ahead(target.logits[..., known], k + 1) for k in range(STEPS)]
-    guesses = [Guess(h, h) for h in hidden]
+    guesses = [Guess(h, None, objective.labels(batch, k), lambda h: h) for k, h in enumerate(hidden)]
     monkeypatch.setattr(objective, "guesses", lambda *_: guesses)
     sums = objective.evaluate(params, frozen, batch)
     choice = np.asarray(jnp.argmax(target.logits, axis=-1))
@@ -145,12 +126,12 @@ def test_agreement_is_with_the_targets_choice_in_the_targets_tokens(setting, mon
         assert (float(agreed), float(weight)) == (sum(wanted), len(wanted)) and 0 < sum(wanted) < len(wanted)
 
 
-def test_draft_vocabulary_is_the_most_frequent_labels(setting, job):
+def test_draft_vocabulary_is_the_most_frequent_labels(draft_setting, job):
     counts = np.array([0, 5, 2, 5, 0, 7, 2])
     assert most_frequent(counts, 4).tolist() == [1, 2, 3, 5]
     assert most_frequent(counts, 6).tolist() == [0, 1, 2, 3, 5, 6]
 
-    objective, _, frozen, _ = setting("eagle3", vocabulary=12)
+    objective, _, frozen, _ = draft_setting("eagle3", vocabulary=12)
     documents = open_corpus(job("eagle3")).train
     tokens = np.concatenate([documents[i]["tokens"] for i in range(len(documents))])
     mask = np.concatenate([documents[i]["mask"] for i in range(len(documents))])
@@ -162,7 +143,7 @@ def test_draft_vocabulary_is_the_most_frequent_labels(setting, job):
 
 
 @pytest.mark.parametrize(("name", "changes"), [("eagle", {}), ("eagle3", {"vocabulary": 60})])
-def test_the_loop_accepts_exactly_what_the_training_forward_says(name, changes, setting, job, tmp_path):
+def test_the_loop_accepts_exactly_what_the_training_forward_says(name, changes, draft_setting, job, tmp_path):
     config = job(
         name,
         steps=40,
@@ -171,7 +152,7 @@ def test_the_loop_accepts_exactly_what_the_training_forward_says(name, changes, 
         objective={"loop_prompts": 4, "loop_tokens": 40, **changes},
     )
     trainer.train(config, tmp_path)
-    objective, _, frozen, batch = setting(name, loop_prompts=4, loop_tokens=40, **changes)
+    objective, _, frozen, batch = draft_setting(name, loop_prompts=4, loop_tokens=40, **changes)
     target = load_target(config.objective.target)
     drafter, params = load_drafter(tmp_path / "drafter", target)
     assert drafter == objective.drafter
@@ -189,12 +170,12 @@ def test_the_loop_accepts_exactly_what_the_training_forward_says(name, changes, 
 def test_a_job_that_never_saw_its_data_has_no_draft_vocabulary(job):
     config = job("eagle3", objective={"vocabulary": 12})
     plan = trainer.make_plan(config, open_corpus(config).facts)
-    with pytest.raises(ValueError, match="is not known before `survey`"):
+    with pytest.raises(ValueError, match="is not known before `scan_data`"):
         plan.objective.load_base(plan.mesh)
 
 
-def test_evaluations_look_as_far_as_they_are_told(setting):
-    objective, params, frozen, batch = setting("eagle", depth=2)
+def test_evaluations_look_as_far_as_they_are_told(draft_setting):
+    objective, params, frozen, batch = draft_setting("eagle", depth=2)
     again = EagleObjective(dataclasses.replace(objective._config, depth=4), objective._tokenizer)
     short, long = (o.evaluate(params, frozen, batch) for o in (objective, again))
     assert set(long) - set(short) == {f"{m}_{d}" for m in ("loss", "accuracy", "agreement") for d in (3, 4)}

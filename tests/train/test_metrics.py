@@ -1,5 +1,6 @@
 """Metric files, what a person sees, and when a run must stop."""
 
+import contextlib
 import importlib.util
 import json
 import time
@@ -58,14 +59,17 @@ def test_a_number_that_is_not_finite_stops(bad, job, tmp_path):
     assert not (tmp_path / "metrics.jsonl").exists()
 
 
-def test_a_stopwatch_counts_waiting_for_data_and_leaves_evaluation_out():
+def test_a_stopwatch_counts_waiting_for_data_and_leaves_evaluation_out(monkeypatch):
+    now = [10.0]
+    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
     watch = Stopwatch()
-    with watch.timed("evaluation"):
-        time.sleep(0.2)
-    with watch.timed("data"):
-        time.sleep(0.05)
-    time.sleep(0.05)
-    rates = watch.window(steps=2, size=100, unit="tokens")
-    assert 0.05 <= rates["step_seconds"] < 0.1
-    assert rates["tokens_per_second"] == pytest.approx(100 / rates["step_seconds"])
-    assert 0.3 < rates["data_share"] < 0.7
+    for bucket, seconds in (("evaluation", 5.0), ("data", 0.5), ("checkpoint", 7.0), ("data", 0.25), (None, 2.25)):
+        with watch.timed(bucket) if bucket else contextlib.nullcontext():
+            now[0] += seconds
+    assert watch.window(steps=2, size=100, unit="tokens") == pytest.approx(
+        {"step_seconds": 1.5, "tokens_per_second": 2 * 100 / 3.0, "data_share": 0.75 / 3.0}
+    )
+    now[0] += 1.0  # The next window begins where the last ended, with nothing waited for.
+    assert watch.window(steps=1, size=6, unit="images") == pytest.approx(
+        {"step_seconds": 1.0, "images_per_second": 6.0, "data_share": 0.0}
+    )

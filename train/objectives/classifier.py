@@ -5,13 +5,12 @@ classifier, never FID's.
 """
 
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh
 from jaxtyping import Array
 
 from decoding.sampling import argmax
@@ -20,9 +19,8 @@ from models.errors import UserError
 from models.formats import image_models as files
 from models.images import classifier
 from models.images.classifier import ClassifierConfig
-from train.data.images import Images
 from train.objectives.image_batch import pixels, present
-from train.objectives.objective import Batch, Params, Sums
+from train.objectives.objective import Batch, Objective, Params, Sums
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,25 +56,15 @@ class ImageClassifierConfig:
         return schema.parse(ClassifierConfig, {**self.model, "num_classes": num_classes}, "objective.model")
 
 
-class ImageClassifier:
-    """The `image_classifier` objective (see `objective.py` for the protocol)."""
+class ImageClassifier(Objective):
+    """The `image_classifier` objective."""
 
     Config: ClassVar[type] = ImageClassifierConfig
     product: ClassVar[str] = "classifier"
-    base: Params | None = None
 
     def __init__(self, config: ImageClassifierConfig, facts: Sequence[str]):
         """`facts` are the names of the classes."""
         self._config, self.model = config, config.shape(len(facts))
-
-    def survey(self, split: Images) -> None:
-        """Nothing is to be learnt from the data as a whole."""
-
-    def load_base(self, mesh: Mesh) -> None:
-        """Nothing: a classifier begins from random parameters."""
-
-    def frozen_part(self, base: Params | None) -> None:
-        """Nothing."""
 
     def init(self, key: Array, base: None) -> Params:
         """Random parameters in float32."""
@@ -92,24 +80,12 @@ class ImageClassifier:
         weight = jnp.sum(weight_B)
         return (-jnp.sum(likelihood_B * weight_B), weight), {"accuracy": (jnp.sum(right_B * weight_B), weight)}
 
-    def renew(self, trainable: Params, frozen: None, batch: Batch, step: Array, progress: Array, key: Array) -> Params:
-        """Nothing: gradients do it all."""
-        return trainable
-
     def evaluate(self, trainable: Params, frozen: None, batch: Batch) -> Sums:
         """Cross-entropy and accuracy per image."""
         likelihood_B, right_B = self._score(trainable, pixels(batch), batch["label"])
         weight_B = present(batch)
         weight = jnp.sum(weight_B)
         return {"loss": (-jnp.sum(likelihood_B * weight_B), weight), "accuracy": (jnp.sum(right_B * weight_B), weight)}
-
-    def report(self, means: dict[str, Any]) -> dict[str, float]:
-        """Both as they are."""
-        return {name: float(value) for name, value in means.items()}
-
-    def probe(self, trainable: Params, frozen: None, batches: Iterator[Batch]) -> dict[str, float]:
-        """Nothing."""
-        return {}
 
     def export(self, directory: Path, trainable: Params, frozen: None) -> None:
         """Writes a classifier directory."""

@@ -60,7 +60,7 @@ class CodeRefinerConfig(NextScaleConfig):
 
 
 class CodeRefiner(NextScale):
-    """The `code_refiner` objective (see `objective.py` for the protocol)."""
+    """The `code_refiner` objective."""
 
     Config: ClassVar[type] = CodeRefinerConfig
     product: ClassVar[str] = "refiner"

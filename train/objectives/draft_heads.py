@@ -5,6 +5,7 @@ x_{p+1+i}; it is guess i of the loss in `drafting.py`. Medusa-1 and Hydra are ha
 """
 
 import dataclasses
+import functools
 from collections.abc import Mapping
 from typing import Any, ClassVar, Literal
 
@@ -92,6 +93,11 @@ class DraftHeads(DraftObjective):
 
     Config: ClassVar[type] = DraftHeadsConfig
 
+    def __init__(self, config, tokenizer):
+        """As `DraftObjective`."""
+        super().__init__(config, tokenizer)
+        self.heads = self.drafter.heads
+
     @property
     def depth(self) -> int:
         """One guess per head."""
@@ -106,15 +112,14 @@ class DraftHeads(DraftObjective):
             size = self._config.noise / (tokens_BT.shape[1] * self.model.width) ** 0.5
             noise_BTH = size * jax.random.uniform(noise_key, feature_BTH.shape, feature_BTH.dtype, -1.0, 1.0)
             embedding_BTH = embedding_BTH + noise_BTH
-            if not getattr(self.heads, "prefix", False):
+            if not self.heads.prefix:
                 feature_BTH = feature_BTH + noise_BTH
         feature_BTH = self.heads.features(self.model, params, feature_BTH, layout)
         outputs = []
         for i in range(self.heads.num_heads):
             path_BTPH = jnp.stack([ahead(embedding_BTH, step) for step in range(1, i + 2)], axis=2)
-            extra = {}
-            if key is not None and getattr(self.heads, "dropout", 0.0) > 0:
-                extra["dropout_key"] = jax.random.fold_in(key, i)
-            hidden_BTH = self.heads.hidden(params, i, feature_BTH, path_BTPH, **extra)
-            outputs.append(Guess(self.heads.vocab(params, i, hidden_BTH), hidden_BTH))
+            dropout_key = None if key is None else jax.random.fold_in(key, i)
+            hidden_BTH = self.heads.hidden(params, i, feature_BTH, path_BTPH, dropout_key)
+            read = functools.partial(self.heads.vocab, params, i)
+            outputs.append(Guess(hidden_BTH, None, self.labels(batch, i), read))
         return outputs

@@ -11,7 +11,8 @@ A drafter with a vocabulary of its own is compared with the teacher on that voca
 holds the target's first choice (EAGLE-3).
 """
 
-from collections.abc import Iterator
+import abc
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
@@ -20,11 +21,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.sharding import Mesh
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from decoding.drafters.registry import save_drafter
 from decoding.generate import generate
-from decoding.replay import replay_acceptance
+from decoding.replay import is_replayable, replay_acceptance
 from decoding.sampling import argmax
 from decoding.trees import chain
 from models import schema, transformer
@@ -33,8 +34,7 @@ from models.formats.target import Target, check_vocabulary, load_target
 from models.formats.tokenizer import Tokenizer
 from models.layout import Layout
 from models.transformer import Output
-from train.data.texts import Documents
-from train.objectives.objective import Batch, Params, Sums
+from train.objectives.objective import Batch, Objective, Params, Sums
 from train.objectives.shift import ahead, label_mask, labels_at, log_likelihood
 
 
@@ -47,21 +47,37 @@ class Weights(NamedTuple):
     decay: float
 
 
+class Labels(NamedTuple):
+    """The tokens that guesses answer for, and whether they count."""
+
+    tokens: Int[Array, "B S"]
+    counted: Bool[Array, "B S"]
+
+
 class Guess(NamedTuple):
-    """What is guessed at one depth from every position: logits, and what the vocabulary map read."""
+    """What is guessed at one depth, its logits still to be read.
 
-    logits: Float[Array, "B T W"]
-    hidden: Float[Array, "B T H"]
+    Attributes:
+      hidden: what the vocabulary map reads.
+      at: the positions that are guessed from; None is all T of them.
+      labels: what the guesses answer for (`DraftObjective.labels`).
+      read: the vocabulary map, from rows `[..., H]` of `hidden` to logits `[..., W]`. The loss calls it as late and for
+        as many rows as it likes.
+    """
+
+    hidden: Float[Array, "B S H"]
+    at: Int[Array, "B S"] | None
+    labels: Labels
+    read: Callable[[Float[Array, "*R H"]], Float[Array, "*R W"]]
 
 
-class DraftObjective:
-    """Base of the objectives that make a drafter (see `objective.py` for the protocol).
+class DraftObjective(Objective):
+    """Base of the objectives that make a drafter, of any kind that has parameters.
 
     A subclass gives `Config`, whose objects have `base`, `labels`, `loop_prompts`, `loop_tokens`, `weights` and
     `untrained(model)`, and `depth` and `guesses`.
     """
 
-    Config: ClassVar[type]
     product: ClassVar[str] = "drafter"
 
     def __init__(self, config: Any, tokenizer: Tokenizer):
@@ -69,7 +85,6 @@ class DraftObjective:
         self._config, self._tokenizer = config, tokenizer
         self.model = load_config(config.base)
         self.drafter = config.untrained(self.model)
-        self.heads = self.drafter.heads
         self.drafter.check(self.model)
         check_vocabulary(self.model, tokenizer, config.base)
         self._fingerprint: dict[str, int | str | None] = {}
@@ -77,14 +92,15 @@ class DraftObjective:
         self.base: Params = transformer.param_shapes(self.model, self._dtype)
 
     @property
+    @abc.abstractmethod
     def depth(self) -> int:
         """Guesses that evaluations look at."""
-        raise AttributeError(f"{type(self).__name__} must say depth")
 
+    @abc.abstractmethod
     def guesses(
         self, params: Params, frozen: Params, batch: Batch, target: Output, layout: Layout, key: Array | None
     ) -> list[Guess]:
-        """The drafter at every position, depth by depth, with the true tokens as its path.
+        """The drafter at every position, or at some, depth by depth, with the true tokens as its path.
 
         Args:
           params: the drafter's, in the dtype of the target.
@@ -94,10 +110,11 @@ class DraftObjective:
           layout: of the batch.
           key: for noise and dropout; None, in evaluation, is without either.
         """
-        raise AttributeError(f"{type(self).__name__} must define guesses")
 
-    def survey(self, documents: Documents) -> None:
-        """Nothing is to be learnt from the data as a whole."""
+    def labels(self, batch: Batch, i: int, at: Int[Array, "B S"] | None = None) -> Labels:
+        """What guess i answers for, from the positions `at`, or from all."""
+        batch = {**batch, "mask": label_mask(batch, self._config.labels)}
+        return Labels(*(_picked(values, at) for values in labels_at(batch, i + 2)))
 
     def load_base(self, mesh: Mesh) -> Params:
         """The target, float32 on CPU and bfloat16 on accelerators."""
@@ -106,13 +123,9 @@ class DraftObjective:
         self._fingerprint = target.fingerprint()
         return target.params
 
-    def frozen_part(self, base: Params) -> Params:
-        """All of it: the target stays as it is."""
-        return base
-
     def init(self, key: Array, base: Params) -> Params:
         """A fresh drafter in float32, whatever the target's dtype: small updates must not round away."""
-        return jax.tree.map(lambda leaf: leaf.astype(jnp.float32), self.heads.init(self.model, base, key))
+        return jax.tree.map(lambda leaf: leaf.astype(jnp.float32), self.drafter.init_params(self.model, base, key))
 
     def drafter_params(self, trainable: Params, frozen: Params) -> Params:
         """All parameters of the drafter, as a drafter directory has them."""
@@ -125,30 +138,29 @@ class DraftObjective:
     def loss(self, trainable: Params, frozen: Params, batch: Batch, key: Array, progress: Array | float):
         """One term per depth: (sums, weights); metrics hold each depth's mean before its decay."""
         target, guesses = self.teacher_forced(trainable, frozen, batch, key)
-        terms = self._terms(guesses, target, frozen, batch)
+        term = self._term_of(target, frozen)
+        terms = [term(i, guess, guess.read(guess.hidden)) for i, guess in enumerate(guesses)]
         totals, weights = (jnp.stack(values) for values in zip(*terms, strict=True))
         decay = self._config.weights.decay ** jnp.arange(len(terms), dtype=totals.dtype)
         return (decay * totals, weights), {f"loss_{i + 1}": term for i, term in enumerate(terms)}
-
-    def renew(
-        self, trainable: Params, frozen: Params | None, batch: Batch, step: Array, progress: Array, key: Array
-    ) -> Params:
-        """Nothing: gradients do it all."""
-        return trainable
 
     def evaluate(self, trainable: Params, frozen: Params, batch: Batch) -> Sums:
         """By depth: the loss; how often the first choice is the text's token (accuracy); how often it is the target's
         first choice there (agreement), which is what greedy verification would accept on this text."""
         target, guesses = self.teacher_forced(trainable, frozen, batch, None)
         preferred_BT, known_W = argmax(target.logits), self.known(frozen)
-        sums: Sums = {f"loss_{i + 1}": term for i, term in enumerate(self._terms(guesses, target, frozen, batch))}
+        term = self._term_of(target, frozen)
+        sums: Sums = {}
         for i, guess in enumerate(guesses):
-            labels_BT, weight_BT = self._labels(i, batch)
-            choice_BT = argmax(guess.logits)
-            choice_BT = choice_BT if known_W is None else known_W[choice_BT]
-            weight = jnp.sum(weight_BT)
-            sums[f"accuracy_{i + 1}"] = (jnp.sum((choice_BT == labels_BT) * weight_BT), weight)
-            sums[f"agreement_{i + 1}"] = (jnp.sum((choice_BT == ahead(preferred_BT, i + 1)) * weight_BT), weight)
+            logits_BSW = guess.read(guess.hidden)
+            sums[f"loss_{i + 1}"] = term(i, guess, logits_BSW)
+            choice_BS = argmax(logits_BSW)
+            choice_BS = choice_BS if known_W is None else known_W[choice_BS]
+            preferred_BS = _picked(ahead(preferred_BT, i + 1), guess.at)
+            counted_BS = guess.labels.counted
+            weight = jnp.sum(counted_BS)
+            sums[f"accuracy_{i + 1}"] = (jnp.sum((choice_BS == guess.labels.tokens) * counted_BS), weight)
+            sums[f"agreement_{i + 1}"] = (jnp.sum((choice_BS == preferred_BS) * counted_BS), weight)
         return sums
 
     def report(self, means: dict[str, float]) -> dict[str, float]:
@@ -160,8 +172,9 @@ class DraftObjective:
         """Share of decoding steps that accept depth d: in the loop, and by the training-time forward on its text.
 
         The loop decodes the beginnings of held-out rows greedily, with the rank-0 chain as its tree. The two shares
-        must be equal (`decoding/replay.py`); a difference means that drafters are not served as they are trained. Empty
-        when nothing is to be decoded, or the target has no room for it, or there are several processes.
+        must be equal (`decoding/replay.py`, which not every drafter knows); a difference means that drafters are not
+        served as they are trained. Empty when nothing is to be decoded, or the target has no room for it, or there are
+        several processes.
         """
         if jax.process_count() > 1:
             return {}
@@ -176,9 +189,10 @@ class DraftObjective:
         target = Target(self.model, frozen, self._tokenizer)
         drafter = self.drafter.with_tree(chain(self.depth))
         decoded = generate(target, prompts, drafter=drafter, drafter_params=params, max_new_tokens=new_tokens)
-        replayed = replay_acceptance(target, drafter, params, prompts, decoded)
         stats = sum(decoded.stats[1:], decoded.stats[0])
-        shares = {"loop": stats.accepted_by_depth, "replay": replayed}
+        shares = {"loop": stats.accepted_by_depth}
+        if is_replayable(drafter):
+            shares["replay"] = replay_acceptance(target, drafter, params, prompts, decoded).sum(axis=0)
         return {
             f"{name}_{i + 1}": float(hits[i]) / max(stats.steps, 1)
             for name, hits in shares.items()
@@ -209,33 +223,36 @@ class DraftObjective:
     def _cast(self, trainable):
         return jax.tree.map(lambda leaf: leaf.astype(self._dtype), trainable)
 
-    def _labels(self, i, batch):
-        return labels_at({**batch, "mask": label_mask(batch, self._config.labels)}, i + 2)
-
-    def _terms(self, guesses, target, frozen, batch):
-        """(sum, weight) of the loss at each depth over the labels of the batch."""
-        known_W = self.known(frozen)
+    def _term_of(self, target: Output, frozen: Params) -> Callable[[int, Guess, Array], tuple[Array, Array]]:
+        """The function from (i, guess, its logits) to (sum, weight) of the loss at that depth, over its labels."""
+        weights, known_W = self._config.weights, self.known(frozen)
         logits_BTW = target.logits if known_W is None else target.logits[..., known_W]
         teacher_BTW = jax.nn.softmax(logits_BTW, axis=-1)
-        learnt_BT = jnp.ones(batch["tokens"].shape, bool)
+        learnt_BT = jnp.ones(target.logits.shape[:2], bool)
         if known_W is not None:
             learnt_BT = jnp.zeros(target.logits.shape[-1], bool).at[known_W].set(True)[argmax(target.logits)]
-        return [self._term(i, guess, target, teacher_BTW, learnt_BT, batch) for i, guess in enumerate(guesses)]
 
-    def _term(self, i, guess, target, teacher_BTW, learnt_BT, batch):
-        weights = self._config.weights
-        labels_BT, weight_BT = self._labels(i, batch)
-        loss_BT = jnp.zeros(labels_BT.shape, guess.logits.dtype)
-        if weights.hard:
-            loss_BT -= weights.hard * log_likelihood(guess.logits, labels_BT)
-        if weights.soft:
-            expected_BT = jnp.sum(ahead(teacher_BTW, i + 1) * guess.logits, axis=-1)
-            loss_BT += weights.soft * (jax.nn.logsumexp(guess.logits, axis=-1) - expected_BT)
-        if weights.feature:
-            distance_BTH = optax.huber_loss(guess.hidden, ahead(target.hidden, i + 1))
-            loss_BT += weights.feature * jnp.mean(distance_BTH, axis=-1)
-        weight_BT = (weight_BT & ahead(learnt_BT, i + 1)).astype(loss_BT.dtype)
-        return jnp.sum(loss_BT * weight_BT), jnp.sum(weight_BT)
+        def term(i, guess, logits_BSW):
+            tokens_BS, counted_BS = guess.labels
+            loss_BS = jnp.zeros(tokens_BS.shape, logits_BSW.dtype)
+            if weights.hard:
+                loss_BS -= weights.hard * log_likelihood(logits_BSW, tokens_BS)
+            if weights.soft:
+                teacher_BSW = _picked(ahead(teacher_BTW, i + 1), guess.at)
+                expected_BS = jnp.sum(teacher_BSW * logits_BSW, axis=-1)
+                loss_BS += weights.soft * (jax.nn.logsumexp(logits_BSW, axis=-1) - expected_BS)
+            if weights.feature:
+                distance_BSH = optax.huber_loss(guess.hidden, _picked(ahead(target.hidden, i + 1), guess.at))
+                loss_BS += weights.feature * jnp.mean(distance_BSH, axis=-1)
+            weight_BS = (counted_BS & _picked(ahead(learnt_BT, i + 1), guess.at)).astype(loss_BS.dtype)
+            return jnp.sum(loss_BS * weight_BS), jnp.sum(weight_BS)
+
+        return term
+
+
+def _picked(values: Array, at: Int[Array, "B S"] | None) -> Array:
+    """`values[b, at[b, s]]`, along axis 1; all of them for None."""
+    return values if at is None else jax.vmap(lambda row, places: row[places])(values, at)
 
 
 def check_drafting(config: Any) -> None:

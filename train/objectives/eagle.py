@@ -10,6 +10,7 @@ travels with the frozen target and is saved with the drafter.
 """
 
 import dataclasses
+import functools
 from typing import ClassVar, Literal
 
 import jax
@@ -22,6 +23,7 @@ from decoding.drafters.eagle import Eagle, Eagle3
 from models import schema, transformer
 from models.config import TransformerConfig
 from models.heads.eagle import Eagle3Heads, EagleHeads, eagle3_layers, unroll
+from models.heads.medusa import vocab_kernel
 from train.data.texts import Documents
 from train.objectives.drafting import DraftObjective, Guess, Weights, check_drafting
 from train.objectives.shift import ahead
@@ -137,6 +139,11 @@ class EagleObjective(DraftObjective):
 
     Config: ClassVar[type] = EagleConfig
 
+    def __init__(self, config, tokenizer):
+        """As `DraftObjective`."""
+        super().__init__(config, tokenizer)
+        self.heads = self.drafter.heads
+
     @property
     def depth(self) -> int:
         """As the config says."""
@@ -158,7 +165,8 @@ class EagleObjective(DraftObjective):
         embedding_BTH = transformer.lookup(frozen, batch["tokens"])
         embeddings = [ahead(embedding_BTH, 1 + k) for k in range(steps)]
         outputs = unroll(self.heads, self.model, params, self.heads.fuse(params, taps), embeddings, layout)
-        return [Guess(self.heads.logits(self.model, params, frozen, hidden), hidden) for hidden in outputs]
+        read = functools.partial(self.heads.logits, self.model, params, frozen)
+        return [Guess(hidden, None, self.labels(batch, k), read) for k, hidden in enumerate(outputs)]
 
 
 class Eagle3Objective(EagleObjective):
@@ -178,7 +186,7 @@ class Eagle3Objective(EagleObjective):
         """As many steps as training unrolls."""
         return self._config.steps
 
-    def survey(self, documents: Documents) -> None:
+    def scan_data(self, documents: Documents) -> None:
         """Chooses the draft vocabulary."""
         if self.heads.vocab_size:
             counts = count_labels(documents, self.model.vocab_size, self._config.labels)
@@ -190,14 +198,16 @@ class Eagle3Objective(EagleObjective):
         if not self.heads.vocab_size:
             return base
         if self._vocabulary is None:
-            raise ValueError("the draft vocabulary is not known before `survey` has seen the training split")
+            raise ValueError("the draft vocabulary is not known before `scan_data` has seen the training split")
         return {**base, "draft_vocab": jax.device_put(self._vocabulary, NamedSharding(mesh, PartitionSpec()))}
 
     def init(self, key, base):
-        """As for any drafter, but the draft vocabulary is not trained."""
-        params = self.heads.init(self.model, base, key, self.known(base))
+        """As for any drafter, but the head begins as the target's on the draft vocabulary, which is not trained."""
+        params, known_W = super().init(key, base), self.known(base)
+        if known_W is None:
+            return params
         trained = {name: leaf for name, leaf in params.items() if name != "draft_vocab"}
-        return jax.tree.map(lambda leaf: leaf.astype(jnp.float32), trained)
+        return {**trained, "vocab": {"kernel": vocab_kernel(base)[:, known_W].astype(jnp.float32)}}
 
     def known(self, frozen):
         """The draft vocabulary."""

@@ -6,7 +6,7 @@ whole batch. What training leaves behind is a target directory (Hugging Face for
 
 import dataclasses
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -22,8 +22,7 @@ from models.formats.hf import load_config, save_target
 from models.formats.target import check_vocabulary, load_target
 from models.formats.tokenizer import Tokenizer
 from models.layout import Layout
-from train.data.texts import Documents
-from train.objectives.objective import Batch, Params, Sums
+from train.objectives.objective import Batch, Objective, Params, Sums
 from train.objectives.shift import label_mask, labels_at, log_likelihood
 
 # What the tokenizer decides; a config that repeated it could only contradict it.
@@ -68,8 +67,8 @@ class LMConfig:
         return schema.parse(TransformerConfig, {**(self.model or {}), **facts}, "objective.model")
 
 
-class LM:
-    """The `lm` objective (see `objective.py` for the protocol)."""
+class LM(Objective):
+    """The `lm` objective."""
 
     Config: ClassVar[type] = LMConfig
     product: ClassVar[str] = "target"
@@ -79,14 +78,10 @@ class LM:
         self._config, self._tokenizer = config, tokenizer
         if config.init_from is None:
             self.model = config.shape(tokenizer.vocab_size, tokenizer.bos_id, tokenizer.eos_ids)
-            self.base: Params | None = None
         else:
             self.model = load_config(config.init_from)
             check_vocabulary(self.model, tokenizer, config.init_from)
             self.base = transformer.param_shapes(self.model, jnp.float32)
-
-    def survey(self, documents: Documents) -> None:
-        """Nothing is to be learnt from the data as a whole."""
 
     def load_base(self, mesh: Mesh) -> Params:
         """The target to finetune, in float32."""
@@ -107,12 +102,6 @@ class LM:
         total, weight = -jnp.sum(likelihood_BT * weight_BT), jnp.sum(weight_BT)
         return (total, weight), {}
 
-    def renew(
-        self, trainable: Params, frozen: Params | None, batch: Batch, step: Array, progress: Array, key: Array
-    ) -> Params:
-        """Nothing: gradients do it all."""
-        return trainable
-
     def evaluate(self, trainable: Params, frozen: None, batch: Batch) -> Sums:
         """Cross-entropy and first-choice accuracy per label."""
         likelihood_BT, weight_BT, right_BT = self._score(trainable, batch)
@@ -125,10 +114,6 @@ class LM:
     def report(self, means: dict[str, float]) -> dict[str, float]:
         """Adds perplexity per token, exp(loss)."""
         return {"loss": means["loss"], "perplexity": math.exp(means["loss"]), "accuracy": means["accuracy"]}
-
-    def probe(self, trainable: Params, frozen: None, batches: Iterator[Batch]) -> dict[str, float]:
-        """Nothing: a language model is measured by its loss."""
-        return {}
 
     def export(self, directory: Path, trainable: Params, frozen: None) -> None:
         """Writes a target directory."""

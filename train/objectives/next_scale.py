@@ -5,8 +5,9 @@ codes of the scales before (`quantiser.teacher_inputs`). For a share of the imag
 network serves with and without it (classifier-free guidance).
 """
 
+import abc
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
@@ -23,9 +24,8 @@ from models.images import quantiser, var, vqvae
 from models.images.config import VARConfig, VQVAEConfig
 from models.schema import require
 from models.transformer import stack_layers
-from train.data.images import Images
 from train.objectives.image_batch import pixels, present
-from train.objectives.objective import Batch, Params, Sums
+from train.objectives.objective import Batch, Objective, Params, Sums
 from train.objectives.shift import log_likelihood
 
 # What the tokenizer and the data decide; a config that repeated it could only contradict it.
@@ -98,18 +98,17 @@ class Lesson(NamedTuple):
     weights: Float[Array, "B"]
 
 
-class NextScale:
-    """Base of these objectives (see `objective.py` for the protocol): all but `Config`, `product`, `loss`, `evaluate`,
-    and `provenance`, which goes into the product's config file."""
+class NextScale(Objective):
+    """Base of these objectives: all but `Config`, `product`, `loss`, `evaluate`, and `provenance`, which goes into the
+    product's config file."""
 
-    Config: ClassVar[type]
-    product: ClassVar[str]
+    base: Params
 
     def __init__(self, config: Any, classes: Sequence[str]):
         """`classes` are the data's. Raises UserError for a broken directory, or one of another tokenizer or data."""
         self._config = config
         self.tokenizer = files.read_config(config.tokenizer, VQVAEConfig)
-        self.base: Params = {"tokenizer": files.param_shapes(self.tokenizer)}
+        self.base = {"tokenizer": files.param_shapes(self.tokenizer)}
         if config.init_from is None:
             self.model = config.shape(self.tokenizer, len(classes))
         else:
@@ -119,9 +118,9 @@ class NextScale:
         self._rate = 0.1 * self.model.depth / 24 if rate is None else rate
 
     @property
+    @abc.abstractmethod
     def provenance(self) -> dict[str, Any]:
         """What the product's config file tells about how it was trained."""
-        raise AttributeError(f"{type(self).__name__} must say provenance")
 
     def read_model(self, directory: str, num_classes: int) -> VARConfig:
         """The shape of a VAR directory. Raises UserError unless it fits the tokenizer and the classes."""
@@ -133,9 +132,6 @@ class NextScale:
             if found != fact:
                 raise UserError(f"{directory} has {name} {found}, but {owner} has {fact}")
         return model
-
-    def survey(self, split: Images) -> None:
-        """Nothing is to be learnt from the data as a whole."""
 
     def load_base(self, mesh: Mesh) -> Params:
         """The tokenizer and, to go on from it, a VAR; float32, layers stacked."""
@@ -153,20 +149,6 @@ class NextScale:
         if "init_from" in base:
             return base["init_from"]
         return stack_layers(var.init(self.model, key, gate=self._config.gate))
-
-    def renew(
-        self, trainable: Params, frozen: Params, batch: Batch, step: Array, progress: Array, key: Array
-    ) -> Params:
-        """Nothing: gradients do it all."""
-        return trainable
-
-    def report(self, means: dict[str, Any]) -> dict[str, float]:
-        """The means as they are."""
-        return means
-
-    def probe(self, trainable: Params, frozen: Params, batches: Iterator[Batch]) -> dict[str, float]:
-        """Nothing: images are judged by their own metrics, after training."""
-        return {}
 
     def export(self, directory: Path, trainable: Params, frozen: Params) -> None:
         """Writes a VAR directory."""

@@ -9,21 +9,27 @@ and never seen by the optimizer. What an evaluation, a probe and the export get 
 steps where the optimizer keeps one (`optimizer.ema`).
 """
 
+import abc
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar
 
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
+
+from models.errors import UserError
 
 Params = Any  # nested dicts (and lists) of arrays
 Batch = dict[str, Array]
 # name -> (sum, weight); an evaluation may also sum arrays, such as counts of what was used.
 Sums = dict[str, tuple[Float[Array, "..."], Float[Array, ""]]]
+# Nested as parameters are, as far down as something was replaced: for a leaf a bool array that broadcasts to it, for
+# anything that was left alone None.
+Replaced = Any
 
 
-class Objective(Protocol):
-    """One way of learning parameters.
+class Objective(abc.ABC):
+    """One way of learning parameters. A subclass must define what is abstract here; the rest does nothing by default.
 
     Attributes:
       Config: the dataclass of the config's section `objective`. Its field `name` is the name in `OBJECTIVES`; its class
@@ -38,23 +44,36 @@ class Objective(Protocol):
     Config: ClassVar[type]
     product: ClassVar[str]
     model: Any
-    base: Params | None
+    base: Params | None = None
 
+    @abc.abstractmethod
     def __init__(self, config: Any, facts: Any):
         """`config` is a `Config`; `facts` is the data's, and the base's where there is one."""
 
-    def survey(self, split: Any, /) -> None:
-        """Looks through the training split, once, before anything is loaded; usually there is no need."""
+    @classmethod
+    def require_complete(cls) -> None:
+        """Raises UserError when a member is missing without which nothing can be trained."""
+        missing = [name for name in ("Config", "product") if not hasattr(cls, name)]
+        missing += sorted(getattr(cls, "__abstractmethods__", ()))
+        if missing:
+            raise UserError(f"the objective {cls.__name__} is incomplete: it does not define {', '.join(missing)}")
+
+    def scan_data(self, split: Any, /) -> None:  # noqa: B027 - nothing is what most do
+        """Looks through the training split, once, before anything is loaded."""
 
     def load_base(self, mesh: Mesh) -> Params:
         """Reads the base from disk into its shardings on `mesh`."""
+        raise UserError(f"the objective {type(self).__name__} is incomplete: it has a base, but no load_base")
 
     def frozen_part(self, base: Params | None) -> Params | None:
         """What of the base goes on as frozen parameters, given its arrays or their shapes; the rest feeds `init`."""
+        return base
 
+    @abc.abstractmethod
     def init(self, key: Array, base: Params | None) -> Params:
         """Trainable parameters, as a pure function (it is jitted and evaluated for shapes alone)."""
 
+    @abc.abstractmethod
     def loss(
         self, trainable: Params, frozen: Params | None, batch: Batch, key: Array, progress: Float[Array, ""]
     ) -> tuple[tuple[Float[Array, "*terms"], Float[Array, "*terms"]], Sums]:
@@ -72,7 +91,7 @@ class Objective(Protocol):
           and named (sum, weight) pairs to log.
         """
 
-    def renew(
+    def replace(
         self,
         trainable: Params,
         frozen: Params | None,
@@ -80,21 +99,26 @@ class Objective(Protocol):
         step: Int[Array, ""],
         progress: Float[Array, ""],
         key: Array,
-    ) -> Params:
-        """The trainables after an update, number `step` from 1, by other means than gradients; usually as they are.
+    ) -> tuple[Params, Replaced]:
+        """The trainables after an update, number `step` from 1, some replaced by other means than gradients.
 
-        `progress` is the share of the run's steps that are done, to 1. Traced into the step: what returns `trainable`
-        itself costs nothing. What comes back changed takes its place in the average of the parameters too.
+        `progress` is the share of the run's steps that are done, to 1. Traced into the step. Where the second result is
+        true, the average of the parameters begins anew.
         """
+        return trainable, None
 
+    @abc.abstractmethod
     def evaluate(self, trainable: Params, frozen: Params | None, batch: Batch) -> Sums:
         """Named (sum, weight) pairs of one batch, without noise; the trainer adds them up over the valid split."""
 
     def report(self, means: dict[str, Any]) -> dict[str, float]:
         """The numbers shown for the valid split, from the means of what `evaluate` returned."""
+        return {name: float(value) for name, value in means.items()}
 
     def probe(self, trainable: Params, frozen: Params | None, batches: Iterator[Batch]) -> dict[str, float]:
-        """Anything that an evaluation measures by running a decoder on held-out batches; usually nothing."""
+        """Anything that an evaluation measures by running a decoder on held-out batches."""
+        return {}
 
+    @abc.abstractmethod
     def export(self, directory: Path, trainable: Params, frozen: Params | None) -> None:
         """Writes the finished product to `directory`, whole or not at all, replacing what is there."""

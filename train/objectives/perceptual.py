@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from models.formats.inception import read_inception
 from models.images import inception
 from models.layers import call
 from train.objectives.objective import Params
@@ -52,7 +53,7 @@ class InceptionTaps:
 
     def load(self) -> Params:
         """The network's parameters."""
-        return inception.load_inception(self.weights)
+        return read_inception(self.weights)
 
     def features(self, params: Params, images: Float[Array, "B H W 3"]) -> Sequence[Float[Array, "B _ _ _"]]:
         """One map per tap."""

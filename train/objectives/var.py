@@ -40,7 +40,7 @@ class VARObjectiveConfig(NextScaleConfig):
 
 
 class VARObjective(NextScale):
-    """The `var` objective (see `objective.py` for the protocol)."""
+    """The `var` objective."""
 
     Config: ClassVar[type] = VARObjectiveConfig
     product: ClassVar[str] = "var"

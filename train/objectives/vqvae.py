@@ -12,7 +12,6 @@ leaves behind is a VQ-VAE directory.
 
 import dataclasses
 import math
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -20,7 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from models import sharding
 from models.errors import UserError
@@ -29,10 +28,9 @@ from models.images import quantiser, vqvae
 from models.images.config import VQVAEConfig
 from models.layers import call
 from models.schema import nearest, require
-from train.data.images import Images
 from train.objectives.adversary import Discriminator, adaptive_weight, hinge
 from train.objectives.image_batch import pixels, present
-from train.objectives.objective import Batch, Params, Sums
+from train.objectives.objective import Batch, Objective, Params, Replaced, Sums
 from train.objectives.perceptual import FEATURE_NETS, FeatureNet, perceptual_distance
 
 
@@ -131,8 +129,8 @@ class VQVAEObjectiveConfig:
         return self.model.image_size
 
 
-class VQVAEObjective:
-    """The `vqvae` objective (see `objective.py` for the protocol).
+class VQVAEObjective(Objective):
+    """The `vqvae` objective.
 
     Trainable are `{'vqvae': ..., 'discriminator': ...}`, the latter where there is one; frozen is the feature net.
     """
@@ -146,19 +144,12 @@ class VQVAEObjective:
         self._discriminator = Discriminator(config.gan.width, config.gan.layers)
         perceptual = config.perceptual
         self._net: FeatureNet | None = FEATURE_NETS[perceptual.net](str(perceptual.weights)) if perceptual.net else None
-        self.base: Params | None = None if self._net is None else self._net.shapes()
-
-    def survey(self, split: Images) -> None:
-        """Nothing is to be learnt from the data as a whole."""
+        self.base = None if self._net is None else self._net.shapes()
 
     def load_base(self, mesh: Mesh) -> Params:
         """The feature net."""
         assert self._net is not None
         return sharding.place_params(mesh, self._net.load())
-
-    def frozen_part(self, base: Params | None) -> Params | None:
-        """The feature net, if there is one."""
-        return base
 
     def init(self, key: Array, base: Params | None) -> Params:
         """Random parameters, float32."""
@@ -189,20 +180,23 @@ class VQVAEObjective:
         total = sum(jnp.sum(part) for part in parts.values())
         return (total, weight), {name: (jnp.sum(part), weight) for name, part in parts.items()}
 
-    def renew(
+    def replace(
         self, trainable: Params, frozen: Params | None, batch: Batch, step: Array, progress: Array, key: Array
-    ) -> Params:
+    ) -> tuple[Params, Replaced]:
         """Every `reset_every` steps, other vectors for the codes that this batch did not choose."""
         if not self._config.reset_every:
-            return trainable
+            return trainable, None
         params = trainable["vqvae"]
-        codebook = params["codebook"]["embedding"]
-        codebook = jax.lax.cond(
+        old = params["codebook"]["embedding"]
+        codebook, replaced_V1 = jax.lax.cond(
             (step % self._config.reset_every == 0) & (progress <= self._config.reset_until),
             lambda: replace_unused(self.model, params, pixels(batch), key),
-            lambda: codebook,
+            lambda: (old, jnp.zeros((len(old), 1), bool)),
         )
-        return {**trainable, "vqvae": {**params, "codebook": {"embedding": codebook}}}
+        # What the average of the parameters forgets: other than these rows, nothing.
+        others: dict[str, Replaced] = dict.fromkeys(trainable)
+        replaced = {**others, "vqvae": {**dict.fromkeys(params), "codebook": {"embedding": replaced_V1}}}
+        return {**trainable, "vqvae": {**params, "codebook": {"embedding": codebook}}}, replaced
 
     def evaluate(self, trainable: Params, frozen: Params | None, batch: Batch) -> Sums:
         """Squared error, signal-to-noise ratio, and how often an image's scales choose every code."""
@@ -225,10 +219,6 @@ class VQVAEObjective:
         used = {"perplexity": _perplexity(count_KV.sum(axis=0)), "codes_used": float(np.mean(count_KV.any(axis=0)))}
         by_scale = {f"scale_perplexity_{k}": _perplexity(count_V) for k, count_V in enumerate(count_KV)}
         return {"squared_error": means["squared_error"], "psnr": means["psnr"], **used, **by_scale}
-
-    def probe(self, trainable: Params, frozen: Params | None, batches: Iterator[Batch]) -> dict[str, float]:
-        """Nothing."""
-        return {}
 
     def export(self, directory: Path, trainable: Params, frozen: Params | None) -> None:
         """Writes a VQ-VAE directory; the discriminator has done its work."""
@@ -273,7 +263,7 @@ def _perplexity(counts: np.ndarray) -> float:
 
 def replace_unused(
     config: VQVAEConfig, params: Params, images: Float[Array, "B H W 3"], key: Array
-) -> Float[Array, "V C"]:
+) -> tuple[Float[Array, "V C"], Bool[Array, "V 1"]]:
     """The codebook, in which random vectors that the quantiser looks codes up for stand in for codes not chosen.
 
     Args:
@@ -281,6 +271,9 @@ def replace_unused(
       params: its parameters.
       images: in [-1, 1]; a code is unused if none of their vectors takes it at any scale.
       key: typed PRNG key.
+
+    Returns:
+      The codebook, and which of its rows are new.
     """
     features = vqvae.features(config, params, images)
     f_hats, indices = quantiser.quantise(config, params, features)
@@ -288,7 +281,7 @@ def replace_unused(
     C = config.latent_channels
     sought = [quantiser.tokens_of(config, k, residual).reshape(-1, C) for k, residual in enumerate(residuals)]
     sought_NC = jnp.concatenate(sought)
-    used_V = jnp.sum(quantiser.usage(config, indices), axis=0) > 0
+    unused_V1 = jnp.sum(quantiser.usage(config, indices), axis=0)[:, None] == 0
     drawn_V = jax.random.randint(key, (config.vocab_size,), 0, len(sought_NC))
     codebook = params["codebook"]["embedding"]
-    return jnp.where(used_V[:, None], codebook, sought_NC[drawn_V].astype(codebook.dtype))
+    return jnp.where(unused_V1, sought_NC[drawn_V].astype(codebook.dtype), codebook), unused_V1

@@ -16,8 +16,8 @@ import pytest
 from decoding.policies import Confidence, DySpec, Static, StochasticBeam, TreePolicy, parse_policy
 from decoding.policies.policy import gumbel_for
 from decoding.policies.rsd import condition_maximum
-from decoding.policies.sequoia import constant_branching
 from decoding.sampling import Sampling, batch_sampling
+from decoding.tree_search import constant_branching
 from decoding.trees import chain
 from models.errors import UserError
 from tests.decoding.drafter_cases import LOPSIDED

@@ -4,7 +4,8 @@ import dataclasses
 import json
 import sys
 import types
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +16,7 @@ from decoding.images import generate
 from decoding.images.generate import Stage, Tokenizer, code_stages, generate_images
 from decoding.images.scales import Drawing
 from eval.images import speed
-from eval.measure.timing import Timing
+from eval.measure.timing import Timing, measure
 from eval.peers import images as peer
 from models.errors import UserError
 from models.images import quantiser
@@ -25,6 +26,7 @@ from tests import image_reference as reference
 TINY = VQVAEConfig(vocab_size=16, latent_channels=4, width=32, multipliers=(1, 1), blocks=1, scales=(1, 2, 3, 4))
 LEAST = dataclasses.replace(TINY, scales=(1, 2))
 FULL = VQVAEConfig()
+TINY_RUN: dict[str, Any] = {"depths": (2, 1), "tokenizer": LEAST, "draft_scales": (1,), "with_torch": False}
 
 pytestmark = pytest.mark.usefixtures("structs_may_hold_shapes")
 
@@ -52,52 +54,71 @@ def test_operations_by_hand() -> None:
     assert speed.flop(config, 2, 3, guided=False) == 2 * (kernels + attention + head)
 
 
+def on_device(params, dtype):
+    """Cast by NumPy, or every shape would be a program."""
+    return jax.tree.map(lambda leaf: jnp.asarray(leaf.astype(jnp.dtype(dtype))), params)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def weights_from_numpy() -> Iterator[None]:
+    """Each leaf drawn by JAX would be a program of its own, a hundred and eighty in all."""
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(speed.var, "init", lambda config, key, dtype: on_device(reference.random_var(config), dtype))
+        patch.setattr(speed.vqvae, "init", lambda config, key: on_device(reference.random_vqvae(config), jnp.float32))
+        yield
+
+
+class Measured(NamedTuple):
+    """What one small run found, and the parts that it timed."""
+
+    results: dict
+    parts: dict
+
+
 @pytest.fixture(scope="module")
-def results() -> dict:
-    return speed.run_images(1, depths=(2, 1), tokenizer=LEAST, draft_scales=(1,), with_torch=False)
+def measured() -> Measured:
+    """In bfloat16 and batches of three, which nothing takes by default."""
+    parts: dict = {}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(speed, "PEAK_SIDE", 64)
+        patch.setattr(speed, "PEAK_PRODUCTS", 2)
+        patch.setattr(speed, "measure", lambda given, *rest: (parts.update(given), measure(given, *rest))[1])
+        found = speed.run_images(1, **TINY_RUN, batch=3, dtype=jnp.bfloat16)
+    return Measured(found, parts)
 
 
-def test_keys(results: dict) -> None:
+def test_keys(measured: Measured) -> None:
+    results = measured.results
     assert set(results["models"]) == {"var-d2", "var-d1", "code-1"} and set(results["code"]) == {"1"}
-    assert (results["batch"], results["depths"], results["dtype"]) == (2, [2, 1], "float32")
-    entry = results["models"]["code-1"]
-    assert entry["peak_share"] == pytest.approx(entry["gflop"] / entry["seconds"] / results["peak_gflop_per_s"])
-    assert entry["images_per_s"] == pytest.approx(results["batch"] / entry["seconds"])
-    code = results["code"]["1"]
-    assert code["speedup_over_flop_ratio"] == pytest.approx(code["speedup"] / code["flop_ratio"])
+    assert (results["batch"], results["depths"], results["dtype"]) == (3, [2, 1], "bfloat16")
+    assert all(entry["compile_seconds"] > 0 < entry["temporary_megabytes"] for entry in results["models"].values())
     assert results["torch"] is None
     json.dumps(results, allow_nan=False)
 
 
-def test_description(results: dict) -> None:
+def test_description(measured: Measured) -> None:
+    results = measured.results
     text = "\n".join(speed.describe(results))
-    for word in ("matrix products", "in float32", "var-d2", "CoDe, N = 1", "decoder", "not installed, or not for this"):
+    for word in (
+        "matrix products",
+        "in bfloat16",
+        "var-d2",
+        "CoDe, N = 1",
+        "decoder",
+        "not installed, or not for this",
+    ):
         assert word in text
     torch = {"var-d2": {"seconds": 1.0, "speedup": 3.0}}
     assert "ours is 3.00x as fast" in "\n".join(speed.describe({**results, "torch": torch}))
-
-
-@pytest.fixture
-def parts(monkeypatch: pytest.MonkeyPatch) -> dict:
-    """Fills up with what `run_images` would time; part i takes 1000 i ms, the first one 1000."""
-    seen: dict = {}
-
-    def fake(parts, rounds, progress):
-        seen.update(parts)
-        return {name: Timing(1e3 * number, 1e3) for number, name in enumerate(parts, start=1)}
-
-    monkeypatch.setattr(speed, "measure", fake)
-    return seen
 
 
 def dtypes(tree) -> set[str]:
     return {leaf.dtype.name for leaf in jax.tree.leaves(tree)}
 
 
-def test_dtype_is_that_of_transformers_decoder_and_products(parts: dict) -> None:
-    options = {"tokenizer": LEAST, "draft_scales": (1,), "with_torch": False}
-    found = speed.run_images(1, depths=(2, 1), batch=3, dtype=jnp.bfloat16, **options)
-    assert (found["batch"], found["depths"], found["dtype"]) == (3, [2, 1], "bfloat16")
+def test_dtype_is_that_of_transformers_decoder_and_products(measured: Measured) -> None:
+    parts = measured.parts
     assert dtypes(parts["peak"]._fixed) == {"bfloat16"}
     tokenizer = parts["var-d2 end to end"]._tokenizer
     assert dtypes([tokenizer.params[name] for name in ("decoder", "post_quant")]) == {"bfloat16"}
@@ -116,11 +137,48 @@ def test_dtype_is_that_of_transformers_decoder_and_products(parts: dict) -> None
     assert parts["var-d2 end to end"].pixels().shape == (3, 4, 4, 3)
 
 
-def test_end_to_end_is_timed_as_a_whole(parts: dict) -> None:
-    found = speed.run_images(1, depths=(2, 1), tokenizer=LEAST, draft_scales=(1,), with_torch=False)
+@pytest.fixture
+def parts(monkeypatch: pytest.MonkeyPatch) -> dict:
+    """Fills up with what `run_images` would time, of which nothing is compiled; part i takes i s, at best half."""
+    seen: dict = {}
+
+    def fake(parts, rounds, progress):
+        seen.update(parts)
+        return {name: Timing(1e3 * number, 0.5e3 * number) for number, name in enumerate(parts, start=1)}
+
+    monkeypatch.setattr(speed, "measure", fake)
+    monkeypatch.setattr(speed, "compile_stages", lambda codes, params, stages, batch: [program(len(stages))])
+    return seen
+
+
+def program(size: int) -> types.SimpleNamespace:
+    memory = types.SimpleNamespace(temp_size_in_bytes=size * 10**6)
+    return types.SimpleNamespace(seconds=size, compiled=types.SimpleNamespace(memory_analysis=lambda: memory))
+
+
+def test_numbers_follow_from_times(parts: dict) -> None:
+    found = speed.run_images(1, **TINY_RUN)
+    assert (found["batch"], found["depths"], found["dtype"]) == (2, [2, 1], "float32"), "by default"
     names = ["var-d2", "var-d1", "code-1"]
     wholes = [f"{name} end to end" for name in names]
     assert list(parts) == ["peak", *(part for pair in zip(names, wholes, strict=True) for part in pair), "decoder"]
+    # Sixteen products of 2 x 2048^3 operations in a second; batches of two images in 2, 4 and 6 seconds.
+    peak = 16 * 2 * 2048**3 / 1e9
+    assert found["peak_gflop_per_s"] == pytest.approx(peak)
+    assert [found["models"][name]["seconds"] for name in names] == [2, 4, 6]
+    assert [found["models"][name]["seconds_min"] for name in names] == [1, 2, 3]
+    assert [found["models"][name]["images_per_s"] for name in names] == [1, 0.5, pytest.approx(1 / 3)]
+    assert [found["models"][name]["compile_seconds"] for name in names] == [1, 1, 2]
+    assert [found["models"][name]["temporary_megabytes"] for name in names] == [1, 1, 2]
+    deep, shallow = (speed.var_shape(depth, LEAST) for depth in (2, 1))
+    work = [speed.flop(deep, 0, 2), speed.flop(shallow, 0, 2), speed.flop(deep, 0, 1) + speed.flop(shallow, 1, 2)]
+    for name, operations, seconds in zip(names, work, (2, 4, 6), strict=True):
+        assert found["models"][name]["gflop"] == pytest.approx(2 * operations / 1e9)
+        assert found["models"][name]["peak_share"] == pytest.approx(2 * operations / 1e9 / seconds / peak)
+    ratio = work[0] / work[2]
+    wanted = {"speedup": 1 / 3, "flop_ratio": ratio, "speedup_over_flop_ratio": 1 / 3 / ratio}
+    assert found["code"] == {"1": pytest.approx(wanted)}
+    # End to end is timed as a whole: 3, 5 and 7 seconds.
     assert found["decoder"]["end_to_end"] == {"var-d2": 2 / 3, "var-d1": 2 / 5, "code-1": 2 / 7}
     assert found["decoder"]["seconds_per_image"] == 4
 
@@ -161,7 +219,7 @@ def test_torch_is_left_out_where_it_lacks_our_device(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(peer.importlib.util, "find_spec", lambda name: fake)
     monkeypatch.setattr(peer.jax, "default_backend", lambda: "gpu")
     assert peer.device() is None
-    found = speed.run_images(1, depths=(2, 1), tokenizer=LEAST, draft_scales=(1,))
+    found = speed.run_images(1, **{**TINY_RUN, "with_torch": True})
     assert found["torch"] is None and not any("torch" in name for name in parts)
     fake.cuda.is_available = lambda: True
     assert peer.device() == "cuda"
@@ -176,13 +234,12 @@ def test_torch_is_left_out_where_it_lacks_our_device(monkeypatch: pytest.MonkeyP
 def in_jax(tokenizer: VQVAEConfig, n: int, drawing: Drawing, dtype="float32") -> tuple[Tokenizer, list[Stage]]:
     """Models with every tensor drawn, the transformers in `dtype`: CoDe with N = n, or VAR if that is 0."""
     at_least = jnp.promote_types(dtype, jnp.float32)
-    params = jax.tree.map(lambda leaf: jnp.asarray(leaf, at_least), reference.random_vqvae(tokenizer))
+    params = on_device(reference.random_vqvae(tokenizer), at_least)
     models = []
     for width in (16, 8):
         # Two layers, for what a prefix is masked from shows in the second.
         config = VARConfig(2, width, 2, 12, vocab_size=16, latent_channels=4, scales=tokenizer.scales)
-        host = reference.random_var(config, seed=width)
-        models.append((config, jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.dtype(dtype)), host)))
+        models.append((config, on_device(reference.random_var(config, seed=width), dtype)))
     alone = [Stage(*models[0], tokenizer.num_scales, drawing)]
     return Tokenizer(tokenizer, params), code_stages(*models, n, drawing, drawing) if n else alone
 

@@ -1,6 +1,7 @@
 """The stopwatch times the work that it is given: nothing is moved out of the timed loop, nothing is dropped."""
 
 import re
+import types
 
 import jax
 import jax.numpy as jnp
@@ -9,8 +10,9 @@ import pytest
 
 from decoding.drafters.hydra import Hydra
 from decoding.drafters.medusa import Medusa
+from eval.measure import timing as timing_module
 from eval.measure.parts import STEPS_PER_SAMPLE, Scene, Step, network_ms, rows_forward, step_parts
-from eval.measure.timing import MOST_TIMES, Part, measure, summary
+from eval.measure.timing import MOST_TIMES, SAMPLE_SECONDS, Part, Timing, measure, summary
 from eval.speed import SHAPES
 from models import transformer
 from models.heads.hydra import HydraHeads
@@ -59,9 +61,8 @@ def test_parts_of_a_step_stay_in_the_loop(drafter) -> None:
     for name in ("draft", "forward"):
         outside, total = products(parts[name].text())
         assert outside == 0 < total, name
-    timings = measure({name: part for name, part in parts.items() if name != "forward"}, rounds=1)
-    assert all(0 < timing.minimum <= timing.median for timing in timings.values())
-    assert 0 <= network_ms(timings) < timings["draft"].median
+    for name, part in parts.items():
+        assert name == "forward" or part.sample() > 0
 
 
 def test_rows_and_step_run_again_and_again() -> None:
@@ -73,7 +74,7 @@ def test_rows_and_step_run_again_and_again() -> None:
         assert step.sample() > 0
     # Every sample makes all its steps: neither the limit nor the cache ends it early.
     assert int(step._state.counters.steps[0]) == 3 * STEPS_PER_SAMPLE
-    assert not bool(step._state.done[0])
+    assert not bool(step._state.text.done[0])
     assert rows_forward(scene, 5).sample() > 0
 
 
@@ -90,6 +91,47 @@ def test_what_varies_does_not_change() -> None:
     part = Part.of(lambda fixed, varying: varying * 2, (), vector)
     part.sample()
     assert np.array_equal(part._state[0], vector) and np.array_equal(part._state[1], 2 * vector)
+
+
+class Clock:
+    """A clock by hand: every reading of it is one of `ticks` later."""
+
+    def __init__(self, *ticks: float):
+        self._now, self._ticks = 0.0, list(ticks)
+
+    def perf_counter(self) -> float:
+        self._now += self._ticks.pop(0)
+        return self._now
+
+
+def test_a_sample_is_the_time_of_one_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A first run that does not count, one that says how often to repeat, and then the sample."""
+    part = Part.of(lambda fixed, varying: varying + fixed, jnp.float32(1), jnp.zeros(2))
+    monkeypatch.setattr(timing_module, "time", Clock(0, 50.0, 0, SAMPLE_SECONDS / 4, 0, 6.0))
+    assert part.sample() == pytest.approx(6.0 / 4)
+    monkeypatch.setattr(timing_module, "time", Clock(0, 8.0))
+    assert part.sample() == pytest.approx(8.0 / 4), "as often as at first"
+
+
+def test_parts_take_turns_and_their_first_samples_do_not_count() -> None:
+    asked: list[str] = []
+
+    def part(name: str, *seconds: float):
+        left = list(seconds)
+        return types.SimpleNamespace(sample=lambda: (asked.append(name), left.pop(0))[1])
+
+    timings = measure({"a": part("a", 9, 0.001, 0.010, 0.003), "b": part("b", 9, 1, 2, 2)}, rounds=3)
+    assert asked == ["a", "b"] * 4
+    assert timings["a"].median == pytest.approx(3) and timings["a"].minimum == pytest.approx(1)
+    assert timings["b"].median == pytest.approx(2000)
+
+
+def test_networks_are_what_drafting_takes_beside_the_choice() -> None:
+    ms = {"draft": Timing(5.0, 1.0), "choice": Timing(2.0, 2.0)}
+    assert network_ms(ms) == 3.0
+    assert network_ms({"draft": Timing(1.0, 1.0), "choice": Timing(2.0, 2.0)}) == 0.0
+    assert network_ms({"draft": Timing(5.0, 1.0), "network": Timing(4.0, 1.0)}) == 4.0
+    assert network_ms({"draft": Timing(5.0, 1.0)}) == 0.0, "a drafter without networks"
 
 
 def test_summary() -> None:

@@ -1,7 +1,6 @@
 """The image report shows what the results hold, escapes it, needs nothing from outside, claims what was measured."""
 
 import base64
-import html.parser
 import io
 import pathlib
 import re
@@ -12,40 +11,11 @@ import pytest
 from PIL import Image
 
 from eval.images.pictures import png, tiled
-from eval.report.image_charts import even_ticks
 from eval.report.images import Pictures, champion, print_table, write_report
 from models.errors import UserError
+from tests.eval.report.page import Page
 
-VOID = {"meta", "link", "img", "br", "hr", "input"}
 SCALES = 3
-
-
-class Page(html.parser.HTMLParser):
-    """Collects a page's tags, text and attributes, and fails on a tag that is closed in the wrong place."""
-
-    def __init__(self, source: str) -> None:
-        super().__init__()
-        self.open: list[str] = []
-        self.tags: list[str] = []
-        self.texts: list[str] = []
-        self.attributes: list[tuple[str, str]] = []
-        self.feed(source)
-        assert not self.open, f"never closed: {self.open}"
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append(tag)
-        self.attributes += [(name, value or "") for name, value in attrs]
-        if tag not in VOID:
-            self.open.append(tag)
-
-    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.attributes += [(name, value or "") for name, value in attrs]
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self.open and self.open.pop() == tag, f"</{tag}> closes something else"
-
-    def handle_data(self, data: str) -> None:
-        self.texts.append(data)
 
 
 def run(name: str, kind: str, n: int, speedup: float, distance: float) -> dict[str, Any]:
@@ -102,7 +72,7 @@ def pictures(names: list[str]) -> Pictures:
 
 
 def write(content: dict[str, Any], tmp_path: pathlib.Path, shown: Pictures | None = None) -> str:
-    write_report(content, shown or pictures([run["name"] for run in content["runs"]]), tmp_path / "report.html")
+    write_report(content, tmp_path / "report.html", shown or pictures([run["name"] for run in content["runs"]]))
     return (tmp_path / "report.html").read_text(encoding="utf-8")
 
 
@@ -200,11 +170,3 @@ def test_table_is_aligned() -> None:
     ]
     end = lines[0].index("speed-up") + len("speed-up")
     assert [line[end - 5 : end] for line in lines[2:4]] == ["1.00x", "1.50x"]
-
-
-@pytest.mark.parametrize("highest", [0.0004, 0.9, 1, 7, 13.2, 850, 123456.0])
-def test_ticks_are_round_and_reach_the_top(highest: float) -> None:
-    ticks = even_ticks(highest)
-    assert ticks[0] == 0 and ticks[-1] >= highest > ticks[-2] and 4 <= len(ticks) <= 9
-    digits = {f"{tick:e}".split("e")[0].rstrip("0").rstrip(".") for tick in ticks[1:2]}
-    assert digits <= {"1", "2", "2.5", "5"}

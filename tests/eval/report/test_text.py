@@ -1,6 +1,6 @@
 """The report shows what the results hold, escapes it, needs nothing from outside, and claims only what was measured."""
 
-import html.parser
+import html
 import io
 import pathlib
 import re
@@ -11,36 +11,7 @@ import pytest
 from eval.measure.environment import describe_environment
 from eval.report.text import print_table, write_report
 from models.errors import UserError
-
-VOID = {"meta", "link", "img", "br", "hr", "input"}
-
-
-class Page(html.parser.HTMLParser):
-    """Collects a page's tags, text and attributes, and fails on a tag that is closed in the wrong place."""
-
-    def __init__(self, source: str) -> None:
-        super().__init__()
-        self.open: list[str] = []
-        self.tags: list[str] = []
-        self.texts: list[str] = []
-        self.attributes: list[tuple[str, str]] = []
-        self.feed(source)
-        assert not self.open, f"never closed: {self.open}"
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append(tag)
-        self.attributes += [(name, value or "") for name, value in attrs]
-        if tag not in VOID:
-            self.open.append(tag)
-
-    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.attributes += [(name, value or "") for name, value in attrs]
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self.open and self.open.pop() == tag, f"</{tag}> closes something else"
-
-    def handle_data(self, data: str) -> None:
-        self.texts.append(data)
+from tests.eval.report.page import Page
 
 
 def run(drafter: str, speedup: float, **rest: Any) -> dict[str, Any]:

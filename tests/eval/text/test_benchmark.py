@@ -3,6 +3,7 @@
 import json
 import math
 import pathlib
+import types
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from decoding.sampling import Sampling
 from decoding.stats import Stats
 from decoding.verify import Typical
 from eval.main import DecodeConfig, run
+from eval.measure.timing import Timing
 from eval.report.text import write_report
 from eval.text import benchmark as module
 from eval.text.benchmark import Contender, Measured, benchmark
@@ -54,7 +56,7 @@ def test_greedy_output_is_identical_and_counted(runs) -> None:
         assert entry["acceptance_length"] == pytest.approx((entry["new_tokens"] - 3) / entry["steps"])
         assert sum(entry["accepted_histogram"]) == entry["steps"]
         assert len(entry["tokens_per_second_repeats"]) == 2
-        assert entry["speedup"] == pytest.approx(entry["tokens_per_second"] / runs[0]["tokens_per_second"])
+        assert entry["speedup"] > 0
         assert entry["lossy"] is False
         low, high = entry["acceptance_length_interval"]
         assert low <= entry["acceptance_length"] <= high
@@ -68,12 +70,7 @@ def test_drafters_have_tree_parts_and_categories(runs) -> None:
         assert entry["tree"]["visits"][:3] == [entry["steps"]] * 3
         assert entry["tree"]["visits"][3] == entry["tree"]["accepted"][0]
         assert set(entry["categories"]) == {"qa", "math"}
-        parts = entry["parts"]
-        ideal = (
-            entry["acceptance_length"] * runs[0]["parts"]["forward_ms"] / (parts["forward_ms"] + parts["network_ms"])
-        )
-        assert entry["loop_efficiency"] == pytest.approx(entry["speedup"] / ideal)
-        assert entry["draft_share"] == pytest.approx(parts["draft_ms"] / parts["step_ms"])
+        assert min(entry["parts"].values()) >= 0 and entry["loop_efficiency"] > 0 and entry["draft_share"] > 0
 
 
 def test_report_and_json_take_the_runs(runs, tmp_path: pathlib.Path) -> None:
@@ -108,6 +105,53 @@ def test_rates_are_means_over_questions() -> None:
     # Question a: 40 tokens in 4 s, both turns together; b: 10 tokens; c ended with its first token and has no rate.
     assert module._question_rates(one, prompts) == [[10.0, 2.0], [10.0, 10.0]]
     assert module._headline(module._question_rates(one, prompts)) == pytest.approx((6.0 + 10.0) / 2)
+
+
+def measured(name: str, steps: int, seconds, prefill, parts: dict[str, float]) -> Measured:
+    """Two texts of eleven tokens each, decoded three times."""
+    drafter = types.SimpleNamespace(name=name, num_heads=0)
+    made = [generation(list(range(11)), steps, 10)] * 2
+    timings = {part: Timing(ms, ms / 2) for part, ms in parts.items()}
+    return Measured(Contender(drafter), made, seconds, prefill, timings)
+
+
+@pytest.fixture
+def entry() -> dict:
+    """What the benchmark says of decodes with numbers chosen by hand: every wrong average is another number."""
+    prompts = [Prompt((1,), "a", "qa"), Prompt((2,), "b", "math")]
+    baseline = measured("none", 10, [[1.0, 2.0], [1.0, 2.0], [10.0, 20.0]], [[0.1, 0.1]] * 3, {"forward": 1.5})
+    seconds, prefill = [[0.5, 0.5], [0.25, 0.5], [5.0, 5.0]], [[0.1, 0.2], [0.3, 0.4], [0.1, 0.1]]
+    parts = {"draft": 6.0, "choice": 2.0, "forward": 2.0}
+    return module._run(None, measured("drafter", 5, seconds, prefill, parts), baseline, prompts, Sampling())
+
+
+def test_speed_is_the_median_over_repeats_of_means_over_questions(entry) -> None:
+    assert entry["tokens_per_second_repeats"] == [20.0, 30.0, 2.0]
+    assert entry["tokens_per_second"] == 20.0
+    # The baseline's repeats: (10 + 5) / 2 twice, and 0.75.
+    assert entry["speedup"] == pytest.approx(20 / 7.5)
+    assert entry["decode_seconds"] == 1.0 and entry["prefill_seconds"] == pytest.approx(0.3)
+
+
+def test_interval_of_the_speedup_lies_between_the_questions(entry) -> None:
+    # In the median over repeats question a is twice as fast as its baseline (20 over 10), b four times (20 over 5).
+    assert entry["speedup_interval"] == pytest.approx([2.0, 4.0])
+    assert entry["acceptance_length_interval"] == [2.0, 2.0]
+
+
+def test_category_is_compared_with_its_own_baseline(entry) -> None:
+    wanted = {"qa": 2.0, "math": 4.0}
+    assert {name: cell["speedup"] for name, cell in entry["categories"].items()} == wanted
+    assert {cell["tokens_per_second"] for cell in entry["categories"].values()} == {20.0}
+    assert {cell["acceptance_length"] for cell in entry["categories"].values()} == {2.0}
+
+
+def test_efficiency_is_of_steps_and_medians(entry) -> None:
+    # A repeat lasts 1 s in the median, of ten steps that commit two tokens each.
+    assert entry["parts"] == {"draft_ms": 6, "choice_ms": 2, "forward_ms": 2, "network_ms": 4, "step_ms": 100}
+    assert entry["draft_share"] == pytest.approx(0.06)
+    # Ideal: two tokens in 2 + 4 ms where plain decoding takes 1.5 ms a token, half its speed.
+    assert entry["loop_efficiency"] == pytest.approx(20 / 7.5 / 0.5)
 
 
 def test_first_difference_tells_place_and_margin(target: Target, prompts) -> None:

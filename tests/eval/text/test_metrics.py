@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from decoding.drafters.registry import load_drafter
-from eval.text.metrics import comb, head_accuracy, head_ranks, perplexity, rank_accuracy, rows_of_text, text_documents
+from eval.text.metrics import comb, head_accuracy, head_ranks, perplexity, rows_of_text, text_documents
 from models.errors import UserError
 from models.formats.target import Target
 from models.layout import Layout
@@ -62,11 +62,6 @@ def test_comb_holds_every_rank_of_every_depth() -> None:
     tree = comb(3, 4)
     assert tree.max_depth == 3 and tree.size == 13
     assert [sorted(tree.rank[tree.level(d)]) for d in (1, 2, 3)] == [[0, 1, 2, 3]] * 3
-
-
-def test_rank_accuracy() -> None:
-    ranks = np.array([[0, 0, 1, 4], [4, 4, 4, 2]])
-    assert rank_accuracy(ranks, 4).tolist() == [[0.5, 0.25, 0, 0], [0, 0, 0.25, 0]]
 
 
 def test_head_accuracy_is_cumulative_and_masked(target: Target, drafter_directories) -> None:

@@ -25,7 +25,7 @@ Tensors = dict[str, np.ndarray]
 def random_base(seed: int = 0, config: TransformerConfig = CONFIG) -> Target:
     """A base for the drafters here."""
     params = transformer.init(config, jax.random.key(seed))
-    return Target(config, transformer.join_projections(params), path=Path("base"))
+    return Target(config, transformer.for_decoding(params), path=Path("base"))
 
 
 def embedding(base: Target, dtype=np.float16) -> np.ndarray:

@@ -20,7 +20,7 @@ from models.formats import storage
 from models.formats.hf import load_config, load_params, save_target
 from models.formats.hf_config import config_from_hf, config_to_hf
 from models.transformer import init, split_projections, stack_layers
-from tests.parity.goldens import CASES, FOLDER
+from tests.parity.goldens import BARE, CASES, FOLDER
 from tests.parity.stepwise import stepwise_logits
 
 LLAMA = {
@@ -75,17 +75,41 @@ def test_golden_config_means_the_same_in_old_keys(case: str) -> None:
 # config.json
 
 
-def test_absent_keys_take_the_familys_defaults() -> None:
+# All that a config.json of these keys alone means; tests/parity/test_transformers.py asks transformers for the same.
+_SHARED = {"rope_theta": 10_000.0, "norm_eps": 1e-6, "vocab_size": 32, "width": 64, "mlp_width": 24, "num_heads": 32}
+_QWEN = {"max_position": 32_768, "num_kv_heads": 32, "windows": (*[None] * 28, 4096, 4096)}
+DEFAULTS: dict[str, dict] = {
+    "llama": dict(max_position=2048, num_kv_heads=32, head_dim=2, bos_id=1, eos_ids=(2,)),
+    "mistral": dict(max_position=131_072, num_kv_heads=8, head_dim=2, windows=(4096,) * 30, bos_id=1, eos_ids=(2,)),
+    "qwen2": dict(**_QWEN, head_dim=2, qkv_bias=True),
+    "qwen3": dict(**_QWEN, head_dim=128, qk_norm=True),
+    "gemma2": dict(
+        max_position=8192,
+        num_kv_heads=4,
+        head_dim=256,
+        windows=(4096, None) * 15,
+        tied_embeddings=True,
+        embed_scale=True,
+        post_norms=True,
+        zero_centred_norm=True,
+        activation="gelu_tanh",
+        attention_softcap=50.0,
+        logit_softcap=30.0,
+        bos_id=2,
+        eos_ids=(1,),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", DEFAULTS)
+def test_absent_keys_take_the_familys_defaults(name: str) -> None:
+    expected = TransformerConfig(**_SHARED, **DEFAULTS[name], num_layers=30, family=name)
+    assert config_from_hf({"model_type": name, **BARE}) == expected
+
+
+def test_what_keys_derive_from_each_other() -> None:
     assert (TINY.num_kv_heads, TINY.head_dim, TINY.windows, TINY.tied_embeddings) == (4, 4, (), False)
-    assert (TINY.bos_id, TINY.eos_ids, TINY.rope_theta, TINY.max_position) == (1, (2,), 10_000.0, 2048)
-    assert family("mistral", num_key_value_heads=2).windows == (4096, 4096)
     assert family("mistral", num_key_value_heads=None, sliding_window=None).windows == ()
-    qwen = family("qwen2", num_key_value_heads=2)
-    assert (qwen.qkv_bias, qwen.output_bias, qwen.eos_ids, qwen.windows) == (True, False, (), ())
-    assert family("qwen3", num_key_value_heads=2).head_dim == 128
-    gemma = family("gemma2")
-    assert (gemma.head_dim, gemma.num_kv_heads, gemma.tied_embeddings, gemma.windows) == (256, 4, True, (4096, None))
-    assert (gemma.attention_softcap, gemma.logit_softcap, gemma.query_scale) == (50.0, 30.0, None)
     assert family("gemma2", query_pre_attn_scalar=144).query_scale == 1 / 12
 
 

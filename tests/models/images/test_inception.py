@@ -1,23 +1,18 @@
-"""The resize against a loop, the graph's shapes and quirks, and a loader that lets no tensor pass unseen.
+"""The resize against a loop, the graph's shapes and quirks.
 
 `tests/parity/test_inception.py` compares the numbers with a torch build of the same graph.
 """
 
 import math
-import pathlib
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from models.errors import UserError
-from models.formats.release import Release
 from models.images import inception
 from models.layers import call
-from tests.models.formats import torch_archives
-from tests.models.formats.old_torch_streams import write_old_torch
-from tests.models.images.inception_cases import port_tensors, random_params
+from tests.models.images.inception_cases import random_params
 
 
 def looped(image: np.ndarray, height: int, width: int) -> np.ndarray:
@@ -131,42 +126,3 @@ def test_taps_are_what_the_graph_computes_on_its_way(params: dict) -> None:
     np.testing.assert_array_equal(branch[..., :7].reshape(2, -1), whole.spatial)
     np.testing.assert_array_equal(block[..., :192], branch)  # the first of the block's branches
     assert block.shape == (2, 3, 3, 768)
-
-
-def test_weights_come_back_from_a_torch_file(params: dict, tmp_path: pathlib.Path) -> None:
-    tensors = {**port_tensors(params), "Mixed_5b.branch1x1.bn.num_batches_tracked": np.zeros((), np.int64)}
-    for write in (torch_archives.write_torch, write_old_torch):
-        path = write(tmp_path / "inception.pth", tensors)
-        jax.tree.map(np.testing.assert_array_equal, inception.load_inception(path), params)
-    with pytest.raises(UserError, match="something other than a dict of tensors"):
-        inception.load_inception(write_old_torch(path, {"state_dict": {"w": np.zeros(3)}}))
-
-
-BLOCK = "Mixed_7c.branch_pool.conv.weight"
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (lambda tensors: tensors.pop(BLOCK), f"tensor {BLOCK} is missing"),
-        (lambda tensors: tensors.pop("fc.bias"), "tensor fc.bias is missing"),
-        (
-            lambda tensors: tensors.update({BLOCK: np.zeros((192, 2048, 3, 3), np.float32)}),
-            rf"tensor {BLOCK} has shape \[192, 2048, 3, 3\], .* implies \[192, 2048, 1, 1\]",
-        ),
-        (
-            lambda tensors: tensors.update({"fc.weight": np.zeros((1000, 2048), np.float32)}),
-            r"tensor fc.weight has shape \[1000, 2048\]",
-        ),
-        (
-            lambda tensors: tensors.update({"AuxLogits.conv0.conv.weight": np.zeros(3, np.float32)}),
-            "tensor AuxLogits.conv0.conv.weight is unknown",
-        ),
-    ],
-)
-def test_other_networks_are_refused(params: dict, change, message: str) -> None:
-    tensors = port_tensors(params)
-    change(tensors)
-    release = Release(pathlib.Path("w.pth"), {k: lambda v=v: v for k, v in tensors.items()}, {}, {})
-    with pytest.raises(UserError, match=message):
-        inception.params_of(release)

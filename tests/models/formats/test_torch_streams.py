@@ -1,14 +1,15 @@
 """Files of torch before 1.6: tensors come back, and nothing else does; damage is one sentence."""
 
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from models.errors import UserError
-from models.formats.old_torch_files import is_old_torch_file, read_old_torch_file
-from tests.models.formats.old_torch_streams import storage, write_old_torch
+from models.formats.torch_files import read_torch_file
 from tests.models.formats.torch_archives import Call, Global, Raw, emit, tensor, write_torch
+from tests.models.formats.torch_streams import storage, write_old_torch
 
 RNG = np.random.default_rng(0)
 WEIGHTS = {
@@ -22,7 +23,7 @@ WEIGHTS = {
 
 def complaint(path: Path) -> str:
     with pytest.raises(UserError) as raised:
-        read_old_torch_file(path)
+        read_torch_file(path)
     message = str(raised.value)
     assert str(path) in message and "\n" not in message
     return message
@@ -30,8 +31,7 @@ def complaint(path: Path) -> str:
 
 def test_tensors_come_back(tmp_path: Path) -> None:
     path = write_old_torch(tmp_path / "m.pth", {"state": WEIGHTS, "epoch": 3})
-    assert is_old_torch_file(path)
-    read = read_old_torch_file(path)
+    read = read_torch_file(path)
     assert read["epoch"] == 3 and list(read["state"]) == list(WEIGHTS)
     for name, array in WEIGHTS.items():
         found = read["state"][name]
@@ -47,13 +47,17 @@ def test_tensors_of_one_storage_share_it(tmp_path: Path) -> None:
     stored = content[content.index(b"\x80\x02]") :]
     heads = content[: content.index(b"\x80\x02ccollections")]
     path.write_bytes(heads + b"\x80\x02" + emit(views, {}) + b"." + stored)
-    read = read_old_torch_file(path)
+    read = read_torch_file(path)
     assert read["t"].tolist() == [[1, 4], [2, 5]] and np.shares_memory(read["w"], read["t"])
 
 
-def test_other_files_are_not_taken_for_old_ones(tmp_path: Path) -> None:
-    assert not is_old_torch_file(write_torch(tmp_path / "new.pth", WEIGHTS))
-    assert not is_old_torch_file(tmp_path / "none.pth") and not is_old_torch_file(tmp_path)
+def test_the_format_is_told_by_the_content(tmp_path: Path) -> None:
+    old, new = (write(tmp_path / "m.pth", WEIGHTS).read_bytes() for write in (write_old_torch, write_torch))
+    assert old[:2] == b"\x80\x02" and new[:2] == b"PK"
+    for content in (old, new):
+        (tmp_path / "m.safetensors").write_bytes(content)
+        read = read_torch_file(tmp_path / "m.safetensors")
+        assert {name: array.tolist() for name, array in read.items()} == {k: v.tolist() for k, v in WEIGHTS.items()}
 
 
 @pytest.mark.parametrize(
@@ -81,6 +85,7 @@ def test_nothing_but_tensors_is_made(tmp_path: Path, value, wanted: str) -> None
         ({"keys": ["1000"]}, "its storages are not those of its tensors"),
         ({"keys": ["1000", "999", "1000"]}, "its storages are not those of its tensors"),
         ({"keys": ["1000", "no"]}, "its storages are not those of its tensors"),
+        ({"keys": [1000, 999]}, "its list of storages is none"),
         ({"after": b"x"}, "goes on after its last storage"),
     ],
 )
@@ -110,6 +115,22 @@ def test_references_that_lie(tmp_path: Path, reference: Raw, message: str) -> No
     assert message in complaint(path)
 
 
+def test_a_storage_has_one_kind(tmp_path: Path) -> None:
+    value = {kind: tensor(storage(kind, "1000", 3), (3,), (1,)) for kind in ("Float", "Int")}
+    path = write_old_torch(tmp_path / "m.pth", value)
+    assert "storage 1000 is of two kinds" in complaint(path)
+
+
+@pytest.mark.parametrize("stored", [b"\x80\x02\x8d" + b"\xff" * 7 + b"\x0f", b"\x80\x02X\xff\xff\xff\xff"])
+def test_a_length_beyond_the_file_takes_no_memory(tmp_path: Path, stored: bytes) -> None:
+    whole = write_old_torch(tmp_path / "m.pth", {}).read_bytes()
+    (tmp_path / "m.pth").write_bytes(whole[: whole.index(b"\x80\x02ccollections")] + stored)
+    tracemalloc.start()
+    assert "is damaged" in complaint(tmp_path / "m.pth")
+    assert tracemalloc.get_traced_memory()[1] < 10_000_000
+    tracemalloc.stop()
+
+
 @pytest.mark.parametrize("seed", range(2))
 def test_random_damage_is_one_sentence(tmp_path: Path, seed: int) -> None:
     path = write_old_torch(tmp_path / "m.pth", WEIGHTS)
@@ -124,7 +145,7 @@ def test_random_damage_is_one_sentence(tmp_path: Path, seed: int) -> None:
             wrong[at] = rng.integers(256)
         path.write_bytes(wrong)
         try:
-            read_old_torch_file(path)
+            read_torch_file(path)
         except UserError as error:
             assert "\n" not in str(error)
 
@@ -137,12 +158,12 @@ def test_reads_what_torch_writes(tmp_path: Path) -> None:
     saved = {**module.state_dict(), "view": table[1:5:2, 1:3].T, "half": torch.randn(2).bfloat16()}
     path = tmp_path / "m.pth"
     torch.save(saved, path, _use_new_zipfile_serialization=False)
-    read = read_old_torch_file(path)
-    assert is_old_torch_file(path) and list(read) == list(saved)
+    read = read_torch_file(path)
+    assert list(read) == list(saved)
     for name, value in saved.items():
         assert read[name].dtype.name == str(value.dtype).removeprefix("torch.")
         np.testing.assert_array_equal(read[name].astype(np.float64), value.double().numpy())
     torch.save(module.state_dict(), path, _use_new_zipfile_serialization=False)
-    assert list(read_old_torch_file(path)) == list(module.state_dict())
+    assert list(read_torch_file(path)) == list(module.state_dict())
     torch.save(module, path, _use_new_zipfile_serialization=False)
     assert "asks for" in complaint(path)

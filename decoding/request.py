@@ -1,0 +1,30 @@
+"""What was asked of the loop."""
+
+from flax import struct
+from jaxtyping import Array, Int
+
+from decoding.sampling import SamplingParameters
+from decoding.verify import Typical
+
+
+@struct.dataclass
+class Request:
+    """What was asked, per batch row; read only.
+
+    Attributes:
+      prompt_length: tokens of the prompt.
+      limit: most tokens in the end, prompt included.
+      stops: K token sequences that end a text, right-aligned in L places, padded on the left with -1.
+      keys: typed PRNG keys.
+      sampling: sampling parameters.
+      attention: how the target attends to its cache (`models.layout.Layout.attention`).
+      typical: lossy typical acceptance in place of the tree's own rule.
+    """
+
+    prompt_length: Int[Array, "B"]
+    limit: Int[Array, "B"]
+    stops: Int[Array, "B K L"]
+    keys: Array
+    sampling: SamplingParameters
+    attention: str = struct.field(pytree_node=False, default="dense")
+    typical: Typical | None = struct.field(pytree_node=False, default=None)

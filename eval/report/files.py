@@ -1,0 +1,44 @@
+"""Results on disk: directories, JSON and text, each file whole or not at all."""
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from models.errors import UserError
+
+
+def make_directory(directory: str | Path) -> Path:
+    """The directory for results, made where it does not exist.
+
+    Raises:
+      UserError: it cannot be made.
+    """
+    directory = Path(directory)
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError, PermissionError) as error:
+        raise UserError(f"cannot write results to {directory}: {error.strerror}") from None
+    return directory
+
+
+def write_json(content: Mapping[str, Any], path: Path) -> None:
+    """Writes JSON, whole or not at all; raises as `write_text` does."""
+    write_text(json.dumps(content, indent=2, allow_nan=False) + "\n", path)
+
+
+def write_text(text: str, path: Path) -> None:
+    """Writes a file, whole or not at all.
+
+    Raises:
+      UserError: the path is a directory, or lies where nothing can be written.
+    """
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        partial.write_text(text, encoding="utf-8")
+        os.replace(partial, path)
+    except (IsADirectoryError, NotADirectoryError, FileNotFoundError, PermissionError) as error:
+        raise UserError(f"cannot write {path}: {error.strerror}") from None
+    finally:
+        partial.unlink(missing_ok=True)

@@ -1,0 +1,64 @@
+"""Commands and benchmarks ask drafters questions; which drafter it is they do not know."""
+
+import ast
+import pathlib
+
+from decoding.drafter import Drafter
+from decoding.drafters.head_drafter import HeadDrafter
+from decoding.drafters.network_drafter import NetworkDrafter
+from decoding.drafters.registry import DRAFTERS
+from decoding.policies import POLICIES
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+# The speed table lists shapes to time, file formats belong to a method each, and the parts of a step are timed by them.
+MAY_NAME = {"eval/speed.py", "scripts/convert.py", "eval/measure/parts.py"}
+CLASSES = {drafter.__name__ for drafter in (*DRAFTERS.values(), HeadDrafter, NetworkDrafter)}
+ASKED = CLASSES | {Drafter.__name__} | {policy.__name__ for policy in POLICIES.values()}
+FILES = {"decoding.drafters.registry", "decoding.drafters"}
+
+
+def names_of_drafters(source: str) -> list[str]:
+    """What a module imports from drafters' own files, which of their classes it names, and what it asks the type of."""
+    found = []
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("decoding.drafters"):
+            found += [node.module or ""] if node.module not in FILES else []
+            found += [alias.name for alias in node.names if f"{node.module}.{alias.name}" in own_files()]
+        elif isinstance(node, ast.Import):
+            found += [alias.name for alias in node.names if alias.name in own_files()]
+        elif isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "isinstance":
+            asked = {name.id for name in ast.walk(node.args[1]) if isinstance(name, ast.Name)}
+            asked |= {name.attr for name in ast.walk(node.args[1]) if isinstance(name, ast.Attribute)}
+            found += [f"isinstance of {name}" for name in sorted(asked & ASKED)]
+        elif isinstance(node, ast.Name) and node.id in CLASSES:
+            found.append(node.id)
+        elif isinstance(node, ast.Attribute) and node.attr in CLASSES:
+            found.append(node.attr)
+    return found
+
+
+def own_files() -> set[str]:
+    """Modules of drafters, the registry apart."""
+    folder = ROOT / "decoding" / "drafters"
+    return {f"decoding.drafters.{path.stem}" for path in folder.glob("*.py")} - FILES - {"decoding.drafters.__init__"}
+
+
+def test_commands_and_benchmarks_name_no_drafter() -> None:
+    paths = [path for room in ("eval", "scripts") for path in sorted((ROOT / room).rglob("*.py"))]
+    names = {path.relative_to(ROOT).as_posix(): names_of_drafters(path.read_text()) for path in paths}
+    assert {name: found for name, found in names.items() if found and name not in MAY_NAME} == {}
+    assert names["eval/speed.py"], "nothing is found where there is something to find"
+
+
+def test_names_are_found_however_they_come() -> None:
+    for source in (
+        "from decoding.drafters.medusa import Medusa as M",
+        "from decoding.drafters import lookahead",
+        "import decoding.drafters.plain",
+        "isinstance(drafter, (int, registry.Hydra))",
+        "isinstance(drafter.policy, Static)",
+        "drafter.__class__ is EarlyExit",
+    ):
+        assert names_of_drafters(source), source
+    clean = "from decoding.drafters.registry import load_drafter\nisinstance(x, int)\nlabel = 'medusa'"
+    assert names_of_drafters(clean) == []
