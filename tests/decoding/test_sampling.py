@@ -12,6 +12,7 @@ from decoding.sampling import (
     batch_sampling,
     best_logits,
     best_tokens,
+    draft_keys,
     draw,
     invert,
     target_probabilities,
@@ -187,6 +188,22 @@ def test_draws_depend_on_key_and_position_only() -> None:
     assert drawn[0] == drawn[1] and len(set(drawn)) == 3
     alone = draw(logits[:1], batch_sampling([Sampling(temperature=1.0)]), keys[2:3], jnp.array([8]))
     assert int(alone[0]) == drawn[2]
+
+
+def test_keys_of_drafts_are_nobody_elses() -> None:
+    """Neither those that verification makes of a request's key for a position and its numbers, nor each other's."""
+    requests, positions = jax.vmap(jax.random.key)(jnp.arange(20)), jnp.arange(300)
+
+    def folded(keys, data):
+        return jax.vmap(jax.random.fold_in)(keys.ravel(), jnp.broadcast_to(data, keys.shape).ravel())
+
+    every = jnp.repeat(requests, len(positions))
+    of_position = folded(every, jnp.tile(positions, len(requests)))
+    of_drafts = draft_keys(every, jnp.tile(positions, len(requests)))
+    of_levels = [folded(of_drafts, jnp.asarray(level)) for level in range(3)]
+    apart = [requests, of_position, folded(of_position, jnp.asarray(1)), of_drafts, *of_levels]
+    data = np.concatenate([jax.random.key_data(keys) for keys in apart])
+    assert len(np.unique(data, axis=0)) == len(data) == 20 + 6 * 20 * 300
 
 
 def test_draw_follows_the_distribution(x64: None) -> None:
