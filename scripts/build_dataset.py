@@ -32,6 +32,7 @@ from typing import Any, TextIO
 
 import numpy as np
 
+from models import command_line
 from models.errors import UserError, exit_on_user_error
 from models.formats.storage import write_json
 from models.formats.tokenizer import Message, Tokenizer
@@ -414,7 +415,7 @@ def _print(line: str) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m scripts.build_dataset", description=(__doc__ or "").split("\n")[0])
+    parser = command_line.parser("scripts.build_dataset", __doc__)
     parser.add_argument("--kind", choices=KINDS)
     parser.add_argument("--src", type=Path, help="a file (.gz too), or the folder of --kind source")
     parser.add_argument("--out", required=True, type=Path, help="the directory to write")
