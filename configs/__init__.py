@@ -1,7 +1,8 @@
 """Experiments as data: one file per job, whose `get_config(variant)` returns a `ConfigDict`.
 
-The schema is `train/config.py`. Tuples, never lists, so that a command line can replace them; `config_dict.placeholder`
-where None is a value, so that a command line can fill it.
+The schema is `train/config.py`, and a file says only what differs from its defaults; a command line may name every key
+of it. Tuples, never lists, so that a command line can replace them; `config_dict.placeholder` where None is a value, so
+that a command line can fill it.
 """
 
 import difflib

@@ -13,7 +13,7 @@ of 34 classes, and runs/classifier/classifier for `python -m eval.images.main --
 begun to fall from about log(number of classes).
 """
 
-from ml_collections import ConfigDict, config_dict
+from ml_collections import ConfigDict
 
 from configs import check_variant
 
@@ -28,38 +28,20 @@ def get_config(variant: str = "") -> ConfigDict:
             "shift": 2,
         }
     )
-    config.data = ConfigDict(
-        {
-            "path": "data/glyphs",
-            "split": "train",
-            "valid_split": "valid",
-            "tokenizer": config_dict.placeholder(str),
-            "fields": config_dict.placeholder(str),
-        }
-    )
+    config.data = ConfigDict({"path": "data/glyphs"})
     config.steps = 400
     config.batch_size = 64
-    config.length = config_dict.placeholder(int)
-    config.seed = 0
     config.optimizer = ConfigDict(
         {
-            "name": "adamw",
             "learning_rate": 3e-3,
-            "schedule": "cosine",
             "warmup_steps": 20,
             "final_fraction": 0.02,
             "weight_decay": 0.05,
-            "b1": 0.9,
-            "b2": 0.95,
-            "eps": 1e-8,
-            "clip_norm": 1.0,
-            "ema": 0.0,
         }
     )
-    config.mesh = ConfigDict({"data": -1, "fsdp": 1, "tensor": 1})
-    config.evaluation = ConfigDict({"every": 200, "batches": config_dict.placeholder(int)})
+    config.evaluation = ConfigDict({"every": 200})
     config.checkpoint = ConfigDict({"every": 200, "keep": 1})
-    config.metrics = ConfigDict({"every": 25, "tensorboard": False, "wandb": config_dict.placeholder(str)})
+    config.metrics = ConfigDict({"every": 25})
 
     if variant == "emoji":
         config.data.path = "data/emoji"

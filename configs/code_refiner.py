@@ -33,10 +33,6 @@ def get_config(variant: str = "") -> ConfigDict:
             "teacher": config_dict.placeholder(str),
             "init_from": config_dict.placeholder(str),
             "first_scale": 8,
-            "temperature": 1.0,
-            "alpha": 0.5,
-            "class_dropout": 0.1,
-            "stochastic_depth": config_dict.placeholder(float),
         }
     )
     if not variant:

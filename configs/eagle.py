@@ -29,48 +29,22 @@ def get_config(variant: str = "") -> ConfigDict:
         {
             "name": "eagle",
             "target": config_dict.placeholder(str),
-            "bias": True,
-            "feature": 1.0,
             "soft": 1.0,
-            "labels": "assistant",
-            "noise": 0.2,
-            "depth": 5,
-            "loop_prompts": 4,
-            "loop_tokens": 64,
         }
     )
-    config.data = ConfigDict(
-        {
-            "path": "data/python",
-            "split": "train",
-            "valid_split": "valid",
-            "tokenizer": config_dict.placeholder(str),
-            "fields": config_dict.placeholder(str),
-        }
-    )
+    config.data = ConfigDict({"path": "data/python"})
     config.steps = 400
     config.batch_size = 16
     config.length = 256
-    config.seed = 0
     config.optimizer = ConfigDict(
         {
             "name": "muon",
             "learning_rate": 1e-2,
-            "schedule": "cosine",
             "warmup_steps": 20,
-            "final_fraction": 0.1,
-            "weight_decay": 0.0,
-            "b1": 0.9,
-            "b2": 0.95,
-            "eps": 1e-8,
-            "clip_norm": 1.0,
-            "ema": 0.0,
         }
     )
-    config.mesh = ConfigDict({"data": -1, "fsdp": 1, "tensor": 1})
     config.evaluation = ConfigDict({"every": 200, "batches": 16})
-    config.checkpoint = ConfigDict({"every": 100, "keep": 2})
-    config.metrics = ConfigDict({"every": 10, "tensorboard": False, "wandb": config_dict.placeholder(str)})
+    config.checkpoint = ConfigDict({"every": 100})
 
     if variant == "paper":
         config.objective.soft = 0.1
@@ -85,6 +59,6 @@ def get_config(variant: str = "") -> ConfigDict:
         config.optimizer.warmup_steps = 2
         config.evaluation.update(every=10, batches=2)
         config.checkpoint.every = 10
-        config.metrics.every = 5
+        config.metrics = ConfigDict({"every": 5})
         config.objective.loop_tokens = 32
     return config

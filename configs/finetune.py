@@ -19,43 +19,23 @@ def get_config(variant: str = "") -> ConfigDict:
     check_variant(variant, "smoke")
     config = ConfigDict()
     config.objective = ConfigDict({"name": "lm", "labels": "assistant", "init_from": config_dict.placeholder(str)})
-    config.data = ConfigDict(
-        {
-            "path": "data/chat",
-            "split": "train",
-            "valid_split": "valid",
-            "tokenizer": config_dict.placeholder(str),
-            "fields": config_dict.placeholder(str),
-        }
-    )
+    config.data = ConfigDict({"path": "data/chat"})
     config.steps = 1000
     config.batch_size = 32
     config.length = 1024
-    config.seed = 0
     config.optimizer = ConfigDict(
         {
-            "name": "adamw",
             "learning_rate": 2e-5,
-            "schedule": "cosine",
             "warmup_steps": 50,
-            "final_fraction": 0.1,
-            "weight_decay": 0.0,
-            "b1": 0.9,
-            "b2": 0.95,
-            "eps": 1e-8,
-            "clip_norm": 1.0,
-            "ema": 0.0,
         }
     )
-    config.mesh = ConfigDict({"data": -1, "fsdp": 1, "tensor": 1})
-    config.evaluation = ConfigDict({"every": 200, "batches": config_dict.placeholder(int)})
-    config.checkpoint = ConfigDict({"every": 200, "keep": 2})
-    config.metrics = ConfigDict({"every": 10, "tensorboard": False, "wandb": config_dict.placeholder(str)})
+    config.evaluation = ConfigDict({"every": 200})
+    config.checkpoint = ConfigDict({"every": 200})
 
     if variant == "smoke":
         config.steps, config.batch_size, config.length = 10, 4, 64
         config.optimizer.warmup_steps = 2
         config.evaluation.update(every=5, batches=2)
         config.checkpoint.every = 5
-        config.metrics.every = 1
+        config.metrics = ConfigDict({"every": 1})
     return config

@@ -13,7 +13,7 @@ has learnt the commonest turns of code and no more. `configs/lm.py:smoke` runs t
 within 1 min on two CPU cores; expect a loss that falls from about log(vocabulary size).
 """
 
-from ml_collections import ConfigDict, config_dict
+from ml_collections import ConfigDict
 
 from configs import check_variant
 
@@ -24,7 +24,6 @@ def get_config(variant: str = "") -> ConfigDict:
     config.objective = ConfigDict(
         {
             "name": "lm",
-            "labels": "all",
             "model": {
                 "width": 256,
                 "num_layers": 16,
@@ -37,38 +36,20 @@ def get_config(variant: str = "") -> ConfigDict:
             },
         }
     )
-    config.data = ConfigDict(
-        {
-            "path": "data/python",
-            "split": "train",
-            "valid_split": "valid",
-            "tokenizer": config_dict.placeholder(str),
-            "fields": config_dict.placeholder(str),
-        }
-    )
+    config.data = ConfigDict({"path": "data/python"})
     config.steps = 400
     config.batch_size = 16
     config.length = 256
-    config.seed = 0
     config.optimizer = ConfigDict(
         {
             "name": "muon",
             "learning_rate": 1.5e-2,
-            "schedule": "cosine",
             "warmup_steps": 40,
-            "final_fraction": 0.1,
             "weight_decay": 0.1,
-            "b1": 0.9,
-            "b2": 0.95,
-            "eps": 1e-8,
-            "clip_norm": 1.0,
-            "ema": 0.0,
         }
     )
-    config.mesh = ConfigDict({"data": -1, "fsdp": 1, "tensor": 1})
     config.evaluation = ConfigDict({"every": 200, "batches": 16})
-    config.checkpoint = ConfigDict({"every": 100, "keep": 2})
-    config.metrics = ConfigDict({"every": 10, "tensorboard": False, "wandb": config_dict.placeholder(str)})
+    config.checkpoint = ConfigDict({"every": 100})
 
     if variant == "quickstart":
         config.steps, config.batch_size, config.length = 190, 4, 256

@@ -31,50 +31,25 @@ def get_config(variant: str = "") -> ConfigDict:
             "heads": {"num_heads": 4, "num_layers": 1},
             "hard": 0.0,
             "soft": 1.0,
-            "feature": 0.0,
-            "head_decay": 1.0,
-            "labels": "assistant",
-            "noise": 0.0,
-            "loop_prompts": 4,
-            "loop_tokens": 64,
         }
     )
-    config.data = ConfigDict(
-        {
-            "path": "data/python",
-            "split": "train",
-            "valid_split": "valid",
-            "tokenizer": config_dict.placeholder(str),
-            "fields": config_dict.placeholder(str),
-        }
-    )
+    config.data = ConfigDict({"path": "data/python"})
     config.steps = 400
     config.batch_size = 16
     config.length = 256
-    config.seed = 0
     config.optimizer = ConfigDict(
         {
             "name": "muon",
             "learning_rate": 1e-2,
-            "schedule": "cosine",
             "warmup_steps": 20,
-            "final_fraction": 0.1,
-            "weight_decay": 0.0,
-            "b1": 0.9,
-            "b2": 0.95,
-            "eps": 1e-8,
-            "clip_norm": 1.0,
-            "ema": 0.0,
         }
     )
-    config.mesh = ConfigDict({"data": -1, "fsdp": 1, "tensor": 1})
     config.evaluation = ConfigDict({"every": 200, "batches": 16})
-    config.checkpoint = ConfigDict({"every": 100, "keep": 2})
-    config.metrics = ConfigDict({"every": 10, "tensorboard": False, "wandb": config_dict.placeholder(str)})
+    config.checkpoint = ConfigDict({"every": 100})
 
     if variant == "paper":
         config.objective.update(hard=1.0, soft=0.0)
-        config.optimizer.update(name="adamw", learning_rate=1e-3, final_fraction=0.0, weight_decay=0.0)
+        config.optimizer.update(name="adamw", learning_rate=1e-3, final_fraction=0.0)
         config.optimizer.warmup_steps = config.steps // 10
     if variant == "quickstart":
         config.steps, config.batch_size = 100, 8
@@ -87,6 +62,6 @@ def get_config(variant: str = "") -> ConfigDict:
         config.optimizer.warmup_steps = 2
         config.evaluation.update(every=10, batches=2)
         config.checkpoint.every = 10
-        config.metrics.every = 5
+        config.metrics = ConfigDict({"every": 5})
         config.objective.loop_tokens = 32
     return config

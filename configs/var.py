@@ -33,45 +33,23 @@ def get_config(variant: str = "") -> ConfigDict:
             "name": "var",
             "tokenizer": config_dict.placeholder(str),
             "model": {"depth": 16, "width": 1024, "num_heads": 16, "shared_modulation": False, "mlp_ratio": 4},
-            "gate": 1e-3,
-            "class_dropout": 0.1,
-            "label_smoothing": 0.0,
-            "stochastic_depth": config_dict.placeholder(float),
-            "scales_until": config_dict.placeholder(int),
         }
     )
-    config.data = ConfigDict(
-        {
-            "path": "data/imagenet256",
-            "split": "train",
-            "valid_split": "valid",
-            "tokenizer": config_dict.placeholder(str),
-            "fields": config_dict.placeholder(str),
-        }
-    )
+    config.data = ConfigDict({"path": "data/imagenet256"})
     config.steps = 334_000
     config.batch_size = 768
-    config.length = config_dict.placeholder(int)
-    config.seed = 0
     config.optimizer = ConfigDict(
         {
-            "name": "adamw",
             "learning_rate": 3e-4,
             "schedule": "linear",
             "warmup_steps": 6700,
-            "final_fraction": 0.1,
             "weight_decay": 0.05,
-            "b1": 0.9,
-            "b2": 0.95,
-            "eps": 1e-8,
             "clip_norm": 2.0,
-            "ema": 0.0,
         }
     )
-    config.mesh = ConfigDict({"data": -1, "fsdp": 1, "tensor": 1})
     config.evaluation = ConfigDict({"every": 5000, "batches": 20})
-    config.checkpoint = ConfigDict({"every": 5000, "keep": 2})
-    config.metrics = ConfigDict({"every": 50, "tensorboard": False, "wandb": config_dict.placeholder(str)})
+    config.checkpoint = ConfigDict({"every": 5000})
+    config.metrics = ConfigDict({"every": 50})
 
     if variant in ("glyphs", "emoji", "smoke"):
         config.data.path = "data/glyphs"

@@ -102,7 +102,7 @@ def _record(
 
 
 def _value(annotation: Any, raw: Any, where: str, place: str, readers: Readers) -> Any:
-    kind, optional = _without_none(annotation)
+    kind, optional = without_none(annotation)
     if raw is None and optional:
         return None
     origin, args = typing.get_origin(kind), typing.get_args(kind)
@@ -128,7 +128,7 @@ def _value(annotation: Any, raw: Any, where: str, place: str, readers: Readers) 
     raise UserError(f"{place}: {where} must be {_describe(annotation)}, got {found}")
 
 
-def _without_none(annotation: Any) -> tuple[Any, bool]:
+def without_none(annotation: Any) -> tuple[Any, bool]:
     """`T | None` as (T, True), any other annotation as (itself, False)."""
     if typing.get_origin(annotation) not in (types.UnionType, typing.Union):
         return annotation, False

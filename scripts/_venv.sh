@@ -4,7 +4,8 @@
 #                         there before; afterwards "$VENV/bin/python" is ready
 #
 # TANDEM_VENV moves the environment (default: .venv beside README.md), TANDEM_PYTHON names the interpreter to make it
-# with (default: the first of python3.11, python3.12, python3 that is 3.11 or 3.12).
+# with, Python 3.11 to 3.14 (default: the first of python3.11, ..., python3.14, python3, python that is one). What is in
+# an environment stays there: one made by other means gets pip if it has none, and what is missing.
 
 set -euo pipefail
 unset CDPATH  # With it, cd may go elsewhere, and says where.
@@ -18,11 +19,16 @@ fail() {
     exit 2
 }
 
-# Runs each candidate instead of trusting its name: version managers leave stubs on the PATH that only print an error.
+# Runs what is named instead of trusting its name: version managers leave stubs on the PATH that only print an error.
+right_python() {
+    "$1" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 14))' 2>/dev/null
+}
+
 find_python() {
-    local candidate without_venv="" candidates=${TANDEM_PYTHON:-python3.11 python3.12 python3 python}
+    local candidate without_venv=""
+    local candidates=${TANDEM_PYTHON:-python3.11 python3.12 python3.13 python3.14 python3 python}
     for candidate in $candidates; do
-        "$candidate" -c 'import sys; sys.exit(sys.version_info[:2] not in ((3, 11), (3, 12)))' 2>/dev/null || continue
+        right_python "$candidate" || continue
         if "$candidate" -c 'import ensurepip, venv' 2>/dev/null; then
             echo "$candidate"
             return
@@ -31,20 +37,27 @@ find_python() {
     done
     [ -z "$without_venv" ] || fail "$without_venv cannot make virtual environments: install its venv module" \
         "(on Debian and Ubuntu: apt-get install python3-venv) and try again"
-    fail "Python 3.11 or 3.12 is needed, and none of these is one: $candidates;" \
+    fail "Python 3.11 to 3.14 is needed, and none of these is one: $candidates;" \
         "install it, or name one with TANDEM_PYTHON=PATH"
 }
 
+has_pip() {
+    "$VENV/bin/python" -m pip --version >/dev/null 2>&1
+}
+
+# Never empties a folder: an environment may hold what its owner put there.
 make_venv() {
-    local python
-    "$VENV/bin/python" -m pip --version >/dev/null 2>&1 && return
-    # Only an environment (perhaps one whose making was interrupted) or nothing at all may be replaced.
-    if [ -e "$VENV" ] && [ ! -e "$VENV/pyvenv.cfg" ] && [ -n "$(ls -A "$VENV")" ]; then
-        fail "$VENV exists and is no virtual environment: move it away, or set TANDEM_VENV to another path"
+    local python elsewhere="move it away, or set TANDEM_VENV to another path"
+    if [ -z "$(ls -A "$VENV/" 2>/dev/null)" ]; then
+        python=$(find_python) || exit
+        echo "Making a virtual environment in $VENV with $("$python" --version)"
+        "$python" -m venv "$VENV" || fail "could not make a virtual environment in $VENV"
     fi
-    python=$(find_python) || exit
-    echo "Making a virtual environment in $VENV with $("$python" --version)"
-    "$python" -m venv --clear "$VENV" || fail "could not make a virtual environment in $VENV"
+    [ -e "$VENV/pyvenv.cfg" ] || fail "$VENV exists and is no virtual environment: $elsewhere"
+    right_python "$VENV/bin/python" || fail "the Python of $VENV does not run or is not 3.11 to 3.14: $elsewhere"
+    has_pip && return
+    # It was made by a tool that brings no pip, or its making was interrupted.
+    "$VENV/bin/python" -m ensurepip >/dev/null 2>&1 && has_pip || fail "$VENV has no pip and cannot get one: $elsewhere"
 }
 
 venv_ready() {

@@ -12,60 +12,16 @@ self-distillation samples at temperature 0.3; 0 is for greedy decoding.
 import argparse
 import functools
 import sys
-import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-import numpy as np
-
-from decoding.generate import generate
-from decoding.sampling import Sampling
 from models import command_line
 from models.command_line import at_least
 from models.errors import UserError, exit_on_user_error
-from models.formats.target import Target, load_target
-from scripts.build_dataset import write_dataset
+from models.formats.target import load_target
 from train.data import texts as data
-
-
-def continuations(
-    target: Target,
-    documents: data.Documents,
-    count: int,
-    prompt: int,
-    new: int,
-    temperature: float,
-    rows: int,
-    seed: int,
-) -> Iterator[data.Document]:
-    """`count` windows of `prompt` tokens, from documents long enough, each continued by up to `new` tokens.
-
-    Windows are drawn with replacement, documents by their length, in batches of `rows` that decode together.
-    """
-    lengths = np.where(documents.lengths > prompt, documents.lengths - prompt, 0)
-    if not lengths.sum():
-        raise UserError(f"no document has more than {prompt} tokens; give a smaller --prompt_tokens")
-    rng = np.random.default_rng(seed)
-    began = time.monotonic()
-    for first in range(0, count, rows):
-        chosen = rng.choice(len(lengths), size=min(rows, count - first), p=lengths / lengths.sum())
-        starts = rng.integers(0, lengths[chosen])
-        prompts = [
-            np.asarray(documents[int(index)]["tokens"])[start : start + prompt].tolist()
-            for index, start in zip(chosen, starts, strict=True)
-        ]
-        decoded = generate(
-            target, prompts, max_new_tokens=new, sampling=Sampling(temperature), seeds=seed * count + first
-        )
-        for row, (text, continuation) in enumerate(zip(prompts, decoded.tokens, strict=True)):
-            yield {
-                "name": f"{documents[int(chosen[row])]['name']}@{starts[row]}",
-                "tokens": np.array([*text, *continuation], np.int32),
-                "mask": np.array([0] * len(text) + [1] * len(continuation), np.uint8),
-            }
-        done = first + len(prompts)
-        speed = sum(map(len, decoded.tokens)) / (decoded.prefill_seconds + decoded.decode_seconds)
-        print(f"{done}/{count} documents, {speed:,.0f} tokens/s, {time.monotonic() - began:.0f} s", file=sys.stderr)
+from train.data.continuations import continuations
+from train.data.text_building import write_dataset
 
 
 @exit_on_user_error
@@ -85,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     settings = (arguments.prompt_tokens, arguments.new_tokens, arguments.temperature, arguments.rows, arguments.seed)
 
     def counted(name: str) -> Iterator[data.Document]:
-        for document in continuations(target, splits[name], wanted[name], *settings):
+        for document in continuations(target, splits[name], wanted[name], *settings, progress=_print):
             counts[name]["documents"] += 1
             counts[name]["tokens"] += len(document["tokens"])
             counts[name]["labels"] += int(document["mask"].sum())
@@ -102,6 +58,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     for name, count in counts.items():
         documents, tokens, labels = count.values()
         print(f"{arguments.out}: {name} {documents} documents, {tokens:,} tokens, {labels:,} of them labels")
+
+
+def _print(line: str) -> None:
+    print(line, file=sys.stderr)
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -3,10 +3,11 @@
 #
 #   bash scripts/test.sh [--parity] [pytest arguments]
 #
-# Without arguments the whole of tests/ runs, except what is marked slow (`-m slow` runs those). --parity also installs
-# torch and transformers and compares with them; without it those comparisons use committed golden files and the rest of
-# them is reported as skipped. See scripts/_venv.sh for TANDEM_VENV and TANDEM_PYTHON; JAX_COMPILATION_CACHE_DIR moves
-# the cache of compiled programs (default: .cache/jax), which makes every run after the first much shorter.
+# Without arguments the whole of tests/ runs, except what is marked slow: repeats of what other drafters show, and long
+# training (`-m slow` runs those, `-m ""` all). It ends with the ten slowest files. --parity also installs torch and
+# transformers and compares with them; without it those comparisons use committed golden files and the rest of them is
+# reported as skipped. See scripts/_venv.sh for TANDEM_VENV and TANDEM_PYTHON; JAX_COMPILATION_CACHE_DIR moves the cache
+# of compiled programs (default: .cache/jax), which makes every run after the first much shorter.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/_venv.sh"
 cd "$ROOT"
@@ -43,9 +44,10 @@ summary+=$(printf '%-12s %4d s  ok' set-up $((SECONDS - start)))$'\n'
 stage lint "$VENV/bin/python" -m ruff check
 stage format "$VENV/bin/python" -m ruff format --check
 stage types "$VENV/bin/python" -m mypy
-# One worker per core, and each file whole on one of them: its tests share what they compile. Every call into these packages is checked
-# against its annotations, shapes and dtypes included, so that a signature cannot lie; inside jit while tracing.
-stage tests "$VENV/bin/python" -m pytest -n auto --dist loadfile --jaxtyping-packages=models,decoding,beartype.beartype \
-    ${arguments[@]+"${arguments[@]}"}
+# One worker per core, which takes whole groups of tests that share what they compile, long ones first (tests/schedule.py).
+# Every call into these packages is checked against its annotations, shapes and dtypes included, so that a signature
+# cannot lie; inside jit while tracing.
+stage tests "$VENV/bin/python" -m pytest -n auto --dist loadgroup --no-loadscope-reorder \
+    --jaxtyping-packages=models,decoding,beartype.beartype ${arguments[@]+"${arguments[@]}"}
 printf '\n%s' "$summary"
 exit "$failed"

@@ -18,13 +18,15 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 
 import jax
 
+from tests import schedule
 from tests.interpreter import Interpreter
 from tests.tally import Tally
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Starts counting what each file costs."""
+    """Starts counting what each file costs, and sees to the order of groups."""
     config.pluginmanager.register(Tally(), "tally")
+    config.pluginmanager.register(schedule, "schedule")
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -247,15 +247,20 @@ def features(config: VQVAEConfig, params: Tree, images: np.ndarray) -> np.ndarra
     return convolve(params["quant"], convolve(p["conv_out"], silu(group_norm(p["norm_out"], x))))
 
 
-def decode(config: VQVAEConfig, params: Tree, f_hat: np.ndarray) -> np.ndarray:
-    """f_hat to images in [-1, 1]."""
+def reconstruct(config: VQVAEConfig, params: Tree, f_hat: np.ndarray) -> np.ndarray:
+    """f_hat to images, unbounded."""
     p = params["decoder"]
     x = _run_middle(p["middle"], convolve(p["conv_in"], convolve(params["post_quant"], f_hat)))
     for i in reversed(range(len(config.multipliers))):
         x = _run_level(p[f"level_{i}"], x)
         if i > 0:
             x = convolve(p[f"level_{i}"]["resample"], x.repeat(2, axis=1).repeat(2, axis=2))
-    return np.clip(convolve(p["conv_out"], silu(group_norm(p["norm_out"], x))), -1, 1)
+    return convolve(p["conv_out"], silu(group_norm(p["norm_out"], x)))
+
+
+def decode(config: VQVAEConfig, params: Tree, f_hat: np.ndarray) -> np.ndarray:
+    """f_hat to images in [-1, 1]."""
+    return np.clip(reconstruct(config, params, f_hat), -1, 1)
 
 
 # Quantiser

@@ -1,4 +1,5 @@
-"""Noise on parameters, so that nothing keeps the value that it starts with, which may hide a mistake."""
+"""Parameters of which nothing has the value that it starts with, which may hide a mistake; drawn by NumPy, for which no
+program is compiled."""
 
 from typing import Any
 
@@ -8,7 +9,7 @@ import numpy as np
 
 
 def noisy(tree: Any, std: float, seed: int = 0) -> Any:
-    """`tree` with normal noise added to every floating leaf; drawn by NumPy, for which no program is compiled."""
+    """`tree` with normal noise added to every floating leaf."""
     rng = np.random.default_rng(seed)
 
     def moved(leaf):
@@ -17,3 +18,11 @@ def noisy(tree: Any, std: float, seed: int = 0) -> Any:
         return jnp.asarray(np.asarray(leaf) + std * rng.normal(size=leaf.shape), leaf.dtype)
 
     return jax.tree.map(moved, tree)
+
+
+def drawn(shapes: Any, std: float, seed: int = 0) -> Any:
+    """A tree of those shapes: norms' scales around one, everything else around zero."""
+    start = jax.tree.map_with_path(
+        lambda path, leaf: np.full(leaf.shape, float(path[-1].key == "scale"), leaf.dtype), shapes
+    )
+    return noisy(start, std, seed)

@@ -9,10 +9,13 @@ import importlib.util
 import itertools
 import pathlib
 import re
+import tomllib
 from collections.abc import Callable, Iterable, Iterator
 
 import ml_collections
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 MAX_LINES = 500
@@ -235,16 +238,25 @@ def test_numbers_on_the_pages_of_results_have_a_committed_source(name: str) -> N
     assert not unsourced_numbers(page.read_text(), page.parent)
 
 
-def test_pins_agree() -> None:
-    pins = dict(
-        line.split("==")
-        for name in ("requirements.txt", "requirements-dev.txt", "requirements-parity.txt")
-        for line in (ROOT / name).read_text().splitlines()
-        if "==" in line
-    )
+def pinned(names: Iterable[str], python: str) -> dict[str, str]:
+    """Versions by package, as `pip install -r` of the named files gives them to a version of Python."""
+    lines = [line for name in names for line in (ROOT / name).read_text().splitlines() if "==" in line]
+    wanted = [Requirement(line) for line in lines if not line.startswith("#")]
+    wanted = [one for one in wanted if one.marker is None or one.marker.evaluate({"python_version": python})]
+    found = {canonicalize_name(one.name): str(one.specifier).removeprefix("==") for one in wanted}
+    assert len(found) == len(wanted), f"a package is pinned twice for Python {python}"
+    return found
+
+
+@pytest.mark.parametrize("python", ["3.11", "3.12", "3.13", "3.14"])
+def test_pins_agree(python: str) -> None:
+    pins = pinned(("requirements.txt", "requirements-dev.txt", "requirements-parity.txt"), python)
     hooks = re.findall(r"(ruff)==([\d.]+)", (ROOT / ".pre-commit-config.yaml").read_text())
     assert hooks and all(pins[name] == version for name, version in hooks)
     assert pins["jax"] == pins["jaxlib"]
+    ranges = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
+    for one in map(Requirement, ranges):
+        assert one.specifier.contains(pins[canonicalize_name(one.name)]), f"{one} leaves out what is tested"
 
 
 def test_rules_catch_what_they_forbid(tmp_path: pathlib.Path) -> None:

@@ -6,7 +6,7 @@ not load, an overridden key that the config does not have, a value of another ty
 
 import re
 import runpy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -42,8 +42,18 @@ def load_config(argument: str) -> ConfigDict:
     return config
 
 
-def read_flags(argv: Sequence[str], values: flags.FlagValues = flags.FLAGS) -> list[str]:
+def read_flags(
+    argv: Sequence[str],
+    values: flags.FlagValues = flags.FLAGS,
+    fill_in: Callable[[ConfigDict], None] | None = None,
+) -> list[str]:
     """Parses `argv` into absl's flags, for `app.run(main, flags_parser=read_flags)`.
+
+    Args:
+      argv: the command line.
+      values: the flags; `config` is one of them, from `config_flags.DEFINE_config_file`.
+      fill_in: adds to a config the keys that its file leaves out, because they have defaults; called only where the
+        command line names one of them.
 
     Raises:
       UserError: an unknown flag or config key, a value of the wrong type, a config that does not load.
@@ -54,6 +64,10 @@ def read_flags(argv: Sequence[str], values: flags.FlagValues = flags.FLAGS) -> l
     for override in overrides:
         if config is None:
             raise UserError(f"{override[0]} needs --config=FILE before it")
+        if fill_in is not None and not _has(config, override[1]):
+            fill_in(config)
+            _fill_in_when_read(values, fill_in)
+            fill_in = None
         _check_key(config, override[1])
     try:
         return values(list(argv))
@@ -73,6 +87,29 @@ def _parent(config: Any, key: str) -> tuple[Any, str]:
     for section in sections:
         config = config[section]
     return config, ".".join(sections)
+
+
+def _has(config: Any, key: str) -> bool:
+    """Whether the config has a place for a dotted key."""
+    for part in key.split("."):
+        if not isinstance(config, ConfigDict) or part not in config:
+            return False
+        config = config[part]
+    return True
+
+
+def _fill_in_when_read(values: flags.FlagValues, fill_in: Callable[[ConfigDict], None]) -> None:
+    """The flag `config` reads its file by itself, when it is parsed; from now on it fills in what it read."""
+    parser = values["config"].parser
+    read = parser.parse
+
+    def read_and_fill_in(path):
+        config = read(path)
+        if isinstance(config, ConfigDict):
+            fill_in(config)
+        return config
+
+    parser.parse = read_and_fill_in
 
 
 def _check_key(config: ConfigDict, key: str) -> None:

@@ -5,10 +5,11 @@ changes when an objective is added.
 """
 
 import dataclasses
+import typing
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from ml_collections import ConfigDict
+from ml_collections import ConfigDict, config_dict
 
 from models import schema
 from models.errors import UserError
@@ -207,3 +208,34 @@ def parse(raw: ConfigDict | Mapping[str, Any], objectives: Mapping[str, Any], pl
         )
     objectives[name].require_complete()
     return schema.parse(TrainConfig, raw, place=place, given={"objective": objectives[name].Config})
+
+
+def fill_in(raw: ConfigDict, objectives: Mapping[str, Any]) -> None:
+    """Gives every key that a config leaves out its default, so that a command line can name it.
+
+    What is unknown or missing stays so, for `parse` to tell. A section that is a mapping stays as the config has it:
+    which keys it may hold is for its owner to say.
+    """
+    section = raw.get("objective")
+    name = section.get("name") if isinstance(section, ConfigDict) else None
+    given = {"objective": objectives[name].Config} if name in objectives else {}
+    with raw.unlocked():
+        _fill_in(raw, TrainConfig, given)
+
+
+def _fill_in(raw: ConfigDict, kind: type, given: Mapping[str, Any]) -> None:
+    types = {**typing.get_type_hints(kind), **given}
+    for field in dataclasses.fields(kind):
+        annotation = schema.without_none(types[field.name])[0]
+        absent = field.name not in raw
+        if dataclasses.is_dataclass(annotation):
+            if absent and field.default is not dataclasses.MISSING:
+                raw[field.name] = ConfigDict()
+            if isinstance(raw.get(field.name), ConfigDict):
+                _fill_in(raw[field.name], typing.cast(type, annotation), {})
+        elif absent and field.default is None:
+            written = typing.get_origin(annotation) or annotation
+            if isinstance(written, type) and not issubclass(written, Mapping):
+                raw[field.name] = config_dict.placeholder(written)
+        elif absent and field.default is not dataclasses.MISSING:
+            raw[field.name] = field.default

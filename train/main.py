@@ -7,12 +7,13 @@ The same command again continues a run that was stopped, and says so if it is fi
 config, parameter counts, shardings and memory, and touches no device memory.
 """
 
+import functools
 import re
 import sys
 from pathlib import Path
 
 from absl import app, flags, logging
-from ml_collections import config_flags
+from ml_collections import ConfigDict, config_flags
 
 from models.errors import UserError, exit_on_user_error
 from train.command_line import read_flags
@@ -65,10 +66,17 @@ def _steps(text: str | None) -> tuple[int, int] | None:
     return int(found[1]), int(found[2])
 
 
+def _fill_in(config: ConfigDict) -> None:
+    from train.config import fill_in
+    from train.objectives import OBJECTIVES
+
+    fill_in(config, OBJECTIVES)
+
+
 @exit_on_user_error
 def main() -> None:
     """Parses the flags and runs the command."""
-    app.run(train_command, flags_parser=read_flags)
+    app.run(train_command, flags_parser=functools.partial(read_flags, fill_in=_fill_in))
 
 
 if __name__ == "__main__":

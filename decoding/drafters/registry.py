@@ -133,14 +133,14 @@ def load_drafter(spec: str | Path, target: Target, mesh: Mesh | None = None) -> 
     places = [None] * len(wanted) if mesh is None else jax.tree.leaves(param_shardings(mesh, shapes))
     with contextlib.ExitStack() as stack:
         files = open_tensors(directory, stack) if wanted else {}
-        files = {_present_name(name, record): file for name, file in files.items()}
-        if wrong := sorted(set(files) ^ set(wanted)):
+        stored = {_present_name(name, record): name for name in files}
+        if wrong := sorted(set(stored) ^ set(wanted)):
             complaint = "is missing" if wrong[0] in wanted else "is unknown to its drafter.json"
             raise UserError(f"{directory}: tensor {wrong[0]} {complaint}")
         leaves = []
         for (name, shape), place in zip(wanted.items(), places, strict=True):
             kinds = ("I32",) if np.issubdtype(shape.dtype, np.integer) else FLOATS
-            host = read_tensor(files[name], name, directory, transpose=False, kinds=kinds)
+            host = read_tensor(files[stored[name]], stored[name], directory, transpose=False, kinds=kinds)
             if host.shape != shape.shape:
                 raise UserError(
                     f"{directory}: tensor {name} has shape {list(host.shape)}, drafter.json implies {list(shape.shape)}"

@@ -5,10 +5,12 @@ one piece or in shards with an index. `take` hands out a tensor once, after its 
 complains about any that nobody took. So a converter cannot miss a tensor that changes what a drafter computes.
 """
 
+import functools
 import hashlib
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -116,7 +118,7 @@ def read_release(source: str | Path, names: Sequence[str] = ()) -> Release:
     beside = main.with_name("config.json")
     config = read_json(beside) if beside.is_file() else {}
     read = dict.fromkeys([main, *shards, *([beside] if beside.is_file() else [])])
-    return Release(source, tensors, config, {path.name: _digest(path) for path in read})
+    return Release(source, tensors, config, {path.name: digest(path) for path in read})
 
 
 def _shards(index: Path) -> dict[Path, set[str]]:
@@ -158,14 +160,24 @@ def _read_torch(path: Path) -> dict[str, Callable[[], np.ndarray]]:
     content = read_torch_file(path)
     if not isinstance(content, dict):
         raise UserError(f"{path} holds a {type(content).__name__}, expected a dict of tensors")
+    return as_tensors(content, path)
+
+
+def as_tensors(content: Mapping[Any, Any], path: Path) -> dict[str, Callable[[], np.ndarray]]:
+    """A dict out of a torch file as a `Release` takes it.
+
+    Raises:
+      UserError: it holds something other than tensors by their names.
+    """
     for name, array in content.items():
         if not isinstance(name, str):
             raise UserError(f"{path}: one of its tensors goes by a {type(name).__name__}, expected a string")
         if not isinstance(array, np.ndarray):
             raise UserError(f"{path}: entry {name[:100]!r} is not a tensor but a {type(array).__name__}")
-    return {name: lambda array=array: array for name, array in content.items()}  # type: ignore[misc]
+    return {name: functools.partial(np.asarray, array) for name, array in content.items()}
 
 
-def _digest(path: Path) -> str:
+def digest(path: Path) -> str:
+    """SHA-256 of a file."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

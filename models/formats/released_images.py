@@ -9,7 +9,6 @@ A file is a flat dict of tensors, or a trainer's checkpoint that nests such dict
 """
 
 import dataclasses
-import hashlib
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -19,7 +18,7 @@ import numpy as np
 
 from models.errors import UserError
 from models.formats.image_models import param_shapes
-from models.formats.release import Release
+from models.formats.release import Release, as_tensors, digest
 from models.formats.storage import leaves_by_path
 from models.formats.torch_files import read_torch_file
 from models.images.config import SCHEDULES, VARConfig, VQVAEConfig, scale_starts
@@ -176,12 +175,7 @@ class _Checkpoint(Release):
             content = content["trainer"].get(part)
         if not isinstance(content, dict):
             raise UserError(f"{path} holds no {what}: expected a dict of tensors, or a trainer with {part} in it")
-        for name, array in content.items():
-            if not isinstance(name, str) or not isinstance(array, np.ndarray):
-                raise UserError(f"{path}: entry {str(name)[:100]!r} is not a tensor but a {type(array).__name__}")
-        with path.open("rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
-        super().__init__(path, {k: lambda array=v: array for k, v in content.items()}, {}, {path.name: digest})  # type: ignore[misc]
+        super().__init__(path, as_tensors(content, path), {}, {path.name: digest(path)})
         self._shapes = {name: array.shape for name, array in content.items()}
         self._what = what
 

@@ -1,11 +1,23 @@
-"""Sampling sampling against an independent numpy version, and draws that depend on request and position alone."""
+"""Sampling parameters against an independent numpy version, and draws that depend on request and position alone."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from decoding.sampling import Sampling, apply_sampling, argmax, batch_sampling, best_tokens, draw, invert
+from decoding.sampling import (
+    Sampling,
+    apply_sampling,
+    argmax,
+    batch_sampling,
+    best_logits,
+    best_tokens,
+    draft_keys,
+    draw,
+    invert,
+    target_probabilities,
+    top_k,
+)
 from models.errors import UserError
 
 VOCAB = 17
@@ -69,6 +81,94 @@ def test_ties_at_a_threshold_are_kept() -> None:
     assert np.isfinite(shaped).tolist() == [[False, True, True, False], [True] * 4]
 
 
+# Of masses 1/2, 1/4, 1/8 and 1/8, whose sums no rounding touches, shuffled.
+DYADIC = np.log([0.25, 1.0, 0.25, 0.5])
+
+
+def kept(logits, settings: list[Sampling], dtype) -> list[list[int]]:
+    """The tokens that each setting leaves of the same logits."""
+    rows = jnp.broadcast_to(jnp.asarray(logits, dtype), (len(settings), len(logits)))
+    return [np.flatnonzero(row).tolist() for row in np.isfinite(apply_sampling(rows, batch_sampling(settings)))]
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.float64])
+def test_top_p_stops_where_the_mass_is_reached(x64: None, dtype) -> None:
+    """Exactly p is enough; one rounding more takes the token that crosses it, with all that tie with it."""
+    np.testing.assert_array_equal(jax.nn.softmax(jnp.asarray(DYADIC, dtype)), [0.125, 0.5, 0.125, 0.25])
+
+    def beside(p: float, towards: float) -> float:
+        return float(np.nextafter(np.float32(p), np.float32(towards)))
+
+    wanted = {
+        1e-30: [1],
+        0.25: [1],
+        beside(0.5, 0): [1],
+        0.5: [1],
+        beside(0.5, 1): [1, 3],
+        beside(0.75, 0): [1, 3],
+        0.75: [1, 3],
+        beside(0.75, 1): [0, 1, 2, 3],
+        0.875: [0, 1, 2, 3],
+        beside(1, 0): [0, 1, 2, 3],
+        1.0: [0, 1, 2, 3],
+    }
+    found = kept(DYADIC, [Sampling(temperature=1.0, top_p=p) for p in wanted], dtype)
+    assert found == list(wanted.values())
+    # Of 100 tokens of one mass the best is all of them; of one that has it all, itself. Nothing else is ever lost at 1.
+    peaked = np.array([-200.0, 0.0, -300.0])
+    settings = [Sampling(temperature=1.0, top_p=p) for p in (1e-3, 0.5, 0.999, 1.0)]
+    assert kept(np.zeros(100), settings, dtype) == [list(range(100))] * 4
+    assert kept(peaked, settings, dtype) == [[1], [1], [1], [0, 1, 2]]
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.float64])
+def test_min_p_keeps_what_has_exactly_that_share_of_the_best(x64: None, dtype) -> None:
+    share = jnp.log(jnp.asarray(0.25, dtype))
+    below = np.nextafter(share, np.asarray(-np.inf, dtype))
+    logits = [share, 0.0, below, -jnp.inf, 0.0]
+    settings = [Sampling(temperature=1.0, min_p=p) for p in (0.25, 0.0, 0.26, 0.999)]
+    assert kept(logits, settings, dtype) == [[0, 1, 4], [0, 1, 2, 4], [1, 4], [1, 4]]
+    # The best is that of the row, wherever it lies.
+    assert kept(np.array([5.0, 7.0]) + 90, [Sampling(temperature=1.0, min_p=0.13)], dtype) == [[0, 1]]
+    assert kept(np.array([5.0, 7.0]) + 90, [Sampling(temperature=1.0, min_p=0.14)], dtype) == [[1]]
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.float64])
+def test_top_k_keeps_that_many_and_their_equals(x64: None, dtype) -> None:
+    logits = [2.0, -1.0, 3.0, 2.0, -1.0, 0.5, -jnp.inf]
+    most = 2**31 - 1
+    wanted = {1: [2], 2: [0, 2, 3], 3: [0, 2, 3], 4: [0, 2, 3, 5], 5: [0, 1, 2, 3, 4, 5], 6: [0, 1, 2, 3, 4, 5]}
+    wanted |= {k: [0, 1, 2, 3, 4, 5] for k in (7, 8, 100, most, 0)}
+    assert kept(logits, [Sampling(temperature=1.0, top_k=k) for k in wanted], dtype) == list(wanted.values())
+    # More than float32 could tell apart by value are counted right, whatever their sign.
+    close = np.nextafter(dtype(-1.0), np.arange(-2, 3).astype(dtype)[:, None])[:, 0]
+    ladder = np.sort(np.unique([close, -close]))
+    settings = [Sampling(temperature=1.0, top_k=k + 1) for k in range(len(ladder))]
+    assert kept(ladder, settings, dtype) == [list(range(len(ladder) - k - 1, len(ladder))) for k in range(len(ladder))]
+
+
+def test_each_filter_works_on_what_the_one_before_left() -> None:
+    """Masses 1/2, 1/4, 1/8, 1/8: of the two best, which are 2/3 and 1/3, the first is enough for 0.6, not for 0.7."""
+    settings = [Sampling(temperature=1.0, top_k=2, top_p=p) for p in (0.6, 0.7)]
+    assert kept(DYADIC, settings, jnp.float32) == [[1], [1, 3]]
+    # Top-p of the masses at temperature 2, which are 0.37, 0.26 and twice 0.18; min-p of the share of the best.
+    settings = [Sampling(temperature=2.0, top_p=0.6), Sampling(temperature=1.0, top_p=0.6)]
+    settings += [Sampling(temperature=2.0, min_p=0.6), Sampling(temperature=1.0, min_p=0.6)]
+    assert kept(DYADIC, settings, jnp.float32) == [[1, 3], [1, 3], [1, 3], [1]]
+    assert kept(DYADIC, [Sampling(temperature=2.0, top_p=0.7)], jnp.float32) == [[0, 1, 2, 3]]
+
+
+def test_target_probabilities_are_those_that_draws_follow() -> None:
+    """And at temperature 0 the whole of it is on the first of the best, in mixed batches too."""
+    logits = jnp.asarray(np.stack([DYADIC, [1.0, 3.0, 3.0, 0.0]]), jnp.float32)
+    warm, cold = Sampling(temperature=1.0, top_k=2), Sampling()
+    one = [0.0, 1.0, 0.0, 0.0]
+    np.testing.assert_array_equal(target_probabilities(logits, batch_sampling([cold, cold])), [one, one])
+    np.testing.assert_allclose(
+        target_probabilities(logits, batch_sampling([warm, cold])), [[0, 2 / 3, 0, 1 / 3], one], rtol=1e-6
+    )
+
+
 def test_greedy_rows_ignore_sampling_and_keys() -> None:
     logits = jnp.array(np.random.default_rng(0).normal(size=(2, VOCAB)), jnp.float32)
     settings = [Sampling(), Sampling(temperature=1.0)]
@@ -88,6 +188,22 @@ def test_draws_depend_on_key_and_position_only() -> None:
     assert drawn[0] == drawn[1] and len(set(drawn)) == 3
     alone = draw(logits[:1], batch_sampling([Sampling(temperature=1.0)]), keys[2:3], jnp.array([8]))
     assert int(alone[0]) == drawn[2]
+
+
+def test_keys_of_drafts_are_nobody_elses() -> None:
+    """Neither those that verification makes of a request's key for a position and its numbers, nor each other's."""
+    requests, positions = jax.vmap(jax.random.key)(jnp.arange(20)), jnp.arange(300)
+
+    def folded(keys, data):
+        return jax.vmap(jax.random.fold_in)(keys.ravel(), jnp.broadcast_to(data, keys.shape).ravel())
+
+    every = jnp.repeat(requests, len(positions))
+    of_position = folded(every, jnp.tile(positions, len(requests)))
+    of_drafts = draft_keys(every, jnp.tile(positions, len(requests)))
+    of_levels = [folded(of_drafts, jnp.asarray(level)) for level in range(3)]
+    apart = [requests, of_position, folded(of_position, jnp.asarray(1)), of_drafts, *of_levels]
+    data = np.concatenate([jax.random.key_data(keys) for keys in apart])
+    assert len(np.unique(data, axis=0)) == len(data) == 20 + 6 * 20 * 300
 
 
 def test_draw_follows_the_distribution(x64: None) -> None:
@@ -125,18 +241,99 @@ def test_inversion_gives_each_place_its_share(x64: None) -> None:
 def test_inversion_finds_what_little_there_is() -> None:
     """Whatever a sum rounds to: one place with the smallest mass that float32 holds beside others with none."""
     mass = jnp.zeros((3, 200)).at[jnp.arange(3), jnp.array([0, 77, 199])].set(jnp.finfo(jnp.float32).tiny)
-    for number in (0.0, 0.5, 1 - 2**-23):
+    # 1, which no generator gives, is as if the sums had rounded so that nothing were past its share.
+    for number in (0.0, 0.5, 1 - 2**-23, 1.0):
         assert invert(mass, jnp.full((3, 2), number)).tolist() == [0, 77, 199]
 
 
-def test_argmax_takes_the_first_of_equals() -> None:
-    x = jnp.array([[1.0, 5.0, 5.0], [2.0, 2.0, 2.0], [-jnp.inf, -jnp.inf, 0.0]])
-    assert argmax(x).tolist() == [1, 0, 2]
+def test_inversion_takes_the_place_whose_share_begins_at_the_number() -> None:
+    """Shares that no sum rounds, of one, two and four blocks: a place has its beginning, not its end."""
+    rng = np.random.default_rng(7)
+    for size in (50, 64, 100, 128, 250, 256):
+        blocks = -(-size // 64)
+        sizes = np.minimum(64, size - 64 * np.arange(blocks))
+        mass = np.zeros((40, blocks, 64))
+        for row, block in np.ndindex(40, blocks):
+            mass[row, block, : sizes[block]] = rng.multinomial(64, rng.dirichlet(np.full(sizes[block], 0.3)))
+        place = np.array([rng.choice(np.flatnonzero(row)) for row in mass.reshape(40, -1)])
+        of_row, block = np.arange(40), place // 64
+        begins = (np.cumsum(mass, axis=2) - mass).reshape(40, -1)[of_row, place] / 64
+        lasts = begins + (mass.reshape(40, -1)[of_row, place] - 0.5) / 64
+        flat = jnp.asarray(mass.reshape(40, -1)[:, :size], jnp.float32)
+        for of_block, inside in ((block, begins), (block + 0.99, lasts)):
+            numbers = jnp.asarray(np.stack([of_block / blocks, inside], axis=1), jnp.float32)
+            assert invert(flat, numbers).tolist() == place.tolist(), size
 
 
-def test_best_tokens_are_best_first_and_distinct() -> None:
-    x = jnp.array([0.0, 3.0, 1.0, 3.0])
-    assert best_tokens(x, 1).tolist() == [1] and best_tokens(x, 3).tolist() == [1, 3, 2]
+# (size, count): around the size at which `best_logits` begins to look at blocks, with whole and ragged last ones, far
+# above it, and as small as can be.
+BEST = [
+    (size, count)
+    for count in (1, 2, 3, 5, 10)
+    for size in (count, 256 * count - 1, 256 * count, 256 * count + 1, 256 * count + 63, 5000)
+]
+
+
+def awkward_rows(size: int, rng: np.random.Generator) -> np.ndarray:
+    """Rows of eighths, which bfloat16 holds exactly, in which equals stand together, apart, and at either end."""
+    few = rng.integers(-3, 4, (2, size)) / 8
+    lonely = np.full((4, size), -np.inf)
+    lonely[0, rng.integers(size, size=3)] = 1.0
+    lonely[1, [0, size - 1]] = 2.0
+    lonely[2, -2:] = 0.5
+    # One of each block, all equal, and a better one in the last.
+    spread = np.full((2, size), -2.0)
+    spread[:, 5::64] = 1.0
+    spread[1, -1] = 3.0
+    cut = np.where(rng.random((2, size)) < 0.5, -np.inf, rng.integers(-99, 99, (2, size)) / 8)
+    ramp = np.arange(size)[None] // 37 % 128 / 8
+    return np.concatenate([few, lonely, spread, cut, np.zeros((1, size)), ramp, -ramp])
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.float64, jnp.bfloat16])
+def test_best_logits_are_those_of_a_stable_sort(x64: None, dtype) -> None:
+    """At every size, by blocks or not: best first, of equals the smaller first, none twice, none beyond the end."""
+    rng = np.random.default_rng(11)
+    rows = {size: awkward_rows(size, rng) + 0.0 for size, _ in BEST}
+
+    @jax.jit
+    def found(rows):
+        return [best_logits(rows[size], count) for size, count in BEST]
+
+    answers = found({size: jnp.asarray(x, dtype) for size, x in rows.items()})
+    order = {size: np.argsort(-x, axis=1, kind="stable") for size, x in rows.items()}
+    for (size, count), (values, tokens) in zip(BEST, answers, strict=True):
+        wanted = order[size][:, :count]
+        assert tokens.dtype == jnp.int32 and values.dtype == dtype
+        np.testing.assert_array_equal(tokens, wanted, err_msg=f"{count} of {size}")
+        np.testing.assert_array_equal(
+            values, np.take_along_axis(rows[size], wanted, axis=1), err_msg=f"{count} of {size}"
+        )
+
+
+def test_best_tokens_takes_any_axes_before_the_last() -> None:
+    x = np.random.default_rng(12).integers(-9, 9, (2, 3, 700)).astype(np.float32)
+    wanted = np.argsort(-x, axis=-1, kind="stable")
+    for count in (1, 2, 4):
+        assert np.array_equal(best_tokens(jnp.asarray(x), count), wanted[..., :count])
+        assert np.array_equal(best_tokens(jnp.asarray(x[1, 2]), count), wanted[1, 2, :count])
+    assert best_tokens(jnp.array([0.0, 3.0, 1.0, 3.0]), 3).tolist() == [1, 3, 2]
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.float64, jnp.bfloat16, jnp.int32])
+def test_argmax_and_top_k_take_the_first_of_equals(x64: None, dtype) -> None:
+    rng = np.random.default_rng(13)
+    for size in (1, 2, 65, 300):
+        x = rng.integers(-3, 4, (20, size))
+        assert np.array_equal(argmax(jnp.asarray(x, dtype)), np.argmax(x, axis=1))
+        values, places = top_k(jnp.asarray(x, dtype), min(size, 7))
+        order = np.argsort(-x, axis=1, kind="stable")[:, : min(size, 7)]
+        assert places.dtype == jnp.int32 and np.array_equal(places, order)
+        assert np.array_equal(values, np.take_along_axis(x, order, axis=1))
+    if dtype != jnp.int32:
+        ends = jnp.array([[-jnp.inf, -jnp.inf, 0.0], [-jnp.inf] * 3, [1.0, jnp.inf, jnp.inf]], dtype)
+        assert argmax(ends).tolist() == [2, 0, 1]
+        assert top_k(ends, 2)[1].tolist() == [[2, 0], [0, 1], [1, 2]]
 
 
 @pytest.mark.parametrize(

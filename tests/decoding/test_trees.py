@@ -1,12 +1,15 @@
 """Topologies against golden tables and published trees, closure errors, and files."""
 
+import itertools
 import json
 import pathlib
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from decoding.trees import MC_SIM_7B_63, Topology, chain, load_topology
+from decoding.trees import MC_SIM_7B_63, TokenTree, Topology, chain, load_topology
 from models.errors import UserError
 
 GOLDEN = Topology(((0, 0, 0), (1, 0), (0,), (0, 1), (1,), (0, 0)))
@@ -32,6 +35,56 @@ def test_bare_root_and_chain() -> None:
     root = Topology(())
     assert (root.size, root.max_depth, root.max_rank) == (1, 0, 0) and root.children.tolist() == [[-1]]
     assert chain(3).parent.tolist() == [-1, 0, 1, 2] and chain(3).ancestors.sum() == 10
+
+
+def test_chains_as_data_are_the_static_ones() -> None:
+    """Around every power of two, where one step more is needed to carry ancestors all the way down."""
+    depths = [1, 2, 3, 4, 5, 7, 8, 9, 15, 16, 17, 31, 32, 33, 40]
+
+    @jax.jit
+    def grown():
+        trees = []
+        for depth in depths:
+            row = jnp.arange(depth + 1, dtype=jnp.int32)[None]
+            trees.append(TokenTree.grown(row, row - 1, row, row >= 0, 0 * row, 1, "match"))
+        return trees
+
+    for depth, tree in zip(depths, grown(), strict=True):
+        assert np.array_equal(tree.ancestors[0], np.tri(depth + 1, dtype=bool)), depth
+        assert np.array_equal(tree.ancestors[0], chain(depth).ancestors)
+        assert np.array_equal(tree.children[0], chain(depth).children)
+
+
+def test_random_trees_as_data_against_brute_force() -> None:
+    """Deep ones and flat ones, with invalid nodes, whose own ranks and children's places do not count."""
+    rng, batch, nodes, width = np.random.default_rng(0), 300, 33, 5
+    parent, rank, valid = (np.zeros((batch, nodes), int) for _ in range(3))
+    depth = np.zeros((batch, nodes), int)
+    parent[:, 0], valid[:, 0] = -1, 1
+    for row, node in itertools.product(range(batch), range(1, nodes)):
+        # The nearest few above it, or any.
+        reach = rng.integers(1, node + 1) if row % 2 else 2
+        above = int(rng.integers(max(0, node - reach), node))
+        younger = (valid[row] > 0) & (parent[row] == above)
+        parent[row, node], depth[row, node] = above, depth[row, above] + 1
+        valid[row, node] = valid[row, above] and younger.sum() < width and rng.random() < 0.95
+        rank[row, node] = younger.sum() if valid[row, node] else rng.integers(width)
+    # Siblings are offered in another order than that of their numbers.
+    rank = np.where(valid, (rank + 2) % width, rank)
+    arguments = [jnp.asarray(x, jnp.int32) for x in (rng.integers(9, size=(batch, nodes)), parent, depth)]
+    tree = jax.jit(TokenTree.grown, static_argnums=(5, 6))(
+        *arguments, jnp.asarray(valid > 0), jnp.asarray(rank, jnp.int32), width, "match"
+    )
+    ancestors, children = np.zeros((batch, nodes, nodes), bool), np.full((batch, nodes, width), -1)
+    for row, node in itertools.product(range(batch), range(nodes)):
+        up = node
+        while up >= 0:
+            ancestors[row, node, up] = True
+            up = parent[row, up]
+        if node and valid[row, node]:
+            children[row, parent[row, node], rank[row, node]] = node
+    assert np.array_equal(tree.ancestors, ancestors) and np.array_equal(tree.children, children)
+    assert depth[0::2].max() > 16 and 0 < (valid[:, 1:] == 0).mean() < 0.9
 
 
 def test_published_default() -> None:

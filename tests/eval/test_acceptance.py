@@ -186,7 +186,8 @@ def test_report_shows_every_method_and_what_differed(cells, tmp_path) -> None:
 
 
 def test_command_writes_results_and_report(target_directory, drafter_directories, target, tmp_path, capsys) -> None:
-    from scripts.build_dataset import RawDocument, build
+    from train.data.text_building import build
+    from train.data.text_sources import RawDocument
 
     def documents(words):
         return [RawDocument(word, f"{word} = 1\nonce upon a time there was {word}" * 2) for word in words]

@@ -1,6 +1,7 @@
 """EAGLE's networks against their definition in numpy, and the unrolled forward against drafting step by step."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +15,7 @@ from models.errors import UserError
 from models.heads.eagle import Eagle3Heads, EagleHeads, eagle3_layers, unroll
 from models.layers import apply_rope, rope_angles
 from models.layout import Layout
-from tests.noise import noisy
+from tests.noise import drawn, noisy
 
 CAP = 0.5  # so low that every score bends
 CONFIG = TransformerConfig(
@@ -40,18 +41,45 @@ pytestmark = pytest.mark.usefixtures("x64")
 each_kind = pytest.mark.parametrize("heads", KINDS.values(), ids=KINDS)
 
 
+ROWS = 9
+
+forward = jax.jit(transformer.forward, static_argnames=("config", "layers", "taps"))
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def run(heads, config, params, *inputs):
+    return heads.run(config, params, *inputs)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def scores(heads, config, params, target, hidden):
+    return heads.logits(config, params, target, hidden)
+
+
 @pytest.fixture
 def target() -> dict:
-    return noisy(transformer.init(CONFIG, jax.random.key(0), jnp.float64), 0.3)
+    return drawn(transformer.param_shapes(CONFIG, jnp.float64), 0.3)
+
+
+def network(heads, target: dict) -> dict:
+    """Parameters of `heads`, every one drawn."""
+    params = drawn(jax.eval_shape(lambda t: heads.init(CONFIG, t, jax.random.key(0)), target), 0.3, seed=1)
+    return params | ({"draft_vocab": jnp.arange(heads.vocab_size)} if "draft_vocab" in params else {})
 
 
 def rms(x: np.ndarray, scale: np.ndarray) -> np.ndarray:
     return x / np.sqrt(np.mean(x**2, axis=-1, keepdims=True) + EPSILON) * scale
 
 
+@functools.cache
+def turns() -> np.ndarray:
+    """What RoPE makes of every basis vector at positions 0 to 31, [32, D, D]."""
+    x = jnp.broadcast_to(jnp.eye(CONFIG.head_dim), (1, 32, CONFIG.head_dim, CONFIG.head_dim))
+    return np.asarray(jax.jit(lambda x: apply_rope(x, rope_angles(CONFIG, jnp.arange(32)[None])))(x)[0])
+
+
 def rotated(x_TND: np.ndarray, positions: np.ndarray) -> np.ndarray:
-    angles = rope_angles(CONFIG, jnp.asarray(positions)[None])
-    return np.asarray(apply_rope(jnp.asarray(x_TND)[None], angles)[0])
+    return np.einsum("tnd,tde->tne", x_TND, turns()[positions])
 
 
 def layer(params: dict, x: np.ndarray, residual: np.ndarray, positions: np.ndarray, seen: np.ndarray) -> np.ndarray:
@@ -80,44 +108,46 @@ def inputs_of(heads, params: dict, feature: np.ndarray, embedding: np.ndarray) -
     return np.concatenate(normed, axis=-1), feature
 
 
-def text_and_features(heads, target: dict, params: dict, batch: int = 2, rows: int = 9):
-    tokens = jax.random.randint(jax.random.key(3), (batch, rows), 0, CONFIG.vocab_size)
-    layout = Layout.causal(batch, rows)
-    out = transformer.forward(CONFIG, target, tokens, layout, taps=heads.taps)
-    return tokens, layout, heads.fuse(params, out.taps), out
+def text_and_features(heads, target: dict, params: dict):
+    """Two texts, their layout, features of theirs, and `ahead(k)`, the embeddings of the tokens k places further on."""
+    tokens = np.random.default_rng(3).integers(CONFIG.vocab_size, size=(2, ROWS))
+    layout = Layout.causal(2, ROWS)
+    taps = forward(CONFIG, target, tokens, layout, taps=heads.taps).taps
+    table = np.asarray(target["embed"]["embedding"])
+    return tokens, layout, heads.fuse(params, taps), lambda k: jnp.asarray(table[np.roll(tokens, -k, axis=1)])
 
 
 @each_kind
 def test_run_and_logits_match_numpy(heads, target: dict) -> None:
-    params = noisy(heads.init(CONFIG, target, jax.random.key(1)), 0.3)
-    tokens, layout, feature, _ = text_and_features(heads, target, params)
-    embedding = transformer.lookup(target, jnp.roll(tokens, -1, axis=1))
-    found, rows = heads.run(CONFIG, params, feature, embedding, layout)
-    assert rows["k"].shape == (2, 2, 4, 9) and rows["v"].shape == (2, 2, 9, 4)
-    logits = heads.logits(CONFIG, params, target, found)
+    params = network(heads, target)
+    _, layout, feature, ahead = text_and_features(heads, target, params)
+    embedding = ahead(1)
+    found, rows = run(heads, CONFIG, params, feature, embedding, layout)
+    assert rows["k"].shape == (2, 2, 4, ROWS) and rows["v"].shape == (2, 2, ROWS, 4)
+    logits = scores(heads, CONFIG, params, target, found)
     for b in range(2):
         x, residual = inputs_of(heads, params, np.asarray(feature[b]), np.asarray(embedding[b]))
-        expected = layer(params["layer"], x, residual, np.arange(9), np.tril(np.ones((9, 9), bool)))
+        expected = layer(params["layer"], x, residual, np.arange(ROWS), np.tril(np.ones((ROWS, ROWS), bool)))
         np.testing.assert_allclose(found[b], expected, atol=1e-10)
         if isinstance(heads, EagleHeads):
-            scores = expected @ np.asarray(target["head"]["kernel"])
+            by_hand = expected @ np.asarray(target["head"]["kernel"])
         else:
-            scores = rms(expected, np.asarray(params["norm"]["scale"])) @ np.asarray(params["vocab"]["kernel"])
-        np.testing.assert_allclose(logits[b], scores, atol=1e-10)
+            by_hand = rms(expected, np.asarray(params["norm"]["scale"])) @ np.asarray(params["vocab"]["kernel"])
+        np.testing.assert_allclose(logits[b], by_hand, atol=1e-10)
 
 
 @pytest.mark.parametrize("kind", ["eagle", "eagle3"])
 def test_zero_centred_norms_are_norms_of_one_more(kind: str, target: dict) -> None:
     """As Gemma's are: the network of such a target is that of another whose scales are larger by one."""
     heads, zero = KINDS[kind], dataclasses.replace(CONFIG, zero_centred_norm=True)
-    fresh = heads.init(zero, transformer.init(zero, jax.random.key(0), jnp.float64), jax.random.key(1))
+    start = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape), transformer.param_shapes(zero))
+    fresh = jax.jit(lambda target, key: heads.init(zero, target, key))(start, jax.random.key(1))
     assert not any(leaf.any() for path, leaf in jax.tree.leaves_with_path(fresh) if path[-1].key == "scale")
     params = noisy(fresh, 0.3)
     centred = jax.tree.map_with_path(lambda path, leaf: leaf + (path[-1].key == "scale"), params)
-    _, layout, feature, _ = text_and_features(heads, target, params)
-    embedding = feature[:, ::-1]
+    _, layout, feature, ahead = text_and_features(heads, target, params)
     found, expected = (
-        heads.logits(config, p, target, heads.run(config, p, feature, embedding, layout)[0])
+        scores(heads, config, p, target, run(heads, config, p, feature, ahead(1), layout)[0])
         for config, p in ((zero, params), (CONFIG, centred))
     )
     np.testing.assert_allclose(found, expected, atol=1e-10)
@@ -125,11 +155,11 @@ def test_zero_centred_norms_are_norms_of_one_more(kind: str, target: dict) -> No
 
 def test_eagle3_fuses_what_enters_three_layers(target: dict) -> None:
     heads = KINDS["eagle3"]
-    params = noisy(heads.init(CONFIG, target, jax.random.key(1)), 0.3)
+    params = network(heads, target)
     tokens, layout, feature, _ = text_and_features(heads, target, params)
     entering = [transformer.embed(CONFIG, target, tokens)]
     for k in range(3):
-        entering.append(transformer.forward(CONFIG, target, entering[k], layout, layers=(k, k + 1), taps=("pre_norm",)))
+        entering.append(forward(CONFIG, target, entering[k], layout, layers=(k, k + 1), taps=("pre_norm",)))
         entering[-1] = entering[-1].taps["pre_norm"]
     joined = np.concatenate([entering[0], entering[2], entering[3]], axis=-1)
     np.testing.assert_allclose(feature, joined @ np.asarray(params["fc"]["kernel"]), atol=1e-10)
@@ -138,29 +168,32 @@ def test_eagle3_fuses_what_enters_three_layers(target: dict) -> None:
 @pytest.mark.parametrize("tied", [False, True])
 def test_eagle3_starts_with_rows_of_the_targets_head(tied: bool) -> None:
     config = dataclasses.replace(CONFIG, tied_embeddings=tied)
-    target = noisy(transformer.init(config, jax.random.key(0), jnp.float64), 0.3)
+    target = drawn(transformer.param_shapes(config, jnp.float64), 0.3)
     vocabulary = jnp.array([2, 3, 5, 7, 11, 13, 17], jnp.int32)
     heads = KINDS["eagle3 of few tokens"]
-    params = heads.init(config, target, jax.random.key(1), vocabulary)
+    params = jax.jit(lambda target, tokens: heads.init(config, target, jax.random.key(1), tokens))(target, vocabulary)
     hidden = jax.random.normal(jax.random.key(2), (5, 8), jnp.float64)
     expected = transformer.head(config, target, transformer.final_norm(config, target, hidden))[:, vocabulary]
     np.testing.assert_allclose(heads.logits(config, params, target, hidden), expected, atol=1e-12)
     assert heads.vocabulary(params).tolist() == vocabulary.tolist()
     kernel = target["embed"]["embedding"].T if tied else target["head"]["kernel"]
     assert np.array_equal(params["vocab"]["kernel"], kernel[:, vocabulary])
-    assert heads.vocabulary(KINDS["eagle3"].init(config, target, jax.random.key(1))) is None
+    assert heads.vocabulary(network(KINDS["eagle3"], target)) is None
+
+
+unrolled = jax.jit(unroll, static_argnums=(0, 1))
 
 
 @each_kind
 @pytest.mark.parametrize("packed", [False, True])
 def test_unrolled_equals_a_dense_mask_over_all_steps(heads, packed: bool, target: dict) -> None:
-    steps, rows = 4, 9
-    params = noisy(heads.init(CONFIG, target, jax.random.key(1)), 0.3)
-    segments = jnp.array([[1] * 4 + [2] * 5] * 2) if packed else None
-    layout = Layout.causal(2, rows, segments)
-    tokens, _, feature, _ = text_and_features(heads, target, params)
-    embeddings = [transformer.lookup(target, jnp.roll(tokens, -1 - k, axis=1)) for k in range(steps)]
-    found = unroll(heads, CONFIG, params, feature, embeddings, layout)
+    steps, rows = 4, ROWS
+    params = network(heads, target)
+    segments = np.array([[1] * 4 + [2] * 5] * 2) if packed else None
+    layout = jax.jit(lambda s: Layout.causal(2, rows, s))(segments)
+    _, _, feature, ahead = text_and_features(heads, target, params)
+    embeddings = [ahead(1 + k) for k in range(steps)]
+    found = unrolled(heads, CONFIG, params, feature, embeddings, layout)
 
     index = np.arange(rows)
     same = np.ones((rows, rows), bool) if segments is None else np.equal.outer(segments[0], segments[0])
@@ -185,33 +218,31 @@ def test_unrolled_equals_a_dense_mask_over_all_steps(heads, packed: bool, target
 @each_kind
 def test_unrolled_equals_drafting_step_by_step_with_a_cache(heads, target: dict) -> None:
     """From every position, with true tokens, one pair at a time; true pairs in the prefix, drafted ones in scratch."""
-    steps, rows = 3, 7
-    params = noisy(heads.init(CONFIG, target, jax.random.key(1)), 0.3)
-    tokens, layout, feature, _ = text_and_features(heads, target, params, rows=rows)
-    embedding = transformer.lookup(target, jnp.pad(tokens, ((0, 0), (0, steps))))
-    unrolled = unroll(heads, CONFIG, params, feature, [embedding[:, 1 + k :][:, :rows] for k in range(steps)], layout)
-    true = heads.run(CONFIG, params, feature, embedding[:, 1:][:, :rows], layout)[1]
+    steps, rows = 4, ROWS
+    params = network(heads, target)
+    _, layout, feature, ahead = text_and_features(heads, target, params)
+    embeddings = [ahead(1 + k) for k in range(steps)]
+    expected = unrolled(heads, CONFIG, params, feature, embeddings, layout)
+    true = run(heads, CONFIG, params, feature, embeddings[0], layout)[1]
     for p in range(rows):
         f = feature[:, p : p + 1]
-        scratch = {"k": jnp.zeros((2, 2, 4, steps)), "v": jnp.zeros((2, 2, steps, 4))}
+        scratch = {"k": np.zeros((2, 2, 4, steps)), "v": np.zeros((2, 2, steps, 4))}
         for k in range(steps):
             place = Layout(
                 jnp.full((2, 1), p + k),
                 jnp.full((2, 1), p),
-                scratch_seen=jnp.broadcast_to(jnp.arange(steps) < k, (2, 1, steps)),
+                scratch_seen=jnp.asarray(np.broadcast_to(np.arange(steps) < k, (2, 1, steps))),
                 scratch_positions=jnp.zeros((2, steps), jnp.int32),
             )
-            f, fresh = heads.run(CONFIG, params, f, embedding[:, p + 1 + k][:, None], place, Sources(true, scratch))
-            np.testing.assert_allclose(f[:, 0], unrolled[k][:, p], atol=1e-10)
-            scratch = {
-                "k": scratch["k"].at[:, :, :, k].set(fresh["k"][:, :, :, 0]),
-                "v": scratch["v"].at[:, :, k].set(fresh["v"][:, :, 0]),
-            }
+            sources = Sources(true, jax.tree.map(jnp.asarray, scratch))
+            f, fresh = run(heads, CONFIG, params, f, embeddings[k][:, p : p + 1], place, sources)
+            np.testing.assert_allclose(f[:, 0], expected[k][:, p], atol=1e-10)
+            scratch["k"][:, :, :, k], scratch["v"][:, :, k] = fresh["k"][:, :, :, 0], fresh["v"][:, :, 0]
 
 
 def test_no_step_makes_a_mask_over_all_steps(target: dict) -> None:
     heads, rows, steps = KINDS["eagle3"], 33, 4
-    params = heads.init(CONFIG, target, jax.random.key(1))
+    params = network(heads, target)
 
     def run(feature, embedding):
         return unroll(heads, CONFIG, params, feature, [embedding] * steps, Layout.causal(1, rows))

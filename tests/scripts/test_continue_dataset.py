@@ -7,9 +7,11 @@ import pytest
 
 from decoding.generate import generate
 from models.formats.target import load_target
-from scripts import build_dataset, continue_dataset
-from scripts.build_dataset import RawDocument
+from scripts import continue_dataset
 from tests.eval.tiny import write_target
+from train.data import continuations
+from train.data.text_building import build
+from train.data.text_sources import RawDocument
 from train.data.texts import open_split
 
 
@@ -22,7 +24,7 @@ def sources(tmp_path_factory):
         "train": [RawDocument(f"train{i}", text * (i + 1)) for i in range(3)],
         "valid": [RawDocument("held out", "the sea " + text)],
     }
-    build_dataset.build(splits, target.tokenizer, folder / "data")
+    build(splits, target.tokenizer, folder / "data")
     return folder, target
 
 
@@ -96,12 +98,12 @@ def test_bad_requests_are_one_sentence_and_leave_nothing(sources, tmp_path, caps
 
 def test_text_ends_where_the_target_ends_it(sources, tmp_path, monkeypatch):
     folder, target = sources
-    decoded = continue_dataset.generate
+    decoded = continuations.generate
 
     def stops_early(*given, **options):
         return decoded(*given, **options, stop=[[token] for token in range(target.config.vocab_size)])
 
-    monkeypatch.setattr(continue_dataset, "generate", stops_early)
+    monkeypatch.setattr(continuations, "generate", stops_early)
     run(
         folder,
         tmp_path / "out",

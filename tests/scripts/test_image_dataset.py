@@ -1,4 +1,4 @@
-"""From folders, `.npz` files and glyphs to data sets, through the command; what is held out; what is refused."""
+"""From folders, `.npz` files and glyphs to data sets, through the command; what is refused."""
 
 import pathlib
 import re
@@ -7,9 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from models.errors import UserError
 from scripts import build_dataset
-from scripts.image_dataset import draw_glyphs, hold_out
 from train.data.glyphs import glyph
 from train.data.images import Images, open_images
 
@@ -93,8 +91,6 @@ def test_glyphs(tmp_path) -> None:
         np.testing.assert_array_equal(images[index]["image"], glyph(index, 5, 32, "AB7"))
         assert images[index]["label"] == index % 3
     assert images.manifest["source"] == {"images": "glyphs", "seed": 5, "characters": "AB7", "max_documents": 8}
-    # More of them begin with the same ones.
-    assert draw_glyphs(20).names[:8] == draw_glyphs(8).names
 
 
 def test_a_set_is_replaced_only_on_request(tmp_path, capsys) -> None:
@@ -104,29 +100,6 @@ def test_a_set_is_replaced_only_on_request(tmp_path, capsys) -> None:
     run(*command, 4, "--overwrite")
     assert len(open_images(tmp_path / "out", "train")) == 4
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
-
-
-def test_what_is_held_out_stays_so_when_images_are_added() -> None:
-    names = [f"image {i}" for i in range(400)]
-    few, many = hold_out(names[:200], fraction=0.2), hold_out(names, fraction=0.2)
-    assert set(few["valid"]) == {index for index in many["valid"] if index < 200} and 20 < len(few["valid"]) < 60
-    exact = hold_out(names, count=7)
-    assert len(exact["valid"]) == 7 and sorted(exact["train"] + exact["valid"]) == list(range(400))
-    assert hold_out(names) == {"train": list(range(400))}
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"fraction": 0.5, "count": 1}, "either a fraction of the images or a number"),
-        ({"fraction": 1.0}, "fraction in 0..1"),
-        ({"count": 3}, "cannot hold out 3 images of 3"),
-        ({"fraction": 1e-9}, "split 'valid' is empty"),
-    ],
-)
-def test_parts_that_cannot_be_held_out(options: dict, message: str) -> None:
-    with pytest.raises(UserError, match=message):
-        hold_out(["a", "b", "c"], **options)
 
 
 @pytest.mark.parametrize(

@@ -109,7 +109,7 @@ def draft_setting(job: Callable[..., TrainConfig]) -> Callable[..., Any]:
         plan = trainer.make_plan(config, corpus.facts)
         plan.objective.scan_data(corpus.train)
         frozen = plan.objective.load_base(plan.mesh)
-        params = jax.jit(plan.objective.init, compiler_options=trainer.unoptimised())(jax.random.key(3), frozen)
+        params = drawn(name, plan.objective, frozen, **objective)
         batch = {**next(corpus.batches(config.batch_size, 0))}
         batch["mask"] = np.random.default_rng(0).integers(0, 2, batch["mask"].shape).astype(np.uint8)
         return plan.objective, noisy(params, 0.1), frozen, jax.tree.map(jnp.asarray, batch)
@@ -180,6 +180,19 @@ def image_job(image_set: pathlib.Path, image_models: dict[str, str]) -> Callable
     return make
 
 
+DRAWN: dict[tuple, Any] = {}
+
+
+def drawn(name: str, objective: Any, base: Any, **config: Any) -> Any:
+    """What the objective begins from, as NumPy arrays, drawn once for all sections that begin alike."""
+    shapes = jax.eval_shape(objective.init, jax.random.key(3), base)
+    alike = (name, str(shapes), *(str(config.get(key)) for key in ("init_from", "gate", "tokenizer", "target")))
+    if alike not in DRAWN:
+        init = jax.jit(objective.init, compiler_options=trainer.unoptimised())
+        DRAWN[alike] = jax.tree.map(np.asarray, init(jax.random.key(3), base))
+    return DRAWN[alike]
+
+
 @pytest.fixture
 def image_setting(image_job: Callable[..., TrainConfig]) -> Callable[..., Any]:
     """`image_setting("var", class_dropout=0.0)`: objective, random parameters, frozen ones, one batch of six."""
@@ -189,7 +202,7 @@ def image_setting(image_job: Callable[..., TrainConfig]) -> Callable[..., Any]:
         corpus = open_corpus(config)
         plan = trainer.make_plan(config, corpus.facts)
         base = plan.objective.load_base(plan.mesh) if plan.base is not None else None
-        params = jax.jit(plan.objective.init, compiler_options=trainer.unoptimised())(jax.random.key(3), base)
+        params = drawn(name, plan.objective, base, **objective)
         batch = jax.tree.map(jnp.asarray, dict(next(corpus.batches(batch_size, 0))))
         return plan.objective, noisy(params, 0.1), plan.objective.frozen_part(base), batch
 

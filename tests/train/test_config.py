@@ -4,6 +4,8 @@ import dataclasses
 import pathlib
 import subprocess
 import sys
+import typing
+from typing import Any
 
 import pytest
 from absl import flags
@@ -12,7 +14,7 @@ from ml_collections import ConfigDict, config_flags
 from models import schema
 from models.errors import UserError
 from train.command_line import load_config, read_flags
-from train.config import TrainConfig, parse
+from train.config import TrainConfig, fill_in, parse
 from train.objectives import OBJECTIVES
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
@@ -20,8 +22,10 @@ LM = str(ROOT / "configs" / "lm.py")
 
 
 def lm(**changes) -> dict:
-    """The smoke config as plain data, with dotted changes; a change to `...` removes the key."""
-    config = load_config(f"{LM}:smoke").to_dict()
+    """The smoke config and its defaults as plain data, with dotted changes; a change to `...` removes the key."""
+    raw = load_config(f"{LM}:smoke")
+    fill_in(raw, OBJECTIVES)
+    config = raw.to_dict()
     for place, value in changes.items():
         *sections, key = place.split(".")
         section = config
@@ -45,7 +49,9 @@ def test_every_config_file_and_variant_parses():
                     config.objective[key] = "runs/lm/target"
             parsed = parse(config, OBJECTIVES, path.name)
             assert isinstance(parsed, TrainConfig)
-            # A key that a file leaves to its default could not be given on the command line.
+            fill_in(config, OBJECTIVES)
+            assert parse(config, OBJECTIVES, path.name) == parsed
+            # A key that a file leaves to its default can be given on the command line all the same.
             sections = {**schema.resolved(parsed), "objective": None}
             assert schema.flattened(sections).keys() == schema.flattened({**config.to_dict(), "objective": None}).keys()
 
@@ -128,16 +134,49 @@ def parse_flags(arguments: list[str]) -> ConfigDict:
     """The command line read into flags of its own, apart from the process's."""
     values, argv = flags.FlagValues(), ["train", *arguments]
     holder = config_flags.DEFINE_config_file("config", None, "", flag_values=values, sys_argv=argv)
-    read_flags(argv, values)
+    read_flags(argv, values, lambda config: fill_in(config, OBJECTIVES))
     return holder.value
 
 
 def test_overrides_arrive(monkeypatch):
     monkeypatch.chdir(ROOT)
     given = ["--config.steps=7", "--config.data.fields=question,answer", "--config.metrics.wandb=tandem"]
-    config = parse(parse_flags(["--config=configs/lm.py:smoke", *given, "--config.optimizer.eps=1"]), OBJECTIVES)
+    raw = parse_flags(["--config=configs/lm.py:smoke", *given, "--config.optimizer.eps=1"])
+    assert raw.is_locked and raw.optimizer.is_locked
+    config = parse(raw, OBJECTIVES)
     assert (config.steps, config.data.fields, config.metrics.wandb) == (7, "question,answer", "tandem")
     assert config.optimizer.eps == 1.0
+
+
+CONFIGS = sorted(path for path in (ROOT / "configs").glob("*.py") if path.name != "__init__.py")
+
+
+def defaults_of(kind: type, prefix: str = "") -> dict[str, Any]:
+    """What sections hold where nothing is said, by dotted place; the objective's is `kind`'s business to bring."""
+    found: dict[str, Any] = {}
+    hints = typing.get_type_hints(kind)
+    for field in dataclasses.fields(kind):
+        if dataclasses.is_dataclass(hints[field.name]):
+            found |= defaults_of(hints[field.name], f"{prefix}{field.name}.")
+        elif field.default is not dataclasses.MISSING:
+            found[f"{prefix}{field.name}"] = field.default
+    return found
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_a_config_says_only_what_differs_and_a_command_line_may_name_the_rest(path):
+    raw = load_config(str(path))
+    said = schema.flattened(raw.to_dict())
+    kind = OBJECTIVES[raw.objective.name].Config
+    defaults = defaults_of(TrainConfig) | defaults_of(kind, "objective.")
+    # The sizes of a model are said whole; and where a job must go on from a directory, there is a place to name it.
+    own = {key for key in defaults if key.startswith("objective.model")} | {"objective.init_from"}
+    assert [key for key in said.keys() & defaults.keys() - own if said[key] == defaults[key]] == []
+    fill_in(raw, OBJECTIVES)
+    filled = schema.flattened(raw.to_dict())
+    assert {key: filled[key] for key in said} == said
+    rest = defaults.keys() - own - said.keys()
+    assert {key: filled[key] for key in rest} == {key: defaults[key] for key in rest}
 
 
 @pytest.mark.parametrize(
@@ -149,6 +188,8 @@ def test_overrides_arrive(monkeypatch):
         (["--config=configs/lm.py", "--config.optimizer.lr=3"], ["no key 'lr' in the section optimizer"]),
         (["--config=configs/lm.py", "--config.optimiser.eps=3"], ["no key 'optimiser'", "'optimizer'"]),
         (["--config=configs/lm.py", "--config.steps.x=3"], ["steps is 400, not a section"]),
+        (["--config=configs/lm.py", "--config.seed=many"], ["--config.seed must be int, got 'many'"]),
+        (["--config=configs/lm.py", "--config.mesh.fdsp=2"], ["no key 'fdsp' in the section mesh", "'fsdp'"]),
         (["--config=configs/lm.py", "--config.steps=many"], ["--config.steps must be int, got 'many'"]),
         (["--config=configs/lm.py", "--config.steps=1.5"], ["--config.steps must be int, got '1.5'"]),
         (["--config=configs/lm.py", "--config.metrics.tensorboard=maybe"], ["must be bool, got 'maybe'"]),

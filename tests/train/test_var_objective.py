@@ -35,7 +35,7 @@ def reference_lesson(frozen, batch):
 
 def reference_logits(model, stacked, labels, features):
     """Logits of all scales, in float64 NumPy."""
-    tree = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), transformer.unstack_layers(stacked))
+    tree = transformer.unstack_layers(jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), stacked))
     return reference.logits(model, tree, np.asarray(labels), features)
 
 
@@ -48,8 +48,7 @@ def taken(values, codes):
 
 
 @pytest.mark.usefixtures("x64")
-@pytest.mark.parametrize("smoothing", [0.0, 0.2])
-@pytest.mark.parametrize("until", [None, 2])
+@pytest.mark.parametrize(("smoothing", "until"), [(0.0, 2), (0.2, None)])
 def test_the_loss_equals_its_definition(smoothing, until, image_setting):
     objective, params, frozen, batch = image_setting(
         "var", class_dropout=0.0, stochastic_depth=0.0, label_smoothing=smoothing, scales_until=until

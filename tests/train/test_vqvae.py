@@ -5,6 +5,7 @@ import math
 import re
 import subprocess
 import sys
+import types
 from typing import ClassVar
 
 import jax
@@ -24,20 +25,40 @@ from tests.train.test_trainer import ROOT, lines, weights
 from train import trainer
 from train.objectives.adversary import Discriminator, adaptive_weight, hinge
 from train.objectives.perceptual import FEATURE_NETS, InceptionTaps, perceptual_distance
-from train.objectives.vqvae import PerceptualConfig, replace_unused
+from train.objectives.vqvae import PerceptualConfig
 
 GAN = {"weight": 0.5, "start_fraction": 0.5, "width": 4, "layers": 2}
 
 
 def widened(tree):
-    """float64 copies."""
-    return jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float64) if leaf.dtype.kind == "f" else leaf, tree)
+    """float64 copies, made by NumPy."""
+
+    def wide(leaf):
+        return jnp.asarray(np.asarray(leaf, np.float64)) if leaf.dtype.kind == "f" else leaf
+
+    return jax.tree.map(wide, tree)
 
 
 @jax.jit
-def rebuilt_latents(params, images):
-    """What the decoder reads."""
-    return quantiser.quantise(VQVAE, params, vqvae.features(VQVAE, params, images))[0][-1]
+def rebuilt(params, images):
+    """What the decoder reads, and what it makes of that."""
+    f_hat = quantiser.quantise(VQVAE, params, vqvae.features(VQVAE, params, images))[0][-1]
+    return f_hat, vqvae.reconstruct(VQVAE, params, f_hat)
+
+
+@jax.jit
+def _pulled(params, f_hat, slope):
+    """The gradient at the decoder and at what it reads, from the slope of a loss at what it makes."""
+
+    def run(decoder, f_hat):
+        return vqvae.reconstruct(VQVAE, {**params, "decoder": decoder}, f_hat)
+
+    return jax.vjp(run, params["decoder"], f_hat)[1](slope)
+
+
+def pulled(params, f_hat, slope):
+    """The same in NumPy."""
+    return jax.device_get(_pulled(params, f_hat, slope))
 
 
 class ToyNet:
@@ -91,33 +112,46 @@ def toy_distance(xp, net, images, decoded):
     return sum(((unit(a) - unit(b)) ** 2).sum(axis=-1).mean(axis=(1, 2)) for a, b in zip(*maps, strict=True))
 
 
-def gradients(objective, params, batch, progress=0.0, frozen=None):
-    """Slopes of the whole loss by path."""
+# The loss by what a job has (a feature net, a discriminator), each compiled once whatever the weights and the progress.
+COMPILED = {}
+WEIGHTS = ("l1", "l2", "quantiser", "commitment")
 
-    def mean(params):
-        (total, weight), _ = objective.loss(params, frozen, batch, jax.random.key(0), progress)
-        return total / weight
 
-    return leaves_by_path(jax.jit(jax.grad(mean))(params))
+def measured(objective, params, batch, progress=0.0, frozen=None):
+    """(sum, weight, parts) of the loss, and the slopes of its mean by path."""
+    config = objective._config
+
+    def mean(params, frozen, batch, progress, weights):
+        objective._config = types.SimpleNamespace(**{**vars(config), **weights})
+        try:
+            (total, weight), parts = objective.loss(params, frozen, batch, jax.random.key(0), progress)
+        finally:
+            objective._config = config
+        return total / weight, (total, weight, parts)
+
+    kind = (config.perceptual, config.gan)
+    run = COMPILED.setdefault(kind, jax.jit(jax.value_and_grad(mean, has_aux=True)))
+    weights = {name: getattr(config, name) for name in WEIGHTS}
+    (_, (total, weight, parts)), slopes = jax.device_get(run(params, frozen, batch, progress, weights))
+    return (total, weight, {name: part[0] for name, part in parts.items()}), leaves_by_path(slopes)
 
 
 @pytest.mark.usefixtures("x64")
 def test_the_loss_equals_its_definition(image_setting):
     objective, params, _, batch = image_setting("vqvae", l1=0.3, l2=0.7, quantiser=0.9, commitment=0.2)
-    params = widened(params)
-    (total, weight), parts = jax.jit(objective.loss)(params, None, batch, jax.random.key(0), 0.0)
-    tree = jax.tree.map(np.asarray, params["vqvae"])
+    (total, weight, parts), _ = measured(objective, widened(params), batch)
+    tree = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), params["vqvae"])
     images = np.asarray(batch["image"]) / 127.5 - 1
     features = reference.features(VQVAE, tree, images)
     _, f_hats = reference.encode(VQVAE, tree, features)
-    decoded = np.asarray(jax.jit(vqvae.reconstruct, static_argnums=0)(VQVAE, params["vqvae"], jnp.asarray(f_hats[-1])))
+    decoded = reference.reconstruct(VQVAE, tree, f_hats[-1])
     both = sum(np.mean((f_hat - features) ** 2, axis=(1, 2, 3)) for f_hat in f_hats) / len(f_hats)
     expected = {
         "l1": 0.3 * np.abs(decoded - images).mean(axis=(1, 2, 3)).sum(),
         "l2": 0.7 * ((decoded - images) ** 2).mean(axis=(1, 2, 3)).sum(),
         "quantiser": 0.9 * 1.2 * both.sum(),
     }
-    assert {name: part[0] for name, part in parts.items()} == pytest.approx(expected, rel=1e-10)
+    assert parts == pytest.approx(expected, rel=1e-10)
     assert float(total) == pytest.approx(sum(expected.values()), rel=1e-10) and weight == 6
 
 
@@ -125,16 +159,12 @@ def test_the_loss_equals_its_definition(image_setting):
 def test_the_decoders_gradient_passes_the_quantiser_straight(image_setting):
     objective, params, _, batch = image_setting("vqvae", l1=0.0, l2=1.0, quantiser=0.0)
     params = widened(params)
-    found = gradients(objective, params, batch)
-    images = batch["image"] / 127.5 - 1
-    f_hat = rebuilt_latents(params["vqvae"], images)
-
-    def error(f_hat):
-        return jnp.mean(jnp.square(vqvae.reconstruct(VQVAE, params["vqvae"], f_hat) - images))
-
+    _, found = measured(objective, params, batch)
+    images = np.asarray(batch["image"]) / 127.5 - 1
+    f_hat, decoded = jax.device_get(rebuilt(params["vqvae"], images))
+    _, by_f_hat = pulled(params["vqvae"], f_hat, 2 * (decoded - images) / images.size)
     # The bias of the last layer before the quantiser is added everywhere, so its slope is the features' sum.
-    expected = jnp.sum(jax.jit(jax.grad(error))(f_hat), axis=(0, 1, 2))
-    np.testing.assert_allclose(found["vqvae/quant/bias"], expected, rtol=1e-9)
+    np.testing.assert_allclose(found["vqvae/quant/bias"], np.sum(by_f_hat, axis=(0, 1, 2)), rtol=1e-9)
     assert np.abs(found["vqvae/encoder/conv_in/kernel"]).max() > 0
     for path in ("codebook/embedding", "phi/0/kernel", "phi/3/bias"):
         assert not np.any(found[f"vqvae/{path}"])
@@ -145,14 +175,19 @@ def test_the_perceptual_term_compares_features_of_the_net_that_was_loaded(image_
     objective, params, frozen, batch = image_setting("vqvae", perceptual=PERCEPTUAL)
     assert toy_net == ["toy.pth"] and jax.tree.map(jnp.shape, frozen) == jax.tree.map(np.shape, ToyNet.drawn())
     params, frozen = widened(params), widened(frozen)
-    (total, _), parts = jax.jit(objective.loss)(params, frozen, batch, jax.random.key(0), 0.0)
+    (total, _, parts), _ = measured(objective, params, batch, frozen=frozen)
     tree, net = (jax.tree.map(np.asarray, part) for part in (params["vqvae"], frozen))
     images = np.asarray(batch["image"]) / 127.5 - 1
     _, f_hats = reference.encode(VQVAE, tree, reference.features(VQVAE, tree, images))
-    decoded = np.asarray(jax.jit(vqvae.reconstruct, static_argnums=0)(VQVAE, params["vqvae"], jnp.asarray(f_hats[-1])))
-    expected = 0.6 * toy_distance(np, net, images, decoded).sum()
-    assert expected > 0.1 and float(parts["perceptual"][0]) == pytest.approx(expected, rel=1e-10)
-    assert float(total) == pytest.approx(sum(float(part[0]) for part in parts.values()), rel=1e-12)
+    expected = 0.6 * toy_distance(np, net, images, reference.reconstruct(VQVAE, tree, f_hats[-1])).sum()
+    assert expected > 0.1 and float(parts["perceptual"]) == pytest.approx(expected, rel=1e-10)
+    assert float(total) == pytest.approx(sum(map(float, parts.values())), rel=1e-12)
+
+
+@jax.jit
+def toy_slope(net, images, decoded):
+    """Of the summed toy distances, at the decoded images."""
+    return jax.grad(lambda y: jnp.sum(toy_distance(jnp, net, images, y)))(decoded)
 
 
 @pytest.mark.usefixtures("x64")
@@ -161,46 +196,49 @@ def test_the_perceptual_slope_reaches_the_decoder_and_through_it_the_features(im
     objective, params, frozen, batch = image_setting("vqvae", **plain, perceptual=PERCEPTUAL)
     assert params.keys() == {"vqvae"}  # all that is differentiated
     params, frozen = widened(params), widened(frozen)
-    found = gradients(objective, params, batch, frozen=frozen)
-    images = batch["image"] / 127.5 - 1
-    f_hat = rebuilt_latents(params["vqvae"], images)
-
-    def distance(decoder, f_hat):
-        decoded = vqvae.reconstruct(VQVAE, {**params["vqvae"], "decoder": decoder}, f_hat)
-        return 0.6 * jnp.mean(toy_distance(jnp, frozen, images, decoded))
-
-    by_decoder, by_f_hat = jax.jit(jax.grad(distance, (0, 1)))(params["vqvae"]["decoder"], f_hat)
+    _, found = measured(objective, params, batch, frozen=frozen)
+    images = np.asarray(batch["image"]) / 127.5 - 1
+    f_hat, decoded = jax.device_get(rebuilt(params["vqvae"], images))
+    by_decoder, by_f_hat = pulled(
+        params["vqvae"], f_hat, 0.6 * np.asarray(toy_slope(frozen, images, decoded)) / len(images)
+    )
     for path, slope in leaves_by_path(by_decoder).items():
         np.testing.assert_allclose(found[f"vqvae/decoder/{path}"], slope, rtol=1e-8, atol=1e-12)
     assert np.abs(by_decoder["conv_out"]["kernel"]).max() > 1e-3
-    np.testing.assert_allclose(found["vqvae/quant/bias"], jnp.sum(by_f_hat, axis=(0, 1, 2)), rtol=1e-8)
+    np.testing.assert_allclose(found["vqvae/quant/bias"], np.sum(by_f_hat, axis=(0, 1, 2)), rtol=1e-8)
+
+
+@jax.jit
+def judged(critic, images, decoded):
+    """The decoder's adversarial loss, summed, and its slope at the decoded images; the slope of the critic's own."""
+    net = Discriminator(4, 2)
+
+    def fooled(y):
+        return -jnp.sum(jnp.mean(call(net, critic, y), axis=(1, 2)))
+
+    def told_apart(critic):
+        return jnp.mean(hinge(call(net, critic, images), call(net, critic, decoded)))
+
+    return *jax.value_and_grad(fooled)(decoded), jax.grad(told_apart)(critic)
 
 
 @pytest.mark.usefixtures("x64")
 def test_the_adaptive_weight_counts_the_perceptual_term(image_setting, toy_net):
     objective, params, frozen, batch = image_setting("vqvae", gan=GAN, perceptual=PERCEPTUAL)
     params, frozen = widened(params), widened(frozen)
-    _, parts = jax.jit(objective.loss)(params, frozen, batch, jax.random.key(0), 0.5)
-    images = batch["image"] / 127.5 - 1
-    f_hat = rebuilt_latents(params["vqvae"], images)
-    decoder, critic = params["vqvae"]["decoder"], Discriminator(4, 2)
-
-    def decoded(kernel):
-        changed = {**decoder, "conv_out": {**decoder["conv_out"], "kernel": kernel}}
-        return vqvae.reconstruct(VQVAE, {**params["vqvae"], "decoder": changed}, f_hat)
-
-    def rebuilt(kernel):
-        y = decoded(kernel)
-        errors = jnp.mean(0.2 * jnp.abs(y - images) + jnp.square(y - images), axis=(1, 2, 3))
-        return jnp.sum(errors + 0.6 * toy_distance(jnp, frozen, images, y))
-
-    def fooled(kernel):
-        return -jnp.sum(jnp.mean(call(critic, params["discriminator"], decoded(kernel)), axis=(1, 2)))
-
-    kernel = decoder["conv_out"]["kernel"]
-    wanted, made = (jnp.linalg.norm(jax.jit(jax.grad(loss))(kernel)) for loss in (rebuilt, fooled))
-    expected = 0.5 * wanted / (made + 1e-4) * fooled(kernel)
-    assert float(parts["adversarial"][0]) == pytest.approx(float(expected), rel=1e-8)
+    (_, _, parts), _ = measured(objective, params, batch, 0.5, frozen)
+    images = np.asarray(batch["image"]) / 127.5 - 1
+    f_hat, decoded = jax.device_get(rebuilt(params["vqvae"], images))
+    error = decoded - images
+    rebuilding = (0.2 * np.sign(error) + 2 * error) / error[0].size + 0.6 * np.asarray(
+        toy_slope(frozen, images, decoded)
+    )
+    fooled, fooling, _ = jax.device_get(judged(params["discriminator"], images, decoded))
+    wanted, made = (
+        np.linalg.norm(pulled(params["vqvae"], f_hat, slope)[0]["conv_out"]["kernel"])
+        for slope in (rebuilding, fooling)
+    )
+    assert float(parts["adversarial"]) == pytest.approx(0.5 * wanted / (made + 1e-4) * float(fooled), rel=1e-8)
 
 
 def test_a_job_trains_against_a_net_that_stays_as_it_is(image_job, toy_net, tmp_path):
@@ -216,12 +254,12 @@ def test_a_job_trains_against_a_net_that_stays_as_it_is(image_job, toy_net, tmp_
 @pytest.mark.usefixtures("x64")
 def test_codebook_and_phis_learn_from_the_quantisers_loss(image_setting):
     objective, params, _, batch = image_setting("vqvae", l1=0.0, l2=1e-30, commitment=0.0)
-    found = gradients(objective, widened(params), batch)
+    _, found = measured(objective, widened(params), batch)
     for path in ("codebook/embedding", "phi/0/kernel", "phi/3/bias"):
         assert np.abs(found[f"vqvae/{path}"]).max() > 1e-6
     assert np.abs(found["vqvae/encoder/conv_in/kernel"]).max() < 1e-20
     objective, params, _, batch = image_setting("vqvae", l1=0.0, l2=1e-30, commitment=0.5)
-    assert np.abs(gradients(objective, widened(params), batch)["vqvae/encoder/conv_in/kernel"]).max() > 1e-6
+    assert np.abs(measured(objective, widened(params), batch)[1]["vqvae/encoder/conv_in/kernel"]).max() > 1e-6
 
 
 @pytest.mark.usefixtures("x64")
@@ -229,42 +267,29 @@ def test_each_player_sees_the_other_as_a_constant(image_setting):
     objective, params, _, batch = image_setting("vqvae", gan=GAN)
     alone, _, _, _ = image_setting("vqvae")
     params = widened(params)
-    images = batch["image"] / 127.5 - 1
-    critic = Discriminator(4, 2)
+    images = np.asarray(batch["image"]) / 127.5 - 1
 
-    before, after = (gradients(objective, params, batch, progress) for progress in (0.49, 0.5))
-    plain = gradients(alone, {"vqvae": params["vqvae"]}, batch)
+    before, after = (measured(objective, params, batch, progress)[1] for progress in (0.49, 0.5))
+    _, plain = measured(alone, {"vqvae": params["vqvae"]}, batch)
     for path, slope in before.items():
         np.testing.assert_allclose(slope, plain.get(path, 0.0), atol=1e-12)
 
-    f_hat = rebuilt_latents(params["vqvae"], images)
-
-    def told_apart(discriminator):
-        decoded = vqvae.reconstruct(VQVAE, params["vqvae"], f_hat)
-        return jnp.mean(hinge(call(critic, discriminator, images), call(critic, discriminator, decoded)))
-
-    for path, slope in leaves_by_path(jax.jit(jax.grad(told_apart))(params["discriminator"])).items():
+    f_hat, decoded = jax.device_get(rebuilt(params["vqvae"], images))
+    _, fooling, by_critic = jax.device_get(judged(params["discriminator"], images, decoded))
+    for path, slope in leaves_by_path(by_critic).items():
         np.testing.assert_allclose(after[f"discriminator/{path}"], slope, atol=1e-12)
 
-    def last_layer(loss):
-        """Gradient of a loss of decoded images at the decoder's last kernel."""
-
-        def of(kernel):
-            decoder = params["vqvae"]["decoder"]
-            decoder = {**decoder, "conv_out": {**decoder["conv_out"], "kernel": kernel}}
-            return loss(vqvae.reconstruct(VQVAE, {**params["vqvae"], "decoder": decoder}, f_hat))
-
-        return jax.jit(jax.grad(of))(params["vqvae"]["decoder"]["conv_out"]["kernel"])
-
-    # What the adversary adds there is its gradient, scaled to 0.5 times the reconstruction's norm.
-    fooled = last_layer(lambda decoded: -jnp.mean(call(critic, params["discriminator"], decoded)))
-    rebuilt = last_layer(lambda y: 0.2 * jnp.mean(jnp.abs(y - images)) + jnp.mean(jnp.square(y - images)))
+    # What the adversary adds at the last layer is its gradient, scaled to 0.5 times the reconstruction's norm.
+    error = decoded - images
+    rebuilding = (0.2 * np.sign(error) + 2 * error) / error.size
+    at_last = (pulled(params["vqvae"], f_hat, slope)[0]["conv_out"]["kernel"] for slope in (fooling / 6, rebuilding))
+    fooled, wanted = map(np.asarray, at_last)
     path = "vqvae/decoder/conv_out/kernel"
-    unit = fooled / jnp.linalg.norm(fooled)
+    unit = fooled / np.linalg.norm(fooled)
     # The sums over six images, to which 1e-4 is added.
-    ratio = 6 * jnp.linalg.norm(fooled) / (6 * jnp.linalg.norm(fooled) + 1e-4)
+    ratio = 6 * np.linalg.norm(fooled) / (6 * np.linalg.norm(fooled) + 1e-4)
     np.testing.assert_allclose(
-        after[path] - plain[path], 0.5 * ratio * jnp.linalg.norm(rebuilt) * unit, rtol=1e-8, atol=1e-12
+        after[path] - plain[path], 0.5 * ratio * np.linalg.norm(wanted) * unit, rtol=1e-8, atol=1e-12
     )
 
 
@@ -295,16 +320,16 @@ def test_codes_that_the_batch_did_not_choose_become_vectors_of_the_batch(image_s
     residuals = [features, *(features - f_hat for f_hat in f_hats[:-1])]
     sought = np.concatenate([reference.tokens(VQVAE, k, r).reshape(-1, 4) for k, r in enumerate(residuals)])
     old = tree["codebook"]["embedding"]
-    replace = jax.jit(replace_unused, static_argnums=0)
-    new, rows = map(np.asarray, replace(VQVAE, params["vqvae"], jnp.asarray(images), jax.random.key(1)))
-    np.testing.assert_array_equal(rows[:, 0], ~used)
+    replace = jax.jit(objective.replace)
+    later, _ = replace(params, None, batch, 4, 0.5, jax.random.key(1))
+    new = np.asarray(later["vqvae"]["codebook"]["embedding"])
     assert not np.any(used[7:12]) and used.sum() >= 12
     np.testing.assert_array_equal(new[used], old[used])
     nearest = np.abs(new[~used][:, None] - sought).max(axis=-1)
     assert nearest.min(axis=1).max() < 1e-9 and len(set(nearest.argmin(axis=1))) > 1
 
     for step, progress in ((3, 0.5), (4, 0.5), (4, 0.9)):
-        later, mask = jax.jit(objective.replace)(params, None, batch, step, progress, jax.random.key(1))
+        later, mask = replace(params, None, batch, step, progress, jax.random.key(1))
         changed = {p for p, leaf in leaves_by_path(later).items() if np.any(leaf != leaves_by_path(params)[p])}
         due = (step, progress) == (4, 0.5)
         assert changed == ({"vqvae/codebook/embedding"} if due else set())
@@ -379,8 +404,8 @@ def test_inception_is_tapped_at_four_depths_and_reads_what_it_was_made_for():
     rng = np.random.default_rng(0)
     first = {"kernel": rng.normal(0, 0.2, (3, 3, 3, 32)), "scale": np.ones(32), "variance": np.ones(32)}
     first = {**first, "bias": np.zeros(32), "mean": np.zeros(32)}
-    params = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape), net.shapes())
-    params["Conv2d_1a_3x3"] = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), first)
+    params = jax.tree.map(lambda leaf: np.zeros(leaf.shape, np.float32), net.shapes())
+    params["Conv2d_1a_3x3"] = jax.tree.map(lambda leaf: leaf.astype(np.float32), first)
     grey = rng.integers(0, 256, (1, 80, 80, 3)).astype(np.float32)
     taps = InceptionTaps("nowhere.pth", ("Conv2d_1a_3x3",))
     (found,) = jax.jit(taps.features)(params, jnp.asarray(grey / 127.5 - 1))

@@ -187,6 +187,139 @@ def test_siblings_without_replacement_follow_the_rule_of_successive_draws() -> N
         assert stats.chisquare(counts[rule > 0], rule[rule > 0] * rows).pvalue > 1e-4, policy
 
 
+FEW = 0.6 * np.random.default_rng(8).normal(size=(3, 3))
+
+
+@dataclasses.dataclass(frozen=True)
+class Bigrams:
+    """A draft network for many rows at once: what follows a token depends on that token alone."""
+
+    logits: np.ndarray
+    vocabulary: None = None
+
+    @property
+    def vocab_size(self):
+        return len(self.logits)
+
+    def begin(self, root, slots):
+        return jnp.asarray(self.logits)[root], ()
+
+    def extend(self, scratch, at, tokens, parents, depth, seen):
+        return jnp.asarray(self.logits)[tokens], ()
+
+
+MANY = 30_000
+
+
+def grow_many(policy: TreePolicy):
+    """Trees of many keys below the root 1, compiled afresh: their tokens, parents and depths."""
+    sampling = batch_sampling([Sampling(temperature=1.0)])
+    sampling = jax.tree.map(lambda setting: jnp.broadcast_to(setting, (MANY,)), sampling)
+    keys = jax.vmap(jax.random.key)(jnp.arange(MANY))
+
+    @jax.jit
+    def grown():
+        tree = policy.grow(Bigrams(FEW), jnp.full(MANY, 1), keys, sampling).tree
+        return tree.tokens, tree.parent, tree.depth
+
+    return [np.broadcast_to(x, (MANY, x.shape[1])) for x in grown()]
+
+
+def p_value_of(columns: np.ndarray, shares: np.ndarray) -> float:
+    """Of Pearson's test of how often each row of `columns` `[rows, places]` occurs; 0 where one is impossible."""
+    stats = pytest.importorskip("scipy.stats")
+    counts = np.zeros(shares.shape)
+    np.add.at(counts, tuple(columns.T), 1)
+    assert np.isclose(shares.sum(), 1) and (shares[shares > 0] * MANY > 5).all()
+    if counts[shares == 0].any():
+        return 0.0
+    return float(stats.chisquare(counts[shares > 0], shares[shares > 0] * MANY).pvalue)
+
+
+def beam_p_value() -> float:
+    """RSD-S of two sequences of two tokens against draws of whole sequences without replacement, the better one first.
+
+    P(s, t) = P(s) P(t) / (1 - P(s)) (Kool et al. 2019): what conditioning on the parent's score is for.
+    """
+    tokens, parent, _ = grow_many(StochasticBeam(2, 2))
+    last = np.array([3, 4])
+    above = np.take_along_axis(tokens, parent[:, last], axis=1)
+    found = 3 * above + tokens[:, last]
+    q = np.array([softmax(row) for row in FEW])
+    of_sequence = (q[1][:, None] * q).ravel()
+    shares = of_sequence[:, None] * of_sequence / (1 - of_sequence[:, None])
+    np.fill_diagonal(shares, 0)
+    return p_value_of(found, shares)
+
+
+def test_a_beam_is_sequences_without_replacement(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On 30,000 keys, at p > 1e-4; without the conditioning, or with the parent's score alone, far below."""
+    assert beam_p_value() > 1e-4
+    monkeypatch.setattr("decoding.policies.rsd.condition_maximum", lambda scores, maximum: scores)
+    assert beam_p_value() < 1e-12
+    monkeypatch.setattr(
+        "decoding.policies.rsd.condition_maximum", lambda scores, maximum: jnp.minimum(scores, maximum[:, :, None])
+    )
+    assert beam_p_value() < 1e-12
+
+
+@pytest.mark.parametrize("draws", ["without", "with"])
+def test_levels_and_branches_are_drawn_apart(draws: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two children and one below each: the joint law is the product, which noise that any two shared would not give."""
+    q = np.array([softmax(row) for row in FEW])
+    first = q[1][:, None] * q[1]
+    if draws == "without":
+        first = first / (1 - q[1][:, None]) * (1 - np.eye(3))
+    shares = np.einsum("ab,ac,bd->abcd", first, q, q)
+    policy = Static(constant_branching([2, 1]), draws)
+    assert p_value_of(grow_many(policy)[0][:, 1:], shares) > 1e-4
+
+    def of_one_level(keys, sampling, level, shape, dtype):
+        return gumbel_for(keys, sampling, 0, shape, dtype)
+
+    def of_one_row(keys, sampling, level, shape, dtype):
+        return jnp.broadcast_to(gumbel_for(keys, sampling, level, (1, *shape[1:]), dtype), (len(keys), *shape))
+
+    for shared in (of_one_level, of_one_row):
+        monkeypatch.setattr("decoding.policies.static.gumbel_for", shared)
+        assert p_value_of(grow_many(policy)[0][:, 1:], shares) < 1e-12, shared
+
+
+def test_a_budget_for_every_place_is_sampled_siblings() -> None:
+    """DySpec that leaves no place out draws what a static tree of its branching draws."""
+    q = np.array([softmax(row) for row in FEW])
+    first = q[1][:, None] * q[1] / (1 - q[1][:, None]) * (1 - np.eye(3))
+    second = q[:, :, None] * q[:, None] / (1 - q[:, :, None]) * (1 - np.eye(3))
+    tokens, parent, depth = grow_many(DySpec(budget=6, depth=2, width=2, branch=2))
+    assert (depth == [0, 1, 1, 2, 2, 2, 2]).all() and (np.sort(parent[:, 3:]) == [1, 1, 2, 2]).all()
+    # Those below the likelier of the two come first.
+    order = np.pad(3 + np.argsort(parent[:, 3:], axis=1, kind="stable"), ((0, 0), (3, 0)))
+    tokens = np.where(np.arange(7) < 3, tokens, np.take_along_axis(tokens, order, axis=1))
+    for below, of in ((slice(3, 5), 0), (slice(5, 7), 1)):
+        shares = np.einsum("ab,xcd->abcdx", first, second)
+        shares = np.stack([[shares[a, b, :, :, (a, b)[of]] for b in range(3)] for a in range(3)])
+        assert p_value_of(np.concatenate([tokens[:, 1:3], tokens[:, below]], axis=1), shares) > 1e-4
+
+
+@pytest.mark.parametrize("name", [n for n in POLICIES if n not in ("lopsided top", "confidence")])
+def test_each_row_draws_from_its_own_key(name: str) -> None:
+    """Rows of one key and root draw alike wherever they stand, those of other keys otherwise."""
+    network, sampling = (
+        Bigrams(np.array([table([token]) for token in range(VOCAB)])),
+        batch_sampling([Sampling(1.0)] * 6),
+    )
+    tokens_of = jax.jit(lambda keys: POLICIES[name].grow(network, jnp.full(6, 2), keys, sampling).tree.tokens)
+
+    def drawn(seeds: list[int]) -> list:
+        return tokens_of(jax.vmap(jax.random.key)(jnp.array(seeds))).tolist()
+
+    seeds = [5, 6, 7, 5, 8, 7]
+    trees = drawn(seeds)
+    of_seed = dict(zip(seeds, trees, strict=True))
+    assert trees == [of_seed[seed] for seed in seeds] == drawn(seeds[::-1])[::-1]
+    assert len({tuple(tree) for tree in of_seed.values()}) == 4
+
+
 def test_beam_of_one_is_a_sampled_chain_and_of_all_enumerates() -> None:
     beam, _ = grow(StochasticBeam(1, DEPTH))
     sampled, _ = grow(Static(chain(DEPTH)))

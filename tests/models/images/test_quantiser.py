@@ -30,14 +30,14 @@ def drawn(config: VQVAEConfig, batch: int = 2) -> tuple[dict, dict, np.ndarray]:
 def test_encoding_matches_the_reference(config: VQVAEConfig) -> None:
     tree, params, features = drawn(config)
     indices, f_hats = reference.encode(config, tree, features)
-    found_f_hats, found = quantiser.quantise(config, params, jnp.asarray(features))
+    found_f_hats, found = jax.jit(quantiser.quantise, static_argnums=0)(config, params, features)
     assert [x.shape for x in found] == [(2, p * p) for p in config.scales]
     assert all(x.dtype == jnp.int32 for x in found)
     for k, (mine, theirs) in enumerate(zip(found, indices, strict=True)):
         np.testing.assert_array_equal(mine, theirs, err_msg=f"scale {k}")
         np.testing.assert_allclose(found_f_hats[k], f_hats[k], atol=1e-12)
     assert len(np.unique(np.concatenate(indices, axis=1))) > 10
-    alone = quantiser.encode(config, params, jnp.asarray(features))
+    alone = jax.jit(quantiser.encode, static_argnums=0)(config, params, features)
     assert all(map(np.array_equal, alone, found))
 
 
@@ -45,22 +45,27 @@ def test_encoding_matches_the_reference(config: VQVAEConfig) -> None:
 def test_teacher_inputs_and_steps_match_the_reference(config: VQVAEConfig) -> None:
     tree, params, features = drawn(config)
     indices, f_hats = reference.encode(config, tree, features)
-    mine = [jnp.asarray(index, jnp.int32) for index in indices]
-    inputs = quantiser.teacher_inputs(config, params, mine)
+
+    @jax.jit
+    def run(params, indices):
+        """The inputs from all codes and from all but the last; f_hat step by step and summed; the inputs by steps."""
+        f_hat, stepped, summed, fed = quantiser.first_f_hat(config, 2, jnp.float64), [], [], []
+        for k, index in enumerate(indices):
+            codes = index if k % 2 else quantiser.embed(params, index)  # vectors in place of codes serve as well
+            f_hat, following = quantiser.step(config, params, k, f_hat, codes)
+            stepped, fed = [*stepped, f_hat], [*fed, following]
+            summed.append(quantiser.accumulate(config, params, indices[: k + 1]))
+        assert fed.pop() is None
+        inputs = [quantiser.teacher_inputs(config, params, known) for known in (indices, indices[:-1])]
+        return *inputs, stepped, summed, jnp.concatenate(fed, axis=1)
+
+    inputs, without_last, stepped, summed, fed = run(params, [index.astype(np.int32) for index in indices])
     expected = reference.teacher_inputs(config, tree, indices)
     assert inputs.shape == (2, config.length - config.scales[0] ** 2, config.latent_channels)
-    np.testing.assert_allclose(inputs, expected, atol=1e-12)
-    np.testing.assert_array_equal(quantiser.teacher_inputs(config, params, mine[:-1]), inputs)
-
-    f_hat, fed = quantiser.first_f_hat(config, 2, jnp.float64), []
-    for k, index in enumerate(mine):
-        codes = index if k % 2 else quantiser.embed(params, index)  # vectors in place of codes serve as well
-        f_hat, following = quantiser.step(config, params, k, f_hat, codes)
-        np.testing.assert_allclose(f_hat, f_hats[k], atol=1e-12)
-        np.testing.assert_allclose(quantiser.accumulate(config, params, mine[: k + 1]), f_hats[k], atol=1e-12)
-        fed += [following]
-    assert fed.pop() is None
-    np.testing.assert_allclose(jnp.concatenate(fed, axis=1), inputs, atol=1e-12)
+    for found in (inputs, without_last, fed):
+        np.testing.assert_allclose(found, expected, atol=1e-12)
+    for found in (stepped, summed):
+        np.testing.assert_allclose(found, f_hats, atol=1e-12)
 
 
 def test_the_first_of_equal_codes_is_taken() -> None:
@@ -77,23 +82,24 @@ def test_loss_and_gradients_are_those_of_the_definition() -> None:
     def loss(params, features, commitment=0.25):
         return quantiser.quantiser_loss(features, quantiser.quantise(SMALL, params, features)[0], commitment)
 
-    np.testing.assert_allclose(loss(params, jnp.asarray(features)), 1.25 * errors.mean(0), rtol=1e-12)
+    np.testing.assert_allclose(jax.jit(loss)(params, features), 1.25 * errors.mean(0), rtol=1e-12)
+    slopes = jax.jit(jax.grad(lambda p, f, c: loss(p, f, c).sum(), argnums=(0, 1)))
     # Features feel the commitment alone: 0.25 * 2 (f - f_hat_k) / size, averaged over scales.
-    by_features = jax.grad(lambda f: loss(params, f).sum())(jnp.asarray(features))
+    (by_params, by_features), (others, _) = (slopes(params, features, commitment) for commitment in (0.25, 9.0))
     pull = sum(features - f_hat for f_hat in f_hats) / len(f_hats)
     np.testing.assert_allclose(by_features, 0.5 * pull / features[0].size, atol=1e-12)
     # Codes and convolutions feel the other term alone.
-    by_params = [jax.grad(lambda p, c=c: loss(p, jnp.asarray(features), c).sum())(params) for c in (0.25, 9.0)]
-    jax.tree.map(np.testing.assert_array_equal, *by_params)
-    direction = jax.tree.map(lambda x: jnp.asarray(np.random.default_rng(x.size).normal(size=x.shape)), params)
+    jax.tree.map(np.testing.assert_array_equal, by_params, others)
+    direction = jax.tree.map(lambda x: np.random.default_rng(x.size).normal(size=x.shape), params)
 
+    @jax.jit
     def moved(t):
         new = jax.tree.map(lambda x, d: x + t * d, params, direction)
         indices = quantiser.encode(SMALL, params, jnp.asarray(features))
         sums = [quantiser.accumulate(SMALL, new, indices[: k + 1]) for k in range(5)]
         return quantiser.quantiser_loss(jnp.asarray(features), sums, 0.0).sum()
 
-    slope = sum(jax.tree.leaves(jax.tree.map(lambda g, d: (g * d).sum(), by_params[0], direction)))
+    slope = sum(jax.tree.leaves(jax.tree.map(lambda g, d: (g * d).sum(), by_params, direction)))
     np.testing.assert_allclose(slope, (moved(1e-6) - moved(-1e-6)) / 2e-6, rtol=1e-6)
 
 

@@ -23,6 +23,7 @@ def test_transformers(depth: int, schedule: str, expected: float) -> None:
 
 def test_tokenizer() -> None:
     shapes = vqvae.param_shapes(VQVAEConfig())
+    assert len(jax.tree.leaves(shapes)) == 323  # the file has one more, counts of how often codes were used
     assert millions(shapes) == pytest.approx(108.95, abs=0.005)
     parts = {"encoder": ("encoder",), "decoder": ("decoder",), "quantiser": ("codebook", "phi")}
     found = {name: millions([shapes[part] for part in names]) for name, names in parts.items()}

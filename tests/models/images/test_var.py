@@ -1,6 +1,7 @@
 """The VAR transformer against the NumPy reference, every tensor drawn anew: initial values would hide most mistakes."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +14,7 @@ from models.transformer import stack_layers
 from tests import image_reference as reference
 
 CONFIG = VARConfig(
-    depth=3, width=24, num_heads=3, num_classes=5, vocab_size=17, latent_channels=6, scales=(1, 2, 3, 4, 5)
+    depth=2, width=24, num_heads=3, num_classes=5, vocab_size=17, latent_channels=6, scales=(1, 2, 3, 4, 5)
 )
 CONFIGS = [CONFIG, dataclasses.replace(CONFIG, shared_modulation=True, mlp_ratio=2)]
 IDS = ["per block", "shared"]
@@ -34,17 +35,35 @@ def features(scales: int) -> np.ndarray:
     return drawn[:, : STARTS[scales] - 1]
 
 
+teacher_forced = jax.jit(var.teacher_forced, static_argnums=(0, 4, 5))
+
+
 @each_config
 @pytest.mark.parametrize("last", [1, 3, 5])
 def test_teacher_forced_scores(config: VARConfig, last: int) -> None:
-    params = model(config)
-    expected = reference.logits(config, jax.tree.map(np.asarray, params), LABELS, features(last))
+    expected = reference.logits(config, reference.random_var(config), LABELS, features(last))
     assert expected.std() > 0.5
-    for layout in (params, stack_layers(params)):
-        # The same features and more.
-        for given, first in ((features(last), 0), (features(5), last - 1)):
-            found = var.teacher_forced(config, layout, jnp.array(LABELS), jnp.array(given), first, last)
-            np.testing.assert_allclose(found, expected[:, STARTS[first] :], rtol=0, atol=1e-11)
+
+    @jax.jit
+    def scores(params, labels, features):
+        """As a list and stacked, and from these scales' features and from more."""
+        layouts, exact = (params, stack_layers(params)), features[:, : STARTS[last] - 1]
+        ways = [(layout, *given) for layout in layouts for given in ((exact, 0), (features, last - 1))]
+        return [var.teacher_forced(config, layout, labels, x, first, last) for layout, x, first in ways]
+
+    for found, first in zip(scores(model(config), LABELS, features(5)), (0, last - 1) * 2, strict=True):
+        np.testing.assert_allclose(found, expected[:, STARTS[first] :], rtol=0, atol=1e-11)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def cached_scores(config, first, last, params, labels, part, cache):
+    """Scores of some scales after those in the cache, whose modulations are known already."""
+    c = var.class_features(params, labels)
+    known = var.modulations(config, params, c) if first else None
+    hidden, cache = var.forward(
+        config, params, c, var.inputs(config, params, c, part, first, last), first, last, cache, known
+    )
+    return var.logits(config, params, hidden, c), cache
 
 
 @each_config
@@ -52,38 +71,40 @@ def test_teacher_forced_scores(config: VARConfig, last: int) -> None:
 def test_cached_calls_score_like_one_forward(config: VARConfig, calls: list[int]) -> None:
     """Scale by scale, or the first ones together as a refiner reads its prefix."""
     params, labels = model(config), jnp.array(LABELS)
-    expected = var.teacher_forced(config, params, labels, jnp.array(features(5)), 0, 5)
-    c = var.class_features(params, labels)
+    expected = teacher_forced(config, params, labels, jnp.array(features(5)), 0, 5)
     cache = var.init_cache(config, len(LABELS), config.length, jnp.float64)
-    known = var.modulations(config, params, c)
     first = 0
     for last in calls:
         part = jnp.array(features(5)[:, max(0, STARTS[first] - 1) : STARTS[last] - 1])
-        x = var.inputs(config, params, c, part, first, last)
-        hidden, cache = var.forward(config, params, c, x, first, last, cache, known if first else None)
-        scores = var.logits(config, params, hidden, c)
+        scores, cache = cached_scores(config, first, last, params, labels, part, cache)
         np.testing.assert_allclose(scores, expected[:, STARTS[first] : STARTS[last]], rtol=0, atol=1e-11)
-        assert all(bool(jnp.all(layer["k"][:, :, STARTS[last] :] == 0)) for layer in cache)
+        assert all(not np.any(layer["k"][:, :, STARTS[last] :]) for layer in cache)
         first = last
 
 
 def test_stochastic_depth_leaves_out_halves_of_blocks() -> None:
     """A batch row of which everything is dropped keeps what it read; a factor of 1 changes nothing."""
-    params, labels = model(CONFIG), jnp.array(LABELS)
-    c = var.class_features(params, labels)
-    x = var.inputs(CONFIG, params, c, jnp.array(features(2)), 0, 2)
-    whole, _ = var.forward(CONFIG, params, c, x, 0, 2)
-    keep = jnp.ones((CONFIG.depth, 2, len(LABELS))).at[:, :, 1].set(0.0)
-    for layout in (params, stack_layers(params)):
-        found, _ = var.forward(CONFIG, layout, c, x, 0, 2, keep=keep)
+    keep = np.ones((CONFIG.depth, 2, len(LABELS)))
+    keep[:, :, 1] = 0.0
+
+    @jax.jit
+    def run(params, features, keep):
+        c = var.class_features(params, LABELS)
+        x = var.inputs(CONFIG, params, c, features, 0, 2)
+        ways = ((params, None), (params, keep), (stack_layers(params), keep))
+        return x, *(var.forward(CONFIG, layout, c, x, 0, 2, keep=kept)[0] for layout, kept in ways)
+
+    x, whole, *dropped = map(np.asarray, run(model(CONFIG), features(2), keep))
+    for found in dropped:
         np.testing.assert_allclose(found[1], x[1], atol=1e-12)
-        np.testing.assert_allclose(found[jnp.array([0, 2, 3])], whole[jnp.array([0, 2, 3])], atol=1e-12)
+        np.testing.assert_allclose(found[[0, 2, 3]], whole[[0, 2, 3]], atol=1e-12)
+    assert np.abs(whole[1] - x[1]).max() > 1e-3
 
 
 def test_narrow_kernels_keep_a_wide_stream() -> None:
-    params = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), model(CONFIG))
-    scores = var.teacher_forced(CONFIG, params, jnp.array(LABELS), jnp.array(features(5), jnp.bfloat16), 0, 5)
-    exact = var.teacher_forced(CONFIG, model(CONFIG), jnp.array(LABELS), jnp.array(features(5)), 0, 5)
+    params = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.bfloat16), reference.random_var(CONFIG))
+    scores = teacher_forced(CONFIG, params, jnp.array(LABELS), jnp.array(features(5), jnp.bfloat16), 0, 5)
+    exact = teacher_forced(CONFIG, model(CONFIG), jnp.array(LABELS), jnp.array(features(5)), 0, 5)
     assert scores.dtype == jnp.float32
     assert float(jnp.abs(scores - exact).mean()) < 0.1 * float(exact.std())
 

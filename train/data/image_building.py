@@ -1,8 +1,4 @@
-"""Image folders, `.npz` files and drawn glyphs as data sets that `train/data/images.py` reads.
-
-    python -m scripts.build_dataset --images FOLDER --size 64 --valid_fraction 0.02 --out data/pictures
-    python -m scripts.build_dataset --images emoji64.npz --label group --valid_documents 200 --out data/emoji
-    python -m scripts.build_dataset --images glyphs --max_documents 20000 --valid_documents 1000 --out data/glyphs
+"""Image folders, `.npz` files and drawn glyphs become data sets that `train/data/images.py` reads.
 
 A folder holds one folder per class, and those their images at whatever depth. An `.npz` holds `images`, uint8
 [N, H, W, 3], an array of labels, and perhaps their names (`group` and `group_names`). Glyphs (`train/data/glyphs.py`)
@@ -10,11 +6,9 @@ need nothing. The directory holds TFDS `array_record` files and `manifest.json`:
 split and per class.
 """
 
-import argparse
 import collections
 import dataclasses
 import functools
-import sys
 import time
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
@@ -27,14 +21,13 @@ from PIL import Image
 
 from models.errors import UserError
 from models.formats.storage import write_json
-from scripts.dataset_directory import name_rank, new_dataset
 from train.data import images
+from train.data.building import name_rank, new_dataset
 from train.data.glyphs import CHARACTERS, check, glyph
 
 GLYPHS = "glyphs"
+GLYPH_SIZE = 32
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp")
-_COUNT = 20_000  # of glyphs
-_GLYPH_SIZE = 32
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,7 +118,7 @@ def _arrays(path: Path, wanted: Sequence[str], optional: str) -> dict[str, np.nd
         raise UserError(f"{path} is damaged or not an .npz file ({error})") from None
 
 
-def draw_glyphs(count: int, size: int = _GLYPH_SIZE, seed: int = 0, characters: str = CHARACTERS) -> ImageList:
+def draw_glyphs(count: int, size: int = GLYPH_SIZE, seed: int = 0, characters: str = CHARACTERS) -> ImageList:
     """The first `count` glyphs of a seed (`train/data/glyphs.py`); every class gets as many as the others."""
     if count < 1:
         raise UserError(f"draw at least one glyph, not {count}")
@@ -211,52 +204,3 @@ def build(
         images.write_splits(directory, writers, source.classes, source.size, "Images with classes.")
         write_json(directory / "manifest.json", manifest)
     return manifest
-
-
-def add_options(parser: argparse.ArgumentParser) -> None:
-    """The options of images, for the command of `scripts/build_dataset.py`."""
-    group = parser.add_argument_group("images")
-    group.add_argument(
-        "--images", metavar="SRC", help=f"a folder with a folder per class, an .npz, or {GLYPHS!r}, which are drawn"
-    )
-    group.add_argument("--size", type=int, help=f"side in pixels; an .npz has its own, glyphs {_GLYPH_SIZE}")
-    group.add_argument("--label", default="labels", help=".npz: which of its arrays holds the labels (%(default)s)")
-    group.add_argument("--characters", default=CHARACTERS, help="glyphs: the classes (%(default)s)")
-    group.add_argument("--seed", type=int, default=0, help="glyphs: of all that varies (%(default)s)")
-
-
-def run(arguments: argparse.Namespace) -> None:
-    """The command, once it is known to be about images."""
-    if arguments.kind is not None or arguments.src is not None or arguments.valid_src is not None:
-        raise UserError("--images says where images come from, so --kind, --src and --valid_src have no meaning")
-    if arguments.size is not None and arguments.size < 1:
-        raise UserError(f"--size must be at least 1, got {arguments.size}")
-    if arguments.max_documents is not None and arguments.max_documents < 1:
-        raise UserError(f"max_documents must be at least 1, got {arguments.max_documents}")
-    source, options = _source(arguments)
-    names = source.names[: arguments.max_documents]
-    splits = hold_out(names, arguments.valid_fraction, arguments.valid_documents)
-    given = {name: getattr(arguments, name) for name in ("max_documents", "valid_fraction", "valid_documents")}
-    description = {"images": arguments.images, **options, **{name: value for name, value in given.items() if value}}
-    manifest = build(
-        source, splits, arguments.out, description=description, overwrite=arguments.overwrite, progress=_print
-    )
-    counts = ", ".join(f"{name} {split['images']:,} images" for name, split in manifest["splits"].items())
-    print(f"{arguments.out}: {counts} of {source.size}x{source.size}, {len(source.classes)} classes")
-
-
-def _source(arguments: argparse.Namespace) -> tuple[ImageList, dict[str, Any]]:
-    """The images, and the options that decided which."""
-    if arguments.images == GLYPHS:
-        count, size = arguments.max_documents or _COUNT, arguments.size or _GLYPH_SIZE
-        options = {"seed": arguments.seed, "characters": arguments.characters}
-        return draw_glyphs(count, size, **options), options
-    if arguments.images.endswith(".npz"):
-        return read_npz(arguments.images, arguments.label, arguments.size), {"label": arguments.label}
-    if arguments.size is None:
-        raise UserError("--size is needed for a folder: which side shall its images be brought to?")
-    return read_folder(arguments.images, arguments.size), {}
-
-
-def _print(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)

@@ -1,0 +1,37 @@
+"""Workers get whole files or the parts that a file names, and long ones first."""
+
+from types import SimpleNamespace
+
+import pytest
+
+from tests import schedule
+
+
+class Item(SimpleNamespace):
+    """What the schedule reads of a collected test."""
+
+    def add_marker(self, mark: pytest.MarkDecorator) -> None:
+        self.group = mark.args[0]
+
+
+def item(file: str, by: str | None = None, **params) -> Item:
+    module = SimpleNamespace(GROUP_BY=by) if by else SimpleNamespace()
+    return Item(path=schedule.TESTS / file, module=module, callspec=SimpleNamespace(params=params))
+
+
+def test_groups_are_files_or_named_parts_and_long_ones_come_first() -> None:
+    short, long = "decoding/test_trees.py", schedule.LONG[1]
+    items = [item(short, name="a"), item(long, by="name", name="eagle@2[x]"), item(long, by="name"), item(short)]
+    items += [item(schedule.LONG[0], by="name", name="b", depth=3)]
+    schedule.pytest_collection_modifyitems(SimpleNamespace(workerinput={}), items)
+    assert [one.group for one in items] == [f"{schedule.LONG[0]}:b", f"{long}:eagle_2[x_", long, short, short]
+
+
+def test_without_workers_the_order_is_that_of_the_files() -> None:
+    items = [item("decoding/test_trees.py"), item(schedule.LONG[0])]
+    schedule.pytest_collection_modifyitems(SimpleNamespace(), items)
+    assert [one.path.name for one in items] == ["test_trees.py", schedule.LONG[0].split("/")[-1]]
+
+
+def test_long_files_exist() -> None:
+    assert [file for file in schedule.LONG if not (schedule.TESTS / file).is_file()] == []
