@@ -2,11 +2,12 @@
 
 Every test here draws strings of 3 tokens over a vocabulary of 5 (at most 125 cells), 2048 strings per setting, with
 fixed seeds; it passes at p > 1e-4. Where drafts are verified by meeting the target's own draws, the strings must
-be those of plain decoding besides, seed by seed.
+be those of plain decoding besides, seed by seed. What a rule does with far more keys is in test_sampled_rules.py.
 """
 
 import dataclasses
 import functools
+import sys
 from typing import ClassVar
 
 import jax
@@ -14,12 +15,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from decoding import loop
 from decoding.drafter import Drafter
 from decoding.drafters.network_drafter import NetworkDrafter
+from decoding.generate import generate
 from decoding.policies import DySpec, Static, StochasticBeam, TreePolicy
 from decoding.sampling import Sampling, draw
-from decoding.trees import SAMPLED_RULES, from_child_counts
+from decoding.trees import SAMPLED_RULES, TokenTree, from_child_counts
 from decoding.verify import Typical, verify
 from eval.losslessness import (
     SMALLEST_P,
@@ -63,10 +64,10 @@ def exact(setting: str) -> np.ndarray:
 
 
 @functools.cache
-def plain_strings(samples: int = SAMPLES) -> np.ndarray:
+def plain_strings() -> np.ndarray:
     with jax.enable_x64(True):
         drafter, params = CASES["none"](target(), jax.random.key(3))
-        arguments = dict(drafter=drafter, drafter_params=params, samples=samples, seed=1)
+        arguments = dict(drafter=drafter, drafter_params=params, samples=SAMPLES, seed=1)
         return sampled_strings(target(), PROMPT, LENGTH, list(SETTINGS.values()), **arguments)[0]
 
 
@@ -138,34 +139,123 @@ def table() -> jax.Array:
     return 1.2 * jax.random.normal(jax.random.key(5), (VOCAB, VOCAB), jnp.float64)
 
 
+@dataclasses.dataclass(frozen=True)
+class RowByRow(Drafter):
+    """Several drafters of one rule and one set of parameters, each for an equal share of the rows, in one program."""
+
+    parts: tuple[Table, ...]
+    name: ClassVar[str] = "row_by_row"
+
+    @property
+    def max_nodes(self):
+        return max(part.max_nodes for part in self.parts)
+
+    @property
+    def max_depth(self):
+        return max(part.max_depth for part in self.parts)
+
+    def rule(self, greedy):
+        (rule,) = {part.rule(greedy) for part in self.parts}
+        return rule
+
+    def draft(self, params, target, state, root, keys):
+        trees = [part.draft(params, target, state, root, keys)[0] for part in self.parts]
+        batch, nodes = len(root), self.max_nodes
+        of_row = jnp.arange(batch) * len(trees) // batch
+
+        def joined(name: str, fill: int | bool):
+            values = [getattr(tree, name) for tree in trees]
+            sizes = np.max([value.shape[1:] for value in values], axis=0)
+            padded = jnp.stack(
+                [
+                    jnp.broadcast_to(
+                        jnp.pad(
+                            value,
+                            [(0, 0), *((0, size - n) for size, n in zip(sizes, value.shape[1:], strict=True))],
+                            constant_values=fill,
+                        ),
+                        (batch, *sizes),
+                    )
+                    for value in values
+                ]
+            )
+            return padded[of_row, jnp.arange(batch)]
+
+        padding = dict(tokens=0, parent=0, depth=0, valid=False, children=-1, ancestors=False)
+        padding |= dict(proposals=0, proposal_of=-1) if self.rule(False) in SAMPLED_RULES else {}
+        fields = {name: joined(name, fill) for name, fill in padding.items()}
+        # A row of padding sees itself, as any row must see something.
+        fields["ancestors"] |= jnp.eye(nodes, dtype=bool)
+        return TokenTree(**fields, rule=self.rule(False)), None
+
+
+# By rule, what grows the trees; those of one rule share a program.
 POLICIES = {
-    "swor 3x3": (Static(WIDE, "without"), "swor"),
-    "iid 3x3": (Static(WIDE, "with"), "iid"),
-    "top 3x3": (Static(WIDE, "top"), "point"),
-    "every token": (Static(from_child_counts({(): VOCAB, (0,): VOCAB}), "without"), "swor"),
-    "beam": (StochasticBeam(width=3, depth=2), "swor"),
-    "dyspec": (DySpec(budget=8, depth=3, width=3, branch=3), "swor"),
+    "swor": {
+        "swor 3x3": Table(Static(WIDE, "without")),
+        "every token": Table(Static(from_child_counts({(): VOCAB, (0,): VOCAB}), "without")),
+        "beam": Table(StochasticBeam(width=3, depth=2)),
+        "dyspec": Table(DySpec(budget=8, depth=3, width=3, branch=3)),
+        "ranked as if drawn": RankedAsIfDrawn(Static(WIDE, "without")),
+        "pruned by own probability": PrunedByOwnProbability(Static(WIDE, "without")),
+    },
+    "iid": {"iid 3x3": Table(Static(WIDE, "with"))},
+    "point": {"top 3x3": Table(Static(WIDE, "top"))},
 }
+WRONG = ("ranked as if drawn", "pruned by own probability")
 
 
-@pytest.mark.parametrize("name", POLICIES)
-def test_growths_are_lossless(name: str) -> None:
-    policy, rule = POLICIES[name]
-    # A vocabulary that is cut, and one that is not.
-    settings = {name: SETTINGS[name] for name in ("temperature", "top_p")}
-    for setting, result in check(Table(policy), table(), **settings).items():
+@functools.cache
+def of_policies(rule: str) -> dict[str, dict[str, Check]]:
+    """Every policy of a rule by its name, with a vocabulary that is cut and with one that is not."""
+    settings, parts = ("temperature", "top_p"), POLICIES[rule]
+    with jax.enable_x64(True):
+        drafter = RowByRow(tuple(parts.values()))
+        asked = [SETTINGS[setting] for _ in parts for setting in settings]
+        results = iter(check_losslessness(target(), drafter, table(), PROMPT, LENGTH, asked, SAMPLES, seed=1))
+    return {name: {setting: next(results) for setting in settings} for name in parts}
+
+
+@pytest.mark.parametrize(
+    ("rule", "name"), [(rule, name) for rule, parts in POLICIES.items() for name in parts if name not in WRONG]
+)
+def test_policies_are_lossless(rule: str, name: str) -> None:
+    for setting, result in of_policies(rule)[name].items():
         assert result.rule == rule and result.test.samples == SAMPLES and result.test.degrees > 5
         assert result.passed, f"{setting}: {result}"
         assert result.acceptance_length > 1.1, "nothing was accepted, so nothing was shown"
 
 
-@pytest.mark.parametrize("wrong", [RankedAsIfDrawn, PrunedByOwnProbability])
-def test_known_bad_constructions_are_caught(wrong: type[Table]) -> None:
+@pytest.mark.parametrize("name", WRONG)
+def test_known_bad_constructions_are_caught(name: str) -> None:
     """Both are found in published code; a harness that lets them through shows nothing."""
-    drafter = wrong(Static(WIDE, "without"))
-    result = check(drafter, table(), temperature=SETTINGS["temperature"])["temperature"]
+    result = of_policies("swor")[name]["temperature"]
     assert result.rule == "swor" and not result.passed and result.test.p_value < 1e-12
     assert "NOT the target's distribution" in format_table([result])
+
+
+def test_drafts_and_verification_draw_from_keys_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Read off all draws of a decode that begins at the first position: new in every step, and never the verifier's."""
+    used: dict[bool, list] = {True: [], False: []}
+
+    def watched(draw):
+        def drawing(key, *arguments):
+            by_drafter = sys._getframe(1).f_globals["__name__"].startswith("decoding.policies")
+            jax.debug.callback(lambda data: used[by_drafter].append(tuple(data.tolist())), jax.random.key_data(key))
+            return draw(key, *arguments)
+
+        return drawing
+
+    for name in ("gumbel", "uniform"):
+        monkeypatch.setattr(jax.random, name, watched(getattr(jax.random, name)))
+    drafter = Table(Static(from_child_counts({(): 2, (0,): 1}), "without"))
+    arguments = dict(drafter=drafter, drafter_params=table(), max_new_tokens=30, stop=[], seeds=5)
+    generation = generate(target(), [[2]], sampling=Sampling(temperature=1.5), **arguments)
+    jax.effects_barrier()
+    by_drafter, by_verifier = used[True], used[False]
+    assert len(by_drafter) == len(set(by_drafter)) == 2 * generation.stats[0].steps > 20
+    # A residual's noise and the numbers for the children, at every position.
+    assert len(set(by_verifier)) >= 2 * 29 and not set(by_drafter) & set(by_verifier)
 
 
 def test_what_cannot_be_judged_is_refused() -> None:
@@ -204,10 +294,10 @@ def test_sampled_strings_follow_the_target(name: str) -> None:
             assert result.test.degrees > 5 and result.passed, f"{setting}: {result}"
         return
     # Drafts change how the text is made, never which text a seed makes; and plain text follows the distribution.
-    arguments = dict(drafter=drafter, drafter_params=params, samples=256, seed=1)
+    arguments = dict(drafter=drafter, drafter_params=params, samples=SAMPLES, seed=1)
     strings, stats = sampled_strings(target(), PROMPT, LENGTH, settings, **arguments)
-    assert np.array_equal(strings, plain_strings(256))
-    assert all(counted.committed == 256 * (LENGTH - 1) for counted in stats)
+    assert np.array_equal(strings, plain_strings())
+    assert all(counted.committed == SAMPLES * (LENGTH - 1) for counted in stats)
 
 
 def test_plain_strings_follow_the_target() -> None:
@@ -217,9 +307,8 @@ def test_plain_strings_follow_the_target() -> None:
 
 
 def test_typical_acceptance_is_caught() -> None:
-    drafter, params = CASES["medusa"](target(), jax.random.key(3))
-    arguments = (target(), drafter, params, PROMPT, LENGTH, list(SETTINGS.values()), SAMPLES)
-    for result in check_losslessness(*arguments, batches=2, seed=1, typical=Typical()):
+    arguments = (target(), POLICIES["point"]["top 3x3"], table(), PROMPT, LENGTH, list(SETTINGS.values()), SAMPLES)
+    for result in check_losslessness(*arguments, seed=1, typical=Typical()):
         assert result.test.samples == SAMPLES and result.test.p_value < 1e-12, result
 
 
@@ -236,17 +325,13 @@ def redraws_after_rejection(tree, logits, sampling, keys, length, max_depth):
 
 
 def test_a_biased_verifier_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
-    original = loop.run
-
-    def rerun(*arguments):
-        return original.__wrapped__(*arguments)
-
-    monkeypatch.setattr(loop, "verify", redraws_after_rejection)
-    monkeypatch.setattr(loop, "run", jax.jit(rerun, static_argnums=(0, 1, 7)))
-    drafter, params = CASES["medusa"](target(), jax.random.key(3))
-    results = check(drafter, params)
-    assert not any(result.passed for result in results.values())
-    assert results["temperature"].test.p_value < 1e-12
+    monkeypatch.setattr("decoding.verify.verify", redraws_after_rejection)
+    # Two batches: a shape that no other test has compiled with the verifier as it is.
+    results = check_losslessness(
+        target(), POLICIES["point"]["top 3x3"], table(), PROMPT, LENGTH, list(SETTINGS.values()), SAMPLES, batches=2
+    )
+    assert not any(result.passed for result in results)
+    assert results[0].test.p_value < 1e-12
 
 
 def test_another_temperature_and_the_impossible_are_seen() -> None:
