@@ -14,6 +14,7 @@ says how its tree grows where there is more than one way.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -189,12 +190,14 @@ def _cell(drafter: Drafter, made: Generation, plain: Generation, sampled: bool) 
     }
 
 
-def _describe(method: Method) -> dict[str, Any]:
-    leaves = jax.tree.leaves(method.params)
+def _describe(method: Method, target: Target) -> dict[str, Any]:
+    # As many as its directory holds: what is loaded has besides what only decoding wants.
+    init = functools.partial(method.drafter.init_params, target.config)
+    leaves = jax.tree.leaves(jax.eval_shape(init, target.params, jax.random.key(0)))
     return {
         "label": method.label,
         "drafter": method.drafter.name,
-        "policy": method.policy or None,
+        "growth": method.policy or None,
         "path": method.path,
         "parameters": sum(leaf.size for leaf in leaves),
     }
@@ -236,7 +239,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     results = {
         "config": {name: value for name, value in vars(args).items() if name != "out"},
         "target": describe_target(target),
-        "methods": [_describe(method) for method in methods],
+        "methods": [_describe(method, target) for method in methods],
         "cells": cells,
     }
     write_results(results, write_report, args.out)
