@@ -109,10 +109,15 @@ def place_params(mesh: Mesh, params: T) -> T:
 
 
 def place_rows(mesh: Mesh, tree: T) -> T:
-    """Arrays whose first axis is the batch, moved to the devices of their rows; what lies on the mesh stays there."""
+    """Arrays whose first axis is the batch, moved to the devices of their rows; what is split over the mesh stays.
+
+    What `jnp.zeros` makes while a mesh is set lies whole on each of its devices, and programs are compiled for where
+    their arguments lie: it is moved too, to where programs leave it.
+    """
 
     def place(leaf):
-        if isinstance(getattr(leaf, "sharding", None), NamedSharding) and leaf.sharding.mesh == mesh:
+        where = getattr(leaf, "sharding", None)
+        if isinstance(where, NamedSharding) and where.mesh == mesh and not where.is_fully_replicated:
             return leaf
         return jax.device_put(leaf, fitted(mesh, ROWS, leaf.shape))
 

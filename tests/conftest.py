@@ -73,6 +73,7 @@ def run_python() -> Callable[..., str]:
     """`run_python(code, devices=8)` runs code in a fresh process with that many CPU devices and returns its stdout."""
 
     def run(code: str, devices: int = 1, timeout: float = 300) -> str:
+        __tracebackhide__ = True
         with Interpreter(devices) as python:
             return python.run(code, timeout)
 
@@ -90,6 +91,7 @@ def run_on_devices() -> Iterator[Callable[..., str]]:
     with contextlib.ExitStack() as processes:
 
         def run(code: str, devices: int, timeout: float = 300) -> str:
+            __tracebackhide__ = True
             if devices not in started or started[devices].ended:
                 started[devices] = processes.enter_context(Interpreter(devices))
             return started[devices].run(code, timeout)

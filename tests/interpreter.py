@@ -51,6 +51,7 @@ class Interpreter:
     def run(self, code: str, timeout: float = 300) -> str:
         """What `code` prints, run in a namespace of its own and until it exits; raises AssertionError with all that
         is known where it raises, takes longer than `timeout` seconds or ends the process."""
+        __tracebackhide__ = True
         starts = [os.fstat(output.fileno()).st_size for output in self._outputs]
         with contextlib.suppress(BrokenPipeError):
             self._process.stdin.write(json.dumps(code) + "\n")

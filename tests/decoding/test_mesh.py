@@ -1,24 +1,22 @@
 """Several devices write the text of one, split every cache, and exchange what tensor parallelism needs and no more."""
 
+import collections
 import json
 
 import pytest
 
 from tests.decoding.drafter_cases import BUSHY
 
+Exchanges = dict[str, dict[str, int]]  # How many of each kind, by function of a step.
+
 LAYERS = 2
-# One agreement per step on whether any row is still going.
-DATA_ONLY = {"going": {"all-reduce": 1}}
+# The logits of the visited node, whose distribution takes all of the vocabulary: per level, in one loop over these.
+JUDGED = {"all-gather": 1}
 
 
 def forward(layers: int = LAYERS) -> dict[str, int]:
     """Rows of an embedding table split by token are added up; so are the partial products of attention and MLP."""
     return {"all-reduce": 1 + 2 * layers}
-
-
-def verify(depth: int) -> dict[str, int]:
-    """The logits of the visited node, per level: its distribution takes all of the vocabulary."""
-    return {"all-gather": depth + 1}
 
 
 def drafted(depth: int, layers: int = 1) -> dict[str, int]:
@@ -32,30 +30,35 @@ HYDRA_DRAFT = {
     # A head's logits where the best few are wanted.
     "all-gather": BUSHY.max_depth - 1,
 }
-NEEDED = {
-    "none": {"target": forward(), "verify": verify(0)},
-    "hydra++": {
-        "draft": HYDRA_DRAFT,
-        "target": forward(),
-        "verify": verify(BUSHY.max_depth),
-        # The prefix block, over features that are there already.
-        "ingest": {"all-reduce": 2},
-    },
+# The prefix block, over features that are there already.
+HYDRA = {"draft": HYDRA_DRAFT, "read": forward(), "judge": JUDGED, "learn": {"all-reduce": 2}}
+NEEDED: dict[str, Exchanges] = {
+    "none": {"read": forward(), "judge": JUDGED},
+    "hydra++": HYDRA,
     # Rows that ran while drafting are kept: nothing is left to exchange after verification.
-    "draft rsd-s": {"draft": drafted(3), "target": forward(), "verify": verify(3)},
+    "draft rsd-s": {"draft": drafted(3), "read": forward(), "judge": JUDGED},
     # The layer reads the target's features together with the embeddings of what became text.
-    "eagle2": {"draft": drafted(3), "target": forward(), "verify": verify(3), "ingest": forward(1)},
+    "eagle2": {"draft": drafted(3), "read": forward(), "judge": JUDGED, "learn": forward(1)},
     # Of the riders' logits only the best token is wanted: the maximum and its first place.
-    "lookahead": {"target": forward(), "verify": verify(3), "ingest": {"all-reduce": 2}},
-    "prompt_lookup+hydra++": {
-        # As many, and an agreement on whether any row needs the second drafter.
-        "draft": HYDRA_DRAFT | {"all-reduce": HYDRA_DRAFT["all-reduce"] + 1},
-        "target": forward(),
-        "verify": verify(BUSHY.max_depth),
-        "ingest": {"all-reduce": 2},
-    },
+    "lookahead": {"read": forward(), "judge": JUDGED, "learn": {"all-reduce": 2}},
+    "prompt_lookup+hydra++": HYDRA,
 }
-ACROSS_ROWS = {"prompt_lookup+hydra++": {"draft": {"all-reduce": 1}}}
+
+
+def across_rows(name: str) -> Exchanges:
+    """Agreements between rows that lie apart: per step on whether any is still going, per level of a tree on whether
+    any goes on, and in a combination on whether any needs the second drafter."""
+    functions = ["going", *(["judge"] if name != "none" else []), *(["draft"] if "+" in name.rstrip("+") else [])]
+    return {function: {"all-reduce": 1} for function in functions}
+
+
+def together(*parts: Exchanges) -> Exchanges:
+    """Sums by function and kind."""
+    found: dict[str, collections.Counter] = collections.defaultdict(collections.Counter)
+    for part in parts:
+        for function, kinds in part.items():
+            found[function].update(kinds)
+    return {function: dict(kinds) for function, kinds in found.items()}
 
 
 def call(function: str) -> str:
@@ -68,8 +71,8 @@ LATER = ("eagle2", "lookahead")
 
 @pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] if n in LATER else []) for n in NEEDED])
 def test_meshes_decode_alike_and_exchange_no_more_than_needed(name: str, run_on_devices) -> None:
-    # Where tensor parallelism is alone nothing differs from where it is not, but for the agreement between rows.
-    meshes = {"data=8": DATA_ONLY | ACROSS_ROWS.get(name, {}), "data=2,tensor=4": NEEDED[name] | DATA_ONLY}
+    # Where tensor parallelism is alone nothing differs from where it is not, but for the agreements between rows.
+    meshes = {"data=8": across_rows(name), "data=2,tensor=4": together(NEEDED[name], across_rows(name))}
     if name in ("none", "hydra++"):
         meshes["tensor=2"] = NEEDED[name]
     lines = run_on_devices(call(f"decodes_alike({name!r}, *{[*meshes]})"), devices=8).splitlines()
