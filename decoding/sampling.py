@@ -152,8 +152,8 @@ def _keep_top_p(x: Float[Array, "B V"], sampling: SamplingParameters) -> Float[A
     return jnp.where((mass_BV >= floor_B1(threshold_B)) | (sampling.top_p[:, None] >= 1), x, -jnp.inf)
 
 
-def _integer(dtype) -> type:
-    return jnp.int64 if dtype == jnp.float64 else jnp.int32
+def _integer(dtype) -> np.dtype:
+    return np.dtype("int64" if dtype == jnp.float64 else "int32")
 
 
 def _threshold(above: Callable[[Array], Array], need: Float[Array, "B"]) -> Int[Array, "B"]:

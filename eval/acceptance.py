@@ -13,8 +13,8 @@ A method is LABEL=SPEC[@GROWTH]: SPEC is a drafter directory or the name of a dr
 says how its tree grows where there is more than one way.
 """
 
-import argparse
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -35,6 +35,8 @@ from eval.text.benchmark import ratio_interval
 from eval.text.budget import Fitter
 from eval.text.prompts import Prompt, document_prompts
 from eval.text.results import describe_target
+from models import command_line
+from models.command_line import at_least, numbers
 from models.errors import UserError, exit_on_user_error
 from models.formats.target import Target, load_target
 
@@ -188,44 +190,35 @@ def _cell(drafter: Drafter, made: Generation, plain: Generation, sampled: bool) 
     }
 
 
-def _describe(method: Method) -> dict[str, Any]:
-    leaves = jax.tree.leaves(method.params)
+def _describe(method: Method, target: Target) -> dict[str, Any]:
+    # As many as its directory holds: what is loaded has besides what only decoding wants.
+    init = functools.partial(method.drafter.init_params, target.config)
+    leaves = jax.tree.leaves(jax.eval_shape(init, target.params, jax.random.key(0)))
     return {
         "label": method.label,
         "drafter": method.drafter.name,
-        "policy": method.policy or None,
+        "growth": method.policy or None,
         "path": method.path,
         "parameters": sum(leaf.size for leaf in leaves),
     }
 
 
-def _numbers(text: str, kind: Callable[[str], Any], name: str) -> list[Any]:
-    try:
-        return [kind(part) for part in text.split(",")]
-    except ValueError:
-        raise UserError(f"--{name} must be numbers with commas between them, got {text!r}") from None
-
-
 @exit_on_user_error
 def main(argv: Sequence[str] | None = None) -> None:
     """The command; see the module's docstring."""
-    parser = argparse.ArgumentParser(prog="python -m eval.acceptance", description=__doc__.splitlines()[0])
+    parser = command_line.parser("eval.acceptance", __doc__)
     parser.add_argument("--target", required=True, help="target directory")
     parser.add_argument("--methods", required=True, nargs="+", metavar="LABEL=SPEC[@GROWTH]", help="rows of the table")
     parser.add_argument("--data", required=True, help="data set directory; its documents' beginnings are the prompts")
-    parser.add_argument("--split", default="valid", help="its split to decode (valid)")
-    parser.add_argument("--calibration_split", default="train", help="its split to choose trees by (train)")
-    parser.add_argument("--num_prompts", type=int, default=40, help="prompts of each (40)")
-    parser.add_argument("--prompt_tokens", type=int, default=32, help="their length (32)")
-    parser.add_argument("--max_new_tokens", type=int, default=96, help="most tokens of each text (96)")
-    parser.add_argument("--budgets", default="8,16,32,64", help="candidates besides the root (8,16,32,64)")
-    parser.add_argument("--temperatures", default="0,1", help="0 is greedy (0,1)")
+    parser.add_argument("--split", default="valid", help="its split to decode")
+    parser.add_argument("--calibration_split", default="train", help="its split to choose trees by")
+    parser.add_argument("--num_prompts", type=at_least(1), default=40, help="prompts of each")
+    parser.add_argument("--prompt_tokens", type=at_least(1), default=32, help="their length")
+    parser.add_argument("--max_new_tokens", type=at_least(1), default=96, help="most tokens of each text")
+    parser.add_argument("--budgets", type=numbers(int), default="8,16,32,64", help="candidates besides the root")
+    parser.add_argument("--temperatures", type=numbers(float), default="0,1", help="0 is greedy")
     parser.add_argument("--out", required=True, help="directory for results.json and report.html")
     args = parser.parse_args(argv)
-    for name in ("num_prompts", "prompt_tokens", "max_new_tokens"):
-        if getattr(args, name) < 1:
-            raise UserError(f"--{name} must be at least 1, got {getattr(args, name)}")
-    budgets, temperatures = _numbers(args.budgets, int, "budgets"), _numbers(args.temperatures, float, "temperatures")
     target = load_target(args.target)
     methods = [parse_method(text, target) for text in args.methods]
     prompts, calibration = (
@@ -239,14 +232,14 @@ def main(argv: Sequence[str] | None = None) -> None:
             prompts,
             calibration,
             new_tokens=args.max_new_tokens,
-            budgets=budgets,
-            temperatures=temperatures,
+            budgets=args.budgets,
+            temperatures=args.temperatures,
             progress=progress,
         )
     results = {
         "config": {name: value for name, value in vars(args).items() if name != "out"},
         "target": describe_target(target),
-        "methods": [_describe(method) for method in methods],
+        "methods": [_describe(method, target) for method in methods],
         "cells": cells,
     }
     write_results(results, write_report, args.out)

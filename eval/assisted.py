@@ -8,7 +8,6 @@ draft model. Tokens per second are new tokens over the whole call, prefill inclu
 medians over rounds, compilation and first calls left out. Needs torch and transformers.
 """
 
-import argparse
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -27,7 +26,8 @@ from eval.peers import text as peer
 from eval.report.files import write_json
 from eval.text.prompts import document_prompts
 from eval.text.results import describe_target
-from models import load_target, schema
+from models import command_line, load_target, schema
+from models.command_line import at_least
 from models.errors import UserError, exit_on_user_error
 
 # One way of decoding: prompt tokens -> new tokens, and target forwards where they are counted.
@@ -162,15 +162,15 @@ def describe(results: dict[str, Any]) -> str:
 @exit_on_user_error
 def main(argv: Sequence[str] | None = None) -> None:
     """The command; see the module's docstring."""
-    parser = argparse.ArgumentParser(prog="python -m eval.assisted", description=__doc__.splitlines()[0])
+    parser = command_line.parser("eval.assisted", __doc__)
     parser.add_argument("--target", type=Path, required=True, help="Hugging Face directory of the target")
     parser.add_argument("--draft", type=Path, required=True, help="Hugging Face directory of the draft model")
     parser.add_argument("--data", required=True, help="data set to take prompts from")
-    parser.add_argument("--split", default="valid", help="of the data set (valid)")
-    parser.add_argument("--draft_length", type=int, default=4, help="candidates per step (4)")
-    parser.add_argument("--prompts", type=int, default=8, help="how many prompts (8)")
-    parser.add_argument("--new_tokens", type=int, default=128, help="tokens per prompt (128)")
-    parser.add_argument("--rounds", type=int, default=3, help="times that every prompt is decoded every way (3)")
+    parser.add_argument("--split", default="valid", help="of the data set")
+    parser.add_argument("--draft_length", type=at_least(1), default=4, help="candidates per step")
+    parser.add_argument("--prompts", type=at_least(1), default=8, help="how many prompts")
+    parser.add_argument("--new_tokens", type=at_least(1), default=128, help="tokens per prompt")
+    parser.add_argument("--rounds", type=at_least(1), default=3, help="times that every prompt is decoded every way")
     parser.add_argument("--out", type=Path, help="JSON file to write")
     args = parser.parse_args(argv)
     with Progress() as progress:

@@ -29,10 +29,8 @@ accepted, which changes how long a step takes by next to nothing, and loop effic
 cancel.
 """
 
-import argparse
 import dataclasses
 import os
-import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -61,6 +59,8 @@ from eval.measure.progress import Progress
 from eval.measure.timing import Timed, Timing, measure
 from eval.peers import text as peer
 from eval.report.files import write_json
+from models import command_line
+from models.command_line import at_least, like, listed
 from models.config import TransformerConfig
 from models.errors import UserError, exit_on_user_error
 from models.heads.eagle import EagleHeads
@@ -391,38 +391,31 @@ def _check_out(out: Path) -> None:
         raise UserError(f"cannot write {out}: {nearest} is not writable")
 
 
-def _depths(text: str) -> tuple[int, int]:
-    found = re.fullmatch(r"(\d+),(\d+)", text)
-    if found is None:
-        raise argparse.ArgumentTypeError(f"expected two depths, the deeper first, such as 30,16, got {text!r}")
-    return int(found[1]), int(found[2])
-
-
 @exit_on_user_error
 def main(argv: Sequence[str] | None = None) -> None:
     """The command; see the module's docstring."""
-    parser = argparse.ArgumentParser(prog="python -m eval.speed", description=__doc__.splitlines()[0])
-    parser.add_argument("--shape", default="110m", help=f"one of {', '.join(SHAPES)} (110m)")
-    parser.add_argument("--sections", default=",".join(SECTIONS), help=f"comma-separated, all by default; or {IMAGES}")
-    parser.add_argument("--drafters", default=",".join(DRAFTERS), help="comma-separated; all by default")
-    parser.add_argument("--image_depths", type=_depths, default=(16, 8), help="of both VAR models, deeper first (16,8)")
-    parser.add_argument("--image_batch", type=int, default=2, help="images made together (2)")
-    parser.add_argument("--rounds", type=int, default=9, help="samples of each timing (9)")
+    parser = command_line.parser("eval.speed", __doc__)
+    parser.add_argument("--shape", default="110m", help=f"one of {', '.join(SHAPES)}")
+    parser.add_argument(
+        "--sections", type=listed, default=",".join(SECTIONS), help=f"comma-separated; or {IMAGES} alone"
+    )
+    parser.add_argument("--drafters", type=listed, default=",".join(DRAFTERS), help="comma-separated")
+    depths = like(r"(\d+),(\d+)", "two depths, the deeper first, such as 30,16", lambda found: tuple(map(int, found)))
+    parser.add_argument("--image_depths", type=depths, default="16,8", help="of both VAR models, deeper first")
+    parser.add_argument("--image_batch", type=at_least(1), default=2, help="images made together")
+    parser.add_argument("--rounds", type=at_least(1), default=9, help="samples of each timing")
     parser.add_argument("--out", type=Path, help="JSON file to write")
     args = parser.parse_args(argv)
-    sections, drafters = (
-        [name.strip() for name in x.split(",") if name.strip()] for x in (args.sections, args.drafters)
-    )
     if args.out is not None:
         _check_out(args.out)
     with Progress() as progress:
-        if sections == [IMAGES]:
+        if args.sections == [IMAGES]:
             shapes = {"depths": args.image_depths, "batch": args.image_batch, "dtype": _dtype()}
             results = {"images": run_images(args.rounds, **shapes, progress=progress)}
             results["environment"] = describe_environment()
         else:
-            results = run(args.shape, sections, drafters, args.rounds, progress=progress)
-    print("\n".join(describe_images(results["images"])) if sections == [IMAGES] else describe(results))
+            results = run(args.shape, args.sections, args.drafters, args.rounds, progress=progress)
+    print("\n".join(describe_images(results["images"])) if args.sections == [IMAGES] else describe(results))
     if args.out is not None:
         args.out.parent.mkdir(parents=True, exist_ok=True)
         write_json(results, args.out)

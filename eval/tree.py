@@ -39,6 +39,8 @@ from eval.measure.progress import Progress
 from eval.measure.timing import Timed, measure
 from eval.text.metrics import head_ranks
 from eval.text.prompts import BUILT_IN, Question, document_prompts, encode_questions, read_questions
+from models import command_line
+from models.command_line import at_least
 from models.errors import UserError, exit_on_user_error
 from models.formats.target import Target, load_target
 
@@ -259,27 +261,26 @@ def _calibration_prompts(args: argparse.Namespace, target: Target) -> list[list[
 @exit_on_user_error
 def main(argv: Sequence[str] | None = None) -> None:
     """The command; see the module's docstring."""
-    parser = argparse.ArgumentParser(prog="python -m eval.tree", description=__doc__.splitlines()[0])
+    parser = command_line.parser("eval.tree", __doc__)
     parser.add_argument("--target", required=True, help="target directory")
     parser.add_argument("--drafter", required=True, help="drafter directory")
     source = parser.add_mutually_exclusive_group()
     source.add_argument("--prompts", help="file of calibration prompts; by default a few built-in ones")
     source.add_argument("--data", help="data set directory, whose documents' beginnings are the prompts")
-    parser.add_argument("--split", default="train", help="its split (train: what is measured later is unseen)")
-    parser.add_argument("--prompt_tokens", type=int, default=64, help="length of prompts from a data set (64)")
-    parser.add_argument("--num_prompts", type=int, default=16, help="how many prompts to use (16)")
-    parser.add_argument("--max_new_tokens", type=int, default=128, help="continuation of each prompt (128)")
-    parser.add_argument("--max_nodes", type=int, default=64, help="most rows of the tree, root included (64)")
-    parser.add_argument("--rounds", type=int, default=7, help="samples of each timing (7)")
+    parser.add_argument("--split", default="train", help="its split; what is measured later is unseen in")
+    parser.add_argument("--prompt_tokens", type=at_least(1), default=64, help="length of prompts from a data set")
+    parser.add_argument("--num_prompts", type=at_least(1), default=16, help="how many prompts to use")
+    parser.add_argument("--max_new_tokens", type=at_least(1), default=128, help="continuation of each prompt")
+    parser.add_argument("--max_nodes", type=int, default=64, help="most rows of the tree, root included")
+    parser.add_argument("--rounds", type=at_least(1), default=7, help="samples of each timing")
     parser.add_argument(
         "--tree", help="measure nothing and take this tree: a published name, chain:DEPTH or a JSON file"
     )
-    parser.add_argument("--policy", help="measure nothing and take this policy, as in dyspec:budget=32,depth=5")
+    parser.add_argument(
+        "--policy", "--growth", help="measure nothing and take this policy, as in dyspec:budget=32,depth=5"
+    )
     parser.add_argument("--write", action="store_true", help="put it into the drafter's drafter.json")
     args = parser.parse_args(argv)
-    for name in ("prompt_tokens", "num_prompts", "max_new_tokens", "rounds"):
-        if getattr(args, name) < 1:
-            raise UserError(f"--{name} must be at least 1, got {getattr(args, name)}")
     target = load_target(args.target)
     drafter, params = load_drafter(args.drafter, target)
     if args.policy is not None:

@@ -26,6 +26,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from models import command_line
 from models.errors import UserError, exit_on_user_error
 from models.formats.tokenizer import Tokenizer
 from train.data import image_building, text_building
@@ -127,7 +128,7 @@ def _print(line: str) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m scripts.build_dataset", description=(__doc__ or "").split("\n")[0])
+    parser = command_line.parser("scripts.build_dataset", __doc__)
     parser.add_argument("--kind", choices=KINDS)
     parser.add_argument("--src", type=Path, help="a file (.gz too), or the folder of --kind source")
     parser.add_argument("--out", required=True, type=Path, help="the directory to write")

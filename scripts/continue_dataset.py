@@ -15,6 +15,8 @@ import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from models import command_line
+from models.command_line import at_least
 from models.errors import UserError, exit_on_user_error
 from models.formats.target import load_target
 from train.data import texts as data
@@ -26,9 +28,6 @@ from train.data.text_building import write_dataset
 def main(argv: Sequence[str] | None = None) -> None:
     """The command: decodes, writes, and prints where the data set lies."""
     arguments = _parser().parse_args(argv)
-    for name in ("documents", "prompt_tokens", "new_tokens", "rows"):
-        if getattr(arguments, name) < 1:
-            raise UserError(f"--{name} must be at least 1, got {getattr(arguments, name)}")
     target = load_target(arguments.target)
     if target.tokenizer is None:
         raise UserError(f"{arguments.target} has no tokenizer.json")
@@ -66,19 +65,17 @@ def _print(line: str) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m scripts.continue_dataset", description=(__doc__ or "").split("\n")[0]
-    )
+    parser = command_line.parser("scripts.continue_dataset", __doc__)
     parser.add_argument("--target", required=True, type=Path, help="target directory")
     parser.add_argument("--data", required=True, help="data set whose training documents are continued")
     parser.add_argument("--out", required=True, type=Path, help="the directory to write")
-    parser.add_argument("--documents", type=int, default=512, help="how many to make (%(default)s)")
-    parser.add_argument("--valid_documents", type=int, default=32, help="as many from held-out ones (%(default)s)")
-    parser.add_argument("--prompt_tokens", type=int, default=64, help="tokens taken from a document (%(default)s)")
-    parser.add_argument("--new_tokens", type=int, default=192, help="tokens that the target adds (%(default)s)")
-    parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (%(default)s)")
-    parser.add_argument("--rows", type=int, default=32, help="documents decoded together (%(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="of windows and draws (%(default)s)")
+    parser.add_argument("--documents", type=at_least(1), default=512, help="how many to make")
+    parser.add_argument("--valid_documents", type=int, default=32, help="as many from held-out ones")
+    parser.add_argument("--prompt_tokens", type=at_least(1), default=64, help="tokens taken from a document")
+    parser.add_argument("--new_tokens", type=at_least(1), default=192, help="tokens that the target adds")
+    parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy")
+    parser.add_argument("--rows", type=at_least(1), default=32, help="documents decoded together")
+    parser.add_argument("--seed", type=int, default=0, help="of windows and draws")
     parser.add_argument("--overwrite", action="store_true", help="replace a data set that is there")
     return parser
 

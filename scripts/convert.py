@@ -31,7 +31,8 @@ from decoding.drafters.medusa import Medusa
 from decoding.drafters.registry import save_drafter
 from decoding.policies import parse_policy
 from decoding.trees import MC_SIM_7B_63, Topology
-from models import load_target
+from models import command_line, load_target
+from models.command_line import like, numbers
 from models.config import TransformerConfig
 from models.errors import UserError, exit_on_user_error
 from models.formats import image_models as image_files
@@ -150,15 +151,7 @@ def convert_image_model(args: argparse.Namespace) -> str:
 
 def schedule(text: str) -> tuple[int, ...]:
     """The value of `--schedule`."""
-    return SCHEDULES[text] if text in SCHEDULES else tuple(int(part) for part in text.split(","))
-
-
-def three_layers(text: str) -> tuple[int, ...]:
-    """The value of `--layers`."""
-    layers = tuple(int(part) for part in text.split(","))
-    if len(layers) != 3:
-        raise ValueError
-    return layers
+    return SCHEDULES[text] if text in SCHEDULES else tuple(numbers(int)(text))
 
 
 def check_options(args: argparse.Namespace) -> None:
@@ -184,7 +177,7 @@ def check_options(args: argparse.Namespace) -> None:
 @exit_on_user_error
 def main(argv: Sequence[str] | None = None) -> None:
     """The command; see the module's docstring."""
-    parser = argparse.ArgumentParser(prog="python -m scripts.convert", description=__doc__.splitlines()[0])
+    parser = command_line.parser("scripts.convert", __doc__)
     formats = [*TARGETS, *DRAFTERS, "model", *IMAGES]
     parser.add_argument("--from", dest="format", required=True, choices=formats, help="format of the source")
     parser.add_argument("--src", type=Path, required=True, help="checkpoint, or file or directory of released weights")
@@ -192,12 +185,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--base", type=Path, help="directory of the target that a released drafter was trained on")
     parser.add_argument(
         "--layers",
-        type=three_layers,
+        type=like(r"(\d+),(\d+),(\d+)", "three numbers with commas between them", lambda found: tuple(map(int, found))),
         metavar="LOW,MIDDLE,HIGH",
         help="layers whose input eagle3 reads, if they are not those of the original release",
     )
     parser.add_argument(
-        "--policy", metavar="KIND[:NAME=VALUE,...]", help="how a model or an EAGLE head grows its trees"
+        "--policy", "--growth", metavar="KIND[:NAME=VALUE,...]", help="how a model or an EAGLE head grows its trees"
     )
     parser.add_argument(
         "--schedule",

@@ -16,6 +16,8 @@ from decoding.drafters.registry import load_drafter
 from decoding.generate import Generation, bucket, generate, slots_needed
 from decoding.sampling import Sampling
 from decoding.verify import Typical
+from models import command_line
+from models.command_line import at_least
 from models.errors import UserError, exit_on_user_error
 from models.formats.target import Target, load_target
 from models.formats.tokenizer import StreamDecoder, Tokenizer
@@ -114,8 +116,6 @@ def stream(
 def main(argv: Sequence[str] | None = None) -> None:
     """The command; see the module's docstring."""
     args = _parser().parse_args(argv)
-    if args.max_new_tokens < 1:
-        raise UserError(f"--max_new_tokens must be at least 1, got {args.max_new_tokens}")
     sampling = Sampling(args.temperature, args.top_k, args.top_p, args.min_p)
     text = args.prompt if args.prompt is not None else _read(args.prompt_file)
     if not text:
@@ -152,20 +152,20 @@ def _read(path: Path) -> str:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m scripts.generate", description=__doc__.splitlines()[0])
+    parser = command_line.parser("scripts.generate", __doc__)
     parser.add_argument("--target", required=True, help="target directory")
-    parser.add_argument("--drafter", default="none", help="drafter directory, or none (the default)")
+    parser.add_argument("--drafter", default="none", help="drafter directory, or the name of one without parameters")
     prompt = parser.add_mutually_exclusive_group(required=True)
     prompt.add_argument("--prompt", help="text to continue")
     prompt.add_argument("--prompt_file", type=Path, help="file whose whole content is the prompt")
     parser.add_argument("--chat", action="store_true", help="put the prompt in the tokenizer's chat template")
-    parser.add_argument("--temperature", type=float, default=0.0, help="0 (the default) takes the likeliest token")
+    parser.add_argument("--temperature", type=float, default=0.0, help="0 takes the likeliest token")
     parser.add_argument("--top_k", type=int, default=0, help="sample among this many tokens; 0 means all")
     parser.add_argument(
         "--top_p", type=float, default=1.0, help="sample among the likeliest tokens of this probability"
     )
     parser.add_argument("--min_p", type=float, default=0.0, help="drop tokens below this share of the likeliest one's")
-    parser.add_argument("--max_new_tokens", type=int, default=128, help="most tokens to write (128)")
+    parser.add_argument("--max_new_tokens", type=at_least(1), default=128, help="most tokens to write")
     parser.add_argument("--seed", type=int, default=0, help="of the draws when the temperature is above 0")
     parser.add_argument("--stop", action="append", default=[], metavar="TEXT", help=_STOP)
     parser.add_argument("--typical", action="store_true", help="lossy typical acceptance of drafts")

@@ -20,6 +20,8 @@ from decoding.images.generate import Generated, Stage, Tokenizer, code_stages, g
 from decoding.images.scales import Drawing
 from eval.images.flags import add_drawing, drawings
 from eval.images.pictures import png, tiled
+from models import command_line
+from models.command_line import at_least
 from models.errors import UserError, exit_on_user_error
 from models.formats import image_models as files
 from models.images.config import VARConfig, VQVAEConfig
@@ -80,8 +82,6 @@ def make(args: argparse.Namespace) -> tuple[Generated, int]:
     Raises:
       UserError: something that the arguments name is missing or does not fit.
     """
-    if args.rows < 1:
-        raise UserError(f"--rows must be at least 1, got {args.rows}")
     if (args.edit is not None) != (args.mask is not None or args.keep is not None):
         raise UserError("--edit and --mask or --keep belong together: which image, and which part of it is made anew")
     columns = class_numbers(args.classes)
@@ -121,13 +121,13 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m scripts.generate_images", description=__doc__.splitlines()[0])
+    parser = command_line.parser("scripts.generate_images", __doc__)
     parser.add_argument("--tokenizer", required=True, help="the VQ-VAE's directory")
     parser.add_argument("--var", required=True, help="a VAR model's directory")
     parser.add_argument("--refiner", help="a smaller one's, which makes the scales after --draft_scales")
     parser.add_argument("--draft_scales", type=int, help="N, scales that --var makes when there is a --refiner")
     parser.add_argument("--classes", required=True, help="numbers and ranges, such as 3,5,7-9: the columns")
-    parser.add_argument("--rows", type=int, default=1, help="images of each class (1)")
+    parser.add_argument("--rows", type=at_least(1), default=1, help="images of each class")
     parser.add_argument("--out", required=True, help="the PNG to write")
     parser.add_argument("--seed", type=int, default=0, help="of the first image; the others count up from it")
     add_drawing(parser, Drawing(guidance=4.0, top_p=0.95))

@@ -109,7 +109,7 @@ def _fill_in_when_read(values: flags.FlagValues, fill_in: Callable[[ConfigDict],
             fill_in(config)
         return config
 
-    parser.parse = read_and_fill_in
+    parser.parse = read_and_fill_in  # type: ignore[method-assign]
 
 
 def _check_key(config: ConfigDict, key: str) -> None:

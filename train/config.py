@@ -217,7 +217,7 @@ def fill_in(raw: ConfigDict, objectives: Mapping[str, Any]) -> None:
     which keys it may hold is for its owner to say.
     """
     section = raw.get("objective")
-    name = section.get("name") if isinstance(section, ConfigDict) else None
+    name = str(section.get("name")) if isinstance(section, ConfigDict) else ""
     given = {"objective": objectives[name].Config} if name in objectives else {}
     with raw.unlocked():
         _fill_in(raw, TrainConfig, given)

@@ -24,7 +24,7 @@ def add_drawing(parser: Any, defaults: Drawing) -> None:
     kinds: dict[str, Any] = {"guidance": float, "top_k": int, "top_p": float, "temperature": _temperature}
     for name, text in told.items():
         default = getattr(defaults, name)
-        parser.add_argument(f"--{name}", type=kinds[name], default=default, help=f"{text} ({default})")
+        parser.add_argument(f"--{name}", type=kinds[name], default=default, help=text)
     for name in told:
         parser.add_argument(f"--refiner_{name}", type=kinds[name], help=f"the same for the refiner (--{name})")
 
@@ -47,6 +47,6 @@ def _temperature(text: str) -> float | tuple[float, ...]:
     try:
         values = tuple(float(part) for part in text.split(","))
     except ValueError:
-        told = f"expected a number, or one per scale separated by commas, got {text!r}"
+        told = f"must be a number, or one per scale separated by commas, got {text!r}"
         raise argparse.ArgumentTypeError(told) from None
     return values if len(values) > 1 else values[0]

@@ -12,7 +12,6 @@ one makes when the two collaborate as they are. Models tuned for some N go to `-
 import argparse
 import dataclasses
 import functools
-import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -31,6 +30,8 @@ from eval.measure.progress import Progress
 from eval.report.files import make_directory
 from eval.report.images import Pictures, print_table, write_report
 from eval.report.page import write_results
+from models import command_line
+from models.command_line import at_least, like, numbers
 from models.errors import UserError, exit_on_user_error
 from train.data.images import Images, open_images
 
@@ -201,40 +202,19 @@ def _real(data: Images, labels: Sequence[int], rows: int) -> np.ndarray:
     return np.stack([filled[label][row] for row in range(rows) for label in labels])
 
 
-def _pair(text: str) -> tuple[int, str]:
-    found = re.fullmatch(r"(\d+)=(.+)", text)
-    if found is None:
-        raise argparse.ArgumentTypeError(f"expected N=DIR, such as 3=runs/refiner, got {text!r}")
-    return int(found[1]), found[2]
-
-
-def _numbers(text: str) -> list[int]:
-    if not re.fullmatch(r"\d+(,\d+)*", text):
-        raise argparse.ArgumentTypeError(f"expected numbers separated by commas, such as 2,3,4, got {text!r}")
-    return [int(number) for number in text.split(",")]
-
-
-def _grid(text: str) -> tuple[int, int]:
-    found = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", text)
-    if found is None:
-        raise argparse.ArgumentTypeError(f"expected CLASSESxIMAGES, such as 12x4, got {text!r}")
-    return int(found[1]), int(found[2])
-
-
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"expected a number of 1 or more, got {text!r}")
-    return int(text)
+_PAIR = like(r"(\d+)=(.+)", "N=DIR, such as 3=runs/refiner", lambda found: (int(found[0]), found[1]))
+_SCALES = like(r"(\d+(?:,\d+)*)", "numbers separated by commas, such as 2,3,4", lambda found: numbers(int)(found[0]))
+_GRID = like(r"([1-9]\d*)x([1-9]\d*)", "CLASSESxIMAGES, such as 12x4", lambda found: tuple(map(int, found)))
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m eval.images.main", description=__doc__.splitlines()[0])
+    parser = command_line.parser("eval.images.main", __doc__)
     models = parser.add_argument_group("models")
     models.add_argument("--tokenizer", required=True, help="the VQ-VAE's directory")
     models.add_argument("--var", required=True, help="directory of the larger VAR model, which drafts")
     models.add_argument("--refiner", help="directory of the smaller one, which refines")
-    models.add_argument("--draft_scales", type=_numbers, default=[], help="Ns at which the two collaborate as they are")
-    tuned: dict[str, Any] = {"type": _pair, "nargs": "+", "default": [], "metavar": "N=DIR"}
+    models.add_argument("--draft_scales", type=_SCALES, default=[], help="Ns at which the two collaborate as they are")
+    tuned: dict[str, Any] = {"type": _PAIR, "nargs": "+", "default": [], "metavar": "N=DIR"}
     models.add_argument("--drafters", **tuned, help="models tuned to draft N scales")
     models.add_argument("--refiners", **tuned, help="models tuned to refine after N scales")
     drawing = parser.add_argument_group("drawing")
@@ -245,13 +225,13 @@ def _parser() -> argparse.ArgumentParser:
     network.add_argument("--features", help="directory of a classifier trained here; no metric is then called FID")
     network.add_argument("--weights", help="Inception weights of 2015-12-05, as the torch port has them")
     judging.add_argument("--data", required=True, help="the data set: a directory, or tfds:NAME")
-    judging.add_argument("--split", default="train", help="images to compare with (%(default)s)")
-    judging.add_argument("--valid_split", default="valid", help="held-out images, for the bounds (%(default)s)")
-    judging.add_argument("--reference_images", type=_positive, default=10_000, help="how many of the split (10000)")
-    judging.add_argument("--images", type=_positive, default=1000, help="how many are made by each (1000)")
-    judging.add_argument("--batch_size", type=_positive, default=50, help="how many at once (50)")
-    judging.add_argument("--decoded_at_once", type=_positive, default=DECODED_AT_ONCE, help="by the decoder (4)")
-    judging.add_argument("--grid", type=_grid, default=(12, 4), help="CLASSESxIMAGES that the report shows (12x4)")
+    judging.add_argument("--split", default="train", help="images to compare with")
+    judging.add_argument("--valid_split", default="valid", help="held-out images, for the bounds")
+    judging.add_argument("--reference_images", type=at_least(1), default=10_000, help="how many of the split")
+    judging.add_argument("--images", type=at_least(1), default=1000, help="how many are made by each")
+    judging.add_argument("--batch_size", type=at_least(1), default=50, help="how many at once")
+    judging.add_argument("--decoded_at_once", type=at_least(1), default=DECODED_AT_ONCE, help="by the decoder")
+    judging.add_argument("--grid", type=_GRID, default="12x4", help="CLASSESxIMAGES that the report shows")
     parser.add_argument("--out", required=True, help="directory for the results")
     return parser
 

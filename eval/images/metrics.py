@@ -28,6 +28,8 @@ from eval.images.samples import Gaussian, ImageFile, Statistics, write_statistic
 from eval.measure.environment import describe_environment
 from eval.measure.progress import Progress
 from eval.report.files import write_json
+from models import command_line
+from models.command_line import at_least
 from models.errors import UserError, exit_on_user_error
 
 SPLIT = 5000  # Images per split of an Inception Score.
@@ -291,21 +293,17 @@ def _extractor(args: argparse.Namespace) -> Extractor:
 @exit_on_user_error
 def main(argv: Sequence[str] | None = None) -> None:
     """The command; see the module's docstring."""
-    parser = argparse.ArgumentParser(prog="python -m eval.images.metrics", description=__doc__.splitlines()[0])
+    parser = command_line.parser("eval.images.metrics", __doc__)
     parser.add_argument("--samples", required=True, help=".npz of images to judge, or of their statistics")
     parser.add_argument("--reference", help=".npz to compare them with: statistics, images or both")
     network = parser.add_mutually_exclusive_group()
     network.add_argument("--weights", help="Inception weights of 2015-12-05, as the torch port has them")
     network.add_argument("--features", help="or a classifier's directory, for metrics of other names")
     parser.add_argument("--statistics", help="write the samples' statistics to this .npz, as a later --reference")
-    parser.add_argument("--with_images", type=int, default=0, help="with so many of the images, evenly spread (0)")
+    parser.add_argument("--with_images", type=at_least(0), default=0, help="with so many of the images, evenly spread")
     parser.add_argument("--out", help="write the results to this JSON file")
-    parser.add_argument("--batch_size", type=int, default=32, help="images that the network sees together (32)")
+    parser.add_argument("--batch_size", type=at_least(1), default=32, help="images that the network sees together")
     args = parser.parse_args(argv)
-    if args.batch_size < 1:
-        raise UserError(f"--batch_size must be at least 1, got {args.batch_size}")
-    if args.with_images < 0:
-        raise UserError(f"--with_images must be at least 0, got {args.with_images}")
     if args.with_images and args.statistics is None:
         raise UserError(f"--with_images {args.with_images} goes with --statistics, which names the file for them")
     for path in (args.statistics, args.out):

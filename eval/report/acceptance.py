@@ -4,7 +4,7 @@ The results (written by `eval/acceptance.py`):
 
     environment, command        as in every results file
     config, target              plain dicts
-    methods     list of {label, drafter, policy, path, parameters}
+    methods     list of {label, drafter, growth (its tree policy), path, parameters}
     cells       list, one per method, temperature and budget that fit together:
       method, temperature, budget
       candidates, depth         of the tree; candidates equal the budget

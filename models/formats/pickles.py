@@ -16,7 +16,7 @@ import numpy as np
 
 from models.errors import UserError
 
-_STORAGES = {
+_STORAGES: dict[str, Any] = {
     "torch.DoubleStorage": np.float64,
     "torch.FloatStorage": np.float32,
     "torch.HalfStorage": np.float16,

@@ -1,5 +1,6 @@
 """Topologies against golden tables and published trees, closure errors, and files."""
 
+import itertools
 import json
 import pathlib
 

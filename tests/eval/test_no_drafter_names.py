@@ -10,8 +10,8 @@ from decoding.drafters.registry import DRAFTERS
 from decoding.policies import POLICIES
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
-# The speed table lists shapes to time, file formats belong to a method each, and the parts of a step are timed by them.
-MAY_NAME = {"eval/speed.py", "scripts/convert.py", "eval/measure/parts.py"}
+# The speed table lists shapes to time, and file formats belong to a method each.
+MAY_NAME = {"eval/speed.py", "scripts/convert.py"}
 CLASSES = {drafter.__name__ for drafter in (*DRAFTERS.values(), HeadDrafter, NetworkDrafter)}
 ASKED = CLASSES | {Drafter.__name__} | {policy.__name__ for policy in POLICIES.values()}
 FILES = {"decoding.drafters.registry", "decoding.drafters"}

@@ -127,9 +127,9 @@ def test_default_shape_has_110_million_parameters() -> None:
         (["--sections", "rows,speed"], "no section"),
         (["--rounds", "0"], "rounds"),
         (["--sections", "images", "--rounds", "0"], "rounds must be at least 1"),
-        (["--sections", "images", "--image_batch", "0"], "batch of images must be at least 1, got 0"),
+        (["--sections", "images", "--image_batch", "0"], "--image_batch must be at least 1, got 0"),
         (["--sections", "images", "--image_depths", "16,30"], "the larger first, got (16, 30)"),
-        (["--sections", "images", "--image_depths", "16"], "expected two depths, the deeper first, such as 30,16"),
+        (["--sections", "images", "--image_depths", "16"], "--image_depths must be two depths, the deeper first"),
     ],
 )
 def test_bad_arguments(arguments: list[str], complaint: str, capsys) -> None:

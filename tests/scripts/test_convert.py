@@ -1,5 +1,6 @@
 """The convert command: a directory that loads, and one sentence for every mistake."""
 
+import functools
 import json
 import os
 import pickle
@@ -19,6 +20,7 @@ from decoding.trees import MC_SIM_7B_63
 from models import load_target
 from models.formats.hf import save_target
 from models.formats.llama2c import read_llama2c
+from models.formats.storage import leaves_by_path
 from models.formats.target import Target
 from scripts.convert import main
 from tests.models.formats import released_cases as cases
@@ -150,7 +152,11 @@ def test_released_drafters_load(
     drafter, params = load_drafter(tmp_path / "out", target)
     assert build(record, "here") == drafter
     written = load_file(tmp_path / "out" / "model.safetensors")
-    assert sum(leaf.size for leaf in jax.tree.leaves(params)) == sum(leaf.size for leaf in written.values())
+    shapes = jax.eval_shape(functools.partial(drafter.init_params, target.config), target.params, jax.random.key(0))
+    of_file = [written[path.replace("/", ".")] for path in leaves_by_path(shapes)]
+    assert len(of_file) == len(written)
+    expected = drafter.for_decoding(jax.tree.unflatten(jax.tree.structure(shapes), of_file))
+    jax.tree.map(np.testing.assert_array_equal, params, expected)
 
 
 def test_tensors_keep_their_bits(base: Path, tmp_path: Path) -> None:
@@ -219,4 +225,4 @@ def test_wrong_releases_leave_nothing(base: Path, tmp_path: Path, capsys: pytest
     assert "holds no drafter.json" in complaint("eagle", good["eagle"], "--overwrite", out="medusa")
     with pytest.raises(SystemExit):
         main(["--from", "eagle3", "--src", "x", "--base", "y", "--out", "z", "--layers", "1,2"])
-    assert "invalid three_layers value" in capsys.readouterr().err
+    assert "--layers must be three numbers with commas between them, got" in capsys.readouterr().err

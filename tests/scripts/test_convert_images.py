@@ -69,6 +69,8 @@ def test_mistakes_leave_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[st
         (complaint("var", good, out="var.pth"), "--overwrite replaces it"),
     ):
         assert message.startswith("error: ") and message.count("\n") == 1 and words in message
-    assert "invalid schedule value: '1,x'" in complaint("var", good, "--schedule", "1,x")
+    assert "--schedule must be numbers with commas between them, got '1,x'" in complaint(
+        "var", good, "--schedule", "1,x"
+    )
     main(["--from", "var", "--src", str(good), "--out", str(tmp_path / "out")])
     main(["--from", "var", "--src", str(good), "--out", str(tmp_path / "out"), "--overwrite"])

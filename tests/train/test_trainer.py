@@ -1,5 +1,6 @@
 """The trainer end to end: learning, resuming, freezing, sharding, stopping, and what it leaves behind."""
 
+import functools
 import json
 import math
 import os
@@ -18,8 +19,10 @@ from models.errors import UserError
 from models.formats.storage import leaves_by_path
 from models.formats.target import load_target
 from models.schema import resolved
+from tests.train.least import Least, least_config
 from train import dry_run, provenance, trainer
 from train.data.corpus import open_corpus
+from train.objectives import OBJECTIVES
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 TIMINGS = ("step_seconds", "tokens_per_second", "images_per_second", "data_share")
@@ -97,25 +100,30 @@ def test_a_real_kill(data_set, tmp_path):
     assert lines(tmp_path / "whole") == lines(tmp_path / "broken")
 
 
-def test_a_finished_run_says_so_and_another_config_is_refused(job, tmp_path, capsys):
-    config = job("lm", steps=2)
+def test_a_finished_run_says_so_and_another_config_is_refused(data_set, monkeypatch, tmp_path):
+    monkeypatch.setitem(OBJECTIVES, "least", Least)
+    job = functools.partial(least_config, data_set)
+    config = job(steps=3)
     assert not provenance.is_finished(tmp_path, resolved(config))
     trainer.train(config, tmp_path)
     assert provenance.is_finished(tmp_path, resolved(config))
-    assert provenance.is_finished(tmp_path, resolved(job("lm", steps=2, checkpoint={"every": 9}, mesh={"data": 1})))
-    with pytest.raises(UserError, match=r"holds a run with optimizer\.learning_rate = 0\.01, not 0\.5"):
-        provenance.is_finished(tmp_path, resolved(job("lm", steps=2, optimizer={"learning_rate": 0.5})))
+    assert provenance.is_finished(tmp_path, resolved(job(steps=3, checkpoint={"every": 9}, mesh={"data": 1})))
+    with pytest.raises(UserError, match=r"holds a run with optimizer\.learning_rate = 0\.1, not 0\.5"):
+        provenance.is_finished(tmp_path, resolved(job(steps=3, optimizer={"learning_rate": 0.5})))
 
 
-def test_a_run_killed_before_its_export_only_exports(job, tmp_path, monkeypatch):
-    config = job("lm", steps=2)
+def test_a_run_killed_before_its_export_only_exports(data_set, tmp_path, monkeypatch):
+    monkeypatch.setitem(OBJECTIVES, "least", Least)
+    config = least_config(data_set, steps=3)
     with monkeypatch.context() as patch, pytest.raises(InterruptedError):
         patch.setattr(trainer, "gathered", lambda params: (_ for _ in ()).throw(InterruptedError))
         trainer.train(config, tmp_path)
-    assert not (tmp_path / "target").exists()
+    assert not (tmp_path / "numbers").exists()
     written = lines(tmp_path)
     trainer.train(config, tmp_path)
-    assert load_target(tmp_path / "target").config.width == 16 and lines(tmp_path) == written
+    # Three steps of 0.05, 0.1 and 0.1; a run that had begun again would have written its lines anew.
+    np.testing.assert_allclose(np.load(tmp_path / "numbers" / "numbers.npy"), 0.75, rtol=1e-5)
+    assert lines(tmp_path) == written
 
 
 def test_finetuning_starts_from_the_target(job, target_directory, tmp_path):

@@ -115,17 +115,20 @@ def test_the_class_is_withheld_for_its_share(image_setting):
     np.testing.assert_array_equal(jax.jit(lambda: objective.lesson(frozen, batch, None).labels)(), batch["label"])
 
 
-def test_deeper_blocks_are_skipped_more_often_and_made_up_for(image_setting):
-    objective, _, _, _ = image_setting("var", stochastic_depth=0.4, model={**VAR_SHAPE, "depth": 3})
-    keep = np.asarray(objective.keep(jax.random.key(0), 4000))
+def test_deeper_blocks_are_skipped_more_often_and_made_up_for(image_job):
+    def drawn(**objective):
+        plan = trainer.make_plan(image_job("var", objective=objective), ("A", "B", "C"))
+        return plan.objective.keep(jax.random.key(0), 4000)
+
+    keep = np.asarray(drawn(stochastic_depth=0.4, model={**VAR_SHAPE, "depth": 3}))
     assert keep.shape == (3, 2, 4000)
     for i, rate in enumerate((0.0, 0.2, 0.4)):
         expected = [1.0] if i == 0 else [0.0, 1 / (1 - rate)]
         np.testing.assert_allclose(np.unique(keep[i]), expected, rtol=1e-6)
         assert abs((keep[i] == 0).mean() - rate) < 0.04
     assert np.any(keep[1, 0] != keep[1, 1])
-    assert image_setting("var", stochastic_depth=0.0)[0].keep(jax.random.key(0), 4) is None
-    published = image_setting("var", model={**VAR_SHAPE, "depth": 12})[0].keep(jax.random.key(0), 4000)
+    assert drawn(stochastic_depth=0.0) is None
+    published = drawn(model={**VAR_SHAPE, "depth": 12})
     assert np.max(published) == pytest.approx(1 / 0.95)
 
 

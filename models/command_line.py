@@ -1,0 +1,102 @@
+"""How every command reads its options: one parser, one wording of complaints, the types that options share.
+
+    parser = command_line.parser("scripts.generate", __doc__)
+    parser.add_argument("--rows", type=at_least(1), default=32, help="decoded together")
+
+Help tells defaults by itself. A complaint is one sentence that begins with the option, `--rows must be at least 1, got
+0`, raised as `UserError` and so shown by `exit_on_user_error` as any other. (`train.main` and `eval.main` take configs,
+and with them absl's flags: `train/command_line.py`.)
+"""
+
+import argparse
+import re
+from collections.abc import Callable, Sequence
+from typing import Any, NoReturn
+
+from models.errors import UserError
+from models.schema import nearest
+
+_KINDS = {"int": "a whole number", "float": "a number"}
+
+
+class _Help(argparse.HelpFormatter):
+    """Appends defaults that say something."""
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        told = action.help or ""
+        silent = action.default in (None, "", argparse.SUPPRESS) or isinstance(action.default, bool | list)
+        return told if silent or not action.option_strings or "%(default)" in told else f"{told} (%(default)s)"
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        for pattern, form in (
+            (r"argument ([^:/]+)(?:/[^:]+)?: (must .*)", "{0} {1}"),
+            (r"argument ([^:/]+)(?:/[^:]+)?: invalid (?P<kind>int|float) value: (.*)", "{0} must be {kind}, got {2}"),
+            (r"argument ([^:/]+)(?:/[^:]+)?: invalid choice: ('.*?') \((choose from .*)\)", "{0} cannot be {1}: {2}"),
+            (r"argument ([^:/]+)(?:/[^:]+)?: (.*)", "{0}: {1}"),
+            (r"the following arguments are required: (.*)", "give {0}"),
+        ):
+            if found := re.fullmatch(pattern, message, re.DOTALL):
+                kind = _KINDS.get(found.groupdict().get("kind") or "", "")
+                raise UserError(form.format(*found.groups(), kind=kind))
+        if found := re.fullmatch(r"unrecognized arguments: (\S+).*", message, re.DOTALL):
+            options = [option for action in self._actions for option in action.option_strings]
+            raise UserError(f"there is no option {found[1]}{nearest(found[1].partition('=')[0], options)}")
+        raise UserError(message)
+
+
+def parser(module: str, docstring: str | None) -> argparse.ArgumentParser:
+    """The parser of `python -m MODULE`, which its docstring's first line describes."""
+    told = (docstring or "").split("\n")[0]
+    return _Parser(prog=f"python -m {module}", description=told, formatter_class=_Help)
+
+
+def at_least(least: int) -> Callable[[str], int]:
+    """The type of whole numbers that are not smaller."""
+
+    def convert(text: str) -> int:
+        try:
+            number = int(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"must be a whole number, got {text!r}") from None
+        if number < least:
+            raise argparse.ArgumentTypeError(f"must be at least {least}, got {number}")
+        return number
+
+    return convert
+
+
+def numbers(kind: Callable[[str], Any]) -> Callable[[str], list[Any]]:
+    """The type of numbers, `int` or `float`, with commas between them."""
+
+    def convert(text: str) -> list[Any]:
+        try:
+            return [kind(part) for part in text.split(",")]
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"must be numbers with commas between them, got {text!r}") from None
+
+    return convert
+
+
+def listed(text: str) -> list[str]:
+    """The type of names with commas between them."""
+    return [name.strip() for name in text.split(",") if name.strip()]
+
+
+def like(pattern: str, form: str, build: Callable[[Sequence[str]], Any]) -> Callable[[str], Any]:
+    """The type of texts of some form.
+
+    Args:
+      pattern: that all of the text must match.
+      form: what to say that it must be, with an example.
+      build: makes the value from the pattern's groups.
+    """
+
+    def convert(text: str) -> Any:
+        found = re.fullmatch(pattern, text)
+        if found is None:
+            raise argparse.ArgumentTypeError(f"must be {form}, got {text!r}")
+        return build(found.groups())
+
+    return convert
