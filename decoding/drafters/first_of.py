@@ -177,13 +177,17 @@ def _with_riders(output, nodes: int, start: int, count: int):
 def _draft_if(needed: Bool[Array, ""], drafter: Drafter, params, target, state, root, keys) -> TokenTree:
     """What `drafter` drafts, or an empty tree of the same shape where that is not needed."""
 
+    structures = []
+
     def asked():
-        return drafter.draft(params, target, state, root, keys)[0]
+        leaves, structure = jax.tree.flatten(drafter.draft(params, target, state, root, keys)[0])
+        structures.append(structure)
+        return leaves
 
-    def nothing():
-        return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), jax.eval_shape(asked))
-
-    return jax.lax.cond(needed, asked, nothing)
+    # Leaves, not the tree: one that held shapes in the place of arrays would be refused where annotations are checked.
+    shapes = jax.eval_shape(asked)
+    leaves = jax.lax.cond(needed, asked, lambda: [jnp.zeros(leaf.shape, leaf.dtype) for leaf in shapes])
+    return jax.tree.unflatten(structures[-1], leaves)
 
 
 def joined(first: TokenTree, second: TokenTree, by_second: Bool[Array, "B"], rule: str) -> TokenTree:

@@ -108,7 +108,7 @@ class Lookahead(Drafter):
         sees_tree[:, :, 0] = True
         return Riders(
             tokens=state["window"].reshape(-1, self.num_riders + 1)[:, 1:],
-            positions=target.place.positions(jnp.asarray(generation + column, jnp.int32)),
+            positions=target.place.positions(jnp.asarray(generation + column, jnp.int32)[None]),
             sees_tree=jnp.asarray(sees_tree),
             sees_riders=jnp.asarray(staircase(self.max_depth, self.window)[None, 1:, 1:]),
         )
