@@ -20,8 +20,8 @@ pytestmark = pytest.mark.usefixtures("x64")
 
 def test_published_tree() -> None:
     assert [len(EAGLE_25.level(depth)) for depth in range(6)] == [1, 4, 8, 8, 3, 2]
-    assert Eagle().max_nodes == 26 and Eagle().tree == EAGLE_25
-    assert Eagle3(Eagle3Heads(2, 16, 29)).max_nodes == 60 and Eagle3(Eagle3Heads(2, 16, 29)).tree is None
+    assert Eagle().max_nodes == 26 and Eagle().ranked_tree == EAGLE_25
+    assert Eagle3(Eagle3Heads(2, 16, 29)).max_nodes == 60 and Eagle3(Eagle3Heads(2, 16, 29)).ranked_tree is None
 
 
 @pytest.mark.parametrize("name", ["eagle", "eagle3"])

@@ -124,19 +124,20 @@ def test_each_rider_scores_like_a_plain_forward_over_its_column() -> None:
     assert riders.tokens.shape == (2, drafter.num_riders) == (2, 11)
     tokens, layout = loop.verify_rows(tree, riders, view.place)
     out = transformer.forward(target.config, target.params, tokens, layout, Sources(view.cache))
+    texts, places = [], []
     for row, length in enumerate(view.length.tolist()):
         window = np.array(state["window"][row])
         window[0, 0] = view.text[row, length]
-        for generation in range(3):
-            for column in range(4):
-                guesses = [*window[0, : column + 1], *window[1 : generation + 1, column]]
-                text = [*view.text[row, :length].tolist(), *map(int, guesses)]
-                expected = target.apply([text]).logits[0, -1]
-                place = generation * 4 + column - 1
-                seen = out.logits[row, tree.tokens.shape[1] + place if place >= 0 else 0]
-                np.testing.assert_allclose(seen, expected, rtol=0, atol=1e-9)
-                if place >= 0:
-                    assert riders.positions[row, place] == len(text) - 1
+        for generation, column in np.ndindex(3, 4):
+            guesses = [*window[0, : column + 1], *window[1 : generation + 1, column]]
+            texts.append([*view.text[row, :length].tolist(), *map(int, guesses)])
+            place = generation * 4 + column - 1
+            places.append((row, tree.tokens.shape[1] + place if place >= 0 else 0))
+            assert place < 0 or riders.positions[row, place] == len(texts[-1]) - 1
+    longest = max(map(len, texts))
+    plain = target.apply([[*text, *[0] * (longest - len(text))] for text in texts]).logits
+    for (row, place), text, logits in zip(places, texts, plain, strict=True):
+        np.testing.assert_allclose(out.logits[row, place], logits[len(text) - 1], rtol=0, atol=1e-9)
 
 
 def test_riders_change_no_row_of_the_tree() -> None:

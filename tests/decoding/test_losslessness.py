@@ -35,7 +35,7 @@ from eval.losslessness import (
     tiny_target,
 )
 from models.errors import UserError
-from tests.decoding.drafter_cases import CASES, each_drafter
+from tests.decoding.drafter_cases import CASES
 
 SAMPLES, PROMPT, LENGTH, VOCAB = 2048, [1, 2, 3], 3, 5
 SETTINGS = {
@@ -159,33 +159,25 @@ class RowByRow(Drafter):
         return rule
 
     def draft(self, params, target, state, root, keys):
-        trees = [part.draft(params, target, state, root, keys)[0] for part in self.parts]
-        batch, nodes = len(root), self.max_nodes
-        of_row = jnp.arange(batch) * len(trees) // batch
+        share = len(root) // len(self.parts)
+        trees = []
+        for i, part in enumerate(self.parts):
+            rows = slice(i * share, (i + 1) * share)
+            view = dataclasses.replace(target, sampling=jax.tree.map(lambda x, rows=rows: x[rows], target.sampling))
+            trees.append(part.draft(params, view, state, root[rows], keys[rows])[0])
 
-        def joined(name: str, fill: int | bool):
+        def joined(name: str, fill: int | bool) -> jax.Array:
             values = [getattr(tree, name) for tree in trees]
             sizes = np.max([value.shape[1:] for value in values], axis=0)
-            padded = jnp.stack(
-                [
-                    jnp.broadcast_to(
-                        jnp.pad(
-                            value,
-                            [(0, 0), *((0, size - n) for size, n in zip(sizes, value.shape[1:], strict=True))],
-                            constant_values=fill,
-                        ),
-                        (batch, *sizes),
-                    )
-                    for value in values
-                ]
-            )
-            return padded[of_row, jnp.arange(batch)]
+            padding = [[(0, 0), *((0, most - n) for most, n in zip(sizes, x.shape[1:], strict=True))] for x in values]
+            padded = [jnp.pad(x, pad, constant_values=fill) for x, pad in zip(values, padding, strict=True)]
+            return jnp.concatenate([jnp.broadcast_to(x, (share, *sizes)) for x in padded])
 
-        padding = dict(tokens=0, parent=0, depth=0, valid=False, children=-1, ancestors=False)
-        padding |= dict(proposals=0, proposal_of=-1) if self.rule(False) in SAMPLED_RULES else {}
-        fields = {name: joined(name, fill) for name, fill in padding.items()}
-        # A row of padding sees itself, as any row must see something.
-        fields["ancestors"] |= jnp.eye(nodes, dtype=bool)
+        fills = dict(tokens=0, parent=0, depth=0, valid=False, children=-1, ancestors=False)
+        fills |= dict(proposals=0, proposal_of=-1) if self.rule(False) in SAMPLED_RULES else {}
+        fields = {name: joined(name, fill) for name, fill in fills.items()}
+        # A node of padding sees itself, as every row must see something.
+        fields["ancestors"] |= jnp.eye(self.max_nodes, dtype=bool)
         return TokenTree(**fields, rule=self.rule(False)), None
 
 
@@ -285,7 +277,15 @@ def test_it_is_the_product_of_conditionals() -> None:
     assert np.isclose(exact("temperature")[string], np.prod([p[i, token] for i, token in enumerate(string)]), rtol=1e-9)
 
 
-@each_drafter
+# One of each rule, of a static tree and of one that is data. For all others the battery compares longer texts with
+# plain decoding's, token for token, in programs that it has anyway; here they run with `-m slow`.
+BY_DEFAULT = ("lookahead", "draft chain", "eagle")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=[] if name in BY_DEFAULT else [pytest.mark.slow]) for name in CASES if name != "none"],
+)
 def test_sampled_strings_follow_the_target(name: str) -> None:
     drafter, params = CASES[name](target(), jax.random.key(3))
     settings = list(SETTINGS.values())

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from decoding.policies import Confidence, DySpec, Static, StochasticBeam, TreePolicy, parse_policy
+from decoding.policies import Confidence, DySpec, Static, StochasticBeam, TreePolicy, parse_policy, read_policy
 from decoding.policies.policy import gumbel_for
 from decoding.policies.rsd import condition_maximum
 from decoding.sampling import Sampling, batch_sampling
@@ -436,7 +436,7 @@ def test_rows_of_temperature_0_rank_even_among_sampled_ones() -> None:
 )
 def test_growths_on_a_command_line_and_in_json(text: str, policy: TreePolicy) -> None:
     assert parse_policy(text) == policy
-    assert TreePolicy.from_record(policy.to_record(), "policy", "here") == policy
+    assert read_policy(policy.to_record(), "policy", "here") == policy
 
 
 @pytest.mark.parametrize(
