@@ -251,7 +251,7 @@ def best_logits(logits: Float[Array, "*B V"], count: int) -> tuple[Float[Array, 
     return row_wise(functools.partial(_best_logits, count), logits)
 
 
-def top_k(x: Float[Array, "B *M"], count: int) -> tuple[Float[Array, "B *K"], Int[Array, "B *K"]]:
+def top_k(x: Real[Array, "B *M"], count: int) -> tuple[Real[Array, "B *K"], Int[Array, "B *K"]]:
     """`jax.lax.top_k` that leaves every batch row on its devices, where XLA would gather the batch."""
     values, places = row_wise(lambda rows: jax.lax.top_k(rows, count), x)
     return values, places.astype(jnp.int32)

@@ -51,7 +51,8 @@ class Part:
           varying: inputs such that every product in the function depends on at least one of them; copied.
           carry: the result of a run that was not made, for functions that work on their last result; copied.
         """
-        self._fixed = fixed
+        # Bare leaves: `text` lowers with shapes in the place of arrays, which structs with checked fields would refuse.
+        self._fixed, structure_of_fixed = jax.tree.flatten(fixed)
         leaves, structure = jax.tree.flatten((varying, carry))
         self._state = [jnp.array(leaf) for leaf in leaves]
         self._times: int | None = None
@@ -60,7 +61,8 @@ class Part:
             varying, carry = jax.tree.unflatten(structure, state)
             nothing = _never(jax.tree.leaves(carry)[0])
             varying = jax.tree.map(lambda leaf: _touched(leaf, nothing), varying)
-            return jax.tree.leaves((varying, function(fixed, varying, carry)))
+            read = jax.tree.unflatten(structure_of_fixed, fixed)
+            return jax.tree.leaves((varying, function(read, varying, carry)))
 
         def loop(fixed, state, times):
             return jax.lax.fori_loop(0, times, lambda _, state: body(fixed, state), state)
