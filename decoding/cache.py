@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Float, Int, Shaped
 
-from models.attention import Rows
+from models.attention import Rows, StackedRows
 from models.config import TransformerConfig
 from models.sharding import fitted
 from models.transformer import Cache
@@ -41,7 +41,7 @@ def init_cache(
 
 def commit(
     cache: Cache,
-    rows: list[Rows] | Rows,
+    rows: list[Rows] | StackedRows,
     path: Int[Array, "B R"] | None,
     slots: Int[Array, "B"],
     after: Shaped[Array, "B *_"] | None = None,

@@ -16,6 +16,8 @@ from models.layout import Layout
 
 # One layer's keys `k` [B, K, D, S] and values `v` [B, K, S, D], of S cache slots or of S = T new rows.
 Rows = dict[str, Float[Array, "B K _ _"]]
+# The same of L stacked layers.
+StackedRows = dict[str, Float[Array, "L B K _ _"]]
 
 
 @struct.dataclass

@@ -48,7 +48,7 @@ class BlockCausal:
     """
 
     size: int = struct.field(pytree_node=False)
-    phase: int | Int[Array, "B"] = 0
+    phase: int | Int[Array, "*B"] = 0
 
     def sees(self, rows: int) -> Bool[Array, "#B T T"]:
         """`[b, i, j]`: new row i sees new row j."""
@@ -61,7 +61,7 @@ class Blocks:
     """A row sees its own block alone, in both directions; `size` and `phase` as in `BlockCausal`."""
 
     size: int = struct.field(pytree_node=False)
-    phase: int | Int[Array, "B"] = 0
+    phase: int | Int[Array, "*B"] = 0
 
     def sees(self, rows: int) -> Bool[Array, "#B T T"]:
         """`[b, i, j]`: new row i sees new row j."""
@@ -69,7 +69,7 @@ class Blocks:
         return block_BT[:, None, :] == block_BT[:, :, None]
 
 
-def _blocks(rows: int, size: int, phase: int | Int[Array, "B"]) -> Int[Array, "#B T"]:
+def _blocks(rows: int, size: int, phase: int | Int[Array, "*B"]) -> Int[Array, "#B T"]:
     return (jnp.arange(rows, dtype=jnp.int32) + jnp.reshape(jnp.asarray(phase, jnp.int32), (-1, 1))) // size
 
 

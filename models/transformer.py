@@ -21,7 +21,7 @@ from flax import struct
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
-from models.attention import ALONE, Rows, Sources, softcap, wide
+from models.attention import ALONE, Rows, Sources, StackedRows, softcap, wide
 from models.config import TransformerConfig
 from models.layers import Block, RMSNorm, call, joined_name, rope_angles
 from models.layout import Layout
@@ -46,7 +46,7 @@ class Output:
     logits: Float[Array, "B T V"]
     hidden: Float[Array, "B T H"]
     taps: dict[str, Float[Array, "B T H"]]
-    rows: list[Rows] | Rows
+    rows: list[Rows] | StackedRows
 
 
 def init(config: TransformerConfig, key: Array, dtype=jnp.float32) -> Params:
@@ -214,7 +214,7 @@ def forward(
     angles = rope_angles(config, layout.positions)
     block = Block(config)
     taken: dict[str, Array] = {}
-    rows: list[Rows] | Rows
+    rows: list[Rows] | StackedRows
     if isinstance(params["layers"], list):
         rows = []
         for k in range(lo, hi):

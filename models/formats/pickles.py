@@ -7,9 +7,10 @@ Every other operation, and every other name that a pickle asks for, is `Refused`
 
 import dataclasses
 import math
+import mmap
 import pickletools
 from collections.abc import Callable
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, cast
 
 import jax.numpy as jnp
 import numpy as np
@@ -49,7 +50,7 @@ def no_storages(dtype: np.dtype, key: str, count: int) -> np.ndarray:
     raise Damaged("a storage where none belongs")
 
 
-def read_pickle(source: bytes | BinaryIO, read_storage: StorageReader = no_storages) -> Any:
+def read_pickle(source: bytes | BinaryIO | mmap.mmap, read_storage: StorageReader = no_storages) -> Any:
     """What one pickle describes; a file stands behind it afterwards.
 
     Args:
@@ -98,10 +99,10 @@ class _Interpreter:
         self._memo: dict[int, Any] = {}
         self._storages: dict[tuple[str, str], _Storage] = {}
 
-    def run(self, source: bytes | BinaryIO) -> Any:
+    def run(self, source: bytes | BinaryIO | mmap.mmap) -> Any:
         """The object that the pickle describes."""
         try:
-            for opcode, argument, _ in pickletools.genops(source):
+            for opcode, argument, _ in pickletools.genops(cast(Any, source)):
                 if opcode.name == "STOP":
                     return self._plain(self._pop())
                 step = _OPERATIONS.get(opcode.name)

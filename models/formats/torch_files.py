@@ -181,7 +181,7 @@ class _Promised:
         self._storages[key] = np.zeros(count, dtype)
         return self._storages[key]
 
-    def fill(self, stream: BinaryIO, keys: Any) -> None:
+    def fill(self, stream: BinaryIO | mmap.mmap, keys: Any) -> None:
         """Reads the values, which follow in the order of `keys`, up to the end of the stream."""
         if not isinstance(keys, list) or not all(type(key) is str for key in keys):
             raise Damaged("its list of storages is none")

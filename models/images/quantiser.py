@@ -148,7 +148,9 @@ def straight_through(features: Float[Array, "*B"], f_hat: Float[Array, "*B"]) ->
 
 
 def quantiser_loss(
-    features: Float[Array, "B H W C"], f_hats: Sequence[Float[Array, "B H W C"]], commitment: float | Float[Array, ""] = 0.25
+    features: Float[Array, "B H W C"],
+    f_hats: Sequence[Float[Array, "B H W C"]],
+    commitment: float | Float[Array, ""] = 0.25,
 ) -> Float[Array, "B"]:
     """Per image, the mean over scales of commitment * mse(sg f_hat_k, f) + mse(f_hat_k, sg f) (VAR, section 3.2)."""
     features = features.astype(f_hats[0].dtype)
