@@ -16,19 +16,20 @@ TESTS = pathlib.Path(__file__).resolve().parent
 LONG = (
     "decoding/test_battery.py",
     "decoding/test_mesh.py",
-    "decoding/images/test_mesh.py",
-    "decoding/test_losslessness.py",
+    "decoding/images/test_generate.py",
     "decoding/test_rows.py",
-    "decoding/test_first_of.py",
     "train/test_trainer.py",
     "train/test_draft_heads.py",
     "train/test_eagle.py",
-    "train/test_vqvae.py",
+    "decoding/test_losslessness.py",
+    "decoding/policies/test_policies.py",
+    "models/test_transformer.py",
+    "decoding/images/test_mesh.py",
     "train/test_var_objective.py",
+    "train/test_vqvae.py",
     "eval/images/test_speed.py",
     "eval/test_speed.py",
-    "models/test_attention.py",
-    "models/test_sharding.py",
+    "decoding/test_first_of.py",
 )
 
 

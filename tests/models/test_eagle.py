@@ -157,7 +157,7 @@ def test_eagle3_fuses_what_enters_three_layers(target: dict) -> None:
     heads = KINDS["eagle3"]
     params = network(heads, target)
     tokens, layout, feature, _ = text_and_features(heads, target, params)
-    entering = [transformer.embed(CONFIG, target, tokens)]
+    entering = [transformer.embed(CONFIG, target, jnp.asarray(tokens))]
     for k in range(3):
         entering.append(forward(CONFIG, target, entering[k], layout, layers=(k, k + 1), taps=("pre_norm",)))
         entering[-1] = entering[-1].taps["pre_norm"]

@@ -52,7 +52,7 @@ def test_medusa_starts_as_the_targets_head(target: dict) -> None:
     feature = np.random.default_rng(2).normal(size=(5, 8))
     for i in range(3):
         logits = vocab_of(heads, params, i, hidden_of(heads, params, i, feature, jnp.zeros((5, 0, 8))))
-        np.testing.assert_allclose(logits, transformer.head(CONFIG, target, feature), atol=1e-12)
+        np.testing.assert_allclose(logits, transformer.head(CONFIG, target, jnp.asarray(feature)), atol=1e-12)
 
 
 def test_hydra_starts_without_gates(target: dict) -> None:
@@ -139,7 +139,7 @@ def test_prefix_block_is_causal_over_features_and_cached(target: dict) -> None:
     run = jax.jit(lambda features: heads.features(CONFIG, params, features, Layout.causal(2, 6)))
     whole, changed = run(features), run(features + (np.arange(6) == 4)[:, None])
     assert np.array_equal(whole[:, :4], changed[:, :4]) and np.abs(whole - changed)[:, 5].max() > 1e-6
-    assert np.array_equal(KINDS["hydra"].features(CONFIG, params, features, Layout.causal(2, 6)), features)
+    assert np.array_equal(KINDS["hydra"].features(CONFIG, params, jnp.asarray(features), Layout.causal(2, 6)), features)
 
 
 def test_dropout_is_for_training(target: dict) -> None:

@@ -37,7 +37,9 @@ def test_each_loss_equals_its_definition_row_by_row(drafter, term, setting):
 
     @jax.jit
     def forward(tokens, segments):
-        return transformer.forward(objective.model, frozen, tokens, Layout.causal(*tokens.shape, segments=segments))
+        layout = Layout.causal(*tokens.shape, segments=segments)
+        out = transformer.forward(objective.model, frozen, tokens, layout)
+        return out.logits, out.hidden
 
     @functools.partial(jax.jit, static_argnums=0)
     def head(i, feature, path):
@@ -45,7 +47,7 @@ def test_each_loss_equals_its_definition_row_by_row(drafter, term, setting):
         return hidden, objective.heads.vocab(heads, i, hidden)
 
     tokens, segments, mask = (np.asarray(batch[name]) for name in ("tokens", "segments", "mask"))
-    target = jax.device_get(forward(tokens, segments))
+    target_logits, target_hidden = jax.device_get(forward(tokens, segments))
     embedding = np.asarray(frozen["embed"]["embedding"])
     for i in range(2):
         rows = [
@@ -54,12 +56,12 @@ def test_each_loss_equals_its_definition_row_by_row(drafter, term, setting):
             if p + 2 + i < tokens.shape[1] and segments[b, p] == segments[b, p + 2 + i] and mask[b, p + 2 + i]
         ]
         paths = np.stack([embedding[tokens[b, p + 1 : p + 2 + i]] for b, p in rows])
-        guessed = jax.device_get(head(i, np.stack([target.hidden[b, p] for b, p in rows]), paths))
+        guessed = jax.device_get(head(i, np.stack([target_hidden[b, p] for b, p in rows]), paths))
         total, count = 0.0, 0
         for (b, p), hidden, logits in zip(rows, *guessed, strict=True):
             guess = logits - np.log(np.exp(logits).sum())
-            seen = target.logits[b, p + 1 + i]
-            distance = np.abs(hidden - target.hidden[b, p + 1 + i])
+            seen = target_logits[b, p + 1 + i]
+            distance = np.abs(hidden - target_hidden[b, p + 1 + i])
             smooth = np.where(distance < 1, 0.5 * distance**2, distance - 0.5)
             teacher = np.exp(seen) / np.exp(seen).sum()
             total += {"hard": -guess[tokens[b, p + 2 + i]], "soft": -teacher @ guess, "feature": np.mean(smooth)}[term]

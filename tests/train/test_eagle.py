@@ -1,6 +1,7 @@
 """EAGLE's losses against their definition, the draft vocabulary, and training against decoding."""
 
 import dataclasses
+import types
 
 import jax
 import jax.numpy as jnp
@@ -33,8 +34,14 @@ def forwards(objective, params, frozen, batch):
 
 
 def compiled_forwards(objective, params, frozen, batch):
-    """The same as one program, in NumPy."""
-    return jax.device_get(jax.jit(lambda *given: forwards(objective, *given))(params, frozen, batch))
+    """The same as one program, in NumPy: the target's `logits` and `hidden`, and the network's outputs."""
+
+    def run(*given):
+        out, outputs = forwards(objective, *given)
+        return (out.logits, out.hidden), outputs
+
+    (logits, hidden), outputs = jax.device_get(jax.jit(run)(params, frozen, batch))
+    return types.SimpleNamespace(logits=logits, hidden=hidden), outputs
 
 
 def log_softmax(logits):

@@ -36,7 +36,7 @@ def test_scores_are_linear_in_the_pooled_features() -> None:
 def test_narrow_parameters_give_wide_results() -> None:
     params = classifier.param_shapes(CONFIG, jnp.bfloat16)
     assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {jnp.dtype(jnp.bfloat16)}
-    results = jax.eval_shape(lambda p: classifier.forward(CONFIG, p, images(2)), params)
+    results = jax.eval_shape(lambda p: classifier.forward(CONFIG, p, jnp.array(images(2))), params)
     assert [x.dtype for x in results] == [jnp.float32] * 2
 
 
@@ -46,7 +46,7 @@ def test_learns_which_channel_is_bright() -> None:
     rule = optax.adam(1e-2)
 
     def loss(params):
-        _, scores = classifier.forward(CONFIG, params, pixels)
+        _, scores = classifier.forward(CONFIG, params, jnp.asarray(pixels))
         return optax.softmax_cross_entropy_with_integer_labels(scores, labels).mean()
 
     @jax.jit

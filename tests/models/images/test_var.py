@@ -89,7 +89,7 @@ def test_stochastic_depth_leaves_out_halves_of_blocks() -> None:
 
     @jax.jit
     def run(params, features, keep):
-        c = var.class_features(params, LABELS)
+        c = var.class_features(params, jnp.array(LABELS))
         x = var.inputs(CONFIG, params, c, features, 0, 2)
         ways = ((params, None), (params, keep), (stack_layers(params), keep))
         return x, *(var.forward(CONFIG, layout, c, x, 0, 2, keep=kept)[0] for layout, kept in ways)
