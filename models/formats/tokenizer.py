@@ -23,7 +23,7 @@ import jinja2.sandbox
 import tokenizers
 
 from models.errors import UserError
-from models.formats.hf_config import read_json
+from models.formats.text_files import read_json
 
 TokenIds = Iterable[SupportsIndex]  # ints, or an integer array
 Message = Mapping[str, Any]  # {'role': 'system' | 'user' | 'assistant', 'content': str}

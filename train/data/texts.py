@@ -22,7 +22,7 @@ import tensorflow_datasets as tfds
 from jaxtyping import Int, Int32, Int64, UInt8
 
 from models.errors import UserError
-from models.formats.hf_config import read_json
+from models.formats.text_files import read_json
 from models.formats.tokenizer import Tokenizer
 from train.data.order import in_order, shuffled
 from train.data.records import (
