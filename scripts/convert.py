@@ -43,6 +43,7 @@ from models.formats.release import Release, read_release
 from models.formats.released_images import Converted, read_vae, read_var
 from models.formats.target import Target
 from models.formats.tokenizer import Tokenizer
+from models.formats.tokenizer_files import holds_tokenizer
 from models.images.config import SCHEDULES
 from models.transformer import Params
 
@@ -116,7 +117,7 @@ def convert_model(args: argparse.Namespace) -> str:
     base, config = load_target(args.base), load_config(args.src)
     drafter = DraftModel(config, args.policy) if args.policy else DraftModel(config)
     drafter.check(base.config)
-    if base.tokenizer and (args.src / "tokenizer.json").exists():
+    if base.tokenizer and holds_tokenizer(args.src):
         found, wanted = Tokenizer.load(args.src).fingerprint, base.tokenizer.fingerprint
         if found != wanted:
             raise UserError(f"{args.src} has another tokenizer ({found}) than {args.base} ({wanted})")
