@@ -63,6 +63,7 @@ def test_jsonl(tokenizer_dir, tmp_path, capsys):
         "tokens": int(documents.lengths.sum()),
         "labels": int(documents.lengths.sum()),
         "bytes": sum(len(text.encode()) for text in texts(tmp_path / "out").values()),
+        "left_out": {"documents without text": 1},
     }
     assert manifest["source"] == {"src": str(source), "field": "q,a"} and manifest["chat_template"] is None
 
@@ -149,23 +150,23 @@ def test_what_is_there_is_not_lost(tokenizer, tokenizer_dir, tmp_path, capsys):
     ("kind", "content", "message"),
     [
         ("jsonl", None, "no file"),
-        ("jsonl", b'{"text": "a"}\n{"text": ', "line 2: not valid JSON"),
+        ("jsonl", b'{"text": "a"}\n{"text": ', "line 2 is not valid JSON"),
         ("jsonl", b'{"text": "a"}\n\n{"body": "b"}', "line 3: expected a string field 'text'; the line holds body"),
         ("jsonl", b'{"text": 3}', "line 1: expected a string field 'text'"),
-        ("jsonl", b"[1]", "line 1: expected a JSON object, got list"),
-        ("jsonl", b'{"text": "\\ud800"}', "half a surrogate pair"),
+        ("jsonl", b"[1]", "item 1 (line 1): expected a JSON object, got int"),
+        ("jsonl", b'{"text": "\\ud800"}', "source, line 1: field 'text': character 0 is half a surrogate pair"),
         ("jsonl", b"", "'train' is empty"),
         ("text", b"\xff\xfe", "is not UTF-8 text"),
         ("chat", b'{"text": "a"}', "line 1: expected a list of turns"),
         (
             "chat",
             b'{"messages": [{"role": "user"}]}',
-            "line 1: expected every turn to hold the strings 'role' and 'content'",
+            "line 1: expected every turn to hold a text in 'content' or 'value', turn 1 holds nothing",
         ),
         (
             "chat",
             b'{"messages": [{"role": "user", "content": "a"}]}',
-            "source:1: the conversation has no assistant turn",
+            "source, line 1: the conversation has no assistant turn",
         ),
         ("source", b"", "no folder"),
     ],

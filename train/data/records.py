@@ -20,6 +20,7 @@ import tensorflow_datasets as tfds
 from tensorflow_datasets.core.download import downloader
 
 from models.errors import UserError
+from models.formats.text_files import refuse_pointer
 
 CATALOGUE_PREFIX = "tfds:"
 
@@ -134,9 +135,10 @@ def catalogue_builder(name: str, data_dir: str | Path | None) -> tfds.core.Datas
 
 
 def check_present(path: Path) -> None:
-    """Raises `UserError` where a file of a data set is missing."""
+    """Raises `UserError` where a file of a data set is missing, or a Git LFS pointer stands for it."""
     if not path.is_file():
         raise UserError(f"the data set {path.parent} is incomplete: there is no {path.name}")
+    refuse_pointer(path)
 
 
 @contextlib.contextmanager
