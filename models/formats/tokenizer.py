@@ -23,6 +23,7 @@ from models.formats.text_files import half_character
 from models.formats.tokenizer_files import NAMED_TOKENS, read_tokenizer, token_text
 
 TokenIds = Iterable[SupportsIndex]  # ints, or an integer array
+_MOST_ENTRIES = 10_000_000  # The trainer reserves memory for all that it is asked for.
 
 
 class Tokenizer:
@@ -100,11 +101,12 @@ class Tokenizer:
           progress: told one line when all texts have been read.
 
         Raises:
-          UserError: `vocab_size` is too small.
+          UserError: `vocab_size` is too small or too large.
         """
-        if vocab_size < 258:
+        if not 258 <= vocab_size <= _MOST_ENTRIES:
             raise UserError(
-                f"a byte-level tokenizer needs at least 258 entries (256 bytes, 2 specials), got {vocab_size}"
+                "a byte-level tokenizer needs at least 258 entries (256 bytes, 2 specials) and at most "
+                f"{_MOST_ENTRIES:,}, got {vocab_size}"
             )
         core = tokenizers.Tokenizer(tokenizers.models.BPE())
         core.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)

@@ -191,7 +191,7 @@ class _Counter:
             self._tell("so far")
 
     def finish(self) -> None:
-        listed = ", ".join(f"{count:,} {reason}" for reason, count in self._left_out.items())
+        listed = _listed(self._left_out)
         if not self._totals["documents"]:
             if self._refusal:
                 raise UserError(f"{self._refusal} (no conversation of {self._split!r} can be used)")
@@ -199,14 +199,17 @@ class _Counter:
             raise UserError(f"the split {self._split!r} is empty: there is no document with text in it{left_out}")
         self._tell("in all")
         if listed:
-            self._progress(f"{self._split}: left out {listed}")
+            self._progress(f"{self._split}: left out: {listed}")
         if self._refusal:
             self._progress(f"{self._split}: the first refused is {self._refusal}")
         if self._unused:
-            fields = ", ".join(f"{field} ({count:,})" for field, count in sorted(self._unused.items()))
-            self._progress(f"{self._split}: fields that go nowhere, with the number of their rows: {fields}")
+            self._progress(f"{self._split}: fields that go nowhere, and in how many rows: {_listed(self._unused)}")
 
     def _tell(self, when: str) -> None:
         self._told = time.monotonic()
         documents, tokens = self._totals["documents"], self._totals["tokens"]
         self._progress(f"{self._split}: {documents:,} documents, {tokens:,} tokens {when}")
+
+
+def _listed(counts: collections.Counter[str]) -> str:
+    return ", ".join(f"{name} ({count:,})" for name, count in sorted(counts.items()))

@@ -95,7 +95,7 @@ def read_chat(path: str | Path) -> DocumentList:
             return RawDocument(name, refused=str(error))
         try:
             messages, tools = conversation(row)
-        except UserError as error:
+        except (UserError, RecursionError) as error:
             return RawDocument(name, refused=f"{where}: {error}")
         return RawDocument(name, messages=messages, tools=tools, unused=tuple(other_fields(row)), where=where)
 
