@@ -1,7 +1,7 @@
 """What a job's data decide about its model."""
 
 from models.formats.tokenizer import Tokenizer
-from tests.train.conftest import tiny_job
+from tests.train.conftest import SHAPE, tiny_job
 from train.data.corpus import open_corpus
 from train.data.text_building import build
 from train.data.text_sources import RawDocument
@@ -15,7 +15,7 @@ def test_the_data_s_chat_template_goes_to_what_learns_from_it(tmp_path):
     chat = RawDocument("a", messages=({"role": "user", "content": "once"}, {"role": "assistant", "content": "a time"}))
     splits = {name: [chat] for name in ("train", "valid")}
     build(splits, tokenizer.with_chat_template(TEMPLATE), tmp_path / "data", kind="chat")
-    for objective in ({"init_from": str(tmp_path / "base")}, {"model": {}}):
+    for objective in ({"init_from": str(tmp_path / "base")}, {"model": SHAPE}):
         facts = open_corpus(tiny_job(tmp_path / "data", {"name": "lm", **objective})).facts
         facts.save(tmp_path / "exported")
         assert Tokenizer.load(tmp_path / "exported").chat_template == TEMPLATE
