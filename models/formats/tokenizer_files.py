@@ -80,7 +80,9 @@ def _read_config(directory: Path) -> dict[str, Any]:
 
 
 def _check_template(template: Any, path: Path) -> None:
-    named = template if isinstance(template, list) else [{"name": "default", "template": template or ""}]
+    if template is None:
+        return
+    named = template if isinstance(template, list) else [{"name": "default", "template": template}]
     for entry in named:
         if not isinstance(entry, Mapping) or not all(isinstance(entry.get(key), str) for key in ("name", "template")):
             raise UserError(f"{path}: chat_template must be a text or a list of named ones, got {_short(template)}")
@@ -89,7 +91,9 @@ def _check_template(template: Any, path: Path) -> None:
 def _parsed(definition: str, path: Path) -> tokenizers.Tokenizer:
     try:
         return tokenizers.Tokenizer.from_str(definition)
-    except Exception as error:  # The library raises bare Exceptions.
+    except BaseException as error:  # The library raises bare Exceptions, and panics, which are none.
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
         raise UserError(f"{path} is not a tokenizer definition ({error})") from error
 
 

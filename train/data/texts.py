@@ -303,6 +303,8 @@ def _open_directory(directory: Path, split: str, tokenizer_fingerprint: str | No
 
     def fetch(index: int) -> Document:
         example = records[index]
+        if len(example["tokens"]) != lengths[index]:
+            raise UserError(f"{lengths_path} is not of this data set: document {index} has another length")
         return {"name": example["name"].decode(), "tokens": example["tokens"], "mask": example["mask"]}
 
     return Documents(lengths, fetch, manifest)
@@ -361,8 +363,8 @@ def _lengths_path(directory: Path, split: str) -> Path:
 def _lengths(path: Path, records: Records) -> np.ndarray:
     try:
         lengths = np.load(path, allow_pickle=False)[records.first : records.stop]
-    except (ValueError, EOFError) as error:
-        raise UserError(f"{path} is damaged ({error})") from None
+    except Exception as error:  # The header is Python, and fails in all the ways that Python may.
+        raise UserError(f"{path} is damaged ({type(error).__name__}: {error})") from None
     if lengths.shape != (len(records),) or lengths.dtype.kind != "i":
         raise UserError(f"{path} is not of this data set: it holds {lengths.dtype} {list(lengths.shape)}")
     return lengths

@@ -86,6 +86,7 @@ def test_what_says_nothing_new_changes_nothing(plain, directory):
         ({"added_tokens.json": {"x": "y"}}, "maps tokens to ids"),
         ({"tokenizer_config.json": {"pad_token": 3}}, "pad_token must be a text"),
         ({"tokenizer_config.json": {"chat_template": 3}}, "chat_template must be a text"),
+        ({"tokenizer_config.json": {"chat_template": {}}}, "chat_template must be a text"),
         ({"tokenizer_config.json": {"chat_template": [{"name": "x"}]}}, "chat_template must be a text"),
     ],
 )
