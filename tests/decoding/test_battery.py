@@ -23,8 +23,7 @@ import pytest
 
 from decoding import loop
 from decoding.cache import SLOTS
-from decoding.drafter import Drafter, TargetView
-from decoding.drafters.draft_model import DraftModel
+from decoding.drafter import TargetView
 from decoding.generate import generate
 from decoding.place import Place
 from decoding.replay import is_replayable, replay_acceptance
@@ -56,6 +55,7 @@ from tests.decoding.drafter_cases import (
     Oracle,
     each_drafter,
     learns_from_rejected_nodes,
+    read_by,
 )
 
 pytestmark = pytest.mark.usefixtures("x64")
@@ -277,11 +277,6 @@ def visible(leaf: np.ndarray, length: np.ndarray) -> np.ndarray:
         return leaf
     places = np.arange(CAPACITY).reshape([-1 if size == CAPACITY else 1 for size in leaf.shape])
     return np.where(places < length[:, None, None, None], leaf, 0)
-
-
-def read_by(drafter: Drafter, length: np.ndarray) -> np.ndarray:
-    """How much of a text the state stands for: a draft model reads the last committed token with the next draft."""
-    return np.asarray(length) - isinstance(drafter, DraftModel)
 
 
 @each_drafter
