@@ -1,7 +1,6 @@
 """What drafters that fill one static tree answer alike, whatever fills it."""
 
 import dataclasses
-from typing import Self
 
 from decoding.drafter import Drafter
 from decoding.trees import Topology
@@ -25,7 +24,7 @@ class StaticTreeDrafter(Drafter):
     def ranked_tree(self) -> Topology:
         return self.tree
 
-    def with_tree(self, tree: Topology) -> Self:
+    def with_tree(self, tree: Topology) -> "StaticTreeDrafter":
         return dataclasses.replace(self, tree=tree)  # type: ignore[type-var]
 
     def check(self, config):
