@@ -16,6 +16,7 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".cache" / "jax"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
+os.environ.setdefault("HYPOTHESIS_STORAGE_DIRECTORY", str(ROOT / ".cache" / "hypothesis"))
 # Tests compile thousands of programs and run each for moments, so XLA compiles them in the cheapest way that does not
 # make them slow. `XLA_FLAGS= bash scripts/test.sh` tests what is compiled by default.
 CHEAP = ["--xla_backend_optimization_level=1", "--xla_cpu_parallel_codegen_split_count=1"]
