@@ -25,7 +25,7 @@ Span = tuple[int, int]
 # of a message's content.
 _OPEN, _CLOSE, _PROBE = "\ufdd0", "\ufdd1", "\ufdd2"
 # What a turn says besides its content. A template that does not show one of these loses something.
-SPOKEN = ("tool_calls", "function_call", "reasoning_content", "reasoning", "thinking")
+SPOKEN = ("tool_calls", "function_call", "reasoning_content", "reasoning", "thinking", "thought")
 
 
 class ChatTemplate:

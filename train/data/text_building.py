@@ -23,6 +23,7 @@ from train.data.building import new_dataset
 from train.data.text_sources import RawDocument
 
 _CHUNK = 64  # Documents tokenised together.
+_SHOWN = 5  # Refusals told in full.
 _BLANK, _REFUSED = "documents without text", "conversations that are refused"
 
 
@@ -147,7 +148,7 @@ class _Counter:
         self._totals = {"documents": 0, "tokens": 0, "labels": 0, "bytes": 0}
         self._left_out: collections.Counter[str] = collections.Counter()
         self._unused: collections.Counter[str] = collections.Counter()
-        self._refusal = ""
+        self._refusals: list[str] = []
         self._split, self._template, self._max_refused, self._progress = split, template, max_refused, progress
         self._told = float("inf")
 
@@ -170,13 +171,13 @@ class _Counter:
 
     def refuse(self, reason: str) -> None:
         """Counts a conversation that cannot be used. Raises UserError for one more than may be."""
-        self._refusal = self._refusal or reason
         self._left_out[_REFUSED] += 1
         count = self._left_out[_REFUSED]
+        if count <= _SHOWN:
+            self._refusals.append(reason)
         if count > self._max_refused:
-            raise UserError(
-                self._refusal if count == 1 else f"{count:,} conversations are refused, the first: {self._refusal}"
-            )
+            first = self._refusals[0]
+            raise UserError(first if count == 1 else f"{count:,} conversations are refused, the first: {first}")
 
     def add(self, document: RawDocument, tokens: Sequence[int], mask: Sequence[int]) -> None:
         self._totals["documents"] += 1
@@ -193,15 +194,17 @@ class _Counter:
     def finish(self) -> None:
         listed = _listed(self._left_out)
         if not self._totals["documents"]:
-            if self._refusal:
-                raise UserError(f"{self._refusal} (no conversation of {self._split!r} can be used)")
+            if self._refusals:
+                raise UserError(f"{self._refusals[0]} (no conversation of {self._split!r} can be used)")
             left_out = f" (left out: {listed})" if listed else ""
             raise UserError(f"the split {self._split!r} is empty: there is no document with text in it{left_out}")
         self._tell("in all")
         if listed:
             self._progress(f"{self._split}: left out: {listed}")
-        if self._refusal:
-            self._progress(f"{self._split}: the first refused is {self._refusal}")
+        for reason in self._refusals:
+            self._progress(f"{self._split}: refused {reason}")
+        if (more := self._left_out[_REFUSED] - len(self._refusals)) > 0:
+            self._progress(f"{self._split}: and {more:,} more")
         if self._unused:
             self._progress(f"{self._split}: fields that go nowhere, and in how many rows: {_listed(self._unused)}")
 
