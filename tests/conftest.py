@@ -51,13 +51,10 @@ def structs_may_hold_shapes() -> Iterator[None]:
     these three structs make of their fields would refuse."""
     from decoding.images.scales import Draws, Sketch
     from decoding.sampling import SamplingParameters
+    from tests.decoding.compiled_text import shapes_for_arrays
 
-    structs = (Draws, Sketch, SamplingParameters)
-    for struct in structs:
-        struct.__init__.__no_type_check__ = True
-    yield
-    for struct in structs:
-        del struct.__init__.__no_type_check__
+    with shapes_for_arrays(Draws, Sketch, SamplingParameters):
+        yield
 
 
 @pytest.fixture

@@ -1,6 +1,7 @@
 """What drafters made of draft heads share: heads, a static tree, and the feature at the last committed position."""
 
 import dataclasses
+from typing import Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -12,10 +13,38 @@ from decoding.sampling import best_tokens
 from decoding.tree_search import probing_tree
 from decoding.trees import MC_SIM_7B_63, Topology
 from models import transformer
-from models.heads.hydra import HydraHeads
-from models.heads.medusa import MedusaHeads
+from models.config import TransformerConfig
 from models.layout import Layout
 from models.transformer import Output, Params
+
+
+@runtime_checkable
+class Heads(Protocol):
+    """What a drafter of heads asks of their shape, a frozen dataclass; `models/heads/medusa.py` is the plainest."""
+
+    @property
+    def num_heads(self) -> int:
+        """How many tokens ahead the last one looks, counted after the root."""
+
+    @property
+    def num_layers(self) -> int:
+        """Blocks per head."""
+
+    @property
+    def prefix(self) -> bool:
+        """Whether they read features of their own making, which noise in training leaves alone."""
+
+    def init(self, config: TransformerConfig, target: Params, key: Array) -> Params:
+        """Fresh parameters."""
+
+    def features(self, config: TransformerConfig, params: Params, post_norm: Array, layout: Layout) -> Array:
+        """What heads read, `[B, T, H]`, of whole texts."""
+
+    def hidden(self, params: Params, i: int, feature: Array, path: Array, dropout_key: Array | None = None) -> Array:
+        """What head i's vocabulary map reads, of features `[..., H]` and embedded paths `[..., i + 1, H]`."""
+
+    def vocab(self, params: Params, i: int, hidden: Array) -> Array:
+        """Head i's logits."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,7 +56,7 @@ class HeadDrafter(StaticTreeDrafter):
       tree: the candidates; at most as deep as there are heads.
     """
 
-    heads: MedusaHeads | HydraHeads
+    heads: Heads
     tree: Topology = MC_SIM_7B_63
 
     def rule(self, greedy):

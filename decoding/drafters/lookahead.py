@@ -120,7 +120,7 @@ class Lookahead(Drafter):
         answers_BC = argmax(output.logits[:, rows])
         window_BRC = state["window"].at[:, 0, 0].set(tree.tokens[:, 0])
         moved_BRC = jnp.concatenate([window_BRC, answers_BC[:, None]], axis=1)
-        # The verdict, and with it every look into the pool, comes before the pool changes, so that XLA need not copy it.
+        # The verdict, and with it every look into the pool, comes before the pool changes: XLA need not copy it.
         grams_BCR = behind(moved_BRC.swapaxes(1, 2), after=verdict.drafts[:, None])
         return {
             "window": jnp.where(live[:, None, None], moved_BRC[:, 1:], state["window"]),
