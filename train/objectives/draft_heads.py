@@ -81,7 +81,9 @@ class DraftHeadsConfig:
     def untrained(self, model: TransformerConfig | None = None) -> HeadDrafter:
         """The drafter without parameters, its tree the published one as far down as there are heads."""
         kinds = {name: kind for name, kind in DRAFTERS.items() if issubclass(kind, HeadDrafter)}
-        schema.require(self.drafter in kinds, f"objective.drafter must be one of {', '.join(kinds)}", self.drafter)
+        if self.drafter not in kinds:
+            meant = schema.nearest(self.drafter, kinds)
+            raise UserError(f"objective.drafter must be one of {', '.join(kinds)}, got {self.drafter!r}{meant}")
         drafter: Any = kinds[self.drafter]
         heads = schema.parse(type(drafter().heads), self.heads, "objective.heads")
         schema.require(heads.num_heads >= 1, "objective.heads.num_heads must be at least 1", heads.num_heads)
