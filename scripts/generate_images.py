@@ -10,7 +10,9 @@ With a refiner the larger model makes the first N scales and the refiner the oth
 """
 
 import argparse
+import collections
 import re
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -25,7 +27,7 @@ from models.command_line import at_least
 from models.errors import UserError, exit_on_user_error
 from models.formats import image_models as files
 from models.images.config import VARConfig, VQVAEConfig
-from train.data.images import decoded
+from train.data.pixels import decoded
 
 _SMALLEST_SIDE = 96  # Of an image on the page; smaller ones are enlarged to this or more.
 
@@ -103,7 +105,11 @@ def _read(path: Path, side: int) -> np.ndarray:
         content = path.read_bytes()
     except OSError as error:
         raise UserError(f"there is no image {path} to be read ({error.strerror})") from None
-    return decoded(content, side, str(path))
+    changes: collections.Counter[str] = collections.Counter()
+    pixels = decoded(content, side, str(path), changes)
+    for change in +changes:
+        print(f"{path}: {change}", file=sys.stderr)
+    return pixels
 
 
 @exit_on_user_error

@@ -2,8 +2,8 @@
 
 A data set is a TFDS `array_record` directory of `{'name', 'image', 'label'}` with square PNG images of one size and a
 `manifest.json`; `scripts/build_dataset.py` makes it and `open_images` reads it. Image sets of the TFDS catalogue
-(`tfds:cifar10`, `tfds:mnist`, `tfds:imagenet2012`) go through the same door. Images are decoded here, by Pillow, so
-that whatever is stored comes out as uint8 [S, S, 3].
+(`tfds:cifar10`, `tfds:mnist`, `tfds:imagenet2012`) go through the same door. Whatever is stored comes out as uint8
+[S, S, 3] (`train/data/pixels.py`).
 """
 
 import functools
@@ -16,11 +16,12 @@ import grain
 import numpy as np
 import tensorflow_datasets as tfds
 from jaxtyping import Int32, UInt8
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from models.errors import UserError
 from models.formats.hf_config import read_json
 from train.data.order import in_order, shuffled
+from train.data.pixels import decoded
 from train.data.records import (
     CATALOGUE_PREFIX,
     Records,
@@ -147,33 +148,6 @@ def _images(records: Records, size: int | None, manifest: dict[str, Any], where:
         return decoded(record["image"], side, f"image {index} of {where}"), int(record["label"])
 
     return Images(len(records), side, features["label"].names, fetch, manifest)
-
-
-def decoded(content: bytes, size: int, where: str) -> UInt8[np.ndarray, "S S 3"]:
-    """An encoded image (PNG, JPEG, ...) as RGB pixels of one size; what is transparent becomes white.
-
-    Raises:
-      UserError: it is no image; the message names `where`.
-    """
-    try:
-        with Image.open(io.BytesIO(content)) as image:
-            return fitted(image, size)
-    except (UnidentifiedImageError, OSError, SyntaxError, Image.DecompressionBombError) as error:
-        raise UserError(f"{where} cannot be read as an image ({error})") from None
-
-
-def fitted(image: Image.Image, size: int) -> UInt8[np.ndarray, "S S 3"]:
-    """An image brought to a square: its shorter side to `size` by Lanczos' filter, its middle cut out."""
-    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    image = image.convert("RGB")
-    short = min(image.size)
-    if short != size:
-        width, height = (max(size, round(length * size / short)) for length in image.size)
-        image = image.resize((width, height), Image.Resampling.LANCZOS)
-    left, top = ((length - size) // 2 for length in image.size)
-    return np.asarray(image.crop((left, top, left + size, top + size)))
 
 
 def batches(

@@ -121,33 +121,6 @@ def encoded(image: Image.Image, kind: str = "PNG") -> bytes:
     return content.getvalue()
 
 
-def test_whatever_is_stored_becomes_rgb() -> None:
-    red = Image.new("RGBA", (4, 4), (255, 0, 0, 255))
-    half = Image.new("RGBA", (4, 4), (255, 0, 0, 0))
-    cases = {
-        "rgba": (red, (255, 0, 0)),
-        "transparent": (half, (255, 255, 255)),
-        "grey": (Image.new("L", (4, 4), 7), (7, 7, 7)),
-        "palette": (red.convert("RGB").convert("P"), (255, 0, 0)),
-    }
-    for name, (image, colour) in cases.items():
-        assert (images.decoded(encoded(image), 4, name) == colour).all(), name
-    cmyk = images.decoded(encoded(Image.new("CMYK", (8, 8), (0, 0, 0, 0)), "JPEG"), 4, "cmyk")
-    assert cmyk.shape == (4, 4, 3) and (cmyk > 250).all()
-    with pytest.raises(UserError, match=r"image 3 of x cannot be read as an image"):
-        images.decoded(b"no image", 4, "image 3 of x")
-    with pytest.raises(UserError, match="x cannot be read"):
-        images.decoded(encoded(Image.effect_noise((64, 64), 50))[:500], 4, "x")
-
-
-def test_the_middle_is_cut_out() -> None:
-    wide = np.zeros((4, 10, 3), np.uint8)
-    wide[:, 3:7] = 200
-    assert (images.fitted(Image.fromarray(wide), 4) == 200).all()
-    tall = images.fitted(Image.fromarray(wide.transpose(1, 0, 2)).resize((40, 100), Image.Resampling.BOX), 4)
-    assert tall.shape == (4, 4, 3) and tall[1:3].min() > 180
-
-
 def test_directories_that_are_no_image_sets(directory, tmp_path) -> None:
     with pytest.raises(UserError, match=r"no data set at .*build_dataset --images.*tfds:cifar10"):
         open_images(tmp_path, "train")
