@@ -15,6 +15,7 @@ from models.errors import UserError
 from models.formats.target import load_target
 from models.layout import Layout
 from train import trainer
+from train.checkpoint import restore
 from train.data.corpus import open_corpus
 from train.objectives.draft_heads import DraftHeads
 from train.objectives.shift import ahead, labels_at
@@ -210,9 +211,7 @@ def test_the_loop_accepts_exactly_what_the_training_forward_says(drafter, settin
     _, _, frozen, batch = setting()
     corpus = open_corpus(config)
     plan = trainer.make_plan(config, corpus.facts)
-    checkpoints = trainer.Checkpoints(tmp_path / "checkpoints", keep=1)
-    with checkpoints:
-        state, _ = checkpoints.restore(30, plan.state)
+    state, _ = restore(tmp_path / "checkpoints" / "30", plan.state)
     found = plan.objective.probe(state["params"], frozen, iter([batch]))
     assert found["loop_1"] == found["replay_1"] and found["loop_2"] == found["replay_2"]
     assert 0 < found["loop_2"] <= found["loop_1"]

@@ -26,6 +26,7 @@ class Corpus(Protocol):
     Attributes:
       facts: what the data decides about the model; the objective is built with it.
       train: what is learnt from, with random access.
+      valid: what is held out.
     """
 
     @property
@@ -33,6 +34,9 @@ class Corpus(Protocol):
 
     @property
     def train(self) -> Any: ...
+
+    @property
+    def valid(self) -> Any: ...
 
     def batches(self, batch_size: int, seed: int) -> grain.DatasetIterator:
         """This process's part of endless shuffled training batches; `get_state()` and `set_state()` resume exactly."""

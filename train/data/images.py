@@ -64,6 +64,7 @@ class Images:
       size: side of every image.
       classes: names of the classes.
       manifest: what `scripts/build_dataset.py` wrote about the data set; empty for a catalogue set.
+      files: what they lie in.
     """
 
     def __init__(
@@ -73,8 +74,10 @@ class Images:
         classes: Sequence[str],
         fetch: Callable[[int], tuple[UInt8[np.ndarray, "S S 3"], int]],
         manifest: Mapping[str, Any] | None = None,
+        files: Sequence[Path] = (),
     ):
         self.size, self.classes, self.manifest = size, tuple(classes), dict(manifest or {})
+        self.files = tuple(files)
         self._count = count
         self._fetch = functools.lru_cache(maxsize=max(16, _CACHED_BYTES // (3 * size * size)))(fetch)
 
@@ -147,7 +150,7 @@ def _images(records: Records, size: int | None, manifest: dict[str, Any], where:
         record = records[index]
         return decoded(record["image"], side, f"image {index} of {where}"), int(record["label"])
 
-    return Images(len(records), side, features["label"].names, fetch, manifest)
+    return Images(len(records), side, features["label"].names, fetch, manifest, records.files)
 
 
 def batches(

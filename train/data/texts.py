@@ -72,6 +72,7 @@ class Documents:
     Attributes:
       lengths: tokens of each document, int64 [N].
       manifest: what `scripts/build_dataset.py` wrote about the data set; empty for a catalogue set.
+      files: what they lie in.
     """
 
     def __init__(
@@ -79,8 +80,10 @@ class Documents:
         lengths: Int[np.ndarray, "N"],
         fetch: Callable[[int], Document],
         manifest: Mapping[str, Any] | None = None,
+        files: Sequence[Path] = (),
     ):
         self.lengths = np.asarray(lengths, np.int64)
+        self.files = tuple(files)
         self.manifest = dict(manifest or {})
         mean_length = max(1, int(self.lengths.mean())) if len(self.lengths) else 1
         # A long document is read for each of the rows that it spans, from several threads.
@@ -304,7 +307,7 @@ def _open_directory(directory: Path, split: str, tokenizer_fingerprint: str | No
         example = records[index]
         return {"name": example["name"].decode(), "tokens": example["tokens"], "mask": example["mask"]}
 
-    return Documents(lengths, fetch, manifest)
+    return Documents(lengths, fetch, manifest, [*records.files, lengths_path])
 
 
 def _open_catalogue(
@@ -334,7 +337,7 @@ def _open_catalogue(
             "mask": np.ones(len(tokens[index]), np.uint8),
         }
 
-    return Documents(np.array([len(ids) for ids in tokens]), fetch)
+    return Documents(np.array([len(ids) for ids in tokens]), fetch, files=source.files)
 
 
 def _check_tokenizer(actual: str, expected: str | None, what: str) -> None:

@@ -12,7 +12,7 @@ holds the target's first choice (EAGLE-3).
 """
 
 import abc
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
@@ -115,6 +115,11 @@ class DraftObjective(Objective):
         """What guess i answers for, from the positions `at`, or from all."""
         batch = {**batch, "mask": label_mask(batch, self._config.labels)}
         return Labels(*(_picked(values, at) for values in labels_at(batch, i + 2)))
+
+    @property
+    def inputs(self) -> Mapping[str, str | None]:
+        """The target."""
+        return {"objective.target": self._config.base}
 
     def load_base(self, mesh: Mesh) -> Params:
         """The target, float32 on CPU and bfloat16 on accelerators."""

@@ -10,7 +10,7 @@ steps where the optimizer keeps one (`optimizer.ema`).
 """
 
 import abc
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -57,6 +57,11 @@ class Objective(abc.ABC):
         missing += sorted(getattr(cls, "__abstractmethods__", ()))
         if missing:
             raise UserError(f"the objective {cls.__name__} is incomplete: it does not define {', '.join(missing)}")
+
+    @property
+    def inputs(self) -> Mapping[str, str | None]:
+        """What it reads from disk besides the data: key of the config -> its path, or None where that is not used."""
+        return {}
 
     def scan_data(self, split: Any, /) -> None:  # noqa: B027 - nothing is what most do
         """Looks through the training split, once, before anything is loaded."""

@@ -267,7 +267,7 @@ def test_damaged_files_are_pixels_or_one_sentence(source: int, kind: str, seed: 
 
 
 @pytest.mark.slow
-@settings(max_examples=60_000, deadline=None)
+@settings(max_examples=20_000, deadline=None)
 @DAMAGED
 def test_many_damaged_files_are_pixels_or_one_sentence(source: int, kind: str, seed: int) -> None:
     survives(source, kind, seed)
