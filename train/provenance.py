@@ -37,16 +37,10 @@ def is_finished(workdir: Path, config: Mapping[str, Any]) -> bool:
       config: resolved, as `schema.resolved` gives it.
 
     Raises:
-      UserError: `workdir` holds a run of another config, finished or with training state, or files that no run here is
-        known to have written.
+      UserError: `workdir` holds a run of another config, finished or with training state.
     """
     record = _read(workdir)
     if record is None:
-        if taken := [name for name in ("checkpoints", "metrics.jsonl") if (workdir / name).exists()]:
-            raise UserError(
-                f"{workdir} holds {taken[0]} but no run.json, so it is not known which run they are of: choose another "
-                "--workdir"
-            )
         return False
     finished = bool(record.get("finished"))
     if not finished and not saved_steps(workdir / "checkpoints"):
@@ -59,6 +53,15 @@ def is_finished(workdir: Path, config: Mapping[str, Any]) -> bool:
                 "choose another --workdir, or remove that one to start over"
             )
     return finished
+
+
+def check_place(workdir: Path, product: str) -> None:
+    """Raises UserError where a run would write over what no run in `workdir` is known to have written."""
+    taken = [name for name in ("checkpoints", "metrics.jsonl", product) if (workdir / name).exists()]
+    if taken and _read(workdir) is None:
+        raise UserError(
+            f"{workdir} holds {taken[0]} but no run.json, so it is not known which run it is of: choose another --workdir"
+        )
 
 
 @contextlib.contextmanager

@@ -207,6 +207,7 @@ def train(config: TrainConfig, workdir: Path, profile: tuple[int, int] | None = 
     with contextlib.ExitStack() as stack:
         if first:
             stack.enter_context(provenance.locked(workdir))
+            provenance.check_place(workdir, plan.objective.product)
         if saved_steps(saved):
             provenance.check_inputs(workdir, inputs)
         restored = restore_newest(saved, plan.state, functools.partial(say, first))

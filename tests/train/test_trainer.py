@@ -1,6 +1,5 @@
 """The trainer end to end: learning, resuming, freezing, sharding, stopping, and what it leaves behind."""
 
-import dataclasses
 import functools
 import json
 import math
@@ -123,8 +122,9 @@ def test_a_finished_run_is_known_without_its_checkpoints(data_set, monkeypatch, 
     with pytest.raises(UserError, match=r"holds a run with optimizer\.learning_rate = 0\.1, not 0\.5"):
         provenance.is_finished(tmp_path, resolved(least_config(data_set, steps=3, optimizer={"learning_rate": 0.5})))
     (tmp_path / "run.json").unlink()
-    with pytest.raises(UserError, match=r"holds metrics\.jsonl but no run\.json"):
-        provenance.is_finished(tmp_path, resolved(config))
+    (tmp_path / "metrics.jsonl").unlink()
+    with pytest.raises(UserError, match=r"holds numbers but no run\.json"):
+        trainer.train(config, tmp_path)
     (tmp_path / "run.json").write_text("[]")
     with pytest.raises(UserError, match=r"run\.json is damaged, or was not written by this project"):
         provenance.is_finished(tmp_path, resolved(config))
