@@ -30,7 +30,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments = _parser().parse_args(argv)
     target = load_target(arguments.target)
     if target.tokenizer is None:
-        raise UserError(f"{arguments.target} has no tokenizer.json")
+        raise UserError(f"{arguments.target} has no tokenizer")
     wanted = {"train": arguments.documents, "valid": arguments.valid_documents}
     splits = {
         name: data.open_split(arguments.data, name, tokenizer_fingerprint=target.tokenizer.fingerprint)
@@ -47,12 +47,13 @@ def main(argv: Sequence[str] | None = None) -> None:
             counts[name]["labels"] += int(document["mask"].sum())
             yield document
 
+    template = splits["train"].manifest.get("chat_template")
     source = {name: str(value) for name, value in vars(arguments).items() if name not in ("out", "overwrite")}
     write_dataset(
         arguments.out,
-        target.tokenizer,
+        target.tokenizer.with_chat_template(template) if template else target.tokenizer,
         {name: functools.partial(counted, name) for name in splits},
-        lambda: {"kind": "continuations", "source": source, "chat_template": None, "splits": counts},
+        lambda: {"kind": "continuations", "source": source, "chat_template": template, "splits": counts},
         overwrite=arguments.overwrite,
     )
     for name, count in counts.items():

@@ -43,16 +43,17 @@ from models.formats.release import Release, read_release
 from models.formats.released_images import Converted, read_vae, read_var
 from models.formats.target import Target
 from models.formats.tokenizer import Tokenizer
+from models.formats.tokenizer_files import holds_tokenizer
 from models.images.config import SCHEDULES
 from models.transformer import Params
 
-Checkpoint = tuple[TransformerConfig, Params, Tokenizer | None]
+Checkpoint = tuple[TransformerConfig, Params, Tokenizer]
 
 
-def from_llama2c(source: Path, tokenizer: Path | None) -> Checkpoint:
+def from_llama2c(source: Path, tokenizer: Path) -> Checkpoint:
     """llama2.c `.bin` files, version 0 or Q8_0 version 2, with their `tokenizer.bin`."""
     config, params = read_llama2c(source)
-    return config, params, read_llama2c_tokenizer(tokenizer, config.vocab_size) if tokenizer else None
+    return config, params, read_llama2c_tokenizer(tokenizer, config.vocab_size)
 
 
 def published_tree(num_heads: int) -> Topology:
@@ -75,8 +76,8 @@ class DrafterFormat:
     drafter: Callable[[Any], Drafter]
 
 
-# Format name -> reader of (source, tokenizer file or None).
-TARGETS: dict[str, Callable[[Path, Path | None], Checkpoint]] = {"llama2c": from_llama2c}
+# Format name -> reader of (source, tokenizer file).
+TARGETS: dict[str, Callable[[Path, Path], Checkpoint]] = {"llama2c": from_llama2c}
 
 DRAFTERS: dict[str, DrafterFormat] = {
     "medusa": DrafterFormat(
@@ -105,10 +106,7 @@ def convert_target(args: argparse.Namespace) -> str:
     """Writes a target directory; returns what was made, for a person."""
     config, params, tokenizer = TARGETS[args.format](args.src, args.tokenizer)
     save_target(args.out, config, params, tokenizer, overwrite=args.overwrite)
-    return (
-        f"{config.family}, {config.num_layers} layers, width {config.width}, vocabulary {config.vocab_size}, "
-        f"{'with' if tokenizer else 'without'} tokenizer"
-    )
+    return f"{config.family}, {config.num_layers} layers, width {config.width}, vocabulary {config.vocab_size}"
 
 
 def convert_model(args: argparse.Namespace) -> str:
@@ -116,7 +114,7 @@ def convert_model(args: argparse.Namespace) -> str:
     base, config = load_target(args.base), load_config(args.src)
     drafter = DraftModel(config, args.policy) if args.policy else DraftModel(config)
     drafter.check(base.config)
-    if base.tokenizer and (args.src / "tokenizer.json").exists():
+    if base.tokenizer and holds_tokenizer(args.src):
         found, wanted = Tokenizer.load(args.src).fingerprint, base.tokenizer.fingerprint
         if found != wanted:
             raise UserError(f"{args.src} has another tokenizer ({found}) than {args.base} ({wanted})")
@@ -169,6 +167,8 @@ def check_options(args: argparse.Namespace) -> None:
     ):
         if value is not None and not known:
             raise UserError(f"--from {args.format} has no use for {option}")
+    if target and args.tokenizer is None:
+        raise UserError(f"--from {args.format} needs --tokenizer, without which the target could read no text")
     # Said before the work, which takes minutes for large models; what writes the directory holds to it again.
     if args.out.exists() and not args.overwrite:
         raise UserError(f"{args.out} already exists; --overwrite replaces it")

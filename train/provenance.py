@@ -60,7 +60,7 @@ def check_place(workdir: Path, product: str) -> None:
     taken = [name for name in ("checkpoints", "metrics.jsonl", product) if (workdir / name).exists()]
     if taken and _read(workdir) is None:
         raise UserError(
-            f"{workdir} holds {taken[0]} but no run.json, so it is not known which run it is of: choose another --workdir"
+            f"{workdir} holds {taken[0]} but no run.json, so it is not known what made it: choose another --workdir"
         )
 
 

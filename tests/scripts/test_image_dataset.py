@@ -61,7 +61,7 @@ def test_folder(folder, tmp_path, capsys) -> None:
         "classes": ["cats", "dogs"],
         "splits": {"train": {"images": 3, "per_class": [2, 1]}},
         "left_out": {
-            "not an image (.txt)": 1,
+            "files that are no images (.txt)": 1,
             "class folders without an image": 1,
             "images beside the class folders": 1,
         },
@@ -69,7 +69,7 @@ def test_folder(folder, tmp_path, capsys) -> None:
     }
     said = capsys.readouterr().out
     assert "out: train 3 images of 8x8, 2 classes\nclasses: 0 cats, 1 dogs\nleft out: " in said
-    assert "not an image (.txt) (1), images beside the class folders (1)\n" in said
+    assert "files that are no images (.txt) (1), images beside the class folders (1), class" in said
 
 
 def test_what_is_changed_or_left_out_is_counted_and_told(folder, tmp_path, capsys) -> None:

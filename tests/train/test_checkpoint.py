@@ -12,10 +12,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from models.errors import UserError
+from tests.fuzz import FEW_OR_MANY, fuzz
 from train.checkpoint import Checkpoints, restore, restore_newest
 
 
@@ -227,14 +227,6 @@ def survives(whole: pathlib.Path, folder: pathlib.Path, seed: int) -> None:
     newest_of(folder)
 
 
-@settings(max_examples=6, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(seed=st.integers(0, 2**32))
-def test_damaged_files_are_never_taken_for_whole(whole, tmp_path, seed):
-    survives(whole, tmp_path / "run", seed)
-
-
-@pytest.mark.slow
-@settings(max_examples=500, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(seed=st.integers(0, 2**32))
-def test_many_damaged_files_are_never_taken_for_whole(whole, tmp_path, seed):
-    survives(whole, tmp_path / "run", seed)
+@pytest.mark.parametrize("examples", FEW_OR_MANY)
+def test_damaged_files_are_never_taken_for_whole(examples, whole, tmp_path):
+    fuzz(6 * examples, st.integers(0, 2**32), lambda seed: survives(whole, tmp_path / "run", seed))

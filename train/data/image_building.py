@@ -11,7 +11,6 @@ import collections
 import dataclasses
 import fractions
 import functools
-import os
 import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -24,15 +23,17 @@ from PIL import Image
 
 from models.errors import UserError
 from models.formats.storage import write_json
+from models.formats.text_files import refuse_pointer, shown
 from train.data import images
 from train.data.building import name_rank, new_dataset
-from train.data.folders import FILE, FOLDER, files_below, kind_of, printable
+from train.data.folders import Found, files, is_hidden
 from train.data.glyphs import CHARACTERS, check, glyph
-from train.data.pixels import LFS_POINTER, SUFFIXES, decoded, fitted
+from train.data.pixels import SUFFIXES, decoded, fitted
 
 GLYPHS = "glyphs"
 GLYPH_SIZE = 32
 # Why files of a folder are left out, besides the reasons of `folders.py`.
+HIDDEN = "hidden files"
 EMPTY_CLASS = "class folders without an image"
 BESIDE = "images beside the class folders"
 BEYOND = "beyond --max_documents"
@@ -78,22 +79,18 @@ def read_folder(folder: str | Path, size: int) -> ImageList:
     """
     folder = Path(folder)
     if not folder.is_dir():
-        found = "is no folder" if folder.exists() else "does not exist"
-        raise UserError(f"{folder} {found}: expected a folder with a folder of images per class, or an .npz file")
+        problem = "is no folder" if folder.exists() else "does not exist"
+        raise UserError(f"{folder} {problem}: expected a folder with a folder of images per class, or an .npz file")
     left_out: collections.Counter[str] = collections.Counter()
     by_class: dict[str, list[Path]] = {}
-    for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
-        kind = kind_of(entry)
-        if kind == FOLDER:
-            paths = files_below(folder / entry.name, left_out, [folder])
-            chosen = [path for path in paths if _counted_suffix(path, left_out)]
-            left_out[EMPTY_CLASS] += not chosen
-            if chosen:
-                by_class[entry.name] = [Path(entry.name) / path for path in chosen]
-        elif kind == FILE:
-            left_out[BESIDE] += _counted_suffix(Path(entry.name), left_out)
+    for found in files(folder):
+        reason = _reason(found)
+        if reason:
+            left_out[reason] += 1
         else:
-            left_out[kind] += 1
+            by_class.setdefault(found.path.parts[0], []).append(found.path)
+    folders = [path.name for path in folder.iterdir() if path.is_dir() and not path.is_symlink()]
+    left_out[EMPTY_CLASS] = sum(name not in by_class and not name.startswith(".") for name in folders)
     if not by_class:
         raise UserError(
             f"{folder} holds no images in folders: expected one folder per class, with {', '.join(SUFFIXES)}"
@@ -106,8 +103,8 @@ def read_folder(folder: str | Path, size: int) -> ImageList:
         path = folder / labelled[index][0]
         return decoded(path.read_bytes(), size, str(path), changes)
 
-    names, labels = [printable(path) for path, _ in labelled], [label for _, label in labelled]
-    return ImageList(names, labels, [printable(name) for name in classes], size, read, +left_out, changes)
+    names, labels = [_shown(path) for path, _ in labelled], [label for _, label in labelled]
+    return ImageList(names, labels, [_shown(name) for name in classes], size, read, +left_out, changes)
 
 
 def class_order(names: Iterable[str]) -> list[str]:
@@ -117,12 +114,21 @@ def class_order(names: Iterable[str]) -> list[str]:
     return sorted(names, key=fractions.Fraction) if numbers else names
 
 
-def _counted_suffix(path: Path, left_out: collections.Counter[str]) -> bool:
-    """Whether a file is an image, by its name; one that is not is counted."""
-    if path.suffix.lower() in SUFFIXES:
-        return True
-    left_out[f"not an image ({printable(path.suffix.lower()) or 'no suffix'})"] += 1
-    return False
+def _reason(found: Found) -> str:
+    """Why what was found is no labelled image; empty for one that is."""
+    suffix = found.path.suffix.lower()
+    if is_hidden(found.path):
+        return HIDDEN
+    if found.left_out:
+        return found.left_out
+    if suffix not in SUFFIXES:
+        return f"files that are no images ({_shown(suffix) or 'no suffix'})"
+    return BESIDE if len(found.path.parts) == 1 else ""
+
+
+def _shown(name: str | Path) -> str:
+    """A path as text that can be stored; TFDS keeps one class a line."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in shown(str(name)))
 
 
 def read_npz(path: str | Path, label: str = "labels", size: int | None = None) -> ImageList:
@@ -158,10 +164,8 @@ def read_npz(path: str | Path, label: str = "labels", size: int | None = None) -
 def _arrays(path: Path, wanted: Sequence[str], optional: str) -> dict[str, np.ndarray]:
     if not path.is_file():
         raise UserError(f"no file {path}: expected an .npz with {' and '.join(wanted)}")
+    refuse_pointer(path)
     try:
-        with path.open("rb") as start:
-            if start.read(len(LFS_POINTER)) == LFS_POINTER:
-                raise UserError(f"{path} is a Git LFS pointer, not the file itself: fetch it with git lfs pull")
         with np.load(path, allow_pickle=False) as file:
             if missing := [name for name in wanted if name not in file]:
                 raise UserError(f"{path} has no array {missing[0]!r}; it holds {', '.join(file)}")

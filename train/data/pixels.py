@@ -16,6 +16,7 @@ from jaxtyping import UInt8
 from PIL import ExifTags, Image, ImageCms, UnidentifiedImageError
 
 from models.errors import UserError
+from models.formats.text_files import POINTER, is_pointer
 
 # Others that Pillow knows are rare, or run programs of their own (EPS).
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
@@ -29,7 +30,6 @@ UNREADABLE_PROFILE = "colour profile not usable, taken as sRGB"
 FIRST_FRAME = "only the first of several frames taken"
 
 _EIGHT_BITS = ("1", "L", "P", "RGB", "RGBX", "RGBA", "RGBa", "CMYK", "YCbCr", "LA", "PA")
-LFS_POINTER = b"version https://git-lfs"
 _BITS, _PHOTOMETRIC, _WHITE_IS_ZERO = 258, 262, 0  # Tags of TIFF.
 _SRGB = ImageCms.createProfile("sRGB")
 _TURNS = {  # EXIF's numbers of how a picture lies.
@@ -59,8 +59,8 @@ def decoded(
       UserError: it is no image, it is damaged, or its pixels have no known range; the message names `where`.
     """
     changes = collections.Counter() if changes is None else changes
-    if content.startswith(LFS_POINTER):
-        raise UserError(f"{where} is a Git LFS pointer, not the image itself: fetch it with git lfs pull")
+    if is_pointer(content):
+        raise UserError(f"{where} {POINTER}")
     try:
         with Image.open(io.BytesIO(content), formats=FORMATS) as image:
             return fitted(_rgb(image, changes), size)

@@ -1,50 +1,60 @@
-"""What is found below a folder, and what is left out with a count."""
+"""Folders: links are followed once, hidden files are told apart, patterns are pathlib's."""
 
-import collections
 import os
-import pathlib
+from pathlib import Path
 
-from train.data import folders
-from train.data.folders import files_below, printable
+import pytest
 
-
-def found(folder: pathlib.Path, *read: pathlib.Path) -> tuple[list[str], dict[str, int]]:
-    left_out: collections.Counter[str] = collections.Counter()
-    return [path.as_posix() for path in files_below(folder, left_out, read)], dict(left_out)
+from models.errors import UserError
+from train.data.folders import Glob, files, is_hidden
 
 
-def make(folder: pathlib.Path, *names: str) -> None:
+def write(root: Path, *names: str) -> None:
     for name in names:
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        (folder / name).write_text(name)
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text(name)
 
 
-def test_links_are_followed_and_nothing_is_read_twice(tmp_path) -> None:
-    make(tmp_path, "here/b/1", "here/c/2", "store/deep/3", "store/4", "alone")
-    (tmp_path / "here" / "a").symlink_to("b")  # What really lies there comes first.
-    (tmp_path / "here" / "d").symlink_to("../store")
-    (tmp_path / "here" / "file").symlink_to("../alone")
-    (tmp_path / "here" / "back").symlink_to("..")
-    (tmp_path / "store" / "up").symlink_to("../here")
-    (tmp_path / "here" / "nowhere").symlink_to("../gone")
-    (tmp_path / "here" / "itself").symlink_to("itself")
-    names, left_out = found(tmp_path / "here")
-    assert names == ["b/1", "back/alone", "back/store/4", "back/store/deep/3", "c/2", "file"]
-    assert left_out == {folders.DANGLING: 2, folders.REPEATED: 4}
+def test_links_are_followed_once(tmp_path):
+    write(tmp_path, "src/b/one.py", "store/lib/two.py", "store/lib/deep/three.py")
+    src = tmp_path / "src"
+    (src / "a").symlink_to(tmp_path / "store" / "lib")
+    (src / "again").symlink_to(tmp_path / "store" / "lib" / "deep")
+    (src / "b" / "up").symlink_to(src)
+    (src / "file.py").symlink_to(tmp_path / "store" / "lib" / "two.py")
+    (src / "nowhere").symlink_to("gone")
+    (src / "self").symlink_to("self")
+    (tmp_path / "store" / "lib" / "back").symlink_to(src)
+    os.mkfifo(src / "pipe")
+    found = files(src)
+    assert [one.path for one in found] == sorted(one.path for one in found)
+    read = [one.path.as_posix() for one in found if not one.left_out]
+    assert sorted(read) == ["a/deep/three.py", "a/two.py", "b/one.py", "file.py"]
+    left = {one.path.as_posix(): one.left_out for one in found if one.left_out}
+    circle = "links to folders that are read already"
+    assert left == {
+        "again": circle,
+        "b/up": circle,
+        "a/back": circle,
+        "nowhere": "links that lead nowhere",
+        "self": "links that lead nowhere",
+        "pipe": "things that are no files",
+    }
 
 
-def test_a_link_to_what_counts_as_read_is_left_out(tmp_path) -> None:
-    make(tmp_path, "class/1", "other/2")
-    (tmp_path / "class" / "all").symlink_to("..")
-    assert found(tmp_path / "class", tmp_path) == (["1"], {folders.REPEATED: 1})
+@pytest.mark.parametrize(
+    "pattern", ["**/*", "**/*.py", "*.py", "a/**/*.py", "**/a/*", "**/**/*.py", "*/*.[pt]*", "./*"]
+)
+def test_patterns_are_pathlibs(tmp_path, pattern):
+    write(tmp_path, "x.py", "a/x.py", "a/b/x.py", "a/b/c/x.txt", "b/a/y.PY", "a/a/a/x.py")
+    found = {one.path for one in files(tmp_path) if Glob(pattern).matches(one.path)}
+    assert found == {path.relative_to(tmp_path) for path in tmp_path.glob(pattern) if path.is_file()}
 
 
-def test_hidden_and_special_files_are_counted(tmp_path) -> None:
-    make(tmp_path, "1", ".DS_Store", "a/._2", ".cache/3")
-    os.mkfifo(tmp_path / "pipe")
-    assert found(tmp_path) == (["1"], {folders.HIDDEN: 3, folders.SPECIAL: 1})
-
-
-def test_names_can_be_shown() -> None:
-    assert printable("a/é ü.png") == "a/é ü.png"
-    assert printable(os.fsdecode(b"caf\xe9\n.png")) == r"caf\xe9\n.png"
+def test_patterns_that_cannot_be():
+    for pattern in ("", "/**/*.py", "../*", "a/../b"):
+        with pytest.raises(UserError, match="must be relative"):
+            Glob(pattern)
+    assert Glob(".github/**/*").names_hidden() and not Glob("**/*.py").names_hidden()
+    assert Glob("a/**").matches(Path("a/b/c"))
+    assert is_hidden(Path(".git/config")) and is_hidden(Path("a/._x")) and not is_hidden(Path("a/b.c"))

@@ -9,11 +9,11 @@ from collections.abc import Callable
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import ExifTags, Image, ImageCms
 
 from models.errors import UserError
+from tests.fuzz import FEW_OR_MANY, fuzz
 from train.data import pixels
 from train.data.pixels import decoded, fitted
 
@@ -166,7 +166,7 @@ def test_what_is_no_image_is_one_sentence() -> None:
     for content, reason in cases.items():
         with pytest.raises(UserError, match=rf"image 3 of x cannot be read as an image \(.*{reason}"):
             decoded(content, 4, "image 3 of x")
-    with pytest.raises(UserError, match="x is a Git LFS pointer, not the image itself: fetch it"):
+    with pytest.raises(UserError, match="x is a Git LFS pointer, not the file itself: fetch it"):
         decoded(b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 3\n", 4, "x")
 
 
@@ -257,24 +257,17 @@ def survives(source: int, kind: str, seed: int) -> None:
         assert made.shape == (5, 5, 3) and made.dtype == np.uint8
 
 
-DAMAGED = given(st.integers(0, len(SOURCES) - 1), st.sampled_from(sorted(DAMAGE)), st.integers(0, 2**32))
+@pytest.mark.parametrize("examples", FEW_OR_MANY)
+def test_damaged_files_are_pixels_or_one_sentence(examples: int) -> None:
+    draws = st.tuples(st.integers(0, len(SOURCES) - 1), st.sampled_from(sorted(DAMAGE)), st.integers(0, 2**32))
+    fuzz(400 * examples, draws, lambda draw: survives(*draw))
 
 
-@settings(max_examples=400, deadline=None)
-@DAMAGED
-def test_damaged_files_are_pixels_or_one_sentence(source: int, kind: str, seed: int) -> None:
-    survives(source, kind, seed)
+@pytest.mark.parametrize("examples", FEW_OR_MANY)
+def test_any_bytes_are_one_sentence(examples: int) -> None:
+    fuzz(50 * examples, st.binary(max_size=200), lambda content: refused(content))
 
 
-@pytest.mark.slow
-@settings(max_examples=20_000, deadline=None)
-@DAMAGED
-def test_many_damaged_files_are_pixels_or_one_sentence(source: int, kind: str, seed: int) -> None:
-    survives(source, kind, seed)
-
-
-@settings(max_examples=50, deadline=None)
-@given(st.binary(max_size=200))
-def test_any_bytes_are_one_sentence(content: bytes) -> None:
+def refused(content: bytes) -> None:
     with pytest.raises(UserError):
         decoded(content, 5, "x")
