@@ -113,6 +113,7 @@ def make_plan(config: TrainConfig, facts: Any) -> Plan:
     if config.batch_size % parts:
         raise UserError(f"batch_size ({config.batch_size}) must be a multiple of the mesh's data x fsdp size ({parts})")
     objective = OBJECTIVES[config.objective.name](config.objective, facts)
+    objective.check(config.length)
     if config.length is not None and config.length > objective.model.max_position:
         longest = objective.model.max_position
         raise UserError(f"config.length ({config.length}) exceeds the longest sequence of the model ({longest})")
@@ -336,6 +337,12 @@ def make_evaluation(plan: Plan, corpus: Corpus) -> Callable[[Params, Params | No
     """The function from (trainable, frozen) to the numbers of one pass over the valid split."""
     config, objective = plan.config, plan.objective
     measure = jax.jit(objective.evaluate)
+    for example in corpus.validation(config.batch_size, 1):
+        # Traced now, and not again: what is wrong with it shows before the first step, not at the first evaluation.
+        whole = {name: jax.ShapeDtypeStruct((config.batch_size, *a.shape[1:]), a.dtype) for name, a in example.items()}
+        sums = jax.eval_shape(measure, learnt(plan.state), plan.frozen, whole)
+        if not isinstance(sums, dict) or not all(isinstance(v, tuple) and len(v) == 2 for v in sums.values()):
+            raise UserError(f"the objective {type(objective).__name__}: evaluate must return name -> (sum, weight)")
 
     def batches() -> Iterator[Batch]:
         for batch in corpus.validation(config.batch_size, config.evaluation.batches):
