@@ -8,19 +8,17 @@ A data set is a TFDS `array_record` directory of `{'name', 'image', 'label'}` wi
 
 import functools
 import io
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypedDict
 
-import grain
 import numpy as np
 import tensorflow_datasets as tfds
-from jaxtyping import Int32, UInt8
+from jaxtyping import UInt8
 from PIL import Image
 
 from models.errors import UserError
 from models.formats.text_files import read_json
-from train.data.order import in_order, shuffled
 from train.data.pixels import decoded
 from train.data.records import (
     CATALOGUE_PREFIX,
@@ -50,13 +48,6 @@ class Example(TypedDict):
     label: int
 
 
-class ImageBatch(TypedDict):
-    """Images with their classes, `PADDING` for those that only fill up a batch."""
-
-    image: UInt8[np.ndarray, "B S S 3"]
-    label: Int32[np.ndarray, "B"]
-
-
 class Images:
     """Random access to the images of a split.
 
@@ -80,6 +71,11 @@ class Images:
         self.files = tuple(files)
         self._count = count
         self._fetch = functools.lru_cache(maxsize=max(16, _CACHED_BYTES // (3 * size * size)))(fetch)
+
+    @property
+    def padding(self) -> dict[str, np.ndarray]:
+        """A black image of label `PADDING`, which fills up a last batch."""
+        return {"image": np.zeros((self.size, self.size, 3), np.uint8), "label": np.asarray(PADDING, np.int32)}
 
     def __len__(self) -> int:
         return self._count
@@ -151,56 +147,6 @@ def _images(records: Records, size: int | None, manifest: dict[str, Any], where:
         return decoded(record["image"], side, f"image {index} of {where}"), int(record["label"])
 
     return Images(len(records), side, features["label"].names, fetch, manifest, records.files)
-
-
-def batches(
-    images: Images,
-    batch_size: int,
-    seed: int,
-    *,
-    epochs: int | None = None,
-    process_index: int = 0,
-    process_count: int = 1,
-) -> grain.DatasetIterator:
-    """Shuffled batches for training, each epoch in another order.
-
-    Step `s` holds the same images whatever the number of processes. `get_state()` is a small JSON-able dict that is the
-    same on every process; after `set_state` with it an iterator made with the same arguments continues exactly.
-
-    Args:
-      images: from `open_images`.
-      batch_size: images over all processes.
-      seed: of the shuffles.
-      epochs: passes over the data; None for no end. A last batch that is not full is dropped.
-      process_index: which of `process_count` processes this one is; it gets every `process_count`-th image.
-
-    Returns:
-      An iterator of `ImageBatch`es of `batch_size / process_count` images, read ahead by threads.
-
-    Raises:
-      UserError: `batch_size` is not a multiple of `process_count`, or larger than all the epochs together.
-    """
-    if epochs is not None and epochs * len(images) < batch_size:
-        raise UserError(f"{epochs} epochs of {len(images)} images do not fill one batch of {batch_size}")
-    return shuffled(images, batch_size, seed, epochs, process_index, process_count)
-
-
-def sequential(
-    images: Images,
-    batch_size: int,
-    *,
-    max_batches: int | None = None,
-    process_index: int = 0,
-    process_count: int = 1,
-) -> Iterator[ImageBatch]:
-    """Every image once, in order, for evaluation; the last batch is filled up with black images of label `PADDING`.
-
-    Arguments, errors and sharding are those of `batches`; `max_batches` ends the pass early. Every process gets the
-    same number of batches.
-    """
-    black = np.zeros((images.size, images.size, 3), np.uint8)
-    padding: dict[str, np.ndarray] = {"image": black, "label": np.asarray(PADDING, np.int32)}
-    yield from in_order(images, padding, batch_size, max_batches, process_index, process_count)  # type: ignore[misc]
 
 
 def write_splits(

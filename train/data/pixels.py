@@ -105,7 +105,7 @@ def _rgb(image: Image.Image, changes: collections.Counter[str]) -> Image.Image:
         changes[TURNED] += 1
     if image.has_transparency_data:
         image = image.convert("RGBA")
-        changes[ON_WHITE] += image.getchannel("A").getextrema()[0] < 255
+        changes[ON_WHITE] += bool((np.asarray(image.getchannel("A")) < 255).any())
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
     return _in_srgb(image, profile, changes) if profile else image.convert("RGB")
 

@@ -213,9 +213,10 @@ class DraftObjective(Objective):
         """
         if jax.process_count() > 1:
             return {}
-        batch = {name: np.asarray(values) for name, values in next(batches).items()}
-        batch["mask"] = np.asarray(label_mask(batch, self._config.labels))
-        prompts = prompts_of(batch, self.model.max_position - self._config.loop_tokens)[: self._config.loop_prompts]
+        batch = next(batches)
+        batch = {**batch, "mask": label_mask(batch, self._config.labels)}
+        arrays = {name: np.asarray(values) for name, values in batch.items()}
+        prompts = prompts_of(arrays, self.model.max_position - self._config.loop_tokens)[: self._config.loop_prompts]
         new_tokens = min(self._config.loop_tokens, self.model.max_position - max(map(len, prompts), default=0))
         if not prompts or new_tokens <= 0:
             return {}
