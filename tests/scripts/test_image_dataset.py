@@ -8,7 +8,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from models.errors import UserError
 from scripts import build_dataset
+from train.data.building import check_out
 from train.data.glyphs import glyph
 from train.data.image_building import class_order, read_folder
 from train.data.images import Images, open_images
@@ -100,6 +102,10 @@ def test_names_that_are_no_text_are_escaped(tmp_path) -> None:
     run("--images", tmp_path / "src", "--size", 8, "--out", tmp_path / "out")
     assert open_images(tmp_path / "out", "train").classes == (r"a\nb",)
     assert read_folder(tmp_path / "src", 8).names == [r"a\nb/caf\xe9.png"]
+    with pytest.raises(
+        UserError, match=r"cannot write .*\\xe9: records can only be written where the whole path is UTF-8"
+    ):
+        check_out(pathlib.Path(os.fsdecode(b"caf\xe9")), overwrite=False)
 
 
 def test_folder_with_a_broken_image(folder, tmp_path, capsys) -> None:

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from models.errors import UserError
+from models.formats.text_files import half_character, shown
 
 
 def name_rank(name: str) -> int:
@@ -16,7 +17,9 @@ def name_rank(name: str) -> int:
 
 
 def check_out(out: Path, overwrite: bool) -> None:
-    """Raises `UserError` if `out` holds something that must not be lost."""
+    """Raises `UserError` if `out` holds something that must not be lost, or is no path for records."""
+    if half_character(str(out.absolute())) is not None:
+        raise UserError(f"cannot write {shown(str(out))}: records can only be written where the whole path is UTF-8")
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return
     if not (out / "manifest.json").is_file():
