@@ -171,7 +171,7 @@ def _parser() -> argparse.ArgumentParser:
     group.add_argument("--size", type=int, help=f"side in pixels; an .npz has its own, glyphs {GLYPH_SIZE}")
     group.add_argument("--label", default="labels", help=".npz: which of its arrays holds the labels (%(default)s)")
     group.add_argument("--characters", default=CHARACTERS, help="glyphs: the classes (%(default)s)")
-    group.add_argument("--seed", type=int, default=0, help="glyphs: of all that varies (%(default)s)")
+    group.add_argument("--seed", type=at_least(0), default=0, help="glyphs: of all that varies (%(default)s)")
     return parser
 
 

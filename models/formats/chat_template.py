@@ -98,19 +98,23 @@ class ChatTemplate:
     def _found(
         self, render: Callable[..., str], messages: Sequence[Message], index: int, whole: str, start: int | None
     ) -> Span:
-        probed = [*messages[:index], {**messages[index], "content": _PROBE}]
-        text = _or_none(render, [*probed, *messages[index + 1 :]], False) or ""
-        if text.count(_PROBE) != 1:
-            raise UserError(_entangled(index))
-        head, tail = text.split(_PROBE)
-        end = len(whole) - len(tail)
-        if not whole.endswith(tail) or end < _common(head, whole):
+        """Where turn `index` stands by a mark in its place: what then stands before and behind it is not its own."""
+        turn = messages[index]
+        # First without its calls, which belong to what it says; some templates want them where results follow.
+        for probe in ({"role": turn["role"], "content": _PROBE}, {**turn, "content": _PROBE}):
+            probed = [*messages[:index], probe]
+            text = _or_none(render, [*probed, *messages[index + 1 :]], False) or ""
+            head, mark, tail = text.partition(_PROBE)
+            end = len(whole) - len(tail)
+            common = _common(head, whole)
+            if mark and _PROBE not in tail and whole.endswith(tail) and end >= max(common, start or 0):
+                break
+        else:
             raise UserError(_entangled(index))
         if start is None:
-            # The content, or where the text parts before it, as with thinking that stands in the content itself; and
-            # back to the words that ask the assistant to speak.
+            # Where the text parts before the mark, as with thinking that stands in the content itself; and back to the
+            # words that ask the assistant to speak.
             prompt = self._prompt(render, messages[:index])
-            common = _common(head, whole)
             asked = whole.rfind(prompt, 0, common) if prompt else -1
             start = common if asked < 0 else asked + len(prompt)
         rest = whole[end:]

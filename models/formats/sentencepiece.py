@@ -93,7 +93,7 @@ def read_sentencepiece(path: Path, config: Mapping[str, Any]) -> tuple[tokenizer
         },
         "model": {
             "type": "BPE",
-            "unk_token": (unknown or [None])[0],
+            "unk_token": next(iter(unknown), None),
             "fuse_unk": True,
             "byte_fallback": True,
             "vocab": vocab,

@@ -148,12 +148,21 @@ def shown(name: str) -> str:
     return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
 
 
+def refuse_name(path: str | Path) -> None:
+    """Raises `UserError` for a place whose name is not UTF-8: several libraries that write files cannot go there."""
+    name = str(Path(path).absolute())
+    if half_character(name) is not None:
+        raise UserError(f"{shown(name)} is no name that is UTF-8: give one that is")
+
+
 def _checked_lines(text: io.TextIOWrapper, path: Path) -> Iterator[str]:
     for number, line in enumerate(text, 1):
         at = half_character(line)
         if at is not None:
             byte = ord(line[at]) & 0xFF
             raise UserError(f"{path} is not UTF-8 text: line {number} has the byte 0x{byte:02x} at character {at}")
+        if "\0" in line:
+            raise UserError(f"{path} is not UTF-8 text: line {number} has the byte 0x00, as archives and UTF-16 have")
         yield line
 
 

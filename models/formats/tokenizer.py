@@ -7,11 +7,12 @@ neither the file nor the fingerprint.
 """
 
 import bisect
+import contextlib
 import functools
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, SupportsIndex
 
@@ -152,11 +153,13 @@ class Tokenizer:
           UserError: `text` holds half of a surrogate pair, which is no Unicode character.
         """
         core = self.core if specials else self._literal
-        return [*self._prefix(bos), *core.encode(_checked(text), add_special_tokens=False).ids]
+        with _encoding():
+            return [*self._prefix(bos), *core.encode(_checked(text), add_special_tokens=False).ids]
 
     def encode_documents(self, texts: Sequence[str]) -> list[list[int]]:
         """Each text as one document, in parallel: begin token, the text with specials taken literally, end token."""
-        encodings = self._literal.encode_batch_fast([_checked(text) for text in texts], add_special_tokens=False)
+        with _encoding():
+            encodings = self._literal.encode_batch_fast([_checked(text) for text in texts], add_special_tokens=False)
         return [[*self._prefix(True), *encoding.ids, *self.eos_ids[:1]] for encoding in encodings]
 
     def decode(self, ids: TokenIds, skip_specials: bool = True) -> str:
@@ -213,7 +216,8 @@ class Tokenizer:
         if not any(message["role"] == "assistant" for message in messages):
             raise UserError("the conversation has no assistant turn, so there is nothing to learn from it")
         text, spans = self._chat.spans(messages, tools)
-        encoding = self.core.encode(_checked(text), add_special_tokens=False)
+        with _encoding():
+            encoding = self.core.encode(_checked(text), add_special_tokens=False)
         starts = [start for start, _ in spans]
         mask = []
         for begin, end in encoding.offsets:
@@ -310,6 +314,17 @@ def _counted(texts: Iterable[str], vocab_size: int, progress: Callable[[str], No
         characters += len(text)
         yield _checked(text)
     progress(f"training a tokenizer of {vocab_size:,} entries on {count:,} texts ({characters / 1e6:.1f}M characters)")
+
+
+@contextlib.contextmanager
+def _encoding() -> Iterator[None]:
+    """The library refuses some texts with a bare Exception: where a vocabulary lacks a piece and an unknown token."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(f"the tokenizer cannot encode a text ({error})") from error
 
 
 def _checked(text: str) -> str:

@@ -167,7 +167,7 @@ def test_what_a_folder_holds_besides_is_counted(tokenizer_dir, tmp_path, capsys)
     run(*common, "--out", tmp_path / "out")
     assert texts(tmp_path / "out") == {"caf\\xe9.py": "cafe = 1", "lib/b.py": "b = 1"}
     told = capsys.readouterr().err
-    for reason in ("excluded files", "hidden files", "files that are not UTF-8", "documents without text"):
+    for reason in ("excluded files", "hidden files", "files that are not UTF-8 text", "documents without text"):
         assert f"{reason} (1)" in told
     assert "links to folders that are read already (1)" in told and "Git LFS pointers" in told
     run(*common, "--glob", ".git/*", "--out", tmp_path / "hidden")
@@ -270,6 +270,12 @@ def test_bad_options(tmp_path, capsys, arguments, message):
     (tmp_path / "a.txt").write_text("text")
     line = fails(capsys, "--kind", "text", "--src", tmp_path / "a.txt", "--out", tmp_path / "out", *arguments)
     assert message in line and not (tmp_path / "out").exists()
+
+
+def test_a_place_that_no_library_can_write_to(tokenizer_dir, tmp_path, capsys):
+    (tmp_path / "a.txt").write_text("text")
+    common = ["--kind", "text", "--src", tmp_path / "a.txt", "--tokenizer", tokenizer_dir]
+    assert "is no name that is UTF-8" in fails(capsys, *common, "--out", os.fsdecode(bytes(tmp_path) + b"/caf\xe9"))
 
 
 @pytest.mark.parametrize("glob", ["", "/**/*.py", "../*"])

@@ -21,7 +21,7 @@ from google.protobuf import json_format
 from tensorflow_datasets.core.download import downloader
 
 from models.errors import UserError
-from models.formats.text_files import refuse_pointer
+from models.formats.text_files import refuse_name, refuse_pointer
 
 CATALOGUE_PREFIX = "tfds:"
 
@@ -95,6 +95,7 @@ def open_directory(directory: Path, split: str, decoders: Any = None) -> Records
     Raises:
       UserError: a file is missing or damaged, or there is no such split.
     """
+    refuse_name(directory)
     with quiet(), _damage(directory):
         for name in ("dataset_info.json", "features.json"):
             check_present(directory / name)

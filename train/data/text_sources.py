@@ -169,9 +169,10 @@ def _source_file(path: Path, name: str, seen: set[bytes]) -> RawDocument:
     if is_pointer(content):
         return RawDocument(name, left_out="Git LFS pointers, which stand for files that were not fetched")
     try:
-        return RawDocument(name, content.decode("utf-8-sig"))
+        text = content.decode("utf-8-sig")
     except UnicodeDecodeError:
-        return RawDocument(name, left_out="files that are not UTF-8")
+        text = "\0"
+    return RawDocument(name, left_out="files that are not UTF-8 text") if "\0" in text else RawDocument(name, text)
 
 
 def limited(documents: Iterable[RawDocument], max_documents: int | None) -> Iterable[RawDocument]:

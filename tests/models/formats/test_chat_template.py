@@ -34,7 +34,7 @@ THINKING = """
         {%- endif %}
         {{- content }}
         {%- for call in message.tool_calls or [] %}
-            {{- '<tool_call>' + (call.function | tojson) + '</tool_call>' }}
+            {{- '\\n' if content or not loop.first }}{{- '<tool_call>' + (call.function | tojson) + '</tool_call>' }}
         {%- endfor %}
         {{- '<|im_end|>\\n' }}
     {%- elif message.role == "tool" %}

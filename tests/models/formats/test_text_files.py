@@ -27,6 +27,7 @@ def test_a_byte_order_mark_is_no_text(tmp_path, compressed):
         (POINTER, "is a Git LFS pointer"),
         (b"one\ntwo\nthr\xe9e\n", "line 3 has the byte 0xe9 at character 3"),
         ("one".encode("utf-16"), "it is UTF-16"),
+        ("one\ntwo".encode("utf-16-le"), "line 1 has the byte 0x00"),
         (b"BZh91AY", "is a bzip2 file"),
         (b"PK\x03\x04", "is a zip file"),
         (b"PAR1....", "is a Parquet file"),

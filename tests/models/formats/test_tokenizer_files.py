@@ -168,6 +168,12 @@ def test_sentencepiece_that_cannot_be_read(tmp_path, content, message):
         Tokenizer.load(tmp_path)
 
 
+def test_a_text_that_a_vocabulary_lacks_pieces_for(tmp_path):
+    (tmp_path / "tokenizer.json").write_text(json.dumps({"model": {"type": "Unigram", "vocab": [["a", -1.0]]}}))
+    with pytest.raises(UserError, match="cannot encode a text"):
+        Tokenizer.load(tmp_path).encode("b")
+
+
 def test_the_best_scored_pair_is_merged_first(tmp_path):
     pieces = [*PIECES[: -len(dict(WORDS))], ("ab", -1.0, 1), ("bc", -0.5, 1), *((c, -9.0, 1) for c in "abc▁")]
     (tmp_path / "tokenizer.model").write_bytes(model(pieces, prefix=0))

@@ -81,7 +81,7 @@ def test_damaged_files(tokenizer, tmp_path, kind, compressed, examples):
         path.write_bytes(content)
         accepts_or_refuses(lambda: read(kind, path, tokenizer))
 
-    fuzz(150 * examples, damaged(content), check)
+    fuzz(80 * examples, damaged(content), check)
 
 
 @pytest.mark.parametrize("examples", FEW_OR_MANY)
