@@ -30,13 +30,13 @@ from decoding.stats import Stats
 from decoding.trees import SAMPLED_RULES
 from eval.measure.progress import Progress
 from eval.report.acceptance import print_table, write_report
-from eval.report.page import write_results
+from eval.report.page import keep_results, write_results
 from eval.text.benchmark import ratio_interval
 from eval.text.budget import Fitter
 from eval.text.prompts import Prompt, document_prompts
 from eval.text.results import describe_target
 from models import command_line
-from models.command_line import at_least, numbers
+from models.command_line import add_overwrite, at_least, numbers
 from models.errors import UserError, exit_on_user_error
 from models.formats.target import Target, load_target
 
@@ -218,7 +218,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--budgets", type=numbers(int), default="8,16,32,64", help="candidates besides the root")
     parser.add_argument("--temperatures", type=numbers(float), default="0,1", help="0 is greedy")
     parser.add_argument("--out", required=True, help="directory for results.json and report.html")
+    add_overwrite(parser)
     args = parser.parse_args(argv)
+    keep_results(args.out, args.overwrite)
     target = load_target(args.target)
     methods = [parse_method(text, target) for text in args.methods]
     prompts, calibration = (
@@ -237,7 +239,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             progress=progress,
         )
     results = {
-        "config": {name: value for name, value in vars(args).items() if name != "out"},
+        "config": {name: value for name, value in vars(args).items() if name not in ("out", "overwrite")},
         "target": describe_target(target),
         "methods": [_describe(method, target) for method in methods],
         "cells": cells,

@@ -27,7 +27,7 @@ from eval.report.files import write_json
 from eval.text.prompts import document_prompts
 from eval.text.results import describe_target
 from models import command_line, load_target, schema
-from models.command_line import at_least
+from models.command_line import add_overwrite, at_least, keep_files
 from models.errors import UserError, exit_on_user_error
 
 # One way of decoding: prompt tokens -> new tokens, and target forwards where they are counted.
@@ -172,7 +172,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--new_tokens", type=at_least(1), default=128, help="tokens per prompt")
     parser.add_argument("--rounds", type=at_least(1), default=3, help="times that every prompt is decoded every way")
     parser.add_argument("--out", type=Path, help="JSON file to write")
+    add_overwrite(parser)
     args = parser.parse_args(argv)
+    keep_files([args.out], args.overwrite)
     with Progress() as progress:
         results = run(
             args.target,

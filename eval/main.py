@@ -18,7 +18,7 @@ from decoding.generate import generate
 from decoding.sampling import Sampling
 from decoding.verify import Typical
 from eval.measure.progress import Progress
-from eval.report.page import write_results
+from eval.report.page import keep_results, write_results
 from eval.report.text import print_table, write_report
 from eval.text.benchmark import Contender, benchmark
 from eval.text.metrics import head_accuracy, perplexity, rows_of_text
@@ -44,6 +44,7 @@ class DecodeConfig:
       target: a target directory.
       drafters: drafter directories, comma-separated; `none` may be among them and runs in any case.
       out: directory that receives the results.
+      overwrite: replace results that are there.
       prompts: a file of prompts (`eval/text/prompts.py`). Where there is none, prompts are the beginnings of documents
         of `data`, or, without that too, a few built-in ones.
       num_prompts: questions or documents to take, evenly spread; None takes all questions, or 16 documents.
@@ -66,6 +67,7 @@ class DecodeConfig:
     target: str | None = None
     drafters: str = "none"
     out: str = "results"
+    overwrite: bool = False
     prompts: str | None = None
     num_prompts: int | None = None
     prompt_tokens: int = 64
@@ -102,6 +104,7 @@ def run(config: DecodeConfig) -> dict[str, Any]:
     Raises:
       UserError: something that the config names is missing or does not fit.
     """
+    keep_results(config.out, config.overwrite, "--config.overwrite")
     with Progress() as progress:
         progress(f"loading {config.target}")
         target = load_target(str(config.target), mesh=parse_mesh(config.mesh) if config.mesh else None)

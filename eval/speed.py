@@ -60,7 +60,7 @@ from eval.measure.timing import Timed, Timing, measure
 from eval.peers import text as peer
 from eval.report.files import write_json
 from models import command_line
-from models.command_line import at_least, like, listed
+from models.command_line import add_overwrite, at_least, keep_files, like, listed
 from models.config import TransformerConfig
 from models.errors import UserError, exit_on_user_error
 from models.heads.eagle import EagleHeads
@@ -405,9 +405,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--image_batch", type=at_least(1), default=2, help="images made together")
     parser.add_argument("--rounds", type=at_least(1), default=9, help="samples of each timing")
     parser.add_argument("--out", type=Path, help="JSON file to write")
+    add_overwrite(parser)
     args = parser.parse_args(argv)
     if args.out is not None:
         _check_out(args.out)
+        keep_files([args.out], args.overwrite)
     with Progress() as progress:
         if args.sections == [IMAGES]:
             shapes = {"depths": args.image_depths, "batch": args.image_batch, "dtype": _dtype()}

@@ -10,7 +10,8 @@ and with them absl's flags: `train/command_line.py`.)
 
 import argparse
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 from typing import Any, NoReturn
 
 from models.errors import UserError
@@ -50,6 +51,27 @@ def parser(module: str, docstring: str | None) -> argparse.ArgumentParser:
     """The parser of `python -m MODULE`, which its docstring's first line describes."""
     told = (docstring or "").split("\n")[0]
     return _Parser(prog=f"python -m {module}", description=told, formatter_class=_Help)
+
+
+def add_overwrite(parser: argparse.ArgumentParser) -> None:
+    """The option `--overwrite`, without which `keep_files` lets nothing be replaced."""
+    parser.add_argument("--overwrite", action="store_true", help="replace what is there")
+
+
+def keep_files(paths: Iterable[str | Path | None], overwrite: bool, option: str = "--overwrite") -> None:
+    """Refuses, before any work, what would replace a file that is there.
+
+    Args:
+      paths: of files that will be written; None is no file.
+      overwrite: whether they may be replaced.
+      option: how to ask for it.
+
+    Raises:
+      UserError: one exists, and it may not be replaced.
+    """
+    for path in paths:
+        if path is not None and Path(path).is_file() and not overwrite:
+            raise UserError(f"{path} already exists: give another name, or {option} to replace it")
 
 
 def at_least(least: int) -> Callable[[str], int]:

@@ -48,6 +48,7 @@ from train.data.text_sources import (
 
 KINDS = ("jsonl", "text", "source", "chat")
 _COUNT = 20_000  # of glyphs
+_SHOWN_CLASSES = 100
 
 
 def _reader(arguments: argparse.Namespace) -> Callable[[Path], Iterable[RawDocument]]:
@@ -113,8 +114,8 @@ def _build_images(arguments: argparse.Namespace) -> None:
     if arguments.max_documents is not None and arguments.max_documents < 1:
         raise UserError(f"max_documents must be at least 1, got {arguments.max_documents}")
     source, options = _image_source(arguments)
-    names = source.names[: arguments.max_documents]
-    splits = image_building.hold_out(names, arguments.valid_fraction, arguments.valid_documents)
+    source = source.first(arguments.max_documents or len(source.names))
+    splits = image_building.hold_out(source.names, arguments.valid_fraction, arguments.valid_documents)
     given = {name: getattr(arguments, name) for name in ("max_documents", "valid_fraction", "valid_documents")}
     description = {"images": arguments.images, **options, **{name: value for name, value in given.items() if value}}
     manifest = image_building.build(
@@ -122,6 +123,18 @@ def _build_images(arguments: argparse.Namespace) -> None:
     )
     counts = ", ".join(f"{name} {split['images']:,} images" for name, split in manifest["splits"].items())
     print(f"{arguments.out}: {counts} of {source.size}x{source.size}, {len(source.classes)} classes")
+    print(f"classes: {_mapping(source.classes)}")
+    for title, numbers in (("left out", manifest["left_out"]), ("changed", manifest["changes"])):
+        if numbers:
+            print(f"{title}: {', '.join(f'{what} ({count:,})' for what, count in numbers.items())}")
+
+
+def _mapping(classes: Sequence[str]) -> str:
+    """Which number stands for which class; of very many the first and the last."""
+    numbered = [f"{number} {name}" for number, name in enumerate(classes)]
+    if len(numbered) <= _SHOWN_CLASSES:
+        return ", ".join(numbered)
+    return f"{', '.join(numbered[: _SHOWN_CLASSES - 1])}, ..., {numbered[-1]} (all are in manifest.json)"
 
 
 def _print(line: str) -> None:

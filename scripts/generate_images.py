@@ -10,7 +10,9 @@ With a refiner the larger model makes the first N scales and the refiner the oth
 """
 
 import argparse
+import collections
 import re
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -20,12 +22,13 @@ from decoding.images.generate import Generated, Stage, Tokenizer, code_stages, g
 from decoding.images.scales import Drawing
 from eval.images.flags import add_drawing, drawings
 from eval.images.pictures import png, tiled
+from eval.report.files import write_bytes
 from models import command_line
-from models.command_line import at_least
+from models.command_line import add_overwrite, at_least, keep_files
 from models.errors import UserError, exit_on_user_error
 from models.formats import image_models as files
 from models.images.config import VARConfig, VQVAEConfig
-from train.data.images import decoded
+from train.data.pixels import decoded
 
 _SMALLEST_SIDE = 96  # Of an image on the page; smaller ones are enlarged to this or more.
 
@@ -103,7 +106,11 @@ def _read(path: Path, side: int) -> np.ndarray:
         content = path.read_bytes()
     except OSError as error:
         raise UserError(f"there is no image {path} to be read ({error.strerror})") from None
-    return decoded(content, side, str(path))
+    changes: collections.Counter[str] = collections.Counter()
+    pixels = decoded(content, side, str(path), changes)
+    for change in +changes:
+        print(f"{path}: {change}", file=sys.stderr)
+    return pixels
 
 
 @exit_on_user_error
@@ -113,9 +120,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     out = Path(args.out)
     if not out.absolute().parent.is_dir():
         raise UserError(f"cannot write {out}: there is no directory {out.parent}")
+    keep_files([out], args.overwrite)
     made, columns = make(args)
     enlarged = -(-_SMALLEST_SIDE // made.pixels.shape[1])
-    out.write_bytes(png(tiled(made.pixels, columns, enlarged=enlarged)))
+    write_bytes(png(tiled(made.pixels, columns, enlarged=enlarged)), out)
     seconds = " + ".join(f"{part:.2f}" for part in (*made.stage_seconds, made.decode_seconds))
     print(f"{out}: {len(made.pixels)} images, {seconds} s (models in turn and decoder, compilation included)")
 
@@ -129,6 +137,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--classes", required=True, help="numbers and ranges, such as 3,5,7-9: the columns")
     parser.add_argument("--rows", type=at_least(1), default=1, help="images of each class")
     parser.add_argument("--out", required=True, help="the PNG to write")
+    add_overwrite(parser)
     parser.add_argument("--seed", type=int, default=0, help="of the first image; the others count up from it")
     add_drawing(parser, Drawing(guidance=4.0, top_p=0.95))
     parser.add_argument("--smooth", action="store_true", help="mix codes for smoother pictures")

@@ -8,16 +8,24 @@ parameters are never here. A step's directory appears under its name only when i
 
 import contextlib
 import errno
+import gc
+import itertools
+import logging
 import shutil
-from collections.abc import Iterator
+import sys
+import warnings
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 from orbax.checkpoint import v1 as ocp
 
 from models.errors import UserError
+
+_STATE = "state"  # What Orbax calls what `save_async` saves.
 
 
 class Checkpoints:
@@ -44,27 +52,8 @@ class Checkpoints:
     def save(self, step: int, state: Any, data: dict[str, Any]) -> None:
         """Starts saving `state` (arrays) and `data` (JSON) under `step`; waits only for the save before it."""
         with self._telling_a_full_disk():
-            self._checkpointer.save_async(step, state, force=True, custom_metadata={"data": data})
-
-    def restore(self, step: int, abstract: Any) -> tuple[Any, dict[str, Any]]:
-        """The state and the data position saved at `step`.
-
-        Args:
-          step: one of the saved steps.
-          abstract: tree of `jax.ShapeDtypeStruct`s with the shardings to restore into.
-
-        Raises:
-          UserError: what is on disk has other names, shapes or dtypes.
-        """
-        metadata = self._checkpointer.metadata(step)
-        saved, wanted = _shapes(metadata.metadata), _shapes(abstract)
-        for name in sorted(saved.keys() | wanted.keys()):
-            if saved.get(name) != wanted.get(name):
-                raise UserError(
-                    f"checkpoint {step} in {self._checkpointer.directory} does not fit this run: {name} is "
-                    f"{saved.get(name, 'absent')} there and {wanted.get(name, 'absent')} here"
-                )
-        return self._checkpointer.load(step, abstract), metadata.custom_metadata["data"]
+            metadata = {"data": data, "sums": _sums(state)}
+            self._checkpointer.save_async(step, state, force=True, custom_metadata=metadata)
 
     def wait(self) -> None:
         """Returns when nothing is left to write. Raises OSError when the disk was full."""
@@ -91,6 +80,130 @@ class Checkpoints:
             for torn in directory.glob("*.orbax-checkpoint-tmp"):
                 shutil.rmtree(torn, ignore_errors=True)
             raise OSError(errno.ENOSPC, "No space left on device", str(directory)) from error
+
+
+def restore(directory: Path, abstract: Any) -> tuple[Any, dict[str, Any]]:
+    """The state and the data position in one step's directory.
+
+    Args:
+      directory: of one step.
+      abstract: tree of `jax.ShapeDtypeStruct`s with the shardings to restore into.
+
+    Raises:
+      UserError: what is on disk has other names, shapes or dtypes, or other numbers than were saved. What else is
+        damaged makes Orbax fail, in any way.
+    """
+    found = ocp.metadata(directory, _STATE)
+    saved, wanted = _shapes(found.metadata), _shapes(abstract)
+    for name in sorted(saved.keys() | wanted.keys()):
+        if saved.get(name) != wanted.get(name):
+            raise UserError(
+                f"it does not fit this run: {name} is {saved.get(name, 'absent')} there and "
+                f"{wanted.get(name, 'absent')} here"
+            )
+    told = found.custom_metadata or {}
+    if not isinstance(told.get("data"), dict):
+        raise UserError("it does not say how far the data had been read")
+    state = ocp.load(directory, abstract, checkpointable_name=_STATE)
+    if told.get("sums") != _sums(state):
+        raise UserError("its numbers are not those that were saved")
+    return state, told["data"]
+
+
+def restore_newest(
+    directory: Path, abstract: Any, say: Callable[[str], None]
+) -> tuple[int, Any, dict[str, Any]] | None:
+    """The newest state that can be read: its step, itself and its data position; None where none was ever saved.
+
+    What is damaged is put aside under another name once a whole one is found, so that its step can be saved again.
+    To be called before `Checkpoints` opens the directory, which a damaged checkpoint may keep from being opened.
+
+    Args:
+      directory: holds one directory per step.
+      abstract: as for `restore`.
+      say: told about every checkpoint that is damaged.
+
+    Raises:
+      UserError: there are checkpoints, and none of them can be read.
+    """
+    directory, failed, found = directory.absolute(), {}, None
+    with _leaving_no_tasks():
+        for step in saved_steps(directory):
+            try:
+                if found is None:
+                    found = (step, *restore(directory / str(step), abstract))
+                else:
+                    ocp.metadata(directory / str(step), _STATE)
+            except (MemoryError, jax.errors.JaxRuntimeError):  # Of the machine, not of what is on disk.
+                raise
+            except Exception as error:  # What Orbax makes of damage depends on where it is.
+                failed[step] = (str(error).strip() or type(error).__name__).splitlines()[0][:160]
+    if found is None and failed:
+        reasons = "; ".join(f"{step}: {reason}" for step, reason in failed.items())
+        raise UserError(
+            f"no checkpoint in {directory} can be read ({reasons}): choose another --workdir, or remove that one to "
+            "start over"
+        )
+    for step, reason in failed.items():
+        assert found is not None
+        name = _put_aside(directory, step)
+        say(
+            f"checkpoint {step} in {directory} is damaged ({reason}); it is kept as {name}, and the run goes on from "
+            f"checkpoint {found[0]}"
+        )
+    return found
+
+
+def saved_steps(directory: Path) -> list[int]:
+    """Steps whose checkpoints lie in a directory, newest first, whole or not."""
+    names = [path.name for path in directory.iterdir()] if directory.is_dir() else []
+    return sorted((int(name) for name in names if name.isdecimal()), reverse=True)
+
+
+def _put_aside(directory: Path, step: int) -> str:
+    aside = next(path for n in itertools.count(1) if not (path := directory / f"damaged-{step}-{n}").exists())
+    if jax.process_count() > 1:  # All have read, and all have found the same name.
+        multihost_utils.sync_global_devices(f"checkpoint {step} is put aside")
+    if jax.process_index() == 0:
+        (directory / str(step)).rename(aside)
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(f"checkpoint {step} was put aside")
+    return aside.name
+
+
+@contextlib.contextmanager
+def _leaving_no_tasks() -> Iterator[None]:
+    """Of a read that fails Orbax leaves others behind, whose errors Python would print, each with a traceback."""
+    logger, hook = logging.getLogger("asyncio"), sys.unraisablehook
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)
+    sys.unraisablehook = lambda _: None
+    try:
+        yield
+    finally:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            gc.collect()  # Now, while nobody listens.
+        logger.setLevel(level)
+        sys.unraisablehook = hook
+
+
+def _sums(state: Any) -> list[int]:
+    """A check sum of every array, whatever its sharding: Orbax's files would hide changed and zeroed bytes.
+
+    Of the bits as whole numbers, modulo 2^32, so that the order of summation does not matter.
+    """
+
+    def of(leaves: list[Any]) -> list[Any]:
+        sums = []
+        for leaf in leaves:
+            kind = {1: np.uint8, 2: np.uint16}.get(leaf.dtype.itemsize, np.uint32)
+            sums.append(leaf.reshape(-1).view(kind).sum(dtype=np.uint32))
+        return sums
+
+    leaves = jax.tree.leaves(state)
+    on_host = all(leaf.is_fully_addressable and next(iter(leaf.devices())).platform == "cpu" for leaf in leaves)
+    return [int(total) for total in (of(jax.device_get(leaves)) if on_host else jax.device_get(jax.jit(of)(leaves)))]
 
 
 def _shapes(tree: Any) -> dict[str, str]:

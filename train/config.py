@@ -218,7 +218,8 @@ def fill_in(raw: ConfigDict, objectives: Mapping[str, Any]) -> None:
     """
     section = raw.get("objective")
     name = str(section.get("name")) if isinstance(section, ConfigDict) else ""
-    given = {"objective": objectives[name].Config} if name in objectives else {}
+    kind = getattr(objectives.get(name), "Config", None)
+    given = {"objective": kind} if dataclasses.is_dataclass(kind) else {}
     with raw.unlocked():
         _fill_in(raw, TrainConfig, given)
 

@@ -53,7 +53,7 @@ def train_command(argv: list[str]) -> None:
     try:
         trainer.train(config, workdir, profile)
     except KeyboardInterrupt:
-        print("\nstopped; the same command continues from the newest checkpoint", file=sys.stderr)
+        print(f"\nstopped; the same command {provenance.would_do(workdir)}", file=sys.stderr)
         sys.exit(130)
 
 

@@ -6,7 +6,6 @@ for timings. TensorBoard and Weights & Biases are extras. On a terminal a bar sh
 """
 
 import contextlib
-import hashlib
 import importlib
 import json
 import math
@@ -29,7 +28,7 @@ from train.config import MetricsConfig, TrainConfig
 class MetricWriter:
     """Appends metric lines to every sink; opened by the first process alone."""
 
-    def __init__(self, config: MetricsConfig, workdir: Path, step: int, resolved: dict[str, Any]):
+    def __init__(self, config: MetricsConfig, workdir: Path, step: int, resolved: dict[str, Any], run_id: str):
         """Opens the sinks.
 
         Args:
@@ -37,6 +36,7 @@ class MetricWriter:
           workdir: where `metrics.jsonl` and the extras' files live.
           step: the step the run starts from; later lines of an earlier attempt are dropped.
           resolved: the whole config, for W&B.
+          run_id: the run's name there; a resumed run continues its curves.
 
         Raises:
           UserError: an extra was asked for and is not installed.
@@ -48,8 +48,6 @@ class MetricWriter:
             self._tensorboard = module.SummaryWriter(str(workdir / "tensorboard"), purge_step=step + 1)
         if config.wandb is not None:
             module = _extra("wandb", "metrics.wandb", "wandb")
-            # The same workdir is the same W&B run, so that resuming continues its curves.
-            run_id = hashlib.sha256(str(workdir.absolute()).encode()).hexdigest()[:16]
             self._wandb = module.init(
                 project=config.wandb, dir=str(workdir), name=workdir.name, id=run_id, resume="allow", config=resolved
             )
@@ -132,14 +130,14 @@ class Report:
     wait.
     """
 
-    def __init__(self, config: TrainConfig, workdir: Path, start: int, show: bool = True):
-        """Opens the sinks and the bar for a run that continues after step `start`."""
+    def __init__(self, config: TrainConfig, workdir: Path, start: int, show: bool = True, run_id: str = ""):
+        """Opens the sinks and the bar for the run `run_id`, which continues after step `start`."""
         self._every, self._steps, self._show = config.metrics.every, config.steps, show
         self._unit, self._size = config.unit, config.batch_size * (config.length or 1)
         self._watch = Stopwatch()
         self._pending: tuple[int, dict[str, jax.Array]] | None = None
         self._last_line = start
-        self._writer = MetricWriter(config.metrics, workdir, start, resolve(config)) if show else None
+        self._writer = MetricWriter(config.metrics, workdir, start, resolve(config), run_id) if show else None
         self._bar = _bar() if show and sys.stdout.isatty() else None
         if self._bar is not None:
             self._task = self._bar.add_task("training", total=config.steps, completed=start, text="")

@@ -29,9 +29,10 @@ from models import sharding
 from models.errors import UserError
 from models.schema import resolved
 from train import provenance
-from train.checkpoint import Checkpoints
+from train.checkpoint import Checkpoints, restore_newest, saved_steps
 from train.config import TrainConfig
-from train.data.corpus import Corpus, open_corpus
+from train.data.corpus import Corpus, TextCorpus, open_corpus
+from train.fingerprint import fingerprint
 from train.metrics import NotFinite, Report
 from train.objectives import OBJECTIVES
 from train.objectives.objective import Batch, Objective, Params, Replaced
@@ -112,6 +113,7 @@ def make_plan(config: TrainConfig, facts: Any) -> Plan:
     if config.batch_size % parts:
         raise UserError(f"batch_size ({config.batch_size}) must be a multiple of the mesh's data x fsdp size ({parts})")
     objective = OBJECTIVES[config.objective.name](config.objective, facts)
+    objective.check(config.length)
     if config.length is not None and config.length > objective.model.max_position:
         longest = objective.model.max_position
         raise UserError(f"config.length ({config.length}) exceeds the longest sequence of the model ({longest})")
@@ -200,26 +202,37 @@ def train(config: TrainConfig, workdir: Path, profile: tuple[int, int] | None = 
     plan.objective.scan_data(corpus.train)
     batches = corpus.batches(config.batch_size, config.seed)
     evaluate = make_evaluation(plan, corpus)
-    first = jax.process_index() == 0
-    if first:
-        provenance.record_start(workdir, resolved(config), provenance.command_line())
+    inputs = fingerprints(plan, corpus)
+    first, saved = jax.process_index() == 0, workdir / "checkpoints"
 
     with contextlib.ExitStack() as stack:
-        checkpoints = stack.enter_context(Checkpoints(workdir / "checkpoints", config.checkpoint.keep))
-        start = checkpoints.latest or 0
-        report = stack.enter_context(Report(config, workdir, start, show=first))
+        if first:
+            stack.enter_context(provenance.locked(workdir))
+            provenance.check_place(workdir, plan.objective.product)
+        if saved_steps(saved):
+            provenance.check_inputs(workdir, inputs)
+        restored = restore_newest(saved, plan.state, functools.partial(say, first))
+        start = restored[0] if restored else 0
+        run_id = provenance.record_start(workdir, resolved(config), provenance.command_line(), inputs) if first else ""
+        checkpoints = stack.enter_context(Checkpoints(saved, config.checkpoint.keep))
+        report = stack.enter_context(Report(config, workdir, start, show=first, run_id=run_id))
         report.say(describe_job(plan))
         with report.timed("setup"):
-            state, frozen, position = first_state(plan, checkpoints, start)
-        if position is not None:
-            batches.set_state(position)
+            state, frozen = first_state(plan, restored[1] if restored else None)
+        if restored:
+            batches.set_state(restored[2])
             report.say(f"resuming from step {start} of {config.steps}")
         try:
             state = loop(plan, state, frozen, batches, start, evaluate, checkpoints, report, Profiler(workdir, profile))
         except NotFinite as error:
             checkpoints.wait()
-            good = f"checkpoint {checkpoints.latest} in {workdir / 'checkpoints'}" if checkpoints.latest else "none yet"
-            raise UserError(f"{error}; the last good checkpoint: {good}") from None
+            last = checkpoints.latest
+            good = (
+                f"the last good checkpoint: checkpoint {last} in {saved}"
+                if last
+                else "no checkpoint had been saved yet"
+            )
+            raise UserError(f"{error}; {good}") from None
         product = workdir / plan.objective.product
         params = gathered(learnt(state))
         checkpoints.wait()
@@ -229,18 +242,36 @@ def train(config: TrainConfig, workdir: Path, profile: tuple[int, int] | None = 
         report.say(f"finished {config.steps} steps; the {plan.objective.product} is in {product}")
 
 
-def first_state(plan: Plan, checkpoints: Checkpoints, start: int) -> tuple[State, Params | None, dict[str, Any] | None]:
-    """State, frozen parameters and position in the data at step `start`: initialised at 0, else restored."""
+def say(first: bool, text: str) -> None:
+    """One line for the person, from the first process."""
+    if first:
+        print(text, flush=True)
+
+
+def fingerprints(plan: Plan, corpus: Corpus) -> dict[str, str]:
+    """What the job reads, as a person would call it -> what it is, whatever lies at its path later."""
+    data, found = plan.config.data, {}
+    for name, split in ((data.split, corpus.train), (data.valid_split, corpus.valid)):
+        found[f"the data set {data.path} ({name})"] = fingerprint(split.files)
+    if isinstance(corpus, TextCorpus):
+        found["the tokenizer"] = corpus.facts.fingerprint
+    for key, path in plan.objective.inputs.items():
+        if path is not None:
+            found[f"{key} ({path})"] = fingerprint([Path(path)])
+    return found
+
+
+def first_state(plan: Plan, restored: State | None) -> tuple[State, Params | None]:
+    """State and frozen parameters to begin with: initialised, or as `restored`."""
     objective = plan.objective
-    needs_base = plan.base is not None and (plan.frozen is not None or start == 0)
+    needs_base = plan.base is not None and (plan.frozen is not None or restored is None)
     base = objective.load_base(plan.mesh) if needs_base else None
     frozen = objective.frozen_part(base) if needs_base else None
-    if start:
-        state, position = checkpoints.restore(start, plan.state)
-        return state, frozen, position
+    if restored is not None:
+        return restored, frozen
     initialise = functools.partial(init_state, plan.config, objective, plan.optimizer)
     shardings = jax.tree.map(lambda leaf: leaf.sharding, plan.state)
-    return jax.jit(initialise, out_shardings=shardings, compiler_options=unoptimised())(base), frozen, None
+    return jax.jit(initialise, out_shardings=shardings, compiler_options=unoptimised())(base), frozen
 
 
 def unoptimised() -> dict[str, int] | None:
@@ -306,6 +337,12 @@ def make_evaluation(plan: Plan, corpus: Corpus) -> Callable[[Params, Params | No
     """The function from (trainable, frozen) to the numbers of one pass over the valid split."""
     config, objective = plan.config, plan.objective
     measure = jax.jit(objective.evaluate)
+    for example in corpus.validation(config.batch_size, 1):
+        # Traced now, and not again: what is wrong with it shows before the first step, not at the first evaluation.
+        whole = {name: jax.ShapeDtypeStruct((config.batch_size, *a.shape[1:]), a.dtype) for name, a in example.items()}
+        sums = jax.eval_shape(measure, learnt(plan.state), plan.frozen, whole)
+        if not isinstance(sums, dict) or not all(isinstance(v, tuple) and len(v) == 2 for v in sums.values()):
+            raise UserError(f"the objective {type(objective).__name__}: evaluate must return name -> (sum, weight)")
 
     def batches() -> Iterator[Batch]:
         for batch in corpus.validation(config.batch_size, config.evaluation.batches):

@@ -27,11 +27,11 @@ from eval.images.flags import add_drawing, drawings
 from eval.images.pictures import build_up, png, tiled
 from eval.images.quality import Judge
 from eval.measure.progress import Progress
-from eval.report.files import make_directory
+from eval.report.files import make_directory, write_bytes
 from eval.report.images import Pictures, print_table, write_report
-from eval.report.page import write_results
+from eval.report.page import keep_results, write_results
 from models import command_line
-from models.command_line import at_least, like, numbers
+from models.command_line import add_overwrite, at_least, like, numbers
 from models.errors import UserError, exit_on_user_error
 from train.data.images import Images, open_images
 
@@ -45,6 +45,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     Raises:
       UserError: something that the arguments name is missing or does not fit.
     """
+    keep_results(args.out, args.overwrite)
     with Progress() as progress:
         progress("loading")
         tokenizer, models, field = _load(args)
@@ -60,7 +61,9 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         made = benchmark(tokenizer, field, requests, out / "samples", progress)
         runs, notes = _runs(field, made, parts, judge, requests)
         results = {
-            "config": {name: value for name, value in vars(args).items() if value not in (None, [])},
+            "config": {
+                name: value for name, value in vars(args).items() if value not in (None, []) and name != "overwrite"
+            },
             "tokenizer": tokenizer_record(tokenizer, args.tokenizer),
             "models": {model.path: model.record() for model in models},
             "data": {"path": args.data, "split": args.split, "classes": len(classes), "reference": len(judge.chosen)},
@@ -73,7 +76,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         pictures = _pictures(tokenizer, field, made, requests, shown, classes, splits[1])
         results = write_results(results, functools.partial(write_report, pictures=pictures), out)
         whole = np.concatenate([pictures.real, *pictures.grids.values()])
-        (out / "samples.png").write_bytes(png(tiled(whole, len(shown[0]))))
+        write_bytes(png(tiled(whole, len(shown[0]))), out / "samples.png")
     print_table(results)
     print(f"\nwrote {out}/results.json, {out}/report.html and {out}/samples.png")
     return results
@@ -233,6 +236,7 @@ def _parser() -> argparse.ArgumentParser:
     judging.add_argument("--decoded_at_once", type=at_least(1), default=DECODED_AT_ONCE, help="by the decoder")
     judging.add_argument("--grid", type=_GRID, default="12x4", help="CLASSESxIMAGES that the report shows")
     parser.add_argument("--out", required=True, help="directory for the results")
+    add_overwrite(parser)
     return parser
 
 

@@ -29,7 +29,7 @@ from eval.measure.environment import describe_environment
 from eval.measure.progress import Progress
 from eval.report.files import write_json
 from models import command_line
-from models.command_line import at_least
+from models.command_line import add_overwrite, at_least, keep_files
 from models.errors import UserError, exit_on_user_error
 
 SPLIT = 5000  # Images per split of an Inception Score.
@@ -303,7 +303,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--with_images", type=at_least(0), default=0, help="with so many of the images, evenly spread")
     parser.add_argument("--out", help="write the results to this JSON file")
     parser.add_argument("--batch_size", type=at_least(1), default=32, help="images that the network sees together")
+    add_overwrite(parser)
     args = parser.parse_args(argv)
+    keep_files([args.statistics, args.out], args.overwrite)
     if args.with_images and args.statistics is None:
         raise UserError(f"--with_images {args.with_images} goes with --statistics, which names the file for them")
     for path in (args.statistics, args.out):

@@ -1,5 +1,6 @@
 """Results on disk: directories, JSON and text, each file whole or not at all."""
 
+import contextlib
 import json
 import os
 from collections.abc import Mapping
@@ -29,6 +30,12 @@ def write_json(content: Mapping[str, Any], path: Path) -> None:
 
 
 def write_text(text: str, path: Path) -> None:
+    """Writes a file as UTF-8, whole or not at all; raises as `write_bytes` does."""
+    # Names of files in it need not be UTF-8.
+    write_bytes(text.encode("utf-8", errors="backslashreplace"), path)
+
+
+def write_bytes(content: bytes, path: Path) -> None:
     """Writes a file, whole or not at all.
 
     Raises:
@@ -36,10 +43,10 @@ def write_text(text: str, path: Path) -> None:
     """
     partial = path.with_name(f".{path.name}.partial")
     try:
-        # Names of files in it need not be UTF-8.
-        partial.write_text(text, encoding="utf-8", errors="backslashreplace")
+        partial.write_bytes(content)
         os.replace(partial, path)
     except (IsADirectoryError, NotADirectoryError, FileNotFoundError, PermissionError) as error:
         raise UserError(f"cannot write {path}: {error.strerror}") from None
     finally:
-        partial.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            partial.unlink(missing_ok=True)

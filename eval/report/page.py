@@ -17,10 +17,12 @@ from markupsafe import Markup
 
 from eval.measure.environment import describe_environment
 from eval.report.files import make_directory, write_json
+from models.command_line import keep_files
 
 Results = Mapping[str, Any]
 
 FOLDER = Path(__file__).parent
+RESULTS, REPORT = "results.json", "report.html"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,6 +93,11 @@ def facts(record: Mapping[str, Any]) -> list[tuple[str, str]]:
     return told
 
 
+def keep_results(directory: str | Path, overwrite: bool, option: str = "--overwrite") -> None:
+    """Refuses, before any work, what `write_results` would replace; as `command_line.keep_files`."""
+    keep_files([Path(directory) / name for name in (RESULTS, REPORT)], overwrite, option)
+
+
 def write_results(
     results: Results, write_report: Callable[[Results, Path], None], directory: str | Path
 ) -> dict[str, Any]:
@@ -110,8 +117,8 @@ def write_results(
     directory = make_directory(directory)
     environment = describe_environment()
     full = {"environment": environment, "command": environment["command"], **results}
-    write_json(full, directory / "results.json")
-    write_report(full, directory / "report.html")
+    write_json(full, directory / RESULTS)
+    write_report(full, directory / REPORT)
     return full
 
 

@@ -65,7 +65,8 @@ def rows_of_text(
     Raises:
       UserError: neither or both are given, or they cannot be read.
     """
-    from train.data.texts import open_split, sequential
+    from train.data.order import in_order
+    from train.data.texts import PackedRows, open_split
 
     if (data is None) == (text is None):
         raise UserError("give either a data set or a text file to measure on")
@@ -74,7 +75,8 @@ def rows_of_text(
     else:
         fingerprint = target.tokenizer.fingerprint if target.tokenizer else None
         documents = open_split(str(data), split, tokenizer=target.tokenizer, tokenizer_fingerprint=fingerprint)
-    return list(sequential(documents, batch_size, length, max_batches=-(-rows // batch_size)))
+    batches = in_order(PackedRows(documents, length), batch_size, max_batches=-(-rows // batch_size))
+    return cast("list[Batch]", list(batches))
 
 
 @functools.partial(jax.jit, static_argnames=("config",))

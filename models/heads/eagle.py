@@ -237,17 +237,8 @@ class Eagle3Heads(_Network):
         """W, the tokens that `logits` scores."""
         return self.vocab_size or config.vocab_size
 
-    def init(
-        self, config: TransformerConfig, target: Params, key: Array, vocabulary: Int[Array, "W"] | None = None
-    ) -> Params:
-        """A fresh network in the target's dtype, whose norm and head start as the target's.
-
-        Args:
-          config: shape of the target.
-          target: its parameters.
-          key: for the rest.
-          vocabulary: the W tokens that the head will know, ascending; by default the first ones.
-        """
+    def init(self, config: TransformerConfig, target: Params, key: Array) -> Params:
+        """A fresh network in the target's dtype, whose norm and head start as the target's, on its first W tokens."""
         fc_key, layer_key = jax.random.split(key)
         width, kernel, layer = config.width, vocab_kernel(target), self.layer_config(config)
         scale = (jnp.zeros if layer.zero_centred_norm else jnp.ones)(width)
@@ -258,11 +249,11 @@ class Eagle3Heads(_Network):
             "layer": _init_layer(layer, 2 * width, layer_key),
             "norm": {"scale": jnp.array(target["final_norm"]["scale"])},
         }
-        if self.vocab_size and vocabulary is None:
-            vocabulary = jnp.arange(self.vocab_size, dtype=jnp.int32)
-        params["vocab"] = {"kernel": jnp.array(kernel) if vocabulary is None else kernel[:, vocabulary]}
+        params["vocab"] = {"kernel": jnp.array(kernel[:, : self.vocab_size or None])}
         params = jax.tree.map(lambda leaf: leaf.astype(kernel.dtype), params)
-        return params if vocabulary is None else {**params, "draft_vocab": vocabulary}
+        if not self.vocab_size:
+            return params
+        return {**params, "draft_vocab": jnp.arange(self.vocab_size, dtype=jnp.int32)}
 
     def fuse(self, params: Params, taps: dict[str, Float[Array, "*B H"]]) -> Float[Array, "*B H"]:
         """The feature f of a pair, from the target's."""

@@ -5,7 +5,7 @@ import pathlib
 import pytest
 
 from models import command_line
-from models.command_line import at_least, like, listed, numbers
+from models.command_line import at_least, keep_files, like, listed, numbers
 from models.errors import UserError, exit_on_user_error
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
@@ -68,6 +68,14 @@ def test_help_tells_defaults_that_say_something(capsys: pytest.CaptureFixture) -
     assert stopped.value.code == 0 and "python -m scripts.nothing" in told and "Does nothing." in told
     for line in ("decoded together (32)", "of draws (0)", "sizes (8,16)", "mass\n", "keep it\n"):
         assert line in told
+
+
+def test_files_are_replaced_only_on_request(tmp_path: pathlib.Path) -> None:
+    (tmp_path / "a").write_text("mine")
+    keep_files([tmp_path / "b", None, "/dev/null", tmp_path], overwrite=False)
+    keep_files([tmp_path / "a"], overwrite=True)
+    with pytest.raises(UserError, match=r"a already exists: give another name, or --over to replace it$"):
+        keep_files([tmp_path / "b", tmp_path / "a"], overwrite=False, option="--over")
 
 
 def test_every_command_takes_this_parser() -> None:

@@ -4,7 +4,7 @@ import pathlib
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import ExifTags, Image
 
 from decoding.images.generate import Stage, Tokenizer, keep
 from decoding.images.generate import generate_images as generate
@@ -47,9 +47,27 @@ def test_a_refiner_makes_the_last_scales(directories, tmp_path) -> None:
     pictures = []
     refined = ["--refiner", str(directories / "small"), "--draft_scales", "2"]
     for more in ([], refined, [*refined, "--refiner_temperature", "0,0,3"]):
-        generate_images.main(words(directories, tmp_path / "a.png", "--classes", "1", "--temperature", "0", *more))
+        generate_images.main(
+            words(directories, tmp_path / "a.png", "--classes", "1", "--temperature", "0", *more, "--overwrite")
+        )
         pictures.append(read(tmp_path / "a.png"))
     assert not np.array_equal(*pictures[:2]) and not np.array_equal(*pictures[1:])
+
+
+def test_a_picture_is_replaced_only_on_request(directories, tmp_path, capsys) -> None:
+    (tmp_path / "a.png").write_text("mine")
+    with pytest.raises(SystemExit):
+        generate_images.main(words(directories, tmp_path / "a.png", "--classes", "1"))
+    assert "a.png already exists: give another name, or --overwrite to replace it" in capsys.readouterr().err
+    assert (tmp_path / "a.png").read_text() == "mine"
+
+
+def test_a_picture_to_edit_is_seen_as_viewers_show_it(tmp_path, capsys) -> None:
+    exif, ramp = Image.Exif(), np.arange(64, dtype=np.uint8).reshape(8, 8)
+    exif[ExifTags.Base.Orientation] = 6
+    Image.fromarray(ramp).save(tmp_path / "phone.png", exif=exif)
+    np.testing.assert_array_equal(generate_images._read(tmp_path / "phone.png", 8)[..., 0], np.rot90(ramp, -1))
+    assert "phone.png: turned or mirrored as their EXIF data says\n" in capsys.readouterr().err
 
 
 def test_the_refiners_settings_are_the_first_models_unless_given(directories) -> None:

@@ -1,5 +1,6 @@
 """From folders, `.npz` files and glyphs to data sets, through the command; what is refused."""
 
+import os
 import pathlib
 import re
 
@@ -7,8 +8,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from models.errors import UserError
 from scripts import build_dataset
+from train.data.building import check_out
 from train.data.glyphs import glyph
+from train.data.image_building import class_order, read_folder
 from train.data.images import Images, open_images
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (9, 8, 8, 3), np.uint8)
@@ -58,8 +62,48 @@ def test_folder(folder, tmp_path, capsys) -> None:
         "size": 8,
         "classes": ["cats", "dogs"],
         "splits": {"train": {"images": 3, "per_class": [2, 1]}},
+        "left_out": {
+            "files that are no images (.txt)": 1,
+            "class folders without an image": 1,
+            "images beside the class folders": 1,
+        },
+        "changes": {},
     }
-    assert "out: train 3 images of 8x8, 2 classes" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "out: train 3 images of 8x8, 2 classes\nclasses: 0 cats, 1 dogs\nleft out: " in said
+    assert "files that are no images (.txt) (1), images beside the class folders (1), class" in said
+
+
+def test_what_is_changed_or_left_out_is_counted_and_told(folder, tmp_path, capsys) -> None:
+    Image.new("RGBA", (8, 8), (0, 0, 0, 0)).save(folder / "cats" / "clear.png")
+    Image.fromarray(np.full((8, 8), 30 * 257, np.uint16)).save(folder / "cats" / "deep.png")
+    run("--images", folder, "--size", 8, "--max_documents", 4, "--out", tmp_path / "out")
+    images = open_images(tmp_path / "out", "train")
+    assert contents(images) == [(10, 0), (255, 0), (20, 0), (30, 0)]
+    assert images.manifest["left_out"]["beyond --max_documents"] == 1
+    assert images.manifest["changes"] == {"transparent parts became white": 1, "16 bits of grey scaled to 8": 1}
+    assert "beyond --max_documents (1)\nchanged: transparent parts became white (1), 16 bits" in capsys.readouterr().out
+
+
+def test_classes_that_are_numbers_are_in_their_order(tmp_path, capsys) -> None:
+    for name in ("10", "9", "2"):
+        (tmp_path / "src" / name).mkdir(parents=True)
+        Image.new("RGB", (8, 8), (int(name),) * 3).save(tmp_path / "src" / name / "a.png")
+    run("--images", tmp_path / "src", "--size", 8, "--out", tmp_path / "out")
+    images = open_images(tmp_path / "out", "train")
+    assert images.classes == ("2", "9", "10") and contents(images) == [(10, 2), (2, 0), (9, 1)]
+    assert "classes: 0 2, 1 9, 2 10\n" in capsys.readouterr().out
+    assert class_order(["1.5", "-2", "1e3"]) == ["-2", "1.5", "1e3"] and class_order(["1.5", "-2"]) == ["-2", "1.5"]
+
+
+def test_names_that_are_no_text_are_escaped(tmp_path) -> None:
+    (tmp_path / "src" / "a\nb").mkdir(parents=True)
+    Image.new("RGB", (8, 8)).save(os.fsencode(tmp_path / "src" / "a\nb") + b"/caf\xe9.png")
+    run("--images", tmp_path / "src", "--size", 8, "--out", tmp_path / "out")
+    assert open_images(tmp_path / "out", "train").classes == (r"a\nb",)
+    assert read_folder(tmp_path / "src", 8).names == [r"a\nb/caf\xe9.png"]
+    with pytest.raises(UserError, match=r"xe9 is no name that is UTF-8: give one that is"):
+        check_out(pathlib.Path(os.fsdecode(b"caf\xe9")), overwrite=False)
 
 
 def test_folder_with_a_broken_image(folder, tmp_path, capsys) -> None:
@@ -130,7 +174,10 @@ def test_bad_npz(tmp_path, capsys, arrays: dict, message: str) -> None:
         ([], "give --kind and --src for text, or --images for images"),
         (["--kind", "text"], "give --kind and --src for text, or --images for images"),
         (["--images", "glyphs", "--kind", "text"], "--kind, --src and --valid_src have no meaning"),
-        (["--images", "nowhere", "--size", 8], "no folder nowhere"),
+        (
+            ["--images", "nowhere", "--size", 8],
+            "nowhere does not exist: expected a folder with a folder of images per class",
+        ),
         (["--images", "nowhere"], "--size is needed for a folder"),
         (["--images", "nowhere.npz"], "no file nowhere.npz"),
         (["--images", "glyphs", "--size", 0], "--size must be at least 1"),
@@ -149,4 +196,11 @@ def test_damaged_and_empty_sources(tmp_path, capsys) -> None:
     (tmp_path / "src").mkdir()
     out = ["--size", 8, "--out", tmp_path / "out"]
     assert "is damaged or not an .npz file" in fails(capsys, "--images", tmp_path / "a.npz", *out)
+    (tmp_path / "a.npz").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 3\n")
+    assert "a.npz is a Git LFS pointer" in fails(capsys, "--images", tmp_path / "a.npz", *out)
+    np.savez_compressed(tmp_path / "whole.npz", images=PIXELS, labels=LABELS)
+    whole = (tmp_path / "whole.npz").read_bytes()
+    for content in (whole[:900], whole[:200] + b"x" * 30 + whole[230:], whole[:-8], b""):
+        (tmp_path / "a.npz").write_bytes(content)
+        assert "is damaged or not an .npz file" in fails(capsys, "--images", tmp_path / "a.npz", *out)
     assert "expected one folder per class" in fails(capsys, "--images", tmp_path / "src", *out)

@@ -10,13 +10,18 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from decoding.drafter import Drafter
+from decoding.drafters.head_drafter import HeadDrafter
 from models import transformer
 from models.errors import UserError
 from models.formats.target import load_target
 from models.layout import Layout
 from train import trainer
+from train.checkpoint import restore
 from train.data.corpus import open_corpus
+from train.data.texts import Documents
 from train.objectives.draft_heads import DraftHeads
+from train.objectives.drafting import prompts_of
 from train.objectives.shift import ahead, labels_at
 
 
@@ -156,6 +161,7 @@ def test_noise_spares_the_features_of_a_prefix_block(prefix, setting, monkeypatc
 
 def test_the_probe_needs_room_and_whole_prompts(setting):
     objective, params, frozen, batch = setting(objective={"loop_prompts": 2, "loop_tokens": 4})
+    batch["mask"] = jnp.ones_like(batch["mask"])
 
     def probe(batch=batch, max_position=objective.model.max_position, **changes):
         again = DraftHeads(dataclasses.replace(objective._config, **changes), objective._tokenizer)
@@ -210,12 +216,48 @@ def test_the_loop_accepts_exactly_what_the_training_forward_says(drafter, settin
     _, _, frozen, batch = setting()
     corpus = open_corpus(config)
     plan = trainer.make_plan(config, corpus.facts)
-    checkpoints = trainer.Checkpoints(tmp_path / "checkpoints", keep=1)
-    with checkpoints:
-        state, _ = checkpoints.restore(30, plan.state)
+    state, _ = restore(tmp_path / "checkpoints" / "30", plan.state)
     found = plan.objective.probe(state["params"], frozen, iter([batch]))
     assert found["loop_1"] == found["replay_1"] and found["loop_2"] == found["replay_2"]
     assert 0 < found["loop_2"] <= found["loop_1"]
+
+
+def test_heads_that_can_have_no_labels_are_refused(job):
+    config = job("draft_heads", objective={"heads": {"num_heads": 12}}, length=13)
+    with pytest.raises(UserError, match=r"^12 guesses in a row need rows of at least 14 tokens.*config\.length is 13$"):
+        trainer.make_plan(config, open_corpus(config).facts)
+    config = dataclasses.replace(config, length=14)
+    corpus = open_corpus(config)
+    objective = trainer.make_plan(config, corpus.facts).objective
+    objective.scan_data(corpus.train)
+    short = Documents(np.array([3, 13]), corpus.train.__getitem__)
+    with pytest.raises(UserError, match=r"need documents of at least 14 tokens.*the longest to learn from has 13$"):
+        objective.scan_data(short)
+
+
+def test_a_drafter_that_takes_no_chain_is_refused_before_the_first_step(job, monkeypatch):
+    config = job("draft_heads", objective={"loop_prompts": 1})
+    monkeypatch.setattr(HeadDrafter, "with_tree", Drafter.with_tree)
+    with pytest.raises(UserError, match=r"decode with a chain of 2, which Hydra cannot be given \(the drafter hydra"):
+        trainer.make_plan(config, open_corpus(config).facts)
+
+
+def test_probes_begin_where_answers_do():
+    batch = {
+        "tokens": np.arange(24).reshape(2, 12),
+        "segments": np.array([[1, 1, 1, 2, 2, 2, 2, 2, 2, 2, 2, 2], [1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 0, 0]]),
+        "mask": np.array([[0, 0, 0, 0, 0, 1, 1, 0, 0, 1, 0, 0], [1, 0, 0, 1, 0, 0, 0, 0, 1, 1, 0, 0]]),
+    }
+    first = [[3, 4], [12, 13, 14], [3, 4, 5, 6, 7, 8], [12, 13, 14, 15, 16, 17, 18, 19]]
+    assert prompts_of(batch, room=9) == first
+    batch["mask"][0, 4] = 1  # An answer right at the beginning of its document is no answer to anything.
+    batch["mask"][0, 3] = 1
+    assert prompts_of(batch, room=9) == [first[2], first[1], first[3]]
+    batch["mask"][0, 3:6] = 0
+    assert prompts_of(batch, room=2) == [[3, 4, 5], *first[1:]]
+    assert prompts_of(batch, room=3) == [[3, 4, 5], [12, 13, 14]]
+    everything = {**batch, "mask": batch["segments"] > 0}
+    assert prompts_of(everything, room=9) == [[0, 1, 2], [12, 13, 14]]
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ from models.formats.target import load_target
 from models.heads.eagle import unroll
 from models.layout import Layout
 from train import trainer
+from train.checkpoint import restore
 from train.data.corpus import open_corpus
 from train.objectives.drafting import Guess
 from train.objectives.eagle import EagleObjective, count_labels, most_frequent
@@ -179,8 +180,7 @@ def test_the_loop_accepts_exactly_what_the_training_forward_says(name, changes, 
         assert np.array_equal(params["draft_vocab"], frozen["draft_vocab"])
     corpus = open_corpus(config)
     plan = trainer.make_plan(config, corpus.facts)
-    with trainer.Checkpoints(tmp_path / "checkpoints", keep=1) as checkpoints:
-        state, _ = checkpoints.restore(40, plan.state)
+    state, _ = restore(tmp_path / "checkpoints" / "40", plan.state)
     found = objective.probe(state["params"], frozen, iter([batch]))
     assert [found[f"loop_{k + 1}"] for k in range(STEPS)] == [found[f"replay_{k + 1}"] for k in range(STEPS)]
     assert 0 < found["loop_2"] <= found["loop_1"]

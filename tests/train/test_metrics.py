@@ -30,7 +30,7 @@ def test_an_extra_that_is_not_installed_is_one_sentence(changes, module, tmp_pat
     if importlib.util.find_spec(module):
         pytest.skip(f"{module} is installed")
     with pytest.raises(UserError, match=f"needs the package {module}, which is not installed"):
-        MetricWriter(MetricsConfig(**changes), tmp_path, 0, {})
+        MetricWriter(MetricsConfig(**changes), tmp_path, 0, {}, "id")
 
 
 def test_a_report_fetches_one_step_late_and_writes_every_nth(job, tmp_path, capsys):

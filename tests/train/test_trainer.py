@@ -5,6 +5,7 @@ import json
 import math
 import os
 import pathlib
+import shutil
 import signal
 import subprocess
 import sys
@@ -110,6 +111,70 @@ def test_a_finished_run_says_so_and_another_config_is_refused(data_set, monkeypa
     assert provenance.is_finished(tmp_path, resolved(job(steps=3, checkpoint={"every": 9}, mesh={"data": 1})))
     with pytest.raises(UserError, match=r"holds a run with optimizer\.learning_rate = 0\.1, not 0\.5"):
         provenance.is_finished(tmp_path, resolved(job(steps=3, optimizer={"learning_rate": 0.5})))
+
+
+def test_a_finished_run_is_known_without_its_checkpoints(data_set, monkeypatch, tmp_path):
+    monkeypatch.setitem(OBJECTIVES, "least", Least)
+    config = least_config(data_set, steps=3)
+    trainer.train(config, tmp_path)
+    shutil.rmtree(tmp_path / "checkpoints")
+    assert provenance.is_finished(tmp_path, resolved(config))
+    with pytest.raises(UserError, match=r"holds a run with optimizer\.learning_rate = 0\.1, not 0\.5"):
+        provenance.is_finished(tmp_path, resolved(least_config(data_set, steps=3, optimizer={"learning_rate": 0.5})))
+    (tmp_path / "run.json").unlink()
+    (tmp_path / "metrics.jsonl").unlink()
+    with pytest.raises(UserError, match=r"holds numbers but no run\.json"):
+        trainer.train(config, tmp_path)
+    (tmp_path / "run.json").write_text("[]")
+    with pytest.raises(UserError, match=r"run\.json is damaged, or was not written by this project"):
+        provenance.is_finished(tmp_path, resolved(config))
+
+
+def test_two_jobs_in_one_workdir_are_refused(data_set, monkeypatch, tmp_path):
+    monkeypatch.setitem(OBJECTIVES, "least", Least)
+    with provenance.locked(tmp_path), pytest.raises(UserError) as caught:
+        trainer.train(least_config(data_set, steps=3), tmp_path)
+    assert str(caught.value).startswith(f"{tmp_path} is in use by another job (process {os.getpid()} on ")
+    trainer.train(least_config(data_set, steps=3), tmp_path)  # The lock of a job that is over holds nobody up.
+    with pytest.raises(UserError, match="cannot be made: Not a directory"), provenance.locked(tmp_path / "run.json/x"):
+        pass
+
+
+def test_a_run_whose_inputs_were_replaced_is_not_resumed(data_set, monkeypatch, tmp_path, die_at):
+    base = tmp_path / "base"
+    base.mkdir()
+    (base / "weights").write_bytes(b"one")
+    monkeypatch.setitem(OBJECTIVES, "least", type("Based", (Least,), {"inputs": {"objective.x": str(base)}}))
+    config = least_config(data_set, steps=3, checkpoint={"every": 1})
+    with die_at(2):
+        trainer.train(config, tmp_path / "run")
+    record = json.loads((tmp_path / "run" / "run.json").read_text())
+    name = "the data set {} ({})".format
+    known = [name(data_set, "train"), name(data_set, "valid"), "the tokenizer", f"objective.x ({base})"]
+    assert list(record["inputs"]) == known
+    (base / "weights").write_bytes(b"two")
+    with pytest.raises(UserError, match=rf"holds a run that read another version of objective\.x \({base}\): put back"):
+        trainer.train(config, tmp_path / "run")
+    (base / "weights").write_bytes(b"one")
+    (base / "README.md").write_text("Said later.")
+    trainer.train(config, tmp_path / "run")
+    after = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert after["finished"] and after["id"] == record["id"] and after["inputs"] == record["inputs"]
+
+
+def test_a_run_that_starts_over_has_another_name(tmp_path):
+    names = {provenance.record_start(tmp_path, {}, [], {}) for _ in range(2)}
+    assert len(names) == 2
+    (tmp_path / "checkpoints" / "3").mkdir(parents=True)
+    names.add(provenance.record_start(tmp_path, {}, [], {}))
+    assert len(names) == 2
+
+
+def test_an_interrupt_promises_only_what_is_there(tmp_path):
+    assert provenance.would_do(tmp_path) == "starts over: no checkpoint had been saved yet"
+    (tmp_path / "checkpoints" / "40").mkdir(parents=True)
+    (tmp_path / "checkpoints" / "damaged-60-1").mkdir()
+    assert provenance.would_do(tmp_path) == "continues from checkpoint 40"
 
 
 def test_a_run_killed_before_its_export_only_exports(data_set, tmp_path, monkeypatch):
@@ -241,6 +306,12 @@ def test_a_loss_that_is_not_finite_stops_the_run(job, tmp_path):
     assert "at step " in str(caught.value) and "nan" in str(caught.value)
     assert f"the last good checkpoint: checkpoint {max(found)} in {tmp_path / 'checkpoints'}" in str(caught.value)
     assert not (tmp_path / "target").exists()
+
+
+def test_a_run_that_fails_early_promises_no_checkpoint(data_set, monkeypatch, tmp_path):
+    monkeypatch.setitem(OBJECTIVES, "least", Least)
+    with pytest.raises(UserError, match=r"^at step 2 the loss is -inf; no checkpoint had been saved yet$"):
+        trainer.train(least_config(data_set, optimizer={"learning_rate": 1e38, "warmup_steps": 0}), tmp_path)
 
 
 def test_dry_run_tells_all_and_allocates_nothing(job, as_code, on_two_devices, tmp_path):

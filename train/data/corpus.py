@@ -13,12 +13,14 @@ from typing import Any, Protocol
 
 import grain
 import jax
+import numpy as np
 
 from models.errors import UserError
 from models.formats.tokenizer import Tokenizer
 from train.config import DataConfig, TrainConfig
 from train.data import images
 from train.data import texts as data
+from train.data.order import in_order, shuffled
 
 
 class Corpus(Protocol):
@@ -27,6 +29,7 @@ class Corpus(Protocol):
     Attributes:
       facts: what the data decides about the model; the objective is built with it.
       train: what is learnt from, with random access.
+      valid: what is held out.
     """
 
     @property
@@ -34,6 +37,9 @@ class Corpus(Protocol):
 
     @property
     def train(self) -> Any: ...
+
+    @property
+    def valid(self) -> Any: ...
 
     def batches(self, batch_size: int, seed: int) -> grain.DatasetIterator:
         """This process's part of endless shuffled training batches; `get_state()` and `set_state()` resume exactly."""
@@ -59,12 +65,13 @@ class TextCorpus:
     length: int
 
     def batches(self, batch_size: int, seed: int) -> grain.DatasetIterator:
-        """Rows of `train.data.texts.batches`."""
-        return data.batches(self.train, batch_size, self.length, seed, **_this_process())
+        """Batches of packed rows."""
+        return shuffled(data.PackedRows(self.train, self.length), batch_size, seed, **_this_process())
 
-    def validation(self, batch_size: int, max_batches: int | None) -> Iterator[data.Batch]:
-        """Rows of `train.data.texts.sequential`."""
-        return data.sequential(self.valid, batch_size, self.length, max_batches=max_batches, **_this_process())
+    def validation(self, batch_size: int, max_batches: int | None) -> Iterator[dict[str, np.ndarray]]:
+        """Batches of packed rows."""
+        rows = data.PackedRows(self.valid, self.length)
+        return in_order(rows, batch_size, max_batches=max_batches, **_this_process())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,12 +89,12 @@ class ImageCorpus:
     valid: images.Images
 
     def batches(self, batch_size: int, seed: int) -> grain.DatasetIterator:
-        """Rows of `train.data.images.batches`."""
-        return images.batches(self.train, batch_size, seed, **_this_process())
+        """Batches of images."""
+        return shuffled(self.train, batch_size, seed, **_this_process())
 
-    def validation(self, batch_size: int, max_batches: int | None) -> Iterator[images.ImageBatch]:
-        """Rows of `train.data.images.sequential`."""
-        return images.sequential(self.valid, batch_size, max_batches=max_batches, **_this_process())
+    def validation(self, batch_size: int, max_batches: int | None) -> Iterator[dict[str, np.ndarray]]:
+        """Batches of images."""
+        return in_order(self.valid, batch_size, max_batches=max_batches, **_this_process())
 
 
 def open_corpus(config: TrainConfig) -> Corpus:

@@ -1,6 +1,7 @@
 """Image folders, `.npz` files and drawn glyphs become data sets that `train/data/images.py` reads.
 
-A folder holds one folder per class, and those their images at whatever depth. An `.npz` holds `images`, uint8
+A folder holds one folder per class, and those their images at whatever depth. What is left out of it, and which images
+do not look as they are stored, is counted. An `.npz` holds `images`, uint8
 [N, H, W, 3], an array of labels, and perhaps their names (`group` and `group_names`). Glyphs (`train/data/glyphs.py`)
 need nothing. The directory holds TFDS `array_record` files and `manifest.json`: source, size, classes, counts per
 split and per class.
@@ -8,9 +9,11 @@ split and per class.
 
 import collections
 import dataclasses
+import fractions
 import functools
+import re
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +26,17 @@ from models.formats.storage import write_json
 from models.formats.text_files import refuse_pointer, shown
 from train.data import images
 from train.data.building import name_rank, new_dataset
+from train.data.folders import Found, files, is_hidden
 from train.data.glyphs import CHARACTERS, check, glyph
+from train.data.pixels import SUFFIXES, decoded, fitted
 
 GLYPHS = "glyphs"
 GLYPH_SIZE = 32
-SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp")
+# Why files of a folder are left out, besides the reasons of `folders.py`.
+HIDDEN = "hidden files"
+EMPTY_CLASS = "class folders without an image"
+BESIDE = "images beside the class folders"
+BEYOND = "beyond --max_documents"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,6 +49,8 @@ class ImageList:
       classes: their names.
       size: side that `read` brings images to.
       read: the pixels of image i, uint8 [size, size, 3].
+      left_out: what was found and is not here: reason -> number.
+      changes: filled by `read`: how many images do not look as they are stored, by what was done (`pixels.py`).
     """
 
     names: Sequence[str]
@@ -47,32 +58,77 @@ class ImageList:
     classes: Sequence[str]
     size: int
     read: Callable[[int], UInt8[np.ndarray, "S S 3"]]
+    left_out: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    changes: Mapping[str, int] = dataclasses.field(default_factory=dict)
+
+    def first(self, count: int) -> "ImageList":
+        """The first `count` images."""
+        if count >= len(self.names):
+            return self
+        left_out = {**self.left_out, BEYOND: len(self.names) - count}
+        return dataclasses.replace(self, names=self.names[:count], labels=self.labels[:count], left_out=left_out)
 
 
 def read_folder(folder: str | Path, size: int) -> ImageList:
     """The images of a folder in the order of their paths; each folder right below it is a class.
+
+    Classes are in the order of their names, by number where all names are numbers. Links are followed.
 
     Raises:
       UserError: no such folder, or it has no folders with images in them.
     """
     folder = Path(folder)
     if not folder.is_dir():
-        raise UserError(f"no folder {folder}: expected a folder of images")
-    found = sorted(path.relative_to(folder) for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES)
-    paths = [path for path in found if len(path.parts) > 1]
-    if not paths:
+        problem = "is no folder" if folder.exists() else "does not exist"
+        raise UserError(f"{folder} {problem}: expected a folder with a folder of images per class, or an .npz file")
+    left_out: collections.Counter[str] = collections.Counter()
+    by_class: dict[str, list[Path]] = {}
+    for found in files(folder):
+        reason = _reason(found)
+        if reason:
+            left_out[reason] += 1
+        else:
+            by_class.setdefault(found.path.parts[0], []).append(found.path)
+    folders = [path.name for path in folder.iterdir() if path.is_dir() and not path.is_symlink()]
+    left_out[EMPTY_CLASS] = sum(name not in by_class and not name.startswith(".") for name in folders)
+    if not by_class:
         raise UserError(
             f"{folder} holds no images in folders: expected one folder per class, with {', '.join(SUFFIXES)}"
         )
-    classes = sorted({path.parts[0] for path in paths})
+    classes = class_order(by_class)
+    changes: collections.Counter[str] = collections.Counter()
+    labelled = sorted((path, label) for label, name in enumerate(classes) for path in by_class[name])
 
     def read(index: int) -> np.ndarray:
-        path = folder / paths[index]
-        return images.decoded(path.read_bytes(), size, str(path))
+        path = folder / labelled[index][0]
+        return decoded(path.read_bytes(), size, str(path), changes)
 
-    labels = [classes.index(path.parts[0]) for path in paths]
-    names = [shown(path.as_posix()) for path in paths]
-    return ImageList(names, labels, [shown(name) for name in classes], size, read)
+    names, labels = [_shown(path) for path, _ in labelled], [label for _, label in labelled]
+    return ImageList(names, labels, [_shown(name) for name in classes], size, read, +left_out, changes)
+
+
+def class_order(names: Iterable[str]) -> list[str]:
+    """Names sorted: as numbers where all of them are, else as text."""
+    names = sorted(names)
+    numbers = all(re.fullmatch(r"[+-]?[0-9]+(\.[0-9]+)?", name) for name in names)
+    return sorted(names, key=fractions.Fraction) if numbers else names
+
+
+def _reason(found: Found) -> str:
+    """Why what was found is no labelled image; empty for one that is."""
+    suffix = found.path.suffix.lower()
+    if is_hidden(found.path):
+        return HIDDEN
+    if found.left_out:
+        return found.left_out
+    if suffix not in SUFFIXES:
+        return f"files that are no images ({_shown(suffix) or 'no suffix'})"
+    return BESIDE if len(found.path.parts) == 1 else ""
+
+
+def _shown(name: str | Path) -> str:
+    """A path as text that can be stored; TFDS keeps one class a line."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in shown(str(name)))
 
 
 def read_npz(path: str | Path, label: str = "labels", size: int | None = None) -> ImageList:
@@ -90,7 +146,7 @@ def read_npz(path: str | Path, label: str = "labels", size: int | None = None) -
             f"{path}: {label} is {labels.dtype} {list(labels.shape)}, expected {len(pixels)} whole numbers from 0"
         )
     count = int(labels.max()) + 1
-    names = [str(name) for name in arrays.get(f"{label}_names", range(count))]
+    names = [str(name) for name in np.asarray(arrays.get(f"{label}_names", range(count))).ravel().astype(str)]
     if len(names) < count:
         raise UserError(f"{path}: {label}_names holds {len(names)} names, {label} goes up to {count - 1}")
     if len(set(names)) < len(names):
@@ -101,7 +157,7 @@ def read_npz(path: str | Path, label: str = "labels", size: int | None = None) -
         labels.tolist(),
         names,
         side,
-        lambda index: images.fitted(Image.fromarray(pixels[index]), side),
+        lambda index: fitted(Image.fromarray(pixels[index]), side),
     )
 
 
@@ -116,7 +172,7 @@ def _arrays(path: Path, wanted: Sequence[str], optional: str) -> dict[str, np.nd
             return {name: file[name] for name in (*wanted, optional) if name in file}
     except UserError:
         raise
-    except Exception as error:  # Archives and headers of arrays fail in as many ways as they can be damaged.
+    except Exception as error:  # An archive of compressed files with headers of their own fails in many ways.
         raise UserError(f"{path} is damaged or not an .npz file ({error})") from None
 
 
@@ -175,8 +231,8 @@ def build(
       progress: told a line every second or so.
 
     Returns:
-      The manifest: `kind`, `source`, `size`, `classes` and, per split, `images` and `per_class`, their numbers in all
-      and by class.
+      The manifest: `kind`, `source`, `size`, `classes`, per split `images` and `per_class`, their numbers in all and
+      by class, and the source's `left_out` and `changes`.
 
     Raises:
       UserError: an image cannot be read, or `out` holds something that must not be lost.
@@ -194,15 +250,17 @@ def build(
                 progress(f"{name}: {done:,} of {len(part):,} images")
             yield {"name": source.names[index], "image": source.read(index), "label": source.labels[index]}
 
-    manifest = {
-        "kind": images.KIND,
-        "source": description,
-        "size": source.size,
-        "classes": list(source.classes),
-        "splits": {name: counted(part) for name, part in splits.items()},
-    }
     with new_dataset(out, overwrite) as directory:
         writers = {name: functools.partial(examples, name, part) for name, part in splits.items()}
         images.write_splits(directory, writers, source.classes, source.size, "Images with classes.")
+        manifest = {
+            "kind": images.KIND,
+            "source": description,
+            "size": source.size,
+            "classes": list(source.classes),
+            "splits": {name: counted(part) for name, part in splits.items()},
+            "left_out": dict(source.left_out),
+            "changes": {change: count for change, count in source.changes.items() if count},
+        }
         write_json(directory / "manifest.json", manifest)
     return manifest

@@ -2,25 +2,24 @@
 
 A data set is a TFDS `array_record` directory of `{'name', 'image', 'label'}` with square PNG images of one size and a
 `manifest.json`; `scripts/build_dataset.py` makes it and `open_images` reads it. Image sets of the TFDS catalogue
-(`tfds:cifar10`, `tfds:mnist`, `tfds:imagenet2012`) go through the same door. Images are decoded here, by Pillow, so
-that whatever is stored comes out as uint8 [S, S, 3].
+(`tfds:cifar10`, `tfds:mnist`, `tfds:imagenet2012`) go through the same door. Whatever is stored comes out as uint8
+[S, S, 3] (`train/data/pixels.py`).
 """
 
 import functools
 import io
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypedDict
 
-import grain
 import numpy as np
 import tensorflow_datasets as tfds
-from jaxtyping import Int32, UInt8
-from PIL import Image, UnidentifiedImageError
+from jaxtyping import UInt8
+from PIL import Image
 
 from models.errors import UserError
 from models.formats.text_files import read_json
-from train.data.order import in_order, shuffled
+from train.data.pixels import decoded
 from train.data.records import (
     CATALOGUE_PREFIX,
     Records,
@@ -49,13 +48,6 @@ class Example(TypedDict):
     label: int
 
 
-class ImageBatch(TypedDict):
-    """Images with their classes, `PADDING` for those that only fill up a batch."""
-
-    image: UInt8[np.ndarray, "B S S 3"]
-    label: Int32[np.ndarray, "B"]
-
-
 class Images:
     """Random access to the images of a split.
 
@@ -63,6 +55,7 @@ class Images:
       size: side of every image.
       classes: names of the classes.
       manifest: what `scripts/build_dataset.py` wrote about the data set; empty for a catalogue set.
+      files: what they lie in.
     """
 
     def __init__(
@@ -72,10 +65,17 @@ class Images:
         classes: Sequence[str],
         fetch: Callable[[int], tuple[UInt8[np.ndarray, "S S 3"], int]],
         manifest: Mapping[str, Any] | None = None,
+        files: Sequence[Path] = (),
     ):
         self.size, self.classes, self.manifest = size, tuple(classes), dict(manifest or {})
+        self.files = tuple(files)
         self._count = count
         self._fetch = functools.lru_cache(maxsize=max(16, _CACHED_BYTES // (3 * size * size)))(fetch)
+
+    @property
+    def padding(self) -> dict[str, np.ndarray]:
+        """A black image of label `PADDING`, which fills up a last batch."""
+        return {"image": np.zeros((self.size, self.size, 3), np.uint8), "label": np.asarray(PADDING, np.int32)}
 
     def __len__(self) -> int:
         return self._count
@@ -146,84 +146,7 @@ def _images(records: Records, size: int | None, manifest: dict[str, Any], where:
         record = records[index]
         return decoded(record["image"], side, f"image {index} of {where}"), int(record["label"])
 
-    return Images(len(records), side, features["label"].names, fetch, manifest)
-
-
-def decoded(content: bytes, size: int, where: str) -> UInt8[np.ndarray, "S S 3"]:
-    """An encoded image (PNG, JPEG, ...) as RGB pixels of one size; what is transparent becomes white.
-
-    Raises:
-      UserError: it is no image; the message names `where`.
-    """
-    try:
-        with Image.open(io.BytesIO(content)) as image:
-            return fitted(image, size)
-    except (UnidentifiedImageError, OSError, SyntaxError, Image.DecompressionBombError) as error:
-        raise UserError(f"{where} cannot be read as an image ({error})") from None
-
-
-def fitted(image: Image.Image, size: int) -> UInt8[np.ndarray, "S S 3"]:
-    """An image brought to a square: its shorter side to `size` by Lanczos' filter, its middle cut out."""
-    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    image = image.convert("RGB")
-    short = min(image.size)
-    if short != size:
-        width, height = (max(size, round(length * size / short)) for length in image.size)
-        image = image.resize((width, height), Image.Resampling.LANCZOS)
-    left, top = ((length - size) // 2 for length in image.size)
-    return np.asarray(image.crop((left, top, left + size, top + size)))
-
-
-def batches(
-    images: Images,
-    batch_size: int,
-    seed: int,
-    *,
-    epochs: int | None = None,
-    process_index: int = 0,
-    process_count: int = 1,
-) -> grain.DatasetIterator:
-    """Shuffled batches for training, each epoch in another order.
-
-    Step `s` holds the same images whatever the number of processes. `get_state()` is a small JSON-able dict that is the
-    same on every process; after `set_state` with it an iterator made with the same arguments continues exactly.
-
-    Args:
-      images: from `open_images`.
-      batch_size: images over all processes.
-      seed: of the shuffles.
-      epochs: passes over the data; None for no end. A last batch that is not full is dropped.
-      process_index: which of `process_count` processes this one is; it gets every `process_count`-th image.
-
-    Returns:
-      An iterator of `ImageBatch`es of `batch_size / process_count` images, read ahead by threads.
-
-    Raises:
-      UserError: `batch_size` is not a multiple of `process_count`, or larger than all the epochs together.
-    """
-    if epochs is not None and epochs * len(images) < batch_size:
-        raise UserError(f"{epochs} epochs of {len(images)} images do not fill one batch of {batch_size}")
-    return shuffled(images, batch_size, seed, epochs, process_index, process_count)
-
-
-def sequential(
-    images: Images,
-    batch_size: int,
-    *,
-    max_batches: int | None = None,
-    process_index: int = 0,
-    process_count: int = 1,
-) -> Iterator[ImageBatch]:
-    """Every image once, in order, for evaluation; the last batch is filled up with black images of label `PADDING`.
-
-    Arguments, errors and sharding are those of `batches`; `max_batches` ends the pass early. Every process gets the
-    same number of batches.
-    """
-    black = np.zeros((images.size, images.size, 3), np.uint8)
-    padding: dict[str, np.ndarray] = {"image": black, "label": np.asarray(PADDING, np.int32)}
-    yield from in_order(images, padding, batch_size, max_batches, process_index, process_count)  # type: ignore[misc]
+    return Images(len(records), side, features["label"].names, fetch, manifest, records.files)
 
 
 def write_splits(

@@ -44,6 +44,11 @@ class Records:
     stop: int
     source: Any
 
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """What the whole split lies in."""
+        return tuple(map(Path, self.builder.info.splits[self.split].filepaths))
+
     def __len__(self) -> int:
         return self.stop - self.first
 

@@ -16,7 +16,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypedDict
 
-import grain
 import numpy as np
 import tensorflow_datasets as tfds
 from jaxtyping import Int, Int32, Int64, UInt8
@@ -24,7 +23,6 @@ from jaxtyping import Int, Int32, Int64, UInt8
 from models.errors import UserError
 from models.formats.text_files import read_json
 from models.formats.tokenizer import Tokenizer
-from train.data.order import in_order, shuffled
 from train.data.records import (
     CATALOGUE_PREFIX,
     Records,
@@ -73,6 +71,7 @@ class Documents:
     Attributes:
       lengths: tokens of each document, int64 [N].
       manifest: what `scripts/build_dataset.py` wrote about the data set; empty for a catalogue set.
+      files: what they lie in.
     """
 
     def __init__(
@@ -80,8 +79,10 @@ class Documents:
         lengths: Int[np.ndarray, "N"],
         fetch: Callable[[int], Document],
         manifest: Mapping[str, Any] | None = None,
+        files: Sequence[Path] = (),
     ):
         self.lengths = np.asarray(lengths, np.int64)
+        self.files = tuple(files)
         self.manifest = dict(manifest or {})
         mean_length = max(1, int(self.lengths.mean())) if len(self.lengths) else 1
         # A long document is read for each of the rows that it spans, from several threads.
@@ -107,12 +108,21 @@ class PackedRows:
         self._seq_len = seq_len
         self._ends = np.cumsum(documents.lengths)
 
+    @property
+    def padding(self) -> dict[str, np.ndarray]:
+        """A row of padding (segments 0), which fills up a last batch."""
+        return {
+            "tokens": np.zeros(self._seq_len, np.int32),
+            "segments": np.zeros(self._seq_len, np.int32),
+            "mask": np.zeros(self._seq_len, np.uint8),
+        }
+
     def __len__(self) -> int:
         return -(-int(self._ends[-1]) // self._seq_len)
 
     def __getitem__(self, index: int) -> dict[str, np.ndarray]:
         """Row `index`: `tokens` int32 [T], `segments` int32 [T], `mask` uint8 [T]."""
-        row = _padding(self._seq_len)
+        row = self.padding
         start = index * self._seq_len
         filled = segment = 0
         document = int(np.searchsorted(self._ends, start, side="right"))
@@ -159,62 +169,6 @@ def open_split(
         _check_tokenizer(tokenizer.fingerprint, tokenizer_fingerprint, str(name_or_dir))
         return _open_catalogue(name, split, tokenizer, fields, data_dir)
     return _open_directory(Path(name_or_dir), split, tokenizer_fingerprint)
-
-
-def batches(
-    documents: Documents,
-    batch_size: int,
-    seq_len: int,
-    seed: int,
-    *,
-    epochs: int | None = None,
-    process_index: int = 0,
-    process_count: int = 1,
-) -> grain.DatasetIterator:
-    """Shuffled batches for training, each epoch in another order.
-
-    Step `s` holds the same rows whatever the number of processes. `get_state()` is a small JSON-able dict that is the
-    same on every process; after `set_state` with it an iterator made with the same arguments continues exactly.
-
-    Args:
-      documents: from `open_split`.
-      batch_size: rows over all processes.
-      seq_len: T, tokens of a row.
-      seed: of the shuffles.
-      epochs: passes over the data; None for no end. A last batch that is not full is dropped.
-      process_index: which of `process_count` processes this one is; it gets every `process_count`-th row.
-
-    Returns:
-      An iterator of `Batch`es of `batch_size / process_count` rows, read ahead by threads.
-
-    Raises:
-      UserError: `batch_size` is not a multiple of `process_count`, or larger than all the epochs together.
-    """
-    rows = PackedRows(documents, seq_len)
-    if epochs is not None and epochs * len(rows) < batch_size:
-        raise UserError(
-            f"{epochs} epochs of {len(rows)} rows of {seq_len} tokens do not fill one batch of {batch_size} rows: take "
-            "more data, a smaller batch or shorter rows"
-        )
-    return shuffled(rows, batch_size, seed, epochs, process_index, process_count)
-
-
-def sequential(
-    documents: Documents,
-    batch_size: int,
-    seq_len: int,
-    *,
-    max_batches: int | None = None,
-    process_index: int = 0,
-    process_count: int = 1,
-) -> Iterator[Batch]:
-    """Every row once, in order, for evaluation; the last batch is filled up with rows of padding (segments 0).
-
-    Arguments, errors and sharding are those of `batches`; `max_batches` ends the pass early. Every process gets the
-    same number of batches.
-    """
-    rows = PackedRows(documents, seq_len)
-    yield from in_order(rows, _padding(seq_len), batch_size, max_batches, process_index, process_count)  # type: ignore[misc]
 
 
 def write_splits(
@@ -307,7 +261,7 @@ def _open_directory(directory: Path, split: str, tokenizer_fingerprint: str | No
             raise UserError(f"{lengths_path} is not of this data set: document {index} has another length")
         return {"name": example["name"].decode(), "tokens": example["tokens"], "mask": example["mask"]}
 
-    return Documents(lengths, fetch, manifest)
+    return Documents(lengths, fetch, manifest, [*records.files, lengths_path])
 
 
 def _open_catalogue(
@@ -340,20 +294,12 @@ def _open_catalogue(
             "mask": np.ones(len(tokens[index]), np.uint8),
         }
 
-    return Documents(np.array([len(ids) for ids in tokens]), fetch)
+    return Documents(np.array([len(ids) for ids in tokens]), fetch, files=source.files)
 
 
 def _check_tokenizer(actual: str, expected: str | None, what: str) -> None:
     if expected is not None and actual != expected:
         raise UserError(f"{what} was tokenised by tokenizer {actual}, but the model here uses tokenizer {expected}")
-
-
-def _padding(seq_len: int) -> dict[str, np.ndarray]:
-    return {
-        "tokens": np.zeros(seq_len, np.int32),
-        "segments": np.zeros(seq_len, np.int32),
-        "mask": np.zeros(seq_len, np.uint8),
-    }
 
 
 def _lengths_path(directory: Path, split: str) -> Path:

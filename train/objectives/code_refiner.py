@@ -78,6 +78,11 @@ class CodeRefiner(NextScale):
         """The scales that were learnt."""
         return {"objective": "code_refiner", "first_scale": self._config.first_scale}
 
+    @property
+    def inputs(self):
+        """With the teacher."""
+        return {**super().inputs, "objective.teacher": self._config.teacher}
+
     def load_base(self, mesh):
         """The tokenizer, the teacher and, to go on from it, a VAR; float32, layers stacked."""
         teacher = stack_layers(files.load(self._config.teacher, VARConfig)[1])

@@ -12,7 +12,7 @@ holds the target's first choice (EAGLE-3).
 """
 
 import abc
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
@@ -29,11 +29,13 @@ from decoding.replay import is_replayable, replay_acceptance
 from decoding.sampling import argmax
 from decoding.trees import chain
 from models import schema, transformer
+from models.errors import UserError
 from models.formats.hf import load_config
 from models.formats.target import Target, check_vocabulary, load_target
 from models.formats.tokenizer import Tokenizer
 from models.layout import Layout
 from models.transformer import Output
+from train.data.texts import Documents
 from train.objectives.objective import Batch, Objective, Params, Sums
 from train.objectives.shift import ahead, label_mask, labels_at, log_likelihood
 
@@ -74,11 +76,12 @@ class Guess(NamedTuple):
 class DraftObjective(Objective):
     """Base of the objectives that make a drafter, of any kind that has parameters.
 
-    A subclass gives `Config`, whose objects have `base`, `labels`, `loop_prompts`, `loop_tokens`, `weights` and
-    `untrained(model)`, and `depth` and `guesses`.
+    A subclass gives `Config`, whose objects have what `asks_of_config` names, `untrained(model)` being the drafter
+    without parameters, and `depth` and `guesses`.
     """
 
     product: ClassVar[str] = "drafter"
+    asks_of_config: ClassVar[tuple[str, ...]] = ("labels", "loop_prompts", "loop_tokens", "weights", "untrained")
 
     def __init__(self, config: Any, tokenizer: Tokenizer):
         """`tokenizer` is the target's, and the data's. Raises UserError for a missing or broken target."""
@@ -115,6 +118,38 @@ class DraftObjective(Objective):
         """What guess i answers for, from the positions `at`, or from all."""
         batch = {**batch, "mask": label_mask(batch, self._config.labels)}
         return Labels(*(_picked(values, at) for values in labels_at(batch, i + 2)))
+
+    def check(self, length: int | None) -> None:
+        """Also refuses guesses that can have no labels, and a drafter that the probe cannot give its chain."""
+        super().check(length)
+        # Guess i answers for the token i + 2 places ahead.
+        if length is not None and self.depth + 2 > length:
+            raise UserError(
+                f"{self.depth} guesses in a row need rows of at least {self.depth + 2} tokens, or the last has no "
+                f"labels: config.length is {length}"
+            )
+        if self._config.loop_prompts and self._config.loop_tokens:
+            try:
+                self.drafter.with_tree(chain(self.depth))
+            except (AttributeError, UserError) as error:
+                raise UserError(
+                    f"evaluations decode with a chain of {self.depth}, which {type(self.drafter).__name__} cannot be "
+                    f"given ({error}): set objective.loop_prompts to 0, or define its with_tree"
+                ) from None
+
+    def scan_data(self, documents: Documents) -> None:
+        """Refuses documents so short that the last guess has no labels."""
+        longest = int(documents.lengths.max(initial=0))
+        if self.depth + 2 > longest:
+            raise UserError(
+                f"{self.depth} guesses in a row need documents of at least {self.depth + 2} tokens, or the last has no "
+                f"labels: the longest to learn from has {longest}"
+            )
+
+    @property
+    def inputs(self) -> Mapping[str, str | None]:
+        """The target."""
+        return {"objective.target": self._config.base}
 
     def load_base(self, mesh: Mesh) -> Params:
         """The target, float32 on CPU and bfloat16 on accelerators."""
@@ -171,18 +206,18 @@ class DraftObjective(Objective):
     def probe(self, trainable: Params, frozen: Params, batches: Iterator[Batch]) -> dict[str, float]:
         """Share of decoding steps that accept depth d: in the loop, and by the training-time forward on its text.
 
-        The loop decodes the beginnings of held-out rows greedily, with the rank-0 chain as its tree. The two shares
-        must be equal (`decoding/replay.py`, which not every drafter knows); a difference means that drafters are not
-        served as they are trained. Empty when nothing is to be decoded, or the target has no room for it, or there are
-        several processes.
+        The loop decodes greedily from where labels begin in held-out rows (`prompts_of`), with the rank-0 chain as its
+        tree. The two shares must be equal (`decoding/replay.py`, which not every drafter knows); a difference means
+        that drafters are not served as they are trained. Empty when nothing is to be decoded, or the target has no room
+        for it, or there are several processes.
         """
         if jax.process_count() > 1:
             return {}
         batch = next(batches)
-        size = max(batch["tokens"].shape[1] // 4, 1)
-        tokens_BT, segments_BT = (np.asarray(batch[name])[:, :size] for name in ("tokens", "segments"))
-        prompts = tokens_BT[(segments_BT > 0).all(axis=1)][: self._config.loop_prompts].tolist()
-        new_tokens = min(self._config.loop_tokens, self.model.max_position - size)
+        batch = {**batch, "mask": label_mask(batch, self._config.labels)}
+        arrays = {name: np.asarray(values) for name, values in batch.items()}
+        prompts = prompts_of(arrays, self.model.max_position - self._config.loop_tokens)[: self._config.loop_prompts]
+        new_tokens = min(self._config.loop_tokens, self.model.max_position - max(map(len, prompts), default=0))
         if not prompts or new_tokens <= 0:
             return {}
         params = self.drafter_params(self._cast(trainable), frozen)
@@ -248,6 +283,31 @@ class DraftObjective(Objective):
             return jnp.sum(loss_BS * weight_BS), jnp.sum(weight_BS)
 
         return term
+
+
+def prompts_of(batch: Mapping[str, np.ndarray], room: int) -> list[list[int]]:
+    """What a decoder would be given before it writes what is learnt: the text up to where labels begin.
+
+    A drafter is asked for the answers of a chat, not for the questions. First the first answer of every row, then the
+    second ones, without those of more than `room` tokens where there are others; where labels begin nowhere, because
+    all is learnt, the first quarter of every row.
+
+    Args:
+      batch: `tokens`, `segments` and `mask`, [B, T], the mask true for labels.
+      room: tokens of a prompt that leaves the target enough to write.
+    """
+    segments_BT, mask_BT = batch["segments"], batch["mask"].astype(bool)
+    same_BT = (segments_BT[:, 1:] == segments_BT[:, :-1]) & (segments_BT[:, 1:] > 0)
+    found = []
+    for row, begins_T in enumerate(same_BT & mask_BT[:, 1:] & ~mask_BT[:, :-1]):
+        for rank, place in enumerate(np.flatnonzero(begins_T) + 1):
+            first = int(np.argmax(segments_BT[row] == segments_BT[row, place]))
+            found.append((rank, row, batch["tokens"][row, first:place].tolist()))
+    if found:
+        prompts = [prompt for *_, prompt in sorted(found)]
+        return [prompt for prompt in prompts if len(prompt) <= room] or prompts
+    size = max(segments_BT.shape[1] // 4, 1)
+    return batch["tokens"][:, :size][(segments_BT[:, :size] > 0).all(axis=1)].tolist()
 
 
 def _picked(values: Array, at: Int[Array, "B S"] | None) -> Array:

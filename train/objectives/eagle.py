@@ -187,7 +187,8 @@ class Eagle3Objective(EagleObjective):
         return self._config.steps
 
     def scan_data(self, documents: Documents) -> None:
-        """Chooses the draft vocabulary."""
+        """Also chooses the draft vocabulary."""
+        super().scan_data(documents)
         if self.heads.vocab_size:
             counts = count_labels(documents, self.model.vocab_size, self._config.labels)
             self._vocabulary = most_frequent(counts, self.heads.vocab_size)

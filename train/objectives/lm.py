@@ -83,6 +83,11 @@ class LM(Objective):
             check_vocabulary(self.model, tokenizer, config.init_from)
             self.base = transformer.param_shapes(self.model, jnp.float32)
 
+    @property
+    def inputs(self) -> Mapping[str, str | None]:
+        """The target to finetune."""
+        return {"objective.init_from": self._config.init_from}
+
     def load_base(self, mesh: Mesh) -> Params:
         """The target to finetune, in float32."""
         assert self._config.init_from is not None

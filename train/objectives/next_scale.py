@@ -133,6 +133,11 @@ class NextScale(Objective):
                 raise UserError(f"{directory} has {name} {found}, but {owner} has {fact}")
         return model
 
+    @property
+    def inputs(self) -> Mapping[str, str | None]:
+        """The tokenizer and what is gone on from."""
+        return {f"objective.{name}": getattr(self._config, name) for name in ("tokenizer", "init_from")}
+
     def load_base(self, mesh: Mesh) -> Params:
         """The tokenizer and, to go on from it, a VAR; float32, layers stacked."""
         base = {"tokenizer": files.load(self._config.tokenizer, VQVAEConfig)[1]}

@@ -10,7 +10,8 @@ steps where the optimizer keeps one (`optimizer.ema`).
 """
 
 import abc
-from collections.abc import Iterator
+import dataclasses
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -27,6 +28,9 @@ Sums = dict[str, tuple[Float[Array, "..."], Float[Array, ""]]]
 # anything that was left alone None.
 Replaced = Any
 
+# What a config must tell besides, by what its objective reads.
+_ALSO_READ = {"text": "base", "images": "image_size"}
+
 
 class Objective(abc.ABC):
     """One way of learning parameters. A subclass must define what is abstract here; the rest does nothing by default.
@@ -39,12 +43,14 @@ class Objective(abc.ABC):
         receives it.
       model: shape of the model that is trained, or that heads are trained on.
       base: shapes and dtypes of the parameters that `load_base` returns, or None when nothing is loaded.
+      asks_of_config: names that a `Config` must have besides `name`, `reads` and what goes with that.
     """
 
     Config: ClassVar[type]
     product: ClassVar[str]
     model: Any
     base: Params | None = None
+    asks_of_config: ClassVar[tuple[str, ...]] = ()
 
     @abc.abstractmethod
     def __init__(self, config: Any, facts: Any):
@@ -55,8 +61,38 @@ class Objective(abc.ABC):
         """Raises UserError when a member is missing without which nothing can be trained."""
         missing = [name for name in ("Config", "product") if not hasattr(cls, name)]
         missing += sorted(getattr(cls, "__abstractmethods__", ()))
+        if hasattr(cls, "Config"):
+            if not dataclasses.is_dataclass(cls.Config):
+                raise UserError(f"the objective {cls.__name__} is incomplete: its Config is no dataclass")
+            known = {*dir(cls.Config), *(field.name for field in dataclasses.fields(cls.Config))}
+            wanted = ("name", "reads", *cls.asks_of_config)
+            if reads := getattr(cls.Config, "reads", None):
+                if reads not in _ALSO_READ:
+                    raise UserError(
+                        f"the objective {cls.__name__} is incomplete: its Config.reads is {reads!r}, expected one of "
+                        f"{', '.join(_ALSO_READ)}"
+                    )
+                wanted += (_ALSO_READ[reads],)
+            missing += [f"Config.{name}" for name in wanted if name not in known]
         if missing:
             raise UserError(f"the objective {cls.__name__} is incomplete: it does not define {', '.join(missing)}")
+
+    def check(self, length: int | None) -> None:
+        """Looks whether the job can be carried through, once the objective is made and before anything is read.
+
+        Args:
+          length: tokens per row; None for images.
+
+        Raises:
+          UserError: something is missing, or could not work.
+        """
+        if not hasattr(self, "model"):
+            raise UserError(f"the objective {type(self).__name__} is incomplete: its __init__ does not set model")
+
+    @property
+    def inputs(self) -> Mapping[str, str | None]:
+        """What it reads from disk besides the data: key of the config -> its path, or None where that is not used."""
+        return {}
 
     def scan_data(self, split: Any, /) -> None:  # noqa: B027 - nothing is what most do
         """Looks through the training split, once, before anything is loaded."""

@@ -12,6 +12,7 @@ leaves behind is a VQ-VAE directory.
 
 import dataclasses
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -145,6 +146,11 @@ class VQVAEObjective(Objective):
         perceptual = config.perceptual
         self._net: FeatureNet | None = FEATURE_NETS[perceptual.net](str(perceptual.weights)) if perceptual.net else None
         self.base = None if self._net is None else self._net.shapes()
+
+    @property
+    def inputs(self) -> Mapping[str, str | None]:
+        """The feature net."""
+        return {"objective.perceptual.weights": self._config.perceptual.weights if self._net else None}
 
     def load_base(self, mesh: Mesh) -> Params:
         """The feature net."""

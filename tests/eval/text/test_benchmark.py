@@ -1,5 +1,6 @@
 """The benchmark counts what the loop emitted, compares with plain decoding, and averages as its docstring says."""
 
+import dataclasses
 import json
 import math
 import pathlib
@@ -205,6 +206,10 @@ def test_command_writes_results_and_report(target_directory, drafter_directories
     assert len(results["samples"][0]["pieces"]) == 8
     assert (tmp_path / "out" / "report.html").exists()
     assert "medusa" in capsys.readouterr().out
+    with pytest.raises(UserError, match=r"results\.json already exists: give .*, or --config\.overwrite to replace it"):
+        run(dataclasses.replace(config, target="nowhere"))  # Said before anything is loaded.
+    with pytest.raises(UserError, match="nowhere"):
+        run(dataclasses.replace(config, target="nowhere", overwrite=True))
 
 
 @pytest.mark.parametrize(

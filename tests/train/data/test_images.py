@@ -11,7 +11,8 @@ from PIL import Image
 
 from models.errors import UserError
 from train.data import images
-from train.data.images import batches, open_images, sequential
+from train.data.images import open_images
+from train.data.order import in_order, shuffled
 
 SIZE = 6
 PIXELS = np.random.default_rng(0).integers(0, 256, (11, SIZE, SIZE, 3), np.uint8)
@@ -53,14 +54,14 @@ def test_images_come_back_in_order(train, directory) -> None:
     np.testing.assert_array_equal(slice_of_valid[0]["image"], PIXELS[9])
 
 
-def numbers(batch: images.ImageBatch) -> list[int]:
+def numbers(batch: dict[str, np.ndarray]) -> list[int]:
     """Which of `PIXELS` a batch holds; -1 for black ones."""
     where = (batch["image"][:, None] == PIXELS).all(axis=(2, 3, 4))
     return [int(row.argmax()) if row.any() else -1 for row in where]
 
 
 def test_every_epoch_holds_every_image_once_with_its_label(train) -> None:
-    made = list(batches(train, 4, seed=3, epochs=2))
+    made = list(shuffled(train, 4, seed=3, epochs=2))
     assert [set(batch) for batch in made] == [{"image", "label"}] * 4
     assert made[0]["image"].shape == (4, SIZE, SIZE, 3) and made[0]["image"].dtype == np.uint8
     assert made[0]["label"].shape == (4,) and made[0]["label"].dtype == np.int32
@@ -69,43 +70,43 @@ def test_every_epoch_holds_every_image_once_with_its_label(train) -> None:
     first, second = (numbers(made[i]) + numbers(made[i + 1]) for i in (0, 2))
     assert sorted(first) == sorted(second) == list(range(8)) and first != second
     for seed, same in ((3, True), (4, False)):
-        again = [i for batch in batches(train, 4, seed=seed, epochs=1) for i in numbers(batch)]
+        again = [i for batch in shuffled(train, 4, seed=seed, epochs=1) for i in numbers(batch)]
         assert (again == first) == same
 
 
 def test_a_run_resumes_exactly(train) -> None:
-    whole = batches(train, 3, seed=1)
+    whole = shuffled(train, 3, seed=1)
     for _ in range(4):
         next(whole)
     state = json.loads(json.dumps(whole.get_state()))
-    resumed = batches(train, 3, seed=1)
+    resumed = shuffled(train, 3, seed=1)
     resumed.set_state(state)
     for _ in range(7):
         assert numbers(next(resumed)) == numbers(next(whole))
 
 
 def test_processes_share_the_batches_of_one(train) -> None:
-    alone = batches(train, 4, seed=2)
-    shared = [batches(train, 4, seed=2, process_index=i, process_count=2) for i in range(2)]
+    alone = shuffled(train, 4, seed=2)
+    shared = [shuffled(train, 4, seed=2, process_index=i, process_count=2) for i in range(2)]
     for _ in range(5):
         parts = [numbers(next(part)) for part in shared]
         assert [parts[0][0], parts[1][0], parts[0][1], parts[1][1]] == numbers(next(alone))
 
 
 def test_evaluation_sees_every_image_once_in_order(train) -> None:
-    made = list(sequential(train, 3))
+    made = list(in_order(train, 3))
     assert [numbers(batch) for batch in made] == [[0, 1, 2], [3, 4, 5], [6, 7, -1]]
     assert made[2]["label"].tolist() == [LABELS[6], LABELS[7], images.PADDING] and not made[2]["image"][2].any()
-    assert len(list(sequential(train, 3, max_batches=1))) == 1
-    second = list(sequential(train, 4, process_index=1, process_count=2))
+    assert len(list(in_order(train, 3, max_batches=1))) == 1
+    second = list(in_order(train, 4, process_index=1, process_count=2))
     assert [numbers(batch) for batch in second] == [[1, 3], [5, 7]]
 
 
 def test_batches_that_cannot_be_made(train) -> None:
-    with pytest.raises(UserError, match="1 epochs of 8 images do not fill one batch of 9"):
-        batches(train, 9, seed=0, epochs=1)
+    with pytest.raises(UserError, match="1 epochs of 8 examples do not fill one batch of 9"):
+        shuffled(train, 9, seed=0, epochs=1)
     with pytest.raises(UserError, match="positive multiple of 2"):
-        batches(train, 3, seed=0, process_count=2)
+        shuffled(train, 3, seed=0, process_count=2)
 
 
 def test_images_are_brought_to_a_size(directory) -> None:
@@ -119,33 +120,6 @@ def encoded(image: Image.Image, kind: str = "PNG") -> bytes:
     content = io.BytesIO()
     image.save(content, kind)
     return content.getvalue()
-
-
-def test_whatever_is_stored_becomes_rgb() -> None:
-    red = Image.new("RGBA", (4, 4), (255, 0, 0, 255))
-    half = Image.new("RGBA", (4, 4), (255, 0, 0, 0))
-    cases = {
-        "rgba": (red, (255, 0, 0)),
-        "transparent": (half, (255, 255, 255)),
-        "grey": (Image.new("L", (4, 4), 7), (7, 7, 7)),
-        "palette": (red.convert("RGB").convert("P"), (255, 0, 0)),
-    }
-    for name, (image, colour) in cases.items():
-        assert (images.decoded(encoded(image), 4, name) == colour).all(), name
-    cmyk = images.decoded(encoded(Image.new("CMYK", (8, 8), (0, 0, 0, 0)), "JPEG"), 4, "cmyk")
-    assert cmyk.shape == (4, 4, 3) and (cmyk > 250).all()
-    with pytest.raises(UserError, match=r"image 3 of x cannot be read as an image"):
-        images.decoded(b"no image", 4, "image 3 of x")
-    with pytest.raises(UserError, match="x cannot be read"):
-        images.decoded(encoded(Image.effect_noise((64, 64), 50))[:500], 4, "x")
-
-
-def test_the_middle_is_cut_out() -> None:
-    wide = np.zeros((4, 10, 3), np.uint8)
-    wide[:, 3:7] = 200
-    assert (images.fitted(Image.fromarray(wide), 4) == 200).all()
-    tall = images.fitted(Image.fromarray(wide.transpose(1, 0, 2)).resize((40, 100), Image.Resampling.BOX), 4)
-    assert tall.shape == (4, 4, 3) and tall[1:3].min() > 180
 
 
 def test_directories_that_are_no_image_sets(directory, tmp_path) -> None:
@@ -205,7 +179,7 @@ def test_catalogue_sets_read_like_directories(tmp_path, capsys) -> None:
     assert (len(pictures), pictures.classes, pictures.manifest) == (3, ("dark", "light"), {})
     found = sorted((int(pictures[i]["image"].mean()), int(pictures[i]["label"])) for i in range(3))
     assert found == [(0, 0), (100, 0), (200, 1)]
-    assert next(batches(pictures, 2, seed=0))["image"].shape == (2, 8, 8, 3)
+    assert next(shuffled(pictures, 2, seed=0))["image"].shape == (2, 8, 8, 3)
     assert capsys.readouterr().out == ""
 
 
@@ -230,7 +204,7 @@ def test_the_public_sets_are_sets_of_labelled_images(name) -> None:
 def test_tensorflow_is_never_imported(directory, run_python) -> None:
     run_python(
         "import sys\n"
-        "from train.data import images\n"
-        f"next(images.batches(images.open_images({str(directory)!r}, 'train'), 2, seed=0))\n"
+        "from train.data import images, order\n"
+        f"next(order.shuffled(images.open_images({str(directory)!r}, 'train'), 2, seed=0))\n"
         "assert 'tensorflow' not in sys.modules\n"
     )

@@ -1,5 +1,7 @@
 """The order of examples: only whole batches to train on, every example once to evaluate."""
 
+from typing import ClassVar
+
 import numpy as np
 import pytest
 
@@ -8,6 +10,8 @@ from train.data.order import in_order, shuffled
 
 class Numbers:
     """Ten examples, each its own number."""
+
+    padding: ClassVar = {"x": np.array(-1)}
 
     def __len__(self):
         return 10
@@ -22,12 +26,12 @@ def numbers(batches):
 
 @pytest.mark.parametrize(("epochs", "count"), [(1, 2), (3, 7)])
 def test_a_last_batch_that_is_not_full_is_dropped(epochs, count):
-    found = numbers(shuffled(Numbers(), 4, 0, epochs, 0, 1))
+    found = numbers(shuffled(Numbers(), 4, 0, epochs=epochs))
     assert [len(batch) for batch in found] == [4] * count
     times = np.bincount(np.concatenate(found), minlength=10)
     assert times.max() <= epochs and times.sum() == 4 * count
     # Of two processes each drops its part of it.
-    halves = [numbers(shuffled(Numbers(), 4, 0, epochs, process, 2)) for process in (0, 1)]
+    halves = [numbers(shuffled(Numbers(), 4, 0, epochs=epochs, process_index=i, process_count=2)) for i in (0, 1)]
     assert [[len(half) for half in part] for part in halves] == [[2] * count] * 2
     assert [sorted(a + b) for a, b in zip(*halves, strict=True)] == [sorted(batch) for batch in found]
 
@@ -35,4 +39,4 @@ def test_a_last_batch_that_is_not_full_is_dropped(epochs, count):
 @pytest.mark.parametrize("most", [None, 1])
 def test_evaluation_fills_up_its_last_batch(most):
     expected = [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, -1, -1]]
-    assert numbers(in_order(Numbers(), {"x": np.array(-1)}, 4, most, 0, 1)) == expected[:most]
+    assert numbers(in_order(Numbers(), 4, max_batches=most)) == expected[:most]

@@ -11,6 +11,7 @@ import tensorflow_datasets as tfds
 from models.errors import UserError
 from models.formats.tokenizer import Tokenizer
 from train.data import texts as data
+from train.data.order import in_order, shuffled
 
 LENGTHS = [5, 1, 17, 3, 8, 2, 11, 6]
 
@@ -92,17 +93,17 @@ def test_rows_too_short(documents):
 
 def test_every_epoch_holds_every_row_once_in_another_order(documents):
     rows_per_epoch = len(data.PackedRows(documents, 4))
-    found = [batch["tokens"][0, 0] for batch in data.batches(documents, 1, 4, seed=0, epochs=3)]
+    found = [batch["tokens"][0, 0] for batch in shuffled(data.PackedRows(documents, 4), 1, seed=0, epochs=3)]
     epochs = np.array(found).reshape(3, rows_per_epoch)
     assert all(sorted(epoch) == list(range(1, 54, 4)) for epoch in epochs)
     assert len({tuple(epoch) for epoch in epochs}) == 3
-    again = [batch["tokens"][0, 0] for batch in data.batches(documents, 1, 4, seed=0, epochs=3)]
-    other = [batch["tokens"][0, 0] for batch in data.batches(documents, 1, 4, seed=1, epochs=3)]
+    again = [batch["tokens"][0, 0] for batch in shuffled(data.PackedRows(documents, 4), 1, seed=0, epochs=3)]
+    other = [batch["tokens"][0, 0] for batch in shuffled(data.PackedRows(documents, 4), 1, seed=1, epochs=3)]
     assert again == found and other != found
 
 
 def test_batches_have_the_contract_s_shapes(documents):
-    batch = next(data.batches(documents, 3, 4, seed=0))
+    batch = next(shuffled(data.PackedRows(documents, 4), 3, seed=0))
     assert {key: (value.shape, value.dtype.name) for key, value in batch.items()} == {
         "tokens": ((3, 4), "int32"),
         "segments": ((3, 4), "int32"),
@@ -112,18 +113,19 @@ def test_batches_have_the_contract_s_shapes(documents):
 
 @pytest.mark.parametrize("consumed", [0, 1, 9, 40])
 def test_resume_is_exact(directory, documents, consumed):
-    first = data.batches(documents, 3, 4, seed=0)
+    first = shuffled(data.PackedRows(documents, 4), 3, seed=0)
     for _ in range(consumed):
         next(first)
     state = json.loads(json.dumps(first.get_state()))
-    second = data.batches(data.open_split(directory, "train"), 3, 4, seed=0)
+    second = shuffled(data.PackedRows(data.open_split(directory, "train"), 4), 3, seed=0)
     second.set_state(state)
     assert all(same(next(first), next(second)) for _ in range(20))
 
 
 def test_processes_share_out_the_rows_of_every_step(documents):
-    alone = data.batches(documents, 4, 4, seed=0)
-    parts = [data.batches(documents, 4, 4, seed=0, process_index=index, process_count=2) for index in range(2)]
+    alone = shuffled(data.PackedRows(documents, 4), 4, seed=0)
+    rows = data.PackedRows(documents, 4)
+    parts = [shuffled(rows, 4, seed=0, process_index=index, process_count=2) for index in range(2)]
     for _ in range(12):
         whole = next(alone)["tokens"]
         first, second = (next(part)["tokens"] for part in parts)
@@ -133,15 +135,15 @@ def test_processes_share_out_the_rows_of_every_step(documents):
 
 def test_batch_sizes_that_cannot_be(documents):
     with pytest.raises(UserError, match="multiple of 2"):
-        data.batches(documents, 3, 4, seed=0, process_count=2)
-    with pytest.raises(UserError, match="2 epochs of 14 rows of 4 tokens do not fill one batch of 29"):
-        data.batches(documents, 29, 4, seed=0, epochs=2)
+        shuffled(data.PackedRows(documents, 4), 3, seed=0, process_count=2)
+    with pytest.raises(UserError, match="2 epochs of 14 examples do not fill one batch of 29"):
+        shuffled(data.PackedRows(documents, 4), 29, seed=0, epochs=2)
 
 
 @pytest.mark.parametrize("processes", [1, 2])
 def test_one_pass_covers_everything_once(documents, processes):
     parts = [
-        list(data.sequential(documents, 4, 4, process_index=index, process_count=processes))
+        list(in_order(data.PackedRows(documents, 4), 4, process_index=index, process_count=processes))
         for index in range(processes)
     ]
     assert {len(part) for part in parts} == {4}
@@ -151,7 +153,7 @@ def test_one_pass_covers_everything_once(documents, processes):
     assert sorted(real) == list(range(1, 54))
     padded = np.concatenate([batch["mask"][batch["segments"] == 0] for batch in batches])
     assert len(padded) == 4 * 4 * 4 - 53 and not padded.any()
-    assert len(list(data.sequential(documents, 4, 4, max_batches=2))) == 2
+    assert len(list(in_order(data.PackedRows(documents, 4), 4, max_batches=2))) == 2
 
 
 def test_the_tokenizer_is_checked(directory):
@@ -223,7 +225,7 @@ def test_a_full_disk_is_one_sentence(tmp_path, run_python):
         "import pathlib, resource\n"
         "import numpy as np\n"
         "from models.errors import UserError\n"
-        "from train.data import texts as data\n"
+        "from train.data import order, texts as data\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))\n"
         "tokens = np.random.default_rng(0).integers(0, 2**30, 50_000, np.int32)\n"
         "document = {'name': 'a', 'tokens': tokens, 'mask': np.ones(50_000, np.uint8)}\n"
@@ -273,7 +275,7 @@ def test_catalogue_sets_read_like_directories(tokenizer, tmp_path, capsys):
     assert texts == {f"What is {index}?\nIt is {index}, naïvely." for index in range(4)}
     first = documents[0]["tokens"]
     assert (first[0], first[-1], len(first)) == (tokenizer.bos_id, tokenizer.eos_ids[0], documents.lengths[0])
-    assert next(data.batches(documents, 2, 8, seed=0))["mask"].all()
+    assert next(shuffled(data.PackedRows(documents, 8), 2, seed=0))["mask"].all()
     answers = data.open_split(
         "tfds:tandem_questions", "train[:2]", tokenizer=tokenizer, fields=("answer",), data_dir=tmp_path
     )
@@ -312,7 +314,7 @@ def test_catalogue_set_that_cannot_be_downloaded(tokenizer, tmp_path, monkeypatc
 def test_tensorflow_is_never_imported(directory, run_python):
     run_python(
         "import sys\n"
-        "from train.data import texts as data\n"
-        f"next(data.batches(data.open_split({str(directory)!r}, 'train'), 2, 4, seed=0))\n"
+        "from train.data import order, texts as data\n"
+        f"next(order.shuffled(data.PackedRows(data.open_split({str(directory)!r}, 'train'), 4), 2, seed=0))\n"
         "assert 'tensorflow' not in sys.modules\n"
     )
