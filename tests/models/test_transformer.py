@@ -42,6 +42,10 @@ forward = jax.jit(transformer.forward, static_argnames=("config", "layers", "tap
 
 pytestmark = pytest.mark.usefixtures("x64")
 each_family = pytest.mark.parametrize("config", FAMILIES.values(), ids=FAMILIES)
+# What Qwen adds lies before attention; with the other two, whatever asks where rows stand and what they see is asked.
+each_attention = pytest.mark.parametrize(
+    "config", [pytest.param(c, marks=[pytest.mark.slow] if n == "qwen" else [], id=n) for n, c in FAMILIES.items()]
+)
 
 
 def lively(config: TransformerConfig, dtype=jnp.float64, seed: int = 0) -> dict:
@@ -77,7 +81,7 @@ def test_joined_projections_are_the_separate_ones(config: TransformerConfig) -> 
     close(transformer.split_projections(config, params), params, atol=0)
 
 
-@each_family
+@each_attention
 def test_slices_of_the_stack_compose(config: TransformerConfig) -> None:
     params, layout = lively(config), Layout.causal(2, 9)
     whole = forward(config, params, TOKENS, layout, taps=("layer:1", "pre_norm"))
@@ -113,7 +117,7 @@ def test_lookup_is_the_table_as_it_stands(config: TransformerConfig) -> None:
     close(transformer.embed(config, params, TOKENS), rows * (config.width**0.5 if config.embed_scale else 1.0))
 
 
-@each_family
+@each_attention
 def test_packed_documents_are_separate_ones(config: TransformerConfig) -> None:
     params = lively(config)
     segments = jnp.array([[1, 1, 1, 1, 2, 2, 2, 2, 2], [1, 1, 2, 2, 2, 3, 0, 0, 0]])
@@ -126,7 +130,7 @@ def test_packed_documents_are_separate_ones(config: TransformerConfig) -> None:
             close(packed[row, start:end], alone[0, : end - start])
 
 
-@each_family
+@each_attention
 def test_cached_rows_are_whole_rows(config: TransformerConfig) -> None:
     """A prefix of ragged length, then a chain of rows, then a tree with two branches."""
     params = lively(config)
@@ -145,7 +149,7 @@ def test_cached_rows_are_whole_rows(config: TransformerConfig) -> None:
     assert np.abs(branched[:, 1] - rest[:, 1]).max() > 1e-3
 
 
-@each_family
+@each_attention
 def test_stacked_layers_attend_to_a_stacked_cache(config: TransformerConfig) -> None:
     """As a list of layers does to a list, at a horizon per row too; and their rows come back stacked."""
     params = lively(config)
