@@ -11,6 +11,7 @@ import dataclasses
 import json
 import math
 import struct
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 import jax
@@ -156,7 +157,7 @@ def read_llama2c_tokenizer(path: str | Path, vocab_size: int) -> Tokenizer:
             "fuse_unk": True,
             "byte_fallback": True,
             "vocab": vocab,
-            "merges": _merges(pieces, scores),
+            "merges": merges_by_score(pieces, scores, range(_FIRST_PIECE_ID)),
         },
     }
     config = {
@@ -167,6 +168,32 @@ def read_llama2c_tokenizer(path: str | Path, vocab_size: int) -> Tokenizer:
         "clean_up_tokenization_spaces": False,
     }
     return Tokenizer(tokenizers.Tokenizer.from_str(json.dumps(content)), config)
+
+
+def halves(weight: np.ndarray, heads: int) -> np.ndarray:
+    """Reorders the output rows (the first axis) of each head from pairs (2i, 2i+1) to pairs (i, i + D/2)."""
+    out, *rest = weight.shape
+    return weight.reshape(heads, out // heads // 2, 2, *rest).swapaxes(1, 2).reshape(weight.shape)
+
+
+def merges_by_score(pieces: Sequence[str], scores: Sequence[float], apart: Collection[int]) -> list[tuple[str, str]]:
+    """Every way to join two pieces into a third, best score first: SentencePiece's rule, spelled out as ranks.
+
+    Args:
+      pieces: the vocabulary.
+      scores: of each piece.
+      apart: numbers of the pieces that are never made by joining others, such as specials and bytes.
+    """
+    known = set(pieces)
+    ranked = []
+    for i, piece in enumerate(pieces):
+        if i in apart:
+            continue
+        for cut in range(1, len(piece)):
+            pair = (piece[:cut], piece[cut:])
+            if pair[0] in known and pair[1] in known:
+                ranked.append((-scores[i], i, cut, pair))
+    return [pair for *_, pair in sorted(ranked)]
 
 
 def _read_header(data: np.ndarray, path: Path) -> _Header:
@@ -247,7 +274,7 @@ def _assemble(config: TransformerConfig, tensors: dict[str, list[np.ndarray]]) -
     def layer(k: int) -> Params:
         def kernel(name: str, heads: int = 0) -> dict[str, np.ndarray]:
             weight = tensors[name][k]
-            return {"kernel": (_halves(weight, heads) if heads else weight).T}
+            return {"kernel": (halves(weight, heads) if heads else weight).T}
 
         return {
             "attention_norm": {"scale": tensors["attention_norm"][k]},
@@ -271,12 +298,6 @@ def _assemble(config: TransformerConfig, tensors: dict[str, list[np.ndarray]]) -
     return jax.tree.map(lambda leaf: jnp.asarray(np.ascontiguousarray(leaf)), params)
 
 
-def _halves(weight: np.ndarray, heads: int) -> np.ndarray:
-    """Reorders the output rows of each head from pairs (2i, 2i+1) to pairs (i, i + D/2)."""
-    out, width = weight.shape
-    return weight.reshape(heads, out // heads // 2, 2, width).swapaxes(1, 2).reshape(out, width)
-
-
 def _read_pieces(data: bytes, vocab_size: int, path: Path) -> tuple[list[str], list[float]]:
     pieces: list[str] = []
     scores: list[float] = []
@@ -297,15 +318,3 @@ def _read_pieces(data: bytes, vocab_size: int, path: Path) -> tuple[list[str], l
     if offset != len(data):
         raise UserError(f"{path} holds more than the {vocab_size} tokens of its checkpoint")
     return pieces, scores
-
-
-def _merges(pieces: list[str], scores: list[float]) -> list[tuple[str, str]]:
-    """Every way to join two pieces into a third, best score first: llama2.c's rule, spelled out as ranks."""
-    known = set(pieces)
-    ranked = []
-    for i in range(_FIRST_PIECE_ID, len(pieces)):
-        for cut in range(1, len(pieces[i])):
-            pair = (pieces[i][:cut], pieces[i][cut:])
-            if pair[0] in known and pair[1] in known:
-                ranked.append((-scores[i], i, cut, pair))
-    return [pair for *_, pair in sorted(ranked)]
