@@ -11,14 +11,15 @@
     5. decode        eval.main: wall-clock beside plain decoding, alone on the device
     6. speed         eval.speed on the target's shape
 
-`OUT/parts.json` says what became of every part; `OUT/back` holds what is worth carrying away, in a few small files: the
-EAGLE-3 drafters in bfloat16, the chats as uint16, and all results and logs in one archive. A part that fails or runs
-out of time stops none that does not need it. This process never touches the device; the parts share it, so that one
-compiles while others compute, without reserving its memory.
+`OUT/parts.json` says what became of every part; `OUT/back`, or `--back`, holds what is worth carrying away, in a few
+small files: the EAGLE-3 drafters in bfloat16, the chats as uint16, and all results and logs in one archive. A part that
+fails or runs out of time stops none that does not need it. This process never touches the device; the parts share it,
+so that one compiles while others compute, without reserving its memory.
 """
 
 import argparse
 import dataclasses
+import functools
 import json
 import os
 import shutil
@@ -27,24 +28,40 @@ import subprocess
 import sys
 import tarfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
+import ml_dtypes
+import numpy as np
+from safetensors.numpy import load_file, save_file
+
 from models import command_line
 from models.command_line import at_least
+from models.config import TransformerConfig
 from models.errors import UserError, exit_on_user_error
+from models.formats.hf import load_config, save_target
+from models.formats.storage import leaves_by_path
+from models.formats.tokenizer import Tokenizer
+from models.transformer import param_shapes
+from train.data.text_building import write_dataset
+from train.data.texts import Document, open_split
 
-TRAINING = {
-    "eagle3": ("eagle3.py", "objective.vocabulary", {}),
+# Config, the key of its draft vocabulary, and what differs from it.
+TRAINING: dict[str, tuple[str, str | None, dict[str, Any]]] = {
+    "eagle3": ("eagle3.py", "objective.vocabulary", {"optimizer.learning_rate": 4e-3}),
     "eagle3_adamw": (
         "eagle3.py",
         "objective.vocabulary",
         {"optimizer.name": "adamw", "optimizer.learning_rate": 1e-3, "optimizer.weight_decay": 0.01},
     ),
     "hydra_pp": ("hydra_pp.py", None, {}),
-    "medusa": ("medusa.py", None, {}),
+    "medusa": ("medusa.py", None, {"optimizer.learning_rate": 4e-3}),
 }
+TIMED = ("eagle3", "hydra_pp")  # Heads whose wall-clock is measured.
+# Of programs that run once, compilation takes longer than what tuning and generated matrix products would save.
+QUICK = "--xla_gpu_enable_triton_gemm=false --xla_gpu_autotune_level=0"
 WARM_UP = 0.04  # Share of the steps.
 TIMED_STEPS = 30  # Enough to tell how long a step takes.
 KEPT = (".json", ".jsonl", ".html", ".log")
@@ -60,12 +77,14 @@ class Part:
       command: module and arguments.
       needs: a path without which it is skipped.
       done: asked now and then; true ends the process early, as a success.
+      quick: compiled with little tuning; not for what is timed.
     """
 
     name: str
     command: list[str]
     needs: Path | None = None
     done: Callable[[], bool] = lambda: False
+    quick: bool = True
 
 
 class Job:
@@ -103,7 +122,8 @@ class Job:
                 [sys.executable, "-m", *part.command],
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                env=self._environment,
+                env=self._environment
+                | ({"XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} {QUICK}"} if part.quick else {}),
                 start_new_session=True,
             )
             running.append((part, process, time.monotonic()))
@@ -145,24 +165,37 @@ def _last_line(path: Path) -> str:
     return lines[-1] if lines else ""
 
 
-def training(args: argparse.Namespace, target: Path, data: Path, seconds: dict[str, float]) -> list[Part]:
-    """One part per kind of head; `seconds` per step, where they were measured, say how many steps there is time for."""
+def training(
+    args: argparse.Namespace, target: Path, data: Path, seconds: dict[str, float], rehearsed: Sequence[str] = ()
+) -> list[Part]:
+    """Parts that train.
+
+    Args:
+      args: of the command.
+      target: of the heads.
+      data: what they learn from.
+      seconds: per step, where they were measured; they say how many steps there is time for.
+      rehearsed: heads to compile and time alone; none means to train all.
+    """
     parts = []
-    for name, (config, vocabulary, changes) in TRAINING.items():
-        workdir = args.out / name
+    for name in rehearsed or TRAINING:
+        config, vocabulary, changes = TRAINING[name]
+        workdir = args.out / "rehearsal" / name if rehearsed else args.out / name
         steps = args.steps
-        if name in seconds and seconds[name] * steps > args.train_seconds:
+        # Another number of steps is another program, so that a little too long is better than one that fits.
+        if seconds.get(name, 0.0) * steps > 1.25 * args.train_seconds:
             steps = max(2 * TIMED_STEPS, int(args.train_seconds / seconds[name]))
         options = {
             "objective.target": target,
+            "objective.loop_prompts": 0,  # Acceptance is measured afterwards.
             "data.path": data,
             "steps": steps,
             "batch_size": args.batch_size,
             "length": args.length,
             "optimizer.warmup_steps": max(1, int(WARM_UP * steps)),
-            "evaluation.every": TIMED_STEPS - 10 if args.rehearse else max(1, steps // 3),
+            "evaluation.every": TIMED_STEPS - 10 if rehearsed else max(1, steps // 6),
             "evaluation.batches": 8,
-            "checkpoint.every": steps,
+            "checkpoint.every": TIMED_STEPS - 10 if rehearsed else steps,
             "checkpoint.keep": 1,
             "metrics.every": 10,
             **({vocabulary: args.vocabulary} if vocabulary else {}),
@@ -171,14 +204,19 @@ def training(args: argparse.Namespace, target: Path, data: Path, seconds: dict[s
         command = ["train.main", f"--config=configs/{config}", f"--workdir={workdir}"]
         command += [f"--config.{key}={value}" for key, value in options.items()]
         metrics = workdir / "metrics.jsonl"
-        done = (lambda metrics=metrics: _steps(metrics) >= TIMED_STEPS) if args.rehearse else (lambda: False)
-        parts.append(Part(name, command, data / "manifest.json", done))
+        done = functools.partial(_timed if rehearsed else _never, metrics)
+        label = f"rehearse_{name}" if rehearsed else name
+        parts.append(Part(label, command, data / "manifest.json", done))
     return parts
 
 
-def _steps(metrics: Path) -> int:
+def _timed(metrics: Path) -> bool:
     lines = metrics.read_text().splitlines() if metrics.exists() else []
-    return max((json.loads(line)["step"] for line in lines if line.endswith("}")), default=0)
+    return max((json.loads(line)["step"] for line in lines if line.endswith("}")), default=0) >= TIMED_STEPS
+
+
+def _never(metrics: Path) -> bool:
+    return False
 
 
 def step_seconds(metrics: Path) -> float | None:
@@ -189,105 +227,123 @@ def step_seconds(metrics: Path) -> float | None:
 
 
 def acceptance(args: argparse.Namespace, target: Path) -> list[Part]:
-    """One part per drafter, each a process, because each compiles a program per budget and temperature."""
+    """One part per drafter and temperature, because each compiles a program per budget; greedy ones first."""
     common = ["eval.acceptance", "--target", str(target), "--prompts", str(args.questions), "--chat"]
     common += ["--num_prompts", str(args.num_prompts), "--max_new_tokens", str(args.new_tokens)]
-    common += ["--budgets", args.budgets, "--temperatures", "0,0.7"]
+    common += ["--budgets", args.budgets]
     parts = []
-    for name in TRAINING:
-        method = f"{name}={args.out / name / 'drafter'}" + ("@confidence" if name.startswith("eagle") else "")
-        folder = args.out / "acceptance" / name
-        needs = args.out / name / "drafter" / "drafter.json"
-        parts.append(Part(f"acceptance_{name}", [*common, "--out", str(folder), "--methods", method], needs))
+    for temperature in ("0", "0.7"):
+        for name in TRAINING:
+            method = f"{name}={args.out / name / 'drafter'}" + ("@confidence" if name.startswith("eagle") else "")
+            label = f"acceptance_{name}_{temperature}"
+            own = ["--out", str(args.out / label), "--methods", method, "--temperatures", temperature]
+            parts.append(Part(label, [*common, *own], args.out / name / "drafter" / "drafter.json"))
     return parts
 
 
 def decode(args: argparse.Namespace, target: Path) -> Part:
-    """The benchmark of all drafters that there are."""
-    drafters = [args.out / name / "drafter" for name in TRAINING]
+    """The benchmark, of those heads that there are."""
+    drafters = [args.out / name / "drafter" for name in TIMED]
     found = [str(path) for path in drafters if (path / "drafter.json").exists()]
     command = ["eval.main", "--config=configs/eval/decode.py", f"--config.target={target}", "--config.chat=true"]
     command += [f"--config.drafters={','.join(['none', *found])}", f"--config.prompts={args.questions}"]
     command += [f"--config.num_prompts={args.decode_prompts}", f"--config.max_new_tokens={args.new_tokens}"]
-    return Part("decode", [*command, "--config.repeats=2", f"--config.out={args.out / 'decode'}"])
+    return Part("decode", [*command, "--config.repeats=2", f"--config.out={args.out / 'decode'}"], quick=False)
 
 
-def rehearsal(args: argparse.Namespace) -> tuple[Path, Path]:
-    """A target of random weights and a data set of random tokens."""
-    import numpy as np
-
-    from models.config import TransformerConfig
-    from models.formats.hf import save_target
-    from models.formats.storage import leaves_by_path
-    from models.formats.tokenizer import Tokenizer
-    from models.transformer import param_shapes
-    from train.data.text_building import write_dataset
-
-    sizes = {
+def stand_in(directory: Path, shape: str) -> Path:
+    """A target of random weights that ends a text once in about 50 tokens and has a chat template."""
+    sizes: dict[str, dict[str, Any]] = {
         "smollm2": dict(vocab_size=49_152, width=576, num_layers=30, num_heads=9, num_kv_heads=3, mlp_width=1536),
-        "tiny": dict(vocab_size=400, width=192, num_layers=6, num_heads=3, num_kv_heads=1, mlp_width=64),
+        "tiny": dict(vocab_size=258, width=192, num_layers=6, num_heads=3, num_kv_heads=1, mlp_width=64),
     }
+    size = sizes[shape]
+    ends = tuple(range(1, size["vocab_size"], 50))
     config = TransformerConfig(
-        head_dim=64,
-        max_position=8192,
-        rope_theta=1e5,
-        tied_embeddings=True,
-        bos_id=1,
-        eos_ids=(2,),
-        **sizes[args.shape],
+        head_dim=64, max_position=8192, rope_theta=1e5, tied_embeddings=True, bos_id=0, eos_ids=ends, **size
     )
-    target, data = args.out / "rehearsal" / "target", args.out / "rehearsal" / "data"
-    rng = np.random.default_rng(0)
-    shapes = param_shapes(config)
-    leaves = {
-        path: np.ones(leaf.shape, np.float32)
+    rng, shapes = np.random.default_rng(0), param_shapes(config)
+    leaves = [
+        np.ones(leaf.shape, np.float32)
         if path.endswith("scale")
         else 0.02 * rng.standard_normal(leaf.shape, np.float32)
         for path, leaf in leaves_by_path(shapes).items()
-    }
-    import jax
+    ]
+    tokenizer = Tokenizer.train(["a rehearsal"], 258).with_chat_template(
+        "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}</>{% endfor %}"
+        "{% if add_generation_prompt %}<assistant>{% endif %}"
+    )
+    save_target(directory, config, jax.tree.unflatten(jax.tree.structure(shapes), leaves), tokenizer)
+    return directory
 
-    params = jax.tree.unflatten(jax.tree.structure(shapes), list(leaves.values()))
-    tokenizer = Tokenizer.train(["a rehearsal"], 258)
-    save_target(target, config, params, tokenizer)
 
-    def documents(count: int):
-        for index in range(count):
-            tokens = rng.integers(3, config.vocab_size, 300).astype(np.int32)
-            mask = np.array([0] * 50 + [1] * 250, np.uint8)
-            yield {"name": str(index), "tokens": tokens, "mask": mask}
-
+def rehearsal(args: argparse.Namespace) -> tuple[Path, Path]:
+    """A stand-in for the target, and a data set of random tokens."""
+    target, data = stand_in(args.out / "rehearsal" / "target", args.shape), args.out / "rehearsal" / "data"
+    tokenizer, size = Tokenizer.load(target), load_config(target).vocab_size
     counts = {"train": 600, "valid": 300}
-    splits = {name: lambda count=count: documents(count) for name, count in counts.items()}
+
+    def documents(split: str) -> Iterator[Document]:
+        rng = np.random.default_rng(counts[split])
+        for index in range(counts[split]):
+            tokens = rng.integers(3, size, 300).astype(np.int32)
+            yield {"name": str(index), "tokens": tokens, "mask": np.array([0] * 50 + [1] * 250, np.uint8)}
+
     totals = {name: {"documents": n, "tokens": 300 * n, "labels": 250 * n} for name, n in counts.items()}
     about = {"kind": "random", "source": "rehearsal", "chat_template": None, "splits": totals}
-    write_dataset(data, tokenizer, splits, lambda: about)
+    write_dataset(data, tokenizer, {name: functools.partial(documents, name) for name in counts}, lambda: about)
     return target, data
+
+
+def others_rehearsed(args: argparse.Namespace) -> list[Part]:
+    """What else the job consists of, as small as it can be, to see that it works."""
+    target, out = str(stand_in(args.out / "rehearsal" / "tiny", "tiny")), args.out / "rehearsal"
+    write = ["scripts.continue_dataset", "--target", target, "--out", str(out / "chats"), "--documents", "16"]
+    parts = [Part("rehearse_chats", [*write, "--valid_documents", "4", "--rows", "32", "--new_tokens", "64"])]
+    if args.questions:
+        study = [
+            "eval.acceptance",
+            "--target",
+            target,
+            "--prompts",
+            str(args.questions),
+            "--chat",
+            "--num_prompts",
+            "4",
+        ]
+        study += ["--budgets", "8", "--temperatures", "0", "--max_new_tokens", "8", "--out", str(out / "acceptance")]
+        parts.append(Part("rehearse_acceptance", [*study, "--methods", "recycling=token_recycling"]))
+    return parts
 
 
 def pack(args: argparse.Namespace) -> None:
     """What is worth carrying away, in files below the limit of a small transfer."""
-    back = args.out / "back"
-    back.mkdir(exist_ok=True)
+    back = args.back
+    back.mkdir(parents=True, exist_ok=True)
     for name in TRAINING:
         directory = args.out / name / "drafter"
-        if name.startswith("eagle3") and (directory / "drafter.json").exists() and not (back / name).exists():
+        if name.startswith("eagle3") and (directory / "drafter.json").exists() and not list(back.glob(f"{name}-*")):
             pack_drafter(directory, back, name)
+            shutil.copy(directory / "drafter.json", args.out / f"{name}-drafter.json")
     if (args.out / "chats" / "manifest.json").exists() and not list(back.glob("chats*")):
         pack_chats(args.out / "chats", back)
-    with tarfile.open(back / "results.tar.gz", "w:gz") as archive:
+        shutil.copy(args.out / "chats" / "manifest.json", args.out / "chats-manifest.json")
+    with tarfile.open(args.out / "results.tar.gz", "w:gz") as archive:
         for path in sorted(args.out.rglob("*")):
             inside = path.relative_to(args.out)
-            if path.suffix in KEPT and path.is_file() and inside.parts[0] not in ("back", "rehearsal", "cache"):
+            if (
+                path.suffix in KEPT
+                and path.is_file()
+                and inside.parts[0] not in ("back", "rehearsal", "cache", "chats")
+            ):
                 archive.add(path, str(inside))
+    # Whole or not at all, whenever this is ended.
+    shutil.copy(args.out / "results.tar.gz", back / ".results")
+    os.replace(back / ".results", back / "results.tar.gz")
 
 
 def pack_drafter(directory: Path, back: Path, name: str) -> None:
     """Its parameters in bfloat16, in as many files as the limit asks for, and its record."""
-    import ml_dtypes
-    import numpy as np
-    from safetensors.numpy import load_file, save_file
-
     parts: list[dict[str, np.ndarray]] = [{}]
     for path in sorted(directory.glob("*.safetensors")):
         for key, tensor in load_file(path).items():
@@ -297,15 +353,10 @@ def pack_drafter(directory: Path, back: Path, name: str) -> None:
             parts[-1][key] = small
     for number, tensors in enumerate(parts):
         save_file(tensors, back / f"{name}-{number}.safetensors", metadata={"format": "pt"})
-    shutil.copy(directory / "drafter.json", back.parent / f"{name}-drafter.json")
 
 
 def pack_chats(directory: Path, back: Path) -> None:
     """Tokens as uint16, end to end, with the lengths of documents and of their answers; as many as fit into a file."""
-    import numpy as np
-
-    from train.data.texts import open_split
-
     for split in ("valid", "train"):
         documents = open_split(directory, split)
         room = 5_500_000 if split == "train" else 500_000
@@ -317,18 +368,18 @@ def pack_chats(directory: Path, back: Path) -> None:
             lengths=documents.lengths[:count].astype(np.int32),
             answers=np.array([int(document["mask"].sum()) for document in chosen], np.int32),
         )
-    shutil.copy(directory / "manifest.json", back.parent / "chats-manifest.json")
 
 
-def rehearse(args: argparse.Namespace, job: Job) -> None:
-    """Compiles the training steps and times them."""
-    target, data = rehearsal(args)
-    job.run(training(args, target, data, {}), job.left)
-    found = {name: step_seconds(args.out / name / "metrics.jsonl") for name in TRAINING}
-    timed = {name: seconds for name, seconds in found.items() if seconds}
+def note_timings(args: argparse.Namespace) -> dict[str, float]:
+    """Seconds per step of all rehearsals so far, those of earlier calls with this cache among them."""
+    path = args.cache / "step_seconds.json"
+    known = json.loads(path.read_text()) if path.exists() else {}
+    found = {name: step_seconds(args.out / "rehearsal" / name / "metrics.jsonl") for name in TRAINING}
+    known |= {name: seconds for name, seconds in found.items() if seconds}
     args.cache.mkdir(parents=True, exist_ok=True)
-    (args.cache / "step_seconds.json").write_text(json.dumps(timed) + "\n")
-    print(f"seconds per step, side by side: {timed}")
+    path.write_text(json.dumps(known) + "\n")
+    print(f"seconds per step, side by side: {known}", flush=True)
+    return known
 
 
 def everything(args: argparse.Namespace, job: Job) -> None:
@@ -340,20 +391,24 @@ def everything(args: argparse.Namespace, job: Job) -> None:
     write += ["--valid_documents", str(args.valid_documents), "--minutes", str(args.chat_minutes)]
     write += ["--rows", str(args.rows), "--new_tokens", str(args.chat_tokens), "--temperature", "0,0.5,0.8"]
     write += ["--prompt_temperature", "0.9"]
-    job.run([Part("greedy", greedy), Part("chats", write)], 60 * args.chat_minutes + 60)
-    timings = args.cache / "step_seconds.json"
-    seconds = json.loads(timings.read_text()) if timings.exists() else {}
-    job.run(training(args, target, chats, seconds), args.train_seconds + 90)
+    known = note_timings(args)
+    missing = [name for name in TRAINING if name not in known]
+    # Compiling takes processors, decoding the device.
+    early = training(args, *rehearsal(args), {}, missing) if missing else []
+    job.run([Part("greedy", greedy), Part("chats", write), *early], 60 * args.chat_minutes + 60)
+    if not (chats / "manifest.json").exists():
+        # Its finished rounds are kept, and by now its programs are compiled.
+        job.run([Part("chats_again", write)], 60 * args.chat_minutes + 60)
+    job.run(training(args, target, chats, note_timings(args)), args.train_seconds + 120)
     pack(args)
     if args.questions:
         job.run(acceptance(args, target), args.acceptance_seconds)
         pack(args)
         if job.left > 20:
-            job.run([decode(args, target)], max(job.left - 5, 0))
+            job.run([decode(args, target)], job.left - 5)
     if job.left > 20:
-        speed = ["eval.speed", "--shape", str(target), "--sections", "bandwidth,rows,plain,drafters", "--rounds", "5"]
-        speed += ["--drafters", "medusa,hydra++,eagle2,token_recycling", "--out", str(args.out / "speed.json")]
-        job.run([Part("speed", speed)], max(job.left - 5, 0))
+        speed = ["eval.speed", "--shape", str(target), "--sections", "bandwidth,plain", "--rounds", "5"]
+        job.run([Part("speed", [*speed, "--out", str(args.out / "speed.json")], quick=False)], job.left - 5)
     pack(args)
 
 
@@ -369,9 +424,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     if any(args.out.iterdir()):
         raise UserError(f"{args.out} is not empty: choose a new directory")
-    args.cache = args.cache or args.out / "cache"
+    args.cache, args.back = args.cache or args.out / "cache", args.back or args.out / "back"
     job = Job(args.out, args.minutes, args.cache)
-    (rehearse if args.rehearse else everything)(args, job)
+    # The parts have the environment as it was; this process must not take the device's memory from them.
+    jax.config.update("jax_platforms", "cpu")
+    if args.rehearse:
+        job.run([*training(args, *rehearsal(args), {}, tuple(TRAINING)), *others_rehearsed(args)], job.left)
+        note_timings(args)
+    else:
+        everything(args, job)
     wrong = [name for name, part in job.parts.items() if not part["state"].startswith("ok")]
     print(f"finished; {len(job.parts)} parts, not ok: {', '.join(wrong) or 'none'}")
 
@@ -383,7 +444,10 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--minutes", type=float, default=8.0, help="after which all ends")
     parser.add_argument("--questions", type=Path, help="file of held-out questions, for acceptance and wall-clock")
     parser.add_argument("--cache", type=Path, help="directory of compiled programs (OUT/cache)")
-    parser.add_argument("--rehearse", action="store_true", help="compile and time training steps, and no more")
+    parser.add_argument("--back", type=Path, help="directory for what is worth carrying away (OUT/back)")
+    parser.add_argument(
+        "--rehearse", action="store_true", help="compile and time training steps, try the rest in small"
+    )
     parser.add_argument("--shape", choices=["smollm2", "tiny"], default="smollm2", help="of a rehearsal's target")
     parser.add_argument("--chat_minutes", type=float, default=1.7, help="of writing chats")
     parser.add_argument("--chat_tokens", type=at_least(1), default=512, help="most tokens of an answer")
