@@ -1,7 +1,7 @@
 """What scripts/accelerator.sh runs: parts in order of worth, each with a limit, results written as they come.
 
     python -m scripts.accelerator --target DIR --out DIR [--minutes 8] [--questions FILE.jsonl] [--cache DIR]
-        [--chat_minutes 1.7] [--rows 512] [--steps 1500] [--batch_size 8] [--length 512] [--vocabulary 8192]
+        [--chat_minutes 1.5] [--rows 512] [--steps 1500] [--batch_size 8] [--length 512] [--vocabulary 8192]
     python -m scripts.accelerator --rehearse --out DIR [--minutes 2] [--cache DIR]
 
     1. greedy        the target goes on from "The capital of France is"
@@ -395,10 +395,10 @@ def everything(args: argparse.Namespace, job: Job) -> None:
     missing = [name for name in TRAINING if name not in known]
     # Compiling takes processors, decoding the device.
     early = training(args, *rehearsal(args), {}, missing) if missing else []
-    job.run([Part("greedy", greedy), Part("chats", write), *early], 60 * args.chat_minutes + 60)
+    job.run([Part("greedy", greedy), Part("chats", write), *early], 60 * args.chat_minutes + 100)
     if not (chats / "manifest.json").exists():
         # Its finished rounds are kept, and by now its programs are compiled.
-        job.run([Part("chats_again", write)], 60 * args.chat_minutes + 60)
+        job.run([Part("chats_again", write)], 60 * args.chat_minutes + 100)
     job.run(training(args, target, chats, note_timings(args)), args.train_seconds + 120)
     pack(args)
     if args.questions:
@@ -449,8 +449,8 @@ def _parser() -> argparse.ArgumentParser:
         "--rehearse", action="store_true", help="compile and time training steps, try the rest in small"
     )
     parser.add_argument("--shape", choices=["smollm2", "tiny"], default="smollm2", help="of a rehearsal's target")
-    parser.add_argument("--chat_minutes", type=float, default=1.7, help="of writing chats")
-    parser.add_argument("--chat_tokens", type=at_least(1), default=512, help="most tokens of an answer")
+    parser.add_argument("--chat_minutes", type=float, default=1.5, help="of writing chats")
+    parser.add_argument("--chat_tokens", type=at_least(1), default=640, help="most tokens of an answer")
     parser.add_argument("--valid_documents", type=at_least(1), default=256, help="chats held out")
     parser.add_argument("--rows", type=at_least(1), default=512, help="chats written together")
     parser.add_argument("--steps", type=at_least(2), default=1500, help="of training, where there is time for them")
