@@ -13,7 +13,7 @@ sampled rules promise the distribution alone (`eval/losslessness.py` tests that 
 Prompts are the beginnings of a data set's documents, or the first turns of a file of questions
 (`eval/text/prompts.py`), of which every other one calibrates.
 
-A method is LABEL=SPEC[@GROWTH]: SPEC is a drafter directory or the name of a drafter without parameters, and GROWTH
+A method is LABEL=SPEC[@POLICY]: SPEC is a drafter directory or the name of a drafter without parameters, and POLICY
 says how its tree grows where there is more than one way.
 """
 
@@ -68,7 +68,7 @@ class Method:
 
 
 def parse_method(text: str, target: Target) -> Method:
-    """A method from LABEL=SPEC[@GROWTH].
+    """A method from LABEL=SPEC[@POLICY].
 
     Raises:
       UserError: another form, an unknown policy, or a drafter that cannot be loaded.
@@ -76,7 +76,7 @@ def parse_method(text: str, target: Target) -> Method:
     label, _, rest = text.partition("=")
     spec, _, policy = rest.partition("@")
     if not label or not spec:
-        raise UserError(f"a method is written LABEL=DRAFTER or LABEL=DRAFTER@GROWTH, got {text!r}")
+        raise UserError(f"a method is written LABEL=DRAFTER or LABEL=DRAFTER@POLICY, got {text!r}")
     if policy and policy not in PUBLISHED:
         raise UserError(f"{text!r} asks for the policy {policy!r}; known are {', '.join(PUBLISHED)}")
     drafter, params = load_drafter(spec, target)
@@ -239,7 +239,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """The command; see the module's docstring."""
     parser = command_line.parser("eval.acceptance", __doc__)
     parser.add_argument("--target", required=True, help="target directory")
-    parser.add_argument("--methods", required=True, nargs="+", metavar="LABEL=SPEC[@GROWTH]", help="rows of the table")
+    parser.add_argument("--methods", required=True, nargs="+", metavar="LABEL=SPEC[@POLICY]", help="rows of the table")
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--data", help="data set directory; its documents' beginnings are the prompts")
     source.add_argument("--prompts", help="file of questions, whose first turns are the prompts")

@@ -58,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     check_out(arguments.out, arguments.overwrite)
     target = load_target(arguments.target)
     if target.tokenizer is None:
-        raise UserError(f"{arguments.target} has no tokenizer.json")
+        raise UserError(f"{arguments.target} has no tokenizer")
     counts = write_chats(target, arguments) if form == "chat" else write_continuations(target, arguments)
     for name, count in counts.items():
         documents, tokens, labels = count.values()
@@ -145,11 +145,12 @@ def write_continuations(target: Target, arguments: argparse.Namespace) -> dict[s
             counts[name] = {key: counts[name][key] + more for key, more in _counted([document]).items()}
             yield document
 
+    template = splits["train"].manifest.get("chat_template")
     write_dataset(
         arguments.out,
-        target.tokenizer,
+        target.tokenizer.with_chat_template(template) if template else target.tokenizer,
         {name: functools.partial(counted, name) for name in splits},
-        lambda: {"kind": "continuations", "source": _source(arguments), "chat_template": None, "splits": counts},
+        lambda: {"kind": "continuations", "source": _source(arguments), "chat_template": template, "splits": counts},
         overwrite=arguments.overwrite,
     )
     return counts
@@ -191,7 +192,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--max_repetition", type=float, help="largest share of repeated runs of 4 tokens (0.3)")
     parser.add_argument("--minutes", type=float, help="end after so many, with what is finished")
     parser.add_argument("--rows", type=at_least(1), default=32, help="documents decoded together")
-    parser.add_argument("--seed", type=int, default=0, help="of windows and draws")
+    parser.add_argument("--seed", type=at_least(0), default=0, help="of windows and draws")
     parser.add_argument("--drafter", default="none", help="speeds up decoding: a drafter directory or a bare name")
     parser.add_argument("--overwrite", action="store_true", help="replace a data set that is there")
     return parser

@@ -48,22 +48,21 @@ from models.formats.release import Release, read_release
 from models.formats.released_images import Converted, read_vae, read_var
 from models.formats.target import Target
 from models.formats.tokenizer import Tokenizer
+from models.formats.tokenizer_files import holds_tokenizer
 from models.images.config import SCHEDULES
 from models.transformer import Params
 
-Checkpoint = tuple[TransformerConfig, Params, Tokenizer | None]
+Checkpoint = tuple[TransformerConfig, Params, Tokenizer]
 
 
-def from_llama2c(source: Path, tokenizer: Path | None) -> Checkpoint:
+def from_llama2c(source: Path, tokenizer: Path) -> Checkpoint:
     """llama2.c `.bin` files, version 0 or Q8_0 version 2, with their `tokenizer.bin`."""
     config, params = read_llama2c(source)
-    return config, params, read_llama2c_tokenizer(tokenizer, config.vocab_size) if tokenizer else None
+    return config, params, read_llama2c_tokenizer(tokenizer, config.vocab_size)
 
 
-def from_gguf(source: Path, tokenizer: Path | None) -> Checkpoint:
+def from_gguf(source: Path, tokenizer: None) -> Checkpoint:
     """GGUF files, which hold their tokenizer."""
-    if tokenizer:
-        raise UserError("--from gguf has no use for --tokenizer")
     return read_gguf(source)
 
 
@@ -88,7 +87,7 @@ class DrafterFormat:
 
 
 # Format name -> reader of (source, tokenizer file or None).
-TARGETS: dict[str, Callable[[Path, Path | None], Checkpoint]] = {"gguf": from_gguf, "llama2c": from_llama2c}
+TARGETS: dict[str, Callable[..., Checkpoint]] = {"gguf": from_gguf, "llama2c": from_llama2c}
 
 DRAFTERS: dict[str, DrafterFormat] = {
     "medusa": DrafterFormat(
@@ -117,10 +116,7 @@ def convert_target(args: argparse.Namespace) -> str:
     """Writes a target directory; returns what was made, for a person."""
     config, params, tokenizer = TARGETS[args.format](args.src, args.tokenizer)
     save_target(args.out, config, params, tokenizer, overwrite=args.overwrite)
-    return (
-        f"{config.family}, {config.num_layers} layers, width {config.width}, vocabulary {config.vocab_size}, "
-        f"{'with' if tokenizer else 'without'} tokenizer"
-    )
+    return f"{config.family}, {config.num_layers} layers, width {config.width}, vocabulary {config.vocab_size}"
 
 
 def convert_model(args: argparse.Namespace) -> str:
@@ -128,7 +124,7 @@ def convert_model(args: argparse.Namespace) -> str:
     base, config = load_target(args.base), load_config(args.src)
     drafter = DraftModel(config, args.policy) if args.policy else DraftModel(config)
     drafter.check(base.config)
-    if base.tokenizer and (args.src / "tokenizer.json").exists():
+    if base.tokenizer and holds_tokenizer(args.src):
         found, wanted = Tokenizer.load(args.src).fingerprint, base.tokenizer.fingerprint
         if found != wanted:
             raise UserError(f"{args.src} has another tokenizer ({found}) than {args.base} ({wanted})")
@@ -168,19 +164,21 @@ def schedule(text: str) -> tuple[int, ...]:
 
 def check_options(args: argparse.Namespace) -> None:
     """Raises UserError for an option that the format lacks or has no use for, or an `--out` that is taken."""
-    image, target = args.format in IMAGES, args.format in TARGETS
-    drafter = not image and not target
+    image = args.format in IMAGES
+    drafter = not image and args.format not in TARGETS
     if drafter and args.base is None:
         raise UserError(f"--from {args.format} needs --base, the directory of the target that it drafts for")
     for option, value, known in (
         ("--base", args.base, drafter),
-        ("--tokenizer", args.tokenizer, target),
+        ("--tokenizer", args.tokenizer, args.format == "llama2c"),
         ("--layers", args.layers, args.format == "eagle3"),
         ("--policy", args.policy, args.format in ("model", "eagle", "eagle3")),
         ("--schedule", args.schedule, image),
     ):
         if value is not None and not known:
             raise UserError(f"--from {args.format} has no use for {option}")
+    if args.format == "llama2c" and args.tokenizer is None:
+        raise UserError(f"--from {args.format} needs --tokenizer, without which the target could read no text")
     # Said before the work, which takes minutes for large models; what writes the directory holds to it again.
     if args.out.exists() and not args.overwrite:
         raise UserError(f"{args.out} already exists; --overwrite replaces it")

@@ -20,6 +20,7 @@ from models import command_line
 from models.command_line import at_least
 from models.errors import UserError, exit_on_user_error
 from models.formats.target import Target, load_target
+from models.formats.text_files import read_text
 from models.formats.tokenizer import StreamDecoder, Tokenizer
 from models.sharding import parse_mesh
 
@@ -117,7 +118,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """The command; see the module's docstring."""
     args = _parser().parse_args(argv)
     sampling = Sampling(args.temperature, args.top_k, args.top_p, args.min_p)
-    text = args.prompt if args.prompt is not None else _read(args.prompt_file)
+    text = args.prompt if args.prompt is not None else read_text(args.prompt_file)
     if not text:
         raise UserError("the prompt is empty: a text needs at least one token to begin with")
     if "" in args.stop:
@@ -142,13 +143,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     writer.finish()
     print(statistics_line(made) + (", lossy (typical acceptance)" if args.typical else ""))
-
-
-def _read(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read the prompt file {path}: {getattr(error, 'strerror', None) or error}") from None
 
 
 def _parser() -> argparse.ArgumentParser:

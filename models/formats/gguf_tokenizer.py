@@ -11,7 +11,7 @@ from tokenizers.models import BPE
 from tokenizers.processors import TemplateProcessing
 
 from models.errors import UserError
-from models.formats.llama2c import merges_by_score
+from models.formats.sentencepiece import merges
 from models.formats.tokenizer import Tokenizer
 
 _UNKNOWN, _CONTROL, _USER_DEFINED = 2, 3, 4  # llama.cpp's token types, as far as they matter here.
@@ -104,10 +104,10 @@ def _byte_level(told: Mapping[str, Any], pieces: list[str], path: Path) -> token
     if pre not in PRE_TOKENIZERS:
         known = ", ".join(PRE_TOKENIZERS)
         raise UserError(f"{path}: the pre-tokenizer {pre!r} is not supported, only {known}")
-    merges = [tuple(merge.split(" ")) for merge in told.get("merges", ())]
+    pairs = [tuple(merge.split(" ")) for merge in told.get("merges", ())]
     try:
         # Llama 3 takes a word that is a token as it is, whatever its merges make of it.
-        model = BPE({piece: i for i, piece in enumerate(pieces)}, merges, ignore_merges=pre == "llama-bpe")
+        model = BPE({piece: i for i, piece in enumerate(pieces)}, pairs, ignore_merges=pre == "llama-bpe")
     except Exception as error:  # The library raises bare Exceptions.
         raise UserError(f"{path}: tokenizer.ggml.merges do not fit its tokens ({error})") from None
     core = tokenizers.Tokenizer(model)
@@ -126,7 +126,7 @@ def _sentence_piece(told: Mapping[str, Any], pieces: list[str], types: list[int]
     # SentencePiece takes what its user defined before it merges anything; specials never come from merges.
     best = max(scores, default=0.0) + 1
     ranks = [best if kind == _USER_DEFINED else score for kind, score in zip(types, scores, strict=True)]
-    specials = {i for i, kind in enumerate(types) if kind in (_UNKNOWN, _CONTROL)}
+    specials = {piece for piece, kind in zip(pieces, types, strict=True) if kind in (_UNKNOWN, _CONTROL)}
     definition: dict[str, Any] = {
         "version": "1.0",
         "added_tokens": [],
@@ -137,7 +137,7 @@ def _sentence_piece(told: Mapping[str, Any], pieces: list[str], types: list[int]
             "fuse_unk": True,
             "byte_fallback": True,
             "vocab": {piece: i for i, piece in enumerate(pieces)},
-            "merges": merges_by_score(pieces, ranks, specials),
+            "merges": [pair for pair in merges(pieces, ranks) if "".join(pair) not in specials],
         },
     }
     core = tokenizers.Tokenizer.from_str(json.dumps(definition))

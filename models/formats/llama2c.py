@@ -11,7 +11,6 @@ import dataclasses
 import json
 import math
 import struct
-from collections.abc import Collection, Sequence
 from pathlib import Path
 
 import jax
@@ -21,6 +20,8 @@ import tokenizers
 
 from models.config import TransformerConfig
 from models.errors import UserError
+from models.formats.sentencepiece import is_sentencepiece, merges
+from models.formats.text_files import refuse_pointer
 from models.formats.tokenizer import Tokenizer
 from models.transformer import Params
 
@@ -77,6 +78,7 @@ def read_llama2c(path: str | Path) -> tuple[TransformerConfig, Params]:
     path = Path(path)
     if not path.is_file():
         raise UserError(f"there is no checkpoint file {path}")
+    refuse_pointer(path)
     data = np.memmap(path, np.uint8, mode="r") if path.stat().st_size else np.zeros(0, np.uint8)
     header = _read_header(data, path)
     sections = _sections(header)
@@ -120,7 +122,16 @@ def read_llama2c_tokenizer(path: str | Path, vocab_size: int) -> Tokenizer:
     path = Path(path)
     if not path.is_file():
         raise UserError(f"there is no tokenizer file {path}")
-    pieces, scores = _read_pieces(path.read_bytes(), vocab_size, path)
+    refuse_pointer(path)
+    data = path.read_bytes()
+    if is_sentencepiece(data) or path.suffix == ".json":
+        kind = "Hugging Face's" if path.suffix == ".json" else "SentencePiece's"
+        beside = path.with_suffix(".bin")
+        instead = (
+            f"give {beside}" if beside.is_file() else "give the .bin that its tokenizer.py exports, such as tok512.bin"
+        )
+        raise UserError(f"{path} is {kind} file of a tokenizer, not llama2.c's own: {instead}")
+    pieces, scores = _read_pieces(data, vocab_size, path)
     if pieces[_FIRST_BYTE_ID:_FIRST_PIECE_ID] != [f"<0x{byte:02X}>" for byte in range(256)]:
         raise UserError(f"{path} is not a llama2.c tokenizer: tokens 3 to 258 are not the bytes <0x00> to <0xFF>")
     pieces[BOS_ID], pieces[EOS_ID] = "<s>", "</s>"
@@ -157,7 +168,7 @@ def read_llama2c_tokenizer(path: str | Path, vocab_size: int) -> Tokenizer:
             "fuse_unk": True,
             "byte_fallback": True,
             "vocab": vocab,
-            "merges": merges_by_score(pieces, scores, range(_FIRST_PIECE_ID)),
+            "merges": merges(pieces, scores, _FIRST_PIECE_ID),
         },
     }
     config = {
@@ -174,26 +185,6 @@ def halves(weight: np.ndarray, heads: int) -> np.ndarray:
     """Reorders the output rows (the first axis) of each head from pairs (2i, 2i+1) to pairs (i, i + D/2)."""
     out, *rest = weight.shape
     return weight.reshape(heads, out // heads // 2, 2, *rest).swapaxes(1, 2).reshape(weight.shape)
-
-
-def merges_by_score(pieces: Sequence[str], scores: Sequence[float], apart: Collection[int]) -> list[tuple[str, str]]:
-    """Every way to join two pieces into a third, best score first: SentencePiece's rule, spelled out as ranks.
-
-    Args:
-      pieces: the vocabulary.
-      scores: of each piece.
-      apart: numbers of the pieces that are never made by joining others, such as specials and bytes.
-    """
-    known = set(pieces)
-    ranked = []
-    for i, piece in enumerate(pieces):
-        if i in apart:
-            continue
-        for cut in range(1, len(piece)):
-            pair = (piece[:cut], piece[cut:])
-            if pair[0] in known and pair[1] in known:
-                ranked.append((-scores[i], i, cut, pair))
-    return [pair for *_, pair in sorted(ranked)]
 
 
 def _read_header(data: np.ndarray, path: Path) -> _Header:

@@ -17,7 +17,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from models.errors import UserError
-from models.formats.hf_config import read_json
+from models.formats.text_files import read_json
 from models.formats.torch_files import read_torch_file
 
 _INDEX = ".index.json"

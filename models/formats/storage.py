@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from models.errors import UserError
-from models.formats.hf_config import read_json
+from models.formats.text_files import read_json
 
 INDEX = "model.safetensors.index.json"
 FLOATS = ("F64", "F32", "F16", "BF16")
@@ -134,5 +134,6 @@ def save_tensors(path: Path, tensors: dict[str, np.ndarray]) -> None:
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Writes indented UTF-8 JSON."""
-    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    """Writes indented UTF-8 JSON; names of files that are not UTF-8 are escaped as JSON escapes them."""
+    text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+    path.write_text(text, encoding="utf-8", errors="backslashreplace")

@@ -24,6 +24,7 @@ from models.formats.storage import leaves_by_path
 from models.formats.target import Target
 from scripts.convert import main
 from tests.models.formats import released_cases as cases
+from tests.models.formats.sentencepiece_models import model as sentencepiece_model
 from tests.models.formats.test_llama2c import (
     CHARACTERS,
     TEXT,
@@ -53,14 +54,13 @@ def convert(folder: Path, src: str = "model.bin", tokenizer: str | None = "tok.b
 
 def test_converts(source: Path, capsys: pytest.CaptureFixture[str]) -> None:
     convert(source)
-    assert "2 layers, width 16, vocabulary 300, with tokenizer" in capsys.readouterr().out
+    assert "2 layers, width 16, vocabulary 300\n" in capsys.readouterr().out
     target = load_target(source / "out")
     direct = Target(*read_llama2c(source / "model.bin"))
     np.testing.assert_allclose(target.apply([TEXT]).logits, direct.apply([TEXT]).logits, atol=1e-5)
     assert target.tokenizer is not None and target.tokenizer.decode(target.tokenizer.encode("the aba")) == "the aba"
-    convert(source, "q8.bin", None, "--overwrite")
+    convert(source, "q8.bin", "tok.bin", "--overwrite")
     rounded = load_target(source / "out")
-    assert rounded.tokenizer is None
     assert 0 < np.abs(rounded.apply([TEXT]).logits - direct.apply([TEXT]).logits).max() < 1
 
 
@@ -71,7 +71,7 @@ def test_converts_gguf(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
     config, params = golden("qwen3")
     command = ["--from", "gguf", "--src", str(write_model(tmp_path / "m.gguf", config, params))]
     main([*command, "--out", str(tmp_path / "out")])
-    assert "qwen3, 3 layers, width 16, vocabulary 40, with tokenizer" in capsys.readouterr().out
+    assert "qwen3, 3 layers, width 16, vocabulary 40" in capsys.readouterr().out
     assert load_config(tmp_path / "out") == config
     jax.tree.map(np.testing.assert_array_equal, load_params(config, tmp_path / "out"), params)
     with pytest.raises(SystemExit):
@@ -93,6 +93,11 @@ def test_mistakes_are_one_sentence(source: Path, capsys: pytest.CaptureFixture[s
     assert "no checkpoint file" in complaint("nowhere.bin")
     assert "no tokenizer file" in complaint("model.bin", "nowhere.bin")
     assert "not a llama2.c checkpoint" in complaint("tok.bin")
+    assert "needs --tokenizer" in complaint("model.bin", None)
+    (source / "tok.model").write_bytes(sentencepiece_model())
+    assert f"not llama2.c's own: give {source / 'tok.bin'}" in complaint("model.bin", "tok.model")
+    (source / "other.model").write_bytes(sentencepiece_model())
+    assert "give the .bin that its tokenizer.py exports" in complaint("model.bin", "other.model")
     (source / "short.bin").write_bytes((source / "model.bin").read_bytes()[:-4])
     assert "truncated" in complaint("short.bin")
     convert(source)
