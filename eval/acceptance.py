@@ -2,12 +2,16 @@
 
     python -m eval.acceptance --target DIR --data DIR --out DIR --methods medusa=DIR hydra=DIR \
         eagle-1=DIR@top eagle-2=DIR@confidence ... [--budgets 8,16,32,64] [--temperatures 0,1]
+    python -m eval.acceptance --target DIR --prompts FILE --chat --out DIR --methods ...
 
 Acceptance length depends on how large a tree is and on how well it was chosen. So methods are compared at equal
 *budgets*, candidates besides the root, and every static tree is chosen in the same way (`eval/text/budget.py`), on
 calibration prompts, none of which is decoded for the table. Every text is compared with plain decoding's. Greedily all
 must be equal; at a temperature those of the rules `match` and `point` must be equal too, token for token, while the
 sampled rules promise the distribution alone (`eval/losslessness.py` tests that one).
+
+Prompts are the beginnings of a data set's documents, or the first turns of a file of questions
+(`eval/text/prompts.py`), of which every other one calibrates.
 
 A method is LABEL=SPEC[@POLICY]: SPEC is a drafter directory or the name of a drafter without parameters, and POLICY
 says how its tree grows where there is more than one way.
@@ -33,7 +37,7 @@ from eval.report.acceptance import print_table, write_report
 from eval.report.page import keep_results, write_results
 from eval.text.benchmark import ratio_interval
 from eval.text.budget import Fitter
-from eval.text.prompts import Prompt, document_prompts
+from eval.text.prompts import Prompt, document_prompts, encode_questions, read_questions
 from eval.text.results import describe_target
 from models import command_line
 from models.command_line import add_overwrite, at_least, numbers
@@ -149,7 +153,7 @@ def study(
                 made = decode(target, prompts, new_tokens, temperature, drafter, method.params)
                 place = {"method": method.label, "temperature": temperature, "budget": budget}
                 sampled = drafter.rule(greedy=temperature == 0) in SAMPLED_RULES
-                cells.append(place | _cell(drafter, made, plain, sampled))
+                cells.append(place | _cell(drafter, made, plain, sampled, [prompt.category for prompt in prompts]))
             # Every fit is a program of its own, and the system bounds how much compiled code a process may hold.
             jax.clear_caches()
     return cells
@@ -167,10 +171,21 @@ def _check_study(methods, prompts, calibration, budgets) -> None:
         raise UserError("a prompt is among those to measure and among those to choose trees by: they must be disjoint")
 
 
-def _cell(drafter: Drafter, made: Generation, plain: Generation, sampled: bool) -> dict[str, Any]:
-    """Counts of one decode, and how its texts compare with plain decoding's."""
+def _cell(
+    drafter: Drafter, made: Generation, plain: Generation, sampled: bool, categories: Sequence[str]
+) -> dict[str, Any]:
+    """Counts of one decode, over all texts and by category, and how its texts compare with plain decoding's."""
     stats = sum(made.stats[1:], made.stats[0])
     counts = np.array([(one.committed, one.steps) for one in made.stats if one.steps])
+    by_category = {}
+    for category in sorted(set(categories) - {""}):
+        own = [one for one, its in zip(made.stats, categories, strict=True) if its == category]
+        pairs = np.array([(one.committed, one.steps) for one in own if one.steps])
+        by_category[category] = {
+            "acceptance_length": sum(own[1:], own[0]).acceptance_length,
+            "acceptance_length_interval": ratio_interval(*pairs.T) if len(pairs) else None,
+            "texts": len(own),
+        }
     different = sum(mine != theirs for mine, theirs in zip(made.tokens, plain.tokens, strict=True))
     conditional = stats.conditional_acceptance
     return {
@@ -178,6 +193,7 @@ def _cell(drafter: Drafter, made: Generation, plain: Generation, sampled: bool) 
         "depth": drafter.max_depth,
         "acceptance_length": stats.acceptance_length,
         "acceptance_length_interval": ratio_interval(*counts.T) if len(counts) else None,
+        "by_category": by_category,
         "steps": stats.steps,
         "committed": stats.committed,
         "accepted_by_depth": stats.accepted_by_depth.tolist(),
@@ -188,6 +204,21 @@ def _cell(drafter: Drafter, made: Generation, plain: Generation, sampled: bool) 
         "differing_texts": different,
         "tree": None if drafter.topology is None else drafter.topology.to_record(),
     }
+
+
+def question_prompts(path: str, target: Target, count: int, chat: bool) -> tuple[list[Prompt], list[Prompt]]:
+    """The first turns of questions spread over a file: `count` to measure and as many, in turn with them, to calibrate.
+
+    Raises:
+      UserError: no such file, fewer than two questions, or a target without tokenizer or chat template.
+    """
+    if target.tokenizer is None:
+        raise UserError(f"{target.path} has no tokenizer, which questions need")
+    questions = [dataclasses.replace(q, turns=q.turns[:1]) for q in read_questions(path, 2 * count)]
+    if len(questions) < 2:
+        raise UserError(f"{path} holds one question, but some are measured and others choose trees")
+    prompts = encode_questions(questions, target.tokenizer, lambda tokens: [], chat)
+    return prompts[::2], prompts[1::2]
 
 
 def _describe(method: Method, target: Target) -> dict[str, Any]:
@@ -209,7 +240,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = command_line.parser("eval.acceptance", __doc__)
     parser.add_argument("--target", required=True, help="target directory")
     parser.add_argument("--methods", required=True, nargs="+", metavar="LABEL=SPEC[@POLICY]", help="rows of the table")
-    parser.add_argument("--data", required=True, help="data set directory; its documents' beginnings are the prompts")
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--data", help="data set directory; its documents' beginnings are the prompts")
+    source.add_argument("--prompts", help="file of questions, whose first turns are the prompts")
+    parser.add_argument("--chat", action="store_true", help="put questions in the tokenizer's chat template")
     parser.add_argument("--split", default="valid", help="its split to decode")
     parser.add_argument("--calibration_split", default="train", help="its split to choose trees by")
     parser.add_argument("--num_prompts", type=at_least(1), default=40, help="prompts of each")
@@ -223,10 +257,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     keep_results(args.out, args.overwrite)
     target = load_target(args.target)
     methods = [parse_method(text, target) for text in args.methods]
-    prompts, calibration = (
-        document_prompts(args.data, split, target, args.num_prompts, args.prompt_tokens)
-        for split in (args.split, args.calibration_split)
-    )
+    if args.prompts:
+        prompts, calibration = question_prompts(args.prompts, target, args.num_prompts, args.chat)
+    else:
+        prompts, calibration = (
+            document_prompts(args.data, split, target, args.num_prompts, args.prompt_tokens)
+            for split in (args.split, args.calibration_split)
+        )
     with Progress() as progress:
         cells = study(
             target,

@@ -1,6 +1,6 @@
 """How near the machine's limit decoding is, on a named shape with random weights; everything in one interleaved run.
 
-    python -m eval.speed [--shape 110m] [--sections SECTION,...] [--drafters NAME,...] [--out FILE.json]
+    python -m eval.speed [--shape 110m|DIR] [--sections SECTION,...] [--drafters NAME,...] [--out FILE.json]
     python -m eval.speed --sections images [--image_depths 16,8] [--image_batch 2] [--out FILE.json]
 
 Prints and saves, with the terms of `eval/text/benchmark.py`:
@@ -63,6 +63,7 @@ from models import command_line
 from models.command_line import add_overwrite, at_least, keep_files, like, listed
 from models.config import TransformerConfig
 from models.errors import UserError, exit_on_user_error
+from models.formats.hf import load_config
 from models.heads.eagle import EagleHeads
 from models.heads.hydra import HydraHeads
 from models.heads.medusa import MedusaHeads
@@ -152,7 +153,7 @@ def run(
     """Measures.
 
     Args:
-      shape: a name in `SHAPES`.
+      shape: a name in `SHAPES`, or a target directory, whose config is taken and whose weights are not.
       sections: of `SECTIONS`; what one needs of another is measured too.
       drafters: of `DRAFTERS`.
       rounds: samples of each timing.
@@ -165,15 +166,15 @@ def run(
     Raises:
       UserError: an unknown shape, section or drafter.
     """
-    if shape not in SHAPES:
-        raise UserError(f"there is no shape {shape!r}, only {', '.join(SHAPES)}")
+    if shape not in SHAPES and not (Path(shape) / "config.json").is_file():
+        raise UserError(f"there is no shape {shape!r}, only {', '.join(SHAPES)} or a target directory")
     for kind, names, known in (("section", sections, SECTIONS), ("drafter", drafters, tuple(DRAFTERS))):
         for name in names:
             if name not in known:
                 raise UserError(f"there is no {kind} {name!r}, only {', '.join(known)}")
     if rounds < 1:
         raise UserError(f"rounds must be at least 1, got {rounds}")
-    config = SHAPES[shape]
+    config = SHAPES[shape] if shape in SHAPES else load_config(shape)
     dtype = _dtype()
     progress(f"making the {shape} shape")
     # Joined, as `load_target` hands them to the loop.
@@ -395,7 +396,7 @@ def _check_out(out: Path) -> None:
 def main(argv: Sequence[str] | None = None) -> None:
     """The command; see the module's docstring."""
     parser = command_line.parser("eval.speed", __doc__)
-    parser.add_argument("--shape", default="110m", help=f"one of {', '.join(SHAPES)}")
+    parser.add_argument("--shape", default="110m", help=f"one of {', '.join(SHAPES)}, or a target directory")
     parser.add_argument(
         "--sections", type=listed, default=",".join(SECTIONS), help=f"comma-separated; or {IMAGES} alone"
     )

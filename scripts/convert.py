@@ -1,10 +1,14 @@
 """Writes our directories from other formats: targets from checkpoints, drafters and image models from releases.
 
     python -m scripts.convert --from llama2c --src stories260K.bin --tokenizer tok512.bin --out stories260K
+    python -m scripts.convert --from gguf --src SmolLM2-135M-Instruct.Q4_1.gguf --out smollm2
     python -m scripts.convert --from eagle3 --src EAGLE3-LLaMA3-8B --base Meta-Llama-3-8B-Instruct --out eagle3
     python -m scripts.convert --from model --src small/target --base large/target --policy static:tree=chain:4 --out d
     python -m scripts.convert --from vae --src vae_ch160v4096z32.pth --out vae
     python -m scripts.convert --from var --src var_d36.pth --schedule 512 --out var-d36
+
+A GGUF file may be of the architectures llama (Mistral's too), qwen2, qwen3 and gemma2 and hold any mixture of F32, F16,
+BF16, Q8_0, Q4_0, Q4_1, Q5_0, Q5_1, Q4_K, Q5_K and Q6_K; quantised weights become float32.
 
 A target directory loads with `models.load_target` and with transformers. A drafter directory is for `--base`, the
 target directory that the drafter was trained on, and keeps what it was made from under `provenance`. Drafters come as
@@ -37,6 +41,7 @@ from models.config import TransformerConfig
 from models.errors import UserError, exit_on_user_error
 from models.formats import image_models as image_files
 from models.formats import released_heads as released
+from models.formats.gguf import read_gguf
 from models.formats.hf import load_config, load_params, save_target
 from models.formats.llama2c import read_llama2c, read_llama2c_tokenizer
 from models.formats.release import Release, read_release
@@ -54,6 +59,11 @@ def from_llama2c(source: Path, tokenizer: Path) -> Checkpoint:
     """llama2.c `.bin` files, version 0 or Q8_0 version 2, with their `tokenizer.bin`."""
     config, params = read_llama2c(source)
     return config, params, read_llama2c_tokenizer(tokenizer, config.vocab_size)
+
+
+def from_gguf(source: Path, tokenizer: None) -> Checkpoint:
+    """GGUF files, which hold their tokenizer."""
+    return read_gguf(source)
 
 
 def published_tree(num_heads: int) -> Topology:
@@ -76,8 +86,8 @@ class DrafterFormat:
     drafter: Callable[[Any], Drafter]
 
 
-# Format name -> reader of (source, tokenizer file).
-TARGETS: dict[str, Callable[[Path, Path], Checkpoint]] = {"llama2c": from_llama2c}
+# Format name -> reader of (source, tokenizer file or None).
+TARGETS: dict[str, Callable[..., Checkpoint]] = {"gguf": from_gguf, "llama2c": from_llama2c}
 
 DRAFTERS: dict[str, DrafterFormat] = {
     "medusa": DrafterFormat(
@@ -154,20 +164,20 @@ def schedule(text: str) -> tuple[int, ...]:
 
 def check_options(args: argparse.Namespace) -> None:
     """Raises UserError for an option that the format lacks or has no use for, or an `--out` that is taken."""
-    image, target = args.format in IMAGES, args.format in TARGETS
-    drafter = not image and not target
+    image = args.format in IMAGES
+    drafter = not image and args.format not in TARGETS
     if drafter and args.base is None:
         raise UserError(f"--from {args.format} needs --base, the directory of the target that it drafts for")
     for option, value, known in (
         ("--base", args.base, drafter),
-        ("--tokenizer", args.tokenizer, target),
+        ("--tokenizer", args.tokenizer, args.format == "llama2c"),
         ("--layers", args.layers, args.format == "eagle3"),
         ("--policy", args.policy, args.format in ("model", "eagle", "eagle3")),
         ("--schedule", args.schedule, image),
     ):
         if value is not None and not known:
             raise UserError(f"--from {args.format} has no use for {option}")
-    if target and args.tokenizer is None:
+    if args.format == "llama2c" and args.tokenizer is None:
         raise UserError(f"--from {args.format} needs --tokenizer, without which the target could read no text")
     # Said before the work, which takes minutes for large models; what writes the directory holds to it again.
     if args.out.exists() and not args.overwrite:

@@ -181,6 +181,12 @@ def read_llama2c_tokenizer(path: str | Path, vocab_size: int) -> Tokenizer:
     return Tokenizer(tokenizers.Tokenizer.from_str(json.dumps(content)), config)
 
 
+def halves(weight: np.ndarray, heads: int) -> np.ndarray:
+    """Reorders the output rows (the first axis) of each head from pairs (2i, 2i+1) to pairs (i, i + D/2)."""
+    out, *rest = weight.shape
+    return weight.reshape(heads, out // heads // 2, 2, *rest).swapaxes(1, 2).reshape(weight.shape)
+
+
 def _read_header(data: np.ndarray, path: Path) -> _Header:
     def bad(reason: str) -> UserError:
         return UserError(f"{path} is not a llama2.c checkpoint: {reason}")
@@ -259,7 +265,7 @@ def _assemble(config: TransformerConfig, tensors: dict[str, list[np.ndarray]]) -
     def layer(k: int) -> Params:
         def kernel(name: str, heads: int = 0) -> dict[str, np.ndarray]:
             weight = tensors[name][k]
-            return {"kernel": (_halves(weight, heads) if heads else weight).T}
+            return {"kernel": (halves(weight, heads) if heads else weight).T}
 
         return {
             "attention_norm": {"scale": tensors["attention_norm"][k]},
@@ -281,12 +287,6 @@ def _assemble(config: TransformerConfig, tensors: dict[str, list[np.ndarray]]) -
     if not config.tied_embeddings:
         params["head"] = {"kernel": tensors["head"][0].T}
     return jax.tree.map(lambda leaf: jnp.asarray(np.ascontiguousarray(leaf)), params)
-
-
-def _halves(weight: np.ndarray, heads: int) -> np.ndarray:
-    """Reorders the output rows of each head from pairs (2i, 2i+1) to pairs (i, i + D/2)."""
-    out, width = weight.shape
-    return weight.reshape(heads, out // heads // 2, 2, width).swapaxes(1, 2).reshape(out, width)
 
 
 def _read_pieces(data: bytes, vocab_size: int, path: Path) -> tuple[list[str], list[float]]:

@@ -207,3 +207,14 @@ def test_command_writes_results_and_report(target_directory, drafter_directories
         with pytest.raises(SystemExit):
             command.main([*arguments, *wrong])
         assert message in capsys.readouterr().err
+
+
+def test_questions_measure_and_calibrate_in_turn(target: Target, tmp_path: pathlib.Path) -> None:
+    path = tmp_path / "questions.jsonl"
+    path.write_text("".join(json.dumps({"turns": [f"q{i}", "and then?"]}) + "\n" for i in range(12)))
+    prompts, calibration = command.question_prompts(str(path), target, 3, chat=False)
+    assert [prompt.text for prompt in prompts] == ["q0", "q4", "q8"]
+    assert [prompt.text for prompt in calibration] == ["q2", "q6", "q10"]
+    path.write_text('{"prompt": "alone"}\n')
+    with pytest.raises(UserError, match="holds one question"):
+        command.question_prompts(str(path), target, 3, chat=False)

@@ -9,7 +9,7 @@ from decoding.generate import generate
 from models.formats.target import load_target
 from scripts import continue_dataset
 from tests.eval.tiny import write_target
-from train.data import continuations
+from train.data import continuations, self_chat
 from train.data.text_building import build
 from train.data.text_sources import RawDocument
 from train.data.texts import open_split
@@ -118,3 +118,119 @@ def test_text_ends_where_the_target_ends_it(sources, tmp_path, monkeypatch):
     )
     document = open_split(tmp_path / "out", "train")[0]
     assert len(document["tokens"]) == 9 and np.sum(document["mask"]) == 1
+
+
+# Conversations of its own
+
+TEMPLATE = (
+    "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}</>{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+
+
+@pytest.fixture(scope="module")
+def chatter(tmp_path_factory):
+    """A target with a chat template that ends a text at any of many tokens."""
+    folder = tmp_path_factory.mktemp("chat") / "target"
+    write_target(folder)
+    load_target(folder).tokenizer.with_chat_template(TEMPLATE).save(folder)
+    generation = json.loads((folder / "generation_config.json").read_text())
+    generation["eos_token_id"] = [1, *range(2, 300, 6)]
+    (folder / "generation_config.json").write_text(json.dumps(generation))
+    return folder
+
+
+def chat(target, out, *arguments):
+    sizes = ["--prompt_tokens", "16", "--new_tokens", "24", "--rows", "8", "--temperature", "0.8,1"]
+    continue_dataset.main(["--target", str(target), "--out", str(out), *sizes, *arguments])
+
+
+def content(out, split="train"):
+    documents = open_split(out, split)
+    return [(documents[i]["tokens"].tolist(), documents[i]["mask"].tolist()) for i in range(len(documents))]
+
+
+def test_a_chat_model_writes_its_own_conversations(chatter, tmp_path, capsys):
+    chat(chatter, tmp_path / "out", "--documents", "12", "--valid_documents", "4")
+    target = load_target(chatter)
+    made, held_out = content(tmp_path / "out"), content(tmp_path / "out", "valid")
+    assert (len(made), len(held_out)) == (12, 4)
+    opening, closing = target.tokenizer.encode("<user>", bos=False), "</><assistant>"
+    prompts = []
+    for tokens, mask in made + held_out:
+        context, answer = tokens[: mask.index(1)], tokens[mask.index(1) :]
+        assert set(mask[len(context) :]) == {1} and 0 < len(answer) <= 24
+        assert answer[-1] in target.config.eos_ids and not set(answer[:-1]) & set(target.config.eos_ids)
+        text = target.tokenizer.decode(context)
+        assert tokens[: len(opening)] == opening and text.endswith(closing)
+        prompts.append(text.removeprefix("<user>").removesuffix(closing).lower())
+    assert len(set(prompts)) == len(prompts)
+    manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
+    assert manifest["kind"] == "self-chat" and manifest["chat_template"] == TEMPLATE
+    source, counts = manifest["source"], manifest["source"]["counts"]
+    assert (source["temperature"], source["prompt_temperature"], source["seed"]) == ([0.8, 1.0], 1.0, 0)
+    assert counts["answers kept"] >= 16 and counts["prompts kept"] >= 16 and source["tokens_per_second"] > 0
+    assert 0 <= source["repetition"]["mean"] <= 0.3 < source["repetition"]["distinct_1"]
+    told = capsys.readouterr().out
+    assert "answers kept" in told and "tokens/s; repetition mean" in told
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_an_interrupted_run_goes_on_where_it_was(chatter, tmp_path, monkeypatch, capsys):
+    arguments = ["--documents", "14", "--valid_documents", "2"]
+    chat(chatter, tmp_path / "whole", *arguments)
+    calls, decoded = [], self_chat.generate
+
+    def interrupted(*given, **options):
+        calls.append(1)
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        return decoded(*given, **options)
+
+    monkeypatch.setattr(self_chat, "generate", interrupted)
+    with pytest.raises(SystemExit):
+        chat(chatter, tmp_path / "out", *arguments)
+    rounds = tmp_path / ".out.rounds.jsonl"
+    # Killed while it wrote, it leaves half a line.
+    rounds.write_text(rounds.read_text() + '{"documents": [')
+    with pytest.raises(SystemExit):
+        chat(chatter, tmp_path / "out", *arguments, "--seed", "5")
+    assert "holds an unfinished run with another seed" in capsys.readouterr().err
+    chat(chatter, tmp_path / "out", *arguments)
+    assert content(tmp_path / "out") == content(tmp_path / "whole")
+    assert not rounds.exists()
+
+
+def test_prompts_of_a_person_are_answered(chatter, tmp_path, capsys):
+    prompts = tmp_path / "prompts.jsonl"
+    lines = [{"prompt": f"What is {i}?"} for i in range(11)]
+    lines.append({"messages": [{"role": r, "content": r} for r in ("user", "assistant", "user")]})
+    prompts.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    chat(chatter, tmp_path / "out", "--prompts", str(prompts), "--valid_documents", "0")
+    tokenizer = load_target(chatter).tokenizer
+    asked = {tokenizer.decode(tokens[: mask.index(1)]) for tokens, mask in content(tmp_path / "out")}
+    wanted = {f"<user>What is {i}?</><assistant>" for i in range(11)}
+    assert len(asked) > 5 and asked <= wanted | {"<user>user</><assistant>assistant</><user>user</><assistant>"}
+    prompts.write_text('{"prompt": "a"}\n{"text": "b"}\n')
+    with pytest.raises(SystemExit):
+        chat(chatter, tmp_path / "again", "--prompts", str(prompts))
+    assert "line 2: expected a string 'prompt'" in capsys.readouterr().err
+
+
+def test_chats_that_cannot_be_written_are_one_sentence(sources, chatter, tmp_path, capsys):
+    def complaint(run, *arguments):
+        with pytest.raises(SystemExit):
+            run(*arguments)
+        return capsys.readouterr().err.strip().splitlines()[-1]
+
+    assert "has no chat template" in complaint(chat, sources[0] / "target", tmp_path / "out")
+    one = ["--documents", "4", "--valid_documents", "4", "--max_repetition", "-1"]
+    assert "only 0 documents are finished" in complaint(chat, chatter, tmp_path / "out", *one, "--minutes", "0.001")
+    data = ["--target", str(chatter), "--data", "x", "--out", str(tmp_path / "y"), "--minutes", "1"]
+    assert "--data has no use for --minutes" in complaint(continue_dataset.main, data)
+
+
+def test_repetition_counts_runs_of_four():
+    assert self_chat.repetition([1, 2, 3, 4, 5, 6]) == 0
+    assert self_chat.repetition([1] * 13) == 0.9
+    assert self_chat.repetition([1, 2]) == 0

@@ -18,7 +18,7 @@ from safetensors.numpy import load_file
 from decoding.drafters.registry import build, load_drafter
 from decoding.trees import MC_SIM_7B_63
 from models import load_target
-from models.formats.hf import save_target
+from models.formats.hf import load_config, load_params, save_target
 from models.formats.llama2c import read_llama2c
 from models.formats.storage import leaves_by_path
 from models.formats.target import Target
@@ -64,6 +64,21 @@ def test_converts(source: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert 0 < np.abs(rounded.apply([TEXT]).logits - direct.apply([TEXT]).logits).max() < 1
 
 
+def test_converts_gguf(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("gguf")
+    from tests.models.formats.test_gguf import golden, write_model
+
+    config, params = golden("qwen3")
+    command = ["--from", "gguf", "--src", str(write_model(tmp_path / "m.gguf", config, params))]
+    main([*command, "--out", str(tmp_path / "out")])
+    assert "qwen3, 3 layers, width 16, vocabulary 40" in capsys.readouterr().out
+    assert load_config(tmp_path / "out") == config
+    jax.tree.map(np.testing.assert_array_equal, load_params(config, tmp_path / "out"), params)
+    with pytest.raises(SystemExit):
+        main([*command, "--out", str(tmp_path / "again"), "--tokenizer", "t.bin"])
+    assert "no use for --tokenizer" in capsys.readouterr().err
+
+
 def test_mistakes_are_one_sentence(source: Path, capsys: pytest.CaptureFixture[str]) -> None:
     def complaint(*arguments: str | None) -> str:
         before = sorted(p.name for p in source.iterdir())
@@ -97,7 +112,7 @@ def test_runs_as_a_command(source: Path) -> None:
 
 def test_unknown_format_lists_the_known(source: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
-        main(["--from", "gguf", "--src", "x", "--out", "y"])
+        main(["--from", "ggml", "--src", "x", "--out", "y"])
     assert "llama2c" in capsys.readouterr().err
 
 

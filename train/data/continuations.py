@@ -6,9 +6,12 @@ window of another and the target's continuation; the continuation alone is marke
 
 import time
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import numpy as np
 
+from decoding.drafter import Drafter
+from decoding.drafters.plain import Plain
 from decoding.generate import generate
 from decoding.sampling import Sampling
 from models.errors import UserError
@@ -25,12 +28,13 @@ def continuations(
     temperature: float,
     rows: int,
     seed: int,
+    drafter: tuple[Drafter, Any] = (Plain(), None),
     progress: Callable[[str], None] = lambda line: None,
 ) -> Iterator[data.Document]:
     """`count` windows of `prompt` tokens, from documents long enough, each continued by up to `new` tokens.
 
     Windows are drawn with replacement, documents by their length, in batches of `rows` that decode together.
-    `progress` is told a line per batch.
+    `drafter`, with its parameters, speeds decoding up; `progress` is told a line per batch.
     """
     lengths = np.where(documents.lengths > prompt, documents.lengths - prompt, 0)
     if not lengths.sum():
@@ -45,7 +49,13 @@ def continuations(
             for index, start in zip(chosen, starts, strict=True)
         ]
         decoded = generate(
-            target, prompts, max_new_tokens=new, sampling=Sampling(temperature), seeds=seed * count + first
+            target,
+            prompts,
+            drafter=drafter[0],
+            drafter_params=drafter[1],
+            max_new_tokens=new,
+            sampling=Sampling(temperature),
+            seeds=seed * count + first,
         )
         for row, (text, continuation) in enumerate(zip(prompts, decoded.tokens, strict=True)):
             yield {

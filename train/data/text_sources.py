@@ -102,6 +102,26 @@ def read_chat(path: str | Path) -> DocumentList:
     return DocumentList(lambda: (document(*record) for record in _records(Path(path))))
 
 
+def read_prompts(path: str | Path) -> DocumentList:
+    """One prompt per line of a (gzipped) JSONL file: `{'prompt': text}`, or `{'messages': [...]}` up to a user's turn.
+
+    Reading raises `UserError`, with the line's number, for any other form.
+    """
+
+    def document(name: str, where: str, row: Any) -> RawDocument:
+        fields = _fields_of(row, where)
+        turns = fields.get("messages", [{"role": "user", "content": fields.get("prompt")}])
+        right = isinstance(turns, list) and all(
+            isinstance(turn, dict) and isinstance(turn.get("role"), str) and isinstance(turn.get("content"), str)
+            for turn in turns
+        )
+        if not right or not turns or turns[-1]["role"] != "user" or not turns[-1]["content"].strip():
+            raise UserError(f"{where}: expected a string 'prompt', or 'messages' that end with a user's turn")
+        return RawDocument(name, messages=tuple({key: turn[key] for key in ("role", "content")} for turn in turns))
+
+    return DocumentList(lambda: (document(*record) for record in _records(Path(path))))
+
+
 def read_text(path: str | Path, separator: str = END_OF_TEXT) -> DocumentList:
     """The documents of one (gzipped) text file, which `separator` parts; `blank-line` parts at empty lines.
 

@@ -1,0 +1,470 @@
+"""What scripts/accelerator.sh runs: parts in order of worth, each with a limit, results written as they come.
+
+    python -m scripts.accelerator --target DIR --out DIR [--minutes 8] [--questions FILE.jsonl] [--cache DIR]
+        [--chat_minutes 1.5] [--rows 512] [--steps 1500] [--batch_size 8] [--length 512] [--vocabulary 8192]
+    python -m scripts.accelerator --rehearse --out DIR [--minutes 2] [--cache DIR]
+
+    1. greedy        the target goes on from "The capital of France is"
+    2. chats         scripts.continue_dataset: the target's own prompts and answers
+    3. train         EAGLE-3 twice (Muon, AdamW), Hydra++ and Medusa, side by side on one device
+    4. acceptance    eval.acceptance of each, side by side, at 8, 16 and 32 candidates, greedily and at 0.7
+    5. decode        eval.main: wall-clock beside plain decoding, alone on the device
+    6. speed         eval.speed on the target's shape
+
+`OUT/parts.json` says what became of every part; `OUT/back`, or `--back`, holds what is worth carrying away, in a few
+small files: the EAGLE-3 drafters in bfloat16, the chats as uint16, and all results and logs in one archive. A part that
+fails or runs out of time stops none that does not need it. This process never touches the device; the parts share it,
+so that one compiles while others compute, without reserving its memory.
+"""
+
+import argparse
+import dataclasses
+import functools
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tarfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import ml_dtypes
+import numpy as np
+from safetensors.numpy import load_file, save_file
+
+from models import command_line
+from models.command_line import at_least
+from models.config import TransformerConfig
+from models.errors import UserError, exit_on_user_error
+from models.formats.hf import load_config, save_target
+from models.formats.storage import leaves_by_path
+from models.formats.tokenizer import Tokenizer
+from models.transformer import param_shapes
+from train.data.text_building import write_dataset
+from train.data.texts import Document, open_split
+
+# Config, the key of its draft vocabulary, and what differs from it.
+TRAINING: dict[str, tuple[str, str | None, dict[str, Any]]] = {
+    "eagle3": ("eagle3.py", "objective.vocabulary", {"optimizer.learning_rate": 4e-3}),
+    "eagle3_adamw": (
+        "eagle3.py",
+        "objective.vocabulary",
+        {"optimizer.name": "adamw", "optimizer.learning_rate": 1e-3, "optimizer.weight_decay": 0.01},
+    ),
+    "hydra_pp": ("hydra_pp.py", None, {}),
+    "medusa": ("medusa.py", None, {"optimizer.learning_rate": 4e-3}),
+}
+TIMED = ("eagle3", "hydra_pp")  # Heads whose wall-clock is measured.
+# Of programs that run once, compilation takes longer than what tuning and generated matrix products would save.
+QUICK = "--xla_gpu_enable_triton_gemm=false --xla_gpu_autotune_level=0"
+WARM_UP = 0.04  # Share of the steps.
+TIMED_STEPS = 30  # Enough to tell how long a step takes.
+KEPT = (".json", ".jsonl", ".html", ".log")
+BIGGEST_FILE = 15 * 2**20
+
+
+@dataclasses.dataclass
+class Part:
+    """One process.
+
+    Attributes:
+      name: of its log and of its entry in `parts.json`.
+      command: module and arguments.
+      needs: a path without which it is skipped.
+      done: asked now and then; true ends the process early, as a success.
+      quick: compiled with little tuning; not for what is timed.
+    """
+
+    name: str
+    command: list[str]
+    needs: Path | None = None
+    done: Callable[[], bool] = lambda: False
+    quick: bool = True
+
+
+class Job:
+    """The parts so far, and the time that is left."""
+
+    def __init__(self, out: Path, minutes: float, cache: Path):
+        self.out, self._end = out, time.monotonic() + 60 * minutes
+        self.parts: dict[str, Any] = {}
+        self._environment = {
+            **os.environ,
+            "JAX_COMPILATION_CACHE_DIR": str(cache.absolute()),
+            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.3",
+            "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
+            "PYTHONUNBUFFERED": "1",
+        }
+        self._began = time.monotonic()
+
+    @property
+    def left(self) -> float:
+        """Seconds."""
+        return self._end - time.monotonic()
+
+    def run(self, parts: Sequence[Part], seconds: float) -> None:
+        """Runs parts side by side until all are done or the time is over."""
+        end = time.monotonic() + min(seconds, self.left)
+        running = []
+        for part in parts:
+            if part.needs is not None and not part.needs.exists():
+                self._note(part.name, "skipped", 0.0, f"there is no {part.needs}")
+                continue
+            log = (self.out / f"{part.name}.log").open("w", encoding="utf-8")
+            log.write("python -m " + " ".join(part.command) + "\n")
+            log.flush()
+            process = subprocess.Popen(
+                [sys.executable, "-m", *part.command],
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                env=self._environment
+                | ({"XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} {QUICK}"} if part.quick else {}),
+                start_new_session=True,
+            )
+            running.append((part, process, time.monotonic()))
+        while running:
+            time.sleep(0.2)
+            for entry in list(running):
+                part, process, began = entry
+                took = time.monotonic() - began
+                if process.poll() is not None:
+                    state = "ok" if process.returncode == 0 else f"failed ({process.returncode})"
+                elif part.done():
+                    state = "ok, ended early"
+                elif time.monotonic() > end:
+                    state = "out of time"
+                else:
+                    continue
+                self._stop(process)
+                self._note(part.name, state, took, _last_line(self.out / f"{part.name}.log"))
+                running.remove(entry)
+
+    def _stop(self, process: subprocess.Popen) -> None:
+        for how in (signal.SIGTERM, signal.SIGKILL):
+            if process.poll() is None:
+                os.killpg(process.pid, how)
+                try:
+                    process.wait(5)
+                except subprocess.TimeoutExpired:
+                    continue
+
+    def _note(self, name: str, state: str, seconds: float, last: str) -> None:
+        at = time.monotonic() - self._began
+        self.parts[name] = {"state": state, "seconds": round(seconds, 1), "ended_at": round(at, 1), "last_line": last}
+        (self.out / "parts.json").write_text(json.dumps(self.parts, indent=1) + "\n")
+        print(f"[{at:5.0f} s] {name}: {state} after {seconds:.0f} s: {last[:200]}", flush=True)
+
+
+def _last_line(path: Path) -> str:
+    lines = [line.strip() for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
+    return lines[-1] if lines else ""
+
+
+def training(
+    args: argparse.Namespace, target: Path, data: Path, seconds: dict[str, float], rehearsed: Sequence[str] = ()
+) -> list[Part]:
+    """Parts that train.
+
+    Args:
+      args: of the command.
+      target: of the heads.
+      data: what they learn from.
+      seconds: per step, where they were measured; they say how many steps there is time for.
+      rehearsed: heads to compile and time alone; none means to train all.
+    """
+    parts = []
+    for name in rehearsed or TRAINING:
+        config, vocabulary, changes = TRAINING[name]
+        workdir = args.out / "rehearsal" / name if rehearsed else args.out / name
+        steps = args.steps
+        # Another number of steps is another program, so that a little too long is better than one that fits.
+        if seconds.get(name, 0.0) * steps > 1.25 * args.train_seconds:
+            steps = max(2 * TIMED_STEPS, int(args.train_seconds / seconds[name]))
+        options = {
+            "objective.target": target,
+            "objective.loop_prompts": 0,  # Acceptance is measured afterwards.
+            "data.path": data,
+            "steps": steps,
+            "batch_size": args.batch_size,
+            "length": args.length,
+            "optimizer.warmup_steps": max(1, int(WARM_UP * steps)),
+            "evaluation.every": TIMED_STEPS - 10 if rehearsed else max(1, steps // 6),
+            "evaluation.batches": 8,
+            "checkpoint.every": TIMED_STEPS - 10 if rehearsed else steps,
+            "checkpoint.keep": 1,
+            "metrics.every": 10,
+            **({vocabulary: args.vocabulary} if vocabulary else {}),
+            **changes,
+        }
+        command = ["train.main", f"--config=configs/{config}", f"--workdir={workdir}"]
+        command += [f"--config.{key}={value}" for key, value in options.items()]
+        metrics = workdir / "metrics.jsonl"
+        done = functools.partial(_timed if rehearsed else _never, metrics)
+        label = f"rehearse_{name}" if rehearsed else name
+        parts.append(Part(label, command, data / "manifest.json", done))
+    return parts
+
+
+def _timed(metrics: Path) -> bool:
+    lines = metrics.read_text().splitlines() if metrics.exists() else []
+    return max((json.loads(line)["step"] for line in lines if line.endswith("}")), default=0) >= TIMED_STEPS
+
+
+def _never(metrics: Path) -> bool:
+    return False
+
+
+def step_seconds(metrics: Path) -> float | None:
+    """Of the last line that tells it."""
+    lines = [json.loads(line) for line in metrics.read_text().splitlines()] if metrics.exists() else []
+    told = [line["step_seconds"] for line in lines if "step_seconds" in line]
+    return told[-1] if told else None
+
+
+def acceptance(args: argparse.Namespace, target: Path) -> list[Part]:
+    """One part per drafter and temperature, because each compiles a program per budget; greedy ones first."""
+    common = ["eval.acceptance", "--target", str(target), "--prompts", str(args.questions), "--chat"]
+    common += ["--num_prompts", str(args.num_prompts), "--max_new_tokens", str(args.new_tokens)]
+    common += ["--budgets", args.budgets]
+    parts = []
+    for temperature in ("0", "0.7"):
+        for name in TRAINING:
+            method = f"{name}={args.out / name / 'drafter'}" + ("@confidence" if name.startswith("eagle") else "")
+            label = f"acceptance_{name}_{temperature}"
+            own = ["--out", str(args.out / label), "--methods", method, "--temperatures", temperature]
+            parts.append(Part(label, [*common, *own], args.out / name / "drafter" / "drafter.json"))
+    return parts
+
+
+def decode(args: argparse.Namespace, target: Path) -> Part:
+    """The benchmark, of those heads that there are."""
+    drafters = [args.out / name / "drafter" for name in TIMED]
+    found = [str(path) for path in drafters if (path / "drafter.json").exists()]
+    command = ["eval.main", "--config=configs/eval/decode.py", f"--config.target={target}", "--config.chat=true"]
+    command += [f"--config.drafters={','.join(['none', *found])}", f"--config.prompts={args.questions}"]
+    command += [f"--config.num_prompts={args.decode_prompts}", f"--config.max_new_tokens={args.new_tokens}"]
+    return Part("decode", [*command, "--config.repeats=2", f"--config.out={args.out / 'decode'}"], quick=False)
+
+
+def stand_in(directory: Path, shape: str) -> Path:
+    """A target of random weights that ends a text once in about 50 tokens and has a chat template."""
+    sizes: dict[str, dict[str, Any]] = {
+        "smollm2": dict(vocab_size=49_152, width=576, num_layers=30, num_heads=9, num_kv_heads=3, mlp_width=1536),
+        "tiny": dict(vocab_size=258, width=192, num_layers=6, num_heads=3, num_kv_heads=1, mlp_width=64),
+    }
+    size = sizes[shape]
+    ends = tuple(range(1, size["vocab_size"], 50))
+    config = TransformerConfig(
+        head_dim=64, max_position=8192, rope_theta=1e5, tied_embeddings=True, bos_id=0, eos_ids=ends, **size
+    )
+    rng, shapes = np.random.default_rng(0), param_shapes(config)
+    leaves = [
+        np.ones(leaf.shape, np.float32)
+        if path.endswith("scale")
+        else 0.02 * rng.standard_normal(leaf.shape, np.float32)
+        for path, leaf in leaves_by_path(shapes).items()
+    ]
+    tokenizer = Tokenizer.train(["a rehearsal"], 258).with_chat_template(
+        "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}</>{% endfor %}"
+        "{% if add_generation_prompt %}<assistant>{% endif %}"
+    )
+    save_target(directory, config, jax.tree.unflatten(jax.tree.structure(shapes), leaves), tokenizer)
+    return directory
+
+
+def rehearsal(args: argparse.Namespace) -> tuple[Path, Path]:
+    """A stand-in for the target, and a data set of random tokens."""
+    target, data = stand_in(args.out / "rehearsal" / "target", args.shape), args.out / "rehearsal" / "data"
+    tokenizer, size = Tokenizer.load(target), load_config(target).vocab_size
+    counts = {"train": 600, "valid": 300}
+
+    def documents(split: str) -> Iterator[Document]:
+        rng = np.random.default_rng(counts[split])
+        for index in range(counts[split]):
+            tokens = rng.integers(3, size, 300).astype(np.int32)
+            yield {"name": str(index), "tokens": tokens, "mask": np.array([0] * 50 + [1] * 250, np.uint8)}
+
+    totals = {name: {"documents": n, "tokens": 300 * n, "labels": 250 * n} for name, n in counts.items()}
+    about = {"kind": "random", "source": "rehearsal", "chat_template": None, "splits": totals}
+    write_dataset(data, tokenizer, {name: functools.partial(documents, name) for name in counts}, lambda: about)
+    return target, data
+
+
+def others_rehearsed(args: argparse.Namespace) -> list[Part]:
+    """What else the job consists of, as small as it can be, to see that it works."""
+    target, out = str(stand_in(args.out / "rehearsal" / "tiny", "tiny")), args.out / "rehearsal"
+    write = ["scripts.continue_dataset", "--target", target, "--out", str(out / "chats"), "--documents", "16"]
+    parts = [Part("rehearse_chats", [*write, "--valid_documents", "4", "--rows", "32", "--new_tokens", "64"])]
+    if args.questions:
+        study = [
+            "eval.acceptance",
+            "--target",
+            target,
+            "--prompts",
+            str(args.questions),
+            "--chat",
+            "--num_prompts",
+            "4",
+        ]
+        study += ["--budgets", "8", "--temperatures", "0", "--max_new_tokens", "8", "--out", str(out / "acceptance")]
+        parts.append(Part("rehearse_acceptance", [*study, "--methods", "recycling=token_recycling"]))
+    return parts
+
+
+def pack(args: argparse.Namespace) -> None:
+    """What is worth carrying away, in files below the limit of a small transfer."""
+    back = args.back
+    back.mkdir(parents=True, exist_ok=True)
+    for name in TRAINING:
+        directory = args.out / name / "drafter"
+        if name.startswith("eagle3") and (directory / "drafter.json").exists() and not list(back.glob(f"{name}-*")):
+            pack_drafter(directory, back, name)
+            shutil.copy(directory / "drafter.json", args.out / f"{name}-drafter.json")
+    if (args.out / "chats" / "manifest.json").exists() and not list(back.glob("chats*")):
+        pack_chats(args.out / "chats", back)
+        shutil.copy(args.out / "chats" / "manifest.json", args.out / "chats-manifest.json")
+    with tarfile.open(args.out / "results.tar.gz", "w:gz") as archive:
+        for path in sorted(args.out.rglob("*")):
+            inside = path.relative_to(args.out)
+            if (
+                path.suffix in KEPT
+                and path.is_file()
+                and inside.parts[0] not in ("back", "rehearsal", "cache", "chats")
+            ):
+                archive.add(path, str(inside))
+    # Whole or not at all, whenever this is ended.
+    shutil.copy(args.out / "results.tar.gz", back / ".results")
+    os.replace(back / ".results", back / "results.tar.gz")
+
+
+def pack_drafter(directory: Path, back: Path, name: str) -> None:
+    """Its parameters in bfloat16, in as many files as the limit asks for, and its record."""
+    parts: list[dict[str, np.ndarray]] = [{}]
+    for path in sorted(directory.glob("*.safetensors")):
+        for key, tensor in load_file(path).items():
+            small = tensor.astype(ml_dtypes.bfloat16) if tensor.dtype == np.float32 else tensor
+            if sum(other.nbytes for other in parts[-1].values()) + small.nbytes > BIGGEST_FILE:
+                parts.append({})
+            parts[-1][key] = small
+    for number, tensors in enumerate(parts):
+        save_file(tensors, back / f"{name}-{number}.safetensors", metadata={"format": "pt"})
+
+
+def pack_chats(directory: Path, back: Path) -> None:
+    """Tokens as uint16, end to end, with the lengths of documents and of their answers; as many as fit into a file."""
+    for split in ("valid", "train"):
+        documents = open_split(directory, split)
+        room = 5_500_000 if split == "train" else 500_000
+        count = int(np.searchsorted(np.cumsum(documents.lengths), room, side="right"))
+        chosen = [documents[index] for index in range(count)]
+        np.savez_compressed(
+            back / f"chats-{split}.npz",
+            tokens=np.concatenate([document["tokens"] for document in chosen]).astype(np.uint16),
+            lengths=documents.lengths[:count].astype(np.int32),
+            answers=np.array([int(document["mask"].sum()) for document in chosen], np.int32),
+        )
+
+
+def note_timings(args: argparse.Namespace) -> dict[str, float]:
+    """Seconds per step of all rehearsals so far, those of earlier calls with this cache among them."""
+    path = args.cache / "step_seconds.json"
+    known = json.loads(path.read_text()) if path.exists() else {}
+    found = {name: step_seconds(args.out / "rehearsal" / name / "metrics.jsonl") for name in TRAINING}
+    known |= {name: seconds for name, seconds in found.items() if seconds}
+    args.cache.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(known) + "\n")
+    print(f"seconds per step, side by side: {known}", flush=True)
+    return known
+
+
+def everything(args: argparse.Namespace, job: Job) -> None:
+    """All parts."""
+    target, chats = args.target, args.out / "chats"
+    prompt = "The capital of France is"
+    greedy = ["scripts.generate", "--target", str(target), "--prompt", prompt, "--max_new_tokens", "48"]
+    write = ["scripts.continue_dataset", "--target", str(target), "--out", str(chats), "--documents", "1000000"]
+    write += ["--valid_documents", str(args.valid_documents), "--minutes", str(args.chat_minutes)]
+    write += ["--rows", str(args.rows), "--new_tokens", str(args.chat_tokens), "--temperature", "0,0.5,0.8"]
+    write += ["--prompt_temperature", "0.9"]
+    known = note_timings(args)
+    missing = [name for name in TRAINING if name not in known]
+    # Compiling takes processors, decoding the device.
+    early = training(args, *rehearsal(args), {}, missing) if missing else []
+    job.run([Part("greedy", greedy), Part("chats", write), *early], 60 * args.chat_minutes + 100)
+    if not (chats / "manifest.json").exists():
+        # Its finished rounds are kept, and by now its programs are compiled.
+        job.run([Part("chats_again", write)], 60 * args.chat_minutes + 100)
+    job.run(training(args, target, chats, note_timings(args)), args.train_seconds + 120)
+    pack(args)
+    if args.questions:
+        job.run(acceptance(args, target), args.acceptance_seconds)
+        pack(args)
+        if job.left > 20:
+            job.run([decode(args, target)], job.left - 5)
+    if job.left > 20:
+        speed = ["eval.speed", "--shape", str(target), "--sections", "bandwidth,plain", "--rounds", "5"]
+        job.run([Part("speed", [*speed, "--out", str(args.out / "speed.json")], quick=False)], job.left - 5)
+    pack(args)
+
+
+@exit_on_user_error
+def main(argv: Sequence[str] | None = None) -> None:
+    """The command; see the module's docstring."""
+    args = _parser().parse_args(argv)
+    if not args.rehearse and args.target is None:
+        raise UserError("give --target, the directory of the target, or --rehearse")
+    for path in (args.target, args.questions):
+        if path is not None and not path.exists():
+            raise UserError(f"there is no {path}")
+    args.out.mkdir(parents=True, exist_ok=True)
+    if any(args.out.iterdir()):
+        raise UserError(f"{args.out} is not empty: choose a new directory")
+    args.cache, args.back = args.cache or args.out / "cache", args.back or args.out / "back"
+    job = Job(args.out, args.minutes, args.cache)
+    # The parts have the environment as it was; this process must not take the device's memory from them.
+    jax.config.update("jax_platforms", "cpu")
+    if args.rehearse:
+        job.run([*training(args, *rehearsal(args), {}, tuple(TRAINING)), *others_rehearsed(args)], job.left)
+        note_timings(args)
+    else:
+        everything(args, job)
+    wrong = [name for name, part in job.parts.items() if not part["state"].startswith("ok")]
+    print(f"finished; {len(job.parts)} parts, not ok: {', '.join(wrong) or 'none'}")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = command_line.parser("scripts.accelerator", __doc__)
+    parser.add_argument("--target", type=Path, help="target directory, with a chat template")
+    parser.add_argument("--out", required=True, type=Path, help="a new or empty directory for everything")
+    parser.add_argument("--minutes", type=float, default=8.0, help="after which all ends")
+    parser.add_argument("--questions", type=Path, help="file of held-out questions, for acceptance and wall-clock")
+    parser.add_argument("--cache", type=Path, help="directory of compiled programs (OUT/cache)")
+    parser.add_argument("--back", type=Path, help="directory for what is worth carrying away (OUT/back)")
+    parser.add_argument(
+        "--rehearse", action="store_true", help="compile and time training steps, try the rest in small"
+    )
+    parser.add_argument("--shape", choices=["smollm2", "tiny"], default="smollm2", help="of a rehearsal's target")
+    parser.add_argument("--chat_minutes", type=float, default=1.5, help="of writing chats")
+    parser.add_argument("--chat_tokens", type=at_least(1), default=640, help="most tokens of an answer")
+    parser.add_argument("--valid_documents", type=at_least(1), default=256, help="chats held out")
+    parser.add_argument("--rows", type=at_least(1), default=512, help="chats written together")
+    parser.add_argument("--steps", type=at_least(2), default=1500, help="of training, where there is time for them")
+    parser.add_argument("--train_seconds", type=float, default=130.0, help="that the steps may take")
+    parser.add_argument("--acceptance_seconds", type=float, default=110.0, help="that acceptance may take")
+    parser.add_argument("--batch_size", type=at_least(1), default=8, help="rows of a training step")
+    parser.add_argument("--length", type=at_least(2), default=512, help="tokens of a row")
+    parser.add_argument("--vocabulary", type=at_least(1), default=8192, help="EAGLE-3's draft vocabulary")
+    parser.add_argument("--num_prompts", type=at_least(1), default=48, help="questions measured for acceptance")
+    parser.add_argument("--decode_prompts", type=at_least(1), default=12, help="questions timed")
+    parser.add_argument("--new_tokens", type=at_least(1), default=128, help="tokens of each answer measured")
+    parser.add_argument("--budgets", default="8,16,32", help="candidates besides the root")
+    return parser
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,109 @@
+"""Parts run side by side within their limits, what fails stops nothing else, what comes back is small and whole."""
+
+import argparse
+import json
+import tarfile
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from scripts import accelerator
+from scripts.accelerator import Job, Part
+
+
+@pytest.fixture
+def sleepers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Modules that end well, end badly, and do not end."""
+    (tmp_path / "good.py").write_text("import os\nprint('flags', os.environ.get('XLA_FLAGS', '-'))\n")
+    (tmp_path / "bad.py").write_text("print('working')\nraise SystemExit(3)\n")
+    (tmp_path / "endless.py").write_text("import time\nprint('begun', flush=True)\ntime.sleep(60)\n")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.delenv("XLA_FLAGS", raising=False)
+    return tmp_path
+
+
+def test_parts_end_by_themselves_by_their_limit_or_when_they_are_asked_to(sleepers: Path) -> None:
+    job = Job(sleepers, 1.0, sleepers / "cache")
+    begun = sleepers / "early.log"
+    parts = [
+        Part("good", ["good"]),
+        Part("timed", ["good"], quick=False),
+        Part("bad", ["bad"]),
+        Part("late", ["endless"]),
+        Part("early", ["endless"], done=lambda: "begun" in begun.read_text()),
+        Part("missing", ["good"], needs=sleepers / "nowhere"),
+    ]
+    job.run(parts, 3.0)
+    told = json.loads((sleepers / "parts.json").read_text())
+    states = {name: part["state"] for name, part in told.items()}
+    assert states == {
+        "good": "ok",
+        "timed": "ok",
+        "bad": "failed (3)",
+        "late": "out of time",
+        "early": "ok, ended early",
+        "missing": "skipped",
+    }
+    assert accelerator.QUICK in told["good"]["last_line"] and told["timed"]["last_line"] == "flags -"
+    assert told["bad"]["last_line"] == "working" and (sleepers / "good.log").read_text().startswith("python -m good")
+
+
+def arguments(out: Path, *more: str) -> argparse.Namespace:
+    args = accelerator._parser().parse_args(["--out", str(out), "--target", "target", *more])
+    args.cache, args.back = out / "cache", out / "back"
+    return args
+
+
+def steps_of(part: Part) -> int:
+    return next(int(option.partition("=")[2]) for option in part.command if option.startswith("--config.steps="))
+
+
+def test_steps_fit_the_time_where_it_is_known(tmp_path: Path) -> None:
+    args = arguments(tmp_path, "--steps", "1000", "--train_seconds", "100")
+    measured = {"eagle3": 0.05, "hydra_pp": 0.12, "medusa": 0.5}
+    parts = {part.name: steps_of(part) for part in accelerator.training(args, Path("t"), Path("d"), measured)}
+    assert parts == {"eagle3": 1000, "eagle3_adamw": 1000, "hydra_pp": 1000, "medusa": 200}
+    (rehearsed,) = accelerator.training(args, Path("t"), Path("d"), {}, ["medusa"])
+    assert rehearsed.name == "rehearse_medusa" and steps_of(rehearsed) == 1000 and not rehearsed.done()
+    metrics = tmp_path / "rehearsal" / "medusa" / "metrics.jsonl"
+    metrics.parent.mkdir(parents=True)
+    metrics.write_text('{"step": 30, "step_seconds": 0.25}\n{"step": 30, "loss_1": 2.0}\n')
+    assert rehearsed.done()
+    assert accelerator.note_timings(args) == {"medusa": 0.25}
+    assert json.loads((args.cache / "step_seconds.json").read_text()) == {"medusa": 0.25}
+
+
+def test_what_comes_back_is_small_and_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(accelerator, "BIGGEST_FILE", 3000)
+    args = arguments(tmp_path)
+    drafter = tmp_path / "eagle3" / "drafter"
+    drafter.mkdir(parents=True)
+    tensors = {name: np.arange(600, dtype=np.float32) for name in "abc"} | {"ids": np.arange(5, dtype=np.int32)}
+    save_file(tensors, drafter / "model.safetensors")
+    (drafter / "drafter.json").write_text("{}")
+    (tmp_path / "eagle3.log").write_text("trained\n")
+    accelerator.pack(args)
+    names = sorted(path.name for path in args.back.iterdir())
+    assert names == ["eagle3-0.safetensors", "eagle3-1.safetensors", "results.tar.gz"]
+    found = load_file(args.back / names[0]) | load_file(args.back / names[1])
+    assert {name: tensor.dtype for name, tensor in found.items()} == {
+        **dict.fromkeys("abc", np.dtype(ml_dtypes.bfloat16)),
+        "ids": np.dtype(np.int32),
+    }
+    with tarfile.open(args.back / "results.tar.gz") as archive:
+        assert {"eagle3.log", "eagle3-drafter.json", "eagle3/drafter/drafter.json"} <= set(archive.getnames())
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [([], "give --target"), (["--target", "nowhere"], "there is no nowhere"), (["--rehearse"], "is not empty")],
+)
+def test_mistakes_are_one_sentence(tmp_path: Path, capsys, more: list[str], message: str) -> None:
+    (tmp_path / "something").touch()
+    with pytest.raises(SystemExit):
+        accelerator.main(["--out", str(tmp_path), *more])
+    told = capsys.readouterr().err
+    assert told.startswith("error: ") and message in told and told.count("\n") == 1

@@ -1,0 +1,258 @@
+"""Conversations that a chat model writes alone: text of its own to train draft heads on, with no data set at all.
+
+An instruction-tuned target, given its chat template up to an empty user turn, goes on as a user would: it writes a
+prompt. The prompt is put into the template and answered, and both are one document whose answer is marked as label.
+Prompts that do not end, say nothing or were seen before are dropped, and so are answers that do not end or that loop.
+Both kinds of text are decoded in full batches of one shape.
+
+What is finished is kept in a file of rounds, from which an interrupted run goes on; the same seed gives the same text
+whether or not it was interrupted, as long as the shape of a batch is the same.
+"""
+
+import dataclasses
+import hashlib
+import json
+import os
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from decoding.drafter import Drafter
+from decoding.generate import generate
+from decoding.sampling import Sampling
+from models.errors import UserError
+from models.formats.target import Target
+from models.formats.tokenizer import Message
+from train.data.texts import Document
+
+_MARK = "\ufdd2"  # A noncharacter, which no template writes.
+_GRAM = 4
+_LEAST_YIELD = 16  # Batches of prompts in a row without one that can be used, before giving up.
+
+
+@dataclasses.dataclass(frozen=True)
+class ChatSettings:
+    """How conversations are written.
+
+    Attributes:
+      prompt_tokens: most tokens of a prompt that the target writes.
+      new_tokens: most tokens of an answer.
+      prompt_temperature: of prompts.
+      temperatures: of answers, which rows take in turn.
+      max_repetition: answers are dropped where a larger share of their runs of four tokens has occurred before in them.
+      rows: texts decoded together.
+      seed: of all draws.
+    """
+
+    prompt_tokens: int = 64
+    new_tokens: int = 512
+    prompt_temperature: float = 1.0
+    temperatures: tuple[float, ...] = (0.7,)
+    max_repetition: float = 0.3
+    rows: int = 32
+    seed: int = 0
+
+
+def repetition(tokens: Sequence[int]) -> float:
+    """Share of the runs of four tokens that occurred before in the same text."""
+    grams = [tuple(tokens[i : i + _GRAM]) for i in range(len(tokens) - _GRAM + 1)]
+    return 1 - len(set(grams)) / len(grams) if grams else 0.0
+
+
+def distinct(tokens: Sequence[int], size: int) -> float:
+    """Share of different ones among the runs of `size` tokens."""
+    grams = [tuple(tokens[i : i + size]) for i in range(len(tokens) - size + 1)]
+    return len(set(grams)) / len(grams) if grams else 1.0
+
+
+class SelfChat:
+    """Conversations of one target, round by round.
+
+    Attributes:
+      documents: what is finished: `prompt`, `tokens`, and `answer`, how many of the tokens are the answer's.
+      counts: of prompts and answers by what became of them, and of tokens decoded.
+      seconds: spent decoding, compilation included.
+    """
+
+    def __init__(
+        self,
+        target: Target,
+        settings: ChatSettings,
+        rounds: Path,
+        *,
+        prompts: Sequence[Sequence[Message]] | None = None,
+        drafter: Drafter | None = None,
+        drafter_params: Any = None,
+        progress: Callable[[str], None] = lambda line: None,
+    ):
+        """Takes up what `rounds` holds.
+
+        Args:
+          target: the model; its tokenizer has a chat template.
+          settings: how it writes.
+          rounds: the file of finished rounds; it may not be there yet.
+          prompts: conversations that end with a user's turn, to be answered instead of prompts of its own.
+          drafter: speeds up decoding; it changes no distribution.
+          drafter_params: its parameters.
+          progress: told a line per batch.
+
+        Raises:
+          UserError: there is no chat template, or `rounds` was written with other settings.
+        """
+        if target.tokenizer is None or target.tokenizer.chat_template is None:
+            raise UserError(f"{target.path} has no chat template, so it cannot write conversations: give --data")
+        self._target, self._tokenizer, self._settings = target, target.tokenizer, settings
+        self._rounds, self._progress = rounds, progress
+        self._decoding = {"drafter": drafter, "drafter_params": drafter_params}
+        self._given = prompts is not None
+        self._waiting: list[list[Message]] = [list(prompt) for prompt in prompts or ()]
+        self.documents: list[dict[str, Any]] = []
+        self.counts: Counter[str] = Counter()
+        self.seconds = 0.0
+        self._round = 0
+        self._seen: set[str] = set()
+        asked = hashlib.sha256(json.dumps(self._waiting).encode()).hexdigest()[:16] if self._given else "own"
+        self._header = {**dataclasses.asdict(settings), "target": target.fingerprint()["embedding"], "prompts": asked}
+        self._take_up()
+
+    def write(self, wanted: int, seconds: float = float("inf")) -> None:
+        """Goes on until `wanted` documents are finished, prompts run out, or so many seconds are over."""
+        end = time.monotonic() + seconds
+        barren = 0
+        while len(self.documents) < wanted and time.monotonic() < end:
+            before = len(self._waiting)
+            if not self._given and before < self._settings.rows:
+                self._ask()
+                barren = barren + 1 if len(self._waiting) == before else 0
+                if barren == _LEAST_YIELD:
+                    raise UserError(
+                        f"{self._target.path} ended none of {barren * self._settings.rows} prompts within "
+                        f"{self._settings.prompt_tokens} tokens: give more --prompt_tokens, or prompts with --prompts"
+                    )
+            elif self._waiting:
+                self._answer()
+            else:
+                break
+
+    def statistics(self) -> dict[str, Any]:
+        """What became of all texts, how fast they were decoded, and how much the answers repeat themselves."""
+        answers = [document["tokens"][-document["answer"] :] for document in self.documents]
+        means = {f"distinct_{n}": float(np.mean([distinct(a, n) for a in answers] or [0])) for n in (1, 2, 4)}
+        return {
+            "counts": dict(sorted(self.counts.items())),
+            "tokens_per_second": self.counts["tokens"] / self.seconds if self.seconds else 0.0,
+            "repetition": {"mean": float(np.mean([repetition(a) for a in answers] or [0])), **means},
+        }
+
+    def document(self, index: int) -> Document:
+        """A finished conversation, as data sets hold it."""
+        made = self.documents[index]
+        context = len(made["tokens"]) - made["answer"]
+        mask = np.array([0] * context + [1] * made["answer"], np.uint8)
+        return {"name": f"conversation {index}", "tokens": np.array(made["tokens"], np.int32), "mask": mask}
+
+    def _ask(self) -> None:
+        """One batch of prompts of the target's own."""
+        opening = self._tokenizer.apply_chat([{"role": "user", "content": _MARK}], False).partition(_MARK)[0]
+        tokens = self._tokenizer.encode(opening, bos=False)
+        s = self._settings
+        texts = self._decode([tokens] * s.rows, s.prompt_tokens, [s.prompt_temperature] * s.rows, "prompt")
+        for text in texts:
+            prompt = self._tokenizer.decode(text).strip()
+            key = " ".join(prompt.lower().split())
+            fate = "unended" if not self._ended(text) else "empty" if not key else "seen" if key in self._seen else ""
+            self.counts[f"prompts {fate or 'kept'}"] += 1
+            if not fate:
+                self._seen.add(key)
+                self._waiting.append([{"role": "user", "content": prompt}])
+        self._finish_round([])
+
+    def _answer(self) -> None:
+        """One batch of answers."""
+        s = self._settings
+        room = self._target.config.max_position - s.new_tokens
+        asked, self._waiting = self._waiting[: s.rows], self._waiting[s.rows :]
+        contexts = [(messages, self._tokenizer.encode_chat(messages)) for messages in asked]
+        fitting = [(messages, tokens) for messages, tokens in contexts if len(tokens) <= room]
+        self.counts["prompts too long"] += len(contexts) - len(fitting)
+        temperatures = [s.temperatures[row % len(s.temperatures)] for row in range(len(fitting))]
+        answers = self._decode([tokens for _, tokens in fitting], s.new_tokens, temperatures, "answer")
+        made = []
+        for (messages, tokens), answer in zip(fitting, answers, strict=True):
+            ended = self._ended(answer)
+            fate = "unended" if not ended else "looping" if repetition(answer) > s.max_repetition else "kept"
+            self.counts[f"answers {fate}"] += 1
+            if fate == "kept":
+                made.append({"prompt": messages[-1]["content"], "tokens": [*tokens, *answer], "answer": len(answer)})
+        self._finish_round(made)
+
+    def _decode(self, prompts: list[list[int]], limit: int, temperatures: list[float], kind: str) -> list[list[int]]:
+        """Decodes one batch; rows that are missing are filled up, so that no other shape is compiled."""
+        if not prompts:
+            return []
+        s, missing = self._settings, self._settings.rows - len(prompts)
+        seeds = np.random.SeedSequence([s.seed, self._round]).generate_state(s.rows, np.uint32)
+        decoded = generate(
+            self._target,
+            prompts + [prompts[0]] * missing,
+            max_new_tokens=[limit] * len(prompts) + [1] * missing,
+            sampling=[Sampling(t) for t in temperatures] + [Sampling(temperatures[0])] * missing,
+            seeds=seeds,
+            **self._decoding,
+        )
+        texts = decoded.tokens[: len(prompts)]
+        took, tokens = decoded.prefill_seconds + decoded.decode_seconds, sum(map(len, texts))
+        self.seconds += took
+        self.counts["tokens"] += tokens
+        self._progress(f"{len(texts)} {kind}s, {tokens / took:,.0f} tokens/s; {len(self.documents)} documents before")
+        return texts
+
+    def _ended(self, text: Sequence[int]) -> bool:
+        return text[-1] in self._target.config.eos_ids
+
+    def _finish_round(self, made: list[dict[str, Any]]) -> None:
+        self.documents += made
+        self._round += 1
+        waiting = len(self._waiting) if self._given else self._waiting
+        state = {"documents": made, "waiting": waiting, "counts": self.counts, "seconds": self.seconds}
+        new = not self._rounds.exists()
+        with self._rounds.open("a", encoding="utf-8") as file:
+            if new:
+                file.write(json.dumps(self._header) + "\n")
+            file.write(json.dumps(state) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+
+    def _take_up(self) -> None:
+        if not self._rounds.exists():
+            return
+        whole = self._rounds.read_bytes()
+        # A last line without an end was being written when the run was killed.
+        lines = whole[: whole.rfind(b"\n") + 1].decode().splitlines()
+        if not lines:
+            self._rounds.unlink()
+            return
+        header = json.loads(lines[0])
+        wanted = json.loads(json.dumps(self._header))
+        if other := [name for name in wanted if header.get(name) != wanted[name]]:
+            raise UserError(
+                f"{self._rounds} holds an unfinished run with another {', '.join(other)}: take the same, or remove it"
+            )
+        with self._rounds.open("r+b") as file:
+            file.truncate(whole.rfind(b"\n") + 1)
+        for line in lines[1:]:
+            state = json.loads(line)
+            self.documents += state["documents"]
+            self._round += 1
+            if self._given:
+                self._waiting = self._waiting[len(self._waiting) - state["waiting"] :]
+            else:
+                self._waiting = state["waiting"]
+                self._seen |= {" ".join(m[-1]["content"].lower().split()) for m in self._waiting}
+            self.counts, self.seconds = Counter(state["counts"]), state["seconds"]
+        self._seen |= {" ".join(document["prompt"].lower().split()) for document in self.documents}
+        self._progress(f"taking up {len(self.documents)} documents of {self._rounds}")
