@@ -180,6 +180,8 @@ def draw(
 ) -> Int[Array, "B"]:
     """The target's token at `positions`, one per row: argmax at temperature 0, else a draw keyed by row and position.
 
+    V, which is no token, stands for logits that are not finite.
+
     Args:
       logits: target logits at the position before.
       sampling: sampling settings.
@@ -192,9 +194,18 @@ def draw(
 def _draw(logits, sampling, keys, positions):
     best = argmax(logits)
     if sampling.greedy:
-        return best
+        return unless_broken(logits, best)
     drawn = argmax(apply_sampling(logits, sampling) + noise(keys, positions, logits.shape[-1], logits.dtype))
-    return jnp.where(sampling.temperature > 0, drawn, best)
+    return unless_broken(logits, jnp.where(sampling.temperature > 0, drawn, best))
+
+
+def unless_broken(logits: Float[Array, "B V"], token: Int[Array, "B"]) -> Int[Array, "B"]:
+    """`token`, or V, which is no token, in rows whose logits hold NaN or infinity.
+
+    It costs nothing: the maximum is one that `argmax` takes anyway, and V ends a text as an end token does
+    (`decoding/generate.py`).
+    """
+    return jnp.where(jnp.isfinite(jnp.max(logits, axis=-1)), token, logits.shape[-1])
 
 
 def noise(keys: Array, positions: Int[Array, "B"], size: int, dtype) -> Float[Array, "B V"]:

@@ -13,6 +13,7 @@ from typing import Any
 
 from models.config import RopeScaling, TransformerConfig
 from models.errors import UserError
+from models.formats.torch_files import refuse_pointer
 
 ARCHITECTURES = {
     "llama": "LlamaForCausalLM",
@@ -62,7 +63,6 @@ _HF_ACTIVATIONS = {"silu": "silu", "gelu_tanh": "gelu_pytorch_tanh"}
 
 # Keys that change the network in a way we do not compute, and the values with which they do not.
 _HARMLESS: dict[str, tuple[Any, ...]] = {
-    "quantization_config": (None,),
     "mlp_bias": (None, False),
     "partial_rotary_factor": (None, 1),
     "use_bidirectional_attention": (None, False),
@@ -76,7 +76,9 @@ def read_json(path: Path) -> dict[str, Any]:
       UserError: there is no such file, it cannot be read, or it does not hold a JSON object.
     """
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        refuse_pointer(path)
+        content = json.loads(text)
     except FileNotFoundError:
         raise UserError(f"there is no {path.name} in {path.parent}") from None
     except NotADirectoryError:
@@ -85,6 +87,10 @@ def read_json(path: Path) -> dict[str, Any]:
         raise UserError(f"cannot read {path}: {error.strerror}") from None
     except UnicodeDecodeError:
         raise UserError(f"{path} is not UTF-8 text") from None
+    except UserError:
+        raise
+    except RecursionError:
+        raise UserError(f"{path} is nested too deeply to be read as JSON") from None
     except ValueError as error:
         raise UserError(f"{path} is not valid JSON: {error}") from None
     if not isinstance(content, dict):
@@ -93,7 +99,10 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def load_config(directory: str | Path) -> TransformerConfig:
-    """The config of a Hugging Face directory; ids in `generation_config.json` that end a text are added to it.
+    """The config of a Hugging Face directory.
+
+    What ends a text is, as in transformers, for `generation_config.json` to say where there is one, and for
+    `config.json` elsewhere; what a family assumes counts only where neither says anything.
 
     Raises:
       UserError: a file is missing or broken, or asks for something that our forward does not compute.
@@ -102,8 +111,8 @@ def load_config(directory: str | Path) -> TransformerConfig:
     config = config_from_hf(read_json(path), str(path))
     generation = path.with_name("generation_config.json")
     if generation.exists():
-        more = _ids(read_json(generation).get("eos_token_id"), "eos_token_id", str(generation))
-        config = dataclasses.replace(config, eos_ids=tuple(dict.fromkeys(config.eos_ids + more)))
+        ends = _ids(read_json(generation).get("eos_token_id"), "eos_token_id", str(generation))
+        config = dataclasses.replace(config, eos_ids=ends)
     return config
 
 
@@ -118,6 +127,13 @@ def config_from_hf(raw: Mapping[str, Any], where: str = "config.json") -> Transf
       UserError: an unknown family, a missing or wrongly typed key, or a feature that our forward does not compute.
     """
     family = _family(raw, where)
+    if (quantised := raw.get("quantization_config")) is not None:
+        method = quantised.get("quant_method") if isinstance(quantised, Mapping) else None
+        how = f" by {method}" if isinstance(method, str) else ""
+        raise UserError(
+            f"{where}: its weights are quantised{how} (quantization_config), which is not supported: take the model as "
+            "it was before"
+        )
     for key, harmless in _HARMLESS.items():
         if raw.get(key) not in harmless:
             raise UserError(f"{where}: {key} = {json.dumps(raw[key])} is not supported")
@@ -330,7 +346,7 @@ def _ids(value: Any, key: str, where: str) -> tuple[int, ...]:
     ids = value if isinstance(value, list) else [] if value is None else [value]
     if any(type(i) is not int for i in ids):
         raise UserError(f"{where}: {key} must be an integer or a list of integers, got {json.dumps(value)}")
-    return tuple(ids)
+    return tuple(dict.fromkeys(ids))
 
 
 def _family_keys(config: TransformerConfig) -> dict[str, Any]:
