@@ -8,6 +8,7 @@ steps a text takes does not change its text.
 
 import dataclasses
 import functools
+import numbers
 from collections.abc import Callable
 
 import jax
@@ -60,8 +61,17 @@ class Sampling:
     min_p: float = 0.0
 
     def __post_init__(self):
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            kind, noun = (numbers.Integral, "a whole number") if field.name == "top_k" else (numbers.Real, "a number")
+            if isinstance(value, np.ndarray | jax.Array) and value.ndim == 0:
+                value = value.item()
+                object.__setattr__(self, field.name, value)
+            if not isinstance(value, kind) or isinstance(value, bool):
+                raise UserError(f"{field.name} must be {noun}, got {value!r}")
         for name, ok, range_text in (
-            ("temperature", self.temperature >= 0, "0 or more"),
+            # Beyond these, scores over a temperature leave float32.
+            ("temperature", self.temperature == 0 or 1e-6 <= self.temperature <= 1e6, "0, or from 1e-6 to 1e6"),
             ("top_k", 0 <= self.top_k < 2**31, "0 (off) or more, and less than 2^31"),
             ("top_p", 0 < self.top_p <= 1, "in (0, 1]"),
             ("min_p", 0 <= self.min_p < 1, "in [0, 1)"),

@@ -114,15 +114,50 @@ def convert_target(args: argparse.Namespace) -> str:
 def convert_model(args: argparse.Namespace) -> str:
     """Writes a drafter directory with a whole model in it; returns what was made, for a person."""
     base, config = load_target(args.base), load_config(args.src)
+    size = common_vocabulary(args.src, config, base)
+    params = load_params(config, args.src, base.params["embed"]["embedding"].dtype)
+    if config.vocab_size > size:
+        config, params = cut_vocabulary(config, params, size)
     drafter = DraftModel(config, args.policy) if args.policy else DraftModel(config)
     drafter.check(base.config)
-    if base.tokenizer and (args.src / "tokenizer.json").exists():
-        found, wanted = Tokenizer.load(args.src).fingerprint, base.tokenizer.fingerprint
-        if found != wanted:
-            raise UserError(f"{args.src} has another tokenizer ({found}) than {args.base} ({wanted})")
-    params = load_params(config, args.src, base.params["embed"]["embedding"].dtype)
     save_drafter(args.out, drafter, params, base.fingerprint(), overwrite=args.overwrite)
-    return f"a draft model of {config.num_layers} layers, width {config.width} for {args.base}"
+    shape = f"{config.num_layers} layers, width {config.width}, vocabulary {size} of {base.config.vocab_size}"
+    return f"a draft model of {shape} for {args.base}"
+
+
+def common_vocabulary(source: Path, config: TransformerConfig, base: Target) -> int:
+    """Tokens that a draft model and its base share: what lies beyond pads the larger of their vocabularies.
+
+    Raises:
+      UserError: their tokenizers differ, or vocabularies of two sizes have no tokenizers to be compared by.
+    """
+    size = min(config.vocab_size, base.config.vocab_size)
+    own = Tokenizer.load(source) if (source / "tokenizer.json").exists() else None
+    if own is None or base.tokenizer is None:
+        if config.vocab_size != base.config.vocab_size:
+            lacks = source if own is None else base.path
+            raise UserError(
+                f"the draft model has a vocabulary of {config.vocab_size}, the target one of {base.config.vocab_size}, "
+                f"and {lacks} has no tokenizer that could tell whether one is the beginning of the other"
+            )
+        return size
+    if own.fingerprint != base.tokenizer.fingerprint:
+        ours, theirs = ({i: piece for piece, i in t.core.get_vocab().items()} for t in (own, base.tokenizer))
+        differ = (i for i in sorted(ours.keys() & theirs.keys()) if i < size and ours[i] != theirs[i])
+        if (i := next(differ, None)) is not None:
+            raise UserError(
+                f"{source} has another tokenizer than {base.path}: token {i} is {ours[i]!r} in the one and "
+                f"{theirs[i]!r} in the other"
+            )
+    return size
+
+
+def cut_vocabulary(config: TransformerConfig, params: Params, size: int) -> tuple[TransformerConfig, Params]:
+    """The model with the first `size` tokens of its vocabulary."""
+    params = {**params, "embed": {"embedding": params["embed"]["embedding"][:size]}}
+    if "head" in params:
+        params["head"] = {"kernel": params["head"]["kernel"][:, :size]}
+    return dataclasses.replace(config, vocab_size=size), params
 
 
 def convert_drafter(args: argparse.Namespace) -> str:

@@ -10,7 +10,6 @@ import hashlib
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -46,8 +45,8 @@ class Release:
         """A floating-point tensor in torch's own layout, and no longer among `names`.
 
         Raises:
-          UserError: it is missing, not floating point, not finite, or of another shape; `because` tells what implies the
-            right one.
+          UserError: it is missing, not floating point, not finite, or of another shape; `because` tells what implies
+            the right one.
         """
         array = self.take_any(name)
         if not jnp.issubdtype(array.dtype, jnp.floating):
