@@ -282,8 +282,8 @@ def load_topology(spec: "str | Path | Iterable[Sequence[int]]", where: str = "tr
             names = ", ".join([*NAMED, "chain:DEPTH"])
             raise UserError(f"{where} {str(spec)!r} is neither a published tree ({names}) nor a file")
         try:
-            spec = json.loads(path.read_text())
-        except json.JSONDecodeError as error:
+            spec = json.loads(path.read_text(encoding="utf-8"))
+        except (ValueError, RecursionError) as error:
             raise UserError(f"{path} is not JSON: {error}") from None
         where = str(path)
     if not isinstance(spec, list | tuple) or not all(

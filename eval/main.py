@@ -13,7 +13,7 @@ from typing import Any
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from decoding.drafters.registry import load_drafter
+from decoding.drafters.registry import load_drafter, split_names
 from decoding.generate import generate
 from decoding.sampling import Sampling
 from decoding.verify import Typical
@@ -138,7 +138,7 @@ def run(config: DecodeConfig) -> dict[str, Any]:
 
 def _contenders(config: DecodeConfig, target: Target) -> list[Contender]:
     """Plain decoding, then every other drafter in the order given."""
-    names = dict.fromkeys(["none", *(name.strip() for name in config.drafters.split(",") if name.strip())])
+    names = dict.fromkeys(["none", *split_names(config.drafters)])
     typical = Typical() if config.typical else None
     contenders = []
     for name in names:

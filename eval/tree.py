@@ -13,7 +13,7 @@
 5. The tree with the most tokens per second wins; `--write` puts it into the drafter's directory.
 
 `--tree` and `--policy` measure nothing: they check what is given, and `--write` puts it there. Drafters made of heads
-have a tree, draft models and EAGLE heads a policy (`decoding/policies`).
+have a tree, draft models and EAGLE heads a policy (`decoding/policies`), which a tree makes static.
 
 The module is called `tree` because the command is `python -m eval.tree`. As `eval.tree`, run from the project's root,
 it does not shadow the library `tree` that TFDS imports, which a top-level `tree.py` would.
@@ -290,16 +290,18 @@ def main(argv: Sequence[str] | None = None) -> None:
         drafter.with_policy(policy).check(target.config)
         _write(args, policy, policy.max_nodes)
         return
+    if args.tree is not None:
+        tree = load_topology(args.tree, "--tree")
+        fitted = drafter.with_tree(tree)
+        fitted.check(target.config)
+        # Drafters with a policy have a tree as a policy that always grows it.
+        _write(args, fitted.tree_policy or tree, tree.size)
+        return
     if not drafter.num_heads:
         rest = "takes none"
         if drafter.tree_policy is not None:
-            rest = "has a policy instead: choose it with --policy, as in --policy static:tree=chain:4"
-        raise UserError(f"trees are chosen for Medusa and Hydra heads; the drafter {args.drafter!r} {rest}")
-    if args.tree is not None:
-        tree = load_topology(args.tree, "--tree")
-        drafter.with_tree(tree).check(target.config)
-        _write(args, tree, tree.size)
-        return
+            rest = "has a policy: give one with --policy, or a tree with --tree"
+        raise UserError(f"trees are searched for Medusa and Hydra heads; the drafter {args.drafter!r} {rest}")
     with Progress() as progress:
         choice = choose_tree(
             target,

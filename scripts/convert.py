@@ -19,6 +19,7 @@ the published schedule of its length, and the tokenizer that for 256 pixels.
 
 import argparse
 import dataclasses
+import itertools
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -32,7 +33,7 @@ from decoding.drafters.registry import save_drafter
 from decoding.policies import parse_policy
 from decoding.trees import MC_SIM_7B_63, Topology
 from models import command_line, load_target
-from models.command_line import like, numbers
+from models.command_line import like
 from models.config import TransformerConfig
 from models.errors import UserError, exit_on_user_error
 from models.formats import image_models as image_files
@@ -46,13 +47,13 @@ from models.formats.tokenizer import Tokenizer
 from models.images.config import SCHEDULES
 from models.transformer import Params
 
-Checkpoint = tuple[TransformerConfig, Params, Tokenizer | None]
+Checkpoint = tuple[TransformerConfig, Params, Tokenizer]
 
 
-def from_llama2c(source: Path, tokenizer: Path | None) -> Checkpoint:
+def from_llama2c(source: Path, tokenizer: Path) -> Checkpoint:
     """llama2.c `.bin` files, version 0 or Q8_0 version 2, with their `tokenizer.bin`."""
     config, params = read_llama2c(source)
-    return config, params, read_llama2c_tokenizer(tokenizer, config.vocab_size) if tokenizer else None
+    return config, params, read_llama2c_tokenizer(tokenizer, config.vocab_size)
 
 
 def published_tree(num_heads: int) -> Topology:
@@ -75,8 +76,8 @@ class DrafterFormat:
     drafter: Callable[[Any], Drafter]
 
 
-# Format name -> reader of (source, tokenizer file or None).
-TARGETS: dict[str, Callable[[Path, Path | None], Checkpoint]] = {"llama2c": from_llama2c}
+# Format name -> reader of (source, tokenizer file).
+TARGETS: dict[str, Callable[[Path, Path], Checkpoint]] = {"llama2c": from_llama2c}
 
 DRAFTERS: dict[str, DrafterFormat] = {
     "medusa": DrafterFormat(
@@ -105,10 +106,7 @@ def convert_target(args: argparse.Namespace) -> str:
     """Writes a target directory; returns what was made, for a person."""
     config, params, tokenizer = TARGETS[args.format](args.src, args.tokenizer)
     save_target(args.out, config, params, tokenizer, overwrite=args.overwrite)
-    return (
-        f"{config.family}, {config.num_layers} layers, width {config.width}, vocabulary {config.vocab_size}, "
-        f"{'with' if tokenizer else 'without'} tokenizer"
-    )
+    return f"{config.family}, {config.num_layers} layers, width {config.width}, vocabulary {config.vocab_size}"
 
 
 def convert_model(args: argparse.Namespace) -> str:
@@ -166,6 +164,7 @@ def convert_drafter(args: argparse.Namespace) -> str:
     release: Release = read_release(args.src, kind.files)
     base: Target = load_target(args.base)
     made = kind.read(release, base, *([args.layers] if args.layers else []))
+    files = ", ".join(release.digests)
     drafter = kind.drafter(made.heads)
     if args.policy:
         drafter = dataclasses.replace(cast(Any, drafter), policy=args.policy)
@@ -173,7 +172,13 @@ def convert_drafter(args: argparse.Namespace) -> str:
     provenance = {"format": made.format, "files": release.digests, "detected": made.detected}
     save_drafter(args.out, drafter, made.params, base.fingerprint(), overwrite=args.overwrite, provenance=provenance)
     shape = {**dataclasses.asdict(made.heads), **made.detected}
-    return f"{made.format} for {args.base}; {', '.join(f'{name} {value}' for name, value in shape.items())}"
+    notes = []
+    if "layers" in made.detected:
+        which = "given" if args.layers else "original release's; --layers names others"
+        notes.append(f"it reads what enters the layers {facts(made.detected['layers'])} of the base (the {which})")
+    if not made.compared:
+        notes.append(f"{files} repeats no part of its base, so that it was made for {args.base} could not be checked")
+    return "\nnote: ".join([f"{made.format} for {args.base}, from {files}; {facts(shape)}", *notes])
 
 
 def convert_image_model(args: argparse.Namespace) -> str:
@@ -181,18 +186,47 @@ def convert_image_model(args: argparse.Namespace) -> str:
     made = IMAGES[args.format](args.src, args.schedule)
     provenance = {"format": args.format, "files": made.digests}
     image_files.save(args.out, made.config, made.params, overwrite=args.overwrite, provenance=provenance)
-    return f"{args.format}; {', '.join(f'{name} {value}' for name, value in dataclasses.asdict(made.config).items())}"
+    told = f"{args.format}; {facts(dataclasses.asdict(made.config))}"
+    if made.assumed:
+        pixels = next(name for name, scales in SCHEDULES.items() if scales == made.config.scales)
+        told += (
+            f"\nnote: nothing in {args.src.name} tells its scales; those for images of {pixels} pixels were taken, "
+            f"{facts(made.config.scales)}: for others give --schedule {' or '.join(SCHEDULES)}, or a list"
+        )
+    return told
+
+
+def facts(value: Any) -> str:
+    """What was made, for a person: names and values, without those that are nothing."""
+    if isinstance(value, dict):
+        held = [(name, item) for name, item in value.items() if item is not None]
+        return ", ".join(f"{name} ({facts(x)})" if isinstance(x, dict) else f"{name} {facts(x)}" for name, x in held)
+    return ",".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
 
 
 def schedule(text: str) -> tuple[int, ...]:
     """The value of `--schedule`."""
-    return SCHEDULES[text] if text in SCHEDULES else tuple(numbers(int)(text))
+    if text in SCHEDULES:
+        return SCHEDULES[text]
+    try:
+        sides = tuple(map(int, text.split(",")))
+    except ValueError:
+        sides = ()
+    if len(sides) < 2 or sides[0] < 1 or any(a >= b for a, b in itertools.pairwise(sides)):
+        known = ", ".join(SCHEDULES)
+        raise argparse.ArgumentTypeError(f"must be {known} or two or more rising sides such as 1,2,3, got {text!r}")
+    return sides
 
 
 def check_options(args: argparse.Namespace) -> None:
     """Raises UserError for an option that the format lacks or has no use for, or an `--out` that is taken."""
     image, target = args.format in IMAGES, args.format in TARGETS
     drafter = not image and not target
+    if target and args.tokenizer is None:
+        raise UserError(
+            f"--from {args.format} needs --tokenizer, the tokenizer.bin beside the checkpoint: without it a target can "
+            "read no text"
+        )
     if drafter and args.base is None:
         raise UserError(f"--from {args.format} needs --base, the directory of the target that it drafts for")
     for option, value, known in (

@@ -83,7 +83,7 @@ class DraftModel(NetworkDrafter):
         size = self.model.vocab_size
         vocabulary = None if size == target.config.vocab_size else jnp.arange(size, dtype=jnp.int32)
         return ModelNetwork(
-            self.model, params, state["cache"], unread_at, unread, None, vocabulary, target.config.vocab_size
+            self.model, params, state["cache"], unread_at, unread, target.config.vocab_size, vocabulary=vocabulary
         )
 
     def draft(self, params, target, state, root, keys):
@@ -110,9 +110,9 @@ class ModelNetwork:
     cache: Cache
     place: Place
     unread: Int[Array, "B U"]
+    vocab_size: int = struct.field(pytree_node=False)
     layers: int | None = struct.field(pytree_node=False, default=None)
     vocabulary: Int[Array, "W"] | None = None
-    vocab_size: int = struct.field(pytree_node=False, default=0)
 
     def begin(self, root, slots):
         """See `DraftNetwork`."""

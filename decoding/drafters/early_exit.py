@@ -49,6 +49,6 @@ class EarlyExit(NetworkDrafter):
             target.cache,
             target.place,
             nothing,
+            target.config.vocab_size,
             self.layers,
-            vocab_size=target.config.vocab_size,
         )

@@ -103,26 +103,44 @@ def print_table(results: Results, file: TextIO | None = None) -> None:
 
 
 def _entries(results: Results) -> list[Entry]:
-    """Runs with distinct labels: the drafter's name, and its directory's where one method runs more than once."""
+    """Runs with distinct labels: the method's name, and its run directory's where the method does not tell it apart."""
     runs = results.get("runs") or []
     if not runs:
         raise UserError("a report needs at least one run, and the results hold none under the key 'runs'")
     names = [run["drafter"] for run in runs]
     entries: list[Entry] = []
     colored = 0
-    for run, name in zip(runs, names, strict=True):
-        label = name
-        if names.count(name) > 1 and run.get("path"):
-            label = f"{name} ({pathlib.PurePath(run['path']).name})"
-        taken = {entry.label for entry in entries}
-        twins = (f"{label} #{number}" for number in range(2, len(runs) + 2))
-        label = label if label not in taken else next(twin for twin in twins if twin not in taken)
+    for run, name, label in zip(runs, names, _labels(runs), strict=True):
         if name == BASELINE:
             color = "var(--s0)"
         else:
             color, colored = f"var(--s{1 + colored % NUM_COLORS})", colored + 1
         entries.append(Entry(run, label, color))
     return entries
+
+
+def _labels(runs: Sequence[Run]) -> list[str]:
+    """As few of the last parts of each path as tell the runs apart; several methods in one are named by their paths."""
+    names = [run["drafter"] for run in runs]
+    labels: list[str] = []
+    for parts in range(1, 8):
+        labels = []
+        for run, name in zip(runs, names, strict=True):
+            place = "+".join(_run_directory(piece, parts) for piece in str(run.get("path") or "").split("+"))
+            several = "+" in place
+            labels.append(place if several else f"{name} ({place})" if place and names.count(name) > 1 else name)
+        if len(set(labels)) == len(labels):
+            break
+    # What has no path, or one path, is told apart by its place alone.
+    return [f"{x} {labels[: i + 1].count(x)}" if labels.count(x) > 1 else x for i, x in enumerate(labels)]
+
+
+def _run_directory(path: str, parts: int) -> str:
+    """The end of a drafter's path; a training run leaves it as `RUN/drafter`, where only RUN says anything."""
+    pieces = [piece for piece in pathlib.PurePath(path).parts if piece not in ("/", ".")]
+    if len(pieces) > 1 and pieces[-1] == "drafter":
+        pieces.pop()
+    return "/".join(pieces[-parts:])
 
 
 def _columns(entries: Sequence[Entry]) -> list[Column]:

@@ -20,13 +20,23 @@ import tokenizers
 
 from models.config import TransformerConfig
 from models.errors import UserError
+from models.formats.storage import refuse_non_finite
 from models.formats.tokenizer import Tokenizer
+from models.formats.torch_files import refuse_pointer
 from models.transformer import Params
 
 _MAGIC = 0x616B3432
 _HEADER_BYTES = {0: 28, 2: 256}
 BOS_ID, EOS_ID = 1, 2
 _FIRST_BYTE_ID, _FIRST_PIECE_ID = 3, 259
+# What people give in the place of a checkpoint or a tokenizer, by how it begins.
+_OTHERS = {
+    b"GGUF": "a GGUF file",
+    b"PK\x03\x04": "a zip archive, as torch writes them",
+    b"\x80\x02": "a pickle, as torch wrote them",
+    b"{": "JSON",
+    b"\n\x0e\n\x05<unk>": "a SentencePiece model",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,11 +81,12 @@ def read_llama2c(path: str | Path) -> tuple[TransformerConfig, Params]:
       llama2.c itself, it takes BOS as the end of a text, beside EOS.
 
     Raises:
-      UserError: the file is missing, of another format, or not as long as its header says.
+      UserError: the file is missing, of another format, or not as long as its header says, or a tensor is not finite.
     """
     path = Path(path)
     if not path.is_file():
         raise UserError(f"there is no checkpoint file {path}")
+    _refuse_others(path, "checkpoint")
     data = np.memmap(path, np.uint8, mode="r") if path.stat().st_size else np.zeros(0, np.uint8)
     header = _read_header(data, path)
     sections = _sections(header)
@@ -99,7 +110,12 @@ def read_llama2c(path: str | Path) -> tuple[TransformerConfig, Params]:
         bos_id=BOS_ID,
         eos_ids=(EOS_ID, BOS_ID),
     )
-    return config, _assemble(config, _read_sections(data, header, sections))
+    tensors = _read_sections(data, header, sections)
+    for name, arrays in tensors.items():
+        for number, array in enumerate(arrays):
+            if name != "rope_tables":
+                refuse_non_finite(array, f"{name} {number}", path)
+    return config, _assemble(config, tensors)
 
 
 def read_llama2c_tokenizer(path: str | Path, vocab_size: int) -> Tokenizer:
@@ -119,6 +135,7 @@ def read_llama2c_tokenizer(path: str | Path, vocab_size: int) -> Tokenizer:
     path = Path(path)
     if not path.is_file():
         raise UserError(f"there is no tokenizer file {path}")
+    _refuse_others(path, "tokenizer")
     pieces, scores = _read_pieces(path.read_bytes(), vocab_size, path)
     if pieces[_FIRST_BYTE_ID:_FIRST_PIECE_ID] != [f"<0x{byte:02X}>" for byte in range(256)]:
         raise UserError(f"{path} is not a llama2.c tokenizer: tokens 3 to 258 are not the bytes <0x00> to <0xFF>")
@@ -167,6 +184,17 @@ def read_llama2c_tokenizer(path: str | Path, vocab_size: int) -> Tokenizer:
         "clean_up_tokenization_spaces": False,
     }
     return Tokenizer(tokenizers.Tokenizer.from_str(json.dumps(content)), config)
+
+
+def _refuse_others(path: Path, what: str) -> None:
+    refuse_pointer(path)
+    with path.open("rb") as file:
+        start = file.read(16)
+    kind = next((kind for magic, kind in _OTHERS.items() if start.startswith(magic)), None)
+    kind = "a safetensors file" if start[8:10] == b'{"' else kind
+    if kind is not None:
+        instead = f": give {path.with_suffix('.bin').name}, which llama2.c makes of it" if "Sentence" in kind else ""
+        raise UserError(f"{path} is {kind}, not a {what} of llama2.c{instead}")
 
 
 def _read_header(data: np.ndarray, path: Path) -> _Header:

@@ -72,11 +72,15 @@ _VAE_IGNORED = r"quantize\.ema_vocab_hit_SV"
 
 @dataclasses.dataclass(frozen=True)
 class Converted:
-    """A model made of a published file, and the SHA-256 of that file by its name."""
+    """A model made of a published file, and the SHA-256 of that file by its name.
+
+    `assumed` says that its scales were neither given nor follow from the file.
+    """
 
     config: VARConfig | VQVAEConfig
     params: Params
     digests: dict[str, str]
+    assumed: bool = False
 
 
 def read_var(path: str | Path, scales: Sequence[int] | None = None) -> Converted:
@@ -142,7 +146,7 @@ def read_vae(path: str | Path, scales: Sequence[int] | None = None) -> Converted
     kind = f"a VQ-VAE of width {width}"
     params = _assemble(file, config, vae_name, kind)
     file.finish(_VAE_IGNORED, kind)
-    return Converted(config, params, file.digests)
+    return Converted(config, params, file.digests, assumed=scales is None)
 
 
 def var_name(path: str) -> str:
