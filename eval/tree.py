@@ -38,7 +38,7 @@ from eval.measure.parts import Scene, Step, draft_part, rows_forward
 from eval.measure.progress import Progress
 from eval.measure.timing import Timed, measure
 from eval.text.metrics import head_ranks
-from eval.text.prompts import BUILT_IN, Question, document_prompts, encode_questions, read_questions
+from eval.text.prompts import BUILT_IN, Question, Room, document_prompts, encode_questions, read_questions
 from models import command_line
 from models.command_line import at_least
 from models.errors import UserError, exit_on_user_error
@@ -255,7 +255,9 @@ def _calibration_prompts(args: argparse.Namespace, target: Target) -> list[list[
         questions = [dataclasses.replace(q, turns=q.turns[:1]) for q in read_questions(args.prompts, args.num_prompts)]
     else:
         questions = [Question(str(i), (text,)) for i, text in enumerate(BUILT_IN)]
-    return [list(prompt.tokens) for prompt in encode_questions(questions, target.tokenizer, lambda tokens: [])]
+    room = Room(args.max_new_tokens, target.config.max_position)
+    prompts = encode_questions(questions, target.tokenizer, lambda tokens: [], room=room)
+    return [list(prompt.tokens) for prompt in prompts]
 
 
 @exit_on_user_error

@@ -26,8 +26,8 @@ The results (keys marked ? may be absent or None; what needs them is then left o
       tree?           {paths: list of lists of ranks, accepted: int per path (steps that accepted this node),
                        visits?: int per path (steps that accepted its parent)}
       categories?     name -> {speedup, acceptance_length, tokens_per_second?}
-    samples?          list of {prompt: str, drafter: str, pieces: list of [text, writer]} with one piece per token; its
-                      writer is 0 for the target, d >= 1 for an accepted draft of depth d
+    samples?          list of {prompt: str, drafter: str, path?: str, pieces: list of [text, writer]} with one piece per
+                      token; its writer is 0 for the target, d >= 1 for an accepted draft of depth d
 """
 
 import dataclasses
@@ -132,7 +132,7 @@ def _labels(runs: Sequence[Run]) -> list[str]:
         if len(set(labels)) == len(labels):
             break
     # What has no path, or one path, is told apart by its place alone.
-    return [f"{x} {labels[: i + 1].count(x)}" if labels.count(x) > 1 else x for i, x in enumerate(labels)]
+    return [f"{x} {labels[: i + 1].count(x)}" if x in labels[:i] else x for i, x in enumerate(labels)]
 
 
 def _run_directory(path: str, parts: int) -> str:
@@ -236,7 +236,7 @@ def _view(results: Results) -> dict[str, Any]:
             if (accuracy := entry.run.get("head_accuracy"))
         ],
         "categories": _categories(drafting),
-        **_samples(results.get("samples") or []),
+        **_samples(results.get("samples") or [], {(e.run["drafter"], e.run.get("path")): e.label for e in entries}),
     }
 
 
@@ -318,7 +318,7 @@ def _categories(entries: Sequence[Entry]) -> dict[str, Any] | None:
     return {"labels": list(tables), "rows": rows}
 
 
-def _samples(samples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+def _samples(samples: Sequence[Mapping[str, Any]], labels: Mapping[tuple[str, str | None], str]) -> dict[str, Any]:
     """Generated texts cut at line ends (so that an accepted newline shows), and the shade of each draft depth."""
     deepest = max((writer for sample in samples for _, writer in sample["pieces"]), default=0)
     alphas = {depth: round(0.14 + 0.42 * (depth - 1) / max(1, deepest - 1), 3) for depth in range(1, deepest + 1)}
@@ -338,7 +338,7 @@ def _samples(samples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         cut = len(prompt) > PROMPT_TAIL
         shown.append(
             {
-                "drafter": sample["drafter"],
+                "drafter": labels.get((sample["drafter"], sample.get("path")), sample["drafter"]),
                 "summary": f"{drafted} of {len(sample['pieces'])} tokens drafted ({percent(drafted / total)})",
                 "prompt": prompt,
                 "prompt_tail": "…" + prompt[-PROMPT_TAIL:] if cut else prompt,

@@ -55,7 +55,8 @@ def samples(
             )
             text = prompt.text or target.tokenizer.decode(prompt.tokens)
             pieces = text_pieces(target.tokenizer, prompt.tokens, made.tokens[0], made.writers[0])
-            entries.append({"prompt": text, "drafter": contender.drafter.name, "pieces": pieces})
+            who = {"drafter": contender.drafter.name, "path": contender.path}
+            entries.append({"prompt": text, **who, "pieces": pieces})
     return entries
 
 

@@ -151,7 +151,7 @@ def test_table_is_aligned_and_tells_twins_apart() -> None:
     print_table(results, file=out)
     lines = out.getvalue().splitlines()
     names = [re.split(r"\s{2,}", line)[0] for line in lines]
-    assert names[2:] == ["none", "hydra (hydra)", "hydra (other) (lossy)", "hydra (other) #2"]
+    assert names[2:] == ["none", "hydra (hydra)", "hydra (other) (lossy)", "hydra (other) 2"]
     assert len({len(line) for line in lines[1:3]}) <= 2 and lines[0].rstrip().endswith("new tokens")
     end = lines[0].index("speed-up") + len("speed-up")
     assert [line[end - 5 : end] for line in lines[2:]] == ["1.00x", "1.60x", "1.30x", "1.30x"]
