@@ -206,7 +206,7 @@ def _prefill(models: loop.Models, request, text, capacity, mesh, memory):
     """The state in which the prompts are read and the first tokens chosen, and the request beside it."""
     config, drafter, batch = models.config, models.drafter, len(text)
     dtype = models.params["embed"]["embedding"].dtype
-    state = loop.init_state(config, drafter, batch, capacity, dtype, text, mesh=mesh)
+    state = loop.init_state(config, drafter, batch, capacity, dtype, mesh=mesh)
     if memory is not None:
         # Copied, and through the host: the loop donates its state, the caller may want to begin from this memory again,
         # and it may come from another mesh.
@@ -330,9 +330,10 @@ class _Reader:
             self._read[row] = end
         if len(self.ended) == ended:
             return state
-        done = np.array(state.text.done)
-        done[list(self.ended)] = True
-        done = jnp.asarray(done) if mesh is None else place_rows(mesh, jnp.asarray(done))
+        host = np.array(state.text.done)
+        host[list(self.ended)] = True
+        done = jnp.asarray(host)
+        done = done if mesh is None else place_rows(mesh, done)
         return dataclasses.replace(state, text=dataclasses.replace(state.text, done=done))
 
     def _end(self, row: int, new: list[int]) -> int:

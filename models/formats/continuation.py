@@ -65,14 +65,15 @@ def split_stops(tokenizer: Tokenizer, stops: Sequence[str]) -> tuple[list[list[i
     """
     if isinstance(stops, str):
         raise UserError(f"stop texts must be a list of texts, got the text {stops!r}: put it in a list")
-    sequences, texts = [], []
+    sequences: list[list[int]] = []
+    texts: list[str] = []
     for stop in stops:
         if not isinstance(stop, str):
             raise UserError(f"a stop text must be a text, got {stop!r}")
         if not stop:
             raise UserError("a stop text must not be empty")
         if stop in tokenizer.specials:
-            sequences.append([tokenizer.core.token_to_id(stop)])
+            sequences.append(tokenizer.encode(stop, bos=False))
         elif inside := next((special for special in tokenizer.specials if special in stop), None):
             raise UserError(
                 f"the stop text {stop!r} can never occur: a decoded text holds no special tokens such as {inside}; "

@@ -11,6 +11,7 @@ index of its shards.
 import contextlib
 import dataclasses
 import fnmatch
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -123,10 +124,8 @@ def as_stored(content: Mapping[Any, Any], path: Path) -> dict[str, Stored]:
             raise UserError(f"{path}: one of its tensors goes by a {type(name).__name__}, expected a string")
         if not isinstance(array, np.ndarray):
             raise UserError(f"{path}: entry {name[:100]!r} is not a tensor but a {type(array).__name__}")
-    return {
-        name: Stored(_KINDS.get(array.dtype.name, array.dtype.name), lambda array=array: array)
-        for name, array in content.items()
-    }
+    kinds = {name: _KINDS.get(array.dtype.name, array.dtype.name) for name, array in content.items()}
+    return {name: Stored(kinds[name], functools.partial(np.asarray, array)) for name, array in content.items()}
 
 
 def _elsewhere(name: str) -> str | None:
