@@ -23,6 +23,8 @@ ARCHITECTURES = {
     "gemma2": "Gemma2ForCausalLM",
 }
 
+_LARGEST, _MOST = 2**31 - 1, 10_000  # of a size, and of things that are counted one by one
+
 # What transformers assumes for an absent key. None, there as here, means: derive it, or do without.
 _COMMON: dict[str, Any] = {
     "num_key_value_heads": None,
@@ -138,7 +140,12 @@ def config_from_hf(raw: Mapping[str, Any], where: str = "config.json") -> Transf
         if raw.get(key) not in harmless:
             raise UserError(f"{where}: {key} = {json.dumps(raw[key])} is not supported")
     keys = _Keys({**_COMMON, **_ABSENT[family], **raw}, where)
-    num_heads = keys.integer("num_attention_heads")
+    num_heads, num_layers = (
+        keys.integer("num_attention_heads", most=_MOST),
+        keys.integer("num_hidden_layers", most=_MOST),
+    )
+    if num_heads < 1:
+        raise UserError(f"{where}: num_attention_heads must be at least 1, got {num_heads}")
     width = keys.integer("hidden_size")
     head_dim = keys.integer("head_dim", optional=True) or width // num_heads
     bias = keys.boolean("attention_bias")
@@ -160,7 +167,7 @@ def config_from_hf(raw: Mapping[str, Any], where: str = "config.json") -> Transf
         return TransformerConfig(
             vocab_size=keys.integer("vocab_size"),
             width=width,
-            num_layers=keys.integer("num_hidden_layers"),
+            num_layers=num_layers,
             num_heads=num_heads,
             num_kv_heads=keys.integer("num_key_value_heads", optional=True) or num_heads,
             head_dim=head_dim,
@@ -259,11 +266,16 @@ class _Keys:
             return value
         raise UserError(f"{self._where}: {key} must be {noun}, got {json.dumps(value)}")
 
-    def integer(self, key: str, optional: bool = False) -> Any:
-        return self._typed(key, (int,), "an integer", optional)
+    def integer(self, key: str, optional: bool = False, most: int = _LARGEST) -> Any:
+        value = self._typed(key, (int,), "an integer", optional)
+        if value is not None and not -most <= value <= most:
+            raise UserError(f"{self._where}: {key} = {str(value)[:40]} is beyond any model (at most {most})")
+        return value
 
     def number(self, key: str, optional: bool = False) -> Any:
         value = self._typed(key, (int, float), "a number", optional)
+        if value is not None and not abs(value) <= 1e30:
+            raise UserError(f"{self._where}: {key} must be a number, got {str(value)[:40]}")
         return value if value is None else float(value)
 
     def boolean(self, key: str) -> bool:
@@ -272,9 +284,10 @@ class _Keys:
 
 def _family(raw: Mapping[str, Any], where: str) -> str:
     family = raw.get("model_type")
-    if family not in ARCHITECTURES:
+    if not isinstance(family, str) or family not in ARCHITECTURES:
         raise UserError(f"{where}: model_type {json.dumps(family)} is not one of {', '.join(ARCHITECTURES)}")
-    for name in raw.get("architectures") or []:
+    names = raw.get("architectures") or []
+    for name in names if isinstance(names, list) else [names]:
         # The earliest Llama conversions wrote LLaMAForCausalLM.
         if str(name).lower() != ARCHITECTURES[family].lower():
             raise UserError(f"{where}: architectures must be [{ARCHITECTURES[family]!r}], got {name!r}")
@@ -333,7 +346,7 @@ def _windows(family: str, keys: _Keys, where: str) -> tuple[int | None, ...]:
 
 
 def _activation(name: Any, where: str) -> str:
-    if name not in _ACTIVATIONS:
+    if not isinstance(name, str) or name not in _ACTIVATIONS:
         raise UserError(f"{where}: activation {json.dumps(name)} is not supported, only {', '.join(_ACTIVATIONS)}")
     return _ACTIVATIONS[name]
 

@@ -411,7 +411,10 @@ def _checked(text: str) -> str:
 
 
 def _token_text(token: Any) -> str | None:
-    return token.get("content") if isinstance(token, Mapping) else token
+    content = token.get("content") if isinstance(token, Mapping) else token
+    if content is not None and not isinstance(content, str):
+        raise UserError(f"tokenizer_config.json: a special token must be a text, got {content!r}")
+    return content
 
 
 def _read_text(path: Path) -> str:

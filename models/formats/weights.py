@@ -150,17 +150,13 @@ def _open_safetensors(path: Path, stack: contextlib.ExitStack) -> dict[str, Stor
         kinds = {name: file.get_slice(name).get_dtype() for name in list(file.keys())}
     except SafetensorError as error:
         raise UserError(f"{path} is damaged or not a safetensors file: {error}") from None
-    known = set(_KINDS.values())
+    return {name: Stored(kind, functools.partial(_read, file, path, name, kind)) for name, kind in kinds.items()}
 
-    def reader(name: str, kind: str) -> Callable[[], np.ndarray]:
-        def read() -> np.ndarray:
-            if kind not in known:
-                raise UserError(f"{path}: tensor {name} is stored as {kind}, which is not supported")
-            return file.get_tensor(name)
 
-        return read
-
-    return {name: Stored(kind, reader(name, kind)) for name, kind in kinds.items()}
+def _read(file: Any, path: Path, name: str, kind: str) -> np.ndarray:
+    if kind not in _KINDS.values():
+        raise UserError(f"{path}: tensor {name} is stored as {kind}, which is not supported")
+    return file.get_tensor(name)
 
 
 def _read_torch(path: Path) -> dict[str, Stored]:
