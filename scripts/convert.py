@@ -222,11 +222,6 @@ def check_options(args: argparse.Namespace) -> None:
     """Raises UserError for an option that the format lacks or has no use for, or an `--out` that is taken."""
     image, target = args.format in IMAGES, args.format in TARGETS
     drafter = not image and not target
-    if target and args.tokenizer is None:
-        raise UserError(
-            f"--from {args.format} needs --tokenizer, the tokenizer.bin beside the checkpoint: without it a target can "
-            "read no text"
-        )
     if drafter and args.base is None:
         raise UserError(f"--from {args.format} needs --base, the directory of the target that it drafts for")
     for option, value, known in (
@@ -238,6 +233,11 @@ def check_options(args: argparse.Namespace) -> None:
     ):
         if value is not None and not known:
             raise UserError(f"--from {args.format} has no use for {option}")
+    if target and args.tokenizer is None:
+        raise UserError(
+            f"--from {args.format} needs --tokenizer, the tokenizer.bin beside the checkpoint: without it a target can "
+            "read no text"
+        )
     # Said before the work, which takes minutes for large models; what writes the directory holds to it again.
     if args.out.exists() and not args.overwrite:
         raise UserError(f"{args.out} already exists; --overwrite replaces it")

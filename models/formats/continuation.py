@@ -6,6 +6,7 @@ Everything that shows or searches generated text does it here.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 from models.errors import UserError
 from models.formats.tokenizer import StreamDecoder, TokenIds, Tokenizer
@@ -55,7 +56,7 @@ def text_behind(tokenizer: Tokenizer, prompt: TokenIds, tokens: TokenIds, stops:
     return made.text
 
 
-def split_stops(tokenizer: Tokenizer, stops: Sequence[str]) -> tuple[list[list[int]], list[str]]:
+def split_stops(tokenizer: Tokenizer, stops: Any) -> tuple[list[list[int]], list[str]]:
     """Special tokens among the texts that end a text, as token sequences, and the other texts.
 
     A decoded text holds no special tokens, so these are to be looked for among the tokens.
@@ -65,6 +66,8 @@ def split_stops(tokenizer: Tokenizer, stops: Sequence[str]) -> tuple[list[list[i
     """
     if isinstance(stops, str):
         raise UserError(f"stop texts must be a list of texts, got the text {stops!r}: put it in a list")
+    if not isinstance(stops, Sequence):
+        raise UserError(f"stop texts must be a list of texts, got {stops!r}")
     sequences: list[list[int]] = []
     texts: list[str] = []
     for stop in stops:
