@@ -88,7 +88,7 @@ def generate(
     stop: Any = None,
     stop_texts: Any = (),
     typical: Typical | None = None,
-    capacity: int | None = None,
+    capacity: Any = None,
     stream_every: Any = 8,
     on_tokens: Callable[[int, list[int], list[int]], None] | None = None,
     mesh=None,
@@ -266,7 +266,7 @@ def _check_lengths(config, prompts, limits, drafter) -> tuple[int, int]:
     return needed, sum(_chunk_sizes(max(map(len, prompts))))
 
 
-def _capacity(asked: int | None, needed: int, drafter: Drafter) -> int:
+def _capacity(asked: Any, needed: int, drafter: Drafter) -> int:
     if asked is None:
         return bucket(needed)
     asked = at_least_one(asked, "capacity")

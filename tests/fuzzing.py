@@ -52,7 +52,7 @@ def fuzzed(**inputs: st.SearchStrategy) -> Callable:
     def decorate(function: Callable) -> Callable:
         shared = dict(deadline=10_000, derandomize=True, database=None, suppress_health_check=_CHECKS)
         few = settings(max_examples=60, **shared)(given(**inputs)(function))
-        many = settings(max_examples=5000, **shared)(given(**inputs)(function))
+        many = settings(max_examples=2000, **shared)(given(**inputs)(function))
         return pytest.mark.parametrize("_run", [few, pytest.param(many, marks=pytest.mark.slow)], ids=["few", "many"])(
             _runs(function.__doc__)
         )
