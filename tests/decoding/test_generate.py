@@ -263,9 +263,8 @@ def test_scores_that_are_not_finite_end_in_a_sentence(
     arguments = dict(max_new_tokens=40, sampling=sampling, seeds=3)
     text = generate(target, PROMPTS[:1], **arguments).tokens[0]
     # Every text that has read this token has no scores from there on; prompts are padded with 0.
-    poison = next(
-        token for place, token in enumerate(text) if place > 1 and token not in (0, *text[:place], *PROMPTS[0])
-    )
+    known = {0, *PROMPTS[0], *text[:2]}
+    poison = next(token for token in text[2:] if token not in known)
     embedding = target.params["embed"]["embedding"].at[poison].set(bad)
     broken = Target(target.config, {**target.params, "embed": {"embedding": embedding}})
     where = len(PROMPTS[0]) + text.index(poison) + 1
