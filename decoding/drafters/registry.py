@@ -229,9 +229,9 @@ def split_names(text: str, separator: str = ",") -> list[str]:
         joined = (separator.join(pieces[start:end]).strip() for end in ends)
         whole = ((name, end) for name, end in zip(joined, ends, strict=True) if _is_one(name, separator))
         name, start = next(whole, (pieces[start].strip(), start + 1))
-        if name:
-            names.append(name)
-    return names
+        names.append(name)
+    # Between commas nothing may stand; between pluses it is a mistake, which whoever loads it names.
+    return names if separator == "+" else [name for name in names if name]
 
 
 def _is_one(text: str, separator: str) -> bool:

@@ -122,15 +122,15 @@ def _entries(results: Results) -> list[Entry]:
 def _labels(runs: Sequence[Run]) -> list[str]:
     """As few of the last parts of each path as tell the runs apart; several methods in one are named by their paths."""
     names = [run["drafter"] for run in runs]
-    labels: list[str] = []
-    for parts in range(1, 8):
-        labels = []
-        for run, name in zip(runs, names, strict=True):
-            place = "+".join(_run_directory(piece, parts) for piece in str(run.get("path") or "").split("+"))
-            several = "+" in place
-            labels.append(place if several else f"{name} ({place})" if place and names.count(name) > 1 else name)
-        if len(set(labels)) == len(labels):
-            break
+
+    def label(run: Run, name: str, parts: int) -> str:
+        place = "+".join(_run_directory(piece, parts) for piece in str(run.get("path") or "").split("+"))
+        if "+" in place:
+            return place
+        return f"{name} ({place})" if place and names.count(name) > 1 else name
+
+    every = [[label(run, name, parts) for run, name in zip(runs, names, strict=True)] for parts in range(1, 8)]
+    labels = max(every, key=lambda labels: len(set(labels)))  # The first of equals.
     # What has no path, or one path, is told apart by its place alone.
     return [f"{x} {labels[: i + 1].count(x)}" if x in labels[:i] else x for i, x in enumerate(labels)]
 
