@@ -97,7 +97,7 @@ def generate(
 ) -> Generation:
     """Decodes a batch of prompts; ragged lengths are fine.
 
-    Annotations are wide because arguments are checked here (`decoding/arguments.py`), each with a sentence of its own.
+    Annotations are wide because arguments are checked (`decoding/arguments.py`), with a sentence for each.
 
     Args:
       target: the model whose text it is.
@@ -123,9 +123,8 @@ def generate(
       memory: `Generation.memory` of an earlier request of the same batch size, for drafters that learn as they go.
 
     Raises:
-      UserError: an argument of another kind, an empty prompt, a token outside the vocabulary, a request that does not
-        fit the context or cache, parameters of another drafter or that do not lie on the mesh; or scores of the target
-        that are not finite.
+      UserError: an argument of another kind, an empty prompt, a token outside the vocabulary, a request that fits no
+        context or cache, parameters of another drafter or off the mesh; or scores of the target that are not finite.
     """
     if not isinstance(target, Target):
         raise UserError(f"target must be a Target, as load_target returns it, got a {type(target).__name__}")
@@ -154,16 +153,20 @@ def generate(
     with on_mesh(mesh):
         state, request = _prefill(models, request, text, capacity, mesh, memory)
         prefilled = time.perf_counter()
-        every = stream_every if reader.watches else 2**31 - 1
-        while True:
-            if reader.watches:
-                state = reader.look(state, mesh)
-            if bool(jnp.all(state.text.done)):
-                break
-            state = loop.run(models, state, request, np.int32(every))
-        jax.block_until_ready(state)
+        state = _run(models, state, request, reader, stream_every, mesh)
     seconds = prefilled - started, time.perf_counter() - prefilled
     return _finished(target, prompts, state, drafter, seconds, reader.ended, stop_texts)
+
+
+def _run(models: loop.Models, state, request, reader: "_Reader", stream_every: int, mesh):
+    """The loop to its end, without a stop where nobody reads what it writes."""
+    every = stream_every if reader.watches else 2**31 - 1
+    while True:
+        if reader.watches:
+            state = reader.look(state, mesh)
+        if bool(jnp.all(state.text.done)):
+            return jax.block_until_ready(state)
+        state = loop.run(models, state, request, np.int32(every))
 
 
 def _finished(target, prompts, state, drafter, seconds, ended: dict[int, int], stop_texts) -> Generation:
