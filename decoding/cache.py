@@ -61,7 +61,7 @@ def commit(
     """
     assert isinstance(rows, list), "caches in motion are lists of layers"
     if after is not None:
-        slots = _behind(slots, after)
+        slots = behind(slots, after)
 
     def append(name, buffer, fresh):
         axis = SLOTS[name]
@@ -77,12 +77,14 @@ def commit(
     ]
 
 
-def _behind(slots: Int[Array, "B"], after: Shaped[Array, "B *_"]) -> Int[Array, "B"]:
-    """`slots`, computed from `after` in a way that no compiler sees through."""
+def behind(slots: Int[Array, "B *S"], after: Shaped[Array, "B *_"]) -> Int[Array, "B *S"]:
+    """`slots`, computed from `after` in a way that no compiler sees through: see `commit`."""
     flat = after.reshape(after.shape[0], -1)
     if jnp.issubdtype(flat.dtype, jnp.floating):
-        return slots + jnp.any(flat > jnp.inf, axis=1)
-    return slots + jnp.minimum(flat[:, 0], 0)
+        nothing = jnp.any(flat > jnp.inf, axis=1).astype(slots.dtype)
+    else:
+        nothing = jnp.minimum(flat[:, 0], 0).astype(slots.dtype)
+    return slots + nothing.reshape(-1, *(1,) * (slots.ndim - 1))
 
 
 def _write(buffer: Float[Array, "B K _ _"], rows: Float[Array, "B K _ _"], start: Int[Array, "B"], axis: int):

@@ -158,7 +158,7 @@ def _read_chunk(config, taps, attention, params, cache, text, start: Place, hidd
     """The target on one chunk of prompts: cache, text, how much was text, taps, and the newest last feature."""
     rows = tokens.shape[1]
     count = jnp.clip(prompt_length - start.length, 0, rows)
-    layout = Layout.extend(start.slots, rows, start.positions(jnp.zeros((1, 1), jnp.int32))[:, 0], attention)
+    layout = Layout.extend(start.slots, rows, start.position, attention)
     out = forward(config, params, tokens, layout, Sources(cache), taps=taps)
     cache = commit_rows(cache, out.rows, None, start.slots, after=out.hidden[:, 0])
     place = jnp.arange(text.shape[1], dtype=jnp.int32) - start.length[:, None]

@@ -26,9 +26,14 @@ class Place:
         """Behind `length` tokens of plain text, each in a slot of its own."""
         return cls(length, length)
 
+    @property
+    def position(self) -> Int[Array, "B"]:
+        """Of the root, and of whatever is fed next."""
+        return self.slots
+
     def positions(self, ahead: Int[Array, "#B R"]) -> Int[Array, "B R"]:
         """Of rows that stand `ahead` places behind the committed ones; 0 is the root's."""
-        return self.slots[:, None] + ahead
+        return self.position[:, None] + ahead
 
     def after(self, count: Int[Array, "B"]) -> "Place":
         """The place `count` tokens of text further on."""

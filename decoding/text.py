@@ -1,4 +1,4 @@
-"""The text that a loop writes: its buffer, who wrote each token, and where it request."""
+"""The text that a loop writes: its buffer, who wrote each token, and where it ends."""
 
 import dataclasses
 

@@ -9,7 +9,6 @@ position `length + depth(i)`.
 
 import dataclasses
 import functools
-import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ from flax import struct
 from jaxtyping import Array, Bool, Float, Int
 
 from models.errors import UserError
+from models.formats.text_files import parse_json, read_text
 
 # How the candidates were proposed, which decides how they may be verified (decoding/verify.py):
 #   match  independently of the verifier's draws
@@ -281,10 +281,7 @@ def load_topology(spec: "str | Path | Iterable[Sequence[int]]", where: str = "tr
         if not path.is_file():
             names = ", ".join([*NAMED, "chain:DEPTH"])
             raise UserError(f"{where} {str(spec)!r} is neither a published tree ({names}) nor a file")
-        try:
-            spec = json.loads(path.read_text(encoding="utf-8"))
-        except (ValueError, RecursionError) as error:
-            raise UserError(f"{path} is not JSON: {error}") from None
+        spec = parse_json(read_text(path), str(path))
         where = str(path)
     if not isinstance(spec, list | tuple) or not all(
         isinstance(row, list | tuple) and all(isinstance(rank, int) for rank in row) for row in spec

@@ -9,7 +9,7 @@ calibration prompts, none of which is decoded for the table. Every text is compa
 must be equal; at a temperature those of the rules `match` and `point` must be equal too, token for token, while the
 sampled rules promise the distribution alone (`eval/losslessness.py` tests that one).
 
-A method is LABEL=SPEC[@GROWTH]: SPEC is a drafter directory or the name of a drafter without parameters, and GROWTH
+A method is LABEL=SPEC[@POLICY]: SPEC is a drafter directory or the name of a drafter without parameters, and POLICY
 says how its tree grows where there is more than one way.
 """
 
@@ -64,7 +64,7 @@ class Method:
 
 
 def parse_method(text: str, target: Target) -> Method:
-    """A method from LABEL=SPEC[@GROWTH].
+    """A method from LABEL=SPEC[@POLICY].
 
     Raises:
       UserError: another form, an unknown policy, or a drafter that cannot be loaded.
@@ -72,7 +72,7 @@ def parse_method(text: str, target: Target) -> Method:
     label, _, rest = text.partition("=")
     spec, _, policy = rest.partition("@")
     if not label or not spec:
-        raise UserError(f"a method is written LABEL=DRAFTER or LABEL=DRAFTER@GROWTH, got {text!r}")
+        raise UserError(f"a method is written LABEL=DRAFTER or LABEL=DRAFTER@POLICY, got {text!r}")
     if policy and policy not in PUBLISHED:
         raise UserError(f"{text!r} asks for the policy {policy!r}; known are {', '.join(PUBLISHED)}")
     drafter, params = load_drafter(spec, target)
@@ -208,7 +208,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """The command; see the module's docstring."""
     parser = command_line.parser("eval.acceptance", __doc__)
     parser.add_argument("--target", required=True, help="target directory")
-    parser.add_argument("--methods", required=True, nargs="+", metavar="LABEL=SPEC[@GROWTH]", help="rows of the table")
+    parser.add_argument("--methods", required=True, nargs="+", metavar="LABEL=SPEC[@POLICY]", help="rows of the table")
     parser.add_argument("--data", required=True, help="data set directory; its documents' beginnings are the prompts")
     parser.add_argument("--split", default="valid", help="its split to decode")
     parser.add_argument("--calibration_split", default="train", help="its split to choose trees by")

@@ -367,7 +367,7 @@ def describe(results: dict[str, Any]) -> str:
         pieces = " + ".join(f"{part} {entry[f'{part}_ms']:.2f}" for part in ("draft", "verify", "commit", "update"))
         lines.append(f"{name:<18} step {entry['step_ms']:.2f} ms ({pieces} alone), {entry['tree_nodes']} rows")
         lines.append(
-            f"{'':<18} accept + commit + ingest {entry['overhead_share']:.1%} of a step, "
+            f"{'':<18} judge + commit + learn {entry['overhead_share']:.1%} of a step, "
             f"{entry['sampled']['overhead_share']:.1%} at temperature 1 with top-p 0.9"
         )
         lines.append(

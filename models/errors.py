@@ -8,6 +8,7 @@ because it is a defect of ours.
 import contextlib
 import errno
 import functools
+import io
 import sys
 from collections.abc import Callable
 
@@ -30,6 +31,9 @@ def exit_on_user_error(main: Callable[..., object]) -> Callable[..., object]:
 
     @functools.wraps(main)
     def wrapped(*args, **kwargs):
+        # A terminal that knows few characters, or a file's name that is no text, must not end a command.
+        if isinstance(sys.stdout, io.TextIOWrapper):
+            sys.stdout.reconfigure(errors="backslashreplace")
         try:
             result = main(*args, **kwargs)
             sys.stdout.flush()  # Here a closed pipe is caught; at the interpreter's exit it no longer would be.

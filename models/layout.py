@@ -39,7 +39,8 @@ class Tree:
 
 @struct.dataclass
 class BlockCausal:
-    """A row sees its own block and the blocks before it (Falcon's relaxed causal mask: floor(j/k) <= floor(i/k)).
+    """A row sees its own block and the blocks before it: floor(j/k) <= floor(i/k), Falcon's relaxed causal mask (Gao et
+    al. 2024).
 
     Attributes:
       size: k, rows of a block.

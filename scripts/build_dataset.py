@@ -27,9 +27,11 @@ from pathlib import Path
 from typing import Any
 
 from models import command_line
+from models.command_line import at_least
 from models.errors import UserError, exit_on_user_error
+from models.formats.text_files import read_text
 from models.formats.tokenizer import Tokenizer
-from train.data import image_building, text_building
+from train.data import image_building, text_building, text_sources
 from train.data.building import check_out
 from train.data.glyphs import CHARACTERS
 from train.data.image_building import GLYPH_SIZE, GLYPHS, ImageList, draw_glyphs, read_folder, read_npz
@@ -42,7 +44,6 @@ from train.data.text_sources import (
     read_chat,
     read_jsonl,
     read_source,
-    read_text,
 )
 
 KINDS = ("jsonl", "text", "source", "chat")
@@ -52,7 +53,7 @@ _COUNT = 20_000  # of glyphs
 def _reader(arguments: argparse.Namespace) -> Callable[[Path], Iterable[RawDocument]]:
     return {
         "jsonl": lambda path: read_jsonl(path, arguments.field.split(",")),
-        "text": lambda path: read_text(path, arguments.separator),
+        "text": lambda path: text_sources.read_text(path, arguments.separator),
         "source": lambda path: read_source(path, arguments.glob, arguments.exclude.split(",")),
         "chat": read_chat,
     }[arguments.kind]
@@ -79,7 +80,7 @@ def _tokenizer(arguments: argparse.Namespace, documents: Iterable[RawDocument]) 
         return tokenizer
     if not arguments.chat_template.is_file():
         raise UserError(f"no file {arguments.chat_template}: expected a Jinja chat template")
-    return tokenizer.with_chat_template(arguments.chat_template.read_text(encoding="utf-8"))
+    return tokenizer.with_chat_template(read_text(arguments.chat_template))
 
 
 def _source(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -142,6 +143,10 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--glob", default="**/*", help="source: which files (%(default)s)")
     parser.add_argument("--exclude", default="", help="source: patterns of paths or path parts, comma-separated")
     parser.add_argument("--chat_template", type=Path, help="chat: a Jinja file in place of the tokenizer's template")
+    parser.add_argument("--strict", action="store_true", help="chat: stop at the first conversation that is refused")
+    parser.add_argument(
+        "--max_refused", type=at_least(0), default=1000, help="chat: pass over so many of a split (%(default)s)"
+    )
     parser.add_argument("--max_documents", type=int, help="take only the first so many")
     parser.add_argument("--valid_fraction", type=float, default=0.0, help="share of documents held out as `valid`")
     parser.add_argument("--valid_documents", type=int, default=0, help="or their number")
@@ -153,7 +158,7 @@ def _parser() -> argparse.ArgumentParser:
     group.add_argument("--size", type=int, help=f"side in pixels; an .npz has its own, glyphs {GLYPH_SIZE}")
     group.add_argument("--label", default="labels", help=".npz: which of its arrays holds the labels (%(default)s)")
     group.add_argument("--characters", default=CHARACTERS, help="glyphs: the classes (%(default)s)")
-    group.add_argument("--seed", type=int, default=0, help="glyphs: of all that varies (%(default)s)")
+    group.add_argument("--seed", type=at_least(0), default=0, help="glyphs: of all that varies (%(default)s)")
     return parser
 
 
@@ -175,6 +180,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         arguments.out,
         kind=arguments.kind,
         source=_source(arguments),
+        max_refused=0 if arguments.strict else arguments.max_refused,
         overwrite=arguments.overwrite,
         progress=_print,
     )

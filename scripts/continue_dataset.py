@@ -30,7 +30,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments = _parser().parse_args(argv)
     target = load_target(arguments.target)
     if target.tokenizer is None:
-        raise UserError(f"{arguments.target} has no tokenizer.json")
+        raise UserError(f"{arguments.target} has no tokenizer")
     wanted = {"train": arguments.documents, "valid": arguments.valid_documents}
     splits = {
         name: data.open_split(arguments.data, name, tokenizer_fingerprint=target.tokenizer.fingerprint)
@@ -47,12 +47,13 @@ def main(argv: Sequence[str] | None = None) -> None:
             counts[name]["labels"] += int(document["mask"].sum())
             yield document
 
+    template = splits["train"].manifest.get("chat_template")
     source = {name: str(value) for name, value in vars(arguments).items() if name not in ("out", "overwrite")}
     write_dataset(
         arguments.out,
-        target.tokenizer,
+        target.tokenizer.with_chat_template(template) if template else target.tokenizer,
         {name: functools.partial(counted, name) for name in splits},
-        lambda: {"kind": "continuations", "source": source, "chat_template": None, "splits": counts},
+        lambda: {"kind": "continuations", "source": source, "chat_template": template, "splits": counts},
         overwrite=arguments.overwrite,
     )
     for name, count in counts.items():
@@ -70,12 +71,12 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--data", required=True, help="data set whose training documents are continued")
     parser.add_argument("--out", required=True, type=Path, help="the directory to write")
     parser.add_argument("--documents", type=at_least(1), default=512, help="how many to make")
-    parser.add_argument("--valid_documents", type=int, default=32, help="as many from held-out ones")
+    parser.add_argument("--valid_documents", type=at_least(0), default=32, help="as many from held-out ones")
     parser.add_argument("--prompt_tokens", type=at_least(1), default=64, help="tokens taken from a document")
     parser.add_argument("--new_tokens", type=at_least(1), default=192, help="tokens that the target adds")
     parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy")
     parser.add_argument("--rows", type=at_least(1), default=32, help="documents decoded together")
-    parser.add_argument("--seed", type=int, default=0, help="of windows and draws")
+    parser.add_argument("--seed", type=at_least(0), default=0, help="of windows and draws")
     parser.add_argument("--overwrite", action="store_true", help="replace a data set that is there")
     return parser
 

@@ -44,6 +44,7 @@ from models.formats.release import Release, read_release
 from models.formats.released_images import Converted, read_vae, read_var
 from models.formats.target import Target
 from models.formats.tokenizer import Tokenizer
+from models.formats.tokenizer_files import holds_tokenizer
 from models.images.config import SCHEDULES
 from models.transformer import Params
 
@@ -130,7 +131,7 @@ def common_vocabulary(source: Path, config: TransformerConfig, base: Target) -> 
       UserError: their tokenizers differ, or vocabularies of two sizes have no tokenizers to be compared by.
     """
     size = min(config.vocab_size, base.config.vocab_size)
-    own = Tokenizer.load(source) if (source / "tokenizer.json").exists() else None
+    own = Tokenizer.load(source) if holds_tokenizer(source) else None
     if own is None or base.tokenizer is None:
         if config.vocab_size != base.config.vocab_size:
             lacks = source if own is None else base.path
@@ -234,10 +235,7 @@ def check_options(args: argparse.Namespace) -> None:
         if value is not None and not known:
             raise UserError(f"--from {args.format} has no use for {option}")
     if target and args.tokenizer is None:
-        raise UserError(
-            f"--from {args.format} needs --tokenizer, the tokenizer.bin beside the checkpoint: without it a target can "
-            "read no text"
-        )
+        raise UserError(f"--from {args.format} needs --tokenizer, without which the target could read no text")
     # Said before the work, which takes minutes for large models; what writes the directory holds to it again.
     if args.out.exists() and not args.overwrite:
         raise UserError(f"{args.out} already exists; --overwrite replaces it")

@@ -21,6 +21,7 @@ from models.command_line import at_least
 from models.errors import UserError, exit_on_user_error
 from models.formats.continuation import Continuation, split_stops
 from models.formats.target import Target, load_target
+from models.formats.text_files import read_text
 from models.sharding import parse_mesh
 
 # Of the 256 colours of terminals: greens, from an accepted draft of depth 1 to the deepest.
@@ -114,7 +115,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """The command; see the module's docstring."""
     args = _parser().parse_args(argv)
     sampling = _sampling(args)
-    text = args.prompt if args.prompt is not None else _read(args.prompt_file)
+    text = args.prompt if args.prompt is not None else read_text(args.prompt_file)
     if not text:
         raise UserError("the prompt is empty: a text needs at least one token to begin with")
     if "" in args.stop:
@@ -149,13 +150,6 @@ def _sampling(args: argparse.Namespace) -> Sampling:
         return Sampling(args.temperature, args.top_k, args.top_p, args.min_p)
     except UserError as error:  # It begins with the setting, which is what the option is called.
         raise UserError(f"--{error}") from None
-
-
-def _read(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read the prompt file {path}: {getattr(error, 'strerror', None) or error}") from None
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -1,6 +1,7 @@
 """What every test shares: one CPU device, a persistent compilation cache, and a few fixtures."""
 
 import contextlib
+import importlib.metadata
 import os
 import pathlib
 from collections.abc import Callable, Iterator
@@ -15,6 +16,13 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".cache" / "jax"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
+os.environ.setdefault("HYPOTHESIS_STORAGE_DIRECTORY", str(ROOT / ".cache" / "hypothesis"))
+# Tests compile thousands of programs and run each for moments, so XLA compiles them in the cheapest way that does not
+# make them slow. `XLA_FLAGS= bash scripts/test.sh` tests what is compiled by default.
+CHEAP = ["--xla_backend_optimization_level=1", "--xla_cpu_parallel_codegen_split_count=1"]
+if importlib.metadata.version("jaxlib").startswith("0.10."):  # Later ones refuse to start with a flag that they lost.
+    CHEAP.append("--xla_cpu_use_fusion_emitters=false")
+os.environ.setdefault("XLA_FLAGS", " ".join(CHEAP))
 
 import jax
 
@@ -43,13 +51,10 @@ def structs_may_hold_shapes() -> Iterator[None]:
     these three structs make of their fields would refuse."""
     from decoding.images.scales import Draws, Sketch
     from decoding.sampling import SamplingParameters
+    from tests.decoding.compiled_text import shapes_for_arrays
 
-    structs = (Draws, Sketch, SamplingParameters)
-    for struct in structs:
-        struct.__init__.__no_type_check__ = True
-    yield
-    for struct in structs:
-        del struct.__init__.__no_type_check__
+    with shapes_for_arrays(Draws, Sketch, SamplingParameters):
+        yield
 
 
 @pytest.fixture

@@ -63,7 +63,7 @@ class DraftModel(NetworkDrafter):
     def ingest(self, params, target, state, rows):
         cache, length = state["cache"], rows.start.length
         if rows.source != "own":
-            layout = Layout.extend(length, rows.tokens.shape[1], rows.start.slots)
+            layout = Layout.extend(length, rows.tokens.shape[1], rows.start.position)
             out = transformer.forward(self.model, params, _known(self.model, rows.tokens), layout, Sources(cache))
             return {"cache": commit(cache, out.rows, None, length, after=out.hidden[:, 0])}
         # Row r of the text is the slot of node r - 1, and the first the token that was unread. What did not run lies
@@ -117,7 +117,7 @@ class ModelNetwork:
     def begin(self, root, slots):
         """See `DraftNetwork`."""
         batch, unread = self.unread.shape
-        layout = Layout.extend(self.place.length, unread + 1, self.place.slots)
+        layout = Layout.extend(self.place.length, unread + 1, self.place.position)
         out = self._forward(jnp.concatenate([self.unread, root[:, None]], axis=1), layout, None)
         dtype = self.cache[0]["k"].dtype
         scratch = Scratch.empty(self.config, batch, slots + unread, dtype, self.layers)

@@ -73,7 +73,7 @@ class Network:
         """The true pair of the last committed feature and the root; see `DraftNetwork`."""
         pairs = self.target.length - 1
         feature_BH = self.state["feature"]
-        layout = Layout.extend(pairs, 1, self.target.place.slots - 1)
+        layout = Layout.extend(pairs, 1, self.target.place.position - 1)
         logits, hidden, rows = self._run(root[:, None], feature_BH[:, None], layout, None)
         batch, width = feature_BH.shape
         scratch = Scratch.empty(self.heads.layer_config(self.target.config), batch, slots, feature_BH.dtype, layers=1)
@@ -139,7 +139,7 @@ class EagleDrafter(NetworkDrafter):
         paired_BRH = jnp.where(begins_B1[:, :, None], feature_BRH, before_BRH)
         tokens_BR = jnp.where(begins_B1, jnp.roll(rows.tokens, -1, axis=1), rows.tokens)
         first = jnp.maximum(rows.start.length - 1, 0)
-        position = rows.start.slots - (rows.start.length - first)
+        position = rows.start.position - (rows.start.length - first)
         hidden_BRH, fresh = self.heads.run(
             target.config,
             params,

@@ -177,17 +177,14 @@ def _with_riders(output, nodes: int, start: int, count: int):
 def _draft_if(needed: Bool[Array, ""], drafter: Drafter, params, target, state, root, keys) -> TokenTree:
     """What `drafter` drafts, or an empty tree of the same shape where that is not needed."""
 
-    structures = []
-
     def asked():
-        leaves, structure = jax.tree.flatten(drafter.draft(params, target, state, root, keys)[0])
-        structures.append(structure)
-        return leaves
+        return drafter.draft(params, target, state, root, keys)[0]
 
-    # Leaves, not the tree: one that held shapes in the place of arrays would be refused where annotations are checked.
-    shapes = jax.eval_shape(asked)
-    leaves = jax.lax.cond(needed, asked, lambda: [jnp.zeros(leaf.shape, leaf.dtype) for leaf in shapes])
-    return jax.tree.unflatten(structures[-1], leaves)
+    def empty():
+        # Only its shapes are read, so nothing of the draft is left in this branch.
+        return jax.tree.map(jnp.zeros_like, asked())
+
+    return jax.lax.cond(needed, asked, empty)
 
 
 def joined(first: TokenTree, second: TokenTree, by_second: Bool[Array, "B"], rule: str) -> TokenTree:

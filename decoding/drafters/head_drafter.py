@@ -1,25 +1,54 @@
 """What drafters made of draft heads share: heads, a static tree, and the feature at the last committed position."""
 
 import dataclasses
+from typing import Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from decoding.drafter import CostPart, Drafter
+from decoding.drafter import CostPart
+from decoding.drafters.static_tree import StaticTreeDrafter
 from decoding.sampling import best_tokens
 from decoding.tree_search import probing_tree
 from decoding.trees import MC_SIM_7B_63, Topology
 from models import transformer
-from models.errors import UserError
-from models.heads.hydra import HydraHeads
-from models.heads.medusa import MedusaHeads
+from models.config import TransformerConfig
 from models.layout import Layout
 from models.transformer import Output, Params
 
 
+@runtime_checkable
+class Heads(Protocol):
+    """What a drafter of heads asks of their shape, a frozen dataclass; `models/heads/medusa.py` is the plainest."""
+
+    @property
+    def num_heads(self) -> int:
+        """How many tokens ahead the last one looks, counted after the root."""
+
+    @property
+    def num_layers(self) -> int:
+        """Blocks per head."""
+
+    @property
+    def prefix(self) -> bool:
+        """Whether they read features of their own making, which noise in training leaves alone."""
+
+    def init(self, config: TransformerConfig, target: Params, key: Array) -> Params:
+        """Fresh parameters."""
+
+    def features(self, config: TransformerConfig, params: Params, post_norm: Array, layout: Layout) -> Array:
+        """What heads read, `[B, T, H]`, of whole texts."""
+
+    def hidden(self, params: Params, i: int, feature: Array, path: Array, dropout_key: Array | None = None) -> Array:
+        """What head i's vocabulary map reads, of features `[..., H]` and embedded paths `[..., i + 1, H]`."""
+
+    def vocab(self, params: Params, i: int, hidden: Array) -> Array:
+        """Head i's logits."""
+
+
 @dataclasses.dataclass(frozen=True)
-class HeadDrafter(Drafter):
+class HeadDrafter(StaticTreeDrafter):
     """Heads with a tree.
 
     Attributes:
@@ -27,27 +56,14 @@ class HeadDrafter(Drafter):
       tree: the candidates; at most as deep as there are heads.
     """
 
-    heads: MedusaHeads | HydraHeads
+    heads: Heads
     tree: Topology = MC_SIM_7B_63
-
-    @property
-    def max_nodes(self) -> int:
-        return self.tree.size
-
-    @property
-    def max_depth(self) -> int:
-        return self.tree.max_depth
 
     def rule(self, greedy):
         return "point"
 
     def init_params(self, config, target, key):
         return self.heads.init(config, target, key)
-
-    def check(self, config):
-        if not self.tree.paths:
-            raise UserError(f"the draft tree of {self.name} is empty: it needs at least one candidate")
-        self.tree.check(heads=self.heads.num_heads, vocab_size=config.vocab_size)
 
     def rows_of_level(self, depth: int) -> int:
         """Rows of a batch row that the head of guesses at `depth` + 1 is evaluated on."""
@@ -64,10 +80,6 @@ class HeadDrafter(Drafter):
             return [best_tokens(scores, count) for scores, count in zip(logits, counts, strict=True)]
 
         return {"choice": CostPart(choose, logits)}
-
-    def with_tree(self, tree: Topology) -> "HeadDrafter":
-        """The same heads with another tree."""
-        return dataclasses.replace(self, tree=tree)
 
     def teacher_forced(
         self, config, target: Params, params: Params, tokens: Int[Array, "B T"], output: Output, depth: int
@@ -88,10 +100,6 @@ class HeadDrafter(Drafter):
     @property
     def num_heads(self) -> int:
         return self.heads.num_heads
-
-    @property
-    def ranked_tree(self) -> Topology:
-        return self.tree
 
     def probing(self):
         return self.with_tree(probing_tree(self.heads.num_heads))

@@ -17,6 +17,7 @@ import numpy as np
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Int
 
+from decoding.cache import behind
 from decoding.drafter import Drafter, Riders
 from decoding.sampling import argmax
 from decoding.trees import TokenTree
@@ -119,12 +120,11 @@ class Lookahead(Drafter):
         answers_BC = argmax(output.logits[:, rows])
         window_BRC = state["window"].at[:, 0, 0].set(tree.tokens[:, 0])
         moved_BRC = jnp.concatenate([window_BRC, answers_BC[:, None]], axis=1)
-        # As where the cache is written: always true, but now the verdict, and with it every look into the pool, comes
-        # before the pool changes, so that XLA need not copy it.
-        found_BC = jnp.broadcast_to((live & (verdict.drafts >= 0))[:, None], answers_BC.shape)
+        # The verdict, and with it every look into the pool, comes before the pool changes: XLA need not copy it.
+        grams_BCR = behind(moved_BRC.swapaxes(1, 2), after=verdict.drafts[:, None])
         return {
             "window": jnp.where(live[:, None, None], moved_BRC[:, 1:], state["window"]),
-            "pool": remember(state["pool"], moved_BRC.swapaxes(1, 2), found_BC),
+            "pool": remember(state["pool"], grams_BCR, jnp.broadcast_to(live[:, None], answers_BC.shape)),
         }
 
     def with_budget(self, candidates, acceptance=None):

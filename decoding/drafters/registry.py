@@ -34,7 +34,6 @@ from decoding.policies import TreePolicy, read_policy
 from decoding.trees import Topology
 from models import schema
 from models.errors import UserError
-from models.formats.hf_config import read_json
 from models.formats.storage import (
     FLOATS,
     leaves_by_path,
@@ -46,6 +45,7 @@ from models.formats.storage import (
     write_json,
 )
 from models.formats.target import Target
+from models.formats.text_files import read_json
 from models.sharding import mesh_of, param_shardings
 
 DRAFTERS: dict[str, type[Drafter]] = {

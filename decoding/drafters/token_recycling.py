@@ -15,7 +15,7 @@ import numpy as np
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Int
 
-from decoding.drafter import Drafter
+from decoding.drafters.static_tree import StaticTreeDrafter
 from decoding.sampling import best_tokens
 from decoding.tree_search import NETWORK_DEPTH, probing_tree
 from decoding.trees import Topology, from_child_counts
@@ -42,7 +42,7 @@ _WARM_ROWS = 16
 
 
 @dataclasses.dataclass(frozen=True)
-class TokenRecycling(Drafter):
+class TokenRecycling(StaticTreeDrafter):
     """A walk through the table of recycled candidates.
 
     The state is the table, int32 `[B, V, K]`, best candidate first, -1 where nothing is known yet; K is one more than
@@ -62,19 +62,6 @@ class TokenRecycling(Drafter):
     @classmethod
     def from_name(cls, argument):
         return None if argument else cls()
-
-    @property
-    def max_nodes(self) -> int:
-        return self.tree.size
-
-    @property
-    def max_depth(self) -> int:
-        return self.tree.max_depth
-
-    def check(self, config):
-        if not self.tree.paths:
-            raise UserError(f"the draft tree of {self.name} is empty: it needs at least one candidate")
-        self.tree.check(heads=self.tree.max_depth, vocab_size=config.vocab_size)
 
     def init(self, config, batch, capacity, dtype, mesh=None):
         shape = (batch, config.vocab_size, self.tree.max_rank)
@@ -127,13 +114,6 @@ class TokenRecycling(Drafter):
                 f"is {list(state.shape)} (batch, vocabulary, candidates)"
             )
         return memory
-
-    @property
-    def ranked_tree(self):
-        return self.tree
-
-    def with_tree(self, tree):
-        return dataclasses.replace(self, tree=tree)
 
     def probing(self):
         return self.with_tree(probing_tree(NETWORK_DEPTH))

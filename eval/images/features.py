@@ -19,8 +19,8 @@ from jaxtyping import Array, Float, Float32, UInt8
 from eval.images.samples import INCEPTION, Gaussian, Statistics
 from models.errors import UserError
 from models.formats import image_models as files
-from models.formats.hf_config import read_json
 from models.formats.inception import read_inception
+from models.formats.text_files import read_json
 from models.images import classifier, inception
 from models.images.classifier import ClassifierConfig
 

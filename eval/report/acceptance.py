@@ -16,6 +16,7 @@ The results (written by `eval/acceptance.py`):
       tree                      rank paths, where the topology is static
 """
 
+import collections
 import dataclasses
 import os
 import pathlib
@@ -30,7 +31,7 @@ from eval.report.text import NUM_COLORS
 DEPTHS = 8  # That are shown; a copied chain may be much deeper, and its few long hits say little.
 GROUPS = {
     "trained": "Heads and draft networks trained on the target",
-    "model": "A draft model, by policy",
+    "policies": "One network, by policy",
     "free": "Without training",
 }
 
@@ -88,8 +89,10 @@ def _axes(results: Results) -> tuple[list[float], list[int]]:
 
 def _rows(results: Results) -> list[Row]:
     rows: list[Row] = []
+    users = collections.Counter(method["path"] for method in results["methods"])
     for method in results["methods"]:
-        group = "free" if not method["parameters"] else "model" if method["drafter"] == "draft_model" else "trained"
+        # A network that several methods make trees with is shown apart, to compare their policies.
+        group = "free" if not method["parameters"] else "policies" if users[method["path"]] > 2 else "trained"
         number = sum(row.group == group for row in rows)
         cells = {(c["temperature"], c["budget"]): c for c in results["cells"] if c["method"] == method["label"]}
         rows.append(Row(method, group, f"var(--s{1 + number % NUM_COLORS})", cells))

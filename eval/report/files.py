@@ -36,7 +36,8 @@ def write_text(text: str, path: Path) -> None:
     """
     partial = path.with_name(f".{path.name}.partial")
     try:
-        partial.write_text(text, encoding="utf-8")
+        # Names of files in it need not be UTF-8.
+        partial.write_text(text, encoding="utf-8", errors="backslashreplace")
         os.replace(partial, path)
     except (IsADirectoryError, NotADirectoryError, FileNotFoundError, PermissionError) as error:
         raise UserError(f"cannot write {path}: {error.strerror}") from None

@@ -34,7 +34,9 @@ class Fitter:
           UserError: a policy for a drafter without, or none for one with.
         """
         if drafter.tree_policy is not None and not policy:
-            raise UserError(f"how shall {drafter.name} grow its tree? Say @GROWTH, one of {', '.join(PUBLISHED)}")
+            raise UserError(
+                f"which policy makes the trees of {drafter.name}? Say @POLICY, one of {', '.join(PUBLISHED)}"
+            )
         if policy and drafter.tree_policy is None:
             raise UserError(f"{drafter.name} has one way to grow its tree, so @{policy} has no meaning for it")
         self._drafter = drafter.with_policy(PUBLISHED[policy]) if policy else drafter

@@ -20,6 +20,7 @@ from decoding.tree_search import RANKS, Acceptance
 from decoding.trees import Topology
 from models.errors import UserError
 from models.formats.target import Target
+from models.formats.text_files import read_text
 from models.layout import Layout
 from models.transformer import forward
 from train.objectives.shift import label_mask, labels_at, log_likelihood
@@ -41,11 +42,7 @@ def text_documents(path: str | Path, target: Target) -> "Documents":
         raise UserError(f"there is no text file {path}")
     if target.tokenizer is None:
         raise UserError(f"{target.path or 'the target'} has no tokenizer, so it cannot read the text {path}")
-    try:
-        text = path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not UTF-8 text: {error}") from error
-    tokens = np.asarray(target.tokenizer.encode(text, specials=False), np.int32)
+    tokens = np.asarray(target.tokenizer.encode(read_text(path), specials=False), np.int32)
     if len(tokens) < 2:
         raise UserError(f"{path} holds {len(tokens)} tokens, which is too little to measure anything on")
     document = Document(name=str(path), tokens=tokens, mask=np.ones(len(tokens), np.uint8))

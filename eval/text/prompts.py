@@ -6,16 +6,14 @@ prompts.
 """
 
 import dataclasses
-import gzip
-import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from models.errors import UserError
 from models.formats.target import Target
+from models.formats.text_files import half_character, parse_json, read_text
 from models.formats.tokenizer import Tokenizer
 
 SEPARATOR = "---"  # A line of a text file; with it prompts may span lines, without it every line is one.
@@ -80,18 +78,12 @@ def read_questions(path: str | Path, limit: int | None = None) -> list[Question]
       UserError: no such file, a line that is none of these, or no questions.
     """
     path = Path(path)
-    if not path.is_file():
-        raise UserError(f"there is no prompts file {path}")
-    try:
-        content = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
-        text = content.decode("utf-8")
-    except (OSError, EOFError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} cannot be read as text: {error}") from error
+    text = read_text(path)
+    lines = text.split("\n")  # splitlines() would also cut at what JSON allows inside its strings.
     if path.name.removesuffix(".gz").endswith(".jsonl"):
-        numbered = [(number, line) for number, line in enumerate(text.splitlines(), 1) if line.strip()]
+        numbered = [(number, line) for number, line in enumerate(lines, 1) if line.strip()]
         questions = [_record(line, f"{path}, line {number}", str(i)) for i, (number, line) in enumerate(numbered)]
     else:
-        lines = text.splitlines()
         if SEPARATOR in lines:
             lines = [block.strip("\n") for block in f"\n{text}\n".split(f"\n{SEPARATOR}\n")]
         questions = [Question(str(i), (line,)) for i, line in enumerate(x for x in lines if x.strip())]
@@ -264,14 +256,13 @@ def _complaint(question: Question, turn: int, count: int, room: Room) -> str:
 
 
 def _record(line: str, where: str, number: str) -> Question:
-    try:
-        record: dict[str, Any] = json.loads(line)
-    except ValueError as error:
-        raise UserError(f"{where} is not JSON: {error}") from error
+    record = parse_json(line, where)
     texts = record.get("turns") if isinstance(record, dict) else None
     if isinstance(record, dict) and texts is None:
         texts = [record[key] for key in _TEXT_KEYS if key in record][:1]
     if not isinstance(texts, list) or not texts or not all(isinstance(text, str) and text.strip() for text in texts):
         raise UserError(f"{where} must be an object with 'turns' (a list of texts), 'prompt' or 'question' (a text)")
+    if half := [number for number, text in enumerate(texts, 1) if half_character(text) is not None]:
+        raise UserError(f"{where}: text {half[0]} holds half a surrogate pair, which is no Unicode character")
     name = next((str(record[key]) for key in _ID_KEYS if key in record), number)
     return Question(name, tuple(texts), str(record.get("category") or ""))

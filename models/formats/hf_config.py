@@ -13,7 +13,7 @@ from typing import Any
 
 from models.config import RopeScaling, TransformerConfig
 from models.errors import UserError
-from models.formats.torch_files import refuse_pointer
+from models.formats.text_files import read_json
 
 ARCHITECTURES = {
     "llama": "LlamaForCausalLM",
@@ -69,35 +69,6 @@ _HARMLESS: dict[str, tuple[Any, ...]] = {
     "partial_rotary_factor": (None, 1),
     "use_bidirectional_attention": (None, False),
 }
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object in `path`.
-
-    Raises:
-      UserError: there is no such file, it cannot be read, or it does not hold a JSON object.
-    """
-    try:
-        text = path.read_text(encoding="utf-8")
-        refuse_pointer(path)
-        content = json.loads(text)
-    except FileNotFoundError:
-        raise UserError(f"there is no {path.name} in {path.parent}") from None
-    except NotADirectoryError:
-        raise UserError(f"{path.parent} is not a directory") from None
-    except (IsADirectoryError, PermissionError) as error:
-        raise UserError(f"cannot read {path}: {error.strerror}") from None
-    except UnicodeDecodeError:
-        raise UserError(f"{path} is not UTF-8 text") from None
-    except UserError:
-        raise
-    except RecursionError:
-        raise UserError(f"{path} is nested too deeply to be read as JSON") from None
-    except ValueError as error:
-        raise UserError(f"{path} is not valid JSON: {error}") from None
-    if not isinstance(content, dict):
-        raise UserError(f"{path} must hold a JSON object, got {type(content).__name__}")
-    return content
 
 
 def load_config(directory: str | Path) -> TransformerConfig:

@@ -16,7 +16,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from models.errors import UserError
-from models.formats.hf_config import read_json
 from models.formats.storage import (
     leaves_by_path,
     new_directory,
@@ -26,6 +25,7 @@ from models.formats.storage import (
     save_tensors,
     write_json,
 )
+from models.formats.text_files import read_json
 from models.images import classifier, var, vqvae
 from models.images.classifier import ClassifierConfig
 from models.images.config import VARConfig, VQVAEConfig

@@ -20,9 +20,10 @@ import tokenizers
 
 from models.config import TransformerConfig
 from models.errors import UserError
+from models.formats.sentencepiece import is_sentencepiece, merges
 from models.formats.storage import refuse_non_finite
+from models.formats.text_files import refuse_pointer
 from models.formats.tokenizer import Tokenizer
-from models.formats.torch_files import refuse_pointer
 from models.transformer import Params
 
 _MAGIC = 0x616B3432
@@ -35,7 +36,6 @@ _OTHERS = {
     b"PK\x03\x04": "a zip archive, as torch writes them",
     b"\x80\x02": "a pickle, as torch wrote them",
     b"{": "JSON",
-    b"\n\x0e\n\x05<unk>": "a SentencePiece model",
 }
 
 
@@ -135,8 +135,16 @@ def read_llama2c_tokenizer(path: str | Path, vocab_size: int) -> Tokenizer:
     path = Path(path)
     if not path.is_file():
         raise UserError(f"there is no tokenizer file {path}")
+    data = path.read_bytes()
+    if is_sentencepiece(data) or path.suffix == ".json":
+        kind = "Hugging Face's" if path.suffix == ".json" else "SentencePiece's"
+        beside = path.with_suffix(".bin")
+        instead = (
+            f"give {beside}" if beside.is_file() else "give the .bin that its tokenizer.py exports, such as tok512.bin"
+        )
+        raise UserError(f"{path} is {kind} file of a tokenizer, not llama2.c's own: {instead}")
     _refuse_others(path, "tokenizer")
-    pieces, scores = _read_pieces(path.read_bytes(), vocab_size, path)
+    pieces, scores = _read_pieces(data, vocab_size, path)
     if pieces[_FIRST_BYTE_ID:_FIRST_PIECE_ID] != [f"<0x{byte:02X}>" for byte in range(256)]:
         raise UserError(f"{path} is not a llama2.c tokenizer: tokens 3 to 258 are not the bytes <0x00> to <0xFF>")
     pieces[BOS_ID], pieces[EOS_ID] = "<s>", "</s>"
@@ -173,7 +181,7 @@ def read_llama2c_tokenizer(path: str | Path, vocab_size: int) -> Tokenizer:
             "fuse_unk": True,
             "byte_fallback": True,
             "vocab": vocab,
-            "merges": _merges(pieces, scores),
+            "merges": merges(pieces, scores, _FIRST_PIECE_ID),
         },
     }
     config = {
@@ -193,8 +201,7 @@ def _refuse_others(path: Path, what: str) -> None:
     kind = next((kind for magic, kind in _OTHERS.items() if start.startswith(magic)), None)
     kind = "a safetensors file" if start[8:10] == b'{"' else kind
     if kind is not None:
-        instead = f": give {path.with_suffix('.bin').name}, which llama2.c makes of it" if "Sentence" in kind else ""
-        raise UserError(f"{path} is {kind}, not a {what} of llama2.c{instead}")
+        raise UserError(f"{path} is {kind}, not a {what} of llama2.c")
 
 
 def _read_header(data: np.ndarray, path: Path) -> _Header:
@@ -325,15 +332,3 @@ def _read_pieces(data: bytes, vocab_size: int, path: Path) -> tuple[list[str], l
     if offset != len(data):
         raise UserError(f"{path} holds more than the {vocab_size} tokens of its checkpoint")
     return pieces, scores
-
-
-def _merges(pieces: list[str], scores: list[float]) -> list[tuple[str, str]]:
-    """Every way to join two pieces into a third, best score first: llama2.c's rule, spelled out as ranks."""
-    known = set(pieces)
-    ranked = []
-    for i in range(_FIRST_PIECE_ID, len(pieces)):
-        for cut in range(1, len(pieces[i])):
-            pair = (pieces[i][:cut], pieces[i][cut:])
-            if pair[0] in known and pair[1] in known:
-                ranked.append((-scores[i], i, cut, pair))
-    return [pair for *_, pair in sorted(ranked)]

@@ -15,8 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from models.errors import UserError
-from models.formats.hf_config import read_json
 from models.formats.storage import refuse_non_finite
+from models.formats.text_files import read_json
 from models.formats.weights import Stored, find_weights, open_weights
 
 

@@ -132,5 +132,6 @@ def save_tensors(path: Path, tensors: dict[str, np.ndarray]) -> None:
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Writes indented UTF-8 JSON."""
-    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    """Writes indented UTF-8 JSON; names of files that are not UTF-8 are escaped as JSON escapes them."""
+    text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+    path.write_text(text, encoding="utf-8", errors="backslashreplace")

@@ -29,6 +29,7 @@ from models.config import TransformerConfig
 from models.errors import UserError
 from models.formats.hf import load_config, load_params
 from models.formats.tokenizer import Tokenizer
+from models.formats.tokenizer_files import holds_tokenizer
 from models.layout import Layout
 from models.sharding import param_shardings
 from models.transformer import Output, Params, for_decoding, forward, param_shapes
@@ -114,7 +115,7 @@ def load_target(directory: str | Path, dtype=None, mesh: Mesh | None = None) -> 
     """Loads a Hugging Face directory.
 
     Args:
-      directory: `config.json`, safetensors and, where there is a tokenizer, `tokenizer.json`.
+      directory: `config.json`, safetensors and, where there is a tokenizer, `tokenizer.json` or `tokenizer.model`.
       dtype: of the parameters; None means float32 on CPU and bfloat16 on accelerators.
       mesh: shards the parameters over it by `models.sharding.RULES`; None puts them on the default device.
 
@@ -126,7 +127,7 @@ def load_target(directory: str | Path, dtype=None, mesh: Mesh | None = None) -> 
     if dtype is None:
         dtype = jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
     config = load_config(directory)
-    tokenizer = Tokenizer.load(directory) if (directory / "tokenizer.json").exists() else None
+    tokenizer = Tokenizer.load(directory) if holds_tokenizer(directory) else None
     if tokenizer is not None:
         check_vocabulary(config, tokenizer, directory)
     shardings = None if mesh is None else param_shardings(mesh, param_shapes(config, dtype))

@@ -1,38 +1,31 @@
 """Text to token ids and back: a Hugging Face tokenizer directory, its chat template, streaming decoding and training.
 
-The byte-pair work is done by the `tokenizers` library. What is added here: which tokens begin and end a text, the chat
-template (Jinja in a sandbox) with the character spans that the assistant wrote, a fingerprint that data sets and heads
-carry, and a decoder that turns a growing list of ids into a growing text. The definition is kept as it was read, so
-that saving what was loaded changes neither the file nor the fingerprint.
+The byte-pair work is done by the `tokenizers` library. What is added here: which tokens begin and end a text, chats
+with the tokens that the assistant wrote, a fingerprint that data sets and heads carry, and a decoder that turns a
+growing list of ids into a growing text. The definition is kept as it was read, so that saving what was loaded changes
+neither the file nor the fingerprint.
 """
 
 import bisect
-import datetime
+import contextlib
 import functools
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, SupportsIndex
 
-import jinja2
-import jinja2.ext
-import jinja2.nodes
-import jinja2.sandbox
 import tokenizers
 
 from models.errors import UserError
-from models.formats.hf_config import read_json
-from models.formats.torch_files import refuse_pointer
+from models.formats.chat_template import ChatTemplate, Message
+from models.formats.text_files import half_character
+from models.formats.tokenizer_files import NAMED_TOKENS, read_tokenizer, token_text
 
 TokenIds = Iterable[SupportsIndex]  # ints, or an integer array
-Message = Mapping[str, Any]  # {'role': 'system' | 'user' | 'assistant', 'content': str}
-
 _CONTEXT = 16  # tokens of a prompt that new ones are read behind: a character is no longer
-
-# Unicode noncharacters, reserved for a program's own use, around what `{% generation %}` blocks produce.
-_OPEN, _CLOSE = "\ufdd0", "\ufdd1"
+_MOST_ENTRIES = 10_000_000  # The trainer reserves memory for all that it is asked for.
 
 
 class Tokenizer:
@@ -72,28 +65,14 @@ class Tokenizer:
 
     @classmethod
     def load(cls, directory: str | Path) -> "Tokenizer":
-        """Reads `tokenizer.json` and, where present, `tokenizer_config.json` and `chat_template.jinja`.
+        """Reads `tokenizer.json`, or else SentencePiece's `tokenizer.model`, and the files that may lie beside it.
+
+        Those are `tokenizer_config.json`, `special_tokens_map.json`, `added_tokens.json` and `chat_template.jinja`.
 
         Raises:
-          UserError: no such directory or file, or a file that cannot be parsed.
+          UserError: no such directory or file, one that cannot be parsed, or two that contradict each other.
         """
-        directory = Path(directory)
-        path = directory / "tokenizer.json"
-        if not path.is_file():
-            raise UserError(
-                f"no tokenizer in {directory}: expected the file tokenizer.json of a Hugging Face directory"
-            )
-        definition = _read_text(path)
-        try:
-            core = tokenizers.Tokenizer.from_str(definition)
-        except Exception as error:  # The library raises bare Exceptions.
-            raise UserError(f"{path} is not a tokenizer definition ({error})") from error
-        config: dict[str, Any] = {}
-        for optional in (directory / "special_tokens_map.json", directory / "tokenizer_config.json"):
-            config |= read_json(optional) if optional.is_file() else {}
-        template = directory / "chat_template.jinja"
-        if template.is_file():
-            config["chat_template"] = _read_text(template)
+        core, config, definition = read_tokenizer(Path(directory))
         return cls(core, config, definition)
 
     def save(self, directory: str | Path) -> None:
@@ -106,7 +85,7 @@ class Tokenizer:
         }
         for name, content in files.items():
             temporary = directory / f".{name}.{os.getpid()}"
-            temporary.write_text(content, encoding="utf-8")
+            temporary.write_text(content, encoding="utf-8", errors="backslashreplace")  # halves of characters, as JSON
             os.replace(temporary, directory / name)
 
     @classmethod
@@ -124,11 +103,12 @@ class Tokenizer:
           progress: told one line when all texts have been read.
 
         Raises:
-          UserError: `vocab_size` is too small.
+          UserError: `vocab_size` is too small or too large.
         """
-        if vocab_size < 258:
+        if not 258 <= vocab_size <= _MOST_ENTRIES:
             raise UserError(
-                f"a byte-level tokenizer needs at least 258 entries (256 bytes, 2 specials), got {vocab_size}"
+                "a byte-level tokenizer needs at least 258 entries (256 bytes, 2 specials) and at most "
+                f"{_MOST_ENTRIES:,}, got {vocab_size}"
             )
         core = tokenizers.Tokenizer(tokenizers.models.BPE())
         core.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -174,11 +154,13 @@ class Tokenizer:
           UserError: `text` holds half of a surrogate pair, which is no Unicode character.
         """
         core = self.core if specials else self._literal
-        return [*self._prefix(bos), *core.encode(_checked(text), add_special_tokens=False).ids]
+        with _encoding():
+            return [*self._prefix(bos), *core.encode(_checked(text), add_special_tokens=False).ids]
 
     def encode_documents(self, texts: Sequence[str]) -> list[list[int]]:
         """Each text as one document, in parallel: begin token, the text with specials taken literally, end token."""
-        encodings = self._literal.encode_batch_fast([_checked(text) for text in texts], add_special_tokens=False)
+        with _encoding():
+            encodings = self._literal.encode_batch_fast([_checked(text) for text in texts], add_special_tokens=False)
         return [[*self._prefix(True), *encoding.ids, *self.eos_ids[:1]] for encoding in encodings]
 
     def decode(self, ids: TokenIds, skip_specials: bool = True) -> str:
@@ -197,34 +179,46 @@ class Tokenizer:
         """The same tokenizer with another chat template."""
         return Tokenizer(self.core, {**self.config, "chat_template": template}, self._definition)
 
-    def apply_chat(self, messages: Sequence[Message], add_generation_prompt: bool = True) -> str:
+    def apply_chat(
+        self, messages: Sequence[Message], add_generation_prompt: bool = True, tools: Sequence[Any] | None = None
+    ) -> str:
         """`messages` as one string; encode it with `bos=False`, since a template writes its own begin token.
 
         Raises:
           UserError: there is no template, or it fails on these messages.
         """
-        return self._render(messages, add_generation_prompt).replace(_OPEN, "").replace(_CLOSE, "")
+        return self._chat.render(messages, add_generation_prompt, tools)
 
-    def encode_chat(self, messages: Sequence[Message], add_generation_prompt: bool = True) -> list[int]:
+    def encode_chat(
+        self, messages: Sequence[Message], add_generation_prompt: bool = True, tools: Sequence[Any] | None = None
+    ) -> list[int]:
         """Token ids of `messages` in the chat template."""
-        return self.encode(self.apply_chat(messages, add_generation_prompt), bos=False)
+        return self.encode(self.apply_chat(messages, add_generation_prompt, tools), bos=False)
 
-    def encode_chat_with_mask(self, messages: Sequence[Message]) -> tuple[list[int], list[int]]:
+    def encode_chat_with_mask(
+        self, messages: Sequence[Message], tools: Sequence[Any] | None = None
+    ) -> tuple[list[int], list[int]]:
         """A whole conversation and which of its tokens the assistant wrote.
 
         The assistant's spans are the template's `{% generation %}` blocks if it has them; otherwise what each of its
         turns adds to the conversation before it, generation prompt included, up to and with the closing token.
 
+        Args:
+          messages: the turns, with all that the template may show of them.
+          tools: what the assistant was offered to call.
+
         Returns:
           Token ids and, for each, 1 if it belongs to an assistant turn or closes one, else 0.
 
         Raises:
-          UserError: no assistant turn, no template, a template that fails, or one that rewrites earlier turns.
+          UserError: no assistant turn, no template, or one that fails, leaves out a part of the conversation, or writes
+            an assistant's turn in a way that cannot be told apart from the rest.
         """
         if not any(message["role"] == "assistant" for message in messages):
             raise UserError("the conversation has no assistant turn, so there is nothing to learn from it")
-        text, spans = self._assistant_spans(messages)
-        encoding = self.core.encode(_checked(text), add_special_tokens=False)
+        text, spans = self._chat.spans(messages, tools)
+        with _encoding():
+            encoding = self.core.encode(_checked(text), add_special_tokens=False)
         starts = [start for start, _ in spans]
         mask = []
         for begin, end in encoding.offsets:
@@ -233,39 +227,12 @@ class Tokenizer:
             mask.append(int(nearest >= 0 and begin < spans[nearest][1]))
         return encoding.ids, mask
 
-    def _assistant_spans(self, messages: Sequence[Message]) -> tuple[str, list[tuple[int, int]]]:
-        marked = self._render(messages, False)
-        if _OPEN in marked:
-            return _unmark(marked)
-        spans = []
-        for index, message in enumerate(messages):
-            if message["role"] != "assistant":
-                continue
-            before = self._render(messages[:index], True)
-            after = self._render(messages[: index + 1], False)
-            if not (after.startswith(before) and marked.startswith(after)):
-                raise UserError(
-                    f"the chat template rewrites earlier text when assistant turn {index} is added, so its tokens "
-                    "cannot be told apart: give one that only appends, or that marks them with {% generation %}"
-                )
-            # White space after the closing token separates turns; nobody generates it.
-            closed = after.rstrip()
-            ends_with_special = any(closed.endswith(token) for token in self.specials)
-            spans.append((len(before), len(closed) if ends_with_special else len(after)))
-        return marked, spans
-
-    def _render(self, messages: Sequence[Message], add_generation_prompt: bool) -> str:
+    @functools.cached_property
+    def _chat(self) -> ChatTemplate:
         if self.chat_template is None:
             raise UserError("this tokenizer has no chat template: expected chat_template in tokenizer_config.json")
-        try:
-            return _compiled(self.chat_template).render(
-                messages=list(messages),
-                add_generation_prompt=add_generation_prompt,
-                bos_token=_token_text(self.config.get("bos_token")) or "",
-                eos_token=_token_text(self.config.get("eos_token")) or "",
-            )
-        except Exception as error:  # A template is input: whatever goes wrong inside it is its author's to mend.
-            raise UserError(f"the chat template failed on {len(messages)} messages: {error}") from error
+        named = {key: token_text(value) or "" for key, value in self.config.items() if key in NAMED_TOKENS}
+        return ChatTemplate(self.chat_template, {"bos_token": "", "eos_token": "", **named}, self.specials)
 
     @functools.cached_property
     def _literal(self) -> tokenizers.Tokenizer:
@@ -293,7 +260,7 @@ class Tokenizer:
         return [self.bos_id] if bos and self.bos_id is not None and self._adds_bos else []
 
     def _special_id(self, key: str) -> int | None:
-        token = _token_text(self.config.get(key))
+        token = token_text(self.config.get(key))
         if not token:
             return None
         index = self.core.token_to_id(token)
@@ -351,47 +318,6 @@ class StreamDecoder:
         return self._tokenizer.decode(self._context + self._pending)[known:]
 
 
-class _GenerationTag(jinja2.ext.Extension):
-    """`{% generation %}...{% endgeneration %}`: what the assistant wrote, put between two marks."""
-
-    tags = {"generation"}  # noqa: RUF012 - as Jinja declares it
-
-    def parse(self, parser):
-        line = next(parser.stream).lineno
-        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-        return jinja2.nodes.CallBlock(self.call_method("_mark"), [], [], body).set_lineno(line)
-
-    def _mark(self, caller) -> str:
-        return _OPEN + caller() + _CLOSE
-
-
-@functools.lru_cache(maxsize=16)
-def _compiled(template: str) -> jinja2.Template:
-    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationTag, "jinja2.ext.loopcontrols"]
-    )
-    # Jinja's own filter escapes HTML.
-    environment.filters["tojson"] = lambda value, indent=None: json.dumps(value, ensure_ascii=False, indent=indent)
-    environment.globals["raise_exception"] = _raise_exception
-    environment.globals["strftime_now"] = lambda form: datetime.datetime.now().strftime(form)
-    return environment.from_string(template)
-
-
-def _raise_exception(message: str) -> None:
-    raise jinja2.TemplateError(message)
-
-
-def _unmark(marked: str) -> tuple[str, list[tuple[int, int]]]:
-    """The text without marks, and the spans that lay between them."""
-    text, spans = "", []
-    for piece in marked.split(_OPEN):
-        inside, closed, outside = piece.partition(_CLOSE)
-        if closed:
-            spans.append((len(text), len(text) + len(inside)))
-        text += inside + outside
-    return text, spans
-
-
 def _counted(texts: Iterable[str], vocab_size: int, progress: Callable[[str], None]) -> Iterable[str]:
     count = characters = 0
     for text in texts:
@@ -401,25 +327,19 @@ def _counted(texts: Iterable[str], vocab_size: int, progress: Callable[[str], No
     progress(f"training a tokenizer of {vocab_size:,} entries on {count:,} texts ({characters / 1e6:.1f}M characters)")
 
 
-def _checked(text: str) -> str:
-    if not text.isascii():
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:
-            raise UserError(f"character {error.start} of a text is half a surrogate pair, not Unicode text") from error
-    return text
-
-
-def _token_text(token: Any) -> str | None:
-    content = token.get("content") if isinstance(token, Mapping) else token
-    if content is not None and not isinstance(content, str):
-        raise UserError(f"tokenizer_config.json: a special token must be a text, got {content!r}")
-    return content
-
-
-def _read_text(path: Path) -> str:
-    refuse_pointer(path)
+@contextlib.contextmanager
+def _encoding() -> Iterator[None]:
+    """The library refuses some texts with a bare Exception: where a vocabulary lacks a piece and an unknown token."""
     try:
-        return path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not UTF-8 text") from error
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(f"the tokenizer cannot encode a text ({error})") from error
+
+
+def _checked(text: str) -> str:
+    at = half_character(text)
+    if at is not None:
+        raise UserError(f"character {at} of a text is half a surrogate pair, not Unicode text")
+    return text

@@ -21,10 +21,10 @@ import numpy as np
 from models.errors import UserError
 from models.formats import pickles
 from models.formats.pickles import Damaged
+from models.formats.text_files import POINTER, is_pointer
 
 _STREAM_MAGIC, _STREAM_VERSION = 0x1950A86A20F9469CFC6C, 1001
 _STREAM_START = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19"  # the pickle of the magic number, as torch writes it
-_LFS_POINTER = b"version https://git-lfs"
 # Files of other kinds that people give in the place of torch's, by how they begin.
 _OTHERS = {
     b"GGUF": "a GGUF file",
@@ -32,13 +32,6 @@ _OTHERS = {
     b"\x93NUMPY": "an array of NumPy",
     b"\x1f\x8b": "a gzip file",
 }
-
-
-def refuse_pointer(path: Path) -> None:
-    """Raises UserError where `path` is a Git LFS pointer, which stands for a file that was never fetched."""
-    with path.open("rb") as file:
-        if file.read(len(_LFS_POINTER)) == _LFS_POINTER:
-            raise UserError(f"{path} is a Git LFS pointer, not the file itself: fetch it with git lfs pull")
 
 
 def read_torch_file(path: str | Path) -> Any:
@@ -59,7 +52,6 @@ def read_torch_file(path: str | Path) -> Any:
     path = Path(path)
     if not path.is_file():
         raise UserError(f"there is no file {path}")
-    refuse_pointer(path)
     with path.open("rb") as file:
         start = file.read(512)
     try:
@@ -124,6 +116,8 @@ def _what_is_wrong(start: bytes) -> str:
     """Of a file that is neither an archive nor a stream."""
     if start[257:262] == b"ustar":
         return "was written in a format of torch before 1.6: load it and save it again with a newer torch"
+    if is_pointer(start):
+        return POINTER
     if start.startswith(b"PK"):
         return "is truncated: it begins as a zip archive but has no directory at its end"
     if not start:

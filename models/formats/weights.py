@@ -20,8 +20,8 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from models.errors import UserError
-from models.formats.hf_config import read_json
-from models.formats.torch_files import read_torch_file, refuse_pointer
+from models.formats.text_files import read_json, refuse_pointer
+from models.formats.torch_files import read_torch_file
 
 INDEX = "model.safetensors.index.json"
 _INDEX_ENDING = ".index.json"

@@ -24,7 +24,6 @@ from models.layers import call
 Params = dict[str, Any]
 
 SIZE = 299  # Side of the images that the graph reads.
-FEATURES = 2048  # pool_3
 SPATIAL_CHANNELS = 7  # of mixed_6/conv; at 17x17 they make the 2,023 numbers of sFID.
 CLASSES = 1008
 _EPSILON = 1e-3

@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from jaxtyping import Array
 
@@ -166,6 +167,11 @@ def learns_from_rejected_nodes(drafter: Drafter) -> bool:
     """Whether the state depends on more than the committed text; of a combination: any part's."""
     parts = getattr(drafter, "parts", ())
     return any(map(learns_from_rejected_nodes, parts)) if parts else type(drafter).observe is not Drafter.observe
+
+
+def read_by(drafter: Drafter, length: np.ndarray) -> np.ndarray:
+    """How much of a text the state stands for: a draft model reads the last committed token with the next draft."""
+    return np.asarray(length) - isinstance(drafter, DraftModel)
 
 
 def _random(drafter, target: Target, key: Array) -> tuple[Drafter, Any]:

@@ -344,13 +344,13 @@ def test_another_temperature_and_the_impossible_are_seen() -> None:
 
 def test_chi_square_arithmetic() -> None:
     stats = pytest.importorskip("scipy.stats")
-    law_, counts = np.array([0.5, 0.3, 0.19, 0.006, 0.004]), np.array([480, 320, 185, 9, 6])
-    ours = chi_square(counts, law_)
-    theirs = stats.chisquare([480, 320, 185, 9, 6], law_ * 1000)
+    shares, counts = np.array([0.5, 0.3, 0.19, 0.006, 0.004]), np.array([480, 320, 185, 9, 6])
+    ours = chi_square(counts, shares)
+    theirs = stats.chisquare([480, 320, 185, 9, 6], shares * 1000)
     # 0.004 x 1000 < 5 is pooled, alone, into the last cell.
     assert (
         ours.degrees == 4 and np.isclose(ours.statistic, theirs.statistic) and np.isclose(ours.p_value, theirs.pvalue)
     )
-    pooled = chi_square(counts, law_, fewest=7)
+    pooled = chi_square(counts, shares, fewest=7)
     theirs = stats.chisquare([480, 320, 185, 15], [500, 300, 190, 10])
     assert pooled.degrees == 3 and np.isclose(pooled.p_value, theirs.pvalue)

@@ -93,14 +93,14 @@ def outcome_shares(p: np.ndarray, q: np.ndarray, count: int, rule: str) -> np.nd
         if c == count or q.sum() == 0:
             shares[-1] += chance * p
             return
-        law = q / q.sum()
-        for x in np.flatnonzero(law):
-            accept = min(1.0, p[x] / law[x])
-            shares[c, x] += chance * law[x] * accept
+        offered = q / q.sum()
+        for x in np.flatnonzero(offered):
+            accept = min(1.0, p[x] / offered[x])
+            shares[c, x] += chance * offered[x] * accept
             if accept < 1 - 1e-12:
-                left = np.maximum(p - law, 0)
+                left = np.maximum(p - offered, 0)
                 younger = np.where(np.arange(VOCAB) == x, 0, q) if rule == "swor" else q
-                offer(c + 1, left / left.sum(), younger, chance * law[x] * (1 - accept))
+                offer(c + 1, left / left.sum(), younger, chance * offered[x] * (1 - accept))
 
     offer(0, p, q, 1.0)
     return shares
@@ -172,7 +172,7 @@ def mistaken_lists(mistake: str) -> Callable[[np.ndarray, str, int, int], np.nda
         ("by the verifier's noise", "one child"),
     ],
 )
-def test_children_of_another_law_are_noticed(mistake: str, case: str) -> None:
+def test_children_of_another_distribution_are_noticed(mistake: str, case: str) -> None:
     counted = outcomes("swor", mistaken_lists(mistake))
     found = {name: p_value(counts.sum(axis=0), CASES[name][0]) for name, counts in counted.items()}
     assert found[case] < 1e-12, found

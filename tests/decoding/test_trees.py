@@ -142,7 +142,7 @@ def test_load_topology(tmp_path: pathlib.Path) -> None:
     with pytest.raises(UserError, match="neither a published tree"):
         load_topology(tmp_path / "absent.json")
     file.write_text("[[0")
-    with pytest.raises(UserError, match=r"tree\.json is not JSON"):
+    with pytest.raises(UserError, match=r"tree\.json is not valid JSON"):
         load_topology(file)
     for wrong in ('{"a": 1}', "[0, 1]", '[["0"]]', "[[0.5]]"):
         file.write_text(wrong)

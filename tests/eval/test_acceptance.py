@@ -75,7 +75,7 @@ def test_every_drafter_gets_exactly_its_budget(target, drafter_directories, smal
 
 
 def test_fitter_says_what_it_needs(small: Method) -> None:
-    with pytest.raises(UserError, match="how shall draft_model grow its tree"):
+    with pytest.raises(UserError, match="which policy makes the trees of draft_model"):
         Fitter(small.drafter, "", lambda drafter: None)
     with pytest.raises(UserError, match="prompt_lookup has one way"):
         Fitter(PromptLookup(), "top", lambda drafter: None)

@@ -63,6 +63,7 @@ def test_jsonl(tokenizer_dir, tmp_path, capsys):
         "tokens": int(documents.lengths.sum()),
         "labels": int(documents.lengths.sum()),
         "bytes": sum(len(text.encode()) for text in texts(tmp_path / "out").values()),
+        "left_out": {"documents without text": 1},
     }
     assert manifest["source"] == {"src": str(source), "field": "q,a"} and manifest["chat_template"] is None
 
@@ -109,6 +110,72 @@ def test_chat_forms_give_the_same_tokens_and_masks(tokenizer_dir, tokenizer, tmp
     assert documents.manifest["splits"]["train"]["labels"] == 2 * int(documents[0]["mask"].sum())
 
 
+BAD_ROWS = [
+    ({"messages": [{"role": "assistant", "content": "a"}]}, ""),
+    ({"messages": [{"role": "narrator", "content": "a"}]}, "line 2: turn 1 has the role 'narrator'"),
+    ({"conversations": []}, "line 3: expected a list of turns"),
+    ({"messages": [{"role": "assistant", "content": "b", "reasoning_content": "c"}]}, "line 4: the chat template does"),
+    ({"messages": [{"role": "assistant", "content": "a", "name": "x"}], "id": 3}, ""),
+]
+
+
+def test_conversations_that_cannot_be_used_are_counted(tokenizer_dir, tmp_path, capsys):
+    source = tmp_path / "chat.jsonl"
+    source.write_text("\n".join(json.dumps(row) for row, _ in BAD_ROWS) + "\n{not json")
+    command = ["--kind", "chat", "--src", source, "--tokenizer", tokenizer_dir, "--out", tmp_path / "out"]
+    run(*command)
+    told = capsys.readouterr().err
+    assert list(texts(tmp_path / "out")) == ["chat.jsonl:1", "chat.jsonl:5"]
+    assert "left out: conversations that are refused (4)" in told
+    for _, message in BAD_ROWS[1:4]:
+        assert f"refused {source}, {message}" in told
+    assert f"refused {source}, line 6 is not valid JSON" in told
+    assert "fields that go nowhere, and in how many rows: id (1), name of turns (1)" in told
+    manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
+    assert manifest["splits"]["train"]["left_out"] == {"conversations that are refused": 4}
+    assert BAD_ROWS[1][1] in fails(capsys, *command, "--overwrite", "--strict")
+    message = fails(capsys, *command, "--overwrite", "--max_refused", 2)
+    assert message.startswith(f"error: 3 conversations are refused, the first: {source}, line 2")
+    for row, message in BAD_ROWS[1:4]:
+        source.write_text("\n" * int(message[5]) + json.dumps(row))
+        assert message.split(": ")[1] in fails(capsys, *command, "--overwrite")
+    assert len(texts(tmp_path / "out")) == 2
+
+
+def test_a_list_of_rows_is_read_like_lines(tokenizer_dir, tmp_path):
+    row = {"conversations": [{"from": "human", "value": "once?"}, {"from": "gpt", "value": "a time"}]}
+    (tmp_path / "chats.json").write_text(json.dumps([row, row], indent=1))
+    (tmp_path / "texts.json").write_text("\ufeff" + json.dumps([{"text": "once"}, {"text": "time"}]), encoding="utf-8")
+    for kind, names in (("chat", ["chats.json:1", "chats.json:2"]), ("jsonl", ["texts.json:1", "texts.json:2"])):
+        source = tmp_path / names[0][:-2]
+        run("--kind", kind, "--src", source, "--tokenizer", tokenizer_dir, "--out", tmp_path / kind)
+        assert list(texts(tmp_path / kind)) == names
+
+
+def test_what_a_folder_holds_besides_is_counted(tokenizer_dir, tmp_path, capsys):
+    source, linked = tmp_path / "src", tmp_path / "elsewhere"
+    for path in (source / ".git", linked):
+        path.mkdir(parents=True)
+    (source / "lib").symlink_to(linked)
+    (linked / "b.py").write_text("b = 1")
+    (linked / "loop").symlink_to(source)
+    (source / os.fsdecode(b"caf\xe9.py")).write_text("\ufeffcafe = 1", encoding="utf-8")
+    (source / ".git" / "config").write_text("hidden")
+    (source / "copy.py").write_text("b = 1")
+    (source / "latin.py").write_bytes(b"\xe9")
+    (source / "weights.py").write_text("version https://git-lfs.github.com/spec/v1\n")
+    (source / "empty.py").write_text(" ")
+    common = ["--kind", "source", "--src", source, "--tokenizer", tokenizer_dir, "--exclude", "copy*"]
+    run(*common, "--out", tmp_path / "out")
+    assert texts(tmp_path / "out") == {"caf\\xe9.py": "cafe = 1", "lib/b.py": "b = 1"}
+    told = capsys.readouterr().err
+    for reason in ("excluded files", "hidden files", "files that are not UTF-8 text", "documents without text"):
+        assert f"{reason} (1)" in told
+    assert "links to folders that are read already (1)" in told and "Git LFS pointers" in told
+    run(*common, "--glob", ".git/*", "--out", tmp_path / "hidden")
+    assert texts(tmp_path / "hidden") == {".git/config": "hidden"}
+
+
 def test_chat_template_file_goes_with_the_data(tmp_path):
     source, template = tmp_path / "chat.jsonl", tmp_path / "template.jinja"
     source.write_text(json.dumps({"messages": [{"role": "assistant", "content": "a time"}]}))
@@ -149,23 +216,29 @@ def test_what_is_there_is_not_lost(tokenizer, tokenizer_dir, tmp_path, capsys):
     ("kind", "content", "message"),
     [
         ("jsonl", None, "no file"),
-        ("jsonl", b'{"text": "a"}\n{"text": ', "line 2: not valid JSON"),
+        ("jsonl", b'{"text": "a"}\n{"text": ', "line 2 is not valid JSON"),
         ("jsonl", b'{"text": "a"}\n\n{"body": "b"}', "line 3: expected a string field 'text'; the line holds body"),
         ("jsonl", b'{"text": 3}', "line 1: expected a string field 'text'"),
-        ("jsonl", b"[1]", "line 1: expected a JSON object, got list"),
-        ("jsonl", b'{"text": "\\ud800"}', "half a surrogate pair"),
+        ("jsonl", b"[1]", "item 1 (line 1): expected a JSON object, got int"),
+        ("jsonl", b'{"text": "\\ud800"}', "source, line 1: field 'text': character 0 is half a surrogate pair"),
         ("jsonl", b"", "'train' is empty"),
+        ("jsonl", b"[" * 100_000, "line 1: nested too deeply"),
+        ("jsonl", b'{"text": "a", "b": ' + b"[" * 100_000, "line 1 is nested too deeply"),
+        ("jsonl", b'{"text": "a"}\n{"text": "\xe9"}', "line 2 has the byte 0xe9"),
+        ("jsonl", b'[{"text": "a"},\n{"text": null}]', "item 2 (line 2): expected a string field 'text'"),
+        ("jsonl", gzip.compress(b'{"text": "a"}' * 99)[:-9], "is damaged or cut short"),
+        ("text", b"version https://git-lfs.github.com/spec/v1\n", "is a Git LFS pointer"),
         ("text", b"\xff\xfe", "is not UTF-8 text"),
         ("chat", b'{"text": "a"}', "line 1: expected a list of turns"),
         (
             "chat",
             b'{"messages": [{"role": "user"}]}',
-            "line 1: expected every turn to hold the strings 'role' and 'content'",
+            "line 1: expected every turn to hold a text in 'content' or 'value', turn 1 holds nothing",
         ),
         (
             "chat",
             b'{"messages": [{"role": "user", "content": "a"}]}',
-            "source:1: the conversation has no assistant turn",
+            "source, line 1: the conversation has no assistant turn",
         ),
         ("source", b"", "no folder"),
     ],
@@ -186,6 +259,9 @@ def test_bad_sources(tokenizer_dir, tmp_path, capsys, kind, content, message):
         (["--train_tokenizer", 300, "--tokenizer", "x"], "give either --tokenizer DIR or --train_tokenizer"),
         (["--tokenizer", "nowhere"], "no tokenizer in nowhere"),
         (["--train_tokenizer", 10], "at least 258"),
+        (["--train_tokenizer", 10**15], "at most 10,000,000"),
+        (["--train_tokenizer", 300, "--separator", ""], "the separator of documents must not be empty"),
+        (["--train_tokenizer", 300, "--max_refused", -1], "--max_refused must be at least 0"),
         (["--train_tokenizer", 300, "--max_documents", 0], "max_documents must be at least 1"),
         (["--train_tokenizer", 300, "--chat_template", "nowhere"], "no file nowhere: expected a Jinja"),
         (["--train_tokenizer", 300, "--valid_src", "x", "--valid_documents", 1], "--valid_src gives the valid split"),
@@ -196,3 +272,15 @@ def test_bad_options(tmp_path, capsys, arguments, message):
     (tmp_path / "a.txt").write_text("text")
     line = fails(capsys, "--kind", "text", "--src", tmp_path / "a.txt", "--out", tmp_path / "out", *arguments)
     assert message in line and not (tmp_path / "out").exists()
+
+
+def test_a_place_that_no_library_can_write_to(tokenizer_dir, tmp_path, capsys):
+    (tmp_path / "a.txt").write_text("text")
+    common = ["--kind", "text", "--src", tmp_path / "a.txt", "--tokenizer", tokenizer_dir]
+    assert "is no name that is UTF-8" in fails(capsys, *common, "--out", os.fsdecode(bytes(tmp_path) + b"/caf\xe9"))
+
+
+@pytest.mark.parametrize("glob", ["", "/**/*.py", "../*"])
+def test_globs_that_lead_out(tmp_path, capsys, glob):
+    command = ["--kind", "source", "--src", tmp_path, "--train_tokenizer", 300, "--out", tmp_path / "out"]
+    assert "must be relative to their folder" in fails(capsys, *command, "--glob", glob)

@@ -24,6 +24,7 @@ from models.formats.storage import leaves_by_path
 from models.formats.target import Target
 from scripts.convert import main
 from tests.models.formats import released_cases as cases
+from tests.models.formats.sentencepiece_models import model as sentencepiece_model
 from tests.models.formats.test_llama2c import (
     CHARACTERS,
     TEXT,
@@ -84,6 +85,11 @@ def test_mistakes_are_one_sentence(source: Path, capsys: pytest.CaptureFixture[s
     (source / "m.gguf").write_bytes(b"GGUF\x03" + bytes(60))
     assert "m.gguf is a GGUF file, not a checkpoint of llama2.c" in complaint("m.gguf")
     assert "not a llama2.c checkpoint" in complaint("tok.bin")
+    assert "needs --tokenizer" in complaint("model.bin", None)
+    (source / "tok.model").write_bytes(sentencepiece_model())
+    assert f"not llama2.c's own: give {source / 'tok.bin'}" in complaint("model.bin", "tok.model")
+    (source / "other.model").write_bytes(sentencepiece_model())
+    assert "give the .bin that its tokenizer.py exports" in complaint("model.bin", "other.model")
     (source / "short.bin").write_bytes((source / "model.bin").read_bytes()[:-4])
     assert "truncated" in complaint("short.bin")
     convert(source)

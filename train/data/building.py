@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from models.errors import UserError
+from models.formats.text_files import refuse_name
 
 
 def name_rank(name: str) -> int:
@@ -16,7 +17,8 @@ def name_rank(name: str) -> int:
 
 
 def check_out(out: Path, overwrite: bool) -> None:
-    """Raises `UserError` if `out` holds something that must not be lost."""
+    """Raises `UserError` if `out` holds something that must not be lost, or cannot be written to by its name."""
+    refuse_name(out)
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return
     if not (out / "manifest.json").is_file():

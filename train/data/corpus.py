@@ -2,7 +2,8 @@
 
 Text: the tokenizer is the base model's where there is one (a target to finetune or to train heads on), and then the
 data must agree with it; otherwise it is the one stored with the data set, or, for raw catalogue text, the one that
-`data.tokenizer` names. Images: the classes, and every image is brought to the size that the objective's model has.
+`data.tokenizer` names. The chat template is the data's where it has one. Images: the classes, and every image is
+brought to the size that the objective's model has.
 """
 
 import dataclasses
@@ -129,7 +130,11 @@ def _open_texts(config: DataConfig, base: str | None, length: int) -> TextCorpus
         )
         for split in (config.split, config.valid_split)
     )
-    return TextCorpus(tokenizer or Tokenizer.load(Path(config.path) / "tokenizer"), train, valid, length)
+    tokenizer = tokenizer or Tokenizer.load(Path(config.path) / "tokenizer")
+    # The template that wrote the chats goes with what learns from them, whichever its base had.
+    if train.manifest.get("chat_template"):
+        tokenizer = tokenizer.with_chat_template(train.manifest["chat_template"])
+    return TextCorpus(tokenizer, train, valid, length)
 
 
 def _this_process() -> dict[str, int]:

@@ -10,7 +10,6 @@ import collections
 import dataclasses
 import functools
 import time
-import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ from PIL import Image
 
 from models.errors import UserError
 from models.formats.storage import write_json
+from models.formats.text_files import refuse_pointer, shown
 from train.data import images
 from train.data.building import name_rank, new_dataset
 from train.data.glyphs import CHARACTERS, check, glyph
@@ -71,7 +71,8 @@ def read_folder(folder: str | Path, size: int) -> ImageList:
         return images.decoded(path.read_bytes(), size, str(path))
 
     labels = [classes.index(path.parts[0]) for path in paths]
-    return ImageList([path.as_posix() for path in paths], labels, classes, size, read)
+    names = [shown(path.as_posix()) for path in paths]
+    return ImageList(names, labels, [shown(name) for name in classes], size, read)
 
 
 def read_npz(path: str | Path, label: str = "labels", size: int | None = None) -> ImageList:
@@ -107,6 +108,7 @@ def read_npz(path: str | Path, label: str = "labels", size: int | None = None) -
 def _arrays(path: Path, wanted: Sequence[str], optional: str) -> dict[str, np.ndarray]:
     if not path.is_file():
         raise UserError(f"no file {path}: expected an .npz with {' and '.join(wanted)}")
+    refuse_pointer(path)
     try:
         with np.load(path, allow_pickle=False) as file:
             if missing := [name for name in wanted if name not in file]:
@@ -114,7 +116,7 @@ def _arrays(path: Path, wanted: Sequence[str], optional: str) -> dict[str, np.nd
             return {name: file[name] for name in (*wanted, optional) if name in file}
     except UserError:
         raise
-    except (zipfile.BadZipFile, ValueError, EOFError, TypeError) as error:
+    except Exception as error:  # Archives and headers of arrays fail in as many ways as they can be damaged.
         raise UserError(f"{path} is damaged or not an .npz file ({error})") from None
 
 

@@ -19,7 +19,7 @@ from jaxtyping import Int32, UInt8
 from PIL import Image, UnidentifiedImageError
 
 from models.errors import UserError
-from models.formats.hf_config import read_json
+from models.formats.text_files import read_json
 from train.data.order import in_order, shuffled
 from train.data.records import (
     CATALOGUE_PREFIX,

@@ -17,9 +17,11 @@ from typing import Any
 
 import absl.logging
 import tensorflow_datasets as tfds
+from google.protobuf import json_format
 from tensorflow_datasets.core.download import downloader
 
 from models.errors import UserError
+from models.formats.text_files import refuse_name, refuse_pointer
 
 CATALOGUE_PREFIX = "tfds:"
 
@@ -46,7 +48,12 @@ class Records:
         return self.stop - self.first
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        return self.source[self.first + index]
+        """Record `index`. Raises `UserError` where its file is damaged."""
+        with _damage(self.builder.data_path):
+            record = self.source[self.first + index]
+            if any(value is None for value in record.values()):  # What it makes of an empty record.
+                raise ValueError(f"record {index} is missing")
+            return record
 
 
 def write_records(make_builder: Callable[..., tfds.core.GeneratorBasedBuilder], directory: Path) -> None:
@@ -81,9 +88,10 @@ def open_directory(directory: Path, split: str, decoders: Any = None) -> Records
     """A split of what `write_records` wrote; `decoders` are those of TFDS.
 
     Raises:
-      UserError: a file is missing, or there is no such split.
+      UserError: a file is missing or damaged, or there is no such split.
     """
-    with quiet():
+    refuse_name(directory)
+    with quiet(), _damage(directory):
         for name in ("dataset_info.json", "features.json"):
             check_present(directory / name)
         builder = tfds.builder_from_directory(str(directory))
@@ -134,9 +142,21 @@ def catalogue_builder(name: str, data_dir: str | Path | None) -> tfds.core.Datas
 
 
 def check_present(path: Path) -> None:
-    """Raises `UserError` where a file of a data set is missing."""
+    """Raises `UserError` where a file of a data set is missing, or a Git LFS pointer stands for it."""
     if not path.is_file():
         raise UserError(f"the data set {path.parent} is incomplete: there is no {path.name}")
+    refuse_pointer(path)
+
+
+@contextlib.contextmanager
+def _damage(directory: str | Path) -> Iterator[None]:
+    """What the readers of records and of their metadata say of files that are cut short or overwritten."""
+    try:
+        yield
+    except UserError:
+        raise
+    except (RuntimeError, ValueError, json_format.ParseError) as error:
+        raise UserError(f"the data set {directory} is damaged ({_first_line(error)})") from error
 
 
 @contextlib.contextmanager

@@ -4,6 +4,7 @@ The directory holds TFDS `array_record` files, `manifest.json` (source, kind, to
 counts per split) and the tokenizer. It appears whole under its name or not at all.
 """
 
+import collections
 import functools
 import itertools
 import time
@@ -15,12 +16,15 @@ import numpy as np
 
 from models.errors import UserError
 from models.formats.storage import write_json
+from models.formats.text_files import half_character
 from models.formats.tokenizer import Tokenizer
 from train.data import texts as data
 from train.data.building import new_dataset
 from train.data.text_sources import RawDocument
 
 _CHUNK = 64  # Documents tokenised together.
+_SHOWN = 5  # Refusals told in full.
+_BLANK, _REFUSED = "documents without text", "conversations that are refused"
 
 
 def train_tokenizer(
@@ -37,6 +41,7 @@ def build(
     *,
     kind: str = "text",
     source: Any = "memory",
+    max_refused: int = 0,
     overwrite: bool = False,
     progress: Callable[[str], None] = lambda line: None,
 ) -> dict[str, Any]:
@@ -51,17 +56,18 @@ def build(
       out: the directory to write.
       kind: for the manifest, what sort of documents they are.
       source: for the manifest, where the documents come from: a string or other JSON value.
+      max_refused: conversations of a split that may be passed over because they cannot be used; one more is an error.
       overwrite: replace a data set that is there.
-      progress: told a line every second or so.
+      progress: told a line every second or so, and at the end what was left out.
 
     Returns:
       The manifest: `kind`, `source`, `tokenizer`, `vocab_size`, `chat_template` and, per split, `documents`, `tokens`,
-      `labels` and `bytes` (of the text, UTF-8).
+      `labels`, `bytes` (of the text, UTF-8) and `left_out` (documents that are not in it, by reason).
 
     Raises:
       UserError: a split is empty, a document cannot be tokenised, or `out` holds something that must not be lost.
     """
-    counters = {name: _Counter(name, progress) for name in splits}
+    counters = {name: _Counter(name, tokenizer.chat_template or "", max_refused, progress) for name in splits}
     return write_dataset(
         out,
         tokenizer,
@@ -108,15 +114,16 @@ def write_dataset(
 
 
 def _tokenised(documents: Iterable[RawDocument], tokenizer: Tokenizer, counter: "_Counter") -> Iterator[data.Document]:
-    present = (document for document in documents if document.content.strip())
+    present = (document for document in documents if counter.wants(document))
     while chunk := list(itertools.islice(present, _CHUNK)):
-        texts = iter(tokenizer.encode_documents([document.text for document in chunk if not document.messages]))
+        texts = iter(_encoded([document for document in chunk if not document.messages], tokenizer))
         for document in chunk:
             if document.messages:
                 try:
-                    tokens, mask = tokenizer.encode_chat_with_mask(document.messages)
+                    tokens, mask = tokenizer.encode_chat_with_mask(document.messages, document.tools)
                 except UserError as error:
-                    raise UserError(f"{document.name}: {error}") from error
+                    counter.refuse(f"{document.where or document.name}: {error}")
+                    continue
             else:
                 tokens = next(texts)
                 mask = [1] * len(tokens)
@@ -125,30 +132,87 @@ def _tokenised(documents: Iterable[RawDocument], tokenizer: Tokenizer, counter: 
     counter.finish()
 
 
-class _Counter:
-    """What went into one split, told about as it grows."""
+def _encoded(documents: Sequence[RawDocument], tokenizer: Tokenizer) -> list[list[int]]:
+    for document in documents:
+        at = half_character(document.text)
+        if at is not None:
+            raise UserError(f"{document.where or document.name}: character {at} is half a surrogate pair")
+    return tokenizer.encode_documents([document.text for document in documents])
 
-    def __init__(self, split: str, progress: Callable[[str], None]):
-        self.totals = {"documents": 0, "tokens": 0, "labels": 0, "bytes": 0}
-        self._split = split
-        self._progress = progress
+
+class _Counter:
+    """What went into one split and what did not, told about as it grows."""
+
+    def __init__(self, split: str, template: str, max_refused: int, progress: Callable[[str], None]):
+        """`template` is the chat template; more than `max_refused` conversations that cannot be used are an error."""
+        self._totals = {"documents": 0, "tokens": 0, "labels": 0, "bytes": 0}
+        self._left_out: collections.Counter[str] = collections.Counter()
+        self._unused: collections.Counter[str] = collections.Counter()
+        self._refusals: list[str] = []
+        self._split, self._template, self._max_refused, self._progress = split, template, max_refused, progress
         self._told = float("inf")
 
+    @property
+    def totals(self) -> dict[str, Any]:
+        """Counts of what went in, and of what was left out by reason."""
+        return {**self._totals, "left_out": dict(self._left_out)}
+
+    def wants(self, document: RawDocument) -> bool:
+        """Whether a document goes in; counted if not."""
+        if document.refused:
+            self.refuse(document.refused)
+        elif document.left_out:
+            self._left_out[document.left_out] += 1
+        elif not document.content.strip():
+            self._left_out[_BLANK] += 1
+        else:
+            return True
+        return False
+
+    def refuse(self, reason: str) -> None:
+        """Counts a conversation that cannot be used. Raises UserError for one more than may be."""
+        self._left_out[_REFUSED] += 1
+        count = self._left_out[_REFUSED]
+        if count <= _SHOWN:
+            self._refusals.append(reason)
+        if count > self._max_refused:
+            first = self._refusals[0]
+            raise UserError(first if count == 1 else f"{count:,} conversations are refused, the first: {first}")
+
     def add(self, document: RawDocument, tokens: Sequence[int], mask: Sequence[int]) -> None:
-        self.totals["documents"] += 1
-        self.totals["tokens"] += len(tokens)
-        self.totals["labels"] += sum(mask)
-        self.totals["bytes"] += len(document.content.encode())
+        self._totals["documents"] += 1
+        self._totals["tokens"] += len(tokens)
+        self._totals["labels"] += sum(mask)
+        self._totals["bytes"] += len(document.content.encode())
+        fields = {key for turn in document.messages for key in turn if key not in ("role", "content")}
+        # What a template never names it cannot show; what it shows of the rest, `ChatTemplate` has checked.
+        self._unused.update([*document.unused, *(f"{key} of turns" for key in fields if key not in self._template)])
         self._told = min(self._told, time.monotonic())
         if time.monotonic() - self._told > 1:
             self._tell("so far")
 
     def finish(self) -> None:
-        if not self.totals["documents"]:
-            raise UserError(f"the split {self._split!r} is empty: there is no document with text in it")
+        listed = _listed(self._left_out)
+        if not self._totals["documents"]:
+            if self._refusals:
+                raise UserError(f"{self._refusals[0]} (no conversation of {self._split!r} can be used)")
+            left_out = f" (left out: {listed})" if listed else ""
+            raise UserError(f"the split {self._split!r} is empty: there is no document with text in it{left_out}")
         self._tell("in all")
+        if listed:
+            self._progress(f"{self._split}: left out: {listed}")
+        for reason in self._refusals:
+            self._progress(f"{self._split}: refused {reason}")
+        if (more := self._left_out[_REFUSED] - len(self._refusals)) > 0:
+            self._progress(f"{self._split}: and {more:,} more")
+        if self._unused:
+            self._progress(f"{self._split}: fields that go nowhere, and in how many rows: {_listed(self._unused)}")
 
     def _tell(self, when: str) -> None:
         self._told = time.monotonic()
-        documents, tokens = self.totals["documents"], self.totals["tokens"]
+        documents, tokens = self._totals["documents"], self._totals["tokens"]
         self._progress(f"{self._split}: {documents:,} documents, {tokens:,} tokens {when}")
+
+
+def _listed(counts: collections.Counter[str]) -> str:
+    return ", ".join(f"{name} ({count:,})" for name, count in sorted(counts.items()))

@@ -1,28 +1,27 @@
 """Where texts come from: JSONL, text files, folders of source and conversations, and which of them are held out.
 
 Documents are read anew at every pass, so that none need lie in memory. Which are held out depends on their names alone:
-it stays the same when documents are added.
+it stays the same when documents are added. What is not used is among them and says why, so that it can be counted.
 """
 
 import contextlib
 import dataclasses
 import fnmatch
-import gzip
 import hashlib
-import itertools
-import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 from models.errors import UserError
-from models.formats.tokenizer import Message
+from models.formats.chat_template import Message
+from models.formats.text_files import is_pointer, json_items, parse_json, shown, text_lines
+from train.data import folders
 from train.data.building import name_rank
+from train.data.chats import check_characters, conversation, may_hold_halves, other_fields
 
 END_OF_TEXT = "<|endoftext|>"
 BLANK_LINE = "blank-line"
-_SHAREGPT_ROLES = {"human": "user", "gpt": "assistant"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,12 +31,22 @@ class RawDocument:
     Attributes:
       name: where it came from, unique in its data set.
       text: the text, where it is no conversation.
-      messages: `{'role', 'content'}` turns of a conversation.
+      messages: `{'role', 'content'}` turns of a conversation, perhaps with more.
+      tools: what its assistant may call.
+      unused: fields of its row that say nothing to the model.
+      where: file and line, for messages; `name` where that says it.
+      refused: why it cannot be used, in a sentence that names its place; then it has neither text nor messages.
+      left_out: why it is not wanted, in words that follow a number ("hidden files"); likewise.
     """
 
     name: str
     text: str = ""
     messages: tuple[Message, ...] = ()
+    tools: tuple[Any, ...] = ()
+    unused: tuple[str, ...] = ()
+    where: str = ""
+    refused: str = ""
+    left_out: str = ""
 
     @property
     def content(self) -> str:
@@ -56,52 +65,58 @@ class DocumentList(Iterable[RawDocument]):
 
 
 def read_jsonl(path: str | Path, fields: Sequence[str] = ("text",)) -> DocumentList:
-    """One document per line of a (gzipped) JSONL file: its string `fields`, joined by newlines.
+    """One document per line of a (gzipped) JSONL file, or per item of a JSON array: its string `fields`, on lines.
 
     Reading raises `UserError`, with the line's number, for bad JSON and for a missing field.
     """
 
-    def document(name: str, where: str, record: dict[str, Any]) -> RawDocument:
-        for field in fields:
-            if not isinstance(record.get(field), str):
-                raise UserError(f"{where}: expected a string field {field!r}; the line holds {', '.join(record)}")
-        return RawDocument(name, "\n".join(record[field] for field in fields))
+    def read() -> Iterator[RawDocument]:
+        for name, where, row in _records(Path(path)):
+            row = _fields_of(row, where)
+            for field in fields:
+                if not isinstance(row.get(field), str):
+                    held = f"{field} is {type(row[field]).__name__}" if field in row else ", ".join(row) or "nothing"
+                    raise UserError(f"{where}: expected a string field {field!r}; the line holds {held}")
+            yield RawDocument(name, "\n".join(row[field] for field in fields))
 
-    return DocumentList(lambda: _records(Path(path), document))
+    return DocumentList(read)
 
 
 def read_chat(path: str | Path) -> DocumentList:
-    """One conversation per line of a (gzipped) JSONL file.
+    """One conversation per line of a (gzipped) JSONL file, or per item of a JSON array; see `train/data/chats.py`.
 
-    Either `{'messages': [{'role', 'content'}]}` or ShareGPT's `{'conversations': [{'from', 'value'}]}`, whose `human`
-    and `gpt` are user and assistant. Reading raises `UserError`, with the line's number, for any other form.
+    A row that is no conversation becomes a document that says why it is refused.
     """
 
-    def document(name: str, where: str, record: dict[str, Any]) -> RawDocument:
-        keys = ("messages", "role", "content") if "messages" in record else ("conversations", "from", "value")
-        turns = record.get(keys[0])
-        if not isinstance(turns, list) or not turns:
-            raise UserError(f"{where}: expected a list of turns in 'messages' or 'conversations'")
-        messages = []
-        for turn in turns:
-            role, content = (turn.get(key) if isinstance(turn, dict) else None for key in keys[1:])
-            if not isinstance(role, str) or not isinstance(content, str):
-                raise UserError(f"{where}: expected every turn to hold the strings {keys[1]!r} and {keys[2]!r}")
-            messages.append({"role": _SHAREGPT_ROLES.get(role, role), "content": content})
-        return RawDocument(name, messages=tuple(messages))
+    def document(name: str, where: str, row: Any) -> RawDocument:
+        try:
+            row = _fields_of(row, where)
+        except UserError as error:
+            return RawDocument(name, refused=str(error))
+        try:
+            messages, tools = conversation(row)
+        except (UserError, RecursionError) as error:
+            return RawDocument(name, refused=f"{where}: {error}")
+        return RawDocument(name, messages=messages, tools=tools, unused=tuple(other_fields(row)), where=where)
 
-    return DocumentList(lambda: _records(Path(path), document))
+    return DocumentList(lambda: (document(*record) for record in _records(Path(path))))
 
 
 def read_text(path: str | Path, separator: str = END_OF_TEXT) -> DocumentList:
-    """The documents of one (gzipped) text file, which `separator` parts; `blank-line` parts at empty lines."""
+    """The documents of one (gzipped) text file, which `separator` parts; `blank-line` parts at empty lines.
+
+    Raises:
+      UserError: the separator is empty.
+    """
+    if not separator:
+        raise UserError(f"the separator of documents must not be empty; {BLANK_LINE!r} parts them at empty lines")
 
     def read() -> Iterator[RawDocument]:
-        with _opened(Path(path)) as file:
-            text = file.read()
+        with _opened(Path(path)) as lines:
+            text = "".join(lines)
         pieces = re.split(r"\n\s*\n", text) if separator == BLANK_LINE else text.split(separator)
         for number, piece in enumerate(pieces, 1):
-            yield RawDocument(f"{Path(path).name}:{number}", piece.strip("\n"))
+            yield RawDocument(f"{shown(Path(path).name)}:{number}", piece.strip("\n"))
 
     return DocumentList(read)
 
@@ -109,7 +124,8 @@ def read_text(path: str | Path, separator: str = END_OF_TEXT) -> DocumentList:
 def read_source(folder: str | Path, glob: str = "**/*", exclude: Sequence[str] = ()) -> DocumentList:
     """One document per file of a folder, in the order of their relative paths, which are their names.
 
-    Files that are not UTF-8 and repetitions of an earlier file are left out.
+    Links are followed. Files that are hidden (unless `glob` names a hidden part), not UTF-8, Git LFS pointers or
+    repetitions of an earlier file become documents that say why they are left out.
 
     Args:
       folder: where to look.
@@ -117,9 +133,9 @@ def read_source(folder: str | Path, glob: str = "**/*", exclude: Sequence[str] =
       exclude: patterns; a file is left out when one matches its relative path or any single part of it.
 
     Raises:
-      UserError: no such folder.
+      UserError: no such folder, or a pattern that leads out of it.
     """
-    folder = Path(folder)
+    folder, pattern = Path(folder), folders.Glob(glob)
     if not folder.is_dir():
         raise UserError(f"no folder {folder}: expected a folder of source files")
 
@@ -128,28 +144,53 @@ def read_source(folder: str | Path, glob: str = "**/*", exclude: Sequence[str] =
 
     def read() -> Iterator[RawDocument]:
         seen: set[bytes] = set()
-        paths = sorted(path.relative_to(folder) for path in folder.glob(glob) if path.is_file())
-        for path in paths:
-            if excluded(path):
+        for found in folders.files(folder):
+            name = shown(found.path.as_posix())
+            if not found.left_out and not pattern.matches(found.path):
                 continue
-            content = (folder / path).read_bytes()
-            digest = hashlib.sha256(content).digest()
-            if digest in seen:
-                continue
-            seen.add(digest)
-            with contextlib.suppress(UnicodeDecodeError):
-                yield RawDocument(path.as_posix(), content.decode())
+            if excluded(found.path):
+                yield RawDocument(name, left_out="excluded files")
+            elif folders.is_hidden(found.path) and not pattern.names_hidden():
+                yield RawDocument(name, left_out="hidden files")
+            elif found.left_out:
+                yield RawDocument(name, left_out=found.left_out)
+            else:
+                yield _source_file(folder / found.path, name, seen)
 
     return DocumentList(read)
 
 
+def _source_file(path: Path, name: str, seen: set[bytes]) -> RawDocument:
+    content = path.read_bytes()
+    digest = hashlib.sha256(content).digest()
+    if digest in seen:
+        return RawDocument(name, left_out="repetitions of an earlier file")
+    seen.add(digest)
+    if is_pointer(content):
+        return RawDocument(name, left_out="Git LFS pointers, which stand for files that were not fetched")
+    try:
+        text = content.decode("utf-8-sig")
+    except UnicodeDecodeError:
+        text = "\0"
+    return RawDocument(name, left_out="files that are not UTF-8 text") if "\0" in text else RawDocument(name, text)
+
+
 def limited(documents: Iterable[RawDocument], max_documents: int | None) -> Iterable[RawDocument]:
-    """The first `max_documents` documents, or all of them."""
+    """The first `max_documents` documents that are not refused or left out, or all of them."""
     if max_documents is None:
         return documents
     if max_documents < 1:
         raise UserError(f"max_documents must be at least 1, got {max_documents}")
-    return DocumentList(lambda: itertools.islice(documents, max_documents))
+
+    def read() -> Iterator[RawDocument]:
+        count = 0
+        for document in documents:
+            yield document
+            count += not document.refused and not document.left_out
+            if count == max_documents:
+                break
+
+    return DocumentList(read)
 
 
 def hold_out(
@@ -188,29 +229,52 @@ def hold_out(
     }
 
 
-def _records(path: Path, document: Callable[[str, str, dict[str, Any]], RawDocument]) -> Iterator[RawDocument]:
-    with _opened(path) as file:
-        for number, line in enumerate(file, 1):
-            if not line.strip():
-                continue
-            where = f"{path}, line {number}"
-            try:
-                record = json.loads(line)
-            except ValueError as error:
-                raise UserError(f"{where}: not valid JSON ({error})") from error
-            if not isinstance(record, dict):
-                raise UserError(f"{where}: expected a JSON object, got {type(record).__name__}")
-            yield document(f"{path.name}:{number}", where, record)
+def _records(path: Path) -> Iterator[tuple[str, str, Any]]:
+    """Name and place of each row of a file, and the row, or the `UserError` that a single line is refused with."""
+    with _opened(path) as lines:
+        for number, line in enumerate(lines, 1):
+            if number == 1 and line.lstrip().startswith("["):
+                yield from _items(path, "".join([line, *lines]))
+            elif line.strip():
+                where = f"{path}, line {number}"
+                yield f"{shown(path.name)}:{number}", where, _row(line, where)
+
+
+def _row(line: str, where: str) -> Any:
+    try:
+        row = parse_json(line, where)
+    except UserError as error:
+        return error
+    return _whole(row, where) if may_hold_halves(line) else row
+
+
+def _whole(row: Any, where: str) -> Any:
+    try:
+        check_characters(row)
+    except UserError as error:
+        return UserError(f"{where}: {error}")
+    return row
+
+
+def _items(path: Path, text: str) -> Iterator[tuple[str, str, Any]]:
+    halves = may_hold_halves(text)
+    for number, (line, row) in enumerate(json_items(text, str(path)), 1):
+        where = f"{path}, item {number} (line {line})"
+        yield f"{shown(path.name)}:{number}", where, _whole(row, where) if halves else row
+
+
+def _fields_of(row: Any, where: str) -> dict[str, Any]:
+    """The row, once it is known to be an object. Raises UserError otherwise."""
+    if isinstance(row, UserError):
+        raise row
+    if not isinstance(row, dict):
+        raise UserError(f"{where}: expected a JSON object, got {type(row).__name__}")
+    return row
 
 
 @contextlib.contextmanager
-def _opened(path: Path) -> Iterator[TextIO]:
+def _opened(path: Path) -> Iterator[Iterator[str]]:
     if not path.is_file():
         raise UserError(f"no file {path}: expected the file with the documents")
-    try:
-        with gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else path.open(encoding="utf-8") as file:
-            yield file
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not UTF-8 text") from error
-    except gzip.BadGzipFile as error:
-        raise UserError(f"{path} is not a gzip file ({error})") from error
+    with text_lines(path) as lines:
+        yield lines

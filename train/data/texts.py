@@ -22,11 +22,12 @@ import tensorflow_datasets as tfds
 from jaxtyping import Int, Int32, Int64, UInt8
 
 from models.errors import UserError
-from models.formats.hf_config import read_json
+from models.formats.text_files import read_json
 from models.formats.tokenizer import Tokenizer
 from train.data.order import in_order, shuffled
 from train.data.records import (
     CATALOGUE_PREFIX,
+    Records,
     catalogue_builder,
     check_present,
     open_catalogue,
@@ -298,10 +299,12 @@ def _open_directory(directory: Path, split: str, tokenizer_fingerprint: str | No
     records = open_directory(directory, split)
     lengths_path = _lengths_path(directory, records.split)
     check_present(lengths_path)
-    lengths = np.load(lengths_path)[records.first : records.stop]
+    lengths = _lengths(lengths_path, records)
 
     def fetch(index: int) -> Document:
         example = records[index]
+        if len(example["tokens"]) != lengths[index]:
+            raise UserError(f"{lengths_path} is not of this data set: document {index} has another length")
         return {"name": example["name"].decode(), "tokens": example["tokens"], "mask": example["mask"]}
 
     return Documents(lengths, fetch, manifest)
@@ -324,7 +327,10 @@ def _open_catalogue(
     tokens: list[np.ndarray] = []
     for start in range(0, len(source), 256):
         examples = [source[index] for index in range(start, min(start + 256, len(source)))]
-        texts = ["\n".join(_as_text(example[field], field, name) for field in fields) for example in examples]
+        texts = [
+            "\n".join(_as_text(example[field], field, f"{name}, document {index}") for field in fields)
+            for index, example in enumerate(examples, start)
+        ]
         tokens.extend(np.asarray(ids, np.int32) for ids in tokenizer.encode_documents(texts))
 
     def fetch(index: int) -> Document:
@@ -354,7 +360,20 @@ def _lengths_path(directory: Path, split: str) -> Path:
     return directory / f"lengths-{split}.npy"
 
 
+def _lengths(path: Path, records: Records) -> np.ndarray:
+    try:
+        lengths = np.load(path, allow_pickle=False)[records.first : records.stop]
+    except Exception as error:  # The header is Python, and fails in all the ways that Python may.
+        raise UserError(f"{path} is damaged ({type(error).__name__}: {error})") from None
+    if lengths.shape != (len(records),) or lengths.dtype.kind != "i":
+        raise UserError(f"{path} is not of this data set: it holds {lengths.dtype} {list(lengths.shape)}")
+    return lengths
+
+
 def _as_text(value: Any, field: str, name: str) -> str:
     if not isinstance(value, bytes | str):
-        raise UserError(f"field {field!r} of the TFDS set {name!r} is {type(value).__name__}, not text")
-    return value.decode() if isinstance(value, bytes) else value
+        raise UserError(f"field {field!r} of the TFDS set {name} is {type(value).__name__}, not text")
+    try:
+        return value.decode() if isinstance(value, bytes) else value
+    except UnicodeDecodeError:
+        raise UserError(f"field {field!r} of the TFDS set {name} is not UTF-8 text") from None

@@ -29,8 +29,8 @@ class DraftHeadsConfig:
     Attributes:
       name: `draft_heads`.
       target: directory of the target, which stays as it is.
-      drafter: which heads.
-      heads: their hyper-parameters: the fields of `MedusaHeads` or `HydraHeads`.
+      drafter: which heads: the name of a drafter made of them.
+      heads: their hyper-parameters: the fields of their shape, such as `MedusaHeads`.
       hard: weight of the cross-entropy with the text.
       soft: weight of the cross-entropy with the target's distribution.
       feature: weight of the smooth L1 distance to the target's feature.
@@ -47,7 +47,7 @@ class DraftHeadsConfig:
 
     name: Literal["draft_heads"]
     target: str | None
-    drafter: Literal["medusa", "hydra"]
+    drafter: str
     heads: Mapping[str, Any]
     hard: float = 1.0
     soft: float = 0.0
@@ -80,7 +80,9 @@ class DraftHeadsConfig:
 
     def untrained(self, model: TransformerConfig | None = None) -> HeadDrafter:
         """The drafter without parameters, its tree the published one as far down as there are heads."""
-        drafter: Any = DRAFTERS[self.drafter]
+        kinds = {name: kind for name, kind in DRAFTERS.items() if issubclass(kind, HeadDrafter)}
+        schema.require(self.drafter in kinds, f"objective.drafter must be one of {', '.join(kinds)}", self.drafter)
+        drafter: Any = kinds[self.drafter]
         heads = schema.parse(type(drafter().heads), self.heads, "objective.heads")
         schema.require(heads.num_heads >= 1, "objective.heads.num_heads must be at least 1", heads.num_heads)
         schema.require(heads.num_layers >= 1, "objective.heads.num_layers must be at least 1", heads.num_layers)

@@ -1,4 +1,4 @@
-"""Growths against plain references: which candidates, in which order, drawn from what.
+"""Tree policies against plain references: which candidates, in which order, drawn from what.
 
 The network here is a table from paths to distributions, so that every policy can be recomputed in NumPy.
 """
@@ -265,7 +265,7 @@ def test_a_beam_is_sequences_without_replacement(monkeypatch: pytest.MonkeyPatch
 
 @pytest.mark.parametrize("draws", ["without", "with"])
 def test_levels_and_branches_are_drawn_apart(draws: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two children and one below each: the joint law is the product, which noise that any two shared would not give."""
+    """Two children and one below each: the joint distribution is the product, and with shared noise it is not."""
     q = np.array([softmax(row) for row in FEW])
     first = q[1][:, None] * q[1]
     if draws == "without":
@@ -434,7 +434,7 @@ def test_rows_of_temperature_0_rank_even_among_sampled_ones() -> None:
         ("confidence:top_k=4,depth=3,total=20", Confidence(4, 3, 20)),
     ],
 )
-def test_growths_on_a_command_line_and_in_json(text: str, policy: TreePolicy) -> None:
+def test_policies_on_a_command_line_and_in_json(text: str, policy: TreePolicy) -> None:
     assert parse_policy(text) == policy
     assert read_policy(policy.to_record(), "policy", "here") == policy
 
@@ -452,6 +452,6 @@ def test_growths_on_a_command_line_and_in_json(text: str, policy: TreePolicy) ->
         ("stochastic_beam:width=0", "width and depth of at least 1, got 0 and 4"),
     ],
 )
-def test_growths_that_do_not_fit(text: str, complaint: str) -> None:
+def test_policies_that_do_not_fit(text: str, complaint: str) -> None:
     with pytest.raises(UserError, match=complaint):
         parse_policy(text)

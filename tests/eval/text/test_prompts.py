@@ -60,7 +60,7 @@ def test_real_files(shared_data: pathlib.Path) -> None:
     [
         ('{"turns": []}', "line 1 must be an object"),
         ('{"prompt": "x"}\n{"text": "y"}', "line 2 must be an object"),
-        ('{"prompt": "x"}\nnot json', "line 2 is not JSON"),
+        ('{"prompt": "x"}\nnot json', "line 2 is not valid JSON"),
         ('{"prompt": " "}', "line 1 must be"),
         ("3", "line 1 must be"),
         ("\n\n", "holds no prompts"),
@@ -74,10 +74,10 @@ def test_bad_files(tmp_path: pathlib.Path, content: str, complaint: str) -> None
 
 
 def test_missing_file_and_damaged_archive(tmp_path: pathlib.Path) -> None:
-    with pytest.raises(UserError, match="no prompts file"):
+    with pytest.raises(UserError, match="there is no"):
         read_questions(tmp_path / "nowhere.jsonl")
     (tmp_path / "x.jsonl.gz").write_bytes(b"not gzip")
-    with pytest.raises(UserError, match="cannot be read"):
+    with pytest.raises(UserError, match="is not a gzip file"):
         read_questions(tmp_path / "x.jsonl.gz")
 
 

@@ -202,10 +202,10 @@ def test_missing_key_and_broken_files(tmp_path: Path) -> None:
 
 
 def test_a_file_that_may_not_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refused(path: Path, encoding: str) -> str:
+    def refused(path: Path, mode: str) -> None:
         raise PermissionError(errno.EACCES, "Permission denied", str(path))
 
-    monkeypatch.setattr(Path, "read_text", refused)
+    monkeypatch.setattr(Path, "open", refused)
     with pytest.raises(UserError, match=r"cannot read .*config\.json: Permission denied"):
         load_config(tmp_path)
 

@@ -227,9 +227,9 @@ def test_generation_tag_leaves_no_marks(tokenizer):
 
 
 def test_mask_refuses_what_it_cannot_tell_apart(tokenizer):
-    rewriting = "{% for m in messages %}{{ 'last ' if loop.last else '' }}{{ m.content }}{% endfor %}"
-    with pytest.raises(UserError, match="rewrites earlier text when assistant turn 1"):
-        tokenizer.with_chat_template(rewriting).encode_chat_with_mask(CHAT)
+    twice = "{% for m in messages %}{{ loop.length }}{{ m.content }}{{ m.content }}{% endfor %}"
+    with pytest.raises(UserError, match="writes assistant turn 2 so that its tokens cannot be told apart"):
+        tokenizer.with_chat_template(twice).encode_chat_with_mask(CHAT)
     with pytest.raises(UserError, match="no assistant turn"):
         tokenizer.with_chat_template(CHATML).encode_chat_with_mask(CHAT[:1])
 

@@ -183,6 +183,25 @@ def test_a_missing_file_is_named(directory, tmp_path, name):
         assert len(data.open_split(copy, "valid")) == 2
 
 
+@pytest.mark.parametrize("wound", ["cut", "overwritten", "pointer", "garbage"])
+@pytest.mark.parametrize("name", ["lengths-train.npy", "dataset_info.json", "features.json", "token_documents-train"])
+def test_a_damaged_file_is_one_sentence(directory, tmp_path, name, wound):
+    copy = pathlib.Path(shutil.copytree(directory, tmp_path / "set"))
+    (path,) = copy.glob(f"{name}*")
+    content = path.read_bytes()
+    path.write_bytes(
+        {
+            "cut": content[: len(content) // 2],
+            "overwritten": content[:40] + b"\xff" * 300 + content[340:],
+            "pointer": b"version https://git-lfs.github.com/spec/v1\n",
+            "garbage": b"\0garbage" * 99,
+        }[wound]
+    )
+    with pytest.raises(UserError, match="LFS" if wound == "pointer" else "damaged|not of this data set"):
+        documents = data.open_split(copy, "train")
+        [documents[index] for index in range(len(documents))]
+
+
 @pytest.mark.parametrize(
     ("manifest", "message"),
     [
