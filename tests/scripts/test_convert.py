@@ -78,10 +78,6 @@ def test_mistakes_are_one_sentence(source: Path, capsys: pytest.CaptureFixture[s
     assert "no checkpoint file" in complaint("nowhere.bin")
     assert "no tokenizer file" in complaint("model.bin", "nowhere.bin")
     assert "--from llama2c needs --tokenizer" in complaint("model.bin", None)
-    (source / "tok.model").write_bytes(b"\n\x0e\n\x05<unk>\x15" + bytes(60))
-    assert "tok.model is a SentencePiece model, not a tokenizer of llama2.c: give tok.bin" in complaint(
-        "model.bin", "tok.model"
-    )
     (source / "m.gguf").write_bytes(b"GGUF\x03" + bytes(60))
     assert "m.gguf is a GGUF file, not a checkpoint of llama2.c" in complaint("m.gguf")
     assert "not a llama2.c checkpoint" in complaint("tok.bin")
