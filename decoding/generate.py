@@ -17,13 +17,21 @@ import numpy as np
 from jaxtyping import Array, Int
 
 from decoding import loop
+from decoding.arguments import (
+    at_least_one,
+    checked_prompts,
+    checked_sampling,
+    checked_stops,
+    drafter_and_params,
+    whole_per_row,
+)
 from decoding.drafter import Drafter
-from decoding.drafters.plain import Plain
 from decoding.request import Request
 from decoding.sampling import Sampling, batch_sampling
 from decoding.stats import Stats
 from decoding.verify import Typical
 from models.errors import UserError
+from models.formats.continuation import Continuation, split_stops, text_behind
 from models.formats.target import Target
 from models.sharding import check_placed, mesh_of, on_mesh, place_rows
 
@@ -37,6 +45,8 @@ class Generation:
     Attributes:
       tokens: new tokens, a stop token included.
       writers: beside each, who wrote it: 0 the target, d the accepted draft of depth d.
+      texts: what the new tokens say behind their prompt, up to and with a stop text that ended them; empty where the
+        target has no tokenizer.
       stats: one per prompt.
       prefill_seconds: reading the prompts and choosing the first tokens.
       decode_seconds: the loop.
@@ -49,6 +59,7 @@ class Generation:
     prefill_seconds: float
     decode_seconds: float
     memory: Any = None
+    texts: list[str] = dataclasses.field(default_factory=list)
 
 
 def bucket(size: int, smallest: int = 64) -> int:
@@ -67,17 +78,18 @@ def slots_needed(prompt_length: int, max_new_tokens: int, max_depth: int) -> int
 
 def generate(
     target: Target,
-    prompts: Sequence[Sequence[int] | np.ndarray],
+    prompts: Any,
     *,
-    drafter: Drafter | None = None,
-    drafter_params=None,
-    max_new_tokens: int | Sequence[int] | np.ndarray = 128,
-    sampling: Sampling | Sequence[Sampling] = Sampling(),
-    seeds: int | np.integer | Sequence[int] | np.ndarray = 0,
-    stop: Sequence[Sequence[int]] | None = None,
+    drafter: Any = None,
+    drafter_params: Any = None,
+    max_new_tokens: Any = 128,
+    sampling: Any = Sampling(),
+    seeds: Any = 0,
+    stop: Any = None,
+    stop_texts: Any = (),
     typical: Typical | None = None,
-    capacity: int | None = None,
-    stream_every: int = 8,
+    capacity: Any = None,
+    stream_every: Any = 8,
     on_tokens: Callable[[int, list[int], list[int]], None] | None = None,
     mesh=None,
     memory=None,
@@ -85,19 +97,24 @@ def generate(
 ) -> Generation:
     """Decodes a batch of prompts; ragged lengths are fine.
 
+    Annotations are wide because arguments are checked (`decoding/arguments.py`), with a sentence for each.
+
     Args:
       target: the model whose text it is.
-      prompts: token ids, at least one per prompt.
-      drafter: what proposes candidates; None is plain decoding.
-      drafter_params: its parameters.
-      max_new_tokens: per prompt, or one for all.
-      sampling: settings per prompt, or one for all; the default is greedy.
-      seeds: one per prompt, or a first one from which they count up. A row's text depends on its own prompt, seed and
+      prompts: token ids, int lists or arrays, at least one id per prompt.
+      drafter: the `Drafter` that proposes candidates, or the pair that `load_drafter` returns; None is plain decoding.
+      drafter_params: its parameters, where they are not in the pair.
+      max_new_tokens: int per prompt, or one for all.
+      sampling: `Sampling` per prompt, or one for all; the default is greedy.
+      seeds: int per prompt, or a first one from which they count up. A row's text depends on its own prompt, seed and
         settings alone.
       stop: token sequences that end a text; None means the target's end tokens. They are part of the output.
+      stop_texts: texts that end a text beside `stop`, looked for in what the new tokens say; `texts` ends with the one
+        that was met, `tokens` with the token that completes it. The host looks every `stream_every` steps, so counts
+        of single nodes and `memory` may include up to that many steps more. Special tokens may be among them.
       typical: lossy typical acceptance instead of lossless verification.
       capacity: cache slots per row; by default the smallest bucket that fits.
-      stream_every: steps between calls of `on_tokens`.
+      stream_every: steps between calls of `on_tokens` and between looks for `stop_texts`.
       on_tokens: called with (row, new tokens, their writers) as text is committed.
       mesh: devices that share the work: the batch is split over `data`, heads and vocabulary over `tensor`. None is the
         mesh that the target was loaded on, or one device.
@@ -106,25 +123,26 @@ def generate(
       memory: `Generation.memory` of an earlier request of the same batch size, for drafters that learn as they go.
 
     Raises:
-      UserError: an empty prompt, a token outside the vocabulary, a request that does not fit the context or cache, or
-        parameters that do not lie on the mesh.
+      UserError: an argument of another kind, an empty prompt, a token outside the vocabulary, a request that fits no
+        context or cache, parameters of another drafter or off the mesh; or scores of the target that are not finite.
     """
+    if not isinstance(target, Target):
+        raise UserError(f"target must be a Target, as load_target returns it, got a {type(target).__name__}")
     config, params = target.config, target.params
-    drafter = drafter or Plain()
-    drafter.check(config)
-    batch = len(prompts)
-    limits = _per_row(max_new_tokens, batch, "max_new_tokens")
-    if stream_every < 1:
-        raise UserError(f"stream_every must be at least 1 step, got {stream_every}")
-    needed, padded = _check_request(config, prompts, limits, drafter)
-    capacity = _capacity(capacity, max(needed, padded), drafter)
-    if drafter_params is None and jax.tree.leaves(_param_shapes(drafter, target)):
-        raise UserError(f"the drafter {drafter.name} has parameters: give them as drafter_params")
     mesh = mesh_of(params) if mesh is None else mesh
+    drafter, drafter_params = drafter_and_params(drafter, drafter_params, target, mesh)
+    prompts = checked_prompts(prompts, target)
+    batch = len(prompts)
+    limits = whole_per_row(max_new_tokens, batch, "max_new_tokens")
+    stream_every = at_least_one(stream_every, "stream_every", " step")
+    needed, padded = _check_lengths(config, prompts, limits, drafter)
+    capacity = _capacity(capacity, max(needed, padded), drafter)
+    stop, stop_texts = _stops(target, stop, stop_texts)
     if mesh is not None:
         _check_mesh(mesh, target, drafter_params, batch)
     lengths = np.array([len(prompt) for prompt in prompts], np.int32)
     request = _make_request(config, lengths, limits, seeds, sampling, stop, attention, typical)
+    reader = _Reader(target, prompts, stop_texts, on_tokens)
     drafter.rule(request.sampling.greedy)  # Refuses what cannot be verified, before anything is computed.
     text = np.zeros((batch, padded), np.int32)
     for row, prompt in enumerate(prompts):
@@ -135,36 +153,63 @@ def generate(
     with on_mesh(mesh):
         state, request = _prefill(models, request, text, capacity, mesh, memory)
         prefilled = time.perf_counter()
-        every = 2**31 - 1 if on_tokens is None else stream_every
-        sent = lengths.copy()
-        while True:
-            if on_tokens is not None:
-                sent = _stream(state, sent, on_tokens)
-            if bool(jnp.all(state.text.done)):
-                break
-            state = loop.run(models, state, request, np.int32(every))
-        jax.block_until_ready(state)
-    return _finished(state, lengths, drafter, prefilled - started, time.perf_counter() - prefilled)
+        state = _run(models, state, request, reader, stream_every, mesh)
+    seconds = prefilled - started, time.perf_counter() - prefilled
+    return _finished(target, prompts, state, drafter, seconds, reader.ended, stop_texts)
 
 
-def _finished(state, lengths, drafter, prefill_seconds, decode_seconds) -> Generation:
-    tokens, writers, ends = (np.asarray(x) for x in (state.text.tokens, state.text.writers, state.text.length + 1))
-    span = [slice(int(start), int(end)) for start, end in zip(lengths, ends, strict=True)]
+def _run(models: loop.Models, state, request, reader: "_Reader", stream_every: int, mesh):
+    """The loop to its end, without a stop where nobody reads what it writes."""
+    every = stream_every if reader.watches else 2**31 - 1
+    while True:
+        if reader.watches:
+            state = reader.look(state, mesh)
+        if bool(jnp.all(state.text.done)):
+            return jax.block_until_ready(state)
+        state = loop.run(models, state, request, np.int32(every))
+
+
+def _finished(target, prompts, state, drafter, seconds, ended: dict[int, int], stop_texts) -> Generation:
+    tokens, writers, lengths = (np.asarray(x) for x in (state.text.tokens, state.text.writers, state.text.length))
+    span = [slice(len(prompt), ended.get(row, int(lengths[row]) + 1)) for row, prompt in enumerate(prompts)]
+    made = [tokens[row, s].tolist() for row, s in enumerate(span)]
+    by = [writers[row, s].tolist() for row, s in enumerate(span)]
+    for row, new in enumerate(made):
+        _refuse_broken(new, target.config.vocab_size, row, len(prompts[row]))
+    stats = [Stats.of(state.counters, row) for row in range(len(span))]
+    texts = []
+    if target.tokenizer is not None:
+        pairs = zip(prompts, made, strict=True)
+        texts = [text_behind(target.tokenizer, prompt, new, stop_texts) for prompt, new in pairs]
     return Generation(
-        tokens=[tokens[row, s].tolist() for row, s in enumerate(span)],
-        writers=[writers[row, s].tolist() for row, s in enumerate(span)],
-        stats=[Stats.of(state.counters, row) for row in range(len(span))],
-        prefill_seconds=prefill_seconds,
-        decode_seconds=decode_seconds,
+        tokens=made,
+        writers=by,
+        stats=[one.cut(by[row]) if row in ended else one for row, one in enumerate(stats)],
+        prefill_seconds=seconds[0],
+        decode_seconds=seconds[1],
         memory=drafter.memory(state.drafter),
+        texts=texts,
     )
+
+
+def _stops(target: Target, stop, stop_texts) -> tuple[list[list[int]], list[str]]:
+    """Token sequences and texts that end a text."""
+    stops = [[eos] for eos in target.config.eos_ids] if stop is None else checked_stops(stop)
+    # What the loop draws where the target has no token to offer.
+    stops.append([target.config.vocab_size])
+    if not stop_texts:
+        return stops, []
+    if target.tokenizer is None:
+        raise UserError("stop_texts need a tokenizer, which this target lacks: give token sequences as stop")
+    specials, texts = split_stops(target.tokenizer, stop_texts)
+    return stops + specials, texts
 
 
 def _prefill(models: loop.Models, request, text, capacity, mesh, memory):
     """The state in which the prompts are read and the first tokens chosen, and the request beside it."""
     config, drafter, batch = models.config, models.drafter, len(text)
     dtype = models.params["embed"]["embedding"].dtype
-    state = loop.init_state(config, drafter, batch, capacity, dtype, text, mesh=mesh)
+    state = loop.init_state(config, drafter, batch, capacity, dtype, mesh=mesh)
     if memory is not None:
         # Copied, and through the host: the loop donates its state, the caller may want to begin from this memory again,
         # and it may come from another mesh.
@@ -177,10 +222,6 @@ def _prefill(models: loop.Models, request, text, capacity, mesh, memory):
     for chunk in chunks:
         state, hidden = loop.read_prompt(models, state, hidden, request, jnp.asarray(chunk))
     return jax.block_until_ready(loop.begin(models, state, hidden, request)), request
-
-
-def _param_shapes(drafter: Drafter, target: Target):
-    return jax.eval_shape(lambda key: drafter.init_params(target.config, target.params, key), jax.random.key(0))
 
 
 def _check_mesh(mesh, target, drafter_params, batch) -> None:
@@ -199,55 +240,39 @@ def _make_request(config, lengths, limits, seeds, sampling, stop, attention, typ
         raise UserError(f"attention must be 'dense' or 'split', got {attention!r}")
     if attention == "split" and (any(config.windows) or config.attention_softcap is not None):
         raise UserError("attention 'split' cannot serve a target with sliding windows or an attention soft cap")
-    seeds = _per_row(
-        [seeds + row for row in range(batch)] if isinstance(seeds, numbers.Integral) else seeds, batch, "seeds"
-    )
+    counted = isinstance(seeds, numbers.Integral) and not isinstance(seeds, bool)
+    seeds = whole_per_row([seeds + row for row in range(batch)] if counted else seeds, batch, "seeds")
     if min(seeds) < 0 or max(seeds) >= 2**32:
         raise UserError(f"seeds must be in [0, 2^32), got {min(seeds) if min(seeds) < 0 else max(seeds)}")
     return Request(
         prompt_length=jnp.asarray(lengths),
         limit=jnp.asarray(lengths + np.array(limits, np.int32)),
-        stops=_pack_stops(stop if stop is not None else [[eos] for eos in config.eos_ids], batch),
+        stops=_pack_stops(stop, batch),
         keys=jax.vmap(jax.random.key)(jnp.array(seeds, jnp.uint32)),
-        sampling=batch_sampling(_per_row(sampling, batch, "sampling")),
+        sampling=batch_sampling(checked_sampling(sampling, batch)),
         attention=attention,
         typical=typical,
     )
 
 
-def _per_row(value, batch: int, name: str) -> list:
-    value = value.tolist() if isinstance(value, np.ndarray) else value
-    rows = list(value) if isinstance(value, Sequence) else [value] * batch
-    if len(rows) != batch:
-        raise UserError(f"{name} has {len(rows)} entries for {batch} prompts")
-    return rows
-
-
-def _check_request(config, prompts, limits, drafter) -> tuple[int, int]:
+def _check_lengths(config, prompts, limits, drafter) -> tuple[int, int]:
     """Cache slots that decoding needs, and those that the padded prompt chunks need."""
-    if min(limits, default=1) < 1:
+    if min(limits) < 1:
         raise UserError(f"max_new_tokens must be at least 1, got {min(limits)}")
-    if len(prompts) == 0:
-        raise UserError("there is no prompt to decode")
-    needed = 0
     for row, (prompt, limit) in enumerate(zip(prompts, limits, strict=True)):
-        if len(prompt) == 0:
-            raise UserError(f"prompt {row} is empty: a text needs at least one token to begin with")
-        if min(prompt) < 0 or max(prompt) >= config.vocab_size:
-            bad = min(prompt) if min(prompt) < 0 else max(prompt)
-            raise UserError(f"prompt {row} has token {bad}, outside the target's vocabulary of {config.vocab_size}")
         if len(prompt) + limit > config.max_position:
             raise UserError(
                 f"prompt {row} has {len(prompt)} tokens and {limit} new ones were asked for, more than the target's "
                 f"context of {config.max_position}"
             )
-        needed = max(needed, slots_needed(len(prompt), limit, drafter.max_depth))
+    needed = max(slots_needed(len(p), limit, drafter.max_depth) for p, limit in zip(prompts, limits, strict=True))
     return needed, sum(_chunk_sizes(max(map(len, prompts))))
 
 
-def _capacity(asked: int | None, needed: int, drafter: Drafter) -> int:
+def _capacity(asked: Any, needed: int, drafter: Drafter) -> int:
     if asked is None:
         return bucket(needed)
+    asked = at_least_one(asked, "capacity")
     if asked < needed:
         raise UserError(
             f"a cache of {asked} slots is too small: the request needs {needed} (longest prompt, new tokens and "
@@ -272,10 +297,6 @@ def _pack_stops(stops: Sequence[Sequence[int]], batch: int) -> Int[Array, "B K L
 
     So requests that stop at different things share a compilation: an all-padding row stops nothing.
     """
-    if any(not sequence for sequence in stops):
-        raise UserError("a stop sequence is empty")
-    if any(min(sequence) < 0 for sequence in stops):
-        raise UserError(f"a stop sequence holds the token {min(map(min, stops))}: token ids begin at 0")
     longest = 8 * -(-max(map(len, stops), default=1) // 8)
     packed = np.full((4 * -(-max(len(stops), 1) // 4), longest), -1, np.int32)
     for row, sequence in enumerate(stops):
@@ -283,10 +304,57 @@ def _pack_stops(stops: Sequence[Sequence[int]], batch: int) -> Int[Array, "B K L
     return jnp.broadcast_to(packed, (batch, *packed.shape))
 
 
-def _stream(state, sent, on_tokens):
-    tokens, writers, ends = (np.asarray(x) for x in (state.text.tokens, state.text.writers, state.text.length + 1))
-    for row in range(len(sent)):
-        if ends[row] > sent[row]:
-            span = slice(int(sent[row]), int(ends[row]))
-            on_tokens(row, tokens[row, span].tolist(), writers[row, span].tolist())
-    return ends
+class _Reader:
+    """Reads a text while it grows: hands new tokens on, and ends rows where a stop text is complete."""
+
+    def __init__(self, target: Target, prompts: list[list[int]], stop_texts: Sequence[str], on_tokens):
+        self._vocab_size, self._on_tokens = target.config.vocab_size, on_tokens
+        self._texts = None
+        if stop_texts and target.tokenizer is not None:
+            self._texts = [Continuation(target.tokenizer, prompt, stop_texts) for prompt in prompts]
+        self._read = [len(prompt) for prompt in prompts]
+        self.ended: dict[int, int] = {}
+
+    @property
+    def watches(self) -> bool:
+        """Whether there is anything to read before the end."""
+        return self._on_tokens is not None or self._texts is not None
+
+    def look(self, state: loop.DecodeState, mesh) -> loop.DecodeState:
+        """The state without the rows that have met a stop text since the last look."""
+        tokens, writers, lengths = (np.asarray(x) for x in (state.text.tokens, state.text.writers, state.text.length))
+        ended = len(self.ended)
+        for row, start in enumerate(self._read):
+            if row in self.ended:
+                continue
+            end = self._end(row, tokens[row, start : lengths[row] + 1].tolist())
+            if self._on_tokens is not None and end > start:
+                self._on_tokens(row, tokens[row, start:end].tolist(), writers[row, start:end].tolist())
+            self._read[row] = end
+        if len(self.ended) == ended:
+            return state
+        host = np.array(state.text.done)
+        host[list(self.ended)] = True
+        done = jnp.asarray(host)
+        done = done if mesh is None else place_rows(mesh, done)
+        return dataclasses.replace(state, text=dataclasses.replace(state.text, done=done))
+
+    def _end(self, row: int, new: list[int]) -> int:
+        start = self._read[row]
+        _refuse_broken(new, self._vocab_size, row, start)
+        if self._texts is not None:
+            for place, token in enumerate(new, start):
+                self._texts[row].feed(token)
+                if self._texts[row].ended:
+                    self.ended[row] = place + 1
+                    return place + 1
+        return start + len(new)
+
+
+def _refuse_broken(tokens: list[int], vocab_size: int, row: int, start: int) -> None:
+    """Raises UserError where the target had no next token to offer (`decoding.sampling.unless_broken`)."""
+    if tokens and tokens[-1] >= vocab_size:
+        raise UserError(
+            f"the target's scores are not finite (NaN or infinity) for the token {start + len(tokens) - 1} of prompt "
+            f"{row}'s text: its weights are damaged, or too large for their dtype"
+        )

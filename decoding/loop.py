@@ -83,9 +83,9 @@ class Models:
 
 
 def init_state(config, drafter: Drafter, batch: int, capacity: int, dtype, prompts=None, mesh=None) -> DecodeState:
-    """An empty state of `capacity` tokens; `prompts` `[B, <= capacity]` pre-fills the text buffer.
+    """An empty state of `capacity` tokens; on a mesh every row's part of it lies on the row's devices.
 
-    On a mesh every row's part of it lies on the row's devices.
+    `read_prompt` writes the text that it reads; `prompts` `[B, <= capacity]` stand in the buffer from the beginning.
     """
     tokens = np.zeros((batch, capacity), np.int32)
     if prompts is not None:
@@ -119,19 +119,20 @@ def read_prompt(
     """
     config, drafter = models.config, models.drafter
     start = state.place
-    cache, count, taps, hidden = _read_chunk(
+    cache, written, count, taps, hidden = _read_chunk(
         config,
         drafter.taps,
         request.attention,
         models.params,
         state.cache,
+        state.text.tokens,
         start,
         hidden,
         request.prompt_length,
         tokens,
     )
     after = start.after(count)
-    text = dataclasses.replace(state.text, length=after.length)
+    text = dataclasses.replace(state.text, tokens=written, length=after.length)
     state = dataclasses.replace(state, text=text, slots=after.slots, cache=cache)
     if drafter.ingests:
         rows = TrueRows(tokens, start, count, taps, "prompt")
@@ -153,16 +154,19 @@ def begin(models: Models, state: DecodeState, hidden: Float[Array, "B H"], reque
 
 
 @functools.partial(jax.jit, static_argnames=("config", "taps", "attention"), donate_argnames=("cache", "hidden"))
-def _read_chunk(config, taps, attention, params, cache, start: Place, hidden, prompt_length, tokens):
-    """The target on one chunk of prompts: cache, tokens that were text, taps, and the newest last feature."""
+def _read_chunk(config, taps, attention, params, cache, text, start: Place, hidden, prompt_length, tokens):
+    """The target on one chunk of prompts: cache, text, how much was text, taps, and the newest last feature."""
     rows = tokens.shape[1]
     count = jnp.clip(prompt_length - start.length, 0, rows)
     layout = Layout.extend(start.slots, rows, start.position, attention)
     out = forward(config, params, tokens, layout, Sources(cache), taps=taps)
     cache = commit_rows(cache, out.rows, None, start.slots, after=out.hidden[:, 0])
+    place = jnp.arange(text.shape[1], dtype=jnp.int32) - start.length[:, None]
+    fresh = jnp.take_along_axis(tokens, jnp.clip(place, 0, rows - 1), axis=1)
+    text = jnp.where((place >= 0) & (place < count[:, None]), fresh, text)
     last = jnp.maximum(count - 1, 0)[:, None, None]
     read = jnp.take_along_axis(out.hidden, last, axis=1)[:, 0]
-    return keep_rows((cache, count, out.taps, jnp.where((count > 0)[:, None], read, hidden)))
+    return keep_rows((cache, text, count, out.taps, jnp.where((count > 0)[:, None], read, hidden)))
 
 
 @functools.partial(jax.jit, static_argnames=("drafter",), donate_argnames=("state",))

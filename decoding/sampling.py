@@ -8,6 +8,7 @@ steps a text takes does not change its text.
 
 import dataclasses
 import functools
+import numbers
 from collections.abc import Callable
 
 import jax
@@ -60,8 +61,17 @@ class Sampling:
     min_p: float = 0.0
 
     def __post_init__(self):
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            kind, noun = (numbers.Integral, "a whole number") if field.name == "top_k" else (numbers.Real, "a number")
+            if isinstance(value, np.ndarray | jax.Array) and value.ndim == 0:
+                value = value.item()
+                object.__setattr__(self, field.name, value)
+            if not isinstance(value, kind) or isinstance(value, bool):
+                raise UserError(f"{field.name} must be {noun}, got {value!r}")
         for name, ok, range_text in (
-            ("temperature", self.temperature >= 0, "0 or more"),
+            # Beyond these, scores over a temperature leave float32.
+            ("temperature", self.temperature == 0 or 1e-6 <= self.temperature <= 1e6, "0, or from 1e-6 to 1e6"),
             ("top_k", 0 <= self.top_k < 2**31, "0 (off) or more, and less than 2^31"),
             ("top_p", 0 < self.top_p <= 1, "in (0, 1]"),
             ("min_p", 0 <= self.min_p < 1, "in [0, 1)"),
@@ -180,6 +190,8 @@ def draw(
 ) -> Int[Array, "B"]:
     """The target's token at `positions`, one per row: argmax at temperature 0, else a draw keyed by row and position.
 
+    V, which is no token, stands for logits that are not finite.
+
     Args:
       logits: target logits at the position before.
       sampling: sampling settings.
@@ -192,9 +204,18 @@ def draw(
 def _draw(logits, sampling, keys, positions):
     best = argmax(logits)
     if sampling.greedy:
-        return best
+        return unless_broken(logits, best)
     drawn = argmax(apply_sampling(logits, sampling) + noise(keys, positions, logits.shape[-1], logits.dtype))
-    return jnp.where(sampling.temperature > 0, drawn, best)
+    return unless_broken(logits, jnp.where(sampling.temperature > 0, drawn, best))
+
+
+def unless_broken(logits: Float[Array, "B V"], token: Int[Array, "B"]) -> Int[Array, "B"]:
+    """`token`, or V, which is no token, in rows whose logits hold NaN or infinity.
+
+    It costs nothing: the maximum is one that `argmax` takes anyway, and V ends a text as an end token does
+    (`decoding/generate.py`).
+    """
+    return jnp.where(jnp.isfinite(jnp.max(logits, axis=-1)), token, logits.shape[-1])
 
 
 def noise(keys: Array, positions: Int[Array, "B"], size: int, dtype) -> Float[Array, "B V"]:

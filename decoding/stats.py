@@ -9,6 +9,7 @@ A step that a stop token or the length limit cuts short counts what it emitted.
 """
 
 import dataclasses
+from collections.abc import Sequence
 
 import jax.numpy as jnp
 import numpy as np
@@ -80,6 +81,22 @@ class Stats:
             int(host[1]),
             np.asarray(counters.accepted)[pick].sum(axis=0),
             np.asarray(counters.nodes)[pick].sum(axis=0),
+        )
+
+    def cut(self, writers: Sequence[int]) -> "Stats":
+        """Of a text that was ended before its last steps: the counts of the steps that made what is left.
+
+        Counts of single nodes stay: no text tells which branch of a tree it came from.
+
+        Args:
+          writers: who wrote each token that is left, the one that prefill chose first.
+        """
+        by = np.asarray(writers[1:], np.int64)
+        depths = np.arange(1, len(self.accepted_by_depth) + 1)
+        # Every step but one that was cut short ends with a token of the target.
+        steps = int(np.sum(by == 0)) + bool(len(by) and by[-1])
+        return dataclasses.replace(
+            self, steps=steps, committed=len(by), accepted_by_depth=np.sum(by[:, None] == depths, axis=0)
         )
 
     def __add__(self, other: "Stats") -> "Stats":

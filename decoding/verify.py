@@ -23,7 +23,7 @@ import jax.numpy as jnp
 from flax import struct
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
-from decoding.sampling import SamplingParameters, argmax, draw, noise, target_probabilities
+from decoding.sampling import SamplingParameters, argmax, draw, noise, target_probabilities, unless_broken
 from decoding.trees import SAMPLED_RULES, TokenTree
 from models.sharding import row_wise
 
@@ -168,7 +168,7 @@ def _try_children(visited, sampling, keys, offered, held, positions, proposal, r
         if rule == "swor":
             q_BV = jnp.where(rejected & is_x_BV, 0, q_BV)
     drawn = argmax(jnp.log(p_BV) + noise(keys, positions, p_BV.shape[1], p_BV.dtype))
-    return jnp.where(child >= 0, token, drawn), child
+    return jnp.where(child >= 0, token, unless_broken(visited, drawn)), child
 
 
 def verify_typical(

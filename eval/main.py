@@ -8,12 +8,12 @@ Prints the table of runs and writes `results.json` and `report.html` to `--confi
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from decoding.drafters.registry import load_drafter
+from decoding.drafters.registry import load_drafter, split_names
 from decoding.generate import generate
 from decoding.sampling import Sampling
 from decoding.verify import Typical
@@ -22,7 +22,16 @@ from eval.report.page import keep_results, write_results
 from eval.report.text import print_table, write_report
 from eval.text.benchmark import Contender, benchmark
 from eval.text.metrics import head_accuracy, perplexity, rows_of_text
-from eval.text.prompts import BUILT_IN, Prompt, Question, document_prompts, encode_questions, read_questions, spread
+from eval.text.prompts import (
+    BUILT_IN,
+    Prompt,
+    Question,
+    Room,
+    document_prompts,
+    encode_questions,
+    read_questions,
+    spread,
+)
 from eval.text.results import describe_target, samples
 from models import schema
 from models.errors import UserError, exit_on_user_error
@@ -50,6 +59,7 @@ class DecodeConfig:
       num_prompts: questions or documents to take, evenly spread; None takes all questions, or 16 documents.
       prompt_tokens: length of a prompt from `data`.
       chat: put prompts from a file in the tokenizer's chat template.
+      too_long: what becomes of a question that does not fit the target's context: `error`, `skip` or `truncate`.
       max_new_tokens: most tokens per prompt.
       repeats: how often everything is decoded.
       seed: of the draws when the temperature is above 0.
@@ -72,6 +82,7 @@ class DecodeConfig:
     num_prompts: int | None = None
     prompt_tokens: int = 64
     chat: bool = False
+    too_long: Literal["error", "skip", "truncate"] = "error"
     max_new_tokens: int = 128
     repeats: int = 3
     seed: int = 0
@@ -109,7 +120,7 @@ def run(config: DecodeConfig) -> dict[str, Any]:
         progress(f"loading {config.target}")
         target = load_target(str(config.target), mesh=parse_mesh(config.mesh) if config.mesh else None)
         contenders = _contenders(config, target)
-        prompts = _prompts(config, target)
+        prompts = _prompts(config, target, progress)
         quality = _quality(config, target, contenders)
         runs = benchmark(
             target,
@@ -141,7 +152,7 @@ def run(config: DecodeConfig) -> dict[str, Any]:
 
 def _contenders(config: DecodeConfig, target: Target) -> list[Contender]:
     """Plain decoding, then every other drafter in the order given."""
-    names = dict.fromkeys(["none", *(name.strip() for name in config.drafters.split(",") if name.strip())])
+    names = dict.fromkeys(["none", *split_names(config.drafters)])
     typical = Typical() if config.typical else None
     contenders = []
     for name in names:
@@ -151,10 +162,17 @@ def _contenders(config: DecodeConfig, target: Target) -> list[Contender]:
     return contenders
 
 
-def _prompts(config: DecodeConfig, target: Target) -> list[Prompt]:
+def _prompts(config: DecodeConfig, target: Target, progress: Progress) -> list[Prompt]:
     if target.tokenizer is None:
         raise UserError(f"{config.target} has no tokenizer, so it cannot read prompts")
+    otherwise = ": --config.too_long=skip leaves such questions out, truncate keeps their ends"
+    room = Room(config.max_new_tokens, target.config.max_position, config.too_long, progress.note, otherwise)
     if config.prompts is None and config.data is not None:
+        if config.prompt_tokens > room.tokens:
+            raise UserError(
+                f"prompt_tokens must be at most {room.tokens}, what {config.max_new_tokens} new ones leave of the "
+                f"target's context, got {config.prompt_tokens}"
+            )
         count = config.num_prompts or DOCUMENTS
         return document_prompts(config.data, config.split, target, count, config.prompt_tokens)
     if config.prompts is None:
@@ -165,7 +183,7 @@ def _prompts(config: DecodeConfig, target: Target) -> list[Prompt]:
     def answer(tokens: list[int]) -> list[int]:
         return generate(target, [tokens], max_new_tokens=config.max_new_tokens).tokens[0]
 
-    return encode_questions(questions, target.tokenizer, answer, config.chat)
+    return encode_questions(questions, target.tokenizer, answer, config.chat, room)
 
 
 def _quality(config: DecodeConfig, target: Target, contenders: Sequence[Contender]) -> dict[str, Any]:

@@ -13,7 +13,7 @@
 5. The tree with the most tokens per second wins; `--write` puts it into the drafter's directory.
 
 `--tree` and `--policy` measure nothing: they check what is given, and `--write` puts it there. Drafters made of heads
-have a tree, draft models and EAGLE heads a policy (`decoding/policies`).
+have a tree, draft models and EAGLE heads a policy (`decoding/policies`), which a tree makes static.
 
 The module is called `tree` because the command is `python -m eval.tree`. As `eval.tree`, run from the project's root,
 it does not shadow the library `tree` that TFDS imports, which a top-level `tree.py` would.
@@ -38,7 +38,7 @@ from eval.measure.parts import Scene, Step, draft_part, rows_forward
 from eval.measure.progress import Progress
 from eval.measure.timing import Timed, measure
 from eval.text.metrics import head_ranks
-from eval.text.prompts import BUILT_IN, Question, document_prompts, encode_questions, read_questions
+from eval.text.prompts import BUILT_IN, Question, Room, document_prompts, encode_questions, read_questions
 from models import command_line
 from models.command_line import at_least
 from models.errors import UserError, exit_on_user_error
@@ -255,7 +255,9 @@ def _calibration_prompts(args: argparse.Namespace, target: Target) -> list[list[
         questions = [dataclasses.replace(q, turns=q.turns[:1]) for q in read_questions(args.prompts, args.num_prompts)]
     else:
         questions = [Question(str(i), (text,)) for i, text in enumerate(BUILT_IN)]
-    return [list(prompt.tokens) for prompt in encode_questions(questions, target.tokenizer, lambda tokens: [])]
+    room = Room(args.max_new_tokens, target.config.max_position)
+    prompts = encode_questions(questions, target.tokenizer, lambda tokens: [], room=room)
+    return [list(prompt.tokens) for prompt in prompts]
 
 
 @exit_on_user_error
@@ -290,16 +292,18 @@ def main(argv: Sequence[str] | None = None) -> None:
         drafter.with_policy(policy).check(target.config)
         _write(args, policy, policy.max_nodes)
         return
+    if args.tree is not None:
+        tree = load_topology(args.tree, "--tree")
+        fitted = drafter.with_tree(tree)
+        fitted.check(target.config)
+        # Drafters with a policy have a tree as a policy that always grows it.
+        _write(args, fitted.tree_policy or tree, tree.size)
+        return
     if not drafter.num_heads:
         rest = "takes none"
         if drafter.tree_policy is not None:
-            rest = "has a policy instead: choose it with --policy, as in --policy static:tree=chain:4"
-        raise UserError(f"trees are chosen for Medusa and Hydra heads; the drafter {args.drafter!r} {rest}")
-    if args.tree is not None:
-        tree = load_topology(args.tree, "--tree")
-        drafter.with_tree(tree).check(target.config)
-        _write(args, tree, tree.size)
-        return
+            rest = "has a policy: give one with --policy, or a tree with --tree"
+        raise UserError(f"trees are searched for Medusa and Hydra heads; the drafter {args.drafter!r} {rest}")
     with Progress() as progress:
         choice = choose_tree(
             target,

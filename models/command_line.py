@@ -34,6 +34,7 @@ class _Parser(argparse.ArgumentParser):
         for pattern, form in (
             (r"argument ([^:/]+)(?:/[^:]+)?: (must .*)", "{0} {1}"),
             (r"argument ([^:/]+)(?:/[^:]+)?: invalid (?P<kind>int|float) value: (.*)", "{0} must be {kind}, got {2}"),
+            (r"argument ([^:/]+)(?:/[^:]+)?: invalid \S+ value: (.*)", "{0} cannot be {1}"),
             (r"argument ([^:/]+)(?:/[^:]+)?: invalid choice: ('.*?') \((choose from .*)\)", "{0} cannot be {1}: {2}"),
             (r"argument ([^:/]+)(?:/[^:]+)?: (.*)", "{0}: {1}"),
             (r"the following arguments are required: (.*)", "give {0}"),

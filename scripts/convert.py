@@ -23,6 +23,7 @@ the published schedule of its length, and the tokenizer that for 256 pixels.
 
 import argparse
 import dataclasses
+import itertools
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -36,7 +37,7 @@ from decoding.drafters.registry import save_drafter
 from decoding.policies import parse_policy
 from decoding.trees import MC_SIM_7B_63, Topology
 from models import command_line, load_target
-from models.command_line import like, numbers
+from models.command_line import like
 from models.config import TransformerConfig
 from models.errors import UserError, exit_on_user_error
 from models.formats import image_models as image_files
@@ -122,15 +123,50 @@ def convert_target(args: argparse.Namespace) -> str:
 def convert_model(args: argparse.Namespace) -> str:
     """Writes a drafter directory with a whole model in it; returns what was made, for a person."""
     base, config = load_target(args.base), load_config(args.src)
+    size = common_vocabulary(args.src, config, base)
+    params = load_params(config, args.src, base.params["embed"]["embedding"].dtype)
+    if config.vocab_size > size:
+        config, params = cut_vocabulary(config, params, size)
     drafter = DraftModel(config, args.policy) if args.policy else DraftModel(config)
     drafter.check(base.config)
-    if base.tokenizer and holds_tokenizer(args.src):
-        found, wanted = Tokenizer.load(args.src).fingerprint, base.tokenizer.fingerprint
-        if found != wanted:
-            raise UserError(f"{args.src} has another tokenizer ({found}) than {args.base} ({wanted})")
-    params = load_params(config, args.src, base.params["embed"]["embedding"].dtype)
     save_drafter(args.out, drafter, params, base.fingerprint(), overwrite=args.overwrite)
-    return f"a draft model of {config.num_layers} layers, width {config.width} for {args.base}"
+    shape = f"{config.num_layers} layers, width {config.width}, vocabulary {size} of {base.config.vocab_size}"
+    return f"a draft model of {shape} for {args.base}"
+
+
+def common_vocabulary(source: Path, config: TransformerConfig, base: Target) -> int:
+    """Tokens that a draft model and its base share: what lies beyond pads the larger of their vocabularies.
+
+    Raises:
+      UserError: their tokenizers differ, or vocabularies of two sizes have no tokenizers to be compared by.
+    """
+    size = min(config.vocab_size, base.config.vocab_size)
+    own = Tokenizer.load(source) if holds_tokenizer(source) else None
+    if own is None or base.tokenizer is None:
+        if config.vocab_size != base.config.vocab_size:
+            lacks = source if own is None else base.path
+            raise UserError(
+                f"the draft model has a vocabulary of {config.vocab_size}, the target one of {base.config.vocab_size}, "
+                f"and {lacks} has no tokenizer that could tell whether one is the beginning of the other"
+            )
+        return size
+    if own.fingerprint != base.tokenizer.fingerprint:
+        ours, theirs = ({i: piece for piece, i in t.core.get_vocab().items()} for t in (own, base.tokenizer))
+        differ = (i for i in sorted(ours.keys() & theirs.keys()) if i < size and ours[i] != theirs[i])
+        if (i := next(differ, None)) is not None:
+            raise UserError(
+                f"{source} has another tokenizer than {base.path}: token {i} is {ours[i]!r} in the one and "
+                f"{theirs[i]!r} in the other"
+            )
+    return size
+
+
+def cut_vocabulary(config: TransformerConfig, params: Params, size: int) -> tuple[TransformerConfig, Params]:
+    """The model with the first `size` tokens of its vocabulary."""
+    params = {**params, "embed": {"embedding": params["embed"]["embedding"][:size]}}
+    if "head" in params:
+        params["head"] = {"kernel": params["head"]["kernel"][:, :size]}
+    return dataclasses.replace(config, vocab_size=size), params
 
 
 def convert_drafter(args: argparse.Namespace) -> str:
@@ -139,6 +175,7 @@ def convert_drafter(args: argparse.Namespace) -> str:
     release: Release = read_release(args.src, kind.files)
     base: Target = load_target(args.base)
     made = kind.read(release, base, *([args.layers] if args.layers else []))
+    files = ", ".join(release.digests)
     drafter = kind.drafter(made.heads)
     if args.policy:
         drafter = dataclasses.replace(cast(Any, drafter), policy=args.policy)
@@ -146,7 +183,13 @@ def convert_drafter(args: argparse.Namespace) -> str:
     provenance = {"format": made.format, "files": release.digests, "detected": made.detected}
     save_drafter(args.out, drafter, made.params, base.fingerprint(), overwrite=args.overwrite, provenance=provenance)
     shape = {**dataclasses.asdict(made.heads), **made.detected}
-    return f"{made.format} for {args.base}; {', '.join(f'{name} {value}' for name, value in shape.items())}"
+    notes = []
+    if "layers" in made.detected:
+        which = "given" if args.layers else "original release's; --layers names others"
+        notes.append(f"it reads what enters the layers {facts(made.detected['layers'])} of the base (the {which})")
+    if not made.compared:
+        notes.append(f"{files} repeats no part of its base, so that it was made for {args.base} could not be checked")
+    return "\nnote: ".join([f"{made.format} for {args.base}, from {files}; {facts(shape)}", *notes])
 
 
 def convert_image_model(args: argparse.Namespace) -> str:
@@ -154,12 +197,36 @@ def convert_image_model(args: argparse.Namespace) -> str:
     made = IMAGES[args.format](args.src, args.schedule)
     provenance = {"format": args.format, "files": made.digests}
     image_files.save(args.out, made.config, made.params, overwrite=args.overwrite, provenance=provenance)
-    return f"{args.format}; {', '.join(f'{name} {value}' for name, value in dataclasses.asdict(made.config).items())}"
+    told = f"{args.format}; {facts(dataclasses.asdict(made.config))}"
+    if made.assumed:
+        pixels = next(name for name, scales in SCHEDULES.items() if scales == made.config.scales)
+        told += (
+            f"\nnote: nothing in {args.src.name} tells its scales; those for images of {pixels} pixels were taken, "
+            f"{facts(made.config.scales)}: for others give --schedule {' or '.join(SCHEDULES)}, or a list"
+        )
+    return told
+
+
+def facts(value: Any) -> str:
+    """What was made, for a person: names and values, without those that are nothing."""
+    if isinstance(value, dict):
+        held = [(name, item) for name, item in value.items() if item is not None]
+        return ", ".join(f"{name} ({facts(x)})" if isinstance(x, dict) else f"{name} {facts(x)}" for name, x in held)
+    return ",".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
 
 
 def schedule(text: str) -> tuple[int, ...]:
     """The value of `--schedule`."""
-    return SCHEDULES[text] if text in SCHEDULES else tuple(numbers(int)(text))
+    if text in SCHEDULES:
+        return SCHEDULES[text]
+    try:
+        sides = tuple(map(int, text.split(",")))
+    except ValueError:
+        sides = ()
+    if len(sides) < 2 or sides[0] < 1 or any(a >= b for a, b in itertools.pairwise(sides)):
+        known = ", ".join(SCHEDULES)
+        raise argparse.ArgumentTypeError(f"must be {known} or two or more rising sides such as 1,2,3, got {text!r}")
+    return sides
 
 
 def check_options(args: argparse.Namespace) -> None:

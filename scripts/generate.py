@@ -19,23 +19,23 @@ from decoding.verify import Typical
 from models import command_line
 from models.command_line import at_least
 from models.errors import UserError, exit_on_user_error
+from models.formats.continuation import Continuation, split_stops
 from models.formats.target import Target, load_target
 from models.formats.text_files import read_text
-from models.formats.tokenizer import StreamDecoder, Tokenizer
 from models.sharding import parse_mesh
 
 # Of the 256 colours of terminals: greens, from an accepted draft of depth 1 to the deepest.
 DEPTH_COLOURS = (71, 77, 83, 119, 155, 191)
 RESET = "\x1b[0m"
-_STOP = "end after the tokens of this text (those it has when it stands alone); repeatable"
+_STOP = "end the text with this, wherever it lies among tokens, or with this special token; repeatable"
 
 
 class TextStream:
     """Writes tokens as text while they are committed."""
 
-    def __init__(self, tokenizer: Tokenizer, out: TextIO, color: bool, opening: str = ""):
+    def __init__(self, text: Continuation, out: TextIO, color: bool, opening: str = ""):
         """Writes to `out`, coloured by who wrote the token if `color`; `opening` comes first, with the first token."""
-        self._decoder, self._out, self._color = StreamDecoder(tokenizer), out, color
+        self._text, self._out, self._color = text, out, color
         self._opening = opening
 
     def __call__(self, row: int, tokens: Sequence[int], writers: Sequence[int]) -> None:
@@ -43,12 +43,12 @@ class TextStream:
         self._write(self._opening, 0)
         self._opening = ""
         for token, writer in zip(tokens, writers, strict=True):
-            self._write(self._decoder.feed([token]), writer)
+            self._write(self._text.feed(token), writer)
         self._out.flush()
 
     def finish(self) -> None:
         """Writes what was held back, and a line end."""
-        self._write(self._decoder.flush(), 0)
+        self._write(self._text.flush(), 0)
         self._out.write("\n")
         self._out.flush()
 
@@ -95,16 +95,13 @@ def stream(
     Raises:
       UserError: a drafter that is missing or made for another target, or a request that does not fit the context.
     """
-    assert target.tokenizer is not None
     proposer, params = load_drafter(drafter, target)
-    stops = [[eos] for eos in target.config.eos_ids]
-    stops += [target.tokenizer.encode(text, bos=False) for text in stop]
     options = {
         "drafter": proposer,
         "drafter_params": params,
         "sampling": sampling,
         "seeds": seed,
-        "stop": stops,
+        "stop_texts": stop,
         "typical": Typical() if typical else None,
         "capacity": bucket(slots_needed(len(tokens), max_new_tokens, proposer.max_depth)),
     }
@@ -117,19 +114,22 @@ def stream(
 def main(argv: Sequence[str] | None = None) -> None:
     """The command; see the module's docstring."""
     args = _parser().parse_args(argv)
-    sampling = Sampling(args.temperature, args.top_k, args.top_p, args.min_p)
+    sampling = _sampling(args)
     text = args.prompt if args.prompt is not None else read_text(args.prompt_file)
     if not text:
         raise UserError("the prompt is empty: a text needs at least one token to begin with")
     if "" in args.stop:
         raise UserError("--stop must not be empty")
+    if not 0 <= args.seed < 2**32:
+        raise UserError(f"--seed must be in [0, 2^32), got {args.seed}")
     target = load_target(args.target, mesh=parse_mesh(args.mesh) if args.mesh else None)
     tokenizer = target.tokenizer
     if tokenizer is None:
         raise UserError(f"{args.target} has no tokenizer: expected the file tokenizer.json of a Hugging Face directory")
     tokens = tokenizer.encode_chat([{"role": "user", "content": text}]) if args.chat else tokenizer.encode(text)
     color = sys.stdout.isatty() if args.color is None else args.color
-    writer = TextStream(tokenizer, sys.stdout, color, opening="" if args.chat else text)
+    behind = Continuation(tokenizer, tokens, split_stops(tokenizer, args.stop)[1])
+    writer = TextStream(behind, sys.stdout, color, opening="" if args.chat else text)
     made = stream(
         target,
         tokens,
@@ -143,6 +143,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     writer.finish()
     print(statistics_line(made) + (", lossy (typical acceptance)" if args.typical else ""))
+
+
+def _sampling(args: argparse.Namespace) -> Sampling:
+    try:
+        return Sampling(args.temperature, args.top_k, args.top_p, args.min_p)
+    except UserError as error:  # It begins with the setting, which is what the option is called.
+        raise UserError(f"--{error}") from None
 
 
 def _parser() -> argparse.ArgumentParser:

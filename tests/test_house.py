@@ -35,7 +35,8 @@ PEERS = {"torch", "transformers"}
 PEER_FILES = re.compile(r"(tests/.*|eval/peers/\w+\.py)")
 MACHINE_TRACES = re.compile(r"(?<![\w.~-])/(?:work|tmp|root|home|Users)/|\bpypi\.|python[h]osted", re.IGNORECASE)
 TEXT_SUFFIXES = {".py", ".sh", ".md", ".txt", ".toml", ".yaml", ".yml", ".json", ".css", ".html", ""}
-SKIPPED_FOLDERS = {".git", ".venv", ".cache", ".mypy_cache", ".ruff_cache", ".pytest_cache", "__pycache__", "runs"}
+SKIPPED_FOLDERS = {".git", ".venv", ".cache", ".hypothesis", ".mypy_cache", ".ruff_cache", ".pytest_cache"}
+SKIPPED_FOLDERS |= {"__pycache__", "runs"}
 
 
 def files(*roots: pathlib.Path) -> Iterator[pathlib.Path]:

@@ -73,7 +73,8 @@ def read_flags(
         return values(list(argv))
     except flags.IllegalFlagValueError as error:
         for override in overrides:
-            if override[2] is not None and f"--config.{override[1]}=" in str(error):
+            # A flag may be repeated: the value that does not fit is the one that the library names.
+            if override[2] is not None and f"{override[0]}:" in f"{error}:":
                 kind = _parent(config, override[1])[0].get_type(override[1].split(".")[-1]).__name__
                 raise UserError(f"--config.{override[1]} must be {kind}, got {override[2]!r}") from error
         raise UserError(str(error)) from error

@@ -29,6 +29,7 @@ def get_config(variant: str = "") -> ConfigDict:
     config.num_prompts = config_dict.placeholder(int)
     config.prompt_tokens = 64
     config.chat = False
+    config.too_long = "error"
     config.max_new_tokens = 128
     config.repeats = 3
     config.seed = 0

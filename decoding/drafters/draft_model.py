@@ -31,7 +31,7 @@ from models.transformer import Cache, Params
 
 @dataclasses.dataclass(frozen=True)
 class DraftModel(NetworkDrafter):
-    """Any transformer of the target's vocabulary.
+    """Any transformer of the target's vocabulary, or of its beginning: models of one tokenizer are padded differently.
 
     Attributes:
       model: its shape.
@@ -43,11 +43,12 @@ class DraftModel(NetworkDrafter):
     name: ClassVar[str] = "draft_model"
 
     def check(self, config):
-        if self.model.vocab_size != config.vocab_size:
+        if self.model.vocab_size > config.vocab_size:
             raise UserError(
-                f"the draft model has a vocabulary of {self.model.vocab_size}, the target one of {config.vocab_size}"
+                f"the draft model has a vocabulary of {self.model.vocab_size}, more than the target's "
+                f"{config.vocab_size}: scripts.convert --from model cuts it"
             )
-        super().check(config)
+        self.policy.check(self.model.vocab_size)
 
     def init_params(self, config, target, key):
         return transformer.init(self.model, key, target["embed"]["embedding"].dtype)
@@ -63,7 +64,7 @@ class DraftModel(NetworkDrafter):
         cache, length = state["cache"], rows.start.length
         if rows.source != "own":
             layout = Layout.extend(length, rows.tokens.shape[1], rows.start.position)
-            out = transformer.forward(self.model, params, rows.tokens, layout, Sources(cache))
+            out = transformer.forward(self.model, params, _known(self.model, rows.tokens), layout, Sources(cache))
             return {"cache": commit(cache, out.rows, None, length, after=out.hidden[:, 0])}
         # Row r of the text is the slot of node r - 1, and the first the token that was unread. What did not run lies
         # behind the accepted rows and is read next time.
@@ -79,7 +80,11 @@ class DraftModel(NetworkDrafter):
         """The draft model in the middle of the text."""
         unread = jnp.take_along_axis(target.text, target.length[:, None] - 1, axis=1)
         unread_at = Place(target.length - 1, target.place.slots - 1)
-        return ModelNetwork(self.model, params, state["cache"], unread_at, unread)
+        size = self.model.vocab_size
+        vocabulary = None if size == target.config.vocab_size else jnp.arange(size, dtype=jnp.int32)
+        return ModelNetwork(
+            self.model, params, state["cache"], unread_at, unread, target.config.vocab_size, vocabulary=vocabulary
+        )
 
     def draft(self, params, target, state, root, keys):
         grown = self.policy.grow(self.network(params, target, state), root, keys, target.sampling)
@@ -97,7 +102,7 @@ class ModelNetwork:
       place: behind the text that the cache holds; its slots are those of the target, for positions alone.
       unread: `[B, U]`, the text between cache and root; U may be 0. These rows take the scratch's last slots.
       layers: how many run; None means all.
-      vocabulary: see `DraftNetwork`.
+      vocabulary, vocab_size: see `DraftNetwork`.
     """
 
     config: TransformerConfig = struct.field(pytree_node=False)
@@ -105,13 +110,9 @@ class ModelNetwork:
     cache: Cache
     place: Place
     unread: Int[Array, "B U"]
+    vocab_size: int = struct.field(pytree_node=False)
     layers: int | None = struct.field(pytree_node=False, default=None)
-    vocabulary: None = struct.field(pytree_node=False, default=None)
-
-    @property
-    def vocab_size(self) -> int:
-        """The target's, which is the network's own."""
-        return self.config.vocab_size
+    vocabulary: Int[Array, "W"] | None = None
 
     def begin(self, root, slots):
         """See `DraftNetwork`."""
@@ -137,7 +138,13 @@ class ModelNetwork:
 
     def _forward(self, tokens, layout, scratch):
         layers = None if self.layers is None else (0, self.layers)
-        return transformer.forward(self.config, self.params, tokens, layout, Sources(self.cache, scratch), layers)
+        known = _known(self.config, tokens)
+        return transformer.forward(self.config, self.params, known, layout, Sources(self.cache, scratch), layers)
+
+
+def _known(config: TransformerConfig, tokens: Int[Array, "B T"]) -> Int[Array, "B T"]:
+    """Tokens that the model has: what only pads a larger vocabulary is no text, but a target may write anything."""
+    return jnp.minimum(tokens, config.vocab_size - 1)
 
 
 def _cut(rows: Cache, part: slice) -> Cache:

@@ -43,4 +43,12 @@ class EarlyExit(NetworkDrafter):
     def network(self, params, target, state):
         """The first layers in the middle of the text."""
         nothing = jnp.zeros((target.length.shape[0], 0), jnp.int32)
-        return ModelNetwork(target.config, target.params, target.cache, target.place, nothing, self.layers)
+        return ModelNetwork(
+            target.config,
+            target.params,
+            target.cache,
+            target.place,
+            nothing,
+            target.config.vocab_size,
+            self.layers,
+        )

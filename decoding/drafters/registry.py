@@ -116,7 +116,7 @@ def load_drafter(spec: str | Path, target: Target, mesh: Mesh | None = None) -> 
         return named, None
     if not (directory / "drafter.json").is_file():
         if "+" in name:
-            parts = [load_drafter(part, target, mesh) for part in _split(name)]
+            parts = [load_drafter(part, target, mesh) for part in split_names(name, "+")]
             return FirstOf(tuple(drafter for drafter, _ in parts)), [params for _, params in parts]
         names = [form for drafter in DRAFTERS.values() for form in drafter.bare_names]
         raise UserError(
@@ -219,16 +219,25 @@ def _present_name(tensor: str, record: dict) -> str:
     return tensor
 
 
-def _split(name: str) -> list[str]:
-    """`A+B+C` in its parts; a directory may have a `+` in its name."""
-    parts: list[str] = []
-    for piece in name.split("+"):
-        joined = f"{parts[-1]}+{piece}" if parts else piece
-        if parts and (Path(joined) / "drafter.json").is_file():
-            parts[-1] = joined
-        else:
-            parts.append(piece)
-    return parts
+def split_names(text: str, separator: str = ",") -> list[str]:
+    """The drafters in a list of them; a directory may have the separator in its name, as often as it likes."""
+    pieces = text.split(separator)
+    names: list[str] = []
+    start = 0
+    while start < len(pieces):
+        ends = range(len(pieces), start + 1, -1)
+        joined = (separator.join(pieces[start:end]).strip() for end in ends)
+        whole = ((name, end) for name, end in zip(joined, ends, strict=True) if _is_one(name, separator))
+        name, start = next(whole, (pieces[start].strip(), start + 1))
+        names.append(name)
+    # Between commas nothing may stand; between pluses it is a mistake, which whoever loads it names.
+    return names if separator == "+" else [name for name in names if name]
+
+
+def _is_one(text: str, separator: str) -> bool:
+    """Whether the separators in `text` all belong to names of directories, perhaps of several joined by `+`."""
+    parts = [text] if separator == "+" else split_names(text, "+")
+    return all(separator not in part or (Path(part) / "drafter.json").is_file() for part in parts)
 
 
 def _immutable(value: typing.Any) -> typing.Any:

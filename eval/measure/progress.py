@@ -25,6 +25,11 @@ class Progress:
             self._told = now
             print(line, file=self._stream, flush=True)
 
+    def note(self, line: str) -> None:
+        """Prints a line that stays."""
+        start = "\r\x1b[K" if self._terminal else ""
+        print(f"{start}note: {line}", file=self._stream, flush=True)
+
     def __enter__(self) -> "Progress":
         return self
 

@@ -26,8 +26,8 @@ The results (keys marked ? may be absent or None; what needs them is then left o
       tree?           {paths: list of lists of ranks, accepted: int per path (steps that accepted this node),
                        visits?: int per path (steps that accepted its parent)}
       categories?     name -> {speedup, acceptance_length, tokens_per_second?}
-    samples?          list of {prompt: str, drafter: str, pieces: list of [text, writer]} with one piece per token; its
-                      writer is 0 for the target, d >= 1 for an accepted draft of depth d
+    samples?          list of {prompt: str, drafter: str, path?: str, pieces: list of [text, writer]} with one piece per
+                      token; its writer is 0 for the target, d >= 1 for an accepted draft of depth d
 """
 
 import dataclasses
@@ -103,26 +103,44 @@ def print_table(results: Results, file: TextIO | None = None) -> None:
 
 
 def _entries(results: Results) -> list[Entry]:
-    """Runs with distinct labels: the drafter's name, and its directory's where one method runs more than once."""
+    """Runs with distinct labels: the method's name, and its run directory's where the method does not tell it apart."""
     runs = results.get("runs") or []
     if not runs:
         raise UserError("a report needs at least one run, and the results hold none under the key 'runs'")
     names = [run["drafter"] for run in runs]
     entries: list[Entry] = []
     colored = 0
-    for run, name in zip(runs, names, strict=True):
-        label = name
-        if names.count(name) > 1 and run.get("path"):
-            label = f"{name} ({pathlib.PurePath(run['path']).name})"
-        taken = {entry.label for entry in entries}
-        twins = (f"{label} #{number}" for number in range(2, len(runs) + 2))
-        label = label if label not in taken else next(twin for twin in twins if twin not in taken)
+    for run, name, label in zip(runs, names, _labels(runs), strict=True):
         if name == BASELINE:
             color = "var(--s0)"
         else:
             color, colored = f"var(--s{1 + colored % NUM_COLORS})", colored + 1
         entries.append(Entry(run, label, color))
     return entries
+
+
+def _labels(runs: Sequence[Run]) -> list[str]:
+    """As few of the last parts of each path as tell the runs apart; several methods in one are named by their paths."""
+    names = [run["drafter"] for run in runs]
+
+    def label(run: Run, name: str, parts: int) -> str:
+        place = "+".join(_run_directory(piece, parts) for piece in str(run.get("path") or "").split("+"))
+        if "+" in place:
+            return place
+        return f"{name} ({place})" if place and names.count(name) > 1 else name
+
+    every = [[label(run, name, parts) for run, name in zip(runs, names, strict=True)] for parts in range(1, 8)]
+    labels = max(every, key=lambda labels: len(set(labels)))  # The first of equals.
+    # What has no path, or one path, is told apart by its place alone.
+    return [f"{x} {labels[: i + 1].count(x)}" if x in labels[:i] else x for i, x in enumerate(labels)]
+
+
+def _run_directory(path: str, parts: int) -> str:
+    """The end of a drafter's path; a training run leaves it as `RUN/drafter`, where only RUN says anything."""
+    pieces = [piece for piece in pathlib.PurePath(path).parts if piece not in ("/", ".")]
+    if len(pieces) > 1 and pieces[-1] == "drafter":
+        pieces.pop()
+    return "/".join(pieces[-parts:])
 
 
 def _columns(entries: Sequence[Entry]) -> list[Column]:
@@ -218,7 +236,7 @@ def _view(results: Results) -> dict[str, Any]:
             if (accuracy := entry.run.get("head_accuracy"))
         ],
         "categories": _categories(drafting),
-        **_samples(results.get("samples") or []),
+        **_samples(results.get("samples") or [], {(e.run["drafter"], e.run.get("path")): e.label for e in entries}),
     }
 
 
@@ -300,7 +318,7 @@ def _categories(entries: Sequence[Entry]) -> dict[str, Any] | None:
     return {"labels": list(tables), "rows": rows}
 
 
-def _samples(samples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+def _samples(samples: Sequence[Mapping[str, Any]], labels: Mapping[tuple[str, str | None], str]) -> dict[str, Any]:
     """Generated texts cut at line ends (so that an accepted newline shows), and the shade of each draft depth."""
     deepest = max((writer for sample in samples for _, writer in sample["pieces"]), default=0)
     alphas = {depth: round(0.14 + 0.42 * (depth - 1) / max(1, deepest - 1), 3) for depth in range(1, deepest + 1)}
@@ -320,7 +338,7 @@ def _samples(samples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         cut = len(prompt) > PROMPT_TAIL
         shown.append(
             {
-                "drafter": sample["drafter"],
+                "drafter": labels.get((sample["drafter"], sample.get("path")), sample["drafter"]),
                 "summary": f"{drafted} of {len(sample['pieces'])} tokens drafted ({percent(drafted / total)})",
                 "prompt": prompt,
                 "prompt_tail": "…" + prompt[-PROMPT_TAIL:] if cut else prompt,

@@ -125,7 +125,7 @@ def benchmark(
     buckets = _one_of_each_bucket(prompts, capacities)
     for number, index in enumerate(buckets, 1):
         for contender in field:
-            progress(f"compiling {contender.drafter.name}, bucket {number} of {len(buckets)}")
+            progress(f"compiling {contender.path or contender.drafter.name}, bucket {number} of {len(buckets)}")
             decode(contender, index, min(WARM_UP_TOKENS, max_new_tokens))
     middle = sorted(range(len(prompts)), key=capacities.__getitem__)[len(prompts) // 2]
     scene = Scene(target.config, target.params, len(prompts[middle].tokens), capacities[middle])

@@ -135,31 +135,124 @@ def spread(items: Sequence, limit: int | None) -> list:
     return [items[i * len(items) // limit] for i in range(limit)]
 
 
+@dataclasses.dataclass(frozen=True)
+class Room:
+    """How long a prompt may be, and what becomes of one that is longer.
+
+    Attributes:
+      new_tokens: what is to follow a prompt.
+      context: what the target can read in all.
+      too_long: `error`; `skip`, with all turns of its question, which are averaged together; or `truncate`, to its end.
+      told: receives one line about what was left out or cut.
+      otherwise: how else to ask, for messages.
+    """
+
+    new_tokens: int
+    context: int
+    too_long: str = "error"
+    told: Callable[[str], None] = lambda line: None
+    otherwise: str = ""
+
+    @property
+    def tokens(self) -> int:
+        """Of the longest prompt that fits. Raises UserError where none does."""
+        if self.new_tokens >= self.context:
+            raise UserError(
+                f"{self.new_tokens} new tokens leave no room for a prompt in the target's context of {self.context}"
+            )
+        return self.context - self.new_tokens
+
+
 def encode_questions(
-    questions: Sequence[Question], tokenizer: Tokenizer, answer: Callable[[list[int]], list[int]], chat: bool = False
+    questions: Sequence[Question],
+    tokenizer: Tokenizer,
+    answer: Callable[[list[int]], list[int]],
+    chat: bool = False,
+    room: Room | None = None,
 ) -> list[Prompt]:
     """Prompts for every turn of every question.
 
     Args:
       questions: what to ask.
       tokenizer: the target's.
-      answer: continues a prompt by plain decoding; called for turns that are followed by another.
+      answer: continues a prompt by plain decoding; called for turns that are followed by another, once all questions
+        were found to fit as far as that is known without answers.
       chat: put the turns in the tokenizer's chat template; otherwise the texts follow each other as they are.
+      room: how long a prompt may be; None is any length.
 
     Raises:
-      UserError: a chat template is asked for and there is none.
+      UserError: a chat template is asked for and there is none, or a question that is too long, by its name.
     """
-    prompts = []
+    if room is not None:
+        questions = _without_long_ones(questions, tokenizer, chat, room)
+    prompts: list[Prompt] = []
+    left_out = 0
     for question in questions:
+        made = _turns(question, tokenizer, answer, chat, room)
+        left_out += not made
+        prompts += made
+    if left_out and room is not None:
+        room.told(f"left out {left_out} more questions, whose later turns are too long with the answers before them")
+    return prompts
+
+
+def _turns(question: Question, tokenizer, answer, chat: bool, room: Room | None) -> list[Prompt]:
+    """The prompts of a question; none where one of them is too long and such are skipped."""
+    prompts: list[Prompt] = []
+    messages: list[dict[str, str]] = []
+    for number, turn in enumerate(question.turns, 1):
+        messages.append({"role": "user", "content": turn})
+        text, tokens = _encoded(messages, tokenizer, chat)
+        if room is not None and len(tokens) > room.tokens:
+            if room.too_long == "skip":
+                return []
+            if room.too_long == "error":
+                raise UserError(_complaint(question, number, len(tokens), room) + room.otherwise)
+            # A text begins with its begin token, however much of it is cut.
+            begin = tokens[:1] if tokens[0] == tokenizer.bos_id and room.tokens > 1 else []
+            tokens = begin + tokens[len(tokens) - room.tokens + len(begin) :]
+            text = tokenizer.decode(tokens)
+        prompts.append(Prompt(tuple(tokens), question.name, question.category, text))
+        if number < len(question.turns):
+            messages.append({"role": "assistant", "content": tokenizer.decode(answer(tokens))})
+    return prompts
+
+
+def _encoded(messages: list[dict[str, str]], tokenizer: Tokenizer, chat: bool) -> tuple[str, list[int]]:
+    text = tokenizer.apply_chat(messages) if chat else "\n".join(m["content"] for m in messages)
+    return text, tokenizer.encode(text, bos=not chat)
+
+
+def _without_long_ones(questions: Sequence[Question], tokenizer: Tokenizer, chat: bool, room: Room) -> list[Question]:
+    """The questions that fit while their answers are still empty: nothing else is known before any work."""
+    long = {}
+    for index, question in enumerate(questions):
         messages: list[dict[str, str]] = []
         for number, turn in enumerate(question.turns, 1):
             messages.append({"role": "user", "content": turn})
-            text = tokenizer.apply_chat(messages) if chat else "\n".join(m["content"] for m in messages)
-            tokens = tokenizer.encode(text, bos=not chat)
-            prompts.append(Prompt(tuple(tokens), question.name, question.category, text))
-            if number < len(question.turns):
-                messages.append({"role": "assistant", "content": tokenizer.decode(answer(tokens))})
-    return prompts
+            count = len(_encoded(messages, tokenizer, chat)[1])
+            if count > room.tokens:
+                long[index] = _complaint(question, number, count, room)
+                break
+            messages.append({"role": "assistant", "content": ""})
+    if not long:
+        return list(questions)
+    message = next(iter(long.values())) + (f", and so have {len(long) - 1} more" if len(long) > 1 else "")
+    if room.too_long == "skip" and len(long) == len(questions):
+        raise UserError(f"{message}: no question is left")
+    if room.too_long == "error":
+        raise UserError(message + room.otherwise)
+    done = "left out" if room.too_long == "skip" else "cut"
+    room.told(f"{done} {len(long)} of {len(questions)} questions: {message}")
+    return list(questions) if room.too_long == "truncate" else [q for i, q in enumerate(questions) if i not in long]
+
+
+def _complaint(question: Question, turn: int, count: int, room: Room) -> str:
+    which = f", turn {turn}," if len(question.turns) > 1 else ""
+    return (
+        f"question {question.name}{which} has {count} tokens, too many with {room.new_tokens} new ones for the "
+        f"target's context of {room.context}"
+    )
 
 
 def _record(line: str, where: str, number: str) -> Question:

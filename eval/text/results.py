@@ -9,7 +9,7 @@ from decoding.generate import generate
 from eval.text.benchmark import Contender
 from eval.text.prompts import Prompt
 from models.formats.target import Target
-from models.formats.tokenizer import StreamDecoder, Tokenizer
+from models.formats.tokenizer import StreamDecoder, TokenIds, Tokenizer
 
 
 def describe_target(target: Target, **facts: Any) -> dict[str, Any]:
@@ -54,14 +54,17 @@ def samples(
                 **options,
             )
             text = prompt.text or target.tokenizer.decode(prompt.tokens)
-            pieces = text_pieces(target.tokenizer, made.tokens[0], made.writers[0])
-            entries.append({"prompt": text, "drafter": contender.drafter.name, "pieces": pieces})
+            pieces = text_pieces(target.tokenizer, prompt.tokens, made.tokens[0], made.writers[0])
+            who = {"drafter": contender.drafter.name, "path": contender.path}
+            entries.append({"prompt": text, **who, "pieces": pieces})
     return entries
 
 
-def text_pieces(tokenizer: Tokenizer, tokens: Sequence[int], writers: Sequence[int]) -> list[tuple[str, int]]:
-    """Per token its text and its writer; a character made of several tokens is the text of the last of them."""
-    decoder = StreamDecoder(tokenizer)
+def text_pieces(
+    tokenizer: Tokenizer, prompt: TokenIds, tokens: Sequence[int], writers: Sequence[int]
+) -> list[tuple[str, int]]:
+    """Per token behind `prompt` its text and its writer; a character of several tokens is the text of the last."""
+    decoder = StreamDecoder(tokenizer, prompt)
     pieces = [(decoder.feed([token]), writer) for token, writer in zip(tokens, writers, strict=True)]
     if pieces and (rest := decoder.flush()):
         pieces[-1] = (pieces[-1][0] + rest, pieces[-1][1])

@@ -22,16 +22,17 @@ from models.config import TransformerConfig
 from models.errors import UserError
 from models.formats.hf_config import config_to_hf, eos_to_hf, load_config
 from models.formats.storage import (
-    INDEX,
     leaves_by_path,
     new_directory,
     open_tensors,
     place_tensor,
     read_tensor,
+    refuse_non_finite,
     save_tensors,
     write_json,
 )
 from models.formats.tokenizer import Tokenizer
+from models.formats.weights import INDEX, Stored
 from models.transformer import Params, param_shapes, split_projections, unstack_layers
 
 __all__ = ["load_config", "load_params", "save_target", "tensor_names"]
@@ -65,8 +66,12 @@ _POST_NORM_TENSORS = {
     "post_mlp_norm/scale": "post_feedforward_layernorm.weight",
 }
 
+_EMBEDDING, _HEAD = _TENSORS["embed/embedding"], _TENSORS["head/kernel"]
+
 # Buffers that old exports carry along; they follow from the config.
-_IGNORED = re.compile(r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq")
+_IGNORED = re.compile(r"model\.(layers\.\d+\.self_attn\.)?(rotary_emb\.inv_freq|bias|masked_bias)")
+# What quantised weights have in the place of `weight`, or beside it.
+_QUANTISED = re.compile(r".*\.(qweight|qzeros|scales|g_idx|weight_scale(_inv)?|weight_packed|SCB|weight\.absmax)")
 
 
 def tensor_names(config: TransformerConfig) -> dict[str, str]:
@@ -87,7 +92,7 @@ def load_params(config: TransformerConfig, directory: str | Path, dtype=jnp.floa
 
     Args:
       config: the shape of the network; every tensor must fit it.
-      directory: holds `model.safetensors`, or shards with `model.safetensors.index.json`.
+      directory: holds safetensors or torch's files, whole or in shards (`models/formats/weights.py` has their order).
       dtype: of the returned parameters, whatever the files hold.
       shardings: tree of `NamedSharding`s shaped like the parameters, or None for the default device.
 
@@ -95,7 +100,8 @@ def load_params(config: TransformerConfig, directory: str | Path, dtype=jnp.floa
       Parameters in the decode layout (a list of layers).
 
     Raises:
-      UserError: a file is missing or damaged, or a tensor is unknown, missing, misshapen or not floating point.
+      UserError: a file is missing or damaged, or a tensor is unknown, missing, misshapen, not floating point, or holds
+        NaN or infinity.
     """
     directory = Path(directory)
     names = tensor_names(config)
@@ -103,15 +109,18 @@ def load_params(config: TransformerConfig, directory: str | Path, dtype=jnp.floa
     places = leaves_by_path(shardings) if shardings is not None else dict.fromkeys(names)
     with contextlib.ExitStack() as stack:
         files = open_tensors(directory, stack)
+        if config.tied_embeddings and _HEAD in files:
+            # Some exports name what is tied after the head alone, and some store it twice.
+            files.setdefault(_EMBEDDING, files[_HEAD])
+            _check_tied(files, directory)
         _check_names(config, directory, set(files), set(names.values()))
-        if config.tied_embeddings and "lm_head.weight" in files:
-            _check_tied(files, names["embed/embedding"], directory)
         leaves = []
         for path, shape in leaves_by_path(shapes).items():
             host = read_tensor(files[names[path]], names[path], directory, transpose=path.endswith("/kernel"))
             if host.shape != shape.shape:
                 found, wanted = (list(s[::-1] if path.endswith("/kernel") else s) for s in (host.shape, shape.shape))
                 raise UserError(f"{directory}: tensor {names[path]} has shape {found}, config.json implies {wanted}")
+            refuse_non_finite(host, names[path], directory)
             leaves.append(place_tensor(np.asarray(host, dtype=shape.dtype, order="C"), places[path]))
     return jax.tree.unflatten(jax.tree.structure(shapes), leaves)
 
@@ -155,20 +164,30 @@ def save_target(
 
 
 def _check_names(config: TransformerConfig, directory: Path, present: set[str], wanted: set[str]) -> None:
-    tied_head = {"lm_head.weight"} if config.tied_embeddings else set()
+    if quantised := sorted(name for name in present - wanted if _QUANTISED.fullmatch(name)):
+        raise UserError(
+            f"{directory}: tensor {quantised[0]} belongs to quantised weights (GPTQ, AWQ or the like), which are not "
+            "supported: take the model as it was before"
+        )
+    tied_head = {_HEAD} if config.tied_embeddings else set()
     unknown = sorted(name for name in present - wanted - tied_head if not _IGNORED.fullmatch(name))
     missing = sorted(wanted - present)
     for kind, names in (("is missing", missing), ("is unknown to its config.json", unknown)):
         if names:
             more = f" (and {len(names) - 1} more)" if len(names) > 1 else ""
+            if names == missing == [_HEAD]:
+                more = ": config.json says that it is not tied to the embedding (tie_word_embeddings)"
             raise UserError(f"{directory}: tensor {names[0]} {kind}{more}")
 
 
-def _check_tied(files: Mapping[str, Any], embedding: str, directory: Path) -> None:
-    """Some exports store the head of tied models again; that is harmless only if it says the same."""
-    head, table = (read_tensor(files[name], name, directory, transpose=False) for name in ("lm_head.weight", embedding))
-    if not np.array_equal(head, table):
-        raise UserError(f"{directory}: config.json ties the embeddings, but lm_head.weight differs from {embedding}")
+def _check_tied(files: Mapping[str, Stored], directory: Path) -> None:
+    """A tied head that is stored again is harmless only if it says the same."""
+    if files[_HEAD] is files[_EMBEDDING]:
+        return
+    head, table = (read_tensor(files[name], name, directory, transpose=False) for name in (_HEAD, _EMBEDDING))
+    # NaN has a sentence of its own.
+    if not np.array_equal(head, table) and not np.isnan(np.sum(head, dtype=np.float64)):
+        raise UserError(f"{directory}: config.json ties the embeddings, but {_HEAD} differs from {_EMBEDDING}")
 
 
 def _check_params(config: TransformerConfig, leaves: Mapping[str, Any]) -> None:

@@ -23,6 +23,8 @@ ARCHITECTURES = {
     "gemma2": "Gemma2ForCausalLM",
 }
 
+_LARGEST, _MOST = 2**31 - 1, 10_000  # of a size, and of things that are counted one by one
+
 # What transformers assumes for an absent key. None, there as here, means: derive it, or do without.
 _COMMON: dict[str, Any] = {
     "num_key_value_heads": None,
@@ -63,7 +65,6 @@ _HF_ACTIVATIONS = {"silu": "silu", "gelu_tanh": "gelu_pytorch_tanh"}
 
 # Keys that change the network in a way we do not compute, and the values with which they do not.
 _HARMLESS: dict[str, tuple[Any, ...]] = {
-    "quantization_config": (None,),
     "mlp_bias": (None, False),
     "partial_rotary_factor": (None, 1),
     "use_bidirectional_attention": (None, False),
@@ -71,7 +72,10 @@ _HARMLESS: dict[str, tuple[Any, ...]] = {
 
 
 def load_config(directory: str | Path) -> TransformerConfig:
-    """The config of a Hugging Face directory; ids in `generation_config.json` that end a text are added to it.
+    """The config of a Hugging Face directory.
+
+    What ends a text is, as in transformers, for `generation_config.json` to say where there is one, and for
+    `config.json` elsewhere; what a family assumes counts only where neither says anything.
 
     Raises:
       UserError: a file is missing or broken, or asks for something that our forward does not compute.
@@ -80,8 +84,8 @@ def load_config(directory: str | Path) -> TransformerConfig:
     config = config_from_hf(read_json(path), str(path))
     generation = path.with_name("generation_config.json")
     if generation.exists():
-        more = _ids(read_json(generation).get("eos_token_id"), "eos_token_id", str(generation))
-        config = dataclasses.replace(config, eos_ids=tuple(dict.fromkeys(config.eos_ids + more)))
+        ends = _ids(read_json(generation).get("eos_token_id"), "eos_token_id", str(generation))
+        config = dataclasses.replace(config, eos_ids=ends)
     return config
 
 
@@ -96,11 +100,23 @@ def config_from_hf(raw: Mapping[str, Any], where: str = "config.json") -> Transf
       UserError: an unknown family, a missing or wrongly typed key, or a feature that our forward does not compute.
     """
     family = _family(raw, where)
+    if (quantised := raw.get("quantization_config")) is not None:
+        method = quantised.get("quant_method") if isinstance(quantised, Mapping) else None
+        how = f" by {method}" if isinstance(method, str) else ""
+        raise UserError(
+            f"{where}: its weights are quantised{how} (quantization_config), which is not supported: take the model as "
+            "it was before"
+        )
     for key, harmless in _HARMLESS.items():
         if raw.get(key) not in harmless:
             raise UserError(f"{where}: {key} = {json.dumps(raw[key])} is not supported")
     keys = _Keys({**_COMMON, **_ABSENT[family], **raw}, where)
-    num_heads = keys.integer("num_attention_heads")
+    num_heads, num_layers = (
+        keys.integer("num_attention_heads", most=_MOST),
+        keys.integer("num_hidden_layers", most=_MOST),
+    )
+    if num_heads < 1:
+        raise UserError(f"{where}: num_attention_heads must be at least 1, got {num_heads}")
     width = keys.integer("hidden_size")
     head_dim = keys.integer("head_dim", optional=True) or width // num_heads
     bias = keys.boolean("attention_bias")
@@ -122,7 +138,7 @@ def config_from_hf(raw: Mapping[str, Any], where: str = "config.json") -> Transf
         return TransformerConfig(
             vocab_size=keys.integer("vocab_size"),
             width=width,
-            num_layers=keys.integer("num_hidden_layers"),
+            num_layers=num_layers,
             num_heads=num_heads,
             num_kv_heads=keys.integer("num_key_value_heads", optional=True) or num_heads,
             head_dim=head_dim,
@@ -221,11 +237,16 @@ class _Keys:
             return value
         raise UserError(f"{self._where}: {key} must be {noun}, got {json.dumps(value)}")
 
-    def integer(self, key: str, optional: bool = False) -> Any:
-        return self._typed(key, (int,), "an integer", optional)
+    def integer(self, key: str, optional: bool = False, most: int = _LARGEST) -> Any:
+        value = self._typed(key, (int,), "an integer", optional)
+        if value is not None and not -most <= value <= most:
+            raise UserError(f"{self._where}: {key} = {str(value)[:40]} is beyond any model (at most {most})")
+        return value
 
     def number(self, key: str, optional: bool = False) -> Any:
         value = self._typed(key, (int, float), "a number", optional)
+        if value is not None and not abs(value) <= 1e30:
+            raise UserError(f"{self._where}: {key} must be a number, got {str(value)[:40]}")
         return value if value is None else float(value)
 
     def boolean(self, key: str) -> bool:
@@ -234,9 +255,10 @@ class _Keys:
 
 def _family(raw: Mapping[str, Any], where: str) -> str:
     family = raw.get("model_type")
-    if family not in ARCHITECTURES:
+    if not isinstance(family, str) or family not in ARCHITECTURES:
         raise UserError(f"{where}: model_type {json.dumps(family)} is not one of {', '.join(ARCHITECTURES)}")
-    for name in raw.get("architectures") or []:
+    names = raw.get("architectures") or []
+    for name in names if isinstance(names, list) else [names]:
         # The earliest Llama conversions wrote LLaMAForCausalLM.
         if str(name).lower() != ARCHITECTURES[family].lower():
             raise UserError(f"{where}: architectures must be [{ARCHITECTURES[family]!r}], got {name!r}")
@@ -295,7 +317,7 @@ def _windows(family: str, keys: _Keys, where: str) -> tuple[int | None, ...]:
 
 
 def _activation(name: Any, where: str) -> str:
-    if name not in _ACTIVATIONS:
+    if not isinstance(name, str) or name not in _ACTIVATIONS:
         raise UserError(f"{where}: activation {json.dumps(name)} is not supported, only {', '.join(_ACTIVATIONS)}")
     return _ACTIVATIONS[name]
 
@@ -308,7 +330,7 @@ def _ids(value: Any, key: str, where: str) -> tuple[int, ...]:
     ids = value if isinstance(value, list) else [] if value is None else [value]
     if any(type(i) is not int for i in ids):
         raise UserError(f"{where}: {key} must be an integer or a list of integers, got {json.dumps(value)}")
-    return tuple(ids)
+    return tuple(dict.fromkeys(ids))
 
 
 def _family_keys(config: TransformerConfig) -> dict[str, Any]:

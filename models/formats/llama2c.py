@@ -21,6 +21,7 @@ import tokenizers
 from models.config import TransformerConfig
 from models.errors import UserError
 from models.formats.sentencepiece import is_sentencepiece, merges
+from models.formats.storage import refuse_non_finite
 from models.formats.text_files import refuse_pointer
 from models.formats.tokenizer import Tokenizer
 from models.transformer import Params
@@ -29,6 +30,13 @@ _MAGIC = 0x616B3432
 _HEADER_BYTES = {0: 28, 2: 256}
 BOS_ID, EOS_ID = 1, 2
 _FIRST_BYTE_ID, _FIRST_PIECE_ID = 3, 259
+# What people give in the place of a checkpoint or a tokenizer, by how it begins.
+_OTHERS = {
+    b"GGUF": "a GGUF file",
+    b"PK\x03\x04": "a zip archive, as torch writes them",
+    b"\x80\x02": "a pickle, as torch wrote them",
+    b"{": "JSON",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,12 +81,12 @@ def read_llama2c(path: str | Path) -> tuple[TransformerConfig, Params]:
       llama2.c itself, it takes BOS as the end of a text, beside EOS.
 
     Raises:
-      UserError: the file is missing, of another format, or not as long as its header says.
+      UserError: the file is missing, of another format, or not as long as its header says, or a tensor is not finite.
     """
     path = Path(path)
     if not path.is_file():
         raise UserError(f"there is no checkpoint file {path}")
-    refuse_pointer(path)
+    _refuse_others(path, "checkpoint")
     data = np.memmap(path, np.uint8, mode="r") if path.stat().st_size else np.zeros(0, np.uint8)
     header = _read_header(data, path)
     sections = _sections(header)
@@ -102,7 +110,12 @@ def read_llama2c(path: str | Path) -> tuple[TransformerConfig, Params]:
         bos_id=BOS_ID,
         eos_ids=(EOS_ID, BOS_ID),
     )
-    return config, _assemble(config, _read_sections(data, header, sections))
+    tensors = _read_sections(data, header, sections)
+    for name, arrays in tensors.items():
+        for number, array in enumerate(arrays):
+            if name != "rope_tables":
+                refuse_non_finite(array, f"{name} {number}", path)
+    return config, _assemble(config, tensors)
 
 
 def read_llama2c_tokenizer(path: str | Path, vocab_size: int) -> Tokenizer:
@@ -122,7 +135,6 @@ def read_llama2c_tokenizer(path: str | Path, vocab_size: int) -> Tokenizer:
     path = Path(path)
     if not path.is_file():
         raise UserError(f"there is no tokenizer file {path}")
-    refuse_pointer(path)
     data = path.read_bytes()
     if is_sentencepiece(data) or path.suffix == ".json":
         kind = "Hugging Face's" if path.suffix == ".json" else "SentencePiece's"
@@ -131,6 +143,7 @@ def read_llama2c_tokenizer(path: str | Path, vocab_size: int) -> Tokenizer:
             f"give {beside}" if beside.is_file() else "give the .bin that its tokenizer.py exports, such as tok512.bin"
         )
         raise UserError(f"{path} is {kind} file of a tokenizer, not llama2.c's own: {instead}")
+    _refuse_others(path, "tokenizer")
     pieces, scores = _read_pieces(data, vocab_size, path)
     if pieces[_FIRST_BYTE_ID:_FIRST_PIECE_ID] != [f"<0x{byte:02X}>" for byte in range(256)]:
         raise UserError(f"{path} is not a llama2.c tokenizer: tokens 3 to 258 are not the bytes <0x00> to <0xFF>")
@@ -185,6 +198,16 @@ def halves(weight: np.ndarray, heads: int) -> np.ndarray:
     """Reorders the output rows (the first axis) of each head from pairs (2i, 2i+1) to pairs (i, i + D/2)."""
     out, *rest = weight.shape
     return weight.reshape(heads, out // heads // 2, 2, *rest).swapaxes(1, 2).reshape(weight.shape)
+
+
+def _refuse_others(path: Path, what: str) -> None:
+    refuse_pointer(path)
+    with path.open("rb") as file:
+        start = file.read(16)
+    kind = next((kind for magic, kind in _OTHERS.items() if start.startswith(magic)), None)
+    kind = "a safetensors file" if start[8:10] == b'{"' else kind
+    if kind is not None:
+        raise UserError(f"{path} is {kind}, not a {what} of llama2.c")
 
 
 def _read_header(data: np.ndarray, path: Path) -> _Header:

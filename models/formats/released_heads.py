@@ -62,12 +62,15 @@ class Converted:
       params: their parameters on the host, every tensor in the dtype in which it was released.
       format: the kind of release, as `medusa v0.1`.
       detected: what the file alone could tell, by name.
+      compared: the release repeats a part of its base, which was compared with the base that was given; without one
+        nothing tells heads of one target from those of another of the same shape.
     """
 
     heads: Any
     params: Params
     format: str
     detected: dict[str, Any]
+    compared: bool
 
 
 # Medusa
@@ -98,16 +101,16 @@ def medusa(release: Release, base: Target) -> Converted:
             given[f"heads/{i}/vocab/kernel"] = np.asarray(vocab_kernel(base.params))
     heads = MedusaHeads(num_heads, num_layers)
     params = _assemble(release, heads, base, names, given)
-    if prefix:
-        _check_same_target(release, base)
+    compared = bool(prefix) and _check_same_target(release, base)
     release.finish(_ROTARY, "Medusa")
     detected = {"vocabulary_maps": "of the heads" if own else "of the base", **_tied(params, first=0)}
     version = "v1.0" if prefix else "v0.1" if own else "legacy"
-    return Converted(heads, params, f"medusa {version}", detected)
+    return Converted(heads, params, f"medusa {version}", detected, compared)
 
 
-def _check_same_target(release: Release, base: Target) -> None:
-    """A whole model carries its target, which Medusa-2 trains along: its heads serve no other."""
+def _check_same_target(release: Release, base: Target) -> bool:
+    """A whole model carries its target, which Medusa-2 trains along: its heads serve no other. Whether there is any."""
+    before = len(release.names)
     leaves = leaves_by_path(split_projections(base.config, base.params))
     for path, name in tensor_names(base.config).items():
         if name in release and not _same(_take(release, name, path, leaves[path].shape, base), leaves[path]):
@@ -117,6 +120,7 @@ def _check_same_target(release: Release, base: Target) -> None:
             )
     if base.config.tied_embeddings:
         _check_copy(release, "lm_head.weight", base)
+    return len(release.names) < before
 
 
 # Hydra
@@ -153,12 +157,20 @@ def hydra(release: Release, base: Target) -> Converted:
     if prefix:
         names |= {f"prefix/block/{path}": f"{_PREFIX}layers.0.{name}" for path, name in _layer_names(base).items()}
         names["prefix/norm/scale"] = f"{_PREFIX}norm.weight"
-    heads = HydraHeads(num_heads, len(places), prefix)
+    heads = HydraHeads(num_heads, len(places), prefix, _hydra_dropout(release, prefix and dropout))
     params = _assemble(release, heads, base, names, {})
-    _check_copy(release, "input_embed_fn.weight", base)
+    compared = _check_copy(release, "input_embed_fn.weight", base)
     release.finish(rf"{re.escape(_PREFIX)}embed_tokens\.weight|{_ROTARY}", "Hydra")
     detected = {"dropout_layout": dropout, **_tied(params, first=1)}
-    return Converted(heads, params, "hydra++" if prefix else "hydra", detected)
+    return Converted(heads, params, "hydra++" if prefix else "hydra", detected, compared)
+
+
+def _hydra_dropout(release: Release, published: bool) -> float:
+    """The rate at which the heads were trained: what `config.json` says, or, where they drop at all, the published."""
+    rate = release.config.get("dropout_rate", 0.2 if published else 0.0)
+    if isinstance(rate, bool) or not isinstance(rate, int | float) or not 0 <= rate < 1:
+        raise UserError(f"{release.source}: config.json says dropout_rate = {json.dumps(rate)}, expected 0 to 1")
+    return float(rate)
 
 
 def _check_hydra_config(release: Release, num_heads: int, num_layers: int, prefix: bool) -> None:
@@ -197,9 +209,9 @@ def eagle(release: Release, base: Target) -> Converted:
     names |= {f"layer/{path}": f"layers.0.{name}" for path, name in _layer_names(base, layer).items()}
     heads = EagleHeads(bias, layer)
     params = _assemble(release, heads, base, names, {})
-    _check_copy(release, "embed_tokens.weight", base)
+    compared = _check_copy(release, "embed_tokens.weight", base)
     release.finish(_ROTARY, "EAGLE")
-    return Converted(heads, params, "eagle", {"fc_bias": bias, **rope})
+    return Converted(heads, params, "eagle", {"fc_bias": bias, **rope}, compared)
 
 
 def eagle3(release: Release, base: Target, layers: Sequence[int] | None = None) -> Converted:
@@ -242,10 +254,11 @@ def eagle3(release: Release, base: Target, layers: Sequence[int] | None = None) 
     }
     names |= {f"layer/{path}": f"midlayer.{name}" for path, name in _layer_names(base, layer).items()}
     params = _assemble(release, heads, base, names, given)
-    _check_copy(release, "embed_tokens.weight", base)
+    compared = _check_copy(release, "embed_tokens.weight", base)
     release.finish(_ROTARY, "EAGLE-3")
     size = heads.vocab_size or base.config.vocab_size
-    return Converted(heads, params, "eagle3", {"draft_vocabulary": size, "layers": [low, middle, high], **rope})
+    detected = {"draft_vocabulary": size, "layers": [low, middle, high], **rope}
+    return Converted(heads, params, "eagle3", detected, compared)
 
 
 def _draft_layer(release: Release, base: Target, place: str) -> tuple[LayerShape | None, dict[str, Any]]:
@@ -341,14 +354,20 @@ def _layer_names(base: Target, layer: LayerShape | None = None) -> dict[str, str
     return {p.removeprefix(first): n.removeprefix("model.layers.0.") for p, n in names.items() if p.startswith(first)}
 
 
-def _check_copy(release: Release, name: str, base: Target) -> None:
-    """Some releases repeat the base's embedding. Ours read the base's own, so the copy may differ by rounding only."""
-    if name in release:
-        embedding = base.params["embed"]["embedding"]
-        if not _same(_take(release, name, "", embedding.shape, base), embedding):
-            raise UserError(
-                f"{release.source} was made for another target: its {name} is not the embedding of the base {base.path}"
-            )
+def _check_copy(release: Release, name: str, base: Target) -> bool:
+    """Some releases repeat the base's embedding. Ours read the base's own, so the copy may differ by rounding only.
+
+    Returns:
+      Whether this one does.
+    """
+    if name not in release:
+        return False
+    embedding = base.params["embed"]["embedding"]
+    if not _same(_take(release, name, "", embedding.shape, base), embedding):
+        raise UserError(
+            f"{release.source} was made for another target: its {name} is not the embedding of the base {base.path}"
+        )
+    return True
 
 
 def _same(a: Any, b: Any) -> bool:

@@ -18,9 +18,10 @@ import numpy as np
 
 from models.errors import UserError
 from models.formats.image_models import param_shapes
-from models.formats.release import Release, as_tensors, digest
+from models.formats.release import Release, digest
 from models.formats.storage import leaves_by_path
 from models.formats.torch_files import read_torch_file
+from models.formats.weights import as_stored
 from models.images.config import SCHEDULES, VARConfig, VQVAEConfig, scale_starts
 from models.transformer import Params
 
@@ -71,11 +72,15 @@ _VAE_IGNORED = r"quantize\.ema_vocab_hit_SV"
 
 @dataclasses.dataclass(frozen=True)
 class Converted:
-    """A model made of a published file, and the SHA-256 of that file by its name."""
+    """A model made of a published file, and the SHA-256 of that file by its name.
+
+    `assumed` says that its scales were neither given nor follow from the file.
+    """
 
     config: VARConfig | VQVAEConfig
     params: Params
     digests: dict[str, str]
+    assumed: bool = False
 
 
 def read_var(path: str | Path, scales: Sequence[int] | None = None) -> Converted:
@@ -141,7 +146,7 @@ def read_vae(path: str | Path, scales: Sequence[int] | None = None) -> Converted
     kind = f"a VQ-VAE of width {width}"
     params = _assemble(file, config, vae_name, kind)
     file.finish(_VAE_IGNORED, kind)
-    return Converted(config, params, file.digests)
+    return Converted(config, params, file.digests, assumed=scales is None)
 
 
 def var_name(path: str) -> str:
@@ -175,7 +180,7 @@ class _Checkpoint(Release):
             content = content["trainer"].get(part)
         if not isinstance(content, dict):
             raise UserError(f"{path} holds no {what}: expected a dict of tensors, or a trainer with {part} in it")
-        super().__init__(path, as_tensors(content, path), {}, {path.name: digest(path)})
+        super().__init__(path, as_stored(content, path), {}, {path.name: digest(path)})
         self._shapes = {name: array.shape for name, array in content.items()}
         self._what = what
 
@@ -196,7 +201,7 @@ def _schedule(file: _Checkpoint, scales: Sequence[int] | None, K: int, L: int) -
     if not fitting:
         has = f"{file.source}: pos_1LC has {L} positions and lvl_embed {K} scales"
         if scales is None:
-            raise UserError(f"{has}, as no published schedule has: the schedule must be given")
+            raise UserError(f"{has}, as no published schedule has: give the sides of its scales (--schedule)")
         raise UserError(f"{has}, but the schedule {_listed(scales)} has {scale_starts(scales)[-1]} and {len(scales)}")
     if "lvl_1L" in file:
         levels = np.repeat(np.arange(K), [p * p for p in fitting[0]])

@@ -120,8 +120,8 @@ def load_target(directory: str | Path, dtype=None, mesh: Mesh | None = None) -> 
       mesh: shards the parameters over it by `models.sharding.RULES`; None puts them on the default device.
 
     Raises:
-      UserError: a file is missing or damaged, or holds something that is not supported, or the tokenizer has more
-        entries than the model.
+      UserError: a file is missing or damaged, or holds something that is not supported, or the tokenizer's vocabulary
+        has more entries than the model.
     """
     directory = Path(directory)
     if dtype is None:
@@ -136,9 +136,12 @@ def load_target(directory: str | Path, dtype=None, mesh: Mesh | None = None) -> 
 
 
 def check_vocabulary(config: TransformerConfig, tokenizer: Tokenizer, directory: str | Path) -> None:
-    """Raises UserError when the tokenizer has more entries than the model in `directory` has embeddings."""
-    if tokenizer.vocab_size > config.vocab_size:
+    """Raises UserError when the tokenizer's own vocabulary has more entries than the model in `directory` embeddings.
+
+    Tokens that were added to it, such as one for padding, may lie beyond: only texts that use them are refused.
+    """
+    own = tokenizer.core.get_vocab_size(with_added_tokens=False)
+    if own > config.vocab_size:
         raise UserError(
-            f"the tokenizer has {tokenizer.vocab_size} entries, more than the {config.vocab_size} embeddings of the "
-            f"model in {directory}"
+            f"the tokenizer has {own} entries, more than the {config.vocab_size} embeddings of the model in {directory}"
         )

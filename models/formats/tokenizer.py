@@ -24,6 +24,7 @@ from models.formats.text_files import half_character
 from models.formats.tokenizer_files import NAMED_TOKENS, read_tokenizer, token_text
 
 TokenIds = Iterable[SupportsIndex]  # ints, or an integer array
+_CONTEXT = 16  # tokens of a prompt that new ones are read behind: a character is no longer
 _MOST_ENTRIES = 10_000_000  # The trainer reserves memory for all that it is asked for.
 
 
@@ -271,16 +272,20 @@ class Tokenizer:
 class StreamDecoder:
     """Token ids in, text out, while a sequence is being generated.
 
-    Everything returned, joined, equals `tokenizer.decode` of all the ids. Ids that end inside a character are held
-    back until it is complete.
+    Everything returned, joined, equals `tokenizer.decode` of all the ids behind the context; without one, of all the
+    ids. Ids that end inside a character are held back until it is complete.
     """
 
-    def __init__(self, tokenizer: Tokenizer):
+    def __init__(self, tokenizer: Tokenizer, context: TokenIds = ()):
+        """Begins behind `context`, of which the last tokens count: some decoders drop the space that begins a text."""
         self._tokenizer = tokenizer
         # A token's text may depend on there being one before it (some decoders drop the space that begins a text), so
         # the ids whose text was returned last are decoded again with those that are pending.
         self._context: list[int] = []
         self._pending: list[int] = []
+        self.feed([*context][-_CONTEXT:])
+        if self.held:
+            self._context, self._pending = self._context + self._pending, []
 
     def feed(self, ids: TokenIds) -> str:
         """The text that `ids` complete; empty while a character is still incomplete."""
@@ -289,6 +294,12 @@ class StreamDecoder:
     def flush(self) -> str:
         """What was held back, incomplete characters as U+FFFD; to be called once, at the end."""
         return self._pending_text()
+
+    @property
+    def held(self) -> str:
+        """What is held back, where it is complete as it stands."""
+        text = self._pending_text() if self._pending else ""
+        return "" if text.endswith("\ufffd") else text
 
     def _next(self, token: int) -> str:
         name = self._tokenizer.core.id_to_token(token)

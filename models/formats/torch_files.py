@@ -25,6 +25,13 @@ from models.formats.text_files import POINTER, is_pointer
 
 _STREAM_MAGIC, _STREAM_VERSION = 0x1950A86A20F9469CFC6C, 1001
 _STREAM_START = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19"  # the pickle of the magic number, as torch writes it
+# Files of other kinds that people give in the place of torch's, by how they begin.
+_OTHERS = {
+    b"GGUF": "a GGUF file",
+    b"\x89HDF": "an HDF5 file (weights of Keras)",
+    b"\x93NUMPY": "an array of NumPy",
+    b"\x1f\x8b": "a gzip file",
+}
 
 
 def read_torch_file(path: str | Path) -> Any:
@@ -113,6 +120,12 @@ def _what_is_wrong(start: bytes) -> str:
         return POINTER
     if start.startswith(b"PK"):
         return "is truncated: it begins as a zip archive but has no directory at its end"
+    if not start:
+        return "is empty, not a torch file"
+    if kind := next((kind for magic, kind in _OTHERS.items() if start.startswith(magic)), None):
+        return f"is {kind}, not a torch file"
+    if start[8:10] == b'{"':
+        return "is a safetensors file by another name: give it the ending .safetensors"
     return "is not a torch file: torch writes zip archives"
 
 
@@ -125,7 +138,13 @@ class _Archive:
             raise UserError(f"{path} is damaged: its records are larger than the file")
         roots = [name for name in archive.namelist() if name.endswith("/data.pkl")]
         if len(roots) != 1:
-            raise UserError(f"{path} is not a torch file: it holds {len(roots)} data.pkl records, expected one")
+            first = next(iter(archive.namelist()), None)
+            held = f"it holds {_shown(first)}" if first else "it is empty"
+            more = f" and {len(archive.namelist()) - 1} more" if len(archive.namelist()) > 1 else ""
+            raise UserError(
+                f"{path} is a zip archive, but not one that torch wrote: {held}{more}, and {len(roots)} data.pkl "
+                "records, where torch writes one"
+            )
         self._root = roots[0].removesuffix("data.pkl")
         if f"{self._root}byteorder" in archive.namelist() and self.record("byteorder") != b"little":
             raise UserError(f"{path} was written on a big-endian machine, which is not supported")

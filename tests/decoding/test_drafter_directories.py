@@ -16,7 +16,7 @@ from decoding.drafters.early_exit import EarlyExit
 from decoding.drafters.first_of import FirstOf
 from decoding.drafters.plain import Plain
 from decoding.drafters.prompt_lookup import PromptLookup
-from decoding.drafters.registry import build, describe, load_drafter, save_drafter, write_tree
+from decoding.drafters.registry import build, describe, load_drafter, save_drafter, split_names, write_tree
 from decoding.drafters.token_recycling import TokenRecycling
 from decoding.trees import chain
 from models.errors import UserError
@@ -227,3 +227,16 @@ def test_damaged_directories(saved: pathlib.Path, target: Target, tmp_path: path
     (saved / "drafter.json").write_text("{")
     with pytest.raises(UserError):
         load_drafter(saved, target)
+
+
+def test_lists_of_drafters_whose_paths_hold_separators(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("a,b", "c+d", "e,f+g,h", "plain"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "drafter.json").write_text("{}")
+    assert split_names("none, lookahead,plain,") == ["none", "lookahead", "plain"]
+    assert split_names("none,a,b,plain") == ["none", "a,b", "plain"]
+    assert split_names("a,b+plain,lookahead+a,b") == ["a,b+plain", "lookahead+a,b"]
+    assert split_names("e,f+g,h,c+d,x,y") == ["e,f+g,h", "c+d", "x", "y"]
+    assert split_names("lookahead+c+d+plain", "+") == ["lookahead", "c+d", "plain"]
+    assert split_names(f"none,{tmp_path}/a,b,lookahead") == ["none", f"{tmp_path}/a,b", "lookahead"]

@@ -3,10 +3,12 @@
 import dataclasses
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from decoding import generate as module
+from decoding import loop
 from decoding.drafters.first_of import FirstOf
 from decoding.drafters.medusa import Medusa
 from decoding.drafters.token_recycling import TokenRecycling
@@ -144,6 +146,43 @@ def test_one_new_token_takes_no_step(target: Target, drafter: dict) -> None:
         (dict(seeds=2**32 - 2), "seeds must be in"),
         (dict(stop=[[1], []]), "a stop sequence is empty"),
         (dict(stop=[[1, -1]]), "a stop sequence holds the token -1"),
+        (
+            dict(stop=["Lily"]),
+            r"stop must be a list of token sequences, .*got the text 'Lily' in it; texts .* stop_texts",
+        ),
+        (dict(stop="Lily"), "stop must be a list of token sequences, .*stop_texts"),
+        (dict(stop=[1, 2]), "stop must be a list of token sequences, .*got 1 in it"),
+        (dict(stop=[[1.5]]), "stop must be a list of token sequences"),
+        (dict(stop=3), "stop must be a list of token sequences"),
+        (dict(stop=[[2**40]]), "a stop sequence holds the token 1099511627776"),
+        (dict(stop_texts=["Lily"]), "stop_texts need a tokenizer, which this target lacks"),
+        (dict(prompts="Once"), "prompts must be lists of token ids, one per prompt, got the text 'Once'"),
+        (dict(prompts=["Once"]), "got a list of texts: encode each of them"),
+        (dict(prompts=[1, 2, 3]), "got a list of int values: put one prompt in a list of its own"),
+        (dict(prompts=np.array([1, 2, 3])), "put one prompt in a list of its own"),
+        (dict(prompts=7), "prompts must be lists of token ids, one per prompt, got 7"),
+        (dict(prompts=[[1, 2], "Once"]), "prompt 1 must be a list of token ids, got the text 'Once'"),
+        (dict(prompts=[[1, 2], 3]), "prompt 1 must be a list of token ids, got 3"),
+        (dict(prompts=[[1, 2.0]]), "prompt 0 must hold token ids, which are whole numbers, got 2.0"),
+        (dict(prompts=[np.array([1.0, 2.0])]), "prompt 0 must hold token ids"),
+        (dict(prompts=[[1, None]]), "prompt 0 must hold token ids, which are whole numbers, got None"),
+        (dict(prompts=[[1, True]]), "prompt 0 must hold token ids, which are whole numbers, got True"),
+        (dict(prompts=[[10**30]]), f"prompt 0 has token {10**30}, outside"),
+        (dict(max_new_tokens=2.5), "max_new_tokens must be a whole number, or one per prompt, got 2.5"),
+        (dict(max_new_tokens="9"), "max_new_tokens must be a whole number"),
+        (dict(max_new_tokens=10**30), "more than the target's context of 2048"),
+        (dict(seeds=1.5), "seeds must be a whole number"),
+        (dict(seeds=None), "seeds must be a whole number"),
+        (dict(seeds="x"), "seeds must be a whole number"),
+        (dict(sampling={"temperature": 1}), "sampling must be a Sampling, or one per prompt, got"),
+        (dict(sampling=None), "sampling must be a Sampling"),
+        (dict(capacity=64.5), "capacity must be at least 1, got 64.5"),
+        (dict(stream_every=1.5), "stream_every must be at least 1 step, got 1.5"),
+        (
+            dict(drafter="lookahead"),
+            "drafter must be a drafter, or a pair as load_drafter.* returns, got the text",
+        ),
+        (dict(drafter=(TokenRecycling(), None), drafter_params={}), "drafter is a pair with its parameters"),
         (dict(stream_every=0), "stream_every must be at least 1 step, got 0"),
         (dict(capacity=50), "a cache of 50 slots is too small: the request needs 57"),
         (dict(max_new_tokens=1, capacity=39), "a cache of 39 slots is too small: the request needs 40"),
@@ -192,6 +231,71 @@ def test_one_seed_counts_up_whatever_integer_it_is(target: Target) -> None:
 def test_a_drafter_without_its_parameters_is_refused(target: Target) -> None:
     with pytest.raises(UserError, match="the drafter medusa has parameters: give them as drafter_params"):
         generate(target, PROMPTS, drafter=Medusa(MedusaHeads(3), LOPSIDED))
+
+
+def test_parameters_of_another_drafter_are_refused(target: Target, drafter: dict) -> None:
+    heads = MedusaHeads(3)
+    params = heads.init(target.config, target.params, jax.random.key(0))
+    for complaint, arguments in (
+        ("of the drafter hydra: heads/0/blocks/0/linear/kernel has shape", {**drafter, "drafter_params": params}),
+        ("of the drafter token_recycling: token_recycling has none", {**drafter, "drafter": TokenRecycling(LOPSIDED)}),
+        (
+            "of the drafter medusa: heads/0/blocks/0/linear/kernel has shape",
+            {**drafter, "drafter": Medusa(heads, LOPSIDED)},
+        ),
+        ("of the drafter hydra: heads/.* is missing", {**drafter, "drafter_params": {"heads": params["heads"][:0]}}),
+    ):
+        with pytest.raises(UserError, match=f"drafter_params are not those {complaint}"):
+            generate(target, PROMPTS, max_new_tokens=20, **arguments)
+
+
+def test_a_drafter_may_come_as_the_pair_that_loading_it_returns(target: Target, drafter: dict) -> None:
+    pair = drafter["drafter"], drafter["drafter_params"]
+    expected = generate(target, PROMPTS, max_new_tokens=20, **drafter)
+    assert generate(target, PROMPTS, max_new_tokens=20, drafter=pair).tokens == expected.tokens
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+@pytest.mark.parametrize("sampling", [Sampling(), Sampling(temperature=4.0, top_k=5)])
+def test_scores_that_are_not_finite_end_in_a_sentence(
+    target: Target, drafter: dict, bad: float, sampling: Sampling
+) -> None:
+    arguments = dict(max_new_tokens=40, sampling=sampling, seeds=3)
+    text = generate(target, PROMPTS[:1], **arguments).tokens[0]
+    # Every text that has read this token has no scores from there on; prompts are padded with 0.
+    known = {0, *PROMPTS[0], *text[:2]}
+    poison = next(token for token in text[2:] if token not in known)
+    embedding = target.params["embed"]["embedding"].at[poison].set(bad)
+    broken = Target(target.config, {**target.params, "embed": {"embedding": embedding}})
+    where = len(PROMPTS[0]) + text.index(poison) + 1
+    streamed: list[int] = []
+    # With a drafter the token may be met before, among candidates.
+    streaming = dict(on_tokens=lambda row, tokens, writers: streamed.extend(tokens))
+    for place, extra in ((where, {}), (r"\d+", drafter), (where, streaming)):
+        with pytest.raises(UserError, match=rf"not finite \(NaN or infinity\) for the token {place} of prompt 0's"):
+            generate(broken, PROMPTS[:1], **arguments, **extra)
+    assert streamed == text[: len(streamed)]
+
+
+def test_reading_a_prompt_writes_its_text(target: Target) -> None:
+    """What a drafter reads in `ingest` is there, whether or not the state was made with the prompts."""
+    prompts = [[1, 2, 3], [5, 6, 7, 8, 9, 1, 2, 3, 4, 5, 6, 7, 8, 9, 3, 2, 1]]
+    text = np.zeros((2, 32), np.int32)
+    for row, prompt in enumerate(prompts):
+        text[row, : len(prompt)] = prompt
+    request = module._make_request(
+        target.config, np.array([3, 17], np.int32), [1, 1], 0, Sampling(), [[99]], "dense", None
+    )
+    models = loop.Models(target.config, TokenRecycling(LOPSIDED), target.params, None)
+    state = loop.init_state(target.config, models.drafter, 2, 40, jnp.float64)
+    hidden = jnp.zeros((2, target.config.width))
+    for first in (0, 16):
+        state, hidden = loop.read_prompt(models, state, hidden, request, jnp.asarray(text[:, first : first + 16]))
+        known = np.array(state.text.length)
+        assert known.tolist() == [3, min(17, first + 16)]
+        for row, prompt in enumerate(prompts):
+            assert models.view(state, request).text[row, : known[row]].tolist() == prompt[: known[row]]
+            assert not np.any(state.text.tokens[row, known[row] :])
 
 
 def test_numpy_arrays_serve_as_prompts_limits_and_seeds(target: Target) -> None:

@@ -339,7 +339,7 @@ def test_argmax_and_top_k_take_the_first_of_equals(x64: None, dtype) -> None:
 @pytest.mark.parametrize(
     ("setting", "complaint"),
     [
-        (dict(temperature=-0.1), "temperature must be 0 or more, got -0.1"),
+        (dict(temperature=-0.1), "temperature must be 0, or from 1e-6 to 1e6, got -0.1"),
         (dict(temperature=float("nan")), "temperature must be"),
         (dict(top_k=-1), "top_k must be"),
         (dict(top_p=0.0), r"top_p must be in \(0, 1\], got 0.0"),

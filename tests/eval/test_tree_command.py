@@ -5,18 +5,21 @@ import json
 import pathlib
 import shutil
 
+import jax
 import numpy as np
 import pytest
 
-from decoding.drafters.registry import load_drafter
+from decoding.drafters.eagle import Eagle
+from decoding.drafters.registry import load_drafter, save_drafter
 from decoding.generate import generate
 from decoding.tree_search import walk
-from decoding.trees import chain, from_child_counts
+from decoding.trees import Topology, chain, from_child_counts
 from eval import tree as command
 from eval.measure.timing import Timing
 from eval.tree import Choice, calibration_ranks, choose_tree, probe
 from models.errors import UserError
-from models.formats.target import Target
+from models.formats.target import Target, load_target
+from models.heads.eagle import EagleHeads
 
 
 @pytest.mark.parametrize("name", ["medusa", "hydra"])
@@ -141,8 +144,25 @@ def test_command_takes_a_given_tree(target_directory, drafter_directories, tmp_p
     assert json.loads((drafter / "drafter.json").read_text())["tree"] == [[0], [1], [0, 0]]
 
 
+def test_a_tree_for_a_drafter_with_a_policy(target_directory, tmp_path, capsys) -> None:
+    target = load_target(target_directory)
+    drafter = Eagle(EagleHeads())
+    params = drafter.init_params(target.config, target.params, jax.random.key(0))
+    save_drafter(tmp_path / "eagle", drafter, params, target.fingerprint())
+    (tmp_path / "tree.json").write_text("[[0], [1], [0, 0]]")
+    arguments = ["--target", str(target_directory), "--drafter", str(tmp_path / "eagle"), "--write", "--tree"]
+    command.main([*arguments, str(tmp_path / "tree.json")])
+    assert "wrote the tree of 4 rows" in capsys.readouterr().out
+    written = load_drafter(tmp_path / "eagle", target)[0]
+    assert written == drafter.with_tree(Topology(((0,), (1,), (0, 0))))
+    (tmp_path / "tree.json").write_bytes(b"\xff\xfe")
+    with pytest.raises(SystemExit):
+        command.main([*arguments, str(tmp_path / "tree.json")])
+    assert "tree.json is not JSON" in capsys.readouterr().err
+
+
 def test_command_refuses_what_has_no_heads(target_directory, capsys) -> None:
     with pytest.raises(SystemExit) as stopped:
         command.main(["--target", str(target_directory), "--drafter", "none"])
     assert stopped.value.code == 2
-    assert "trees are chosen for Medusa and Hydra heads" in capsys.readouterr().err
+    assert "trees are searched for Medusa and Hydra heads" in capsys.readouterr().err

@@ -92,6 +92,9 @@ def test_mistakes_are_one_sentence(source: Path, capsys: pytest.CaptureFixture[s
 
     assert "no checkpoint file" in complaint("nowhere.bin")
     assert "no tokenizer file" in complaint("model.bin", "nowhere.bin")
+    assert "--from llama2c needs --tokenizer" in complaint("model.bin", None)
+    (source / "m.gguf").write_bytes(b"GGUF\x03" + bytes(60))
+    assert "m.gguf is a GGUF file, not a checkpoint of llama2.c" in complaint("m.gguf")
     assert "not a llama2.c checkpoint" in complaint("tok.bin")
     assert "needs --tokenizer" in complaint("model.bin", None)
     (source / "tok.model").write_bytes(sentencepiece_model())
@@ -162,7 +165,10 @@ def test_released_drafters_load(
 ) -> None:
     source = releases(base, tmp_path)[kind]
     record = convert_drafter(kind, source, base, tmp_path / "out")
-    assert f"wrote {tmp_path / 'out'}: {format} for {base}; " in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert f"wrote {tmp_path / 'out'}: {format} for {base}, from " in told and "None" not in told
+    assert ("could not be checked" in told) == (kind in ("medusa", "eagle3"))
+    assert ("it reads what enters the layers 2,3,4 of the base (the original release's" in told) == (kind == "eagle3")
     assert record["method"] == kind and record["provenance"]["format"] == format
     assert record["provenance"]["detected"] == detected
     files = sorted(path.name for path in (source.iterdir() if source.is_dir() else [source]))
@@ -198,9 +204,10 @@ def test_the_tree_reaches_as_far_as_the_heads(base: Path, tmp_path: Path) -> Non
     assert tree(2) == [list(path) for path in MC_SIM_7B_63.paths if len(path) <= 2]
 
 
-def test_layers_of_eagle3(base: Path, tmp_path: Path) -> None:
+def test_layers_of_eagle3(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     source = cases.write(tmp_path / "e.safetensors", cases.eagle3(None))
     record = convert_drafter("eagle3", source, base, tmp_path / "out", "--layers", "0,2,6")
+    assert "it reads what enters the layers 0,2,6 of the base (the given)" in capsys.readouterr().out
     assert [record["heads"][name] for name in ("low", "middle", "high")] == [0, 2, 6]
 
 
@@ -233,6 +240,11 @@ def test_wrong_releases_leave_nothing(base: Path, tmp_path: Path, capsys: pytest
         archive.writestr("archive/data.pkl", pickle.dumps({"0.0.linear.weight": Runs(f"touch {tmp_path}/marker")}, 2))
     assert f"{os.system.__module__}.system" in complaint("medusa", tmp_path / "evil.pt")
     assert not (tmp_path / "marker").exists()
+    with zipfile.ZipFile(tmp_path / "photos.pt", "w") as archive:
+        archive.writestr("holiday.jpg", b"x")
+    assert "is a zip archive, but not one that torch wrote: it holds holiday.jpg" in complaint(
+        "medusa", tmp_path / "photos.pt"
+    )
     assert "there is no released file" in complaint("hydra", tmp_path / "nowhere")
     assert "holds no Medusa head" in complaint("medusa", good["eagle"])
     assert "config.json" in complaint("medusa", good["medusa"], on=tmp_path)

@@ -36,10 +36,12 @@ def test_transformers(tmp_path: Path, capsys, kind: str, option: str | None, sca
 
 
 @pytest.mark.parametrize(("option", "scales"), [([], "256"), (["--schedule", "512"], "512")])
-def test_tokenizer(tmp_path: Path, option: list[str], scales: str) -> None:
+def test_tokenizer(tmp_path: Path, option: list[str], scales: str, capsys) -> None:
     tensors = checkpoints.vae(VAE)
     source = write_torch(tmp_path / "vae.pth", tensors)
     main(["--from", "vae", "--src", str(source), "--out", str(tmp_path / "out"), *option])
+    told = capsys.readouterr().out
+    assert ("nothing in vae.pth tells its scales; those for images of 256 pixels were taken" in told) == (not option)
     found, params = files.load(tmp_path / "out", VQVAEConfig)
     assert found == dataclasses.replace(VAE, scales=SCHEDULES[scales])
     np.testing.assert_array_equal(params["codebook"]["embedding"], tensors["quantize.embedding.weight"])
@@ -62,14 +64,14 @@ def test_mistakes_leave_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[st
         (complaint("var", other), "holds no VAR transformer"),
         (complaint("vae", good), "holds no VQ-VAE"),
         (complaint("code", good, "--schedule", "512"), "but the schedule 1,2,3,4,6,9,13,18,24,32 has 2240 and 10"),
-        (complaint("vae", other, "--schedule", "2,1"), "scales must be two or more rising sides"),
+        (complaint("vae", other, "--schedule", "2,1"), "--schedule must be 256, 512 or two or more rising sides"),
         (complaint("var", good, "--base", "b"), "has no use for --base"),
         (complaint("vae", good, "--tokenizer", "t"), "has no use for --tokenizer"),
         (complaint("llama2c", good, "--schedule", "256"), "--from llama2c has no use for --schedule"),
         (complaint("var", good, out="var.pth"), "--overwrite replaces it"),
     ):
         assert message.startswith("error: ") and message.count("\n") == 1 and words in message
-    assert "--schedule must be numbers with commas between them, got '1,x'" in complaint(
+    assert "--schedule must be 256, 512 or two or more rising sides such as 1,2,3, got '1,x'" in complaint(
         "var", good, "--schedule", "1,x"
     )
     main(["--from", "var", "--src", str(good), "--out", str(tmp_path / "out")])

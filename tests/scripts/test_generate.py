@@ -9,6 +9,7 @@ import shutil
 import pytest
 
 from decoding.generate import generate
+from models.formats.continuation import Continuation
 from models.formats.target import load_target
 from models.formats.tokenizer import Tokenizer
 from scripts import generate as command
@@ -97,7 +98,7 @@ def test_colours_tell_drafts_from_the_target() -> None:
     tokens = tokenizer.encode("hello world\nhello", bos=False)
     plain, coloured = io.StringIO(), io.StringIO()
     for out, color in ((plain, False), (coloured, True)):
-        stream = TextStream(tokenizer, out, color, opening="> ")
+        stream = TextStream(Continuation(tokenizer), out, color, opening="> ")
         stream(0, tokens[:1], [0])
         stream(0, tokens[1:], list(range(1, len(tokens))))
         stream.finish()
@@ -112,7 +113,7 @@ def test_colours_tell_drafts_from_the_target() -> None:
 def test_characters_of_several_tokens_come_whole() -> None:
     tokenizer = Tokenizer.train(["abc"], 258)
     out = io.StringIO()
-    stream = TextStream(tokenizer, out, color=False)
+    stream = TextStream(Continuation(tokenizer), out, color=False)
     for token in tokenizer.encode("é€", bos=False):
         stream(0, [token], [0])
         assert "\ufffd" not in out.getvalue()

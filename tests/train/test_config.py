@@ -192,6 +192,8 @@ def test_a_config_says_only_what_differs_and_a_command_line_may_name_the_rest(pa
         (["--config=configs/lm.py", "--config.mesh.fdsp=2"], ["no key 'fdsp' in the section mesh", "'fsdp'"]),
         (["--config=configs/lm.py", "--config.steps=many"], ["--config.steps must be int, got 'many'"]),
         (["--config=configs/lm.py", "--config.steps=1.5"], ["--config.steps must be int, got '1.5'"]),
+        (["--config=configs/lm.py", "--config.steps=5", "--config.steps=x"], ["--config.steps must be int, got 'x'"]),
+        (["--config=configs/lm.py", "--config.steps=y", "--config.steps=5"], ["--config.steps must be int, got 'y'"]),
         (["--config=configs/lm.py", "--config.metrics.tensorboard=maybe"], ["must be bool, got 'maybe'"]),
         (["--config.steps=3", "--config=configs/lm.py"], ["before a value for --config"]),
         (["--config.steps=3"], ["needs --config=FILE"]),

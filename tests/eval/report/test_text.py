@@ -151,10 +151,32 @@ def test_table_is_aligned_and_tells_twins_apart() -> None:
     print_table(results, file=out)
     lines = out.getvalue().splitlines()
     names = [re.split(r"\s{2,}", line)[0] for line in lines]
-    assert names[2:] == ["none", "hydra (hydra)", "hydra (other) (lossy)", "hydra (other) #2"]
+    assert names[2:] == ["none", "hydra (hydra)", "hydra (other) (lossy)", "hydra (other) 2"]
     assert len({len(line) for line in lines[1:3]}) <= 2 and lines[0].rstrip().endswith("new tokens")
     end = lines[0].index("speed-up") + len("speed-up")
     assert [line[end - 5 : end] for line in lines[2:]] == ["1.00x", "1.60x", "1.30x", "1.30x"]
+
+
+def test_rows_are_named_by_run_directories() -> None:
+    paths = [
+        ("none", None, "none"),
+        ("medusa", "runs/medusa/drafter", "medusa"),
+        ("hydra", "runs/one/drafter", "hydra (one)"),
+        ("hydra", "/data/runs/two/drafter", "hydra (two)"),
+        ("first_of", "prompt_lookup+runs/one/drafter", "prompt_lookup+one"),
+        ("first_of", "prompt_lookup+lookahead", "prompt_lookup+lookahead"),
+        ("lookahead", "lookahead", "lookahead"),
+    ]
+    results = full_results()
+    results["runs"] = [run(name, 1.0, path=path) for name, path, _ in paths]
+    out = io.StringIO()
+    print_table(results, file=out)
+    assert [re.split(r"\s{2,}", line)[0] for line in out.getvalue().splitlines()[2:]] == [label for *_, label in paths]
+    # As much of the paths as tells them apart.
+    results["runs"] = [run("none", 1.0), *(run("hydra", 1.0, path=f"{day}/run/drafter") for day in ("mon", "tue"))]
+    out = io.StringIO()
+    print_table(results, file=out)
+    assert "hydra (mon/run)" in out.getvalue() and "hydra (tue/run)" in out.getvalue()
 
 
 def test_environment_names_versions_device_and_command(monkeypatch: pytest.MonkeyPatch) -> None:

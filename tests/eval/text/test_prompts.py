@@ -6,7 +6,7 @@ import pathlib
 
 import pytest
 
-from eval.text.prompts import Question, encode_questions, read_questions, spread
+from eval.text.prompts import Question, Room, encode_questions, read_questions, spread
 from models.errors import UserError
 from models.formats.tokenizer import Tokenizer
 
@@ -107,3 +107,47 @@ def test_later_turns_hold_the_answers() -> None:
     assert asked == ["[user]first[bot]", "first"], "only turns that are followed by another are answered"
     with pytest.raises(UserError, match="no chat template"):
         encode_questions([question], Tokenizer.train(["x"], 280), answer, chat=True)
+
+
+def counted(length: int) -> str:
+    return " ".join("first" for _ in range(length))
+
+
+@pytest.mark.parametrize("too_long", ["error", "skip", "truncate"])
+def test_questions_that_are_too_long(too_long: str) -> None:
+    tokenizer = Tokenizer.train(["first second answer"] * 9, 280)
+    asked, told = [], []
+
+    def answer(tokens: list[int]) -> list[int]:
+        asked.append(len(tokens))
+        return tokenizer.encode(counted(10), bos=False)
+
+    size = len(tokenizer.encode(counted(12)))
+    questions = [Question("81", ("first",)), Question("99", (counted(13),)), Question("7", (counted(5), "second"))]
+    room = Room(4, size + 4, too_long, told.append, ": do otherwise")
+    assert room.tokens == size
+    if too_long == "error":
+        with pytest.raises(UserError, match=rf"^question 99 has \d+ tokens, too many with 4 new .* of {size + 4}: do"):
+            encode_questions(questions, tokenizer, answer, room=room)
+        assert asked == [], "nothing is decoded before all are known to fit"
+        with pytest.raises(UserError, match="question 7, turn 2, has"):
+            encode_questions(questions[2:], tokenizer, answer, room=room)
+        assert len(asked) == 1
+    elif too_long == "skip":
+        made = encode_questions(questions, tokenizer, answer, room=room)
+        assert [prompt.question for prompt in made] == ["81"]
+        assert "left out 1 of 3 questions: question 99 has" in told[0] and "left out 1 more questions" in told[1]
+        with pytest.raises(UserError, match=r"question 99 .*: no question is left"):
+            encode_questions(questions[1:2], tokenizer, answer, room=room)
+    else:
+        made = encode_questions(questions, tokenizer, answer, room=room)
+        assert [prompt.question for prompt in made] == ["81", "99", "7", "7"]
+        cut = made[1].tokens
+        assert len(cut) == size and cut[0] == tokenizer.bos_id
+        assert cut[1:] == tuple(tokenizer.encode(counted(13))[-size + 1 :])
+        assert max(len(prompt.tokens) for prompt in made) <= size and "cut 1 of 3 questions" in told[0]
+
+
+def test_new_tokens_that_leave_no_room() -> None:
+    with pytest.raises(UserError, match="600 new tokens leave no room for a prompt in the target's context of 512"):
+        encode_questions([Question("1", ("x",))], Tokenizer.train(["x"], 280), lambda tokens: [], room=Room(600, 512))

@@ -135,10 +135,23 @@ def test_rope_in_old_and_new_keys() -> None:
     assert scaling == RopeScaling("llama3", 8.0, 1.0, 4.0, 77)
 
 
-def test_end_of_text_ids_are_joined(tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text(json.dumps({**LLAMA, "eos_token_id": 5}))
-    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [5, 7]}))
-    assert load_config(tmp_path).eos_ids == (5, 7)
+@pytest.mark.parametrize(
+    ("config", "generation", "ends"),
+    [
+        ({"eos_token_id": 5}, {"eos_token_id": [5, 7, 5]}, (5, 7)),
+        ({"eos_token_id": 5}, {"eos_token_id": 7}, (7,)),
+        ({"eos_token_id": 5}, {"eos_token_id": None}, ()),
+        ({"eos_token_id": 5}, {"bos_token_id": 1}, ()),
+        ({"eos_token_id": [5, 6]}, None, (5, 6)),
+        ({}, {"eos_token_id": 7}, (7,)),
+        ({}, None, (2,)),
+    ],
+)
+def test_end_of_text_is_where_transformers_puts_it(tmp_path: Path, config, generation, ends) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({**LLAMA, **config}))
+    if generation is not None:
+        (tmp_path / "generation_config.json").write_text(json.dumps(generation))
+    assert load_config(tmp_path).eos_ids == ends
 
 
 @pytest.mark.parametrize(
@@ -291,7 +304,10 @@ def test_damaged_or_absent_weights(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="damaged"):
         load_params(TINY, tmp_path / "t")
     weights.rename(tmp_path / "t" / "pytorch_model.bin")
-    with pytest.raises(UserError, match=r"no model\.safetensors .*pytorch_model\.bin"):
+    with pytest.raises(UserError, match=r"pytorch_model\.bin is a safetensors file by another name"):
+        load_params(TINY, tmp_path / "t")
+    (tmp_path / "t" / "pytorch_model.bin").unlink()
+    with pytest.raises(UserError, match=r"there is no model\.safetensors in"):
         load_params(TINY, tmp_path / "t")
 
 

@@ -9,6 +9,7 @@ import pytest
 from models.errors import UserError
 from models.formats.inception import params_of, read_inception
 from models.formats.release import Release
+from models.formats.weights import as_stored
 from tests.models.formats.torch_archives import write_torch
 from tests.models.formats.torch_streams import write_old_torch
 from tests.models.images.inception_cases import port_tensors, random_params
@@ -53,6 +54,6 @@ BLOCK = "Mixed_7c.branch_pool.conv.weight"
 def test_other_networks_are_refused(params: dict, change, message: str) -> None:
     tensors = port_tensors(params)
     change(tensors)
-    release = Release(pathlib.Path("w.pth"), {k: lambda v=v: v for k, v in tensors.items()}, {}, {})
+    release = Release(pathlib.Path("w.pth"), as_stored(tensors, pathlib.Path("w.pth")), {}, {})
     with pytest.raises(UserError, match=message):
         params_of(release)

@@ -141,7 +141,7 @@ def test_damaged_checkpoints(tmp_path: Path) -> None:
     assert "truncated" in complaint(v2[:-1]) and "truncated" in complaint(v2[:200])
     assert "truncated" in complaint(b"") and "truncated" in complaint(v0[:20])
     assert "not a llama2.c checkpoint" in complaint(v0 + b"\0")
-    assert "not a llama2.c checkpoint" in complaint(b"GGUF" + b"\xff" * 60)
+    assert "is a GGUF file, not a checkpoint of llama2.c" in complaint(b"GGUF" + b"\xff" * 60)
     assert "not a llama2.c checkpoint" in complaint(struct.pack("<7i", 16, 24, 2, 3, 1, V, S) + v0[28:])
     assert "version 1" in complaint(v2[:4] + struct.pack("<i", 1) + v2[8:])
     assert "groups of 7" in complaint(v2[:37] + struct.pack("<i", 7) + v2[41:])

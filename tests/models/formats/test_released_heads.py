@@ -132,6 +132,16 @@ def test_medusa_legacy_maps_as_the_target_does(tmp_path: Path, tied: bool) -> No
 # Hydra
 
 
+@pytest.mark.parametrize(("said", "rate"), [(None, 0.2), (0.1, 0.1), (0, 0.0), ("much", None), (1.5, None)])
+def test_dropout_of_hydra_is_kept(base: Target, tmp_path: Path, said, rate: float | None) -> None:
+    write(tmp_path / "m.pt", cases.hydra(base), None if said is None else {"dropout_rate": said})
+    if rate is None:
+        with pytest.raises(UserError, match=r"config\.json says dropout_rate = "):
+            released.hydra(read_release(tmp_path / "m.pt"), base)
+    else:
+        assert released.hydra(read_release(tmp_path / "m.pt"), base).heads.dropout == rate
+
+
 @pytest.mark.parametrize("plus", [False, True], ids=["hydra", "hydra++"])
 @pytest.mark.parametrize("dropout", [False, True], ids=["blocks alone", "with dropout"])
 def test_hydra(base: Target, tmp_path: Path, plus: bool, dropout: bool) -> None:
@@ -141,7 +151,12 @@ def test_hydra(base: Target, tmp_path: Path, plus: bool, dropout: bool) -> None:
     config |= {"grounded_heads": True, "hidden_state_offset": 0, "base_model_name_or_path": "somebody/model"}
     write(tmp_path / "hydra_lm_head.pt", tensors, config)
     made = released.hydra(read_release(tmp_path, ["hydra_lm_head.pt"]), base)
-    assert made.heads == HydraHeads(3, layers, plus) and made.format == ("hydra++" if plus else "hydra")
+    rate = 0.2 if plus and dropout else 0.0
+    assert (
+        made.heads == HydraHeads(3, layers, plus, rate)
+        and made.compared
+        and made.format == ("hydra++" if plus else "hydra")
+    )
     assert made.detected == {"dropout_layout": dropout, **({"tied_blocks": True} if plus else {})}
     names: dict[str, str] = {}
     for i in range(3):
@@ -434,7 +449,7 @@ def test_where_tensors_are_looked_for(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"there is no released file .*nowhere\.pt"):
         read_release(tmp_path / "nowhere.pt")
     (tmp_path / "empty").mkdir()
-    with pytest.raises(UserError, match=r"there is no released file .*empty with special\.pt or model\.safetensors"):
+    with pytest.raises(UserError, match=r"there is no released file, special\.pt or model\.safetensors .*empty"):
         read_release(tmp_path / "empty", ["special.pt"])
 
 
@@ -452,7 +467,7 @@ def test_indexes_that_do_not_fit(tmp_path: Path) -> None:
 
     assert "has no weight_map" in complaint({})
     assert "which is not a file beside it" in complaint({"weight_map": {"0.1.weight": "../x.bin"}})
-    assert "there is no file" in complaint({"weight_map": {**good, "more": "gone.bin"}})
+    assert "there is no gone.bin" in complaint({"weight_map": {**good, "more": "gone.bin"}})
     assert "disagree about where tensor" in complaint({"weight_map": dict.fromkeys(good, shards[0])})
     assert "disagree about where tensor more is" in complaint({"weight_map": {**good, "more": shards[0]}})
 

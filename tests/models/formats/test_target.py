@@ -9,7 +9,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tokenizers
 
+from decoding.generate import generate
 from models import Target, load_target
 from models.config import TransformerConfig
 from models.errors import UserError
@@ -93,6 +95,22 @@ def test_a_tokenizer_larger_than_the_model_is_refused(tokenizer: Tokenizer, tmp_
     save_target(tmp_path / "small", config, init(config, jax.random.key(0)), tokenizer)
     with pytest.raises(UserError, match=f"tokenizer has {few + 3} entries, more than the {few} embeddings"):
         load_target(tmp_path / "small")
+
+
+def test_a_pad_token_beyond_the_embeddings_is_refused_where_it_is_used(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    config = TransformerConfig(
+        vocab_size=tokenizer.vocab_size, width=16, num_layers=1, num_heads=2, num_kv_heads=1, head_dim=8, mlp_width=24
+    )
+    padded = Tokenizer(tokenizers.Tokenizer.from_str(tokenizer.core.to_str()))
+    padded.core.add_special_tokens(["<pad>"])
+    save_target(tmp_path / "t", config, init(config, jax.random.key(0)), Tokenizer(padded.core))
+    loaded = load_target(tmp_path / "t")
+    assert loaded.tokenizer.vocab_size == config.vocab_size + 1
+    loaded.apply([loaded.tokenizer.encode("a text")])
+    with pytest.raises(UserError, match=f"token id {config.vocab_size} is outside"):
+        loaded.apply([loaded.tokenizer.encode("a text<pad>")])
+    with pytest.raises(UserError, match=rf"prompt 0 has token {config.vocab_size} \(<pad>\), outside"):
+        generate(loaded, [loaded.tokenizer.encode("a text<pad>")])
 
 
 def test_package_is_cheap_until_used() -> None:
