@@ -145,6 +145,8 @@ def drafter_and_params(drafter: Any, params: Any, target: Target, mesh: Mesh | N
     released, prepared = _shapes(drafter, target.config, np.dtype(dtype), mesh)
     if params is None and released:
         raise UserError(f"the drafter {drafter.name} has parameters: give them as drafter_params")
+    if not released and not drafter.bare_names:
+        return drafter, params  # It makes none, and does not go without: what it takes is between it and the caller.
     found = {path: _shape(leaf) for path, leaf in leaves_by_path(params).items()}
     if found not in (released, prepared):
         nearest = prepared if len(set(found) & set(prepared)) > len(set(found) & set(released)) else released

@@ -243,13 +243,15 @@ def test_the_adaptive_weight_counts_the_perceptual_term(image_setting, toy_net):
 
 
 def test_a_job_trains_against_a_net_that_stays_as_it_is(image_job, toy_net, tmp_path):
-    config = image_job("vqvae", objective={"perceptual": PERCEPTUAL}, steps=2)
+    weights = tmp_path / "toy.pth"
+    weights.write_bytes(b"known by what it holds")
+    config = image_job("vqvae", objective={"perceptual": {**PERCEPTUAL, "weights": str(weights)}}, steps=2)
     plan = trainer.make_plan(config, ("A", "B", "C"))
     assert jax.tree.map(jnp.shape, plan.frozen) == jax.tree.map(np.shape, ToyNet.drawn())
     assert not toy_net and plan.state["params"].keys() == {"vqvae"}
-    trainer.train(config, tmp_path)
-    assert toy_net == ["toy.pth"] and all(line["perceptual"] > 0 for line in lines(tmp_path) if "loss" in line)
-    assert files.load(tmp_path / "vqvae", VQVAEConfig)[0] == VQVAE
+    trainer.train(config, tmp_path / "run")
+    assert toy_net == [str(weights)] and all(line["perceptual"] > 0 for line in lines(tmp_path / "run") if "loss" in line)
+    assert files.load(tmp_path / "run" / "vqvae", VQVAEConfig)[0] == VQVAE
 
 
 @pytest.mark.usefixtures("x64")
@@ -449,7 +451,7 @@ def test_options_of_text_are_refused(changes, words, image_job, tmp_path):
 
 
 def test_a_job_learns_and_leaves_a_vqvae(image_job, tmp_path, capsys):
-    config = image_job("vqvae", steps=20, optimizer={"ema": 0.9}, checkpoint={"every": 20}, evaluation={"every": 10})
+    config = image_job("vqvae", steps=30, optimizer={"ema": 0.9}, checkpoint={"every": 30}, evaluation={"every": 15})
     trainer.train(config, tmp_path)
     found = lines(tmp_path)
     losses = [line["loss"] for line in found if "loss" in line]
@@ -461,7 +463,7 @@ def test_a_job_learns_and_leaves_a_vqvae(image_job, tmp_path, capsys):
     assert "images_per_second" in json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[0])
     assert files.load(tmp_path / "vqvae", VQVAEConfig)[0] == VQVAE
     said = capsys.readouterr().out
-    assert "20 steps of 4 images" in said
+    assert "30 steps of 4 images" in said
     assert re.search(r"  scale_perplexity( [\d.]+){4}\n", said)  # one place in the line for all scales
 
 
