@@ -60,6 +60,7 @@ from tests.decoding.drafter_cases import (
 
 pytestmark = pytest.mark.usefixtures("x64")
 
+RUN_LONG = True  # Thousands of steps per program: see conftest.py.
 GROUP_BY = "name"  # Drafters share the target's programs alone, which the cache of compiled programs carries over.
 
 
