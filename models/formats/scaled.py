@@ -69,18 +69,19 @@ def quantise(kernel: np.ndarray, bits: int, group: int) -> tuple[np.ndarray, np.
     groups = np.asarray(kernel, np.float32).reshape(-1, group, columns)
     # The largest entry takes the end of the range that reaches further, so scales may be negative.
     largest = np.take_along_axis(groups, np.abs(groups).argmax(axis=1, keepdims=True), axis=1)
-    best = least = None
-    for factor in np.linspace(0.7, 1.05, 15):
+
+    def rounded(factor: float) -> tuple[np.ndarray, ...]:
         scale = (factor * largest / low).astype(np.float16).astype(np.float32)
         scale = np.where(scale == 0, np.float32(1), scale)
         integers = np.clip(np.rint(groups / scale), low, high)
-        error = np.square(integers * scale - groups).sum(axis=1, keepdims=True)
-        if best is None or least is None:
-            best, least = (integers, scale), error
-            continue
-        better = error < least
-        best = np.where(better, integers, best[0]), np.where(better, scale, best[1])
-        least = np.minimum(error, least)
+        return integers, scale, np.square(integers * scale - groups).sum(axis=1, keepdims=True)
+
+    factors = np.linspace(0.7, 1.05, 15)
+    best = rounded(factors[0])
+    for factor in factors[1:]:
+        other = rounded(factor)
+        better = other[2] < best[2]
+        best = tuple(np.where(better, new, old) for new, old in zip(other, best, strict=True))
     integers, scale = best[0].reshape(rows, columns).astype(np.int8), best[1][:, 0].astype(np.float16)
     if bits == 4:
         halves = (integers + 8).astype(np.uint8)

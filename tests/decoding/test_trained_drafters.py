@@ -1,4 +1,4 @@
-"""Drafters that the package carries: they parse, are whole and small, say what they are, and serve their target alone."""
+"""Drafters that the package carries: whole, small, telling what they are, and for their own target alone."""
 
 import contextlib
 import dataclasses
