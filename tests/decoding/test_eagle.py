@@ -24,7 +24,10 @@ def test_published_tree() -> None:
     assert Eagle3(Eagle3Heads(2, 16, 29)).max_nodes == 60 and Eagle3(Eagle3Heads(2, 16, 29)).ranked_tree is None
 
 
-@pytest.mark.parametrize("name", ["eagle", "eagle3"])
+each = pytest.mark.parametrize("name", [pytest.param("eagle", marks=pytest.mark.slow), "eagle3"])
+
+
+@each
 def test_sampled_children_are_lossless(name: str) -> None:
     """EAGLE-1 draws its children without replacement; a draft vocabulary offers some tokens only, by their own q."""
     target = random_target(vocab_size=6, scale=6.0)
@@ -38,7 +41,7 @@ def test_sampled_children_are_lossless(name: str) -> None:
         assert result.test.degrees > 5 and result.passed, result
 
 
-@pytest.mark.parametrize("name", ["eagle", "eagle3"])
+@each
 def test_joined_kernels_draft_the_same(name: str) -> None:
     target = random_target(vocab_size=12)
     drafter, params = CASES[name](target, jax.random.key(7))

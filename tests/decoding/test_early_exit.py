@@ -28,12 +28,14 @@ def test_candidates_are_the_best_of_the_first_layers(layers: int) -> None:
     drafter = EarlyExit(layers, Static(LOPSIDED, "top"))
     text = jnp.array(np.random.default_rng(0).integers(0, 12, (2, 20)), jnp.int32)
     length = jnp.array([9, 1], jnp.int32)
-    cache = transformer.forward(target.config, target.params, text, Layout.causal(2, 20)).rows
+    forward = jax.jit(transformer.forward, static_argnames=("config", "layers"))
+    cache = forward(target.config, target.params, text, Layout.causal(2, 20)).rows
     view = TargetView(
         target.config, target.params, cache, Place.of_text(length), text, batch_sampling([Sampling()] * 2)
     )
     root = jnp.take_along_axis(text, length[:, None], axis=1)[:, 0]
-    tree, _ = drafter.draft(None, view, (), root, jax.vmap(jax.random.key)(jnp.arange(2)))
+    keys = jax.vmap(jax.random.key)(jnp.arange(2))
+    tree, _ = jax.jit(lambda root: drafter.draft(None, view, (), root, keys))(root)
     # All root paths in one forward: what follows their ends no row of them sees.
     inner = np.flatnonzero(LOPSIDED.children[:, 0] >= 0)
     paths = [
@@ -43,7 +45,7 @@ def test_candidates_are_the_best_of_the_first_layers(layers: int) -> None:
         [*text[i // len(inner), : length[i // len(inner)]].tolist(), *path.tolist()] for i, path in enumerate(paths)
     ]
     whole = jnp.array([[*seen, *[0] * (20 - len(seen))] for seen in texts], jnp.int32)
-    out = transformer.forward(target.config, target.params, whole, Layout.causal(*whole.shape), layers=(0, layers))
+    out = forward(target.config, target.params, whole, Layout.causal(*whole.shape), layers=(0, layers))
     for i, seen in enumerate(texts):
         wanted = LOPSIDED.children[inner[i % len(inner)]]
         wanted = wanted[wanted >= 0]

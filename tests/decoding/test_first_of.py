@@ -228,7 +228,7 @@ def test_what_is_no_combination_is_refused() -> None:
         FirstOf((FirstOf((Plain(), Plain())), Plain()))
 
 
-@pytest.mark.parametrize("order", ["first", "second"])
+@pytest.mark.parametrize("order", [pytest.param("first", marks=pytest.mark.slow), "second"])
 def test_a_draft_model_keeps_up_with_text_that_it_did_not_draft(order: str) -> None:
     """The target as its own draft model: wherever the lookup finds nothing, everything is accepted."""
     target = random_target(vocab_size=12)

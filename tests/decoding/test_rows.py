@@ -93,7 +93,7 @@ def test_rows_are_bitwise_independent_of_their_neighbours(name: str, monkeypatch
     assert sum(stats.accepted_by_depth for stats in alone.stats)[0] > 5, "drafts that nobody accepts prove nothing"
 
 
-@each_rule
+@pytest.mark.parametrize("name", ["point", pytest.param("swor", marks=pytest.mark.slow)])
 def test_tokens_are_equal_in_float64_across_batch_sizes_and_capacities(name: str) -> None:
     with jax.enable_x64(True):
         batch = decode(name, ROWS, jnp.float64, capacity=64)

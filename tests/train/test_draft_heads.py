@@ -204,7 +204,7 @@ def test_rows_longer_than_the_target_are_refused(name, job, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("drafter", ["medusa", "hydra"])
+@pytest.mark.parametrize("drafter", [pytest.param("medusa", marks=pytest.mark.slow), "hydra"])
 def test_the_loop_accepts_exactly_what_the_training_forward_says(drafter, setting, job, tmp_path):
     config = job(
         "draft_heads",

@@ -162,7 +162,9 @@ def test_draft_vocabulary_is_the_most_frequent_labels(draft_setting, job):
     assert np.asarray(frozen["draft_vocab"]).tolist() == most_frequent(labels, 12).tolist()
 
 
-@pytest.mark.parametrize(("name", "changes"), [("eagle", {}), ("eagle3", {"vocabulary": 60})])
+@pytest.mark.parametrize(
+    ("name", "changes"), [pytest.param("eagle", {}, marks=pytest.mark.slow), ("eagle3", {"vocabulary": 60})]
+)
 def test_the_loop_accepts_exactly_what_the_training_forward_says(name, changes, draft_setting, job, tmp_path):
     config = job(
         name,

@@ -57,7 +57,7 @@ def test_a_run_learns_and_leaves_a_target(job, tmp_path, capsys):
         assert words in said
 
 
-@pytest.mark.parametrize("ema", [0.0, 0.9])
+@pytest.mark.parametrize("ema", [pytest.param(0.0, marks=pytest.mark.slow), 0.9])
 def test_a_killed_run_ends_bitwise_as_one_that_was_not(ema, job, tmp_path, die_at, capsys):
     config = job("lm", evaluation={"every": 3}, optimizer={"ema": ema})
     trainer.train(config, tmp_path / "whole")

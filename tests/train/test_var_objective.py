@@ -193,6 +193,7 @@ def test_a_job_learns_and_a_killed_one_ends_bitwise_as_it(image_job, die_at, tmp
     assert abs(losses[0] - math.log(24)) < 0.3 and np.mean(losses[-3:]) < losses[0] - 0.2
 
 
+@pytest.mark.slow
 def test_the_smoke_job_runs(image_set, image_models, tmp_path):
     options = ["steps=3", "optimizer.warmup_steps=1", f"objective.tokenizer={image_models['vqvae']}"]
     said = smoke("var", image_set, tmp_path, *options)

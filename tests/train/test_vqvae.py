@@ -222,6 +222,7 @@ def judged(critic, images, decoded):
     return *jax.value_and_grad(fooled)(decoded), jax.grad(told_apart)(critic)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("x64")
 def test_the_adaptive_weight_counts_the_perceptual_term(image_setting, toy_net):
     objective, params, frozen, batch = image_setting("vqvae", gan=GAN, perceptual=PERCEPTUAL)
@@ -448,7 +449,7 @@ def test_options_of_text_are_refused(changes, words, image_job, tmp_path):
 
 
 def test_a_job_learns_and_leaves_a_vqvae(image_job, tmp_path, capsys):
-    config = image_job("vqvae", steps=30, optimizer={"ema": 0.9}, checkpoint={"every": 30}, evaluation={"every": 15})
+    config = image_job("vqvae", steps=20, optimizer={"ema": 0.9}, checkpoint={"every": 20}, evaluation={"every": 10})
     trainer.train(config, tmp_path)
     found = lines(tmp_path)
     losses = [line["loss"] for line in found if "loss" in line]
@@ -460,7 +461,7 @@ def test_a_job_learns_and_leaves_a_vqvae(image_job, tmp_path, capsys):
     assert "images_per_second" in json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[0])
     assert files.load(tmp_path / "vqvae", VQVAEConfig)[0] == VQVAE
     said = capsys.readouterr().out
-    assert "30 steps of 4 images" in said
+    assert "20 steps of 4 images" in said
     assert re.search(r"  scale_perplexity( [\d.]+){4}\n", said)  # one place in the line for all scales
 
 

@@ -282,6 +282,7 @@ def test_the_peer_runs_on_one_device_and_in_our_dtype(dtype: str) -> None:
     assert decoder.sample() > 0 and {p.dtype for p in decoder._decoder.parameters()} == {getattr(torch, dtype)}
 
 
+@pytest.mark.slow
 @pytest.mark.parity
 def test_everybody_is_timed_in_torch_too() -> None:
     pytest.importorskip("torch")
