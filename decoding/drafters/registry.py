@@ -113,11 +113,13 @@ def load_drafter(spec: str | Path, target: Target, mesh: Mesh | None = None) -> 
     Raises:
       UserError: no such drafter, a damaged directory, or another base, tokenizer, or vocabulary.
     """
-    name, directory = str(spec), trained_drafters().get(str(spec), Path(spec))
+    name, directory = str(spec), Path(spec)
     method, _, argument = name.partition(":")
     named = DRAFTERS[method].from_name(argument) if method in DRAFTERS else None
     if named is not None:
         return named, None
+    if not (directory / "drafter.json").is_file():
+        directory = trained_drafters().get(name, directory)
     if not (directory / "drafter.json").is_file():
         if "+" in name:
             parts = [load_drafter(part, target, mesh) for part in split_names(name, "+")]

@@ -10,11 +10,13 @@ import jax
 import numpy as np
 import pytest
 
-from decoding.drafters.registry import build, load_drafter, trained_drafters
+from decoding.drafters.registry import build, load_drafter, save_drafter, trained_drafters
+from decoding.drafters.token_recycling import TokenRecycling
 from models.config import TransformerConfig
 from models.errors import UserError
 from models.formats.scaled import read_scaled, whole_tensors
 from models.formats.storage import FLOATS, leaves_by_path, open_tensors
+from models.formats.target import Target
 from models.formats.text_files import read_json
 from models.formats.tokenizer import Tokenizer
 from models.transformer import param_shapes
@@ -70,10 +72,23 @@ def test_what_is_carried(name: str) -> None:
     assert (np.diff(known) > 0).all() and known[0] >= 0 and known[-1] < config.vocab_size
 
 
-@pytest.mark.parametrize("name", SHAPES)
-def test_another_target_is_refused(name: str) -> None:
+@pytest.fixture(scope="module")
+def other() -> Target:
     tokenizer = Tokenizer.train(["abc def.\n"] * 3, 270)
-    other = dataclasses.replace(random_target(vocab_size=12, dtype=np.float32), tokenizer=tokenizer)
+    return dataclasses.replace(random_target(vocab_size=12, dtype=np.float32), tokenizer=tokenizer)
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_a_directory_of_the_same_name_comes_first(
+    name: str, other: Target, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_drafter(tmp_path / name, TokenRecycling(), None, other.fingerprint())
+    monkeypatch.chdir(tmp_path)
+    assert load_drafter(name, other)[0] == TokenRecycling()
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_another_target_is_refused(name: str, other: Target) -> None:
     for spec in (name, f"prompt_lookup+{name}"):
         with pytest.raises(UserError, match=rf"trained/{name} was made for another target: its base had") as caught:
             load_drafter(spec, other)
