@@ -2,9 +2,10 @@
 
 A drafter directory is `drafter.json` (method, hyper-parameters, tree, fingerprint of its base) and, where the method
 has parameters, `model.safetensors`, whose tensors are named by their path in the parameter tree
-(`heads.0.vocab.kernel`, as [in, out]). On a command line a drafter is its directory, the bare name of one that has no
-parameters, `early_exit:LAYERS`, `prompt_lookup:SHORTEST`, or several of these joined by `+`: each is asked where those
-before it find nothing.
+(`heads.0.vocab.kernel`, as [in, out]); kernels may be kept as small integers (`models/formats/scaled.py`). On a
+command line a drafter is its directory, the bare name of one that has no parameters or of one that the package carries
+(`trained/`), `early_exit:LAYERS`, `prompt_lookup:SHORTEST`, or several of these joined by `+`: each is asked where
+those before it find nothing.
 
 This file is all that knows drafters by name: it parses, loads and saves them.
 """
@@ -34,13 +35,13 @@ from decoding.policies import TreePolicy, read_policy
 from decoding.trees import Topology
 from models import schema
 from models.errors import UserError
+from models.formats.scaled import read_scaled, whole_tensors
 from models.formats.storage import (
     FLOATS,
     leaves_by_path,
     new_directory,
     open_tensors,
     place_tensor,
-    read_tensor,
     save_tensors,
     write_json,
 )
@@ -61,6 +62,9 @@ DRAFTERS: dict[str, type[Drafter]] = {
     "early_exit": EarlyExit,
     "first_of": FirstOf,
 }
+
+# Drafter directories that travel with the package; each is found by its folder's name.
+TRAINED = Path(__file__).with_name("trained")
 
 # What a record holds beside the drafter itself: the fingerprint of its base, and where converted weights came from.
 BESIDES = ("base", "provenance")
@@ -115,10 +119,12 @@ def load_drafter(spec: str | Path, target: Target, mesh: Mesh | None = None) -> 
     if named is not None:
         return named, None
     if not (directory / "drafter.json").is_file():
+        directory = trained_drafters().get(name, directory)
+    if not (directory / "drafter.json").is_file():
         if "+" in name:
             parts = [load_drafter(part, target, mesh) for part in split_names(name, "+")]
             return FirstOf(tuple(drafter for drafter, _ in parts)), [params for _, params in parts]
-        names = [form for drafter in DRAFTERS.values() for form in drafter.bare_names]
+        names = [form for drafter in DRAFTERS.values() for form in drafter.bare_names] + list(trained_drafters())
         raise UserError(
             f"{name!r} is neither a drafter directory (there is no {directory / 'drafter.json'}) nor one of "
             f"{', '.join(names)}, or several of these joined by +"
@@ -133,14 +139,14 @@ def load_drafter(spec: str | Path, target: Target, mesh: Mesh | None = None) -> 
     places = [None] * len(wanted) if mesh is None else jax.tree.leaves(param_shardings(mesh, shapes))
     with contextlib.ExitStack() as stack:
         files = open_tensors(directory, stack) if wanted else {}
-        stored = {_present_name(name, record): name for name in files}
+        stored = {_present_name(name, record): name for name in whole_tensors(files)}
         if wrong := sorted(set(stored) ^ set(wanted)):
             complaint = "is missing" if wrong[0] in wanted else "is unknown to its drafter.json"
             raise UserError(f"{directory}: tensor {wrong[0]} {complaint}")
         leaves = []
         for (name, shape), place in zip(wanted.items(), places, strict=True):
             kinds = ("I32",) if np.issubdtype(shape.dtype, np.integer) else FLOATS
-            host = read_tensor(files[stored[name]], stored[name], directory, transpose=False, kinds=kinds)
+            host = read_scaled(files, stored[name], directory, kinds)
             if host.shape != shape.shape:
                 raise UserError(
                     f"{directory}: tensor {name} has shape {list(host.shape)}, drafter.json implies {list(shape.shape)}"
@@ -148,6 +154,11 @@ def load_drafter(spec: str | Path, target: Target, mesh: Mesh | None = None) -> 
             leaves.append(place_tensor(np.asarray(host, dtype=shape.dtype), place))
     params = jax.tree.unflatten(jax.tree.structure(shapes), leaves)
     return drafter, drafter.for_decoding(params, mesh)
+
+
+def trained_drafters() -> dict[str, Path]:
+    """The drafter directories that the package carries, by name."""
+    return {path.parent.name: path.parent for path in sorted(TRAINED.glob("*/drafter.json"))}
 
 
 def write_tree(directory: str | Path, tree: Topology | TreePolicy) -> None:
