@@ -17,9 +17,9 @@ os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".cache" / "jax"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 os.environ.setdefault("HYPOTHESIS_STORAGE_DIRECTORY", str(ROOT / ".cache" / "hypothesis"))
-# Tests compile thousands of programs and run each for moments, so XLA compiles them in the cheapest way, and where a file
-# says that its programs `RUN_LONG`, in the cheapest that does not make them slow. What is compiled by default is tested
-# by `XLA_FLAGS= JAX_DISABLE_MOST_OPTIMIZATIONS=0 bash scripts/test.sh`.
+# Tests compile thousands of programs and run each for moments, so XLA compiles them in the cheapest way, and where a
+# file says that its programs `RUN_LONG`, in the cheapest that does not make them slow. What is compiled by default is
+# tested by `XLA_FLAGS= JAX_DISABLE_MOST_OPTIMIZATIONS=0 bash scripts/test.sh`.
 CHEAP = ["--xla_backend_optimization_level=1", "--xla_cpu_parallel_codegen_split_count=1"]
 if importlib.metadata.version("jaxlib").startswith("0.10."):  # Later ones refuse to start with a flag that they lost.
     CHEAP.append("--xla_cpu_use_fusion_emitters=false")

@@ -250,7 +250,8 @@ def test_a_job_trains_against_a_net_that_stays_as_it_is(image_job, toy_net, tmp_
     assert jax.tree.map(jnp.shape, plan.frozen) == jax.tree.map(np.shape, ToyNet.drawn())
     assert not toy_net and plan.state["params"].keys() == {"vqvae"}
     trainer.train(config, tmp_path / "run")
-    assert toy_net == [str(weights)] and all(line["perceptual"] > 0 for line in lines(tmp_path / "run") if "loss" in line)
+    assert toy_net == [str(weights)]
+    assert all(line["perceptual"] > 0 for line in lines(tmp_path / "run") if "loss" in line)
     assert files.load(tmp_path / "run" / "vqvae", VQVAEConfig)[0] == VQVAE
 
 
