@@ -10,7 +10,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tokenizers
-from hypothesis import strategies as st
 from safetensors.numpy import save
 
 from models import transformer
@@ -21,7 +20,7 @@ from models.formats.release import read_release
 from models.formats.target import check_vocabulary
 from models.formats.tokenizer import Tokenizer
 from scripts import convert
-from tests.fuzzing import JSON, damaged, fuzzed, is_refused
+from tests.fuzz import FEW_OR_MANY, accepts_or_refuses, damaged, fuzz, json_values, st
 from tests.models.formats import released_cases as cases
 from tests.models.formats.test_llama2c import pieces_of, random_weights, write_tokenizer, write_v0, write_v2
 from tests.models.formats.test_weights import INDEX, TINY, tensors
@@ -43,6 +42,7 @@ CONFIG = {
     "eos_token_id": 2,
     "max_position_embeddings": 64,
 }
+EXAMPLES = 60
 VOCABULARY = tokenizers.Tokenizer(tokenizers.models.BPE({"<s>": 0, "</s>": 1, "a": 2, "b": 3}, [])).to_str().encode()
 
 
@@ -76,59 +76,71 @@ def load(directory: Path) -> None:
         hf.load_params(config, directory, jnp.float32)
 
 
-@fuzzed(data=st.data())
-def test_targets_with_a_damaged_file(data: st.DataObject, tmp_path: Path) -> None:
+@pytest.mark.parametrize("examples", FEW_OR_MANY)
+def test_targets_with_a_damaged_file(examples: int, tmp_path: Path) -> None:
     """One file damaged, in a directory of safetensors or of torch's files."""
-    shutil.rmtree(tmp_path / "m", ignore_errors=True)
-    (tmp_path / "m").mkdir()
-    held = dict(files())
-    held.pop(data.draw(st.sampled_from(["model.safetensors", "pytorch_model.bin"])))
-    if "model.safetensors" not in held:
-        held.pop(INDEX)
-    name = data.draw(st.sampled_from(sorted(held)))
-    held[name] = data.draw(damaged(held[name]))
-    for path, content in held.items():
-        (tmp_path / "m" / path).write_bytes(content)
-    is_refused(lambda: load(tmp_path / "m"))
+
+    def check(data: st.DataObject) -> None:
+        shutil.rmtree(tmp_path / "m", ignore_errors=True)
+        (tmp_path / "m").mkdir()
+        held = dict(files())
+        held.pop(data.draw(st.sampled_from(["model.safetensors", "pytorch_model.bin"])))
+        if "model.safetensors" not in held:
+            held.pop(INDEX)
+        name = data.draw(st.sampled_from(sorted(held)))
+        held[name] = data.draw(damaged(held[name]))
+        for path, content in held.items():
+            (tmp_path / "m" / path).write_bytes(content)
+        accepts_or_refuses(lambda: load(tmp_path / "m"))
+
+    fuzz(EXAMPLES * examples, st.data(), check)
 
 
-@fuzzed(data=st.data())
-def test_targets_with_odd_values(data: st.DataObject, tmp_path: Path) -> None:
+@pytest.mark.parametrize("examples", FEW_OR_MANY)
+def test_targets_with_odd_values(examples: int, tmp_path: Path) -> None:
     """Valid JSON that says what nobody means, from any key."""
-    (tmp_path / "m").mkdir(exist_ok=True)
-    held = dict(files())
-    name = data.draw(st.sampled_from(["config.json", "generation_config.json", "tokenizer_config.json"]))
-    value = json.loads(held[name])
-    key = data.draw(st.sampled_from(sorted(value)))
-    odd = JSON | st.sampled_from(
-        [-1, 0, 1, 3, 10**9, 10**30, float("nan"), float("inf"), 1e-300, True, "llama", [], {}]
-    )
-    value[key] = data.draw(odd)
-    held[name] = json.dumps(value).encode()
-    for path, content in held.items():
-        (tmp_path / "m" / path).write_bytes(content)
-    is_refused(lambda: load(tmp_path / "m"))
 
-
-@fuzzed(data=st.data())
-def test_heads(data: st.DataObject, tmp_path: Path) -> None:
-    """Medusa, Hydra and EAGLE heads, in either format, with their config."""
-    base = _base()
-    kind, held, config = data.draw(
-        st.sampled_from(
-            [
-                (released_heads.medusa, cases.medusa(2), None),
-                (released_heads.hydra, cases.hydra(base, 2, 2), {"hydra_num_heads": 2}),
-                (released_heads.eagle, cases.eagle(base), cases.EAGLE_CONFIG),
-                (released_heads.eagle3, cases.eagle3(cases.DRAFT_TOKENS), cases.EAGLE_CONFIG),
-            ]
+    def check(data: st.DataObject) -> None:
+        (tmp_path / "m").mkdir(exist_ok=True)
+        held = dict(files())
+        name = data.draw(st.sampled_from(["config.json", "generation_config.json", "tokenizer_config.json"]))
+        value = json.loads(held[name])
+        key = data.draw(st.sampled_from(sorted(value)))
+        odd = json_values(sorted(CONFIG), ["llama"]) | st.sampled_from(
+            [-1, 0, 1, 3, 10**9, 10**30, float("nan"), float("inf"), 1e-300, True, "llama", [], {}]
         )
-    )
-    shutil.rmtree(tmp_path / "heads", ignore_errors=True)
-    path = cases.write(tmp_path / "heads" / data.draw(st.sampled_from(["m.safetensors", "m.pt"])), held, config)
-    victim = path if config is None else data.draw(st.sampled_from([path, path.with_name("config.json")]))
-    victim.write_bytes(data.draw(damaged(victim.read_bytes())))
-    is_refused(lambda: kind(read_release(path), base))
+        value[key] = data.draw(odd)
+        held[name] = json.dumps(value).encode()
+        for path, content in held.items():
+            (tmp_path / "m" / path).write_bytes(content)
+        accepts_or_refuses(lambda: load(tmp_path / "m"))
+
+    fuzz(EXAMPLES * examples, st.data(), check)
+
+
+@pytest.mark.parametrize("examples", FEW_OR_MANY)
+def test_heads(examples: int, tmp_path: Path) -> None:
+    """Medusa, Hydra and EAGLE heads, in either format, with their config."""
+
+    def check(data: st.DataObject) -> None:
+        base = _base()
+        kind, held, config = data.draw(
+            st.sampled_from(
+                [
+                    (released_heads.medusa, cases.medusa(2), None),
+                    (released_heads.hydra, cases.hydra(base, 2, 2), {"hydra_num_heads": 2}),
+                    (released_heads.eagle, cases.eagle(base), cases.EAGLE_CONFIG),
+                    (released_heads.eagle3, cases.eagle3(cases.DRAFT_TOKENS), cases.EAGLE_CONFIG),
+                ]
+            )
+        )
+        shutil.rmtree(tmp_path / "heads", ignore_errors=True)
+        path = cases.write(tmp_path / "heads" / data.draw(st.sampled_from(["m.safetensors", "m.pt"])), held, config)
+        victim = path if config is None else data.draw(st.sampled_from([path, path.with_name("config.json")]))
+        victim.write_bytes(data.draw(damaged(victim.read_bytes())))
+        accepts_or_refuses(lambda: kind(read_release(path), base))
+
+    fuzz(EXAMPLES * examples, st.data(), check)
 
 
 _BASES: list = []
@@ -140,25 +152,28 @@ def _base():
     return _BASES[0]
 
 
-@fuzzed(data=st.data())
-def test_llama2c(data: st.DataObject, tmp_path: Path) -> None:
+@pytest.mark.parametrize("examples", FEW_OR_MANY)
+def test_llama2c(examples: int, tmp_path: Path) -> None:
     """A checkpoint or a tokenizer damaged; a target is written whole or not at all."""
-    write, tied = data.draw(st.sampled_from([(write_v0, True), (write_v0, False), (write_v2, True)]))
-    words = pieces_of(["ab", "abc"])
-    source, out = write(tmp_path / "m.bin", random_weights(), tied), tmp_path / "out"
-    tokenizer = write_tokenizer(tmp_path / "t.bin", words)
-    victim = data.draw(st.sampled_from([source, tokenizer]))
-    victim.write_bytes(data.draw(damaged(victim.read_bytes())))
 
-    def read() -> None:
-        read_llama2c(source)
-        read_llama2c_tokenizer(tokenizer, len(words))
+    def check(data: st.DataObject) -> None:
+        write, tied = data.draw(st.sampled_from([(write_v0, True), (write_v0, False), (write_v2, True)]))
+        words = pieces_of(["ab", "abc"])
+        source, out = write(tmp_path / "m.bin", random_weights(), tied), tmp_path / "out"
+        tokenizer = write_tokenizer(tmp_path / "t.bin", words)
+        victim = data.draw(st.sampled_from([source, tokenizer]))
+        victim.write_bytes(data.draw(damaged(victim.read_bytes())))
 
-    refused = is_refused(read)
-    if refused:
-        arguments = ["--from", "llama2c", "--src", source, "--tokenizer", tokenizer, "--out", out]
-        try:
-            convert.main([str(argument) for argument in arguments])
-        except SystemExit as stopped:
-            assert stopped.code == 2
-        assert sorted(path.name for path in tmp_path.iterdir()) == ["m.bin", "t.bin"]
+        def read() -> None:
+            read_llama2c(source)
+            read_llama2c_tokenizer(tokenizer, len(words))
+
+        if not accepts_or_refuses(read):
+            arguments = ["--from", "llama2c", "--src", source, "--tokenizer", tokenizer, "--out", out]
+            try:
+                convert.main([str(argument) for argument in arguments])
+            except SystemExit as stopped:
+                assert stopped.code == 2
+            assert sorted(path.name for path in tmp_path.iterdir()) == ["m.bin", "t.bin"]
+
+    fuzz(EXAMPLES * examples, st.data(), check)
