@@ -2,7 +2,7 @@
 
 The sampling parameters make up the *target distribution*, with respect to which everything here is lossless:
 temperature, then top-k, top-p and min-p, each on what the one before left. It is evaluated for one node at a time,
-only where verification asks. Draws are keyed by request and absolute position, so a drafter that changes how many
+only where verification asks. Draws are keyed by request and text index, so a drafter that changes how many
 steps a text takes does not change its text.
 """
 
@@ -186,26 +186,26 @@ def _threshold(above: Callable[[Array], Array], need: Float[Array, "B"]) -> Int[
 
 
 def draw(
-    logits: Float[Array, "B V"], sampling: SamplingParameters, keys: Array, positions: Int[Array, "B"]
+    logits: Float[Array, "B V"], sampling: SamplingParameters, keys: Array, indices: Int[Array, "B"]
 ) -> Int[Array, "B"]:
-    """The target's token at `positions`, one per row: argmax at temperature 0, else a draw keyed by row and position.
+    """The target's token at `indices`, one per row: argmax at temperature 0, else a draw keyed by row and text index.
 
     V, which is no token, stands for logits that are not finite.
 
     Args:
-      logits: target logits at the position before.
+      logits: target logits at the token before.
       sampling: sampling settings.
       keys: typed PRNG keys `[B]`, one per request.
-      positions: absolute position that the token will take.
+      indices: text index that the token will have.
     """
-    return row_wise(_draw, logits, sampling, keys, positions)
+    return row_wise(_draw, logits, sampling, keys, indices)
 
 
-def _draw(logits, sampling, keys, positions):
+def _draw(logits, sampling, keys, indices):
     best = argmax(logits)
     if sampling.greedy:
         return unless_broken(logits, best)
-    drawn = argmax(apply_sampling(logits, sampling) + noise(keys, positions, logits.shape[-1], logits.dtype))
+    drawn = argmax(apply_sampling(logits, sampling) + noise(keys, indices, logits.shape[-1], logits.dtype))
     return unless_broken(logits, jnp.where(sampling.temperature > 0, drawn, best))
 
 
@@ -218,9 +218,9 @@ def unless_broken(logits: Float[Array, "B V"], token: Int[Array, "B"]) -> Int[Ar
     return jnp.where(jnp.isfinite(jnp.max(logits, axis=-1)), token, logits.shape[-1])
 
 
-def noise(keys: Array, positions: Int[Array, "B"], size: int, dtype) -> Float[Array, "B V"]:
-    """Gumbel noise for one draw at `positions`."""
-    return jax.vmap(lambda k, p: jax.random.gumbel(jax.random.fold_in(k, p), (size,), dtype))(keys, positions)
+def noise(keys: Array, indices: Int[Array, "B"], size: int, dtype) -> Float[Array, "B V"]:
+    """Gumbel noise for one draw at `indices`."""
+    return jax.vmap(lambda k, p: jax.random.gumbel(jax.random.fold_in(k, p), (size,), dtype))(keys, indices)
 
 
 def invert(mass: Float[Array, "B V"], uniform: Float[Array, "B 2"]) -> Int[Array, "B"]:

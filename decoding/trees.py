@@ -3,8 +3,8 @@
 A *topology* is static: a set of rank paths, where (0, 2) means "the third best child of the best child of the root". It
 is hashable, so it can be a jit constant, and everything else (parents, depths, ancestors, children) follows from it. A
 *token tree* is what a drafter hands to verification: a topology with tokens in it, batched. Node 0 is the root, the
-pending token that the target chose and has not read yet; node i occupies row `i` of the verify forward and stands at
-position `length + depth(i)`.
+pending token that the target chose and has not read yet; node i occupies row `i` of the verify forward and has the
+text index `length + depth(i)`.
 """
 
 import dataclasses
@@ -185,6 +185,10 @@ class Topology:
             lists[self.parent[i]].append(i)
         width = max(1, max(map(len, lists)))
         return np.array([row + [-1] * (width - len(row)) for row in lists], np.int32)
+
+    def down_to(self, depth: int) -> "Topology":
+        """Without what lies deeper."""
+        return Topology(tuple(path for path in self.paths if len(path) <= depth))
 
     def level(self, depth: int) -> np.ndarray:
         """Nodes at `depth`, in order."""

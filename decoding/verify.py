@@ -131,16 +131,16 @@ def _at(values: Shaped[Array, "B N *C"], node: Int[Array, "B"]) -> Shaped[Array,
     return jnp.take_along_axis(values, index, axis=1)[:, 0]
 
 
-def _meet_target(visited, sampling, keys, offered, held, positions, proposal):
+def _meet_target(visited, sampling, keys, offered, held, indices, proposal):
     """Rules `match` and `point`: the target's own token, and the child that holds it or -1."""
-    token = draw(visited, sampling, keys, positions)
+    token = draw(visited, sampling, keys, indices)
     hit = (offered >= 0) & (held == token[:, None])
     # `point` children are distinct, and of equal `match` children the first in the order offered is as good as any.
     hit &= jnp.cumsum(hit, axis=1) == 1
     return token, jnp.sum(jnp.where(hit, offered + 1, 0), axis=1, dtype=jnp.int32) - 1
 
 
-def _try_children(visited, sampling, keys, offered, held, positions, proposal, rule):
+def _try_children(visited, sampling, keys, offered, held, indices, proposal, rule):
     """Rules `iid` and `swor`: the accepted child or -1, and its token or one drawn from the last residual."""
     p_BV = target_probabilities(visited, sampling)
     q_BV = proposal.astype(p_BV.dtype)
@@ -148,7 +148,7 @@ def _try_children(visited, sampling, keys, offered, held, positions, proposal, r
     # Beside the noise that `draw` takes from this key, which the residual below uses.
     uniform_BC = jax.vmap(
         lambda key, p: jax.random.uniform(jax.random.fold_in(jax.random.fold_in(key, p), 1), (count,), p_BV.dtype)
-    )(keys, positions)
+    )(keys, indices)
     vocabulary_V = jnp.arange(p_BV.shape[1], dtype=jnp.int32)
     child, token = jnp.full_like(offered[:, 0], -1), jnp.zeros_like(held[:, 0])
     for c in range(count):
@@ -167,7 +167,7 @@ def _try_children(visited, sampling, keys, offered, held, positions, proposal, r
         p_BV = jnp.where(rejected & (left > 0), residual_BV / jnp.where(left > 0, left, 1), p_BV)
         if rule == "swor":
             q_BV = jnp.where(rejected & is_x_BV, 0, q_BV)
-    drawn = argmax(jnp.log(p_BV) + noise(keys, positions, p_BV.shape[1], p_BV.dtype))
+    drawn = argmax(jnp.log(p_BV) + noise(keys, indices, p_BV.shape[1], p_BV.dtype))
     return jnp.where(child >= 0, token, unless_broken(visited, drawn)), child
 
 

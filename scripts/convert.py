@@ -69,7 +69,7 @@ def from_gguf(source: Path, tokenizer: None) -> Checkpoint:
 
 def published_tree(num_heads: int) -> Topology:
     """The tree that Medusa and Hydra were published with, as far as that many heads reach."""
-    return Topology(tuple(path for path in MC_SIM_7B_63.paths if len(path) <= num_heads))
+    return MC_SIM_7B_63.down_to(num_heads)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -98,7 +98,7 @@ def save_drafter(
         if tensors:
             save_tensors(partial / "model.safetensors", tensors)
         origin = {} if provenance is None else {"provenance": provenance}
-        write_json(partial / "drafter.json", {**describe(drafter), "base": base, **origin})
+        write_json(partial / "drafter.json", {**drafter.to_record(), "base": base, **origin})
 
 
 def load_drafter(spec: str | Path, target: Target, mesh: Mesh | None = None) -> tuple[Drafter, typing.Any]:
@@ -165,18 +165,13 @@ def write_tree(directory: str | Path, tree: Topology | TreePolicy) -> None:
     """Replaces the tree of a drafter directory, or the policy that makes its trees."""
     path = Path(directory) / "drafter.json"
     name = "tree" if isinstance(tree, Topology) else "policy"
-    record = {**read_json(path), name: tree.to_record()}
+    record = {RENAMED.get(key, key): value for key, value in read_json(path).items()} | {name: tree.to_record()}
     partial = path.with_name(".drafter.json.partial")
     try:
         write_json(partial, record)
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
-
-
-def describe(drafter: Drafter) -> dict:
-    """The JSON record of a drafter's static part; `build` is its inverse."""
-    return drafter.to_record()
 
 
 def build(record: dict, where: str) -> Drafter:

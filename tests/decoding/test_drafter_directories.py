@@ -16,7 +16,7 @@ from decoding.drafters.early_exit import EarlyExit
 from decoding.drafters.first_of import FirstOf
 from decoding.drafters.plain import Plain
 from decoding.drafters.prompt_lookup import PromptLookup
-from decoding.drafters.registry import build, describe, load_drafter, save_drafter, split_names, write_tree
+from decoding.drafters.registry import build, load_drafter, save_drafter, split_names, write_tree
 from decoding.drafters.token_recycling import TokenRecycling
 from decoding.trees import chain
 from models.errors import UserError
@@ -59,7 +59,7 @@ def test_round_trip(name: str, target: Target, tmp_path: pathlib.Path) -> None:
     assert sorted(path.name for path in (tmp_path / "heads").iterdir()) == files
     record = json.loads((tmp_path / "heads" / "drafter.json").read_text())
     assert record["base"] == target.fingerprint()
-    assert build(describe(drafter), "here") == drafter
+    assert build(drafter.to_record(), "here") == drafter
 
 
 def test_bare_names(target: Target) -> None:
@@ -91,8 +91,8 @@ def test_combinations(saved: pathlib.Path, target: Target) -> None:
 def test_a_pair_of_version_01_is_read(saved: pathlib.Path, target: Target, tmp_path: pathlib.Path) -> None:
     """Its parts were called first and second, and might be pairs themselves."""
     heads, params = load_drafter(saved, target)
-    lookup, recycling = describe(PromptLookup()), describe(TokenRecycling())
-    pair = {"method": "first_of", "first": lookup, "second": {"method": "first_of", "first": describe(heads)}}
+    lookup, recycling = PromptLookup().to_record(), TokenRecycling().to_record()
+    pair = {"method": "first_of", "first": lookup, "second": {"method": "first_of", "first": heads.to_record()}}
     pair["second"]["second"] = recycling
     (tmp_path / "pair").mkdir()
     (tmp_path / "pair" / "drafter.json").write_text(json.dumps({**pair, "base": target.fingerprint()}))

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from decoding.drafters.head_drafter import HeadDrafter
 from decoding.drafters.registry import DRAFTERS
-from decoding.trees import MC_SIM_7B_63, Topology
+from decoding.trees import MC_SIM_7B_63
 from models import schema, transformer
 from models.config import TransformerConfig
 from models.errors import UserError
@@ -88,8 +88,7 @@ class DraftHeadsConfig:
         heads = schema.parse(type(drafter().heads), self.heads, "objective.heads")
         schema.require(heads.num_heads >= 1, "objective.heads.num_heads must be at least 1", heads.num_heads)
         schema.require(heads.num_layers >= 1, "objective.heads.num_layers must be at least 1", heads.num_layers)
-        paths = tuple(path for path in MC_SIM_7B_63.paths if len(path) <= heads.num_heads)
-        return drafter(heads, Topology(paths))
+        return drafter(heads, MC_SIM_7B_63.down_to(heads.num_heads))
 
 
 class DraftHeads(DraftObjective):

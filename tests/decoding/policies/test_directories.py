@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import pytest
 
-from decoding.drafters.registry import load_drafter
+from decoding.drafters.registry import load_drafter, write_tree
 from decoding.generate import generate
 from decoding.policies import DySpec, Static
 from decoding.trees import chain
@@ -72,6 +72,9 @@ def test_a_record_that_says_growth_for_policy_is_read(models: Path, tmp_path: Pa
     record["growth"] = record.pop("policy")
     (out / "drafter.json").write_text(json.dumps(record))
     assert load_drafter(out, load_target(models / "large"))[0].policy == DySpec(budget=6, depth=3, width=2)
+    write_tree(out, Static(chain(3), "top"))
+    assert "growth" not in json.loads((out / "drafter.json").read_text())
+    assert load_drafter(out, load_target(models / "large"))[0].policy == Static(chain(3), "top")
 
 
 @pytest.mark.parametrize(
