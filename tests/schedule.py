@@ -15,21 +15,19 @@ TESTS = pathlib.Path(__file__).resolve().parent
 # Longest first, as the table that a run prints last told it; all others are shorter.
 LONG = (
     "decoding/test_battery.py",
-    "decoding/test_mesh.py",
-    "decoding/images/test_generate.py",
-    "decoding/test_rows.py",
     "train/test_trainer.py",
+    "decoding/test_mesh.py",
+    "decoding/test_rows.py",
+    "decoding/images/test_generate.py",
+    "decoding/test_losslessness.py",
+    "train/test_vqvae.py",
+    "decoding/policies/test_policies.py",
+    "eval/test_speed.py",
     "train/test_draft_heads.py",
     "train/test_eagle.py",
-    "decoding/test_losslessness.py",
-    "decoding/policies/test_policies.py",
-    "models/test_transformer.py",
-    "decoding/images/test_mesh.py",
     "train/test_var_objective.py",
-    "train/test_vqvae.py",
     "eval/images/test_speed.py",
-    "eval/test_speed.py",
-    "decoding/test_first_of.py",
+    "decoding/images/test_mesh.py",
 )
 
 

@@ -158,7 +158,7 @@ def test_a_tree_for_a_drafter_with_a_policy(target_directory, tmp_path, capsys) 
     (tmp_path / "tree.json").write_bytes(b"\xff\xfe")
     with pytest.raises(SystemExit):
         command.main([*arguments, str(tmp_path / "tree.json")])
-    assert "tree.json is not JSON" in capsys.readouterr().err
+    assert "tree.json is not UTF-8 text" in capsys.readouterr().err
 
 
 def test_command_refuses_what_has_no_heads(target_directory, capsys) -> None:
