@@ -10,15 +10,18 @@ from decoding.drafters.registry import DRAFTERS
 from decoding.policies import POLICIES
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
-# The speed table lists shapes to time, and file formats belong to a method each.
-MAY_NAME = {"eval/speed.py", "scripts/convert.py"}
+# The speed table lists shapes to time, file formats belong to a method each, assisted generation is a draft model's,
+# and the accelerator's job trains the heads that it lists.
+MAY_NAME = {"eval/speed.py", "scripts/convert.py", "eval/assisted.py", "scripts/accelerator.py"}
 CLASSES = {drafter.__name__ for drafter in (*DRAFTERS.values(), HeadDrafter, NetworkDrafter)}
 ASKED = CLASSES | {Drafter.__name__} | {policy.__name__ for policy in POLICIES.values()}
+NAMES = set(DRAFTERS) - {"none"}  # Every benchmark compares with no drafter.
 FILES = {"decoding.drafters.registry", "decoding.drafters"}
 
 
 def names_of_drafters(source: str) -> list[str]:
-    """What a module imports from drafters' own files, which of their classes it names, and what it asks the type of."""
+    """What a module imports from drafters' own files, which of their classes and names it says, and what it asks the
+    type of."""
     found = []
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("decoding.drafters"):
@@ -34,6 +37,8 @@ def names_of_drafters(source: str) -> list[str]:
             found.append(node.id)
         elif isinstance(node, ast.Attribute) and node.attr in CLASSES:
             found.append(node.attr)
+        elif isinstance(node, ast.Constant) and node.value in NAMES:
+            found.append(repr(node.value))
     return found
 
 
@@ -58,7 +63,8 @@ def test_names_are_found_however_they_come() -> None:
         "isinstance(drafter, (int, registry.Hydra))",
         "isinstance(drafter.policy, Static)",
         "drafter.__class__ is EarlyExit",
+        "record['method'] == 'draft_model'",
     ):
         assert names_of_drafters(source), source
-    clean = "from decoding.drafters.registry import load_drafter\nisinstance(x, int)\nlabel = 'medusa'"
+    clean = "from decoding.drafters.registry import load_drafter\nisinstance(x, int)\nlabel = 'Medusa, greedy'"
     assert names_of_drafters(clean) == []
