@@ -162,8 +162,10 @@ def trained_drafters() -> dict[str, Path]:
 
 
 def write_tree(directory: str | Path, tree: Topology | TreePolicy) -> None:
-    """Replaces the tree of a drafter directory, or the policy that makes its trees."""
+    """Replaces the tree of a drafter directory, or the policy that makes its trees. Raises UserError without one."""
     path = Path(directory) / "drafter.json"
+    if not path.is_file():
+        raise UserError(f"{directory} is no drafter directory, so no tree can be written: copy the drafter into one")
     name = "tree" if isinstance(tree, Topology) else "policy"
     record = {RENAMED.get(key, key): value for key, value in read_json(path).items()} | {name: tree.to_record()}
     partial = path.with_name(".drafter.json.partial")

@@ -40,6 +40,12 @@ def saved(target: Target, tmp_path: pathlib.Path) -> pathlib.Path:
     return tmp_path / "heads"
 
 
+def test_a_tree_is_written_into_a_directory_alone() -> None:
+    """Not for a bare name, such as that of a drafter which the package carries."""
+    with pytest.raises(UserError, match="smollm2 is no drafter directory, so no tree can be written"):
+        write_tree("smollm2", chain(3))
+
+
 def edit(directory: pathlib.Path, change: Callable[[dict], object]) -> None:
     record = json.loads((directory / "drafter.json").read_text())
     change(record)
