@@ -43,11 +43,16 @@ class Lookahead(Drafter):
     ngram: int = 5
     guesses: int = 7
     name: ClassVar[str] = "lookahead"
-    bare_names: ClassVar[tuple[str, ...]] = ("lookahead",)
+    bare_names: ClassVar[tuple[str, ...]] = ("lookahead", "lookahead:CANDIDATES")
+
+    # On stories260K (docs/results/stories/results.json).
+    known_sizes: ClassVar[tuple[tuple[int, float], ...]] = ((8, 1.66), (16, 1.72), (28, 1.74))
 
     @classmethod
     def from_name(cls, argument):
-        return None if argument else cls()
+        if not argument:
+            return cls()
+        return cls().with_budget(int(argument)) if argument.isdecimal() else None
 
     @property
     def max_nodes(self) -> int:

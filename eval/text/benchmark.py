@@ -10,7 +10,9 @@ Definitions (`decoding/stats.py` has those of acceptance):
 * **loop efficiency** is the speed-up over the ideal one, acceptance length x t(plain forward) / (t(target forward on
   the tree's rows) + t(the drafter's networks)).
 
-Decodes run with batch 1. Plain decoding always takes part and comes first in the results.
+Decodes run with batch 1 unless more is asked for; texts that are decoded together share the seconds in equal parts.
+The number of candidates of an open drafter is chosen by cost for that batch (`decoding/sizing.py`), and the parts of
+its step are those of the size chosen. Plain decoding always takes part and comes first in the results.
 """
 
 import collections
@@ -21,6 +23,7 @@ from typing import Any
 
 import numpy as np
 
+from decoding import sizing
 from decoding.drafter import Drafter
 from decoding.drafters.registry import load_drafter
 from decoding.generate import Generation, bucket, generate, slots_needed
@@ -33,6 +36,7 @@ from eval.measure.timing import Timed, Timing, summary
 from eval.text.prompts import Prompt
 from models.errors import UserError
 from models.formats.target import Target
+from models.sharding import mesh_of
 
 WARM_UP_TOKENS = 4
 RESAMPLES = 1000
@@ -54,16 +58,34 @@ class Contender:
     path: str | None = None
     typical: Typical | None = None
 
+    def sized(self, target: Target, batch: int) -> "Contender":
+        """The same with the number of candidates that pays for that batch, if it is open; perhaps with none."""
+        if not self.drafter.open_sizes or mesh_of(target.params) is not None:
+            return self
+        chosen, _ = sizing.chosen(self.drafter, sizing.measured(target, self.drafter, self.params, batch))
+        return dataclasses.replace(self, drafter=chosen, params=self.params if chosen.max_depth else None)
+
 
 @dataclasses.dataclass
 class Measured:
-    """What one contender did: per repeat and prompt seconds, per prompt its text."""
+    """What one contender did: per repeat and prompt seconds, per prompt its text; `chosen` has its tree, if open."""
 
     contender: Contender
     generations: list[Generation]
     decode_seconds: list[list[float]]
     prefill_seconds: list[list[float]]
     parts: dict[str, Timing] = dataclasses.field(default_factory=dict)
+    chosen: Contender | None = None
+
+    @property
+    def drafter(self) -> Drafter:
+        """Whose tree decoded."""
+        return (self.chosen or self.contender).drafter
+
+    @property
+    def candidates(self) -> int:
+        """Of the tree that decoded, the root not included; 0 for plain decoding."""
+        return self.drafter.max_nodes - 1 if self.drafter.max_depth else 0
 
     @property
     def stats(self) -> Stats:
@@ -81,6 +103,7 @@ def benchmark(
     repeats: int = 3,
     sampling: Sampling = Sampling(),
     seed: int = 0,
+    batch: int = 1,
     parts: bool = True,
     progress: Callable[[str], None] = lambda line: None,
 ) -> list[dict[str, Any]]:
@@ -92,6 +115,7 @@ def benchmark(
       prompts: what to continue, at most `max_new_tokens` tokens each or to an end token.
       repeats: how often everything is decoded.
       sampling, seed: the same for all contenders; the seed is of the first prompt, the others count up from it.
+      batch: prompts that are decoded together.
       parts: also time the parts of a step alone, for draft share and loop efficiency.
       progress: told what is being done, one line at a time.
 
@@ -107,44 +131,38 @@ def benchmark(
         raise UserError(f"repeats must be at least 1, got {repeats}")
     field = [Contender(*load_drafter("none", target)), *(c for c in contenders if c.drafter.max_depth)]
     deepest = max(contender.drafter.max_depth for contender in field)
-    capacities = [bucket(slots_needed(len(prompt.tokens), max_new_tokens, deepest)) for prompt in prompts]
+    groups = [range(first, min(first + batch, len(prompts))) for first in range(0, len(prompts), batch)]
+    longest = [max(len(prompts[index].tokens) for index in group) for group in groups]
+    capacities = [bucket(slots_needed(length, max_new_tokens, deepest)) for length in longest]
 
-    def decode(contender: Contender, index: int, limit: int) -> Generation:
+    def decode(contender: Contender, number: int, limit: int = max_new_tokens) -> Generation:
         return generate(
             target,
-            [prompts[index].tokens],
+            [prompts[index].tokens for index in groups[number]],
             drafter=contender.drafter,
             drafter_params=contender.params,
             max_new_tokens=limit,
             sampling=sampling,
-            seeds=seed + index,
+            seeds=[seed + index for index in groups[number]],
             typical=contender.typical,
-            capacity=capacities[index],
+            capacity=capacities[number],
         )
 
-    buckets = _one_of_each_bucket(prompts, capacities)
-    for number, index in enumerate(buckets, 1):
+    shapes = [
+        (len(group), bucket(length, 16), size) for group, length, size in zip(groups, longest, capacities, strict=True)
+    ]
+    buckets = list({shape: number for number, shape in enumerate(shapes)}.values())
+    for count, number in enumerate(buckets, 1):
         for contender in field:
-            progress(f"compiling {contender.path or contender.drafter.name}, bucket {number} of {len(buckets)}")
-            decode(contender, index, min(WARM_UP_TOKENS, max_new_tokens))
-    middle = sorted(range(len(prompts)), key=capacities.__getitem__)[len(prompts) // 2]
-    scene = Scene(target.config, target.params, len(prompts[middle].tokens), capacities[middle])
-    timed = _Parts(scene, field, progress) if parts else None
-    measured = [Measured(contender, [], [], []) for contender in field]
+            progress(f"compiling {contender.path or contender.drafter.name}, bucket {count} of {len(buckets)}")
+            decode(contender, number, min(WARM_UP_TOKENS, max_new_tokens))
+    middle = sorted(range(len(groups)), key=capacities.__getitem__)[len(groups) // 2]
+    scene = Scene(target.config, target.params, longest[middle], capacities[middle], batch)
+    trees = [contender.sized(target, batch) for contender in field]
+    timed = _Parts(scene, trees, progress) if parts else None
+    measured = [Measured(contender, [], [], [], chosen=tree) for contender, tree in zip(field, trees, strict=True)]
     for repeat in range(repeats):
-        for one in measured:
-            one.decode_seconds.append([])
-            one.prefill_seconds.append([])
-        for index in range(len(prompts)):
-            progress(f"repeat {repeat + 1} of {repeats}, prompt {index + 1} of {len(prompts)}")
-            # Nobody is always the first to find the caches as another left them.
-            first = (repeat + index) % len(measured)
-            for one in measured[first:] + measured[:first]:
-                generation = decode(one.contender, index, max_new_tokens)
-                one.decode_seconds[-1].append(generation.decode_seconds)
-                one.prefill_seconds[-1].append(generation.prefill_seconds)
-                if repeat == 0:
-                    one.generations.append(generation)
+        _take_turns(measured, groups, repeat, decode, progress)
         if timed is not None:
             timed.sample()
     if timed is not None:
@@ -154,10 +172,27 @@ def benchmark(
     return [_run(target, one, measured[0], prompts, sampling) for one in measured]
 
 
-def _one_of_each_bucket(prompts: Sequence[Prompt], capacities: Sequence[int]) -> list[int]:
-    """Prompts that need a compilation each, by number."""
-    shapes = [(bucket(len(prompt.tokens), 16), size) for prompt, size in zip(prompts, capacities, strict=True)]
-    return list({shape: index for index, shape in enumerate(shapes)}.values())
+def _take_turns(measured: Sequence[Measured], groups: Sequence[range], repeat: int, decode, progress) -> None:
+    """Everybody decodes every group of prompts once."""
+    for one in measured:
+        one.decode_seconds.append([])
+        one.prefill_seconds.append([])
+    for number, group in enumerate(groups):
+        progress(f"repeat {repeat + 1}, prompt {group[0] + 1} of {groups[-1][-1] + 1}")
+        # Nobody is always the first to find the caches as another left them.
+        first = (repeat + number) % len(measured)
+        for one in [*measured[first:], *measured[:first]]:
+            generation = decode(one.contender, number)
+            one.decode_seconds[-1] += [generation.decode_seconds / len(group)] * len(group)
+            one.prefill_seconds[-1] += [generation.prefill_seconds / len(group)] * len(group)
+            if repeat == 0:
+                one.generations += [_of_row(generation, row) for row in range(len(group))]
+
+
+def _of_row(generation: Generation, row: int) -> Generation:
+    """What became of one prompt of a batch."""
+    rows = {name: [getattr(generation, name)[row]] for name in ("tokens", "writers", "stats")}
+    return dataclasses.replace(generation, texts=generation.texts[row : row + 1], memory=None, **rows)
 
 
 class _Parts:
@@ -213,14 +248,15 @@ def _run(
             len(set(generation.tokens[0])) / len(generation.tokens[0]) for generation in one.generations
         ),
         "steps": stats.steps,
+        "candidates": one.candidates,
         "accepted_by_depth": stats.accepted_by_depth.tolist(),
         "accepted_histogram": stats.histogram.tolist(),
         "prefill_seconds": statistics.median(map(sum, one.prefill_seconds)),
         "decode_seconds": statistics.median(map(sum, one.decode_seconds)),
         "categories": _categories(one, baseline, prompts),
     }
-    if one.contender.drafter.num_heads:
-        run["tree"] = _tree(one.contender.drafter.ranked_tree, stats)
+    if one.drafter.num_heads:
+        run["tree"] = _tree(one.drafter.ranked_tree, stats)
     if one.parts:
         run |= _efficiency(one, baseline, speedup)
     return run
