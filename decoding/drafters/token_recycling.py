@@ -66,7 +66,7 @@ class TokenRecycling(StaticTreeDrafter):
         (4, 1.22),
         (8, 1.27),
         (16, 1.33),
-        (32, 1.38),
+        (32, 1.37),
     )
 
     @classmethod
