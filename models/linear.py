@@ -5,6 +5,8 @@ that walks down 64 columns at a time: with the kernel as [in, out] it reads 256 
 Where the 64 columns lie together, [out / 64, in, 64], the same product reads one stream.
 """
 
+from typing import Any
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -31,7 +33,7 @@ class Linear(nn.Module):
 
     @nn.compact
     def __call__(self, x):
-        kernel = self.get_variable("params", "kernel")
+        kernel: Any = self.get_variable("params", "kernel")
         if kernel is None or kernel.ndim == 2:
             kernel = self.param("kernel", nn.initializers.lecun_normal(), (x.shape[-1], self.features))
         bias = self.param("bias", nn.initializers.zeros, (self.features,)) if self.use_bias else None

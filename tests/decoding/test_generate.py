@@ -302,9 +302,7 @@ def test_reading_a_prompt_writes_its_text(target: Target) -> None:
     text = np.zeros((2, 32), np.int32)
     for row, prompt in enumerate(prompts):
         text[row, : len(prompt)] = prompt
-    request = module._make_request(
-        target.config, np.array([3, 17], np.int32), [1, 1], 0, Sampling(), [[99]], "dense", None
-    )
+    request = module._make_request(target.config, prompts, [1, 1], 0, Sampling(), [[99]], "dense", None)
     models = loop.Models(target.config, TokenRecycling(LOPSIDED), target.params, None)
     state = loop.init_state(target.config, models.drafter, 2, 40, jnp.float64)
     hidden = jnp.zeros((2, target.config.width))
