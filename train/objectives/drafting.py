@@ -34,10 +34,10 @@ from models.formats.hf import load_config
 from models.formats.target import Target, check_vocabulary, load_target
 from models.formats.tokenizer import Tokenizer
 from models.layout import Layout
-from models.transformer import Output
 from train.data.texts import Documents
 from train.objectives.objective import Batch, Objective, Params, Sums
 from train.objectives.shift import ahead, label_mask, labels_at, log_likelihood
+from train.objectives.target_features import TargetFeatures, run_target
 
 
 class Weights(NamedTuple):
@@ -101,7 +101,7 @@ class DraftObjective(Objective):
 
     @abc.abstractmethod
     def guesses(
-        self, params: Params, frozen: Params, batch: Batch, target: Output, layout: Layout, key: Array | None
+        self, params: Params, frozen: Params, batch: Batch, target: TargetFeatures, layout: Layout, key: Array | None
     ) -> list[Guess]:
         """The drafter at every position, or at some, depth by depth, with the true tokens as its path.
 
@@ -109,7 +109,7 @@ class DraftObjective(Objective):
           params: the drafter's, in the dtype of the target.
           frozen: the target.
           batch: as for `loss`.
-          target: its output on the batch, with the drafter's taps.
+          target: its features on the batch, the drafter's taps among them.
           layout: of the batch.
           key: for noise and dropout; None, in evaluation, is without either.
         """
@@ -152,8 +152,11 @@ class DraftObjective(Objective):
         return {"objective.target": self._config.base}
 
     def load_base(self, mesh: Mesh) -> Params:
-        """The target, float32 on CPU and bfloat16 on accelerators."""
-        target = load_target(self._config.base, dtype=self._dtype, mesh=mesh)
+        """The target, float32 on CPU and bfloat16 on accelerators, and what goes with it."""
+        return self.base_on(load_target(self._config.base, dtype=self._dtype, mesh=mesh), mesh)
+
+    def base_on(self, target: Target, mesh: Mesh) -> Params:
+        """`load_base` on a target that is there already."""
         # Now, while every process takes part: no single one may be able to read the whole embedding at the export.
         self._fingerprint = target.fingerprint()
         return target.params
@@ -172,7 +175,11 @@ class DraftObjective(Objective):
 
     def loss(self, trainable: Params, frozen: Params, batch: Batch, key: Array, progress: Array | float):
         """One term per depth: (sums, weights); metrics hold each depth's mean before its decay."""
-        target, guesses = self.teacher_forced(trainable, frozen, batch, key)
+        return self.loss_on(self.read_target(frozen, batch), trainable, frozen, batch, key)
+
+    def loss_on(self, target: TargetFeatures, trainable: Params, frozen: Params, batch: Batch, key: Array):
+        """`loss`, given the target's features on the batch."""
+        guesses = self.teacher_forced(target, trainable, frozen, batch, key)
         term = self._term_of(target, frozen)
         terms = [term(i, guess, guess.read(guess.hidden)) for i, guess in enumerate(guesses)]
         totals, weights = (jnp.stack(values) for values in zip(*terms, strict=True))
@@ -182,7 +189,11 @@ class DraftObjective(Objective):
     def evaluate(self, trainable: Params, frozen: Params, batch: Batch) -> Sums:
         """By depth: the loss; how often the first choice is the text's token (accuracy); how often it is the target's
         first choice there (agreement), which is what greedy verification would accept on this text."""
-        target, guesses = self.teacher_forced(trainable, frozen, batch, None)
+        return self.evaluate_on(self.read_target(frozen, batch), trainable, frozen, batch)
+
+    def evaluate_on(self, target: TargetFeatures, trainable: Params, frozen: Params, batch: Batch) -> Sums:
+        """`evaluate`, given the target's features on the batch."""
+        guesses = self.teacher_forced(target, trainable, frozen, batch, None)
         preferred_BT, known_W = argmax(target.logits), self.known(frozen)
         term = self._term_of(target, frozen)
         sums: Sums = {}
@@ -239,33 +250,35 @@ class DraftObjective(Objective):
         params = self.drafter_params(trainable, frozen)
         save_drafter(directory, self.drafter, params, self._fingerprint, overwrite=True)
 
+    def read_target(self, frozen: Params, batch: Batch) -> TargetFeatures:
+        """The target's features on a batch, with the drafter's taps."""
+        return run_target(self.model, frozen, batch, _layout(batch), self.drafter.taps)
+
     def teacher_forced(
-        self, trainable: Params, frozen: Params, batch: Batch, key: Array | None
-    ) -> tuple[Output, list[Guess]]:
-        """The target on the text, and the drafter at every position.
+        self, target: TargetFeatures, trainable: Params, frozen: Params, batch: Batch, key: Array | None
+    ) -> list[Guess]:
+        """The drafter at every position of the text.
 
         Args:
+          target: its features on the batch.
           trainable: the drafter.
           frozen: the target.
           batch: `tokens` and `segments`, int [B, T].
           key: for noise and dropout; None is without either.
         """
-        tokens_BT = batch["tokens"]
-        layout = Layout.causal(tokens_BT.shape[0], tokens_BT.shape[1], batch["segments"])
-        target = transformer.forward(self.model, frozen, tokens_BT, layout, taps=self.drafter.taps)
-        return target, self.guesses(self._cast(trainable), frozen, batch, target, layout, key)
+        return self.guesses(self._cast(trainable), frozen, batch, target, _layout(batch), key)
 
     def _cast(self, trainable):
         return jax.tree.map(lambda leaf: leaf.astype(self._dtype), trainable)
 
-    def _term_of(self, target: Output, frozen: Params) -> Callable[[int, Guess, Array], tuple[Array, Array]]:
+    def _term_of(self, target: TargetFeatures, frozen: Params) -> Callable[[int, Guess, Array], tuple[Array, Array]]:
         """The function from (i, guess, its logits) to (sum, weight) of the loss at that depth, over its labels."""
-        weights, known_W = self._config.weights, self.known(frozen)
-        logits_BTW = target.logits if known_W is None else target.logits[..., known_W]
+        weights, known_W, logits_BTV = self._config.weights, self.known(frozen), target.logits
+        logits_BTW = logits_BTV if known_W is None else logits_BTV[..., known_W]
         teacher_BTW = jax.nn.softmax(logits_BTW, axis=-1)
-        learnt_BT = jnp.ones(target.logits.shape[:2], bool)
+        learnt_BT = jnp.ones(logits_BTV.shape[:2], bool)
         if known_W is not None:
-            learnt_BT = jnp.zeros(target.logits.shape[-1], bool).at[known_W].set(True)[argmax(target.logits)]
+            learnt_BT = jnp.zeros(logits_BTV.shape[-1], bool).at[known_W].set(True)[argmax(logits_BTV)]
 
         def term(i, guess, logits_BSW):
             tokens_BS, counted_BS = guess.labels
@@ -308,6 +321,11 @@ def prompts_of(batch: Mapping[str, np.ndarray], room: int) -> list[list[int]]:
         return [prompt for prompt in prompts if len(prompt) <= room] or prompts
     size = max(segments_BT.shape[1] // 4, 1)
     return batch["tokens"][:, :size][(segments_BT[:, :size] > 0).all(axis=1)].tolist()
+
+
+def _layout(batch: Batch) -> Layout:
+    tokens_BT = batch["tokens"]
+    return Layout.causal(tokens_BT.shape[0], tokens_BT.shape[1], batch["segments"])
 
 
 def _picked(values: Array, at: Int[Array, "B S"] | None) -> Array:

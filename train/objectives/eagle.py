@@ -193,9 +193,9 @@ class Eagle3Objective(EagleObjective):
             counts = count_labels(documents, self.model.vocab_size, self._config.labels)
             self._vocabulary = most_frequent(counts, self.heads.vocab_size)
 
-    def load_base(self, mesh):
-        """The target and the draft vocabulary."""
-        base = super().load_base(mesh)
+    def base_on(self, target, mesh):
+        """Also the draft vocabulary."""
+        base = super().base_on(target, mesh)
         if not self.heads.vocab_size:
             return base
         if self._vocabulary is None:
