@@ -37,7 +37,7 @@ from models.layout import Layout
 from train.data.texts import Documents
 from train.objectives.objective import Batch, Objective, Params, Sums
 from train.objectives.shift import ahead, label_mask, labels_at, log_likelihood
-from train.objectives.target_features import TargetFeatures, run_target
+from train.objectives.target_features import LOGITS, TargetFeatures, layout_of, target_features
 
 
 class Weights(NamedTuple):
@@ -93,6 +93,13 @@ class DraftObjective(Objective):
         self._fingerprint: dict[str, int | str | None] = {}
         self._dtype = jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
         self.base: Params = transformer.param_shapes(self.model, self._dtype)
+
+    @property
+    def target_taps(self) -> tuple[str, ...]:  # type: ignore[override]
+        """What the drafter reads, and what the loss compares it with."""
+        weights = self._config.weights
+        compared = ("post_norm",) * (weights.feature > 0) + (LOGITS,) * (weights.soft > 0)
+        return (*self.drafter.taps, *compared)
 
     @property
     @abc.abstractmethod
@@ -152,11 +159,15 @@ class DraftObjective(Objective):
         return {"objective.target": self._config.base}
 
     def load_base(self, mesh: Mesh) -> Params:
-        """The target, float32 on CPU and bfloat16 on accelerators, and what goes with it."""
-        return self.base_on(load_target(self._config.base, dtype=self._dtype, mesh=mesh), mesh)
+        """The target, float32 on CPU and bfloat16 on accelerators, and what belongs to it."""
+        return self.base_on(self.load_target(mesh), mesh)
+
+    def load_target(self, mesh: Mesh) -> Target:
+        """The target as the drafter's training reads it."""
+        return load_target(self._config.base, dtype=self._dtype, mesh=mesh)
 
     def base_on(self, target: Target, mesh: Mesh) -> Params:
-        """`load_base` on a target that is there already."""
+        """`load_base`, given the target."""
         # Now, while every process takes part: no single one may be able to read the whole embedding at the export.
         self._fingerprint = target.fingerprint()
         return target.params
@@ -251,8 +262,8 @@ class DraftObjective(Objective):
         save_drafter(directory, self.drafter, params, self._fingerprint, overwrite=True)
 
     def read_target(self, frozen: Params, batch: Batch) -> TargetFeatures:
-        """The target's features on a batch, with the drafter's taps."""
-        return run_target(self.model, frozen, batch, _layout(batch), self.drafter.taps)
+        """The target's features on a batch: `target_taps`, and more where the batch carries more."""
+        return target_features(self.model, frozen, batch, self.target_taps)
 
     def teacher_forced(
         self, target: TargetFeatures, trainable: Params, frozen: Params, batch: Batch, key: Array | None
@@ -266,7 +277,7 @@ class DraftObjective(Objective):
           batch: `tokens` and `segments`, int [B, T].
           key: for noise and dropout; None is without either.
         """
-        return self.guesses(self._cast(trainable), frozen, batch, target, _layout(batch), key)
+        return self.guesses(self._cast(trainable), frozen, batch, target, layout_of(batch), key)
 
     def _cast(self, trainable):
         return jax.tree.map(lambda leaf: leaf.astype(self._dtype), trainable)
