@@ -121,6 +121,23 @@ def test_a_job_writes_features_once_and_reads_them_bitwise_alike(several, die_at
     assert not (tmp_path / "other").exists()
 
 
+@pytest.mark.slow
+def test_two_devices_learn_from_kept_features_what_one_learns(several, as_code, on_two_devices, tmp_path):
+    def losses(workdir):
+        lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+        return np.array([[line["heads/loss"], line["third/loss"]] for line in lines if "loss" in line])
+
+    trainer.train(several(steps=3, data={"features": str(tmp_path / "one")}), tmp_path / "run")
+    for mesh in ({"data": 2}, {"data": 1, "tensor": 2}):
+        name = "-".join(mesh)
+        config = several(steps=3, data={"features": str(tmp_path / f"kept-{name}")}, mesh=mesh)
+        run = (
+            f"import pathlib\nfrom train import trainer\ntrainer.train(config, pathlib.Path({str(tmp_path / name)!r}))"
+        )
+        on_two_devices(as_code(config) + run)
+        np.testing.assert_allclose(losses(tmp_path / name), losses(tmp_path / "run"), rtol=1e-3)
+
+
 def test_a_loss_from_kept_features_is_that_of_the_rounded_forward(draft_setting, several, monkeypatch):
     objective, params, frozen, batch = draft_setting("several", members=several().objective.members)
     length, size = batch["tokens"].shape[1], objective.model.vocab_size
