@@ -78,6 +78,10 @@ class DraftObjective(Objective):
 
     A subclass gives `Config`, whose objects have what `asks_of_config` names, `untrained(model)` being the drafter
     without parameters, and `depth` and `guesses`.
+
+    Attributes:
+      drafter: the drafter without parameters.
+      fingerprint: of the target, once it is loaded.
     """
 
     product: ClassVar[str] = "drafter"
@@ -90,7 +94,7 @@ class DraftObjective(Objective):
         self.drafter = config.untrained(self.model)
         self.drafter.check(self.model)
         check_vocabulary(self.model, tokenizer, config.base)
-        self._fingerprint: dict[str, int | str | None] = {}
+        self.fingerprint: dict[str, int | str | None] = {}
         self._dtype = jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
         self.base: Params = transformer.param_shapes(self.model, self._dtype)
 
@@ -160,17 +164,18 @@ class DraftObjective(Objective):
 
     def load_base(self, mesh: Mesh) -> Params:
         """The target, float32 on CPU and bfloat16 on accelerators, and what belongs to it."""
-        return self.base_on(self.load_target(mesh), mesh)
+        return {**self.load_target(mesh), **self.beside_target(mesh)}
 
-    def load_target(self, mesh: Mesh) -> Target:
-        """The target as the drafter's training reads it."""
-        return load_target(self._config.base, dtype=self._dtype, mesh=mesh)
-
-    def base_on(self, target: Target, mesh: Mesh) -> Params:
-        """`load_base`, given the target."""
+    def load_target(self, mesh: Mesh) -> Params:
+        """The target's part of the base."""
+        target = load_target(self._config.base, dtype=self._dtype, mesh=mesh)
         # Now, while every process takes part: no single one may be able to read the whole embedding at the export.
-        self._fingerprint = target.fingerprint()
+        self.fingerprint = target.fingerprint()
         return target.params
+
+    def beside_target(self, mesh: Mesh) -> Params:
+        """The rest of the base."""
+        return {}
 
     def init(self, key: Array, base: Params) -> Params:
         """A fresh drafter in float32, whatever the target's dtype: small updates must not round away."""
@@ -259,7 +264,7 @@ class DraftObjective(Objective):
     def export(self, directory: Path, trainable: Params, frozen: Params) -> None:
         """Writes a drafter directory that names the base that `load_base` read."""
         params = self.drafter_params(trainable, frozen)
-        save_drafter(directory, self.drafter, params, self._fingerprint, overwrite=True)
+        save_drafter(directory, self.drafter, params, self.fingerprint, overwrite=True)
 
     def read_target(self, frozen: Params, batch: Batch) -> TargetFeatures:
         """The target's features on a batch: `target_taps`, and more where the batch carries more."""

@@ -193,14 +193,13 @@ class Eagle3Objective(EagleObjective):
             counts = count_labels(documents, self.model.vocab_size, self._config.labels)
             self._vocabulary = most_frequent(counts, self.heads.vocab_size)
 
-    def base_on(self, target, mesh):
-        """Also the draft vocabulary."""
-        base = super().base_on(target, mesh)
+    def beside_target(self, mesh):
+        """The draft vocabulary."""
         if not self.heads.vocab_size:
-            return base
+            return {}
         if self._vocabulary is None:
             raise ValueError("the draft vocabulary is not known before `scan_data` has seen the training split")
-        return {**base, "draft_vocab": jax.device_put(self._vocabulary, NamedSharding(mesh, PartitionSpec()))}
+        return {"draft_vocab": jax.device_put(self._vocabulary, NamedSharding(mesh, PartitionSpec()))}
 
     def init(self, key, base):
         """As for any drafter, but the head begins as the target's on the draft vocabulary, which is not trained."""

@@ -113,7 +113,9 @@ class SeveralObjective(Objective):
         self.optimizers = {name: optimizer for name, (*_, optimizer) in config.jobs.items()}
         self.target_taps = tuple(dict.fromkeys(tap for one in self.members.values() for tap in one.target_taps))
         target = {key: self._first.base[key] for key in transformer.param_shapes(self.model)}
-        self.base = _together(target, {name: one.base for name, one in self.members.items()})
+        of_members = {name: one.base.items() for name, one in self.members.items()}
+        beside = {name: {key: leaf for key, leaf in of if key not in target} for name, of in of_members.items()}
+        self.base = {"target": target, "beside": beside}
 
     def check(self, length: int | None) -> None:
         """As every member does."""
@@ -135,7 +137,9 @@ class SeveralObjective(Objective):
     def load_base(self, mesh: Mesh) -> Params:
         """The target, once, and what members keep beside it."""
         target = self._first.load_target(mesh)
-        return _together(target.params, {name: one.base_on(target, mesh) for name, one in self.members.items()})
+        for one in self.members.values():
+            one.fingerprint = self._first.fingerprint
+        return {"target": target, "beside": {name: one.beside_target(mesh) for name, one in self.members.items()}}
 
     def init(self, key: Array, base: Params) -> Params:
         """Every member's, from the same key."""
@@ -196,12 +200,6 @@ def _kind_of(section: Mapping[str, Any]) -> type[DraftObjective]:
             f"{schema.nearest(name, kinds)}"
         )
     return kinds[str(name)]
-
-
-def _together(target: Params, bases: Mapping[str, Params]) -> Params:
-    """The target once, and by name what members hold beside it."""
-    beside = {name: {key: base[key] for key in base if key not in target} for name, base in bases.items()}
-    return {"target": target, "beside": beside}
 
 
 def _base_of(base: Params, name: str) -> Params:
