@@ -339,11 +339,6 @@ def prompts_of(batch: Mapping[str, np.ndarray], room: int) -> list[list[int]]:
     return batch["tokens"][:, :size][(segments_BT[:, :size] > 0).all(axis=1)].tolist()
 
 
-def _layout(batch: Batch) -> Layout:
-    tokens_BT = batch["tokens"]
-    return Layout.causal(tokens_BT.shape[0], tokens_BT.shape[1], batch["segments"])
-
-
 def _picked(values: Array, at: Int[Array, "B S"] | None) -> Array:
     """`values[b, at[b, s]]`, along axis 1; all of them for None."""
     return values if at is None else jax.vmap(lambda row, places: row[places])(values, at)
