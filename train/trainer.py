@@ -257,7 +257,7 @@ def train(config: TrainConfig, workdir: Path, profile: tuple[int, int] | None = 
         if first:
             plan.objective.export(product, params, frozen)
             provenance.record_finish(workdir)
-        report.say(f"finished {config.steps} steps; the {plan.objective.product} is in {product}")
+        report.say(f"finished {config.steps} steps; {product} is complete")
 
 
 def say(first: bool, text: str) -> None:
