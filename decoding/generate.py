@@ -265,7 +265,8 @@ def _check_lengths(config, prompts, limits, drafter) -> tuple[int, int]:
                 f"prompt {row} has {len(prompt)} tokens and {limit} new ones were asked for, more than the target's "
                 f"context of {config.max_position}"
             )
-    needed = max(slots_needed(len(p), limit, drafter.max_depth) for p, limit in zip(prompts, limits, strict=True))
+    depth, sizes = drafter.max_depth, {(len(prompt), limit) for prompt, limit in zip(prompts, limits, strict=True)}
+    needed = max(slots_needed(length, limit, depth) for length, limit in sizes)
     return needed, sum(_chunk_sizes(max(map(len, prompts))))
 
 

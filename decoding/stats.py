@@ -36,7 +36,7 @@ class Counters:
     @classmethod
     def zeros(cls, batch: int, depth: int, nodes: int) -> "Counters":
         """All counts at 0."""
-        zero = lambda *shape: jnp.zeros(shape, jnp.int32)  # noqa: E731
+        zero = lambda *shape: jnp.asarray(np.zeros(shape, np.int32))  # noqa: E731
         return cls(zero(batch), zero(batch), zero(batch, depth), zero(batch, nodes))
 
     def record(

@@ -138,6 +138,9 @@ def restore_newest(
                 raise
             except Exception as error:  # What Orbax makes of damage depends on where it is.
                 failed[step] = (str(error).strip() or type(error).__name__).splitlines()[0][:160]
+        if failed:
+            with warnings.catch_warnings(action="ignore"):
+                gc.collect()  # What was left behind, now, while nobody listens.
     if found is None and failed:
         reasons = "; ".join(f"{step}: {reason}" for step, reason in failed.items())
         raise UserError(
@@ -181,9 +184,6 @@ def _leaving_no_tasks() -> Iterator[None]:
     try:
         yield
     finally:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            gc.collect()  # Now, while nobody listens.
         logger.setLevel(level)
         sys.unraisablehook = hook
 
