@@ -130,13 +130,15 @@ def test_stops_at_every_tree_position(name: str) -> None:
         new[:5] + [end for depth in depths for end in [end for end in new if uncut[row][end - 1] == depth][:1]]
         for row, new in zip(rows, news, strict=True)
     ]
+    ended: set[int] = set()
     for ends in itertools.zip_longest(*stops):
         met = {row: end for row, end in zip(rows, ends, strict=True) if end}
         stop = [plain[row][end - size : end] for row, end in met.items()]
         # No row writes much more than shows what becomes of it: this test's time is that of its steps.
         limits = [min(limit, met[row] + 5 if row in met else 25) for row in range(len(PROMPTS))]
         cut = [min((cut_after(text[:end], s) for s in stop), key=len) for text, end in zip(plain, limits, strict=True)]
-        assert all(len(cut[row]) == end for row, end in met.items())
+        # Where another row's stop comes first, that is what ends it.
+        ended |= {uncut[row][end - 1] for row, end in met.items() if len(cut[row]) == end}
         generation = decode(name, max_new_tokens=limits, stop=stop)
         assert generation.tokens == cut
         for tokens, writers, stats, whole in zip(
@@ -144,7 +146,7 @@ def test_stops_at_every_tree_position(name: str) -> None:
         ):
             assert writers == whole[: len(tokens)] and stats.committed == len(tokens) - 1
             assert stats.accepted_by_depth.tolist() == [writers.count(depth) for depth in depths[1:]]
-    assert {uncut[row][end - 1] for row in rows for end in stops[row]} >= {*depths[:3]}
+    assert ended >= {*depths[:3]}
 
 
 @each_drafter
