@@ -59,8 +59,8 @@ from eval.measure.progress import Progress
 from eval.measure.timing import Timed, Timing, measure
 from eval.peers import text as peer
 from eval.report.files import write_json
-from models import command_line
-from models.command_line import add_overwrite, at_least, keep_files, like, listed
+from models import command_line, processes
+from models.command_line import add_distributed, add_overwrite, at_least, keep_files, like, listed
 from models.config import TransformerConfig
 from models.errors import UserError, exit_on_user_error
 from models.formats.hf import load_config
@@ -407,7 +407,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--rounds", type=at_least(1), default=9, help="samples of each timing")
     parser.add_argument("--out", type=Path, help="JSON file to write")
     add_overwrite(parser)
+    add_distributed(parser)
     args = parser.parse_args(argv)
+    processes.start(args.distributed)
     if args.out is not None:
         _check_out(args.out)
         keep_files([args.out], args.overwrite)

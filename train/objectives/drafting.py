@@ -28,7 +28,7 @@ from decoding.generate import generate
 from decoding.replay import is_replayable, replay_acceptance
 from decoding.sampling import argmax
 from decoding.trees import chain
-from models import schema, transformer
+from models import processes, schema, transformer
 from models.errors import UserError
 from models.formats.hf import load_config
 from models.formats.target import Target, check_vocabulary, load_target
@@ -211,7 +211,7 @@ class DraftObjective(Objective):
         that drafters are not served as they are trained. Empty when nothing is to be decoded, or the target has no room
         for it, or there are several processes.
         """
-        if jax.process_count() > 1:
+        if processes.count() > 1:
             return {}
         batch = next(batches)
         batch = {**batch, "mask": label_mask(batch, self._config.labels)}
