@@ -17,6 +17,9 @@ Prints and saves, with the terms of `eval/text/benchmark.py`:
                          without the choice of candidates (timed alone); `step_over_forwards` is step_ms over the sum
                          of forward_ms and network_ms; `overhead_share` is what verdict, commit and update take of a
                          step, and `sampled` holds these and the step at temperature 1 with top-p 0.9
+    oracle               list of {nodes, ms_per_token, forward_ms, acceptance_length, speedup, loop_efficiency}: decodes
+                         whose candidates cost nothing and are accepted at a rate of 0.8, in chains of so many rows
+                         (`eval/measure/replay.py`)
     growth               list of {batch, context, drafters: name -> {step_ms, compile_seconds}}: the fused loop's step
                          as batch and context grow, and its compilation, or None where it was compiled before
     huggingface          {ms_per_token} of transformers' `generate` on the same shape and prompt length, where torch and
@@ -45,9 +48,11 @@ from decoding.drafters.early_exit import EarlyExit
 from decoding.drafters.hydra import Hydra
 from decoding.drafters.lookahead import Lookahead
 from decoding.drafters.medusa import Medusa
+from decoding.drafters.oracle import Oracle
 from decoding.drafters.plain import Plain
 from decoding.drafters.prompt_lookup import PromptLookup
 from decoding.drafters.token_recycling import TokenRecycling
+from decoding.generate import bucket
 from decoding.policies import Confidence, Static, StochasticBeam
 from decoding.sampling import Sampling
 from eval.images.speed import describe as describe_images
@@ -56,6 +61,7 @@ from eval.measure.bandwidth import bandwidth_block, block_side, bytes_per_token,
 from eval.measure.environment import describe_environment
 from eval.measure.parts import Scene, Step, network_ms, rows_forward, step_parts
 from eval.measure.progress import Progress
+from eval.measure.replay import Replay, efficiency
 from eval.measure.timing import Timed, Timing, measure
 from eval.peers import text as peer
 from eval.report.files import write_json
@@ -128,7 +134,7 @@ DRAFTERS: dict[str, Callable[[TransformerConfig], Drafter]] = {
     "rsd-s": lambda target: DraftModel(draft_shape(target), StochasticBeam()),
     "early_exit": lambda target: EarlyExit(max(1, target.num_layers // 6), Static()),
 }
-SECTIONS = ("bandwidth", "rows", "plain", "drafters", "growth", "huggingface")
+SECTIONS = ("bandwidth", "rows", "plain", "drafters", "oracle", "growth", "huggingface")
 IMAGES = "images"  # Only asked for alone: it shares no model with the others.
 SAMPLED = Sampling(temperature=1.0, top_p=0.9)
 # Batch and context of the growth section, and the drafters that it follows, all in memory at once: the caches of 16
@@ -138,6 +144,9 @@ FOLLOWED = ("hydra", "eagle2", "token_recycling")
 ROWS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
 PROMPT_LENGTH = 128
 STEPS_PER_GROWTH_SAMPLE = 3
+ORACLE_NODES = (1, 2, 4, 8, 16, 32, 64, 128)
+ORACLE_TOKENS = 256
+ORACLE_RATE = 0.8
 PEER_TOKENS = 16
 GIB = 2**30
 
@@ -180,7 +189,9 @@ def run(
     # Joined, as `load_target` hands them to the loop.
     params = jax.jit(lambda key: for_decoding(init(config, key, dtype)))(jax.random.key(0))
     maker = _Maker(config, params, progress)
-    timings = measure(_parts(maker, sections, drafters, bandwidth_bytes), rounds, progress)
+    parts = _parts(maker, sections, drafters, bandwidth_bytes)
+    timings = measure(parts, rounds, progress)
+    oracle = {"oracle": _oracle_entries(parts, timings)} if "oracle" in sections else {}
     growth = {"growth": _growth(maker, drafters, rounds, progress)} if "growth" in sections else {}
     return {
         "shape": {
@@ -189,6 +200,7 @@ def run(
             "dtype": dtype.__name__,
         },
         **_summarise(maker, sections, drafters, bandwidth_bytes, timings),
+        **oracle,
         **growth,
         "environment": describe_environment(),
     }
@@ -241,10 +253,40 @@ def _parts(maker: _Maker, sections, drafters, bandwidth_bytes) -> dict[str, Time
         parts |= {
             f"{name} sampled {part}": warm[part] for part in ("verdict", "commit", "update", "step") if part in warm
         }
+    if "oracle" in wanted:
+        parts |= _oracles(maker)
     if "huggingface" in wanted and peer.is_installed():
         prompt = maker.scene(()).tokens(PROMPT_LENGTH)[0].tolist()
         parts["huggingface"] = peer.HuggingFace(maker.config, prompt, PEER_TOKENS)
     return parts
+
+
+def _oracles(maker: _Maker) -> dict[str, Timed]:
+    """Replays, and the target's forward on their rows, all with caches of one size."""
+    known = PROMPT_LENGTH + ORACLE_TOKENS + 1
+    scene = Scene(maker.config, maker.params, PROMPT_LENGTH, bucket(known + max(ORACLE_NODES)))
+
+    def told(text, rate):
+        return {"text": text[:known], "rate": jnp.float32(rate)}
+
+    parts: dict[str, Timed] = {}
+    for nodes in ORACLE_NODES:
+        drafter = Oracle(nodes - 1, known) if nodes > 1 else Plain()
+        params_of = told if nodes > 1 else lambda text, rate: None
+        parts[f"oracle {nodes}"] = Replay(scene, drafter, params_of, ORACLE_TOKENS, ORACLE_RATE)
+        parts[f"oracle rows {nodes}"] = rows_forward(scene, nodes)
+    return parts
+
+
+def _oracle_entries(parts: dict[str, Timed], timings: dict[str, Timing]) -> list[dict[str, Any]]:
+    first, *_ = ORACLE_NODES
+    base = timings[f"oracle {first}"], timings[f"oracle rows {first}"]
+    entries = []
+    for nodes in ORACLE_NODES:
+        replay, mine, wide = parts[f"oracle {nodes}"], timings[f"oracle {nodes}"], timings[f"oracle rows {nodes}"]
+        assert isinstance(replay, Replay)
+        entries.append({"nodes": nodes, **efficiency(*base, mine, wide, replay.acceptance_length)})
+    return entries
 
 
 def _followed(drafters: Sequence[str]) -> tuple[str, ...]:
@@ -374,6 +416,11 @@ def describe(results: dict[str, Any]) -> str:
         lines.append(
             f"{'':<18} {entry['step_over_forwards']:.2f}x its forwards (target {entry['forward_ms']:.2f} + network "
             f"{entry['network_ms']:.2f} ms), loop efficiency {entry['loop_efficiency']:.0%}"
+        )
+    for row in results.get("oracle", []):
+        lines.append(
+            f"oracle, {row['nodes']:>3} rows   {row['ms_per_token']:.2f} ms/token, {row['acceptance_length']:.2f} "
+            f"tokens a step, {row['speedup']:.2f}x, loop efficiency {row['loop_efficiency']:.0%}"
         )
     for row in results.get("growth", []):
         pieces = ", ".join(f"{name} {entry['step_ms']:.1f}" for name, entry in row["drafters"].items())

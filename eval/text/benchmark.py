@@ -73,6 +73,18 @@ class Measured:
         first, *rest = (generation.stats[0] for generation in self.generations)
         return sum(rest, first)
 
+    def begin(self) -> None:
+        """Another repeat."""
+        self.decode_seconds.append([])
+        self.prefill_seconds.append([])
+
+    def add(self, generation: Generation) -> None:
+        """The next prompt's; texts are the same in every repeat."""
+        self.decode_seconds[-1].append(generation.decode_seconds)
+        self.prefill_seconds[-1].append(generation.prefill_seconds)
+        if len(self.decode_seconds) == 1:
+            self.generations.append(generation)
+
     def gather(self) -> None:
         """Adds what other processes did."""
         mine = [dataclasses.replace(generation, memory=None) for generation in self.generations]
@@ -145,18 +157,13 @@ def benchmark(
     measured = [Measured(contender, [], [], []) for contender in field]
     for repeat in range(repeats):
         for one in measured:
-            one.decode_seconds.append([])
-            one.prefill_seconds.append([])
+            one.begin()
         for index in mine:
             progress(f"repeat {repeat + 1} of {repeats}, prompt {index + 1} of {len(prompts)}")
             # Nobody is always the first to find the caches as another left them.
             first = (repeat + index) % len(measured)
             for one in measured[first:] + measured[:first]:
-                generation = decode(one.contender, index, max_new_tokens)
-                one.decode_seconds[-1].append(generation.decode_seconds)
-                one.prefill_seconds[-1].append(generation.prefill_seconds)
-                if repeat == 0:
-                    one.generations.append(generation)
+                one.add(decode(one.contender, index, max_new_tokens))
         if timed is not None:
             timed.sample()
     if timed is not None:

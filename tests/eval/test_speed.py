@@ -24,7 +24,7 @@ MEBIBYTE = 2**20
 
 @pytest.fixture(scope="module")
 def results() -> dict:
-    sections = ("bandwidth", "rows", "plain", "drafters", "growth")
+    sections = ("bandwidth", "rows", "plain", "drafters", "oracle", "growth")
     # Trees as small as they can be: how they are timed does not depend on their size.
     table = {
         "token_recycling": lambda target: TokenRecycling(chain(2)),
@@ -34,13 +34,15 @@ def results() -> dict:
         patch.setattr(speed, "DRAFTERS", table)
         patch.setattr(speed, "ROWS", (1, 8))
         patch.setattr(speed, "SCENES", ((2, 40),))
+        patch.setattr(speed, "ORACLE_NODES", (1, 3))
+        patch.setattr(speed, "ORACLE_TOKENS", 48)
         return speed.run("tiny", sections, tuple(table), rounds=1, bandwidth_bytes=MEBIBYTE)
 
 
 def test_keys(results: dict) -> None:
     assert set(results) == {
         *("shape", "bandwidth_gb_per_s", "bandwidth_best_gb_per_s", "bandwidth_by_kind_gb_per_s", "rows", "plain"),
-        *("drafters", "growth"),
+        *("drafters", "oracle", "growth"),
         "environment",
     }
     assert [set(row) for row in results["rows"]] == [{"rows", "ms", "ms_min"}] * 2
@@ -53,6 +55,10 @@ def test_keys(results: dict) -> None:
         assert entry["step_ms"] > 0 and entry["update_ms"] > 0
     assert results["drafters"]["draft_model"]["network_ms"] > 0
     assert results["drafters"]["token_recycling"]["network_ms"] == 0, "a table has no network"
+    alone, wide = results["oracle"]
+    assert alone["nodes"] == 1 and alone["acceptance_length"] == 1 and alone["loop_efficiency"] == 1
+    # Two candidates, each right four times in five: 1 + 0.8 + 0.64.
+    assert wide["nodes"] == 3 and 1.8 < wide["acceptance_length"] < 3 and wide["loop_efficiency"] > 0
     assert [(row["batch"], row["context"]) for row in results["growth"]] == [(2, 40)]
     for row in results["growth"]:
         assert set(row["drafters"]) == {"none", "token_recycling"}
