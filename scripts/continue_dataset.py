@@ -19,6 +19,7 @@ at temperature 0.3; 0 is for greedy decoding. Train on either with `objective.la
 """
 
 import argparse
+import collections
 import functools
 import json
 import sys
@@ -27,8 +28,8 @@ from pathlib import Path
 from typing import Any
 
 from decoding.drafters.registry import load_drafter
-from models import command_line
-from models.command_line import at_least, numbers
+from models import command_line, processes
+from models.command_line import add_distributed, at_least, numbers
 from models.errors import UserError, exit_on_user_error
 from models.formats.target import Target, load_target
 from models.formats.tokenizer import Message
@@ -54,6 +55,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             raise UserError(f"--data has no use for --{name}")
         if getattr(arguments, name) is None:
             setattr(arguments, name, default)
+    processes.start(arguments.distributed)
     # Said before the work, which takes minutes; what writes the directory holds to it again.
     check_out(arguments.out, arguments.overwrite)
     target = load_target(arguments.target)
@@ -97,19 +99,19 @@ def write_chats(target: Target, arguments: argparse.Namespace) -> dict[str, dict
     splits = {name: indices for name, indices in numbered.items() if indices}
     counts = {name: _counted([chat.document(i) for i in indices]) for name, indices in splits.items()}
     statistics = chat.statistics()
-    write_dataset(
-        arguments.out,
-        tokenizer,
-        {name: functools.partial(map, chat.document, indices) for name, indices in splits.items()},
-        lambda: {
-            "kind": "self-chat",
-            "source": {**_source(arguments), **statistics},
-            "chat_template": tokenizer.chat_template,
-            "splits": counts,
-        },
-        overwrite=arguments.overwrite,
-    )
-    rounds.unlink()
+    manifest = {
+        "kind": "self-chat",
+        "source": {**_source(arguments), **statistics},
+        "chat_template": tokenizer.chat_template,
+        "splits": counts,
+    }
+
+    def write() -> None:
+        documents = {name: functools.partial(map, chat.document, indices) for name, indices in splits.items()}
+        write_dataset(arguments.out, tokenizer, documents, lambda: manifest, overwrite=arguments.overwrite)
+        rounds.unlink()
+
+    processes.on_first(write)
     shares = ", ".join(f"{name.replace('_', '-')} {share:.2f}" for name, share in statistics["repetition"].items())
     print(f"{_told(chat.counts)}; {statistics['tokens_per_second']:,.0f} tokens/s; repetition {shares}")
     return counts
@@ -145,6 +147,10 @@ def write_continuations(target: Target, arguments: argparse.Namespace) -> dict[s
             counts[name] = {key: counts[name][key] + more for key, more in _counted([document]).items()}
             yield document
 
+    if not processes.is_first():  # It decodes its share of what the first one writes.
+        for name in splits:
+            collections.deque(counted(name), maxlen=0)
+        return counts
     template = splits["train"].manifest.get("chat_template")
     write_dataset(
         arguments.out,
@@ -165,7 +171,7 @@ def _counted(documents: Sequence[data.Document]) -> dict[str, int]:
 
 
 def _source(arguments: argparse.Namespace) -> dict[str, Any]:
-    told = {name: value for name, value in vars(arguments).items() if name not in ("out", "overwrite")}
+    told = {name: value for name, value in vars(arguments).items() if name not in ("out", "overwrite", "distributed")}
     return json.loads(json.dumps(told, default=str))
 
 
@@ -195,6 +201,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--seed", type=at_least(0), default=0, help="of windows and draws")
     parser.add_argument("--drafter", default="none", help="speeds up decoding: a drafter directory or a bare name")
     parser.add_argument("--overwrite", action="store_true", help="replace a data set that is there")
+    add_distributed(parser)
     return parser
 
 

@@ -16,8 +16,8 @@ from decoding.drafters.registry import load_drafter
 from decoding.generate import Generation, bucket, generate, slots_needed
 from decoding.sampling import Sampling
 from decoding.verify import Typical
-from models import command_line
-from models.command_line import at_least
+from models import command_line, processes
+from models.command_line import add_distributed, at_least
 from models.errors import UserError, exit_on_user_error
 from models.formats.continuation import Continuation, split_stops
 from models.formats.target import Target, load_target
@@ -122,6 +122,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise UserError("--stop must not be empty")
     if not 0 <= args.seed < 2**32:
         raise UserError(f"--seed must be in [0, 2^32), got {args.seed}")
+    processes.start(args.distributed)
     target = load_target(args.target, mesh=parse_mesh(args.mesh) if args.mesh else None)
     tokenizer = target.tokenizer
     if tokenizer is None:
@@ -171,6 +172,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--stop", action="append", default=[], metavar="TEXT", help=_STOP)
     parser.add_argument("--typical", action="store_true", help="lossy typical acceptance of drafts")
     parser.add_argument("--mesh", help="devices that share the work, such as tensor=4 (default: one device)")
+    add_distributed(parser)
     parser.add_argument("--color", action=argparse.BooleanOptionalAction, help="colour drafts (default: on a terminal)")
     return parser
 

@@ -25,7 +25,7 @@ import optax
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from models import sharding
+from models import processes, sharding
 from models.errors import UserError
 from models.schema import resolved
 from train import provenance
@@ -203,12 +203,10 @@ def train(config: TrainConfig, workdir: Path, profile: tuple[int, int] | None = 
     batches = corpus.batches(config.batch_size, config.seed)
     evaluate = make_evaluation(plan, corpus)
     inputs = fingerprints(plan, corpus)
-    first, saved = jax.process_index() == 0, workdir / "checkpoints"
+    first, saved = processes.is_first(), workdir / "checkpoints"
 
     with contextlib.ExitStack() as stack:
-        if first:
-            stack.enter_context(provenance.locked(workdir))
-            provenance.check_place(workdir, plan.objective.product)
+        processes.on_first(lambda: _occupy(stack, workdir, plan.objective.product))
         if saved_steps(saved):
             provenance.check_inputs(workdir, inputs)
         restored = restore_newest(saved, plan.state, functools.partial(say, first))
@@ -236,10 +234,18 @@ def train(config: TrainConfig, workdir: Path, profile: tuple[int, int] | None = 
         product = workdir / plan.objective.product
         params = gathered(learnt(state))
         checkpoints.wait()
-        if first:
-            plan.objective.export(product, params, frozen)
-            provenance.record_finish(workdir)
+        processes.on_first(lambda: _finish(plan, workdir, product, params, frozen))
         report.say(f"finished {config.steps} steps; the {plan.objective.product} is in {product}")
+
+
+def _occupy(stack: contextlib.ExitStack, workdir: Path, product: str) -> None:
+    stack.enter_context(provenance.locked(workdir))
+    provenance.check_place(workdir, product)
+
+
+def _finish(plan: Plan, workdir: Path, product: Path, params: Params, frozen: Params | None) -> None:
+    plan.objective.export(product, params, frozen)
+    provenance.record_finish(workdir)
 
 
 def say(first: bool, text: str) -> None:
@@ -386,7 +392,7 @@ def count(tree: Any) -> int:
 
 def gathered(params: Params) -> Params:
     """Parameters that this process can read whole, whichever processes hold their shards."""
-    return multihost_utils.process_allgather(params, tiled=True) if jax.process_count() > 1 else params
+    return multihost_utils.process_allgather(params, tiled=True) if processes.count() > 1 else params
 
 
 def _place(mesh: Mesh, tree: Any) -> Any:

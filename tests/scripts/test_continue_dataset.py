@@ -98,12 +98,12 @@ def test_bad_requests_are_one_sentence_and_leave_nothing(sources, tmp_path, caps
 
 def test_text_ends_where_the_target_ends_it(sources, tmp_path, monkeypatch):
     folder, target = sources
-    decoded = continuations.generate
+    decoded = continuations.generate_together
 
     def stops_early(*given, **options):
         return decoded(*given, **options, stop=[[token] for token in range(target.config.vocab_size)])
 
-    monkeypatch.setattr(continuations, "generate", stops_early)
+    monkeypatch.setattr(continuations, "generate_together", stops_early)
     run(
         folder,
         tmp_path / "out",
@@ -179,7 +179,7 @@ def test_a_chat_model_writes_its_own_conversations(chatter, tmp_path, capsys):
 def test_an_interrupted_run_goes_on_where_it_was(chatter, tmp_path, monkeypatch, capsys):
     arguments = ["--documents", "14", "--valid_documents", "2"]
     chat(chatter, tmp_path / "whole", *arguments)
-    calls, decoded = [], self_chat.generate
+    calls, decoded = [], self_chat.generate_together
 
     def interrupted(*given, **options):
         calls.append(1)
@@ -187,7 +187,7 @@ def test_an_interrupted_run_goes_on_where_it_was(chatter, tmp_path, monkeypatch,
             raise KeyboardInterrupt
         return decoded(*given, **options)
 
-    monkeypatch.setattr(self_chat, "generate", interrupted)
+    monkeypatch.setattr(self_chat, "generate_together", interrupted)
     with pytest.raises(SystemExit):
         chat(chatter, tmp_path / "out", *arguments)
     rounds = tmp_path / ".out.rounds.jsonl"

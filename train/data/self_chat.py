@@ -22,8 +22,9 @@ from typing import Any
 import numpy as np
 
 from decoding.drafter import Drafter
-from decoding.generate import generate
 from decoding.sampling import Sampling
+from decoding.spread import generate_together
+from models import processes
 from models.errors import UserError
 from models.formats.target import Target
 from models.formats.tokenizer import Message
@@ -123,7 +124,7 @@ class SelfChat:
         """Goes on until `wanted` documents are finished, prompts run out, or so many seconds are over."""
         end = time.monotonic() + seconds
         barren = 0
-        while len(self.documents) < wanted and time.monotonic() < end:
+        while len(self.documents) < wanted and processes.on_first(lambda: time.monotonic() < end):
             before = len(self._waiting)
             if not self._given and before < self._settings.rows:
                 self._ask()
@@ -196,7 +197,7 @@ class SelfChat:
             return []
         s, missing = self._settings, self._settings.rows - len(prompts)
         seeds = np.random.SeedSequence([s.seed, self._round]).generate_state(s.rows, np.uint32)
-        decoded = generate(
+        decoded = generate_together(
             self._target,
             prompts + [prompts[0]] * missing,
             max_new_tokens=[limit] * len(prompts) + [1] * missing,
@@ -219,6 +220,8 @@ class SelfChat:
         self._round += 1
         waiting = len(self._waiting) if self._given else self._waiting
         state = {"documents": made, "waiting": waiting, "counts": self.counts, "seconds": self.seconds}
+        if not processes.is_first():
+            return
         new = not self._rounds.exists()
         with self._rounds.open("a", encoding="utf-8") as file:
             if new:
@@ -228,13 +231,13 @@ class SelfChat:
             os.fsync(file.fileno())
 
     def _take_up(self) -> None:
-        if not self._rounds.exists():
+        whole = processes.on_first(lambda: self._rounds.read_bytes() if self._rounds.exists() else b"")
+        if not whole:
             return
-        whole = self._rounds.read_bytes()
         # A last line without an end was being written when the run was killed.
         lines = whole[: whole.rfind(b"\n") + 1].decode().splitlines()
         if not lines:
-            self._rounds.unlink()
+            processes.on_first(self._rounds.unlink)
             return
         header = json.loads(lines[0])
         wanted = json.loads(json.dumps(self._header))
@@ -242,8 +245,7 @@ class SelfChat:
             raise UserError(
                 f"{self._rounds} holds an unfinished run with another {', '.join(other)}: take the same, or remove it"
             )
-        with self._rounds.open("r+b") as file:
-            file.truncate(whole.rfind(b"\n") + 1)
+        processes.on_first(lambda: os.truncate(self._rounds, whole.rfind(b"\n") + 1))
         for line in lines[1:]:
             state = json.loads(line)
             self.documents += state["documents"]

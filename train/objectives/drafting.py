@@ -14,7 +14,7 @@ holds the target's first choice (EAGLE-3).
 import abc
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -28,16 +28,18 @@ from decoding.generate import generate
 from decoding.replay import is_replayable, replay_acceptance
 from decoding.sampling import argmax
 from decoding.trees import chain
-from models import schema, transformer
+from models import processes, schema, transformer
 from models.errors import UserError
 from models.formats.hf import load_config
 from models.formats.target import Target, check_vocabulary, load_target
 from models.formats.tokenizer import Tokenizer
 from models.layout import Layout
 from models.transformer import Output
-from train.data.texts import Documents
 from train.objectives.objective import Batch, Objective, Params, Sums
 from train.objectives.shift import ahead, label_mask, labels_at, log_likelihood
+
+if TYPE_CHECKING:  # Training steps are timed where TFDS is not installed.
+    from train.data.texts import Documents
 
 
 class Weights(NamedTuple):
@@ -137,7 +139,7 @@ class DraftObjective(Objective):
                     f"given ({error}): set objective.loop_prompts to 0, or define its with_tree"
                 ) from None
 
-    def scan_data(self, documents: Documents) -> None:
+    def scan_data(self, documents: "Documents") -> None:
         """Refuses documents so short that the last guess has no labels."""
         longest = int(documents.lengths.max(initial=0))
         if self.depth + 2 > longest:
@@ -211,7 +213,7 @@ class DraftObjective(Objective):
         that drafters are not served as they are trained. Empty when nothing is to be decoded, or the target has no room
         for it, or there are several processes.
         """
-        if jax.process_count() > 1:
+        if processes.count() > 1:
             return {}
         batch = next(batches)
         batch = {**batch, "mask": label_mask(batch, self._config.labels)}
