@@ -12,36 +12,7 @@
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/_job.sh"
 
-out=""
-fresh=""
-emoji=""
-while [ $# -gt 0 ]; do
-    case $1 in
-    --out)
-        [ $# -gt 1 ] || fail "--out needs a directory"
-        out=$2
-        shift
-        ;;
-    --out=*) out=${1#*=} ;;
-    --emoji)
-        [ $# -gt 1 ] || fail "--emoji needs a file"
-        emoji=$2
-        shift
-        ;;
-    --emoji=*) emoji=${1#*=} ;;
-    --fresh) fresh=yes ;;
-    -h | --help)
-        sed -n '2,/^set/s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"
-        exit
-        ;;
-    *) fail "unknown argument $1; usage: bash scripts/quickstart.sh images [--emoji FILE] [--out DIR] [--fresh]" ;;
-    esac
-    shift
-done
-if [ -n "$emoji" ]; then
-    [ -f "$emoji" ] || fail "--emoji: there is no file $emoji"
-    emoji=$(realpath "$emoji")
-fi
+job_options 'bash scripts/quickstart.sh images [--emoji FILE] [--out DIR] [--fresh]' "$@"
 kind=${emoji:+emoji}
 kind=${kind:-glyphs}
 out=${out:-$ROOT/runs/$kind}
