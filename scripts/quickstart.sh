@@ -20,7 +20,7 @@ if [ "${1:-}" = images ]; then
 fi
 job_options 'bash scripts/quickstart.sh [--offline] [--wheel FILE] [--out DIR] [--fresh]' "$@"
 out=${out:-$ROOT/runs/quickstart}
-[ -n "$offline" ] && parts="" || parts="target chats eagle3 results"
+[ -n "$offline" ] && parts="" || parts="target chats trained_here results"
 job_begin .tandem-quickstart-smollm2 $parts
 
 instead() {
@@ -49,11 +49,11 @@ if [ ! -d "$out/chats" ]; then
         --prompt_tokens 48 --new_tokens 128 --keep_unended --temperature 0,0.7 --rows 16 --minutes 3
 fi
 run train.main --config=configs/eagle3.py:quickstart --config.objective.target="$out/target" \
-    --config.data.path="$out/chats" --workdir="$out/eagle3"
+    --config.data.path="$out/chats" --workdir="$out/trained_here"
 if [ -e "$out/results/results.json" ]; then
     printf '\nThe benchmark in %s is finished; --fresh starts everything over.\n' "$out/results"
     exit
 fi
 run eval.main --config=configs/eval/decode.py:chat --config.target="$out/target" \
-    --config.drafters="none,token_recycling,smollm2,$out/eagle3/drafter" --config.out="$out/results"
+    --config.drafters="none,token_recycling,smollm2,$out/trained_here/drafter" --config.out="$out/results"
 job_end
