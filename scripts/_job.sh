@@ -5,6 +5,7 @@
 #   job_begin MARKER PART...   makes $out ready, a directory that holds this job alone, known by its file MARKER; with
 #                              $fresh set, removes its PARTs first, so that the job starts over
 #   run MODULE ARGUMENT...     a command of the job, printed so that it can be copied, changed and run again
+#   job_finished WHAT          ends the job where $out/results/results.json is there already
 #   job_end                    says how long it took
 
 source "$(dirname "${BASH_SOURCE[0]}")/_venv.sh"
@@ -79,6 +80,12 @@ run() {
     done
     printf '\n'
     "$VENV/bin/python" -m "$@"
+}
+
+job_finished() {
+    [ -e "$out/results/results.json" ] || return 0
+    printf '\nThe %s in %s is finished; --fresh starts everything over.\n' "$1" "$out/results"
+    exit
 }
 
 job_end() {

@@ -37,23 +37,18 @@ if [ ! -d "$out/target" ]; then
     fi
     [ $status = 0 ] || exit $status
 fi
-if [ ! -e "$out/results/results.json" ]; then
+if [ ! -d "$out/chats" ]; then
     for prompt in 'Explain to a child why the sky is blue.' 'Write a Python function that reverses a string.' \
         'Give me three reasons to learn to cook.'; do
         run scripts.generate --target "$out/target" --drafter none,token_recycling,smollm2 --chat --color \
             --max_new_tokens 96 --prompt "$prompt"
     done
-fi
-if [ ! -d "$out/chats" ]; then
-    run scripts.continue_dataset --target "$out/target" --out "$out/chats" --documents 368 --valid_documents 16 \
-        --prompt_tokens 48 --new_tokens 128 --keep_unended --temperature 0,0.7 --rows 16 --minutes 3
+    run scripts.continue_dataset --target "$out/target" --out "$out/chats" --documents 240 --valid_documents 16 \
+        --new_tokens 128 --keep_unended --temperature 0,0.7 --minutes 3
 fi
 run train.main --config=configs/eagle3.py:quickstart --config.objective.target="$out/target" \
     --config.data.path="$out/chats" --workdir="$out/trained_here"
-if [ -e "$out/results/results.json" ]; then
-    printf '\nThe benchmark in %s is finished; --fresh starts everything over.\n' "$out/results"
-    exit
-fi
+job_finished benchmark
 run eval.main --config=configs/eval/decode.py:chat --config.target="$out/target" \
     --config.drafters="none,token_recycling,smollm2,$out/trained_here/drafter" --config.out="$out/results"
 job_end

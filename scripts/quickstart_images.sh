@@ -41,10 +41,7 @@ train drafter "code_drafter.py:$kind" --config.objective.tokenizer="$tokenizer" 
     --config.objective.init_from="$out/var/var"
 train refiner "code_refiner.py:$kind" --config.objective.tokenizer="$tokenizer" --config.objective.teacher="$out/var/var" \
     --config.objective.init_from="$out/var_small/var"
-if [ -e "$out/results/results.json" ]; then
-    printf '\nThe benchmark in %s is finished; --fresh starts everything over.\n' "$out/results"
-    exit
-fi
+job_finished benchmark
 run eval.images.main --tokenizer "$tokenizer" --var "$out/var/var" --refiner "$out/var_small/var" --draft_scales 3,4,5 \
     --drafters "3=$out/drafter/var" --refiners "3=$out/refiner/refiner" \
     --data "$out/data" --features "$out/classifier/classifier" \

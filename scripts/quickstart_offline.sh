@@ -34,10 +34,7 @@ for drafter in medusa hydra; do
         touch "$out/$drafter/tree-chosen"
     fi
 done
-if [ -e "$out/results/results.json" ]; then
-    printf '\nThe benchmark in %s is finished; --fresh starts everything over.\n' "$out/results"
-    exit
-fi
+job_finished benchmark
 run eval.main --config=configs/eval/decode.py:quickstart --config.target="$out/lm/target" \
     --config.drafters="none,$out/medusa/drafter,$out/hydra/drafter" --config.data="$out/data" --config.out="$out/results"
 job_end

@@ -48,10 +48,7 @@ if [ ! -d "$out/draft_model" ]; then
     run scripts.convert --from model --src "$out/small/target" --base "$out/target" --policy static:tree=chain:4 \
         --out "$out/draft_model"
 fi
-if [ -e "$out/results/results.json" ]; then
-    printf '\nThe comparison in %s is finished; --fresh starts everything over.\n' "$out/results"
-    exit
-fi
+job_finished comparison
 small=$out/draft_model
 run eval.acceptance --target "$out/target" --data "$out/data" --out "$out/results" --methods \
     Medusa="$out/medusa/drafter" Hydra="$out/hydra/drafter" Hydra++="$out/hydra_pp/drafter" \
