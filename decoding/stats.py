@@ -125,8 +125,8 @@ class Stats:
         return at_least[:-1] - at_least[1:]
 
     def line(self) -> str:
-        """One line for people."""
-        by_depth = " ".join(f"{x:.2f}" for x in self.conditional_acceptance)
+        """One line for people; depths that no step reached are left out."""
+        by_depth = " ".join(f"{x:.2f}" for x in self.conditional_acceptance if not np.isnan(x))
         text = (
             f"{self.committed} tokens in {self.steps} target forwards, acceptance length {self.acceptance_length:.2f}"
         )
