@@ -126,9 +126,7 @@ def generate(
       UserError: an argument of another kind, an empty prompt, a token outside the vocabulary, a request that fits no
         context or cache, parameters of another drafter or off the mesh; or scores of the target that are not finite.
     """
-    if not isinstance(target, Target):
-        raise UserError(f"target must be a Target, as load_target returns it, got a {type(target).__name__}")
-    check_kinds(mesh, typical, on_tokens)
+    check_kinds(target, mesh, typical, on_tokens)
     config, params = target.config, target.params
     mesh = mesh_of(params) if mesh is None else mesh
     drafter, drafter_params = drafter_and_params(drafter, drafter_params, target, mesh)
