@@ -7,6 +7,7 @@ import dataclasses
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import jax
 import numpy as np
@@ -16,10 +17,12 @@ from train.config import TrainConfig
 from train.data.corpus import Corpus, TextCorpus
 from train.data.features import FeatureRows, Manifest, read_manifest, write_features
 from train.data.order import in_order
-from train.data.texts import PackedRows
 from train.fingerprint import fingerprint
 from train.objectives.objective import Batch, Objective, Params
 from train.objectives.target_features import arrays_to_keep, rounded
+
+if TYPE_CHECKING:  # Training steps are timed where TFDS is not installed.
+    from train.data.texts import PackedRows
 
 _SECONDS = 20  # Between lines of progress.
 
@@ -122,7 +125,7 @@ def with_features(
 class _RowsFrom:
     """Packed rows from one on."""
 
-    rows: PackedRows
+    rows: "PackedRows"
     first: int
 
     @property

@@ -13,20 +13,20 @@ import dataclasses
 import math
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import ml_dtypes
 import numpy as np
-from array_record.python import array_record_module
-from array_record.python.array_record_data_source import ArrayRecordDataSource
 
 from models.errors import UserError
 from models.formats.storage import write_json
 from models.formats.text_files import read_json, refuse_name
-from train.data.texts import PackedRows
 from train.provenance import locked
+
+if TYPE_CHECKING:  # Training steps are timed where TFDS is not installed.
+    from train.data.texts import PackedRows
 
 KIND = "features"
 _DTYPES = {name: np.dtype(name) for name in ("int32", "float32")} | {"bfloat16": np.dtype(ml_dtypes.bfloat16)}
@@ -99,7 +99,7 @@ class Manifest:
 class FeatureRows:
     """Packed rows with their arrays beside them: some or all of those that a directory holds."""
 
-    def __init__(self, rows: PackedRows, directory: Path, names: tuple[str, ...]):
+    def __init__(self, rows: "PackedRows", directory: Path, names: tuple[str, ...]):
         """Raises UserError where files are missing or damaged."""
         self._rows, self._directory = rows, directory
         manifest = read_manifest(directory)
@@ -212,6 +212,8 @@ def _records(manifest: Manifest, make: Callable[[int], Iterator[Arrays]], start:
 
 def _write_file(directory: Path, records: Iterator[bytes], count: int) -> None:
     """One more file, under its name when it is whole."""
+    from array_record.python import array_record_module
+
     temporary, final = directory / ".writing", directory / f"{KIND}-{len(files_in(directory)):05d}.array_record"
     try:
         writer = array_record_module.ArrayRecordWriter(os.fspath(temporary), "group_size:1,uncompressed")
@@ -223,7 +225,9 @@ def _write_file(directory: Path, records: Iterator[bytes], count: int) -> None:
     temporary.rename(final)
 
 
-def _open(directory: Path) -> ArrayRecordDataSource:
+def _open(directory: Path) -> Sequence[bytes]:
+    from array_record.python.array_record_data_source import ArrayRecordDataSource
+
     return ArrayRecordDataSource([os.fspath(path) for path in files_in(directory)])
 
 

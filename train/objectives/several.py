@@ -13,7 +13,7 @@ import dataclasses
 import functools
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import jax.numpy as jnp
 from jax.sharding import Mesh
@@ -24,10 +24,12 @@ from models.errors import UserError
 from models.formats.storage import new_directory, write_json
 from models.formats.tokenizer import Tokenizer
 from train.config import OptimizerConfig
-from train.data.texts import Documents
 from train.objectives.drafting import DraftObjective
 from train.objectives.objective import Batch, Objective, Params, Sums
 from train.objectives.target_features import TargetFeatures, target_features
+
+if TYPE_CHECKING:  # Training steps are timed where TFDS is not installed.
+    from train.data.texts import Documents
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,7 +125,7 @@ class SeveralObjective(Objective):
             with _told_of(name):
                 member.check(length)
 
-    def scan_data(self, documents: Documents) -> None:
+    def scan_data(self, documents: "Documents") -> None:
         """As every member does."""
         for name, member in self.members.items():
             with _told_of(name):
