@@ -55,7 +55,7 @@ class Sizes:
             scenes=("2x64",),
             images=("2,1", "1"),
             new_tokens=16,
-            samples=256,
+            samples=512,
             drafters=tuple(DRAFTERS)[:2],
             steps=tuple((name, "2", "32") for name in JOBS),
         )
