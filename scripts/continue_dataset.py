@@ -2,7 +2,8 @@
 
     python -m scripts.continue_dataset --target DIR --out DIR [--prompts FILE.jsonl] [--documents 512]
         [--valid_documents 32] [--prompt_tokens 64] [--new_tokens 512] [--prompt_temperature 1] [--temperature 0.7]
-        [--max_repetition 0.3] [--minutes M] [--rows 32] [--seed 0] [--drafter DIR_OR_NAME] [--overwrite]
+        [--max_repetition 0.3] [--keep_unended] [--minutes M] [--rows 32] [--seed 0] [--drafter DIR_OR_NAME]
+        [--overwrite]
     python -m scripts.continue_dataset --target DIR --data DATASET --out DIR [--documents 512] [--valid_documents 32]
         [--prompt_tokens 64] [--new_tokens 192] [--temperature 0] [--rows 32] [--seed 0] [--drafter DIR_OR_NAME]
 
@@ -41,7 +42,7 @@ from train.data.text_building import write_dataset
 from train.data.text_sources import read_prompts
 
 # Options of one form alone, with their defaults there; None is no default.
-_CHAT_ONLY = {"prompts": None, "prompt_temperature": 1.0, "max_repetition": 0.3, "minutes": None}
+_CHAT_ONLY = {"prompts": None, "prompt_temperature": 1.0, "max_repetition": 0.3, "keep_unended": False, "minutes": None}
 _DEFAULTS = {"chat": {"new_tokens": 512, "temperature": [0.7]}, "data": {"new_tokens": 192, "temperature": [0.0]}}
 
 
@@ -77,6 +78,7 @@ def write_chats(target: Target, arguments: argparse.Namespace) -> dict[str, dict
         prompt_temperature=arguments.prompt_temperature,
         temperatures=tuple(arguments.temperature),
         max_repetition=arguments.max_repetition,
+        keep_unended=arguments.keep_unended,
         rows=arguments.rows,
         seed=arguments.seed,
     )
@@ -196,6 +198,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--prompt_temperature", type=float, help="of the target's own prompts (1)")
     parser.add_argument("--temperature", type=numbers(float), help="0 is greedy; several take turns (0.7; --data: 0)")
     parser.add_argument("--max_repetition", type=float, help="largest share of repeated runs of 4 tokens (0.3)")
+    parser.add_argument("--keep_unended", action="store_const", const=True, help="keep the beginnings of such answers")
     parser.add_argument("--minutes", type=float, help="end after so many, with what is finished")
     parser.add_argument("--rows", type=at_least(1), default=32, help="documents decoded together")
     parser.add_argument("--seed", type=at_least(0), default=0, help="of windows and draws")

@@ -5,8 +5,8 @@
 Under `jit` the batch is one global array split over the mesh's data axes, so both sums, and the gradient, are those of
 the whole batch however it is sharded. State that changes (trainable parameters, optimizer, step, key) is donated to
 the step; frozen parameters are an argument beside it. Metrics are fetched one step late: the device already runs step n
-while the numbers of n - 1 are looked at. Before a state is saved its own numbers are looked at, so that no checkpoint
-is of a run that had already gone wrong.
+while the numbers of n - 1 are looked at. Before a state is saved its own metrics and all that it holds are looked at,
+so that no checkpoint is of a run that had already gone wrong.
 """
 
 import contextlib
@@ -29,7 +29,7 @@ from models import processes, sharding
 from models.errors import UserError
 from models.schema import resolved
 from train import provenance
-from train.checkpoint import Checkpoints, restore_newest, saved_steps
+from train.checkpoint import Checkpoints, not_finite, restore_newest, saved_steps
 from train.config import TrainConfig
 from train.data.corpus import Corpus, TextCorpus, open_corpus
 from train.fingerprint import fingerprint
@@ -321,6 +321,8 @@ def loop(
         if last or step % config.checkpoint.every == 0:
             report.flush()
             with report.timed("checkpoint"):
+                if wrong := not_finite(state):
+                    raise NotFinite(f"after step {step} {wrong} holds NaN or infinite values")
                 checkpoints.save(step, state, batches.get_state())
     return state
 

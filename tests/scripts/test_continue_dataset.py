@@ -206,11 +206,16 @@ def test_prompts_of_a_person_are_answered(chatter, tmp_path, capsys):
     lines = [{"prompt": f"What is {i}?"} for i in range(11)]
     lines.append({"messages": [{"role": r, "content": r} for r in ("user", "assistant", "user")]})
     prompts.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    chat(chatter, tmp_path / "out", "--prompts", str(prompts), "--valid_documents", "0")
-    tokenizer = load_target(chatter).tokenizer
-    asked = {tokenizer.decode(tokens[: mask.index(1)]) for tokens, mask in content(tmp_path / "out")}
+    short = ["--new_tokens", "3", "--keep_unended"]
+    chat(chatter, tmp_path / "out", "--prompts", str(prompts), "--valid_documents", "0", *short)
+    target = load_target(chatter)
+    answered = content(tmp_path / "out")
+    asked = {target.tokenizer.decode(tokens[: mask.index(1)]) for tokens, mask in answered}
     wanted = {f"<user>What is {i}?</><assistant>" for i in range(11)}
-    assert len(asked) > 5 and asked <= wanted | {"<user>user</><assistant>assistant</><user>user</><assistant>"}
+    assert asked == wanted | {"<user>user</><assistant>assistant</><user>user</><assistant>"}
+    counts = json.loads((tmp_path / "out" / "manifest.json").read_text())["source"]["counts"]
+    cut = [sum(mask) for tokens, mask in answered if tokens[-1] not in target.config.eos_ids]
+    assert set(cut) == {3} and counts["answers cut"] == len(cut) == 12 - counts["answers kept"]
     prompts.write_text('{"prompt": "a"}\n{"text": "b"}\n')
     with pytest.raises(SystemExit):
         chat(chatter, tmp_path / "again", "--prompts", str(prompts))

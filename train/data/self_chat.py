@@ -2,8 +2,8 @@
 
 An instruction-tuned target, given its chat template up to an empty user turn, goes on as a user would: it writes a
 prompt. The prompt is put into the template and answered, and both are one document whose answer is marked as label.
-Prompts that do not end, say nothing or were seen before are dropped, and so are answers that do not end or that loop.
-Both kinds of text are decoded in full batches of one shape.
+Prompts that do not end, say nothing or were seen before are dropped, and so are answers that loop or, unless their
+beginnings are wanted, do not end. Both kinds of text are decoded in full batches of one shape.
 
 What is finished is kept in a file of rounds, from which an interrupted run goes on; the same seed gives the same text
 whether or not it was interrupted, as long as the shape of a batch is the same.
@@ -45,6 +45,7 @@ class ChatSettings:
       prompt_temperature: of prompts.
       temperatures: of answers, which rows take in turn.
       max_repetition: answers are dropped where a larger share of their runs of four tokens has occurred before in them.
+      keep_unended: keep the beginnings of answers that do not end within `new_tokens`.
       rows: texts decoded together.
       seed: of all draws.
     """
@@ -54,6 +55,7 @@ class ChatSettings:
     prompt_temperature: float = 1.0
     temperatures: tuple[float, ...] = (0.7,)
     max_repetition: float = 0.3
+    keep_unended: bool = False
     rows: int = 32
     seed: int = 0
 
@@ -184,10 +186,11 @@ class SelfChat:
         answers = self._decode([tokens for _, tokens in fitting], s.new_tokens, temperatures, "answer")
         made = []
         for (messages, tokens), answer in zip(fitting, answers, strict=True):
-            ended = self._ended(answer)
-            fate = "unended" if not ended else "looping" if repetition(answer) > s.max_repetition else "kept"
+            fate = "kept" if self._ended(answer) else "cut" if s.keep_unended else "unended"
+            if fate != "unended" and repetition(answer) > s.max_repetition:
+                fate = "looping"
             self.counts[f"answers {fate}"] += 1
-            if fate == "kept":
+            if fate in ("kept", "cut"):
                 made.append({"prompt": messages[-1]["content"], "tokens": [*tokens, *answer], "answer": len(answer)})
         self._finish_round(made)
 

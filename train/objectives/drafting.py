@@ -291,8 +291,9 @@ def prompts_of(batch: Mapping[str, np.ndarray], room: int) -> list[list[int]]:
     """What a decoder would be given before it writes what is learnt: the text up to where labels begin.
 
     A drafter is asked for the answers of a chat, not for the questions. First the first answer of every row, then the
-    second ones, without those of more than `room` tokens where there are others; where labels begin nowhere, because
-    all is learnt, the first quarter of every row.
+    second ones, without those of more than `room` tokens where there are others. Texts that a row begins with come
+    last: they may lack their beginning, which stands in another row. Where labels begin nowhere, because all is learnt,
+    it is the first quarter of every row.
 
     Args:
       batch: `tokens`, `segments` and `mask`, [B, T], the mask true for labels.
@@ -304,7 +305,7 @@ def prompts_of(batch: Mapping[str, np.ndarray], room: int) -> list[list[int]]:
     for row, begins_T in enumerate(same_BT & mask_BT[:, 1:] & ~mask_BT[:, :-1]):
         for rank, place in enumerate(np.flatnonzero(begins_T) + 1):
             first = int(np.argmax(segments_BT[row] == segments_BT[row, place]))
-            found.append((rank, row, batch["tokens"][row, first:place].tolist()))
+            found.append((first == 0, rank, row, batch["tokens"][row, first:place].tolist()))
     if found:
         prompts = [prompt for *_, prompt in sorted(found)]
         return [prompt for prompt in prompts if len(prompt) <= room] or prompts
