@@ -12,7 +12,8 @@ Definitions (`decoding/stats.py` has those of acceptance):
 
 Decodes run with batch 1 unless more is asked for; texts that are decoded together share the seconds in equal parts.
 The number of candidates of an open drafter is chosen by cost for that batch (`decoding/sizing.py`), and the parts of
-its step are those of the size chosen. Plain decoding always takes part and comes first in the results.
+its step are those of the size chosen. Plain decoding always takes part and comes first in the results. Several
+processes share the prompts, each on devices of its own; the parts of a step are those that the process itself timed.
 """
 
 import collections
@@ -34,6 +35,7 @@ from decoding.verify import Typical
 from eval.measure.parts import Scene, network_ms, step_parts
 from eval.measure.timing import Timed, Timing, summary
 from eval.text.prompts import Prompt
+from models import processes
 from models.errors import UserError
 from models.formats.target import Target
 from models.sharding import mesh_of
@@ -93,6 +95,28 @@ class Measured:
         first, *rest = (generation.stats[0] for generation in self.generations)
         return sum(rest, first)
 
+    def begin(self) -> None:
+        """Another repeat."""
+        self.decode_seconds.append([])
+        self.prefill_seconds.append([])
+
+    def add(self, generation: Generation) -> None:
+        """The next prompts', decoded together; texts are the same in every repeat."""
+        each = [_of_row(generation, row) for row in range(len(generation.tokens))]
+        self.decode_seconds[-1] += [one.decode_seconds for one in each]
+        self.prefill_seconds[-1] += [one.prefill_seconds for one in each]
+        if len(self.decode_seconds) == 1:
+            self.generations += each
+
+    def gather(self) -> None:
+        """Adds what other processes did."""
+        mine = [dataclasses.replace(generation, memory=None) for generation in self.generations]
+        made, *seconds = zip(*processes.gathered((mine, self.decode_seconds, self.prefill_seconds)), strict=True)
+        self.generations = processes.whole(made)
+        self.decode_seconds, self.prefill_seconds = (
+            [processes.whole(repeat) for repeat in zip(*parts, strict=True)] for parts in seconds
+        )
+
 
 def benchmark(
     target: Target,
@@ -131,7 +155,8 @@ def benchmark(
         raise UserError(f"repeats must be at least 1, got {repeats}")
     field = [Contender(*load_drafter("none", target)), *(c for c in contenders if c.drafter.max_depth)]
     deepest = max(contender.drafter.max_depth for contender in field)
-    groups = [range(first, min(first + batch, len(prompts))) for first in range(0, len(prompts), batch)]
+    mine = processes.share(range(len(prompts)))
+    groups = [mine[first : first + batch] for first in range(0, len(mine), batch)]
     longest = [max(len(prompts[index].tokens) for index in group) for group in groups]
     capacities = [bucket(slots_needed(length, max_new_tokens, deepest)) for length in longest]
 
@@ -148,16 +173,16 @@ def benchmark(
             capacity=capacities[number],
         )
 
-    shapes = [
-        (len(group), bucket(length, 16), size) for group, length, size in zip(groups, longest, capacities, strict=True)
-    ]
+    # Groups that need a compilation each, by number.
+    shapes = zip(map(len, groups), (bucket(length, 16) for length in longest), capacities, strict=True)
     buckets = list({shape: number for number, shape in enumerate(shapes)}.values())
     for count, number in enumerate(buckets, 1):
         for contender in field:
             progress(f"compiling {contender.path or contender.drafter.name}, bucket {count} of {len(buckets)}")
             decode(contender, number, min(WARM_UP_TOKENS, max_new_tokens))
-    middle = sorted(range(len(groups)), key=capacities.__getitem__)[len(groups) // 2]
-    scene = Scene(target.config, target.params, longest[middle], capacities[middle], batch)
+    middle = sorted(len(prompt.tokens) for prompt in prompts)[len(prompts) // 2]
+    room = bucket(slots_needed(middle, max_new_tokens, deepest))
+    scene = Scene(target.config, target.params, middle, room, batch)
     trees = [contender.sized(target, batch) for contender in field]
     timed = _Parts(scene, trees, progress) if parts else None
     measured = [Measured(contender, [], [], [], chosen=tree) for contender, tree in zip(field, trees, strict=True)]
@@ -167,32 +192,31 @@ def benchmark(
             timed.sample()
     if timed is not None:
         timed.finish(measured)
+    for one in measured:
+        one.gather()
     if not measured[0].stats.steps:
         raise UserError("plain decoding ends every text with its first token, so there is no speed to measure")
     return [_run(target, one, measured[0], prompts, sampling) for one in measured]
 
 
-def _take_turns(measured: Sequence[Measured], groups: Sequence[range], repeat: int, decode, progress) -> None:
+def _take_turns(measured: Sequence[Measured], groups: Sequence[Sequence[int]], repeat: int, decode, progress) -> None:
     """Everybody decodes every group of prompts once."""
     for one in measured:
-        one.decode_seconds.append([])
-        one.prefill_seconds.append([])
+        one.begin()
     for number, group in enumerate(groups):
-        progress(f"repeat {repeat + 1}, prompt {group[0] + 1} of {groups[-1][-1] + 1}")
+        progress(f"repeat {repeat + 1}, prompt {group[0] + 1}, {number + 1} of {len(groups)}")
         # Nobody is always the first to find the caches as another left them.
         first = (repeat + number) % len(measured)
         for one in [*measured[first:], *measured[:first]]:
-            generation = decode(one.contender, number)
-            one.decode_seconds[-1] += [generation.decode_seconds / len(group)] * len(group)
-            one.prefill_seconds[-1] += [generation.prefill_seconds / len(group)] * len(group)
-            if repeat == 0:
-                one.generations += [_of_row(generation, row) for row in range(len(group))]
+            one.add(decode(one.contender, number))
 
 
 def _of_row(generation: Generation, row: int) -> Generation:
-    """What became of one prompt of a batch."""
+    """What became of one prompt of a batch, with its share of the seconds."""
     rows = {name: [getattr(generation, name)[row]] for name in ("tokens", "writers", "stats")}
-    return dataclasses.replace(generation, texts=generation.texts[row : row + 1], memory=None, **rows)
+    count = len(generation.tokens)
+    seconds = {name: getattr(generation, name) / count for name in ("prefill_seconds", "decode_seconds")}
+    return dataclasses.replace(generation, texts=generation.texts[row : row + 1], memory=None, **rows, **seconds)
 
 
 class _Parts:
