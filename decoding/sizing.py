@@ -1,10 +1,10 @@
 """How many candidates pay on this device, for this target and batch: chosen by measured cost, none at all included.
 
 An *open* drafter (`Drafter.opened`) comes with the acceptance lengths that its trees of several sizes had elsewhere.
-What their steps cost here is measured once: the target's forward on a few numbers of rows, and what a draft network
-adds to it. The size with the most expected tokens per second is taken, or none. While it decodes, accepted tokens are
-counted; as soon as they no longer pay for the tree's rows the request goes on as plain decoding, and requests after it
-begin with what was counted.
+What their steps cost here is measured once: the target's forward on a few numbers of rows, and what the drafter and the
+loop add to it. The size with the most expected tokens per second is taken, or none. While it decodes, accepted tokens
+are counted; as soon as they no longer pay for the tree's rows the request goes on as plain decoding, and requests after
+it begin with what was counted.
 
 Costs are kept in `$XDG_CACHE_HOME/tandem/costs` under a hash of all that they hang on: the target's weights and shape,
 batch, dtype, device, cores, versions, XLA's flags and this package's own source.
@@ -44,7 +44,7 @@ LENGTH, CAPACITY = 128, 256  # Of the text in whose middle is measured.
 LEAST_ROUNDS, MOST_ROUNDS, SECONDS = 5, 15, 3.0  # Of measuring, after one that does not count.
 UNSTEADY = 1.3  # Median over minimum.
 STEPS = 4  # Of the loop, in one sample.
-STEP = 0  # Where whole steps stand among the forwards, which are called by their rows.
+STEP, PLAIN = 0, -1  # Where whole steps stand among the forwards, which are called by their rows.
 WEIGHT = 4.0  # Accepted tokens that what a drafter brings along is worth beside those that are counted.
 MEMORY = 128.0  # Most tokens that earlier requests are worth.
 MARGIN = 1.05  # What a tree must promise, over plain decoding, to begin with it.
@@ -64,7 +64,7 @@ class Costs:
 
     Attributes:
       forward: of the target's forward, by rows of each text, in ascending order.
-      extra: what a step adds to it where the drafter is a network.
+      extra: what a step with a draft adds to it, beyond what one without adds.
       steady: whether repetitions agreed, as they do on a machine that does nothing else; only then are they kept, and
         by the clock.
     """
@@ -253,16 +253,14 @@ def _key(target: Target, drafter: Drafter, batch: int) -> str:
             (jax.__version__, jaxlib.__version__, os.environ.get("XLA_FLAGS")),
             source.hexdigest(),
         ]
-    of_drafter = drafter.to_record() if drafter.cost_parts(target.config, batch) else None
-    sizes = max(size for size, _ in drafter.open_sizes)
-    whole = json.dumps([_fingerprints[target], batch, of_drafter, sizes], default=str)
+    whole = json.dumps([_fingerprints[target], batch, drafter.to_record(), drafter.open_sizes], default=str)
     return hashlib.sha256(whole.encode()).hexdigest()[:32]
 
 
 def _measure(target: Target, drafter: Drafter, params: Any, batch: int) -> Costs:
-    """Forwards of more and more rows, until no acceptance could pay for more; and a whole step of a draft network."""
-    largest = [one for one in (drafter.with_budget(size) for size, _ in drafter.open_sizes) if one is not None]
-    most_rows = max(_rows(one) for one in largest)
+    """Forwards of more and more rows, until no acceptance could pay for more; and whole steps of the smallest tree."""
+    fitted = [one for one in (drafter.with_budget(size) for size, _ in drafter.open_sizes) if one is not None]
+    smallest, most_rows = min(fitted, key=_rows), max(map(_rows, fitted))
     most_length = max(length for _, length in drafter.open_sizes)
     runs: dict[int, Run] = {}
     for rows in ROWS:
@@ -270,13 +268,12 @@ def _measure(target: Target, drafter: Drafter, params: Any, batch: int) -> Costs
         best, _ = _fastest(runs)
         if rows >= most_rows or best[rows] > 2 * most_length * best[1]:
             break
-    network = bool(drafter.cost_parts(target.config, batch))
-    if network:
-        runs[STEP] = _step_run(target, drafter, params, batch)
+    runs[STEP], runs[PLAIN] = _step_run(target, smallest, params, batch), _step_run(target, Plain(), None, batch)
     best, steady = _fastest(runs)
     # No forward costs more than one on more rows, whatever else the machine did during its turns.
-    forward = tuple((rows, min(best[more] for more in best if more >= rows)) for rows in best if rows != STEP)
-    extra = best[STEP] - Costs(forward, 0.0).step(_rows(drafter)) if network else 0.0
+    forward = tuple((rows, min(best[more] for more in best if more >= rows)) for rows in best if rows > 0)
+    alone = Costs(forward, 0.0)
+    extra = best[STEP] - alone.step(_rows(smallest)) - max(0.0, best[PLAIN] - alone.step(1))
     return Costs(forward, max(0.0, extra), steady)
 
 
@@ -334,11 +331,15 @@ def _step_run(target: Target, drafter: Drafter, params: Any, batch: int) -> Run:
         sampling=batch_sampling([Sampling()] * batch),
     )
 
+    def advanced(state):
+        held.append(loop.run(models, state, request, np.int32(STEPS)))
+        return held
+
     def run() -> tuple[float, float]:
         state = held.pop()
         text = dataclasses.replace(state.text, length=jnp.asarray(lengths), done=jnp.zeros(batch, bool))
         state = jax.block_until_ready(dataclasses.replace(state, text=text, slots=jnp.asarray(lengths)))
-        clock, processors = _timed(lambda: held.append(loop.run(models, state, request, np.int32(STEPS))) or held)
+        clock, processors = _timed(lambda: advanced(state))
         return clock / STEPS, processors / STEPS
 
     return run

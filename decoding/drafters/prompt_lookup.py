@@ -48,7 +48,7 @@ class PromptLookup(Drafter):
         if len(numbers) > 2 or not all(number.isdecimal() for number in numbers):
             return None
         shortest, *depth = map(int, numbers)
-        return cls(*depth, shortest=shortest)
+        return cls(shortest=shortest) if not depth else cls(depth[0], shortest=shortest)
 
     @property
     def max_nodes(self) -> int:
