@@ -146,6 +146,10 @@ class TrainConfig:
       batch_size: rows per step over all devices.
       length: tokens per row of text; None for images.
       seed: of initialisation, noise and the order of the data.
+      precision: of products: `float32`, or `bfloat16`, over parameters and optimizer state that are float32 either way;
+        `auto` is float32 on a CPU and bfloat16 on accelerators.
+      remat: what is computed again for gradients instead of being kept: `none`; all but the results of products with
+        parameters (`products`); all inside a layer, or a step of a draft (`layers`).
     """
 
     objective: Any
@@ -157,6 +161,8 @@ class TrainConfig:
     batch_size: int
     length: int | None = None
     seed: int = 0
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    remat: Literal["none", "products", "layers"] = "none"
     mesh: MeshConfig = MeshConfig()
     metrics: MetricsConfig = MetricsConfig()
 

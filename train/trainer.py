@@ -35,7 +35,7 @@ from train.data.corpus import Corpus, TextCorpus, open_corpus
 from train.fingerprint import fingerprint
 from train.metrics import NotFinite, Report
 from train.objectives import OBJECTIVES
-from train.objectives.objective import Batch, Objective, Params, Replaced
+from train.objectives.objective import Batch, Compute, Objective, Params, Replaced
 from train.optimizer import make_optimizer, make_schedule
 
 BATCH_AXES = ("data", "fsdp")
@@ -113,6 +113,7 @@ def make_plan(config: TrainConfig, facts: Any) -> Plan:
     if config.batch_size % parts:
         raise UserError(f"batch_size ({config.batch_size}) must be a multiple of the mesh's data x fsdp size ({parts})")
     objective = OBJECTIVES[config.objective.name](config.objective, facts)
+    objective.prepare(Compute(config.precision, mesh.size, config.remat))
     objective.check(config.length)
     if config.length is not None and config.length > objective.model.max_position:
         longest = objective.model.max_position

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from models.attention import Sources, wide
+from models.attention import Sources, wide, wide_einsum
 from models.config import TransformerConfig
 from models.heads.medusa import ResBlock, vocab_kernel
 from models.layers import Block, RMSNorm, call, rope_angles
@@ -149,5 +149,5 @@ class HydraHeads:
         """Logits of head i, float32 or wider."""
         vocab = params["heads"][i]["vocab"]
         dtype = wide(hidden.dtype)
-        logits = split_vocabulary(jnp.matmul(hidden, vocab["kernel"], preferred_element_type=dtype))
+        logits = split_vocabulary(wide_einsum("...H,HV->...V", hidden, vocab["kernel"]))
         return logits + vocab["bias"].astype(dtype)

@@ -1,0 +1,134 @@
+"""Losses by pieces of a text: equal to the plain ones with their slopes, and no array of all scores of a text."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.tree_util import Partial
+
+from tests.train.conftest import SHAPE
+from train import trainer
+from train.data.corpus import open_corpus
+from train.objectives import guess, pieces
+from train.objectives.guess import Guess, Labels, Teacher, Weights, losses, measures
+
+B, S, H, V, W = 2, 7, 4, 11, 5
+
+
+def drawn(rng: np.random.Generator, *shape: int) -> jax.Array:
+    return jnp.asarray(rng.normal(size=shape))
+
+
+def setting():
+    """(trained, guesses of it, teacher) of three depths, the last of them made from some places only."""
+    rng = np.random.default_rng(0)
+    trained = {
+        "hidden": [drawn(rng, B, S, H), drawn(rng, B, S, H), drawn(rng, B, 3, H)],
+        "kernel": [drawn(rng, H, W) for _ in range(3)],
+    }
+    known = jnp.array([1, 2, 5, 7, 10])
+    head = drawn(rng, H, V)
+    hidden = drawn(rng, B, S, H)
+    choice = jnp.argmax(hidden @ head, axis=-1)
+    holds = jnp.zeros(V, bool).at[known].set(True)[choice]
+    teacher = Teacher(hidden, lambda x: x @ head[:, known], known, choice, holds)
+    at = jnp.asarray(rng.integers(0, S - 3, (B, 3)))
+    places = [None, None, at]
+    labels = [
+        Labels(jnp.asarray(rng.integers(0, W, shape)), jnp.asarray(rng.integers(0, 2, shape), bool))
+        for shape in ((B, S), (B, S), (B, 3))
+    ]
+    # As for every objective, what has no teacher has no label.
+    labels = [
+        own if where is not None else own._replace(counted=own.counted.at[:, S - 1 - i :].set(False))
+        for i, (own, where) in enumerate(zip(labels, places, strict=True))
+    ]
+
+    def guesses(trained):
+        reads = [Partial(lambda kernel, x: x @ kernel, kernel) for kernel in trained["kernel"]]
+        return [Guess(*of) for of in zip(trained["hidden"], places, labels, reads, strict=True)]
+
+    return trained, guesses, teacher
+
+
+def defined(guesses, teacher, weights):
+    """The same sums, from the definition and all at once."""
+    found = []
+    for i, (hidden, at, labels, read) in enumerate(guesses):
+        places = jnp.broadcast_to(jnp.arange(S), (B, S)) if at is None else at
+        seat = jnp.minimum(places + i + 1, S - 1)
+        rows = jnp.arange(B)[:, None]
+        feature, learnt = teacher.hidden[rows, seat], teacher.learnt[rows, seat]
+        log_q, t = jax.nn.log_softmax(read(hidden)), jax.nn.softmax(teacher.read(feature))
+        distance = jnp.abs(hidden - feature)
+        loss = -weights.hard * jnp.take_along_axis(log_q, labels.tokens[..., None], axis=-1)[..., 0]
+        loss -= weights.soft * jnp.sum(t * log_q, axis=-1)
+        loss += weights.feature * jnp.mean(jnp.where(distance < 1, distance**2 / 2, distance - 0.5), axis=-1)
+        found.append(jnp.sum(loss * (labels.counted & learnt)))
+    return jnp.stack(found)
+
+
+@pytest.mark.usefixtures("x64")
+def test_losses_and_their_slopes_are_those_of_the_whole_text(monkeypatch):
+    trained, guesses, teacher = setting()
+    weights, factors = Weights(0.5, 0.7, 0.3, 1.0), jnp.array([1.0, 0.5, 2.0])
+
+    def slopes(sums):
+        return jax.value_and_grad(lambda trained: (factors @ sums(trained), sums(trained)), has_aux=True)(trained)
+
+    def everything():
+        return {
+            "defined": slopes(lambda trained: defined(guesses(trained), teacher, weights)),
+            **{f"{n}": slopes(lambda trained, n=n: by_pieces(trained, n)[0]) for n in (1, 3)},
+            "measured": [measured(n) for n in (1, 3)],
+            "choices": [guess.first_choices(lambda x: x @ jnp.eye(H, V), teacher.hidden)],
+        }
+
+    def by_pieces(trained, n):
+        monkeypatch.setattr(pieces, "SCORES", -(-B * S * W // n))
+        return losses(guesses(trained), teacher, weights)
+
+    def measured(n):
+        monkeypatch.setattr(pieces, "SCORES", -(-B * S * W // n))
+        return measures(guesses(trained), teacher, weights)
+
+    found = jax.jit(everything)()
+    for n in ("1", "3"):
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-12), found[n], found["defined"])
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-12), *found["measured"])
+    for i, depth in enumerate(found["measured"][1]):
+        np.testing.assert_allclose(depth["loss"][0], found["defined"][0][1][i], atol=1e-12)
+    np.testing.assert_array_equal(found["choices"][0], np.argmax(teacher.hidden @ np.eye(H, V), axis=-1))
+
+
+@pytest.mark.parametrize(
+    ("name", "objective"),
+    [
+        ("lm", {"model": {**SHAPE, "tied_embeddings": True}}),
+        ("draft_heads", {"hard": 0.0, "soft": 1.0}),
+        ("eagle3", {"vocabulary": 100}),
+    ],
+)
+def test_no_step_holds_the_scores_of_a_whole_text(name, objective, job, monkeypatch):
+    config = job(name, objective=objective, precision="bfloat16", remat="layers")
+    plan = trainer.make_plan(config, open_corpus(config).facts)
+    monkeypatch.setattr(pieces, "SCORES", config.batch_size * plan.objective.model.vocab_size * 5)
+    batch = {key: jax.ShapeDtypeStruct((config.batch_size, config.length), np.int32) for key in BATCH}
+    step = trainer.make_step(plan)
+
+    def largest():
+        text = jax.jit(lambda *a: step(*a)).lower(plan.state, plan.frozen, batch).as_text()
+        return max(
+            np.prod([int(x) for x in dims.split("x")[:-1]]) for dims in re.findall(r"tensor<((?:\d+x)+\w+)>", text)
+        )
+
+    scores = config.batch_size * config.length * (100 if name == "eagle3" else plan.objective.model.vocab_size)
+    assert largest() < scores
+    if name == "lm":  # The search finds them where nothing is cut.
+        monkeypatch.undo()
+        assert largest() == scores
+
+
+BATCH = ("tokens", "segments", "mask")
