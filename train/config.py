@@ -144,6 +144,7 @@ class TrainConfig:
       objective: the dataclass of the objective (`train/objectives`), chosen by its field `name`.
       steps: optimizer steps of the run.
       batch_size: rows per step over all devices.
+      accumulate: parts that a step's batch is taken in, one after the other; the result is that of the whole.
       length: tokens per row of text; None for images.
       seed: of initialisation, noise and the order of the data.
       precision: of products: `float32`, or `bfloat16`, over parameters and optimizer state that are float32 either way;
@@ -163,11 +164,13 @@ class TrainConfig:
     seed: int = 0
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     remat: Literal["none", "products", "layers"] = "none"
+    accumulate: int = 1
     mesh: MeshConfig = MeshConfig()
     metrics: MetricsConfig = MetricsConfig()
 
     def __post_init__(self):
         require(self.steps >= 1, "steps must be at least 1", self.steps)
+        require(self.accumulate >= 1, "accumulate must be at least 1", self.accumulate)
         require(self.batch_size >= 1, "batch_size must be at least 1", self.batch_size)
         if self.objective.reads == "text":
             require(

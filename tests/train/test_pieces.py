@@ -132,3 +132,34 @@ def test_no_step_holds_the_scores_of_a_whole_text(name, objective, job, monkeypa
 
 
 BATCH = ("tokens", "segments", "mask")
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize(
+    ("name", "objective"),
+    [("lm", {"labels": "assistant"}), pytest.param("eagle3", {"vocabulary": 100}, marks=pytest.mark.slow)],
+)
+def test_parts_and_recomputation_change_no_gradient(name, objective, job):
+    ways = ({}, {"accumulate": 4, "remat": "layers"}, {"accumulate": 2, "remat": "products"})
+    configs = [job(name, objective=objective, **way) for way in ways]
+    corpus = open_corpus(configs[0])
+    plans = [trainer.make_plan(config, corpus.facts) for config in configs]
+    plans[0].objective.scan_data(corpus.train)
+    frozen = plans[0].objective.load_base(plans[0].mesh) if plans[0].base else None
+    params = jax.tree.map(
+        lambda leaf: np.random.default_rng(leaf.size).normal(0.2, 0.1, leaf.shape), plans[0].state["params"]
+    )
+    frozen = jax.tree.map(lambda x: np.asarray(x, np.float64 if x.dtype == jnp.float32 else x.dtype), frozen)
+    batch = dict(next(corpus.batches(configs[0].batch_size, 0)))
+    # Rows weigh differently, so that the mean of the parts' means is another number.
+    batch["mask"] = (np.random.default_rng(0).uniform(size=batch["mask"].shape) < [[0.2], [0.4], [0.6], [0.8]]).astype(
+        int
+    )
+
+    def everything(params, frozen, batch):
+        key, progress = jax.random.key(0), jnp.zeros(())
+        return [trainer.gradient_of(plan, params, frozen, batch, key, progress) for plan in plans]
+
+    plain, *others = jax.jit(everything)(params, frozen, batch)
+    for other in others:
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-12), other, plain)
