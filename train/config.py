@@ -40,7 +40,8 @@ class OptimizerConfig:
     """AdamW or Muon under a warm-up and a schedule.
 
     Attributes:
-      name: `adamw`, or `muon`: orthogonalised momentum for kernels and AdamW for the rest (Jordan et al. 2024), with
+      name: `adamw`, or `muon`: orthogonalised momentum for kernels but those of
+        vocabularies, and AdamW for the rest (Jordan et al. 2024), with
         updates scaled to AdamW's size so that one learning rate serves both (Liu et al. 2025, section 2.2).
       learning_rate: the peak, reached after `warmup_steps`.
       schedule: how the rate falls from the peak to `final_fraction` of it at the last step.
