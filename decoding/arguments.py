@@ -16,6 +16,7 @@ from jax.sharding import Mesh
 from decoding.drafter import Drafter
 from decoding.drafters.plain import Plain
 from decoding.sampling import Sampling
+from decoding.verify import Typical
 from models.config import TransformerConfig
 from models.errors import UserError
 from models.formats.storage import leaves_by_path
@@ -123,6 +124,17 @@ def at_least_one(value: Any, name: str, unit: str = "") -> int:
     if not _is_whole(value) or value < 1:
         raise UserError(f"{name} must be at least 1{unit}, got {value if _is_whole(value) else _described(value)}")
     return int(value)
+
+
+def check_kinds(target: Any, mesh: Any, typical: Any, on_tokens: Any) -> None:
+    """Raises UserError where there is no target, or one of the others is neither None nor of its kind."""
+    if not isinstance(target, Target):
+        raise UserError(f"target must be a Target, as load_target returns it, got a {type(target).__name__}")
+    for name, value, kind in (("mesh", mesh, Mesh), ("typical", typical, Typical)):
+        if value is not None and not isinstance(value, kind):
+            raise UserError(f"{name} must be a {kind.__name__} or None, got {_described(value)}")
+    if on_tokens is not None and not callable(on_tokens):
+        raise UserError(f"on_tokens must be a function of (row, tokens, writers), got {_described(on_tokens)}")
 
 
 def drafter_and_params(drafter: Any, params: Any, target: Target, mesh: Mesh | None) -> tuple[Drafter, Any]:

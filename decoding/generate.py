@@ -8,7 +8,7 @@ import dataclasses
 import numbers
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -19,6 +19,7 @@ from jaxtyping import Array, Int
 from decoding import loop
 from decoding.arguments import (
     at_least_one,
+    check_kinds,
     checked_prompts,
     checked_sampling,
     checked_stops,
@@ -29,7 +30,6 @@ from decoding.drafter import Drafter
 from decoding.request import Request
 from decoding.sampling import Sampling, batch_sampling
 from decoding.stats import Stats
-from decoding.verify import Typical
 from models.errors import UserError
 from models.formats.continuation import Continuation, split_stops, text_behind
 from models.formats.target import Target
@@ -87,10 +87,10 @@ def generate(
     seeds: Any = 0,
     stop: Any = None,
     stop_texts: Any = (),
-    typical: Typical | None = None,
+    typical: Any = None,
     capacity: Any = None,
     stream_every: Any = 8,
-    on_tokens: Callable[[int, list[int], list[int]], None] | None = None,
+    on_tokens: Any = None,
     mesh=None,
     memory=None,
     attention: str = "dense",
@@ -126,8 +126,7 @@ def generate(
       UserError: an argument of another kind, an empty prompt, a token outside the vocabulary, a request that fits no
         context or cache, parameters of another drafter or off the mesh; or scores of the target that are not finite.
     """
-    if not isinstance(target, Target):
-        raise UserError(f"target must be a Target, as load_target returns it, got a {type(target).__name__}")
+    check_kinds(target, mesh, typical, on_tokens)
     config, params = target.config, target.params
     mesh = mesh_of(params) if mesh is None else mesh
     drafter, drafter_params = drafter_and_params(drafter, drafter_params, target, mesh)
@@ -136,7 +135,7 @@ def generate(
     limits = whole_per_row(max_new_tokens, batch, "max_new_tokens")
     stream_every = at_least_one(stream_every, "stream_every", " step")
     needed, padded = _check_lengths(config, prompts, limits, drafter)
-    capacity = _capacity(capacity, max(needed, padded), drafter)
+    capacity = _capacity(capacity, max(needed, padded), drafter, config.max_position)
     stop, stop_texts = _stops(target, stop, stop_texts)
     if mesh is not None:
         _check_mesh(mesh, target, drafter_params, batch)
@@ -265,11 +264,12 @@ def _check_lengths(config, prompts, limits, drafter) -> tuple[int, int]:
                 f"prompt {row} has {len(prompt)} tokens and {limit} new ones were asked for, more than the target's "
                 f"context of {config.max_position}"
             )
-    needed = max(slots_needed(len(p), limit, drafter.max_depth) for p, limit in zip(prompts, limits, strict=True))
+    depth, sizes = drafter.max_depth, {(len(prompt), limit) for prompt, limit in zip(prompts, limits, strict=True)}
+    needed = max(slots_needed(length, limit, depth) for length, limit in sizes)
     return needed, sum(_chunk_sizes(max(map(len, prompts))))
 
 
-def _capacity(asked: Any, needed: int, drafter: Drafter) -> int:
+def _capacity(asked: Any, needed: int, drafter: Drafter, context: int) -> int:
     if asked is None:
         return bucket(needed)
     asked = at_least_one(asked, "capacity")
@@ -277,6 +277,11 @@ def _capacity(asked: Any, needed: int, drafter: Drafter) -> int:
         raise UserError(
             f"a cache of {asked} slots is too small: the request needs {needed} (longest prompt, new tokens and "
             f"{drafter.max_depth + 1} rows of draft)"
+        )
+    most = max(bucket(needed), 2 * bucket(slots_needed(context, 0, drafter.max_depth)))
+    if asked > most:
+        raise UserError(
+            f"a cache of {asked} slots is too large: with a context of {context} no text and its draft take over {most}"
         )
     return asked
 

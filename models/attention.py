@@ -13,6 +13,7 @@ from flax import struct
 from jaxtyping import Array, Float, Int
 
 from models.layout import Layout
+from models.linear import wide_einsum
 
 # One layer's keys `k` [B, K, D, S] and values `v` [B, K, S, D], of S cache slots or of S = T new rows.
 Rows = dict[str, Float[Array, "B K _ _"]]
@@ -47,31 +48,6 @@ ALONE = Sources()
 def wide(dtype) -> jnp.dtype:
     """The dtype for norms, softmax and logits: float32, or `dtype` if that is wider."""
     return jnp.promote_types(dtype, jnp.float32)
-
-
-def wide_einsum(equation: str, x: Array, y: Array) -> Array:
-    """A product whose result is `wide`, and whose slopes are products in the dtype of its factors."""
-    if x.dtype == y.dtype == wide(x.dtype):
-        return jnp.einsum(equation, x, y)
-    return _wide_einsum(equation, x, y)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _wide_einsum(equation, x, y):
-    return jnp.einsum(equation, x, y, preferred_element_type=wide(x.dtype))
-
-
-def _wide_einsum_forward(equation, x, y):
-    return _wide_einsum(equation, x, y), (x, y)
-
-
-def _wide_einsum_backward(equation, factors, slope):
-    # Left alone, the wide slope would make both products wide, at a fraction of the speed.
-    _, pull = jax.vjp(functools.partial(jnp.einsum, equation), *factors)
-    return pull(slope.astype(jnp.result_type(*factors)))
-
-
-_wide_einsum.defvjp(_wide_einsum_forward, _wide_einsum_backward)
 
 
 def softcap(x: Float[Array, "*shape"], cap: float | None) -> Float[Array, "*shape"]:

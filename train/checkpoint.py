@@ -19,11 +19,13 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
-from jax.experimental import multihost_utils
 from orbax.checkpoint import v1 as ocp
 
+from models import processes
 from models.errors import UserError
+from models.formats.storage import exponent_bits
 
 _STATE = "state"  # What Orbax calls what `save_async` saves.
 
@@ -138,6 +140,9 @@ def restore_newest(
                 raise
             except Exception as error:  # What Orbax makes of damage depends on where it is.
                 failed[step] = (str(error).strip() or type(error).__name__).splitlines()[0][:160]
+        if failed:
+            with warnings.catch_warnings(action="ignore"):
+                gc.collect()  # What was left behind, now, while nobody listens.
     if found is None and failed:
         reasons = "; ".join(f"{step}: {reason}" for step, reason in failed.items())
         raise UserError(
@@ -162,12 +167,8 @@ def saved_steps(directory: Path) -> list[int]:
 
 def _put_aside(directory: Path, step: int) -> str:
     aside = next(path for n in itertools.count(1) if not (path := directory / f"damaged-{step}-{n}").exists())
-    if jax.process_count() > 1:  # All have read, and all have found the same name.
-        multihost_utils.sync_global_devices(f"checkpoint {step} is put aside")
-    if jax.process_index() == 0:
-        (directory / str(step)).rename(aside)
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices(f"checkpoint {step} was put aside")
+    processes.gathered(None)  # All have read, and all have found the same name.
+    processes.on_first(lambda: (directory / str(step)).rename(aside))
     return aside.name
 
 
@@ -181,11 +182,20 @@ def _leaving_no_tasks() -> Iterator[None]:
     try:
         yield
     finally:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            gc.collect()  # Now, while nobody listens.
         logger.setLevel(level)
         sys.unraisablehook = hook
+
+
+def not_finite(state: Any) -> str | None:
+    """Path of the first array of a state that holds NaN or infinity, or None."""
+    named = {path: leaf for path, leaf in _by_path(state).items() if jnp.issubdtype(leaf.dtype, jnp.floating)}
+
+    def of(leaves: list[Any]) -> list[Any]:
+        masks = [exponent_bits(np.dtype(leaf.dtype)) for leaf in leaves]
+        return [(leaf.view(mask.dtype) & mask == mask).any() for leaf, mask in zip(leaves, masks, strict=True)]
+
+    found = _where_they_lie(of, list(named.values()))
+    return next((path for path, wrong in zip(named, found, strict=True) if wrong), None)
 
 
 def _sums(state: Any) -> list[int]:
@@ -201,19 +211,24 @@ def _sums(state: Any) -> list[int]:
             sums.append(leaf.reshape(-1).view(kind).sum(dtype=np.uint32))
         return sums
 
-    leaves = jax.tree.leaves(state)
+    return [int(total) for total in _where_they_lie(of, jax.tree.leaves(state))]
+
+
+def _where_they_lie(measure: Callable[[list[Any]], list[Any]], leaves: list[Any]) -> list[Any]:
+    """Something small of every array, found on accelerators by a program and on a CPU by NumPy, which compiles none."""
     on_host = all(leaf.is_fully_addressable and next(iter(leaf.devices())).platform == "cpu" for leaf in leaves)
-    return [int(total) for total in (of(jax.device_get(leaves)) if on_host else jax.device_get(jax.jit(of)(leaves)))]
+    return measure(jax.device_get(leaves)) if on_host else jax.device_get(jax.jit(measure)(leaves))
 
 
 def _shapes(tree: Any) -> dict[str, str]:
     """`{path: 'float32[3,4]'}`; named tuples and dicts give the same paths."""
+    return {
+        path: f"{np.dtype(leaf.dtype).name}{list(leaf.shape)}".replace(" ", "") for path, leaf in _by_path(tree).items()
+    }
 
+
+def _by_path(tree: Any) -> dict[str, Any]:
     def name(key: Any) -> str:
         return str(next(getattr(key, field) for field in ("name", "key", "idx") if hasattr(key, field)))
 
-    leaves, _ = jax.tree.flatten_with_path(tree)
-    return {
-        "/".join(map(name, path)): f"{np.dtype(leaf.dtype).name}{list(leaf.shape)}".replace(" ", "")
-        for path, leaf in leaves
-    }
+    return {"/".join(map(name, path)): leaf for path, leaf in jax.tree.flatten_with_path(tree)[0]}

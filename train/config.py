@@ -7,13 +7,14 @@ changes when an objective is added.
 import dataclasses
 import typing
 from collections.abc import Mapping
-from typing import Any, Literal
-
-from ml_collections import ConfigDict, config_dict
+from typing import TYPE_CHECKING, Any, Literal
 
 from models import schema
 from models.errors import UserError
 from models.schema import require
+
+if TYPE_CHECKING:  # Training steps are timed where it is not installed.
+    from ml_collections import ConfigDict
 
 
 @dataclasses.dataclass(frozen=True)
@@ -196,7 +197,9 @@ class TrainConfig:
         return "images" if self.length is None else "tokens"
 
 
-def parse(raw: ConfigDict | Mapping[str, Any], objectives: Mapping[str, Any], place: str = "the config") -> TrainConfig:
+def parse(
+    raw: "ConfigDict | Mapping[str, Any]", objectives: Mapping[str, Any], place: str = "the config"
+) -> TrainConfig:
     """The schema applied to what a config file returned.
 
     Args:
@@ -207,7 +210,7 @@ def parse(raw: ConfigDict | Mapping[str, Any], objectives: Mapping[str, Any], pl
     Raises:
       UserError: one sentence that names the key, what was found and what was expected, or what the objective lacks.
     """
-    raw = raw.to_dict() if isinstance(raw, ConfigDict) else raw
+    raw = raw if isinstance(raw, Mapping) else raw.to_dict()
     section = raw.get("objective")
     if not isinstance(section, Mapping):
         raise UserError(f"{place} has no section objective, whose name chooses one of {', '.join(objectives)}")
@@ -220,12 +223,14 @@ def parse(raw: ConfigDict | Mapping[str, Any], objectives: Mapping[str, Any], pl
     return schema.parse(TrainConfig, raw, place=place, given={"objective": objectives[name].Config})
 
 
-def fill_in(raw: ConfigDict, objectives: Mapping[str, Any]) -> None:
+def fill_in(raw: "ConfigDict", objectives: Mapping[str, Any]) -> None:
     """Gives every key that a config leaves out its default, so that a command line can name it.
 
     What is unknown or missing stays so, for `parse` to tell. A section that is a mapping stays as the config has it:
     which keys it may hold is for its owner to say.
     """
+    from ml_collections import ConfigDict
+
     section = raw.get("objective")
     name = str(section.get("name")) if isinstance(section, ConfigDict) else ""
     kind = getattr(objectives.get(name), "Config", None)
@@ -234,7 +239,9 @@ def fill_in(raw: ConfigDict, objectives: Mapping[str, Any]) -> None:
         _fill_in(raw, TrainConfig, given)
 
 
-def _fill_in(raw: ConfigDict, kind: type, given: Mapping[str, Any]) -> None:
+def _fill_in(raw: "ConfigDict", kind: type, given: Mapping[str, Any]) -> None:
+    from ml_collections import ConfigDict, config_dict
+
     types = {**typing.get_type_hints(kind), **given}
     for field in dataclasses.fields(kind):
         annotation = schema.without_none(types[field.name])[0]

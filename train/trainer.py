@@ -5,8 +5,8 @@
 Under `jit` the batch is one global array split over the mesh's data axes, so both sums, and the gradient, are those of
 the whole batch however it is sharded. State that changes (trainable parameters, optimizer, step, key) is donated to
 the step; frozen parameters are an argument beside it. Metrics are fetched one step late: the device already runs step n
-while the numbers of n - 1 are looked at. Before a state is saved its own numbers are looked at, so that no checkpoint
-is of a run that had already gone wrong.
+while the numbers of n - 1 are looked at. Before a state is saved its own metrics and all that it holds are looked at,
+so that no checkpoint is of a run that had already gone wrong.
 """
 
 import contextlib
@@ -25,11 +25,11 @@ import optax
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from models import sharding
+from models import processes, sharding
 from models.errors import UserError
 from models.schema import resolved
 from train import provenance
-from train.checkpoint import Checkpoints, restore_newest, saved_steps
+from train.checkpoint import Checkpoints, not_finite, restore_newest, saved_steps
 from train.config import TrainConfig
 from train.data.corpus import Corpus, TextCorpus, open_corpus
 from train.fingerprint import fingerprint
@@ -239,12 +239,10 @@ def train(config: TrainConfig, workdir: Path, profile: tuple[int, int] | None = 
     batches = corpus.batches(config.batch_size, config.seed)
     evaluate = make_evaluation(plan, corpus)
     inputs = fingerprints(plan, corpus)
-    first, saved = jax.process_index() == 0, workdir / "checkpoints"
+    first, saved = processes.is_first(), workdir / "checkpoints"
 
     with contextlib.ExitStack() as stack:
-        if first:
-            stack.enter_context(provenance.locked(workdir))
-            provenance.check_place(workdir, plan.objective.product)
+        processes.on_first(lambda: _occupy(stack, workdir, plan.objective.product))
         if saved_steps(saved):
             provenance.check_inputs(workdir, inputs)
         restored = restore_newest(saved, plan.state, functools.partial(say, first))
@@ -272,10 +270,18 @@ def train(config: TrainConfig, workdir: Path, profile: tuple[int, int] | None = 
         product = workdir / plan.objective.product
         params = gathered(learnt(state))
         checkpoints.wait()
-        if first:
-            plan.objective.export(product, params, frozen)
-            provenance.record_finish(workdir)
+        processes.on_first(lambda: _finish(plan, workdir, product, params, frozen))
         report.say(f"finished {config.steps} steps; the {plan.objective.product} is in {product}")
+
+
+def _occupy(stack: contextlib.ExitStack, workdir: Path, product: str) -> None:
+    stack.enter_context(provenance.locked(workdir))
+    provenance.check_place(workdir, product)
+
+
+def _finish(plan: Plan, workdir: Path, product: Path, params: Params, frozen: Params | None) -> None:
+    plan.objective.export(product, params, frozen)
+    provenance.record_finish(workdir)
 
 
 def say(first: bool, text: str) -> None:
@@ -351,6 +357,8 @@ def loop(
         if last or step % config.checkpoint.every == 0:
             report.flush()
             with report.timed("checkpoint"):
+                if wrong := not_finite(state):
+                    raise NotFinite(f"after step {step} {wrong} holds NaN or infinite values")
                 checkpoints.save(step, state, batches.get_state())
     return state
 
@@ -425,7 +433,7 @@ def count(tree: Any) -> int:
 
 def gathered(params: Params) -> Params:
     """Parameters that this process can read whole, whichever processes hold their shards."""
-    return multihost_utils.process_allgather(params, tiled=True) if jax.process_count() > 1 else params
+    return multihost_utils.process_allgather(params, tiled=True) if processes.count() > 1 else params
 
 
 def _place(mesh: Mesh, tree: Any) -> Any:

@@ -75,6 +75,7 @@ def rows_of_text(
     else:
         fingerprint = target.tokenizer.fingerprint if target.tokenizer else None
         documents = open_split(str(data), split, tokenizer=target.tokenizer, tokenizer_fingerprint=fingerprint)
+    documents = documents.within(target.config.vocab_size, text or f"{data}, split {split}")
     batches = in_order(PackedRows(documents, length), batch_size, max_batches=-(-rows // batch_size))
     return cast("list[Batch]", list(batches))
 

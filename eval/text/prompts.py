@@ -6,15 +6,18 @@ prompts.
 """
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from models.errors import UserError
 from models.formats.target import Target
-from models.formats.text_files import half_character, parse_json, read_text
+from models.formats.text_files import read_text
 from models.formats.tokenizer import Tokenizer
+from train.data.chats import REFUSED, SYSTEM, TOOLS
+from train.data.text_sources import fields_of, records
 
 SEPARATOR = "---"  # A line of a text file; with it prompts may span lines, without it every line is one.
 _TEXT_KEYS = ("prompt", "question")
@@ -53,7 +56,7 @@ class Prompt:
       tokens: token ids.
       question: name of its question; the turns of one question are averaged together.
       category: of its question.
-      text: for people; what `tokens` say.
+      text: for people; what `tokens` say, of a chat its turns without the template.
     """
 
     tokens: tuple[int, ...]
@@ -65,10 +68,10 @@ class Prompt:
 def read_questions(path: str | Path, limit: int | None = None) -> list[Question]:
     """Reads a file of questions.
 
-    `.jsonl` and `.jsonl.gz` hold one object a line: `{"turns": [...]}` (Spec-Bench, MT-bench), `{"prompt": ...}`
-    (HumanEval) or `{"question": ...}` (GSM8K), perhaps with `question_id` or `task_id`, and `category`. Any other file
-    is text: prompts are what lies between lines `---`, or, where there are none, its lines. Blank prompts are passed
-    over.
+    `.jsonl` and `.json` (`.gz` too) hold one object a line, or an array of them: `{"turns": [...]}` (Spec-Bench,
+    MT-bench), `{"prompt": ...}` (HumanEval) or `{"question": ...}` (GSM8K), perhaps with `question_id` or `task_id`,
+    and `category`. Any other file is text: prompts are what lies between lines `---`, or, where there are none, its
+    lines. Blank prompts are passed over.
 
     Args:
       path: the file.
@@ -78,12 +81,11 @@ def read_questions(path: str | Path, limit: int | None = None) -> list[Question]
       UserError: no such file, a line that is none of these, or no questions.
     """
     path = Path(path)
-    text = read_text(path)
-    lines = text.split("\n")  # splitlines() would also cut at what JSON allows inside its strings.
-    if path.name.removesuffix(".gz").endswith(".jsonl"):
-        numbered = [(number, line) for number, line in enumerate(lines, 1) if line.strip()]
-        questions = [_record(line, f"{path}, line {number}", str(i)) for i, (number, line) in enumerate(numbered)]
+    if path.name.removesuffix(".gz").endswith((".jsonl", ".json")):
+        questions = [_record(fields_of(row, where), where, str(i)) for i, (_, where, row) in enumerate(records(path))]
     else:
+        text = read_text(path)
+        lines = text.split("\n")  # As the lines of JSON are: splitlines() knows more ends than these.
         if SEPARATOR in lines:
             lines = [block.strip("\n") for block in f"\n{text}\n".split(f"\n{SEPARATOR}\n")]
         questions = [Question(str(i), (line,)) for i, line in enumerate(x for x in lines if x.strip())]
@@ -219,8 +221,11 @@ def _turns(question: Question, tokenizer, answer, chat: bool, room: Room | None)
 
 
 def _encoded(messages: list[dict[str, str]], tokenizer: Tokenizer, chat: bool) -> tuple[str, list[int]]:
-    text = tokenizer.apply_chat(messages) if chat else "\n".join(m["content"] for m in messages)
-    return text, tokenizer.encode(text, bos=not chat)
+    if chat:
+        turns = [f"{m['role']}: {m['content']}\n" for m in messages]
+        return "".join([*turns, "assistant: "]), tokenizer.encode(tokenizer.apply_chat(messages), bos=False)
+    text = "\n".join(m["content"] for m in messages)
+    return text, tokenizer.encode(text)
 
 
 def _without_long_ones(questions: Sequence[Question], tokenizer: Tokenizer, chat: bool, room: Room) -> list[Question]:
@@ -255,14 +260,16 @@ def _complaint(question: Question, turn: int, count: int, room: Room) -> str:
     )
 
 
-def _record(line: str, where: str, number: str) -> Question:
-    record = parse_json(line, where)
-    texts = record.get("turns") if isinstance(record, dict) else None
-    if isinstance(record, dict) and texts is None:
-        texts = [record[key] for key in _TEXT_KEYS if key in record][:1]
+def _record(record: Mapping[str, Any], where: str, number: str) -> Question:
+    held = [key for key in (*_TEXT_KEYS, "turns") if record.get(key) is not None]
+    texts = record[held[0]] if len(held) == 1 else None
+    texts = [texts] if isinstance(texts, str) else texts
     if not isinstance(texts, list) or not texts or not all(isinstance(text, str) and text.strip() for text in texts):
-        raise UserError(f"{where} must be an object with 'turns' (a list of texts), 'prompt' or 'question' (a text)")
-    if half := [number for number, text in enumerate(texts, 1) if half_character(text) is not None]:
-        raise UserError(f"{where}: text {half[0]} holds half a surrogate pair, which is no Unicode character")
+        raise UserError(
+            f"{where} must be an object with one of 'turns' (a list of texts), 'prompt' and 'question' (a text); it "
+            f"holds {', '.join(record) or 'nothing'}"
+        )
+    if more := [key for key in (*SYSTEM, *TOOLS, *REFUSED) if record.get(key) not in (None, "", [], {})]:
+        raise UserError(f"{where} holds {more[0]!r}, which a question of users' turns alone cannot have")
     name = next((str(record[key]) for key in _ID_KEYS if key in record), number)
     return Question(name, tuple(texts), str(record.get("category") or ""))

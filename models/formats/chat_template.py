@@ -45,6 +45,11 @@ class ChatTemplate:
         """
         return _unmarked(self._render(messages, add_generation_prompt, tools))
 
+    def check_complete(self, messages: Sequence[Message], tools: Sequence[Any] | None = None) -> None:
+        """Raises UserError where the template fails, or leaves out a part of the conversation."""
+        render = functools.partial(self._render, tools=tools)
+        _check_complete(render, messages, tools, _unmarked(render(messages, False)))
+
     def spans(self, messages: Sequence[Message], tools: Sequence[Any] | None = None) -> tuple[str, list[Span]]:
         """A conversation as one string, and where in it the assistant wrote, closing tokens included.
 

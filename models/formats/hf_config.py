@@ -13,7 +13,7 @@ from typing import Any
 
 from models.config import RopeScaling, TransformerConfig
 from models.errors import UserError
-from models.formats.text_files import read_json
+from models.formats.text_files import read_json, refuse_dangling
 
 ARCHITECTURES = {
     "llama": "LlamaForCausalLM",
@@ -83,6 +83,7 @@ def load_config(directory: str | Path) -> TransformerConfig:
     path = Path(directory) / "config.json"
     config = config_from_hf(read_json(path), str(path))
     generation = path.with_name("generation_config.json")
+    refuse_dangling(generation)
     if generation.exists():
         ends = _ids(read_json(generation).get("eos_token_id"), "eos_token_id", str(generation))
         config = dataclasses.replace(config, eos_ids=ends)

@@ -95,15 +95,19 @@ def refuse_non_finite(host: np.ndarray, name: str, where: str | Path) -> None:
 
     The bits of the exponents tell, at the speed of memory; NumPy's own test of bfloat16 is many times slower.
     """
-    size = host.dtype.itemsize
-    exponent = {"float16": 0x7C00, "bfloat16": 0x7F80, "float32": 0x7F800000, "float64": 0x7FF0000000000000}
-    mask = np.array(exponent[host.dtype.name], f"u{size}")
+    mask = exponent_bits(host.dtype)
     # As it lies in memory, whatever its axes; in pieces that stay in a processor's cache.
     flat = host.ravel(order="K").view(mask.dtype)
     for start in range(0, len(flat), 1 << 18):
         if np.any(flat[start : start + (1 << 18)] & mask == mask):
             first = np.argwhere(~np.isfinite(host.astype(np.float64)))[0].tolist()
             raise UserError(f"{where}: tensor {name} holds NaN or infinite values, the first of them at {first}")
+
+
+def exponent_bits(dtype: np.dtype) -> np.ndarray:
+    """The bits of a floating-point number that are all set in NaN and infinity alone, as an unsigned scalar."""
+    bits = {"float16": 0x7C00, "bfloat16": 0x7F80, "float32": 0x7F800000, "float64": 0x7FF0000000000000}
+    return np.array(bits[dtype.name], f"u{dtype.itemsize}")
 
 
 def place_tensor(host: np.ndarray, sharding) -> jax.Array:

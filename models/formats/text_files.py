@@ -8,6 +8,7 @@ import gzip
 import io
 import itertools
 import json
+import os
 import re
 import zlib
 from collections.abc import Iterator
@@ -37,6 +38,12 @@ _HALF = re.compile(r"[\ud800-\udfff]")
 def is_pointer(start: bytes) -> bool:
     """Whether a file that begins so is a Git LFS pointer."""
     return start.startswith(_LFS_POINTER)
+
+
+def refuse_dangling(path: Path) -> None:
+    """Raises `UserError` where `path` is a link whose end is gone, as in a cache of downloads that was cleared."""
+    if path.is_symlink() and not path.exists():
+        raise UserError(f"{path} is a link to {shown(os.readlink(path))}, which is not there")
 
 
 def refuse_pointer(path: Path) -> None:
@@ -172,7 +179,9 @@ def _named(path: Path) -> Iterator[None]:
     try:
         yield
     except FileNotFoundError:
-        raise UserError(f"there is no {path.name} in {path.parent}") from None
+        refuse_dangling(path)
+        missing = "" if path.parent.exists() else ", which does not exist"
+        raise UserError(f"there is no {path.name} in {path.parent}{missing}") from None
     except NotADirectoryError:
         raise UserError(f"{path.parent} is not a directory") from None
     except (IsADirectoryError, PermissionError) as error:

@@ -192,7 +192,12 @@ class Tokenizer:
     def encode_chat(
         self, messages: Sequence[Message], add_generation_prompt: bool = True, tools: Sequence[Any] | None = None
     ) -> list[int]:
-        """Token ids of `messages` in the chat template."""
+        """Token ids of `messages` in the chat template.
+
+        Raises:
+          UserError: there is no template, it fails on these messages, or it leaves out a part of them.
+        """
+        self._chat.check_complete(messages, tools)
         return self.encode(self.apply_chat(messages, add_generation_prompt, tools), bos=False)
 
     def encode_chat_with_mask(

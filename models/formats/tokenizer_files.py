@@ -14,9 +14,10 @@ import tokenizers
 
 from models.errors import UserError
 from models.formats.sentencepiece import read_sentencepiece
-from models.formats.text_files import parse_json, read_json, read_text, refuse_pointer
+from models.formats.text_files import parse_json, read_json, read_text, refuse_dangling, refuse_pointer
 
-_DEFINITION, _SENTENCEPIECE = "tokenizer.json", "tokenizer.model"
+_OURS = _DEFINITION, _SENTENCEPIECE = "tokenizer.json", "tokenizer.model"
+_BESIDE = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja")
 NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 _FLAGS = ("lstrip", "rstrip", "single_word", "normalized", "special")
 # What holds a tokenizer in a form that is not read here.
@@ -24,8 +25,8 @@ _OTHERS = ("vocab.json", "vocab.txt", "tekken.json", "tiktoken.model", "spiece.m
 
 
 def holds_tokenizer(directory: str | Path) -> bool:
-    """Whether a directory has a file that a tokenizer can be read from."""
-    return any((Path(directory) / name).is_file() for name in (_DEFINITION, _SENTENCEPIECE))
+    """Whether a directory has a file that a tokenizer can be read from, be it a link that leads nowhere."""
+    return any((Path(directory) / name).is_file() or (Path(directory) / name).is_symlink() for name in _OURS)
 
 
 def read_tokenizer(directory: Path) -> tuple[tokenizers.Tokenizer, dict[str, Any], str]:
@@ -35,6 +36,8 @@ def read_tokenizer(directory: Path) -> tuple[tokenizers.Tokenizer, dict[str, Any
       UserError: there is none, a file cannot be read, or two of them contradict each other.
     """
     path = directory / _DEFINITION
+    for name in (*_OURS, *_BESIDE):
+        refuse_dangling(directory / name)
     config = _read_config(directory)
     if path.is_file():
         definition = read_text(path)

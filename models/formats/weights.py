@@ -20,7 +20,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from models.errors import UserError
-from models.formats.text_files import read_json, refuse_pointer
+from models.formats.text_files import read_json, refuse_dangling, refuse_pointer
 from models.formats.torch_files import read_torch_file
 
 INDEX = "model.safetensors.index.json"
@@ -36,6 +36,7 @@ _ELSEWHERE = {
     "consolidated*.pth": "weights in Meta's own format",
     "consolidated*.safetensors": "weights in Mistral's own format",
     "adapter_model.*": "an adapter (LoRA), not a model: merge it into its base",
+    "*.gguf": "a GGUF file, of which scripts.convert makes a target",
     "*.npz": "arrays of NumPy or MLX",
     "*.tflite": "a model of TensorFlow Lite",
     "*.nemo": "a model of NeMo",
@@ -76,6 +77,7 @@ def find_weights(directory: Path, names: Sequence[str] = ()) -> Path:
     """
     choices = list(dict.fromkeys((*names, *WEIGHTS)))
     for name in choices:
+        refuse_dangling(directory / name)
         if (directory / name).is_file():
             return directory / name
     wanted = choices[0] if not names else f"released file, {' or '.join(choices)},"

@@ -15,11 +15,12 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from models.attention import Sources, wide, wide_einsum
+from models.attention import Sources, wide
 from models.config import TransformerConfig
 from models.heads.medusa import ResBlock, vocab_kernel
 from models.layers import Block, RMSNorm, call, rope_angles
 from models.layout import Layout
+from models.linear import wide_einsum
 from models.sharding import split_vocabulary
 from models.transformer import Params
 

@@ -12,9 +12,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from models.attention import wide_einsum
 from models.config import TransformerConfig
 from models.layers import call
+from models.linear import wide_einsum
 from models.sharding import split_vocabulary
 from models.transformer import Params
 

@@ -15,9 +15,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from models.attention import wide, wide_einsum
 from models.images.config import VQVAEConfig
 from models.images.convolution import Conv3x3
+from models.linear import wide_einsum
 
 
 def _norm(x: Array, name: str) -> Array:

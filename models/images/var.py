@@ -24,8 +24,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from models.attention import wide, wide_einsum
+from models.attention import wide
 from models.images.config import VARConfig, scale_starts
+from models.linear import wide_einsum
 from models.transformer import Params
 
 Cache = list[dict[str, Float[Array, "B N L D"]]]

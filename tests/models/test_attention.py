@@ -11,11 +11,12 @@ import pytest
 
 import models.attention
 from decoding.generate import generate
-from models.attention import Sources, attend, wide_einsum
+from models.attention import Sources, attend
 from models.config import TransformerConfig
 from models.errors import UserError
 from models.formats.target import Target
 from models.layout import Layout, Tree
+from models.linear import wide_einsum
 from models.transformer import init
 from tests.decoding.drafter_cases import BUSHY, CASES
 

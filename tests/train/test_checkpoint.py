@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from models.errors import UserError
 from tests.fuzz import FEW_OR_MANY, fuzz
-from train.checkpoint import Checkpoints, restore, restore_newest
+from train.checkpoint import Checkpoints, not_finite, restore, restore_newest
 
 
 def state_of(value: float):
@@ -161,6 +161,15 @@ DAMAGE: dict[str, Callable[[pathlib.Path], object]] = {
     "a time that is none": lambda d: told(d, "init_timestamp_nsecs", "x"),
     "no position": lambda d: told(d, "custom_metadata", {}),
 }
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf, 6e4, 0.0])
+def test_numbers_that_are_not_finite_are_found_by_name(value, dtype):
+    with np.errstate(all="ignore"):
+        spoilt = np.array([1.0, value]).astype(dtype)
+    state = {"params": [{"a": jnp.ones(2)}, {"b": jnp.asarray(spoilt)}], "step": jnp.uint32(2**32 - 1)}
+    assert not_finite(state) == (None if np.isfinite(value) else "params/1/b")
 
 
 @pytest.mark.parametrize("damage", DAMAGE)

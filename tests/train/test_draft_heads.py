@@ -248,11 +248,11 @@ def test_probes_begin_where_answers_do():
         "segments": np.array([[1, 1, 1, 2, 2, 2, 2, 2, 2, 2, 2, 2], [1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 0, 0]]),
         "mask": np.array([[0, 0, 0, 0, 0, 1, 1, 0, 0, 1, 0, 0], [1, 0, 0, 1, 0, 0, 0, 0, 1, 1, 0, 0]]),
     }
-    first = [[3, 4], [12, 13, 14], [3, 4, 5, 6, 7, 8], [12, 13, 14, 15, 16, 17, 18, 19]]
+    first = [[3, 4], [3, 4, 5, 6, 7, 8], [12, 13, 14], [12, 13, 14, 15, 16, 17, 18, 19]]
     assert prompts_of(batch, room=9) == first
     batch["mask"][0, 4] = 1  # An answer right at the beginning of its document is no answer to anything.
     batch["mask"][0, 3] = 1
-    assert prompts_of(batch, room=9) == [first[2], first[1], first[3]]
+    assert prompts_of(batch, room=9) == first[1:]
     batch["mask"][0, 3:6] = 0
     assert prompts_of(batch, room=2) == [[3, 4, 5], *first[1:]]
     assert prompts_of(batch, room=3) == [[3, 4, 5], [12, 13, 14]]

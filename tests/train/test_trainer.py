@@ -22,6 +22,7 @@ from models.formats.target import load_target
 from models.schema import resolved
 from tests.train.least import Least, least_config
 from train import dry_run, provenance, trainer
+from train.checkpoint import not_finite, saved_steps
 from train.data.corpus import open_corpus
 from train.objectives import OBJECTIVES
 
@@ -312,6 +313,17 @@ def test_a_run_that_fails_early_promises_no_checkpoint(data_set, monkeypatch, tm
     monkeypatch.setitem(OBJECTIVES, "least", Least)
     with pytest.raises(UserError, match=r"^at step 2 the loss is -inf; no checkpoint had been saved yet$"):
         trainer.train(least_config(data_set, optimizer={"learning_rate": 1e38, "warmup_steps": 0}), tmp_path)
+
+
+def test_a_state_that_is_not_finite_is_no_good_checkpoint(data_set, monkeypatch, tmp_path):
+    monkeypatch.setitem(OBJECTIVES, "least", Least)
+    spoilt = {"params": {"numbers": jax.device_put(np.full(2, np.inf))}}
+    monkeypatch.setattr(trainer, "not_finite", lambda state: not_finite(spoilt if state["step"] == 2 else state))
+    with pytest.raises(UserError) as caught:
+        trainer.train(least_config(data_set, checkpoint={"every": 1}), tmp_path)
+    good = f"the last good checkpoint: checkpoint 1 in {tmp_path / 'checkpoints'}"
+    assert str(caught.value) == f"after step 2 params/numbers holds NaN or infinite values; {good}"
+    assert saved_steps(tmp_path / "checkpoints") == [1]
 
 
 def test_dry_run_tells_all_and_allocates_nothing(job, as_code, on_two_devices, tmp_path):

@@ -14,10 +14,10 @@ from models.errors import UserError
 from models.formats.chat_template import Message
 from models.formats.text_files import half_character, parse_json
 
-_LISTS = ("messages", "conversations")
+LISTS = ("messages", "conversations")
 # What a text model cannot take, and what would change how a template renders the row.
-_REFUSED = ("images", "image", "audio", "audios", "video", "videos", "documents", "chat_template_kwargs")
-_SYSTEM, _TOOLS = ("system", "system_prompt"), ("tools", "functions")
+REFUSED = ("images", "image", "audio", "audios", "video", "videos", "documents", "chat_template_kwargs")
+SYSTEM, TOOLS = ("system", "system_prompt"), ("tools", "functions")
 ROLES = ("system", "developer", "user", "assistant", "tool")
 _ALIASES = {
     **dict.fromkeys(("human", "prompter"), "user"),
@@ -38,8 +38,12 @@ def conversation(row: Mapping[str, Any]) -> tuple[tuple[Message, ...], tuple[Any
         names the turn and the field.
     """
     _refuse(row, "the row")
-    found = {key: row[key] for key in _LISTS if row.get(key) is not None}
-    if not found or not all(isinstance(turns, list) and turns for turns in found.values()):
+    found = {key: row[key] for key in LISTS if row.get(key) is not None}
+    for key, turns in found.items():
+        if not isinstance(turns, list) or not turns:
+            held = "an empty list" if isinstance(turns, list) else _kind(turns)
+            raise UserError(f"expected a list of turns in {key!r}, which is {held}")
+    if not found:
         raise UserError(
             f"expected a list of turns in 'messages' or 'conversations'; the row holds {', '.join(row) or 'nothing'}"
         )
@@ -51,7 +55,7 @@ def conversation(row: Mapping[str, Any]) -> tuple[tuple[Message, ...], tuple[Any
 
 def other_fields(row: Mapping[str, Any]) -> list[str]:
     """Fields of a row that say nothing to the model: ids, sources, scores."""
-    known = (*_LISTS, *_SYSTEM, *_TOOLS)
+    known = (*LISTS, *SYSTEM, *TOOLS)
     return [key for key, value in row.items() if key not in known and value not in (None, "", [], {})]
 
 
@@ -70,7 +74,7 @@ def check_characters(value: Any) -> None:
 
 
 def _refuse(fields: Mapping[str, Any], what: str) -> None:
-    for key in _REFUSED:
+    for key in REFUSED:
         if fields.get(key) not in (None, "", [], {}):
             raise UserError(f"{what} holds {key!r}, which a data set of texts cannot take")
 
@@ -137,7 +141,7 @@ def _calls(text: str) -> list[dict[str, Any]]:
 
 
 def _with_system(row: Mapping[str, Any], turns: tuple[Message, ...]) -> tuple[Message, ...]:
-    for key in _SYSTEM:
+    for key in SYSTEM:
         text = row.get(key)
         if text is None or text == "":
             continue
@@ -151,12 +155,12 @@ def _with_system(row: Mapping[str, Any], turns: tuple[Message, ...]) -> tuple[Me
 
 
 def _tools(row: Mapping[str, Any]) -> tuple[Any, ...]:
-    found = [row[key] for key in _TOOLS if row.get(key) not in (None, "", [])]
+    found = [row[key] for key in TOOLS if row.get(key) not in (None, "", [])]
     if not found:
         return ()
     tools = parse_json(found[0], "'tools'") if isinstance(found[0], str) else found[0]
     if len(found) > 1 or not isinstance(tools, list) or not all(isinstance(tool, dict | str) for tool in tools):
-        raise UserError(f"expected one list of tools in {' or '.join(map(repr, _TOOLS))}")
+        raise UserError(f"expected one list of tools in {' or '.join(map(repr, TOOLS))}")
     return tuple(tools)
 
 

@@ -9,18 +9,22 @@ brought to the size that the objective's model has.
 import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
-import grain
 import jax
 import numpy as np
 
 from models.errors import UserError
+from models.formats.hf import load_config
 from models.formats.tokenizer import Tokenizer
 from train.config import DataConfig, TrainConfig
-from train.data import images
-from train.data import texts as data
 from train.data.order import in_order, shuffled
+
+if TYPE_CHECKING:  # Training steps are timed where Grain and TFDS are not installed.
+    import grain
+
+    from train.data import images
+    from train.data import texts as data
 
 
 class Corpus(Protocol):
@@ -41,7 +45,7 @@ class Corpus(Protocol):
     @property
     def valid(self) -> Any: ...
 
-    def batches(self, batch_size: int, seed: int) -> grain.DatasetIterator:
+    def batches(self, batch_size: int, seed: int) -> "grain.DatasetIterator":
         """This process's part of endless shuffled training batches; `get_state()` and `set_state()` resume exactly."""
 
     def validation(self, batch_size: int, max_batches: int | None) -> Iterator[Any]:
@@ -60,16 +64,20 @@ class TextCorpus:
     """
 
     facts: Tokenizer
-    train: data.Documents
-    valid: data.Documents
+    train: "data.Documents"
+    valid: "data.Documents"
     length: int
 
-    def batches(self, batch_size: int, seed: int) -> grain.DatasetIterator:
+    def batches(self, batch_size: int, seed: int) -> "grain.DatasetIterator":
         """Batches of packed rows."""
+        from train.data import texts as data
+
         return shuffled(data.PackedRows(self.train, self.length), batch_size, seed, **_this_process())
 
     def validation(self, batch_size: int, max_batches: int | None) -> Iterator[dict[str, np.ndarray]]:
         """Batches of packed rows."""
+        from train.data import texts as data
+
         rows = data.PackedRows(self.valid, self.length)
         return in_order(rows, batch_size, max_batches=max_batches, **_this_process())
 
@@ -85,10 +93,10 @@ class ImageCorpus:
     """
 
     facts: tuple[str, ...]
-    train: images.Images
-    valid: images.Images
+    train: "images.Images"
+    valid: "images.Images"
 
-    def batches(self, batch_size: int, seed: int) -> grain.DatasetIterator:
+    def batches(self, batch_size: int, seed: int) -> "grain.DatasetIterator":
         """Batches of images."""
         return shuffled(self.train, batch_size, seed, **_this_process())
 
@@ -101,8 +109,8 @@ def open_corpus(config: TrainConfig) -> Corpus:
     """Opens what a config's section `data` names, as what its objective reads.
 
     Raises:
-      UserError: no such data set or split, no tokenizer for raw text, data of another tokenizer than the base's, or
-        options of text for images.
+      UserError: no such data set or split, no tokenizer for raw text, data of another tokenizer than the base's, a
+        token that the model has no embedding for, or options of text for images.
     """
     if config.objective.reads == "images":
         return _open_images(config.data, config.objective.image_size)
@@ -111,6 +119,8 @@ def open_corpus(config: TrainConfig) -> Corpus:
 
 
 def _open_images(config: DataConfig, size: int) -> ImageCorpus:
+    from train.data import images
+
     for name in ("tokenizer", "fields"):
         if getattr(config, name) is not None:
             raise UserError(f"data.{name} must be None for images, got {getattr(config, name)!r}")
@@ -119,6 +129,8 @@ def _open_images(config: DataConfig, size: int) -> ImageCorpus:
 
 
 def _open_texts(config: DataConfig, base: str | None, length: int) -> TextCorpus:
+    from train.data import texts as data
+
     raw = config.path.startswith(data.CATALOGUE_PREFIX)
     if config.tokenizer is not None and (base is not None or not raw):
         owner = f"the target {base}" if base is not None else f"the data set {config.path}"
@@ -138,6 +150,9 @@ def _open_texts(config: DataConfig, base: str | None, length: int) -> TextCorpus
         for split in (config.split, config.valid_split)
     )
     tokenizer = tokenizer or Tokenizer.load(Path(config.path) / "tokenizer")
+    embeddings = tokenizer.vocab_size if base is None else load_config(base).vocab_size
+    train = train.within(embeddings, f"{config.path}, split {config.split}")
+    valid = valid.within(embeddings, f"{config.path}, split {config.valid_split}")
     # The template that wrote the chats goes with what learns from them, whichever its base had.
     if train.manifest.get("chat_template"):
         tokenizer = tokenizer.with_chat_template(train.manifest["chat_template"])

@@ -122,15 +122,17 @@ def _scaled(image: Image.Image) -> Image.Image:
     """Grey of up to 16 bits as grey of 8."""
     tags = getattr(image, "tag_v2", {})
     if image.mode.startswith("I;16"):
-        full = 2 ** int(tags.get(_BITS, (16,))[0]) - 1
+        bits = int(tags.get(_BITS, (16,))[0])
     elif image.format == "PPM":
-        full = 2**16 - 1  # Which is what Pillow brings it to, whatever the file's own highest value.
+        bits = 16  # Which is what Pillow brings it to, whatever the file's own highest value.
     else:
-        raise UserError("its pixels are 32-bit numbers, whose range is not known: save it with 8 or 16 bits")
-    stored = np.asarray(image)
-    values = np.clip(stored.astype(np.int64), 0, full)
-    values = full - values if tags.get(_PHOTOMETRIC) == _WHITE_IS_ZERO else values
-    grey = Image.fromarray((256 * values // (full + 1)).astype(np.uint8))  # The high byte, as Pillow takes of colours.
+        bits = 32
+    if not 8 <= bits <= 16:
+        raise UserError(f"its pixels are {bits}-bit numbers, whose range is not known: save it with 8 or 16 bits")
+    stored, full = np.asarray(image), 2**bits - 1
+    values = np.clip(stored, 0, full).astype(np.uint16)
+    values = np.uint16(full) - values if tags.get(_PHOTOMETRIC) == _WHITE_IS_ZERO else values
+    grey = Image.fromarray((values >> (bits - 8)).astype(np.uint8))  # The high byte, as Pillow takes of colours.
     transparent = image.info.get("transparency")
     if isinstance(transparent, int):
         grey.putalpha(Image.fromarray(np.where(stored == transparent, 0, 255).astype(np.uint8)))

@@ -14,11 +14,13 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import absl.logging
 import tensorflow_datasets as tfds
 from google.protobuf import json_format
 from tensorflow_datasets.core.download import downloader
+from tensorflow_datasets.core.example_serializer import ExampleSerializer
 
 from models.errors import UserError
 from models.formats.text_files import refuse_name, refuse_pointer
@@ -71,7 +73,7 @@ def write_records(make_builder: Callable[..., tfds.core.GeneratorBasedBuilder], 
     Raises:
       UserError: the records could not be written, because the disk is full for instance.
     """
-    with quiet():
+    with quiet(), _same_bytes():
         builder = make_builder(data_dir=directory, file_format="array_record")
         try:
             builder.download_and_prepare()
@@ -162,6 +164,17 @@ def _damage(directory: str | Path) -> Iterator[None]:
         raise
     except (RuntimeError, ValueError, json_format.ParseError) as error:
         raise UserError(f"the data set {directory} is damaged ({_first_line(error)})") from error
+
+
+@contextlib.contextmanager
+def _same_bytes() -> Iterator[None]:
+    """Equal records become equal bytes: TFDS leaves the order of their fields to chance, another in every process."""
+
+    def serialized(self: ExampleSerializer, example: dict[str, Any]) -> bytes:
+        return self.get_tf_example(example).SerializeToString(deterministic=True)
+
+    with mock.patch.object(ExampleSerializer, "serialize_example", serialized):
+        yield
 
 
 @contextlib.contextmanager

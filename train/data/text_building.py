@@ -61,8 +61,9 @@ def build(
       progress: told a line every second or so, and at the end what was left out.
 
     Returns:
-      The manifest: `kind`, `source`, `tokenizer`, `vocab_size`, `chat_template` and, per split, `documents`, `tokens`,
-      `labels`, `bytes` (of the text, UTF-8) and `left_out` (documents that are not in it, by reason).
+      The manifest: `kind`, `source`, `tokenizer`, `vocab_size`, `largest_token` of each split, `chat_template` and, per
+      split, `documents`, `tokens`, `labels`, `bytes` (of the text, UTF-8) and `left_out` (documents that are not in it,
+      by reason).
 
     Raises:
       UserError: a split is empty, a document cannot be tokenised, or `out` holds something that must not be lost.
@@ -105,9 +106,17 @@ def write_dataset(
     Raises:
       UserError: the records could not be written, or `out` holds something that must not be lost.
     """
+    largest = dict.fromkeys(splits, 0)
+
+    def read(name: str) -> Iterator[data.Document]:
+        for document in splits[name]():
+            largest[name] = max(largest[name], int(document["tokens"].max(initial=0)))
+            yield document
+
     with new_dataset(out, overwrite) as directory:
-        data.write_splits(directory, splits, "Documents as tokens.")
-        manifest = {"tokenizer": tokenizer.fingerprint, "vocab_size": tokenizer.vocab_size, **describe()}
+        data.write_splits(directory, {name: functools.partial(read, name) for name in splits}, "Documents as tokens.")
+        facts = {"tokenizer": tokenizer.fingerprint, "vocab_size": tokenizer.vocab_size, "largest_token": largest}
+        manifest = {**facts, **describe()}
         write_json(directory / "manifest.json", manifest)
         tokenizer.save(directory / "tokenizer")
     return manifest

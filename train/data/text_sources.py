@@ -15,10 +15,10 @@ from typing import Any
 
 from models.errors import UserError
 from models.formats.chat_template import Message
-from models.formats.text_files import is_pointer, json_items, parse_json, shown, text_lines
+from models.formats.text_files import is_pointer, json_items, parse_json, refuse_dangling, shown, text_lines
 from train.data import folders
 from train.data.building import name_rank
-from train.data.chats import check_characters, conversation, may_hold_halves, other_fields
+from train.data.chats import LISTS, check_characters, conversation, may_hold_halves, other_fields
 
 END_OF_TEXT = "<|endoftext|>"
 BLANK_LINE = "blank-line"
@@ -71,12 +71,15 @@ def read_jsonl(path: str | Path, fields: Sequence[str] = ("text",)) -> DocumentL
     """
 
     def read() -> Iterator[RawDocument]:
-        for name, where, row in _records(Path(path)):
-            row = _fields_of(row, where)
+        for name, where, row in records(path):
+            row = fields_of(row, where)
             for field in fields:
                 if not isinstance(row.get(field), str):
-                    held = f"{field} is {type(row[field]).__name__}" if field in row else ", ".join(row) or "nothing"
-                    raise UserError(f"{where}: expected a string field {field!r}; the line holds {held}")
+                    other = (
+                        f"it is {'null' if row[field] is None else type(row[field]).__name__}" if field in row else ""
+                    )
+                    held = other or f"the line holds {', '.join(row) or 'nothing'}"
+                    raise UserError(f"{where}: expected a string field {field!r}; {held}")
             yield RawDocument(name, "\n".join(row[field] for field in fields))
 
     return DocumentList(read)
@@ -90,7 +93,7 @@ def read_chat(path: str | Path) -> DocumentList:
 
     def document(name: str, where: str, row: Any) -> RawDocument:
         try:
-            row = _fields_of(row, where)
+            row = fields_of(row, where)
         except UserError as error:
             return RawDocument(name, refused=str(error))
         try:
@@ -99,27 +102,34 @@ def read_chat(path: str | Path) -> DocumentList:
             return RawDocument(name, refused=f"{where}: {error}")
         return RawDocument(name, messages=messages, tools=tools, unused=tuple(other_fields(row)), where=where)
 
-    return DocumentList(lambda: (document(*record) for record in _records(Path(path))))
+    return DocumentList(lambda: (document(*record) for record in records(path)))
 
 
 def read_prompts(path: str | Path) -> DocumentList:
-    """One prompt per line of a (gzipped) JSONL file: `{'prompt': text}`, or `{'messages': [...]}` up to a user's turn.
+    """One prompt per line of a (gzipped) JSONL file, or per item of a JSON array.
 
-    Reading raises `UserError`, with the line's number, for any other form.
+    A row is `{'prompt': text}`, or a conversation (`train/data/chats.py`) up to a user's turn; either may have a
+    `system`. Reading raises `UserError`, with the line's number, for any other form.
     """
 
     def document(name: str, where: str, row: Any) -> RawDocument:
-        fields = _fields_of(row, where)
-        turns = fields.get("messages", [{"role": "user", "content": fields.get("prompt")}])
-        right = isinstance(turns, list) and all(
-            isinstance(turn, dict) and isinstance(turn.get("role"), str) and isinstance(turn.get("content"), str)
-            for turn in turns
-        )
-        if not right or not turns or turns[-1]["role"] != "user" or not turns[-1]["content"].strip():
+        fields = fields_of(row, where)
+        text, lists = fields.get("prompt"), any(fields.get(key) is not None for key in LISTS)
+        if isinstance(text, str) and not lists:
+            fields = {**fields, "messages": [{"role": "user", "content": text}]}
+        elif text is not None or not lists:
             raise UserError(f"{where}: expected a string 'prompt', or 'messages' that end with a user's turn")
-        return RawDocument(name, messages=tuple({key: turn[key] for key in ("role", "content")} for turn in turns))
+        try:
+            messages, tools = conversation(fields)
+        except UserError as error:
+            raise UserError(f"{where}: {error}") from None
+        if tools:
+            raise UserError(f"{where}: the row offers tools, which prompts cannot have here")
+        if messages[-1]["role"] != "user" or not messages[-1]["content"].strip():
+            raise UserError(f"{where}: the last turn must be a user's, and say something")
+        return RawDocument(name, messages=messages, where=where)
 
-    return DocumentList(lambda: (document(*record) for record in _records(Path(path))))
+    return DocumentList(lambda: (document(*record) for record in records(path)))
 
 
 def read_text(path: str | Path, separator: str = END_OF_TEXT) -> DocumentList:
@@ -249,8 +259,16 @@ def hold_out(
     }
 
 
-def _records(path: Path) -> Iterator[tuple[str, str, Any]]:
-    """Name and place of each row of a file, and the row, or the `UserError` that a single line is refused with."""
+def records(path: str | Path) -> Iterator[tuple[str, str, Any]]:
+    """The rows of a (gzipped) JSONL file, or of one that holds a JSON array.
+
+    Yields:
+      Name and place of each row, and the row, or the `UserError` that a single line is refused with.
+
+    Raises:
+      UserError: there is no such file, or it is damaged.
+    """
+    path = Path(path)
     with _opened(path) as lines:
         for number, line in enumerate(lines, 1):
             if number == 1 and line.lstrip().startswith("["):
@@ -283,8 +301,8 @@ def _items(path: Path, text: str) -> Iterator[tuple[str, str, Any]]:
         yield f"{shown(path.name)}:{number}", where, _whole(row, where) if halves else row
 
 
-def _fields_of(row: Any, where: str) -> dict[str, Any]:
-    """The row, once it is known to be an object. Raises UserError otherwise."""
+def fields_of(row: Any, where: str) -> dict[str, Any]:
+    """A row of `records`, once it is known to be an object. Raises UserError otherwise."""
     if isinstance(row, UserError):
         raise row
     if not isinstance(row, dict):
@@ -295,6 +313,8 @@ def _fields_of(row: Any, where: str) -> dict[str, Any]:
 @contextlib.contextmanager
 def _opened(path: Path) -> Iterator[Iterator[str]]:
     if not path.is_file():
-        raise UserError(f"no file {path}: expected the file with the documents")
+        refuse_dangling(path)
+        other = ", which is a folder" if path.is_dir() else ""
+        raise UserError(f"no file {path}{other}: expected the file with the documents")
     with text_lines(path) as lines:
         yield lines

@@ -96,6 +96,37 @@ class Documents:
             raise IndexError(f"document {index} of {len(self)}")
         return self._fetch(int(index))
 
+    def within(self, vocab_size: int, where: str) -> "Documents":
+        """The same documents for a model of `vocab_size` embeddings.
+
+        A token without one is refused when its document is read, and at once where the manifest tells that there is
+        one: indexing an embedding would take another token for it.
+
+        Args:
+          vocab_size: embeddings of the model.
+          where: what these documents are, for messages.
+
+        Raises:
+          UserError: a token has no embedding; the message names its document.
+        """
+
+        def fetch(index: int) -> Document:
+            document = self[index]
+            tokens = document["tokens"]
+            if len(tokens) and not 0 <= tokens.min() <= tokens.max() < vocab_size:
+                place = int(np.argmax((tokens < 0) | (tokens >= vocab_size)))
+                raise UserError(
+                    f"{where}, document {index} ({document['name']}): token {place} is {tokens[place]}, but the model "
+                    f"has the embeddings 0 to {vocab_size - 1} alone"
+                )
+            return document
+
+        largest = self.manifest.get("largest_token")
+        if isinstance(largest, dict) and any(token >= vocab_size for token in largest.values()):
+            for index in range(len(self)):
+                fetch(index)
+        return Documents(self.lengths, fetch, self.manifest, self.files)
+
 
 class PackedRows:
     """The documents laid end to end and cut into rows of `seq_len` tokens; only the last row is padded."""

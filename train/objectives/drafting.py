@@ -17,7 +17,7 @@ import dataclasses
 import functools
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -29,7 +29,7 @@ from decoding.drafters.registry import save_drafter
 from decoding.generate import generate
 from decoding.replay import is_replayable, replay_acceptance
 from decoding.trees import chain
-from models import schema, transformer
+from models import processes, schema, transformer
 from models.errors import UserError
 from models.formats.hf import load_config
 from models.formats.target import Target, check_vocabulary, load_target
@@ -37,10 +37,12 @@ from models.formats.tokenizer import Tokenizer
 from models.heads.medusa import vocab_kernel
 from models.layout import Layout
 from models.transformer import Output
-from train.data.texts import Documents
 from train.objectives.guess import Guess, Labels, Teacher, first_choices, losses, measures, picked
 from train.objectives.objective import Batch, Compute, Objective, Params, Sums
 from train.objectives.shift import label_mask, labels_at
+
+if TYPE_CHECKING:  # Training steps are timed where TFDS is not installed.
+    from train.data.texts import Documents
 
 
 class DraftObjective(Objective):
@@ -112,7 +114,7 @@ class DraftObjective(Objective):
                     f"given ({error}): set objective.loop_prompts to 0, or define its with_tree"
                 ) from None
 
-    def scan_data(self, documents: Documents) -> None:
+    def scan_data(self, documents: "Documents") -> None:
         """Refuses documents so short that the last guess has no labels."""
         longest = int(documents.lengths.max(initial=0))
         if self.depth + 2 > longest:
@@ -175,7 +177,7 @@ class DraftObjective(Objective):
         that drafters are not served as they are trained. Empty when nothing is to be decoded, or the target has no room
         for it, or there are several processes.
         """
-        if jax.process_count() > 1:
+        if processes.count() > 1:
             return {}
         batch = next(batches)
         batch = {**batch, "mask": label_mask(batch, self._config.labels)}
@@ -237,8 +239,9 @@ def prompts_of(batch: Mapping[str, np.ndarray], room: int) -> list[list[int]]:
     """What a decoder would be given before it writes what is learnt: the text up to where labels begin.
 
     A drafter is asked for the answers of a chat, not for the questions. First the first answer of every row, then the
-    second ones, without those of more than `room` tokens where there are others; where labels begin nowhere, because
-    all is learnt, the first quarter of every row.
+    second ones, without those of more than `room` tokens where there are others. Texts that a row begins with come
+    last: they may lack their beginning, which stands in another row. Where labels begin nowhere, because all is learnt,
+    it is the first quarter of every row.
 
     Args:
       batch: `tokens`, `segments` and `mask`, [B, T], the mask true for labels.
@@ -250,7 +253,7 @@ def prompts_of(batch: Mapping[str, np.ndarray], room: int) -> list[list[int]]:
     for row, begins_T in enumerate(same_BT & mask_BT[:, 1:] & ~mask_BT[:, :-1]):
         for rank, place in enumerate(np.flatnonzero(begins_T) + 1):
             first = int(np.argmax(segments_BT[row] == segments_BT[row, place]))
-            found.append((rank, row, batch["tokens"][row, first:place].tolist()))
+            found.append((first == 0, rank, row, batch["tokens"][row, first:place].tolist()))
     if found:
         prompts = [prompt for *_, prompt in sorted(found)]
         return [prompt for prompt in prompts if len(prompt) <= room] or prompts

@@ -11,7 +11,7 @@ travels with the frozen target and is saved with the drafter.
 
 import dataclasses
 import functools
-from typing import ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
@@ -25,10 +25,12 @@ from models import schema, transformer
 from models.config import TransformerConfig
 from models.heads.eagle import Eagle3Heads, EagleHeads, eagle3_layers, unroll
 from models.heads.medusa import vocab_kernel
-from train.data.texts import Documents
 from train.objectives.drafting import DraftObjective, check_drafting
 from train.objectives.guess import Guess, Weights
 from train.objectives.shift import ahead
+
+if TYPE_CHECKING:  # Training steps are timed where TFDS is not installed.
+    from train.data.texts import Documents
 
 
 @dataclasses.dataclass(frozen=True)
@@ -193,7 +195,7 @@ class Eagle3Objective(EagleObjective):
         """As many steps as training unrolls."""
         return self._config.steps
 
-    def scan_data(self, documents: Documents) -> None:
+    def scan_data(self, documents: "Documents") -> None:
         """Also chooses the draft vocabulary."""
         super().scan_data(documents)
         if self.heads.vocab_size:
@@ -235,7 +237,7 @@ def _read(heads, model, frozen, params, hidden):
     return heads.logits(model, params, frozen, hidden)
 
 
-def count_labels(documents: Documents, vocab_size: int, labels: str) -> Int64[np.ndarray, "V"]:
+def count_labels(documents: "Documents", vocab_size: int, labels: str) -> Int64[np.ndarray, "V"]:
     """How often every token is a label in a split; `labels` as in the configs."""
     counts = np.zeros(vocab_size, np.int64)
     for index in range(len(documents)):

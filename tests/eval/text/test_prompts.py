@@ -38,6 +38,12 @@ def test_human_eval_packed(tmp_path: pathlib.Path) -> None:
     assert read_questions(path) == [Question("HumanEval/0", ("def f():\n",))]
 
 
+def test_json_arrays(tmp_path: pathlib.Path) -> None:
+    path = tmp_path / "questions.json"
+    path.write_text('\ufeff[{"prompt": "one", "turns": null},\n {"question": "two", "answer": "x"}]')
+    assert [q.turns for q in read_questions(path)] == [("one",), ("two",)]
+
+
 def test_text_by_line_and_by_separator(tmp_path: pathlib.Path) -> None:
     path = tmp_path / "prompts.txt"
     path.write_text("one\n\ntwo\n")
@@ -62,7 +68,11 @@ def test_real_files(shared_data: pathlib.Path) -> None:
         ('{"prompt": "x"}\n{"text": "y"}', "line 2 must be an object"),
         ('{"prompt": "x"}\nnot json', "line 2 is not valid JSON"),
         ('{"prompt": " "}', "line 1 must be"),
-        ("3", "line 1 must be"),
+        ("3", "line 1: expected a JSON object, got int"),
+        ('{"prompt": "x", "question": "y"}', "line 1 must be an object with one of"),
+        ('{"turns": ["x"], "system": "be brief"}', "line 1 holds 'system'"),
+        ('{"question": "x", "image": "x.png"}', "line 1 holds 'image'"),
+        ('[{"prompt": "x"},\n {"prompt": 4}]', r"item 2 \(line 2\) must be"),
         ("\n\n", "holds no prompts"),
     ],
 )
@@ -74,7 +84,7 @@ def test_bad_files(tmp_path: pathlib.Path, content: str, complaint: str) -> None
 
 
 def test_missing_file_and_damaged_archive(tmp_path: pathlib.Path) -> None:
-    with pytest.raises(UserError, match="there is no"):
+    with pytest.raises(UserError, match=r"no file .*nowhere\.jsonl: expected"):
         read_questions(tmp_path / "nowhere.jsonl")
     (tmp_path / "x.jsonl.gz").write_bytes(b"not gzip")
     with pytest.raises(UserError, match="is not a gzip file"):
@@ -98,7 +108,9 @@ def test_later_turns_hold_the_answers() -> None:
 
     question = Question("7", ("first", "second"), "qa")
     chat = encode_questions([question], tokenizer, answer, chat=True)
-    assert [prompt.text for prompt in chat] == ["[user]first[bot]", "[user]first[assistant]answer[user]second[bot]"]
+    read = [tokenizer.decode(prompt.tokens) for prompt in chat]
+    assert read == ["[user]first[bot]", "[user]first[assistant]answer[user]second[bot]"]
+    assert chat[1].text == "user: first\nassistant: answer\nuser: second\nassistant: "
     assert {(prompt.question, prompt.category) for prompt in chat} == {("7", "qa")}
     plain = encode_questions([question], tokenizer, answer)
     assert plain[1].text == "first\nanswer\nsecond"

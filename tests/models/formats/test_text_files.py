@@ -47,7 +47,14 @@ def test_what_is_no_text_is_named(tmp_path, content, message):
 
 def test_paths_that_hold_no_file(tmp_path):
     (tmp_path / "file").write_text("x")
-    for path, message in [("none", "there is no none in"), ("file/x", "is not a directory"), ("", "cannot read")]:
+    (tmp_path / "link").symlink_to("gone")
+    for path, message in [
+        ("none", "there is no none in"),
+        ("none/x", "there is no x in .*none, which does not exist"),
+        ("link", "link is a link to gone, which is not there"),
+        ("file/x", "is not a directory"),
+        ("", "cannot read"),
+    ]:
         with pytest.raises(UserError, match=message):
             read_text(tmp_path / path)
 

@@ -6,6 +6,7 @@ import pytest
 
 from models.errors import UserError
 from train.data.chats import check_characters, conversation, may_hold_halves, other_fields
+from train.data.text_sources import read_prompts
 
 ASKED = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
 
@@ -57,8 +58,8 @@ def test_system_and_tools_of_a_row():
     [
         ({}, "the row holds nothing"),
         ({"text": "a"}, "expected a list of turns in 'messages' or 'conversations'; the row holds text"),
-        ({"messages": []}, "expected a list of turns"),
-        ({"messages": "hi"}, "expected a list of turns"),
+        ({"messages": []}, "expected a list of turns in 'messages', which is an empty list"),
+        ({"messages": "hi"}, "expected a list of turns in 'messages', which is str"),
         ({"messages": ["hi"]}, "turn 1 is str"),
         ({"messages": ASKED, "conversations": ASKED[:1]}, "'messages' and 'conversations' differ"),
         ({"messages": [{"content": "a"}]}, "turn 1 has no role"),
@@ -93,3 +94,33 @@ def test_halves_of_characters_are_found_with_their_field():
         check_characters({"id": "x", "messages": [{"content": "a\ud83d"}]})
     with pytest.raises(UserError, match="character 0 is half"):
         check_characters({"\ud83d": 1})
+
+
+def prompts_in(tmp_path, row) -> list:
+    path = tmp_path / "prompts.jsonl"
+    path.write_text(json.dumps(row))
+    return [document.messages for document in read_prompts(path)]
+
+
+def test_prompts_are_rows_of_chats_too(tmp_path):
+    system = {"role": "system", "content": "brief"}
+    for row in ({"prompt": "q"}, {"conversations": share(("human", "q"))}, {"messages": ASKED[:1], "prompt": None}):
+        assert prompts_in(tmp_path, row) == [(ASKED[0],)]
+        assert prompts_in(tmp_path, {**row, "system": "brief"}) == [(system, ASKED[0])]
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"prompt": "q", "messages": ASKED[:1]}, "expected a string 'prompt', or"),
+        ({"prompt": 3}, "expected a string 'prompt', or"),
+        ({"prompt": "q", "tools": [{"name": "x"}]}, "the row offers tools"),
+        ({"prompt": "q", "images": ["a.png"]}, "the row holds 'images'"),
+        ({"messages": [{"role": "narrator", "content": "a"}, *ASKED[:1]]}, "turn 1 has the role 'narrator'"),
+        ({"messages": ASKED}, "the last turn must be a user's"),
+        ({"prompt": " "}, "the last turn must be a user's, and say something"),
+    ],
+)
+def test_prompts_that_are_refused(tmp_path, row, message):
+    with pytest.raises(UserError, match=rf"prompts\.jsonl, line 1: {message}"):
+        prompts_in(tmp_path, row)

@@ -7,6 +7,8 @@ import shutil
 import numpy as np
 import pytest
 import tensorflow_datasets as tfds
+from array_record.python.array_record_module import ArrayRecordReader
+from tensorflow_datasets.proto import tf_example_pb2
 
 from models.errors import UserError
 from models.formats.tokenizer import Tokenizer
@@ -63,6 +65,26 @@ def test_slices_of_a_split(directory):
     part = data.open_split(directory, "train[2:5]")
     assert part.lengths.tolist() == LENGTHS[2:5] and part[0]["name"] == "document 2"
     assert len(data.open_split(directory, "train[:50%]")) == len(LENGTHS) // 2
+
+
+def test_equal_documents_become_equal_bytes(directory):
+    reader = ArrayRecordReader(str(next(directory.glob("token_documents-train*"))))
+    for record in reader.read_all():
+        assert tf_example_pb2.Example.FromString(record).SerializeToString(deterministic=True) == record
+
+
+@pytest.mark.parametrize("manifest", [{}, {"largest_token": {"train": 53}}])
+def test_tokens_without_an_embedding_are_refused(documents, manifest):
+    documents.manifest.clear()
+    documents.manifest.update(manifest)
+    whole = documents.within(54, "the set")
+    assert same(whole[7], documents[7]) and len(whole) == len(documents)
+    message = r"^the set, document 7 \(document 7\): token 5 is 53, but the model has the embeddings 0 to 52 alone$"
+    with pytest.raises(UserError, match=message):
+        documents.within(53, "the set")[7]
+    if manifest:  # Said before the document is needed.
+        with pytest.raises(UserError, match=message):
+            documents.within(53, "the set")
 
 
 def test_tfds_reads_the_directory_by_itself(directory):
