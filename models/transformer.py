@@ -27,7 +27,7 @@ from models.config import TransformerConfig
 from models.layers import Block, RMSNorm, call, joined_name, rope_angles
 from models.layout import Layout
 from models.linear import Kernel, in_blocks, product, product_with_rows, whole
-from models.sharding import split_vocabulary
+from models.sharding import keep_batch, split_vocabulary
 
 Params = dict
 Cache = list[Rows]
@@ -276,7 +276,7 @@ def _scan_layers(config, stacked, x_BTH, angles, layout, sources, inner, remat):
     )
 
     def body(carry, of_layer):
-        x, taken = carry
+        x, taken = keep_batch(carry[0]), carry[1]
         layer, window, keys, place = of_layer
         taken = taken.at[place].set(x) if wanted else taken
         y, rows = call(block, layer, x, angles, layout, keys, window)

@@ -38,7 +38,6 @@ from train.objectives import OBJECTIVES
 from train.objectives.objective import Batch, Compute, Objective, Params, Replaced, Sums
 from train.optimizer import make_optimizer, make_schedule
 
-BATCH_AXES = ("data", "fsdp")
 State = dict[str, Any]
 Metrics = dict[str, jax.Array]
 
@@ -72,7 +71,7 @@ class Plan:
     @property
     def batch_sharding(self) -> NamedSharding:
         """Rows split over the data axes."""
-        return NamedSharding(self.mesh, PartitionSpec(BATCH_AXES))
+        return NamedSharding(self.mesh, PartitionSpec(sharding.BATCH))
 
 
 class Profiler:
@@ -109,7 +108,7 @@ def make_plan(config: TrainConfig, facts: Any) -> Plan:
         model's longest sequence, or the objective refuses.
     """
     mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
-    parts = math.prod(mesh.shape[axis] for axis in BATCH_AXES)
+    parts = math.prod(mesh.shape[axis] for axis in sharding.BATCH)
     if config.batch_size % parts:
         raise UserError(f"batch_size ({config.batch_size}) must be a multiple of the mesh's data x fsdp size ({parts})")
     if config.batch_size % (parts * config.accumulate):
@@ -363,12 +362,18 @@ def loop(
     return state
 
 
+def on_mesh(mesh: Mesh) -> contextlib.AbstractContextManager:
+    """Within it, what is compiled for several devices may say where its arrays lie."""
+    return sharding.on_mesh(mesh if mesh.size > 1 else None)
+
+
 def lowered_step(plan: Plan, state: State, frozen: Params | None, batch: Batch) -> Any:
     """`make_step` for arrays, or shapes, of these shardings, ready to be compiled."""
     shardings = jax.tree.map(lambda leaf: leaf.sharding, plan.state)
     everywhere = NamedSharding(plan.mesh, PartitionSpec())
     step = jax.jit(make_step(plan), donate_argnums=0, out_shardings=(shardings, everywhere))
-    return step.lower(state, frozen, batch)
+    with on_mesh(plan.mesh):
+        return step.lower(state, frozen, batch)
 
 
 def compiled_step(plan: Plan, state: State, frozen: Params | None, batch: Batch, say: Callable[[str], None]):
@@ -400,7 +405,9 @@ def make_evaluation(plan: Plan, corpus: Corpus) -> Callable[[Params, Params | No
     def evaluate(trainable: Params, frozen: Params | None) -> dict[str, float]:
         totals: dict[str, tuple[Any, Any]] = {}
         for batch in batches():
-            for name, pair in jax.device_get(measure(trainable, frozen, batch)).items():
+            with on_mesh(plan.mesh):
+                sums = jax.device_get(measure(trainable, frozen, batch))
+            for name, pair in sums.items():
                 total, weight = totals.get(name, (0.0, 0.0))
                 totals[name] = total + np.float64(pair[0]), weight + np.float64(pair[1])
         means = {name: total / max(weight, 1.0) for name, (total, weight) in totals.items()}

@@ -20,6 +20,7 @@ from jax.tree_util import Partial
 from jaxtyping import Array, Bool, Float, Int
 
 from decoding.sampling import argmax
+from models.sharding import keep_batch
 from train.objectives.pieces import mapped, pieces_of, separable_sums, summed
 from train.objectives.shift import ahead, behind, log_likelihood
 
@@ -77,7 +78,7 @@ class Teacher(NamedTuple):
 
 def first_choices(read: Callable[[Array], Array], hidden: Float[Array, "B T H"], devices: int = 1) -> Int[Array, "B T"]:
     """The best token at every position, by a head that reads `hidden`."""
-    return mapped(lambda rows: argmax(read(rows)), hidden, pieces_of([(read, hidden)], devices))
+    return mapped(lambda rows: argmax(_read(read, rows)), hidden, pieces_of([(read, hidden)], devices))
 
 
 def losses(
@@ -97,7 +98,7 @@ def losses(
     for depths, reads, hiddens, rows in _groups(guesses, teacher):
 
         def score(k, read, hidden, rows, taught):
-            return _loss(weights, read(hidden), hidden, k, rows, taught)
+            return _loss(weights, _read(read, hidden), hidden, k, rows, taught)
 
         share = functools.partial(_taught, teacher, weights)
         sums = separable_sums(share, score, reads, hiddens, rows, _pieces(reads, hiddens, teacher, rows, devices))
@@ -119,7 +120,7 @@ def measures(
             taught = _taught(teacher, weights, rows)
             sums = []
             for k, (read, hidden) in enumerate(zip(reads, hiddens, strict=True)):
-                logits = read(hidden)
+                logits = _read(read, hidden)
                 choice = argmax(logits) if teacher is None or teacher.known is None else teacher.known[argmax(logits)]
                 sums.append({"loss": _loss(weights, logits, hidden, k, rows, taught)})
                 for name, right in (("accuracy", rows.tokens[k]), ("agreement", rows.choice)):
@@ -170,9 +171,14 @@ def _pieces(reads, hiddens, teacher: Teacher | None, rows: _Rows, devices: int) 
     return pieces_of([*zip(reads, hiddens, strict=True), *teachers], devices)
 
 
+def _read(read: Callable[[Array], Array], hidden: Float[Array, "B S H"]) -> Float[Array, "B S W"]:
+    """Scores, where the rows are that they are of."""
+    return keep_batch(read(keep_batch(hidden)))
+
+
 def _taught(teacher: Teacher | None, weights: Weights, rows: _Rows) -> Float[Array, "B S W"] | None:
     """The teacher's distributions, where they are asked for."""
-    return jax.nn.softmax(teacher.read(rows.feature), axis=-1) if teacher is not None and weights.soft else None
+    return jax.nn.softmax(_read(teacher.read, rows.feature), axis=-1) if teacher is not None and weights.soft else None
 
 
 def _loss(weights: Weights, logits, hidden, k: int, rows: _Rows, taught) -> Float[Array, ""]:
