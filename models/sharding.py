@@ -34,7 +34,7 @@ RULES: tuple[tuple[str, PartitionSpec], ...] = (
     (r"attention/o/kernel$", PartitionSpec("tensor", "fsdp")),
     (r"mlp/(gate|up)/kernel$", PartitionSpec("fsdp", "tensor")),
     (r"mlp/down/kernel$", PartitionSpec("tensor", "fsdp")),
-    (r"(blocks/\d+/(linear|residual)|fc)/kernel$", PartitionSpec("fsdp")),
+    (r"blocks/\d+/(linear|residual)/kernel$", PartitionSpec("fsdp", None)),
     (r"", PartitionSpec()),
 )
 
