@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from models.schema import resolved
 from train.config import TrainConfig
 from train.data.corpus import open_corpus
+from train.kept_features import kept_features
 from train.trainer import Plan, count, describe_job, lowered_step, make_plan
 
 # A CPU multiplies no bfloat16: it makes float32 copies of what a product reads, and would make those of all scanned
@@ -37,6 +38,8 @@ def describe(config: TrainConfig, memory: bool = False) -> str:
     if plan.frozen is not None:
         sections.append(_table("frozen", plan.frozen))
     sections.append(_memory(plan))
+    if (kept := kept_features(config, plan.objective, corpus)) is not None:
+        sections.append(str(kept))
     if memory:
         example = next(iter(corpus.batches(config.batch_size, config.seed)))
         sections.append(of_step(plan, {name: (array.shape[1:], array.dtype) for name, array in example.items()}))

@@ -34,7 +34,7 @@ def setting():
     hidden = drawn(rng, B, S, H)
     choice = jnp.argmax(hidden @ head, axis=-1)
     holds = jnp.zeros(V, bool).at[known].set(True)[choice]
-    teacher = Teacher(hidden, lambda x: x @ head[:, known], known, choice, holds)
+    teacher = Teacher(hidden, lambda x: x @ head[:, known], hidden, known, choice, holds)
     at = jnp.asarray(rng.integers(0, S - 3, (B, 3)))
     places = [None, None, at]
     labels = [
@@ -61,7 +61,7 @@ def defined(guesses, teacher, weights):
         places = jnp.broadcast_to(jnp.arange(S), (B, S)) if at is None else at
         seat = jnp.minimum(places + i + 1, S - 1)
         rows = jnp.arange(B)[:, None]
-        feature, learnt = teacher.hidden[rows, seat], teacher.learnt[rows, seat]
+        feature, learnt = teacher.scored[rows, seat], teacher.learnt[rows, seat]
         log_q, t = jax.nn.log_softmax(read(hidden)), jax.nn.softmax(teacher.read(feature))
         distance = jnp.abs(hidden - feature)
         loss = -weights.hard * jnp.take_along_axis(log_q, labels.tokens[..., None], axis=-1)[..., 0]
@@ -84,7 +84,7 @@ def test_losses_and_their_slopes_are_those_of_the_whole_text(monkeypatch):
             "defined": slopes(lambda trained: defined(guesses(trained), teacher, weights)),
             **{f"{n}": slopes(lambda trained, n=n: by_pieces(trained, n)[0]) for n in (1, 3)},
             "measured": [measured(n) for n in (1, 3)],
-            "choices": [guess.first_choices(lambda x: x @ jnp.eye(H, V), teacher.hidden)],
+            "choices": [guess.first_choices(lambda x: x @ jnp.eye(H, V), teacher.scored)],
         }
 
     def by_pieces(trained, n):
@@ -101,7 +101,7 @@ def test_losses_and_their_slopes_are_those_of_the_whole_text(monkeypatch):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-12), *found["measured"])
     for i, depth in enumerate(found["measured"][1]):
         np.testing.assert_allclose(depth["loss"][0], found["defined"][0][1][i], atol=1e-12)
-    np.testing.assert_array_equal(found["choices"][0], np.argmax(teacher.hidden @ np.eye(H, V), axis=-1))
+    np.testing.assert_array_equal(found["choices"][0], np.argmax(teacher.scored @ np.eye(H, V), axis=-1))
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,6 @@ holds the target's first choice (EAGLE-3).
 """
 
 import abc
-import dataclasses
 import functools
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -34,12 +33,11 @@ from models.errors import UserError
 from models.formats.hf import load_config
 from models.formats.target import Target, check_vocabulary, load_target
 from models.formats.tokenizer import Tokenizer
-from models.heads.medusa import vocab_kernel
 from models.layout import Layout
-from models.transformer import Output
 from train.objectives.guess import Guess, Labels, Teacher, first_choices, losses, measures, picked
 from train.objectives.objective import Batch, Compute, Objective, Params, Sums
 from train.objectives.shift import label_mask, labels_at
+from train.objectives.target_features import LOGITS, TargetFeatures, layout_of, target_features
 
 if TYPE_CHECKING:  # Training steps are timed where TFDS is not installed.
     from train.data.texts import Documents
@@ -50,6 +48,10 @@ class DraftObjective(Objective):
 
     A subclass gives `Config`, whose objects have what `asks_of_config` names, `untrained(model)` being the drafter
     without parameters, and `depth` and `guesses`.
+
+    Attributes:
+      drafter: the drafter without parameters.
+      fingerprint: of the target, once it is loaded.
     """
 
     product: ClassVar[str] = "drafter"
@@ -62,7 +64,7 @@ class DraftObjective(Objective):
         self.drafter = config.untrained(self.model)
         self.drafter.check(self.model)
         check_vocabulary(self.model, tokenizer, config.base)
-        self._fingerprint: dict[str, int | str | None] = {}
+        self.fingerprint: dict[str, int | str | None] = {}
         self.prepare(Compute())
 
     def prepare(self, compute: Compute) -> None:
@@ -72,13 +74,20 @@ class DraftObjective(Objective):
         self.base: Params = jax.eval_shape(transformer.stack_layers, shapes)
 
     @property
+    def target_taps(self) -> tuple[str, ...]:  # type: ignore[override]
+        """What the drafter reads, and what the loss compares it with."""
+        weights = self._config.weights
+        compared = ("post_norm",) * (weights.feature > 0) + (LOGITS,) * (weights.soft > 0)
+        return (*self.drafter.taps, *compared)
+
+    @property
     @abc.abstractmethod
     def depth(self) -> int:
         """Guesses that evaluations look at."""
 
     @abc.abstractmethod
     def guesses(
-        self, params: Params, frozen: Params, batch: Batch, target: Output, layout: Layout, key: Array | None
+        self, params: Params, frozen: Params, batch: Batch, target: TargetFeatures, layout: Layout, key: Array | None
     ) -> list[Guess]:
         """The drafter at every position, or at some, depth by depth, with the true tokens as its path.
 
@@ -86,7 +95,7 @@ class DraftObjective(Objective):
           params: the drafter's, in the dtype of the target.
           frozen: the target.
           batch: as for `loss`.
-          target: its output on the batch, with the drafter's taps.
+          target: its features on the batch, the drafter's taps among them.
           layout: of the batch.
           key: for noise and dropout; None, in evaluation, is without either.
         """
@@ -129,11 +138,19 @@ class DraftObjective(Objective):
         return {"objective.target": self._config.base}
 
     def load_base(self, mesh: Mesh) -> Params:
-        """The target, in the dtype of the computation."""
+        """The target, in the dtype of the computation, and what belongs to it."""
+        return {**self.load_target(mesh), **self.beside_target(mesh)}
+
+    def load_target(self, mesh: Mesh) -> Params:
+        """The target's part of the base."""
         target = load_target(self._config.base, dtype=self.compute.dtype, mesh=mesh)
         # Now, while every process takes part: no single one may be able to read the whole embedding at the export.
-        self._fingerprint = target.fingerprint()
+        self.fingerprint = target.fingerprint()
         return transformer.stack_layers(target.params)
+
+    def beside_target(self, mesh: Mesh) -> Params:
+        """The rest of the base."""
+        return {}
 
     def init(self, key: Array, base: Params) -> Params:
         """A fresh drafter in float32, whatever the target's dtype: small updates must not round away."""
@@ -149,7 +166,11 @@ class DraftObjective(Objective):
 
     def loss(self, trainable: Params, frozen: Params, batch: Batch, key: Array, progress: Array | float):
         """One term per depth: (sums, weights); metrics hold each depth's mean before its decay."""
-        target, guesses = self.teacher_forced(trainable, frozen, batch, key)
+        return self.loss_on(self.read_target(frozen, batch), trainable, frozen, batch, key)
+
+    def loss_on(self, target: TargetFeatures, trainable: Params, frozen: Params, batch: Batch, key: Array):
+        """`loss`, given the target's features on the batch."""
+        guesses = self.teacher_forced(target, trainable, frozen, batch, key)
         teacher = self.teacher(target, frozen, asked=False)
         totals, weights = losses(guesses, teacher, self._config.weights, self.compute.devices)
         decay = self._config.weights.decay ** jnp.arange(len(guesses), dtype=totals.dtype)
@@ -159,7 +180,11 @@ class DraftObjective(Objective):
     def evaluate(self, trainable: Params, frozen: Params, batch: Batch) -> Sums:
         """By depth: the loss; how often the first choice is the text's token (accuracy); how often it is the target's
         first choice there (agreement), which is what greedy verification would accept on this text."""
-        target, guesses = self.teacher_forced(trainable, frozen, batch, None)
+        return self.evaluate_on(self.read_target(frozen, batch), trainable, frozen, batch)
+
+    def evaluate_on(self, target: TargetFeatures, trainable: Params, frozen: Params, batch: Batch) -> Sums:
+        """`evaluate`, given the target's features on the batch."""
+        guesses = self.teacher_forced(target, trainable, frozen, batch, None)
         teacher = self.teacher(target, frozen, asked=True)
         found = measures(guesses, teacher, self._config.weights, self.compute.devices)
         return {f"{name}_{i + 1}": pair for i, of_depth in enumerate(found) for name, pair in of_depth.items()}
@@ -203,36 +228,36 @@ class DraftObjective(Objective):
     def export(self, directory: Path, trainable: Params, frozen: Params) -> None:
         """Writes a drafter directory that names the base that `load_base` read."""
         params = self.drafter_params(trainable, frozen)
-        save_drafter(directory, self.drafter, params, self._fingerprint, overwrite=True)
+        save_drafter(directory, self.drafter, params, self.fingerprint, overwrite=True)
+
+    def read_target(self, frozen: Params, batch: Batch) -> TargetFeatures:
+        """The target's features on a batch: `target_taps`, and more where the batch carries more."""
+        return target_features(self.model, frozen, batch, self.target_taps, self.compute.attention)
 
     def teacher_forced(
-        self, trainable: Params, frozen: Params, batch: Batch, key: Array | None
-    ) -> tuple[Output, list[Guess]]:
-        """The target on the text, and the drafter at every position.
+        self, target: TargetFeatures, trainable: Params, frozen: Params, batch: Batch, key: Array | None
+    ) -> list[Guess]:
+        """The drafter at every position of the text.
 
         Args:
+          target: its features on the batch.
           trainable: the drafter.
           frozen: the target.
           batch: `tokens` and `segments`, int [B, T].
           key: for noise and dropout; None is without either.
         """
-        tokens_BT = batch["tokens"]
-        layout = Layout.causal(*tokens_BT.shape, batch["segments"], self.compute.attention)
-        target = transformer.forward(self.model, frozen, tokens_BT, layout, taps=self.drafter.taps)
-        return target, self.guesses(self.compute.cast(trainable), frozen, batch, target, layout, key)
+        layout = layout_of(batch, self.compute.attention)
+        return self.guesses(self.compute.cast(trainable), frozen, batch, target, layout, key)
 
-    def teacher(self, target: Output, frozen: Params, asked: bool) -> Teacher:
+    def teacher(self, target: TargetFeatures, frozen: Params, asked: bool) -> Teacher:
         """The target as guesses are compared with it; `asked` for its first choices."""
-        known_W = self.known(frozen)
-        head = functools.partial(transformer.head, self.model, frozen)
-        if known_W is None:
-            choice_BT = first_choices(head, target.hidden, self.compute.devices) if asked else None
-            return Teacher(target.hidden, head, choice=choice_BT)
-        choice_BT = first_choices(head, target.hidden, self.compute.devices)
-        holds_V = jnp.zeros(self.model.vocab_size, bool).at[known_W].set(True)
-        some = dataclasses.replace(self.model, vocab_size=len(known_W), tied_embeddings=False)
-        head = functools.partial(transformer.head, some, {"head": {"kernel": vocab_kernel(frozen)[:, known_W]}})
-        return Teacher(target.hidden, head, known_W, choice_BT, holds_V[choice_BT])
+        known_W, choice_BT, learnt_BT = self.known(frozen), None, None
+        if asked or known_W is not None:
+            choice_BT = first_choices(target.read, target.scored, self.compute.devices)
+        if known_W is not None:
+            learnt_BT = jnp.zeros(self.model.vocab_size, bool).at[known_W].set(True)[choice_BT]
+        read = functools.partial(target.read, known=known_W)
+        return Teacher(target.scored, read, target.taps.get("post_norm"), known_W, choice_BT, learnt_BT)
 
 
 def prompts_of(batch: Mapping[str, np.ndarray], room: int) -> list[list[int]]:

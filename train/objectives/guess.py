@@ -11,7 +11,7 @@ what the teacher says there serves all guesses.
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -62,23 +62,25 @@ class Teacher(NamedTuple):
     """The frozen target on a text, its logits still to be read.
 
     Attributes:
-      hidden: the feature that its head reads.
-      read: its head, from rows `[..., H]` to logits `[..., W]` of the tokens that guesses are of.
+      scored: arrays `[B, T, ...]` that `read` makes logits from.
+      read: from rows of them to logits `[..., W]` of the tokens that guesses are of.
+      feature: what guesses' features are compared with; None where nothing does.
       known: those tokens; None is all, in order.
       choice: its first choice at every position, among all tokens; None where nobody asks.
       learnt: where its first choice is one of the known tokens; None is everywhere.
     """
 
-    hidden: Float[Array, "B T H"]
-    read: Callable[[Array], Array]
+    scored: Any
+    read: Callable[[Any], Array]
+    feature: Float[Array, "B T H"] | None = None
     known: Int[Array, "W"] | None = None
     choice: Int[Array, "B T"] | None = None
     learnt: Bool[Array, "B T"] | None = None
 
 
-def first_choices(read: Callable[[Array], Array], hidden: Float[Array, "B T H"], devices: int = 1) -> Int[Array, "B T"]:
-    """The best token at every position, by a head that reads `hidden`."""
-    return mapped(lambda rows: argmax(_read(read, rows)), hidden, pieces_of([(read, hidden)], devices))
+def first_choices(read: Callable[[Any], Array], scored: Any, devices: int = 1) -> Int[Array, "B T"]:
+    """The best token at every position, by a head that reads `scored`."""
+    return mapped(lambda rows: argmax(_read(read, rows)), scored, pieces_of([(read, scored)], devices))
 
 
 def losses(
@@ -141,6 +143,7 @@ class _Rows(NamedTuple):
     tokens: list[Int[Array, "B S"]]
     counted: list[Bool[Array, "B S"]]
     learnt: list[Bool[Array, "B S"]]
+    scored: Any
     feature: Float[Array, "B S H"] | None
     choice: Int[Array, "B S"] | None
 
@@ -156,29 +159,29 @@ def _groups(guesses: Sequence[Guess], teacher: Teacher | None):
             return x if at is not None or teacher is None else behind(x, i + 1)
 
         def taught(x, at=at, first=depths[0]):
-            return x if at is None or x is None else picked(ahead(x, first + 1), at)
+            return x if at is None else jax.tree.map(lambda leaf: picked(ahead(leaf, first + 1), at), x)
 
         tokens = [lined_up(i, guesses[i].labels.tokens) for i in depths]
         counted = [lined_up(i, guesses[i].labels.counted) for i in depths]
-        facts = [None] * 3 if teacher is None else [teacher.hidden, teacher.choice, teacher.learnt]
-        feature, choice, learnt = map(taught, facts)
-        rows = _Rows(tokens, counted, [x if learnt is None else x & learnt for x in counted], feature, choice)
+        facts = None if teacher is None else (teacher.scored, teacher.feature, teacher.choice, teacher.learnt)
+        scored, feature, choice, learnt = taught(facts) if facts else [None] * 4
+        rows = _Rows(tokens, counted, [x if learnt is None else x & learnt for x in counted], scored, feature, choice)
         yield depths, [guesses[i].read for i in depths], [lined_up(i, guesses[i].hidden) for i in depths], rows
 
 
 def _pieces(reads, hiddens, teacher: Teacher | None, rows: _Rows, devices: int) -> int:
-    teachers = [] if teacher is None else [(teacher.read, rows.feature)]
+    teachers = [] if teacher is None else [(teacher.read, rows.scored)]
     return pieces_of([*zip(reads, hiddens, strict=True), *teachers], devices)
 
 
-def _read(read: Callable[[Array], Array], hidden: Float[Array, "B S H"]) -> Float[Array, "B S W"]:
+def _read(read: Callable[[Any], Array], hidden: Any) -> Float[Array, "B S W"]:
     """Scores, where the rows are that they are of."""
-    return keep_batch(read(keep_batch(hidden)))
+    return keep_batch(read(jax.tree.map(keep_batch, hidden)))
 
 
 def _taught(teacher: Teacher | None, weights: Weights, rows: _Rows) -> Float[Array, "B S W"] | None:
     """The teacher's distributions, where they are asked for."""
-    return jax.nn.softmax(_read(teacher.read, rows.feature), axis=-1) if teacher is not None and weights.soft else None
+    return jax.nn.softmax(_read(teacher.read, rows.scored), axis=-1) if teacher is not None and weights.soft else None
 
 
 def _loss(weights: Weights, logits, hidden, k: int, rows: _Rows, taught) -> Float[Array, ""]:

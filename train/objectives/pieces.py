@@ -22,10 +22,10 @@ SCORES = 2**27
 T = TypeVar("T")
 
 
-def pieces_of(heads: Sequence[tuple[Callable[[Array], Array], Float[Array, "B S _"]]], devices: int = 1) -> int:
+def pieces_of(heads: Sequence[tuple[Callable[[Any], Array], Any]], devices: int = 1) -> int:
     """Into how many pieces rows are cut so that of each (head, what it reads) no more than `SCORES` exist."""
     sizes = [jax.eval_shape(read, hidden).size for read, hidden in heads]
-    return min(max(-(-max(sizes) // (SCORES * devices)), 1), heads[0][1].shape[1])
+    return min(max(-(-max(sizes) // (SCORES * devices)), 1), _length(heads[0][1]))
 
 
 def summed(score: Callable[[Any], T], rows: Any, pieces: int) -> T:
