@@ -20,6 +20,7 @@ from models.config import TransformerConfig
 from models.heads.medusa import ResBlock, vocab_kernel
 from models.layers import Block, RMSNorm, call, rope_angles
 from models.layout import Layout
+from models.linear import wide_einsum
 from models.sharding import split_vocabulary
 from models.transformer import Params
 
@@ -149,5 +150,5 @@ class HydraHeads:
         """Logits of head i, float32 or wider."""
         vocab = params["heads"][i]["vocab"]
         dtype = wide(hidden.dtype)
-        logits = split_vocabulary(jnp.matmul(hidden, vocab["kernel"], preferred_element_type=dtype))
+        logits = split_vocabulary(wide_einsum("...H,HV->...V", hidden, vocab["kernel"]))
         return logits + vocab["bias"].astype(dtype)

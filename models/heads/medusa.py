@@ -12,9 +12,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from models.attention import wide
 from models.config import TransformerConfig
 from models.layers import call
+from models.linear import wide_einsum
 from models.sharding import split_vocabulary
 from models.transformer import Params
 
@@ -89,4 +89,4 @@ class MedusaHeads:
     def vocab(self, params: Params, i: int, hidden: Float[Array, "*B H"]) -> Float[Array, "*B V"]:
         """Logits of head i, float32 or wider."""
         kernel = params["heads"][i]["vocab"]["kernel"]
-        return split_vocabulary(jnp.matmul(hidden, kernel, preferred_element_type=wide(hidden.dtype)))
+        return split_vocabulary(wide_einsum("...H,HV->...V", hidden, kernel))

@@ -86,10 +86,10 @@ class Oracle:
         return post_norm
 
     def hidden(self, params, i, feature, path, dropout_key=None):
-        return feature
+        return ahead(self._logits, i + 1)
 
     def vocab(self, params, i, hidden):
-        return ahead(self._logits, i + 1)
+        return hidden
 
 
 def test_a_perfect_head_always_agrees_with_the_target(setting, monkeypatch):
