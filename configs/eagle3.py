@@ -58,10 +58,10 @@ def get_config(variant: str = "") -> ConfigDict:
         config.checkpoint.every = 1000
     if variant == "quickstart":
         config.objective.update(steps=3, vocabulary=4096, loop_prompts=0)
-        config.steps, config.batch_size = 140, 2
+        config.steps, config.batch_size = 120, 2
         config.optimizer.update(learning_rate=4e-3, warmup_steps=10)
-        config.evaluation.update(every=70, batches=4)
-        config.checkpoint.update(every=70, keep=1)
+        config.evaluation.update(every=60, batches=4)
+        config.checkpoint.update(every=60, keep=1)
     if variant == "smoke":
         config.steps, config.batch_size, config.length = 20, 4, 128
         config.optimizer.warmup_steps = 2

@@ -44,7 +44,7 @@ if [ ! -d "$out/chats" ]; then
             --max_new_tokens 96 --prompt "$prompt"
     done
     run scripts.continue_dataset --target "$out/target" --out "$out/chats" --documents 240 --valid_documents 16 \
-        --new_tokens 128 --keep_unended --temperature 0,0.7 --minutes 3
+        --new_tokens 128 --keep_unended --temperature 0,0.7 --minutes 2.5
 fi
 run train.main --config=configs/eagle3.py:quickstart --config.objective.target="$out/target" \
     --config.data.path="$out/chats" --workdir="$out/trained_here"
