@@ -14,7 +14,7 @@ the training split. The default differs from the paper in its optimizer, Muon, a
 element), rows of 2,048 tokens, 2 at a time.
 
 `configs/eagle3.py:quickstart` is the short job of `scripts/quickstart.sh` on SmolLM2-135M: about 4 min on two CPU
-cores, enough to see drafts accepted; the drafter that the package carries learnt from 200 times as many tokens.
+cores, enough to see drafts accepted; the drafter that the package carries learnt from 270 times as many tokens.
 
 `configs/eagle3.py:smoke` takes 20 short steps, within 1 min on two CPU cores for targets of up to 10M parameters;
 expect falling losses and equal `loop` and `replay` shares.

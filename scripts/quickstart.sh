@@ -38,8 +38,8 @@ if [ ! -d "$out/target" ]; then
     [ $status = 0 ] || exit $status
 fi
 if [ ! -d "$out/chats" ]; then
-    for prompt in 'Explain to a child why the sky is blue.' 'Write a Python function that reverses a string.' \
-        'Give me three reasons to learn to cook.'; do
+    for prompt in 'Explain to a small child why the sky is blue.' \
+        'Write a Python function that reverses a string, and test it.' 'Give me three good reasons to learn how to cook.'; do
         run scripts.generate --target "$out/target" --drafter none,token_recycling,smollm2 --chat --color \
             --max_new_tokens 96 --prompt "$prompt"
     done
@@ -48,6 +48,12 @@ if [ ! -d "$out/chats" ]; then
 fi
 run train.main --config=configs/eagle3.py:quickstart --config.objective.target="$out/target" \
     --config.data.path="$out/chats" --workdir="$out/trained_here"
+# The stamp lies with the layer that the tree is for: after minutes of training few candidates are worth their rows.
+if [ ! -e "$out/trained_here/tree-chosen" ]; then
+    run eval.tree --target "$out/target" --drafter "$out/trained_here/drafter" \
+        --policy confidence:top_k=3,depth=2,total=4 --write
+    touch "$out/trained_here/tree-chosen"
+fi
 job_finished benchmark
 run eval.main --config=configs/eval/decode.py:chat --config.target="$out/target" \
     --config.drafters="none,token_recycling,smollm2,$out/trained_here/drafter" --config.out="$out/results"

@@ -82,9 +82,10 @@ def test_the_real_model_comes_first_and_every_printed_command_is_well_formed(job
         *["scripts.generate"] * 3,
         "scripts.continue_dataset",
         "train.main",
+        "eval.tree",
         "eval.main",
     ]
-    check_commands(done.stdout, 7, monkeypatch)
+    check_commands(done.stdout, 8, monkeypatch)
     # What is finished is not made again.
     done = job()
     assert job.modules == ["train.main"] and "is finished; --fresh starts everything over" in done.stdout
