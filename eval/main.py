@@ -207,8 +207,9 @@ def eval_command(argv: list[str]) -> None:
     if _CONFIG.value is None:
         raise UserError("what to measure? Give --config=configs/eval/decode.py")
     source = flags.FLAGS["config"].config_filename  # type: ignore[attr-defined]
+    config = schema.parse(DecodeConfig, _CONFIG.value.to_dict(), place=source)
     processes.start(DISTRIBUTED.value)
-    run(schema.parse(DecodeConfig, _CONFIG.value.to_dict(), place=source))
+    run(config)
 
 
 @exit_on_user_error

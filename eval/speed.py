@@ -458,6 +458,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--drafters", type=listed, default=",".join(DRAFTERS), help="comma-separated")
     depths = like(r"(\d+),(\d+)", "two depths, the deeper first, such as 30,16", lambda found: tuple(map(int, found)))
     parser.add_argument("--image_depths", type=depths, default="16,8", help="of both VAR models, deeper first")
+    scales = like(
+        r"none|(\d+(?:,\d+)*)",
+        "numbers such as 8,6, or none",
+        lambda found: tuple(map(int, (found[0] or "").split(",") if found[0] else ())),
+    )
+    parser.add_argument("--draft_scales", type=scales, default="8,6", help="of collaborating VAR models, or none")
     parser.add_argument("--image_batch", type=at_least(1), default=2, help="images made together")
     parser.add_argument("--rows", type=numbers(int), default=Scale.rows, help="of the target's forward")
     parser.add_argument("--nodes", type=numbers(int), default=Scale.nodes, help="of the oracle's chains, 1 first")
@@ -473,7 +479,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         keep_files([args.out], args.overwrite)
     with Progress() as progress:
         if args.sections == [IMAGES]:
-            shapes = {"depths": args.image_depths, "batch": args.image_batch, "dtype": _dtype()}
+            shapes = {"depths": args.image_depths, "draft_scales": args.draft_scales}
+            shapes |= {"batch": args.image_batch, "dtype": _dtype()}
             results = {"images": run_images(args.rounds, **shapes, progress=progress)}
             results["environment"] = describe_environment()
         else:

@@ -81,7 +81,7 @@ def start(asked: str | None = None) -> None:
     def join() -> None:
         try:
             # Of the two limits ours must be the first: the library's ends a process by SIGABRT.
-            limits = {"initialization_timeout": 2 * TIMEOUT, "shutdown_timeout_seconds": _LAST_GOODBYE}
+            limits: dict[str, Any] = {"initialization_timeout": 2 * TIMEOUT, "shutdown_timeout_seconds": _LAST_GOODBYE}
             jax.distributed.initialize(**options, **limits)
         except Exception as error:
             failed.append(error)

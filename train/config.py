@@ -27,6 +27,13 @@ class DataConfig:
       valid_split: the split that evaluations pass over.
       tokenizer: for catalogue texts, when training starts from no target: directory of the tokenizer; otherwise None.
       fields: for catalogue texts: the text fields that make a document, comma-separated; None finds the usual ones.
+      features: for drafters: a directory that keeps what they read of the frozen target on the training split, rounded
+        to bfloat16, so that no step runs the target. A job that does not find it writes it, and says how large it will
+        be; any number of jobs may read it. None runs the target in every step.
+      features_top_k: how the target's distribution is kept there, where a loss asks for it. 0 keeps the feature that
+        the head reads, from which every step computes all of the distribution. k keeps the k most probable tokens with
+        their log-probabilities, which is smaller and biased: what the target gives to other tokens is shared out among
+        the k in proportion, so that what is learnt is sharper than the target, by one over the probability of the k.
     """
 
     path: str
@@ -34,6 +41,13 @@ class DataConfig:
     valid_split: str = "valid"
     tokenizer: str | None = None
     fields: str | None = None
+    features: str | None = None
+    features_top_k: int = 0
+
+    def __post_init__(self):
+        require(self.features_top_k >= 0, "data.features_top_k must not be negative", self.features_top_k)
+        if self.features_top_k and self.features is None:
+            raise UserError("data.features_top_k is about what data.features keeps: name a directory there")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,6 +93,11 @@ class OptimizerConfig:
             raise UserError(
                 f"optimizer.final_fraction must be 1.0 when optimizer.schedule is 'constant', got {self.final_fraction}"
             )
+
+    def check_fits(self, steps: int, where: str = "optimizer") -> None:
+        """Raises UserError where the warm-up is as long as a run of so many steps; `where` names the section."""
+        if self.warmup_steps >= steps:
+            raise UserError(f"{where}.warmup_steps ({self.warmup_steps}) must be smaller than steps ({steps})")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -176,10 +195,7 @@ class TrainConfig:
             )
         require(self.length is None or self.length >= 2, "length must be at least 2", self.length)
         require(0 <= self.seed < 2**31, "seed must lie in 0..2147483647", self.seed)
-        if self.optimizer.warmup_steps >= self.steps:
-            raise UserError(
-                f"optimizer.warmup_steps ({self.optimizer.warmup_steps}) must be smaller than steps ({self.steps})"
-            )
+        self.optimizer.check_fits(self.steps)
 
     @property
     def unit(self) -> str:

@@ -25,7 +25,7 @@ class Sizes:
       shape: of decoding.
       rounds: samples of each timing.
       rows, nodes, scenes: as of `eval.speed`.
-      images: depths and batch.
+      images: depths and batch of each process.
       new_tokens, samples: of the texts that correctness compares, and of the strings that it counts.
       drafters: that take part.
       steps: jobs of `steps.py`, with their options.
@@ -36,7 +36,7 @@ class Sizes:
     rows: str = "1,16,64"
     nodes: str = "1,2,4,8,16,32,64,128"
     scenes: Sequence[str] = ("1x1024,1x4096", "1x32768", "16x1024", "64x1024")
-    images: tuple[str, str] = ("30,16", "8")
+    images: Sequence[tuple[str, str]] = (("16,8", "8"), ("30,16", "8"))
     new_tokens: int = 128
     samples: int = 2048
     drafters: Sequence[str] = tuple(DRAFTERS)
@@ -53,9 +53,9 @@ class Sizes:
             rows="1,4",
             nodes="1,4",
             scenes=("2x64",),
-            images=("2,1", "1"),
+            images=(("2,1", "1"),),
             new_tokens=16,
-            samples=256,
+            samples=512,
             drafters=tuple(DRAFTERS)[:2],
             steps=tuple((name, "2", "32") for name in JOBS),
         )
@@ -116,9 +116,10 @@ def training(args: argparse.Namespace, sizes: Sizes, left: float) -> Iterator[Gr
 
 
 def images(args: argparse.Namespace, sizes: Sizes, left: float) -> Iterator[Group]:
-    """Published shapes."""
-    depths, batch = sizes.images
-    yield [speed(args, sizes, "images", "images", "--image_depths", depths, "--image_batch", batch)], 180
+    """Published shapes, each alone: what the deepest takes to compile is what is asked."""
+    for depths, batch in sizes.images:
+        options = ("--image_depths", depths, "--image_batch", batch, "--draft_scales", "none")
+        yield [speed(args, sizes, f"images_{depths.partition(',')[0]}", "images", *options)], 180
 
 
 def smollm2(args: argparse.Namespace, sizes: Sizes, left: float) -> Iterator[Group]:

@@ -195,7 +195,7 @@ def test_images_of_the_shapes_and_in_the_dtype_asked_for(
     monkeypatch.setattr(speed, "describe_environment", dict)
     monkeypatch.setattr(speed.jax, "default_backend", lambda: backend)
     speed.main(["--sections", "images", "--rounds", "3", *arguments, "--out", str(tmp_path / "x.json")])
-    assert seen == [((3,), {"depths": depths, "batch": batch, "dtype": dtype})]
+    assert seen == [((3,), {"depths": depths, "draft_scales": (8, 6), "batch": batch, "dtype": dtype})]
     assert "described" in capsys.readouterr().out
     assert json.loads((tmp_path / "x.json").read_text()) == {"images": {}, "environment": {}}
 

@@ -1,6 +1,7 @@
 """Several processes: how they are asked for, when a cluster is seen, and how parts become whole."""
 
 import http.server
+import pathlib
 import socket
 import subprocess
 import sys
@@ -159,3 +160,17 @@ def test_images_are_shared_out(monkeypatch: pytest.MonkeyPatch) -> None:
     assert np.array_equal(made.pixels, expected.pixels) and np.array_equal(made.f_hat, expected.f_hat)
     assert all(np.array_equal(*pair) for pair in zip(made.indices, expected.indices, strict=True))
     assert made.stage_seconds == (3.0, 0.0), "the slowest one's"
+
+
+# Commands that compute nothing, or that start others which do.
+ALONE = {"scripts/fetch_smollm2.py", "scripts/convert.py", "scripts/build_dataset.py", "scripts/pack_drafter.py"}
+
+
+def test_every_command_that_computes_joins_its_processes() -> None:
+    root = pathlib.Path(__file__).resolve().parents[2]
+    commands = [path for room in ("train", "eval", "scripts") for path in sorted((root / room).rglob("*.py"))]
+    sources = {path.relative_to(root).as_posix(): path.read_text() for path in commands}
+    missing = {
+        name for name, text in sources.items() if "@exit_on_user_error" in text and "processes.start(" not in text
+    }
+    assert {name for name in missing if not name.startswith("scripts/accelerator/")} == ALONE

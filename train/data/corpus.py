@@ -18,6 +18,7 @@ from models.errors import UserError
 from models.formats.hf import load_config
 from models.formats.tokenizer import Tokenizer
 from train.config import DataConfig, TrainConfig
+from train.data.features import FeatureRows
 from train.data.order import in_order, shuffled
 
 if TYPE_CHECKING:  # Training steps are timed where Grain and TFDS are not installed.
@@ -61,18 +62,28 @@ class TextCorpus:
       train: documents to learn from.
       valid: documents held out.
       length: tokens per row of a batch.
+      features: the rows to learn from with a target's features beside them, where these are kept on disk.
     """
 
     facts: Tokenizer
     train: "data.Documents"
     valid: "data.Documents"
     length: int
+    features: FeatureRows | None = None
+
+    @property
+    def rows(self) -> "data.PackedRows":
+        """What is learnt from, packed."""
+        from train.data import texts as data
+
+        return data.PackedRows(self.train, self.length)
 
     def batches(self, batch_size: int, seed: int) -> "grain.DatasetIterator":
         """Batches of packed rows."""
-        from train.data import texts as data
-
-        return shuffled(data.PackedRows(self.train, self.length), batch_size, seed, **_this_process())
+        if self.features is None:
+            return shuffled(self.rows, batch_size, seed, **_this_process())
+        # A batch may be of half a gigabyte.
+        return shuffled(self.features, batch_size, seed, **_this_process(), ahead=4)
 
     def validation(self, batch_size: int, max_batches: int | None) -> Iterator[dict[str, np.ndarray]]:
         """Batches of packed rows."""

@@ -36,6 +36,7 @@ def shuffled(
     epochs: int | None = None,
     process_index: int = 0,
     process_count: int = 1,
+    ahead: int = 16,
 ) -> "grain.DatasetIterator":
     """Shuffled batches to train on, each epoch in another order, read ahead by threads.
 
@@ -48,6 +49,7 @@ def shuffled(
       seed: of the shuffles.
       epochs: passes over the examples; None for no end. A last batch that is not full is dropped.
       process_index: which of `process_count` processes this one is; it gets every `process_count`-th example.
+      ahead: batches that are read ahead, and lie in memory.
 
     Returns:
       An iterator of dicts of arrays `[batch_size / process_count, ...]`.
@@ -65,7 +67,7 @@ def shuffled(
 
     data = grain.MapDataset.source(examples).seed(seed).shuffle().repeat(epochs)
     data = data[process_index::process_count].batch(local_size, drop_remainder=True)
-    return iter(data.to_iter_dataset(grain.ReadOptions(num_threads=4, prefetch_buffer_size=16)))
+    return iter(data.to_iter_dataset(grain.ReadOptions(num_threads=4, prefetch_buffer_size=ahead)))
 
 
 def in_order(

@@ -195,14 +195,13 @@ class Eagle3Objective(EagleObjective):
             counts = count_labels(documents, self.model.vocab_size, self._config.labels)
             self._vocabulary = most_frequent(counts, self.heads.vocab_size)
 
-    def load_base(self, mesh):
-        """The target and the draft vocabulary."""
-        base = super().load_base(mesh)
+    def beside_target(self, mesh):
+        """The draft vocabulary."""
         if not self.heads.vocab_size:
-            return base
+            return {}
         if self._vocabulary is None:
             raise ValueError("the draft vocabulary is not known before `scan_data` has seen the training split")
-        return {**base, "draft_vocab": jax.device_put(self._vocabulary, NamedSharding(mesh, PartitionSpec()))}
+        return {"draft_vocab": jax.device_put(self._vocabulary, NamedSharding(mesh, PartitionSpec()))}
 
     def init(self, key, base):
         """As for any drafter, but the head begins as the target's on the draft vocabulary, which is not trained."""
