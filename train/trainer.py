@@ -199,6 +199,8 @@ def train(config: TrainConfig, workdir: Path, profile: tuple[int, int] | None = 
     """
     corpus = open_corpus(config)
     plan = make_plan(config, corpus.facts)
+    if isinstance(corpus, TextCorpus):
+        corpus = corpus.within(plan.objective.model.vocab_size, config.data)
     plan.objective.scan_data(corpus.train)
     batches = corpus.batches(config.batch_size, config.seed)
     evaluate = make_evaluation(plan, corpus)
