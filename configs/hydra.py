@@ -11,7 +11,7 @@ The default learns from the target: cross-entropy with its distribution (soft la
 with 100 warm-up steps, a cosine to 0.33 of that and weight decay 0.1; its batch, length and steps stay those of this
 file.
 
-`configs/hydra.py:quickstart` is the short job of `scripts/quickstart.sh`: about 80 s, enough to see drafts
+`configs/hydra.py:quickstart` is the short job of `scripts/quickstart.sh --offline`: about 80 s, enough to see drafts
 accepted, too few for the heads' best. `configs/hydra.py:smoke` takes 20 short steps, within 1 min on two CPU cores for
 targets of up to 10M parameters; expect falling losses and equal `loop` and `replay` shares.
 """

@@ -8,9 +8,9 @@ r"""Pretrains a small Llama-shaped target on source code.
 time: half an hour on two CPU cores, at the quickstart's 1.2 s per 1,024 tokens. Expected result: a target directory,
 runs/lm/target, and its perplexity on held-out files in the last line.
 
-`configs/lm.py:quickstart` is the short job of `scripts/quickstart.sh`, 4 to 5 min on two CPU cores: a model that
-has learnt the commonest turns of code and no more. `configs/lm.py:smoke` runs the same path on a 0.2M-parameter model,
-within 1 min on two CPU cores; expect a loss that falls from about log(vocabulary size).
+`configs/lm.py:quickstart` is the short job of `scripts/quickstart.sh --offline`, 4 to 5 min on two CPU cores: a model
+that has learnt the commonest turns of code and no more. `configs/lm.py:smoke` runs the same path on a 0.2M-parameter
+model, within 1 min on two CPU cores; expect a loss that falls from about log(vocabulary size).
 """
 
 from ml_collections import ConfigDict

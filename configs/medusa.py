@@ -10,7 +10,7 @@ The default learns from the target: cross-entropy with its distribution (soft la
 `configs/medusa.py:paper` has the published loss and optimizer instead: cross-entropy with the text, AdamW at
 1e-3 with 10 % warm-up, a cosine to 0 and no weight decay; its batch, length and steps stay those of this file.
 
-`configs/medusa.py:quickstart` is the short job of `scripts/quickstart.sh`: about 80 s, enough to see drafts
+`configs/medusa.py:quickstart` is the short job of `scripts/quickstart.sh --offline`: about 80 s, enough to see drafts
 accepted, too few for the heads' best. `configs/medusa.py:smoke` takes 20 short steps, within 1 min on two CPU cores for
 targets of up to 10M parameters; expect falling losses and equal `loop` and `replay` shares.
 """

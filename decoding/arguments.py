@@ -126,8 +126,10 @@ def at_least_one(value: Any, name: str, unit: str = "") -> int:
     return int(value)
 
 
-def check_kinds(mesh: Any, typical: Any, on_tokens: Any) -> None:
-    """Raises UserError where one of these is neither None nor of its kind."""
+def check_kinds(target: Any, mesh: Any, typical: Any, on_tokens: Any) -> None:
+    """Raises UserError where there is no target, or one of the others is neither None nor of its kind."""
+    if not isinstance(target, Target):
+        raise UserError(f"target must be a Target, as load_target returns it, got a {type(target).__name__}")
     for name, value, kind in (("mesh", mesh, Mesh), ("typical", typical, Typical)):
         if value is not None and not isinstance(value, kind):
             raise UserError(f"{name} must be a {kind.__name__} or None, got {_described(value)}")

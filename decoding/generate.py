@@ -124,9 +124,7 @@ def generate(
       UserError: an argument of another kind, an empty prompt, a token outside the vocabulary, a request that fits no
         context or cache, parameters of another drafter or off the mesh; or scores of the target that are not finite.
     """
-    if not isinstance(target, Target):
-        raise UserError(f"target must be a Target, as load_target returns it, got a {type(target).__name__}")
-    check_kinds(mesh, typical, on_tokens)
+    check_kinds(target, mesh, typical, on_tokens)
     config, params = target.config, target.params
     mesh = mesh_of(params) if mesh is None else mesh
     drafter, drafter_params = drafter_and_params(drafter, drafter_params, target, mesh)
@@ -264,7 +262,8 @@ def _check_lengths(config, prompts, limits, drafter) -> tuple[int, int]:
                 f"prompt {row} has {len(prompt)} tokens and {limit} new ones were asked for, more than the target's "
                 f"context of {config.max_position}"
             )
-    needed = max(slots_needed(len(p), limit, drafter.max_depth) for p, limit in zip(prompts, limits, strict=True))
+    depth, sizes = drafter.max_depth, {(len(prompt), limit) for prompt, limit in zip(prompts, limits, strict=True)}
+    needed = max(slots_needed(length, limit, depth) for length, limit in sizes)
     return needed, sum(_chunk_sizes(max(map(len, prompts))))
 
 

@@ -36,7 +36,7 @@ class Counters:
     @classmethod
     def zeros(cls, batch: int, depth: int, nodes: int) -> "Counters":
         """All counts at 0."""
-        zero = lambda *shape: jnp.zeros(shape, jnp.int32)  # noqa: E731
+        zero = lambda *shape: jnp.asarray(np.zeros(shape, np.int32))  # noqa: E731
         return cls(zero(batch), zero(batch), zero(batch, depth), zero(batch, nodes))
 
     def record(
@@ -125,8 +125,8 @@ class Stats:
         return at_least[:-1] - at_least[1:]
 
     def line(self) -> str:
-        """One line for people."""
-        by_depth = " ".join(f"{x:.2f}" for x in self.conditional_acceptance)
+        """One line for people; depths that no step reached are left out."""
+        by_depth = " ".join(f"{x:.2f}" for x in self.conditional_acceptance if not np.isnan(x))
         text = (
             f"{self.committed} tokens in {self.steps} target forwards, acceptance length {self.acceptance_length:.2f}"
         )

@@ -27,9 +27,10 @@ import numpy as np
 
 from decoding.drafter import Drafter
 from decoding.drafters.registry import load_drafter
-from decoding.generate import Generation, generate
+from decoding.generate import Generation
 from decoding.policies.published import PUBLISHED
 from decoding.sampling import Sampling
+from decoding.spread import generate_together
 from decoding.stats import Stats
 from decoding.trees import SAMPLED_RULES
 from eval.measure.progress import Progress
@@ -39,13 +40,14 @@ from eval.text.benchmark import ratio_interval
 from eval.text.budget import Fitter
 from eval.text.prompts import Prompt, document_prompts, encode_questions, read_questions
 from eval.text.results import describe_target
-from models import command_line
-from models.command_line import add_overwrite, at_least, numbers
+from models import command_line, processes
+from models.command_line import add_distributed, add_overwrite, at_least, numbers
 from models.errors import UserError, exit_on_user_error
 from models.formats.target import Target, load_target
 
 BUDGETS = (8, 16, 32, 64)
 TEMPERATURES = (0.0, 1.0)
+_NOT_RECORDED = ("out", "overwrite", "distributed")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -86,8 +88,8 @@ def parse_method(text: str, target: Target) -> Method:
 def decode(
     target: Target, prompts: Sequence[Prompt], new_tokens: int, temperature: float, drafter=None, params=None
 ) -> Generation:
-    """All prompts in one batch; a prompt's draws are keyed by its place in the list, the same for everybody."""
-    return generate(
+    """All prompts in one batch per process; a prompt's draws are keyed by its place in the list, whoever drafts."""
+    return generate_together(
         target,
         [prompt.tokens for prompt in prompts],
         drafter=drafter,
@@ -253,7 +255,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--temperatures", type=numbers(float), default="0,1", help="0 is greedy")
     parser.add_argument("--out", required=True, help="directory for results.json and report.html")
     add_overwrite(parser)
+    add_distributed(parser)
     args = parser.parse_args(argv)
+    processes.start(args.distributed)
     keep_results(args.out, args.overwrite)
     target = load_target(args.target)
     methods = [parse_method(text, target) for text in args.methods]
@@ -276,7 +280,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             progress=progress,
         )
     results = {
-        "config": {name: value for name, value in vars(args).items() if name not in ("out", "overwrite")},
+        "config": {name: value for name, value in vars(args).items() if name not in _NOT_RECORDED},
         "target": describe_target(target),
         "methods": [_describe(method, target) for method in methods],
         "cells": cells,

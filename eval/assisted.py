@@ -26,8 +26,8 @@ from eval.peers import text as peer
 from eval.report.files import write_json
 from eval.text.prompts import document_prompts
 from eval.text.results import describe_target
-from models import command_line, load_target, schema
-from models.command_line import add_overwrite, at_least, keep_files
+from models import command_line, load_target, processes, schema
+from models.command_line import add_distributed, add_overwrite, at_least, keep_files
 from models.errors import UserError, exit_on_user_error
 
 # One way of decoding: prompt tokens -> new tokens, and target forwards where they are counted.
@@ -173,7 +173,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--rounds", type=at_least(1), default=3, help="times that every prompt is decoded every way")
     parser.add_argument("--out", type=Path, help="JSON file to write")
     add_overwrite(parser)
+    add_distributed(parser)
     args = parser.parse_args(argv)
+    processes.start(args.distributed)
     keep_files([args.out], args.overwrite)
     with Progress() as progress:
         results = run(

@@ -1,7 +1,7 @@
 """Measures drafters against plain decoding, and the target itself.
 
     python -m eval.main --config=configs/eval/decode.py --config.target=DIR --config.drafters=none,DIR,DIR
-        [--config.prompts=FILE ...]
+        [--config.prompts=FILE ...] [--distributed=HOST:PORT,N,I]
 
 Prints the table of runs and writes `results.json` and `report.html` to `--config.out`.
 """
@@ -33,12 +33,12 @@ from eval.text.prompts import (
     spread,
 )
 from eval.text.results import describe_target, samples
-from models import schema
+from models import processes, schema
 from models.errors import UserError, exit_on_user_error
 from models.formats.target import Target, load_target
 from models.schema import require
 from models.sharding import parse_mesh
-from train.command_line import read_flags
+from train.command_line import DISTRIBUTED, read_flags
 
 DOCUMENTS = 16
 
@@ -71,7 +71,7 @@ class DecodeConfig:
       length: tokens per row of what is measured on.
       rows: how many rows, the first ones.
       samples: prompts whose continuation the report shows.
-      mesh: devices that share the work, such as `tensor=4`; None is one device.
+      mesh: devices of each process that share its work, such as `tensor=4`; None is one device.
     """
 
     target: str | None = None
@@ -207,7 +207,9 @@ def eval_command(argv: list[str]) -> None:
     if _CONFIG.value is None:
         raise UserError("what to measure? Give --config=configs/eval/decode.py")
     source = flags.FLAGS["config"].config_filename  # type: ignore[attr-defined]
-    run(schema.parse(DecodeConfig, _CONFIG.value.to_dict(), place=source))
+    config = schema.parse(DecodeConfig, _CONFIG.value.to_dict(), place=source)
+    processes.start(DISTRIBUTED.value)
+    run(config)
 
 
 @exit_on_user_error

@@ -17,10 +17,14 @@ Prints and saves, with the terms of `eval/text/benchmark.py`:
                          without the choice of candidates (timed alone); `step_over_forwards` is step_ms over the sum
                          of forward_ms and network_ms; `overhead_share` is what verdict, commit and update take of a
                          step, and `sampled` holds these and the step at temperature 1 with top-p 0.9
+    replay               list of {nodes, ms_per_token, forward_ms, acceptance_length, speedup, loop_efficiency}: decodes
+                         whose candidates cost nothing and are accepted at a rate of 0.8, in chains of so many rows
+                         (`eval/measure/replay.py`)
     growth               list of {batch, context, drafters: name -> {step_ms, compile_seconds}}: the fused loop's step
                          as batch and context grow, and its compilation, or None where it was compiled before
-    huggingface          {ms_per_token} of transformers' `generate` on the same shape and prompt length, where torch and
-                         transformers are installed, else null
+    huggingface          {ms_per_token, static: {ms_per_token}} of transformers' `generate` on the same shape, prompt
+                         length and kind of device, with its dynamic and its static cache, where torch and transformers
+                         are installed for that device, else null
     images               on request and alone: see `eval/images/speed.py`
     shape, environment   what was measured, and on what
 
@@ -45,9 +49,11 @@ from decoding.drafters.early_exit import EarlyExit
 from decoding.drafters.hydra import Hydra
 from decoding.drafters.lookahead import Lookahead
 from decoding.drafters.medusa import Medusa
+from decoding.drafters.oracle import Oracle
 from decoding.drafters.plain import Plain
 from decoding.drafters.prompt_lookup import PromptLookup
 from decoding.drafters.token_recycling import TokenRecycling
+from decoding.generate import bucket
 from decoding.policies import Confidence, Static, StochasticBeam
 from decoding.sampling import Sampling
 from eval.images.speed import describe as describe_images
@@ -56,11 +62,13 @@ from eval.measure.bandwidth import bandwidth_block, block_side, bytes_per_token,
 from eval.measure.environment import describe_environment
 from eval.measure.parts import Scene, Step, network_ms, rows_forward, step_parts
 from eval.measure.progress import Progress
+from eval.measure.replay import Replay, efficiency
 from eval.measure.timing import Timed, Timing, measure
 from eval.peers import text as peer
-from eval.report.files import write_json
-from models import command_line
-from models.command_line import add_overwrite, at_least, keep_files, like, listed
+from eval.report.files import make_directory, write_json
+from eval.report.speed import describe
+from models import command_line, processes
+from models.command_line import add_distributed, add_overwrite, at_least, keep_files, like, listed, numbers
 from models.config import TransformerConfig
 from models.errors import UserError, exit_on_user_error
 from models.formats.hf import load_config
@@ -92,6 +100,18 @@ SHAPES = {
         max_position=8192,
         rope_theta=500_000.0,
     ),
+    "llama3-1b": TransformerConfig(
+        vocab_size=128_256,
+        width=2048,
+        num_layers=16,
+        num_heads=32,
+        num_kv_heads=8,
+        head_dim=64,
+        mlp_width=8192,
+        max_position=8192,
+        rope_theta=500_000.0,
+        tied_embeddings=True,
+    ),
     "tiny": TransformerConfig(
         vocab_size=256,
         width=32,
@@ -104,6 +124,45 @@ SHAPES = {
         tied_embeddings=True,
     ),
 }
+
+
+SECTIONS = ("bandwidth", "rows", "plain", "drafters", "replay", "growth", "huggingface")
+IMAGES = "images"  # Only asked for alone: it shares no model with the others.
+SAMPLED = Sampling(temperature=1.0, top_p=0.9)
+# Batch and context of the growth section, and the drafters that it follows, all in memory at once: the caches of 16
+# texts of 4096 tokens would take 20 GB.
+SCENES = tuple((batch, context) for batch in (1, 4, 16) for context in (128, 1024, 4096) if batch * context <= 2**14)
+FOLLOWED = ("hydra", "eagle2", "token_recycling")
+ROWS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
+PROMPT_LENGTH = 128
+STEPS_PER_GROWTH_SAMPLE = 3
+ORACLE_NODES = (1, 2, 4, 8, 16, 32, 64, 128)
+ORACLE_TOKENS = 256
+ORACLE_RATE = 0.8
+PEER_TOKENS = 16
+GIB = 2**30
+
+
+@dataclasses.dataclass(frozen=True)
+class Scale:
+    """What the sections go through.
+
+    Attributes:
+      rows: of the target's forward.
+      nodes: of the oracle's chains, 1 first.
+      scenes: batch and context of the growth section.
+    """
+
+    rows: Sequence[int] = ROWS
+    nodes: Sequence[int] = ORACLE_NODES
+    scenes: Sequence[tuple[int, int]] = SCENES
+
+    def __post_init__(self):
+        for name, given in (("rows", self.rows), ("nodes", self.nodes), ("scenes", sum(self.scenes, ()))):
+            if not given or min(given) < 1:
+                raise UserError(f"--{name} must be numbers of at least 1, got {', '.join(map(str, given)) or 'none'}")
+        if self.nodes[0] != 1:
+            raise UserError(f"--nodes must begin with 1, plain decoding, got {self.nodes[0]}")
 
 
 def draft_shape(target: TransformerConfig) -> TransformerConfig:
@@ -128,18 +187,6 @@ DRAFTERS: dict[str, Callable[[TransformerConfig], Drafter]] = {
     "rsd-s": lambda target: DraftModel(draft_shape(target), StochasticBeam()),
     "early_exit": lambda target: EarlyExit(max(1, target.num_layers // 6), Static()),
 }
-SECTIONS = ("bandwidth", "rows", "plain", "drafters", "growth", "huggingface")
-IMAGES = "images"  # Only asked for alone: it shares no model with the others.
-SAMPLED = Sampling(temperature=1.0, top_p=0.9)
-# Batch and context of the growth section, and the drafters that it follows, all in memory at once: the caches of 16
-# texts of 4096 tokens would take 20 GB.
-SCENES = tuple((batch, context) for batch in (1, 4, 16) for context in (128, 1024, 4096) if batch * context <= 2**14)
-FOLLOWED = ("hydra", "eagle2", "token_recycling")
-ROWS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
-PROMPT_LENGTH = 128
-STEPS_PER_GROWTH_SAMPLE = 3
-PEER_TOKENS = 16
-GIB = 2**30
 
 
 def run(
@@ -148,6 +195,7 @@ def run(
     drafters: Sequence[str] = tuple(DRAFTERS),
     rounds: int = 9,
     bandwidth_bytes: int = GIB,
+    scale: Scale | None = None,
     progress: Callable[[str], None] = lambda line: None,
 ) -> dict[str, Any]:
     """Measures.
@@ -158,6 +206,7 @@ def run(
       drafters: of `DRAFTERS`.
       rounds: samples of each timing.
       bandwidth_bytes: size of what the bandwidth is read from.
+      scale: how many rows, nodes, texts and tokens the sections go through; None is the default.
       progress: told what is being done.
 
     Returns:
@@ -180,8 +229,11 @@ def run(
     # Joined, as `load_target` hands them to the loop.
     params = jax.jit(lambda key: for_decoding(init(config, key, dtype)))(jax.random.key(0))
     maker = _Maker(config, params, progress)
-    timings = measure(_parts(maker, sections, drafters, bandwidth_bytes), rounds, progress)
-    growth = {"growth": _growth(maker, drafters, rounds, progress)} if "growth" in sections else {}
+    scale = scale or Scale()
+    parts = _parts(maker, sections, drafters, bandwidth_bytes, scale)
+    timings = measure(parts, rounds, progress)
+    replays = {"replay": _replay_entries(parts, timings, scale.nodes)} if "replay" in sections else {}
+    growth = {"growth": _growth(maker, drafters, rounds, scale.scenes, progress)} if "growth" in sections else {}
     return {
         "shape": {
             "name": shape,
@@ -189,6 +241,7 @@ def run(
             "dtype": dtype.__name__,
         },
         **_summarise(maker, sections, drafters, bandwidth_bytes, timings),
+        **replays,
         **growth,
         "environment": describe_environment(),
     }
@@ -223,7 +276,7 @@ class _Maker:
         return Scene.with_room(self.config, self.params, context, deepest, batch)
 
 
-def _parts(maker: _Maker, sections, drafters, bandwidth_bytes) -> dict[str, Timed]:
+def _parts(maker: _Maker, sections, drafters, bandwidth_bytes, scale: Scale) -> dict[str, Timed]:
     """Everything that the sections need, by a name that says what it is."""
     wanted = set(sections)
     scene = maker.scene(drafters if "drafters" in wanted else ())
@@ -231,7 +284,7 @@ def _parts(maker: _Maker, sections, drafters, bandwidth_bytes) -> dict[str, Time
     if wanted & {"bandwidth", "plain"}:
         block = bandwidth_block(bandwidth_bytes)
         parts |= {"reduction": reduction(block), "matvec": matrix_vector(block)}
-    counts = ROWS if "rows" in wanted else (1,) if "drafters" in wanted else ()
+    counts = sorted({1, *scale.rows}) if "rows" in wanted else (1,) if "drafters" in wanted else ()
     parts |= {f"rows {count}": rows_forward(scene, count) for count in counts}
     if wanted & {"plain", "drafters"}:
         parts["plain"] = Step(scene, Plain(), None)
@@ -241,20 +294,51 @@ def _parts(maker: _Maker, sections, drafters, bandwidth_bytes) -> dict[str, Time
         parts |= {
             f"{name} sampled {part}": warm[part] for part in ("verdict", "commit", "update", "step") if part in warm
         }
+    if "replay" in wanted:
+        parts |= _replays(maker, scale.nodes)
     if "huggingface" in wanted and peer.is_installed():
         prompt = maker.scene(()).tokens(PROMPT_LENGTH)[0].tolist()
-        parts["huggingface"] = peer.HuggingFace(maker.config, prompt, PEER_TOKENS)
+        parts["huggingface"] = own = peer.HuggingFace(maker.config, prompt, PEER_TOKENS, _dtype().__name__)
+        parts["huggingface static"] = peer.HuggingFace(maker.config, prompt, PEER_TOKENS, like=own)
     return parts
+
+
+def _replays(maker: _Maker, counts: Sequence[int]) -> dict[str, Timed]:
+    """Replays, and the target's forward on their rows, all with caches of one size."""
+    known = PROMPT_LENGTH + ORACLE_TOKENS + 1
+    scene = Scene(maker.config, maker.params, PROMPT_LENGTH, bucket(known + max(counts)))
+
+    def told(text, rate):
+        return {"text": text[:known], "rate": jnp.float32(rate)}
+
+    parts: dict[str, Timed] = {}
+    for nodes in counts:
+        drafter = Oracle(nodes - 1, known) if nodes > 1 else Plain()
+        params_of = told if nodes > 1 else lambda text, rate: None
+        parts[f"replay {nodes}"] = Replay(scene, drafter, params_of, ORACLE_TOKENS, ORACLE_RATE)
+        parts[f"replay rows {nodes}"] = rows_forward(scene, nodes)
+    return parts
+
+
+def _replay_entries(parts: dict[str, Timed], timings: dict[str, Timing], counts: Sequence[int]) -> list[dict[str, Any]]:
+    first = counts[0]
+    base = timings[f"replay {first}"], timings[f"replay rows {first}"]
+    entries = []
+    for nodes in counts:
+        replay, mine, wide = parts[f"replay {nodes}"], timings[f"replay {nodes}"], timings[f"replay rows {nodes}"]
+        assert isinstance(replay, Replay)
+        entries.append({"nodes": nodes, **efficiency(*base, mine, wide, replay.acceptance_length)})
+    return entries
 
 
 def _followed(drafters: Sequence[str]) -> tuple[str, ...]:
     return tuple(name for name in FOLLOWED if name in drafters)
 
 
-def _growth(maker: _Maker, drafters: Sequence[str], rounds: int, progress: Callable[[str], None]) -> list[dict]:
+def _growth(maker: _Maker, drafters: Sequence[str], rounds: int, scenes, progress: Callable[[str], None]) -> list[dict]:
     """Scene by scene, because their caches would not fit into memory together; within one, interleaved as ever."""
     found = []
-    for batch, context in SCENES:
+    for batch, context in scenes:
         progress(f"batch {batch}, context {context}")
         names = ("none", *_followed(drafters))
         scene = maker.scene(_followed(drafters), context, batch)
@@ -278,7 +362,8 @@ def _summarise(maker: _Maker, sections, drafters, bandwidth_bytes, timings: dict
         results["bandwidth_gb_per_s"], results["bandwidth_best_gb_per_s"] = bandwidth, best
         results["bandwidth_by_kind_gb_per_s"] = rates
     if "rows" in sections:
-        results["rows"] = [{"rows": count, **_ms("ms", timings[f"rows {count}"])} for count in ROWS]
+        counts = [int(name.removeprefix("rows ")) for name in timings if name.startswith("rows ")]
+        results["rows"] = [{"rows": count, **_ms("ms", timings[f"rows {count}"])} for count in counts]
     if "plain" in sections:
         per_token = bytes_per_token(maker.config, maker.params)
         rate = per_token / timings["plain"].median / 1e6
@@ -292,7 +377,10 @@ def _summarise(maker: _Maker, sections, drafters, bandwidth_bytes, timings: dict
         results["drafters"] = {name: _drafter(name, maker(name)[0].max_nodes, timings) for name in drafters}
     if "huggingface" in sections:
         found = timings.get("huggingface")
-        results["huggingface"] = _ms("ms_per_token", found) if found else None
+        results["huggingface"] = None
+        if found:
+            static = {"static": _ms("ms_per_token", timings["huggingface static"])}
+            results["huggingface"] = {**_ms("ms_per_token", found), **static}
     return results
 
 
@@ -343,44 +431,6 @@ def _ms(key: str, timing: Timing) -> dict[str, float]:
     return {key: timing.median, f"{key}_min": timing.minimum}
 
 
-def describe(results: dict[str, Any]) -> str:
-    """The results as text for a terminal."""
-    lines = [f"shape {results['shape']['name']}, {results['shape']['parameters'] / 1e6:.1f}M parameters"]
-    if "bandwidth_gb_per_s" in results:
-        kinds = ", ".join(f"{name} {rate:.1f}" for name, rate in results["bandwidth_by_kind_gb_per_s"].items())
-        best = results["bandwidth_best_gb_per_s"]
-        lines.append(f"bandwidth          {results['bandwidth_gb_per_s']:.1f} GB/s ({kinds}; best round {best:.1f})")
-    if "plain" in results:
-        plain = results["plain"]
-        share = plain["bandwidth_share"]
-        lines.append(f"plain decoding     {plain['ms_per_token']:.2f} ms/token, {share:.0%} of the bandwidth")
-    if results.get("huggingface"):
-        text = f"transformers       {results['huggingface']['ms_per_token']:.2f} ms/token"
-        if "plain" in results:
-            ratio = results["huggingface"]["ms_per_token"] / results["plain"]["ms_per_token"]
-            text += f"; plain decoding here is {ratio:.2f}x as fast"
-        lines.append(text)
-    elif "huggingface" in results:
-        lines.append("transformers       not installed")
-    if "rows" in results:
-        lines.append("forward, ms        " + "  ".join(f"{row['rows']}: {row['ms']:.2f}" for row in results["rows"]))
-    for name, entry in results.get("drafters", {}).items():
-        pieces = " + ".join(f"{part} {entry[f'{part}_ms']:.2f}" for part in ("draft", "verify", "commit", "update"))
-        lines.append(f"{name:<18} step {entry['step_ms']:.2f} ms ({pieces} alone), {entry['tree_nodes']} rows")
-        lines.append(
-            f"{'':<18} judge + commit + learn {entry['overhead_share']:.1%} of a step, "
-            f"{entry['sampled']['overhead_share']:.1%} at temperature 1 with top-p 0.9"
-        )
-        lines.append(
-            f"{'':<18} {entry['step_over_forwards']:.2f}x its forwards (target {entry['forward_ms']:.2f} + network "
-            f"{entry['network_ms']:.2f} ms), loop efficiency {entry['loop_efficiency']:.0%}"
-        )
-    for row in results.get("growth", []):
-        pieces = ", ".join(f"{name} {entry['step_ms']:.1f}" for name, entry in row["drafters"].items())
-        lines.append(f"batch {row['batch']:>2}, context {row['context']:>4}, ms per step: {pieces}")
-    return "\n".join(lines)
-
-
 def _check_out(out: Path) -> None:
     """Refuses before the measurements what could not be written after them."""
     if out.is_dir():
@@ -390,6 +440,11 @@ def _check_out(out: Path) -> None:
         raise UserError(f"cannot write {out}: {nearest} is not a directory")
     if not os.access(nearest, os.W_OK | os.X_OK):
         raise UserError(f"cannot write {out}: {nearest} is not writable")
+
+
+def _scenes(text: str) -> list[tuple[int, int]]:
+    pair = like(r"(\d+)x(\d+)", "BATCHxCONTEXT, such as 16x1024", lambda found: (int(found[0]), int(found[1])))
+    return [pair(part) for part in text.split(",")]
 
 
 @exit_on_user_error
@@ -403,24 +458,37 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--drafters", type=listed, default=",".join(DRAFTERS), help="comma-separated")
     depths = like(r"(\d+),(\d+)", "two depths, the deeper first, such as 30,16", lambda found: tuple(map(int, found)))
     parser.add_argument("--image_depths", type=depths, default="16,8", help="of both VAR models, deeper first")
+    scales = like(
+        r"none|(\d+(?:,\d+)*)",
+        "numbers such as 8,6, or none",
+        lambda found: tuple(map(int, (found[0] or "").split(",") if found[0] else ())),
+    )
+    parser.add_argument("--draft_scales", type=scales, default="8,6", help="of collaborating VAR models, or none")
     parser.add_argument("--image_batch", type=at_least(1), default=2, help="images made together")
+    parser.add_argument("--rows", type=numbers(int), default=Scale.rows, help="of the target's forward")
+    parser.add_argument("--nodes", type=numbers(int), default=Scale.nodes, help="of the oracle's chains, 1 first")
+    parser.add_argument("--scenes", type=_scenes, default=Scale.scenes, help="BATCHxCONTEXT,... of the section growth")
     parser.add_argument("--rounds", type=at_least(1), default=9, help="samples of each timing")
     parser.add_argument("--out", type=Path, help="JSON file to write")
     add_overwrite(parser)
+    add_distributed(parser)
     args = parser.parse_args(argv)
+    processes.start(args.distributed)
     if args.out is not None:
         _check_out(args.out)
         keep_files([args.out], args.overwrite)
     with Progress() as progress:
         if args.sections == [IMAGES]:
-            shapes = {"depths": args.image_depths, "batch": args.image_batch, "dtype": _dtype()}
+            shapes = {"depths": args.image_depths, "draft_scales": args.draft_scales}
+            shapes |= {"batch": args.image_batch, "dtype": _dtype()}
             results = {"images": run_images(args.rounds, **shapes, progress=progress)}
             results["environment"] = describe_environment()
         else:
-            results = run(args.shape, args.sections, args.drafters, args.rounds, progress=progress)
+            scale = Scale(args.rows, args.nodes, args.scenes)
+            results = run(args.shape, args.sections, args.drafters, args.rounds, scale=scale, progress=progress)
     print("\n".join(describe_images(results["images"])) if args.sections == [IMAGES] else describe(results))
     if args.out is not None:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
+        make_directory(args.out.parent)
         write_json(results, args.out)
         print(f"wrote {args.out}")
 

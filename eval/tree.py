@@ -39,8 +39,8 @@ from eval.measure.progress import Progress
 from eval.measure.timing import Timed, measure
 from eval.text.metrics import head_ranks
 from eval.text.prompts import BUILT_IN, Question, Room, document_prompts, encode_questions, read_questions
-from models import command_line
-from models.command_line import at_least
+from models import command_line, processes
+from models.command_line import add_distributed, at_least
 from models.errors import UserError, exit_on_user_error
 from models.formats.target import Target, load_target
 
@@ -281,8 +281,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--policy", "--growth", help="measure nothing and take this policy, as in dyspec:budget=32,depth=5"
     )
+    add_distributed(parser)
     parser.add_argument("--write", action="store_true", help="put it into the drafter's drafter.json")
     args = parser.parse_args(argv)
+    processes.start(args.distributed)
     target = load_target(args.target)
     drafter, params = load_drafter(args.drafter, target)
     if args.policy is not None:
@@ -323,7 +325,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def _write(args: argparse.Namespace, tree: Topology | TreePolicy, rows: int) -> None:
     if args.write:
-        write_tree(args.drafter, tree)
+        processes.on_first(lambda: write_tree(args.drafter, tree))
         print(f"wrote the tree of {rows} rows to {Path(args.drafter) / 'drafter.json'}")
 
 

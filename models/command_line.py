@@ -17,6 +17,10 @@ from typing import Any, NoReturn
 from models.errors import UserError
 from models.schema import nearest
 
+DISTRIBUTED = (
+    "the processes of this job: HOST:PORT of process 0, their number, and which one this is; off: this one alone "
+    "(default: as SLURM, Open MPI or the TPU pod says)"
+)
 _KINDS = {"int": "a whole number", "float": "a number"}
 
 
@@ -57,6 +61,11 @@ def parser(module: str, docstring: str | None) -> argparse.ArgumentParser:
 def add_overwrite(parser: argparse.ArgumentParser) -> None:
     """The option `--overwrite`, without which `keep_files` lets nothing be replaced."""
     parser.add_argument("--overwrite", action="store_true", help="replace what is there")
+
+
+def add_distributed(parser: argparse.ArgumentParser) -> None:
+    """The option `--distributed`, for `models.processes.start`."""
+    parser.add_argument("--distributed", metavar="HOST:PORT,N,I", help=DISTRIBUTED)
 
 
 def keep_files(paths: Iterable[str | Path | None], overwrite: bool, option: str = "--overwrite") -> None:

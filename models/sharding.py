@@ -55,7 +55,8 @@ def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices=None) -> M
 
 
 def parse_mesh(text: str) -> Mesh:
-    """A mesh from `data=2,tensor=4`: over as many of the devices as the axes multiply to; -1 takes what is left.
+    """A mesh from `data=2,tensor=4`: over as many of this process's devices as the axes multiply to; -1 takes what is
+    left.
 
     Raises:
       UserError: an axis that does not exist, a size that is no number, or more devices than there are.
@@ -67,7 +68,7 @@ def parse_mesh(text: str) -> Mesh:
             raise UserError(f"mesh {text!r} is not a list of sizes of {', '.join(AXES)}, such as data=2,tensor=4")
         sizes[axis] = int(size)
     sizes = {"data": 1} | sizes
-    devices = jax.devices()
+    devices = jax.local_devices()
     if -1 not in sizes.values():
         devices = devices[: int(np.prod(list(sizes.values())))]
     return make_mesh(**sizes, devices=devices)

@@ -12,7 +12,8 @@ grow with depth). Caches lie as the layers do.
 """
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -25,6 +26,7 @@ from models.attention import ALONE, Rows, Sources, StackedRows, softcap, wide
 from models.config import TransformerConfig
 from models.layers import Block, RMSNorm, call, joined_name, rope_angles
 from models.layout import Layout
+from models.linear import Kernel, in_blocks, product_with_rows, whole
 from models.sharding import split_vocabulary
 
 Params = dict
@@ -105,11 +107,24 @@ def unstack_layers(params: Params) -> Params:
 def for_decoding(params: Params, mesh: Mesh | None = None) -> Params:
     """Parameters as decoding reads them: a list of layers, whose projections are joined where there is no mesh.
 
-    Parameters that are in that form already come back as they are.
+    On CPU large kernels of layers are then in blocks (`models/linear.py`). Parameters that are in that form already
+    come back as they are.
     """
     if not isinstance(params["layers"], list):
         params = unstack_layers(params)
-    return params if mesh is not None else join_projections(params)
+    if mesh is not None:
+        return params
+    params = join_projections(params)
+    return {**params, "layers": map_kernels(in_blocks, params["layers"])}
+
+
+def map_kernels(function: Callable[[Kernel], Kernel], params: Any) -> Any:
+    """Parameters after `function` was applied to every kernel among them."""
+
+    def mapped(path, leaf):
+        return function(leaf) if path[-1] == jax.tree_util.DictKey("kernel") else leaf
+
+    return jax.tree.map_with_path(mapped, params)
 
 
 # Maps of the same input, which decoding on one device runs as one product.
@@ -137,7 +152,8 @@ def join_projections(params: Params) -> Params:
 
 
 def split_projections(config: TransformerConfig, params: Params) -> Params:
-    """The inverse of `join_projections`; parameters that are not joined come back as they are."""
+    """The inverse of `for_decoding` but for stacking; parameters that are not joined come back as they are."""
+    params = {**params, "layers": map_kernels(whole, params["layers"])}
     query, key = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
     ends = {"attention": [query, query + key], "mlp": [config.mlp_width]}
 
@@ -170,7 +186,7 @@ def head(config: TransformerConfig, params: Params, hidden: Float[Array, "*B H"]
     """Logits of post-norm features, float32 or wider, soft-capped if the family does so."""
     dtype = wide(hidden.dtype)
     if config.tied_embeddings:
-        logits = jnp.einsum("...H,VH->...V", hidden, params["embed"]["embedding"], preferred_element_type=dtype)
+        logits = product_with_rows(hidden, params["embed"]["embedding"], dtype)
     else:
         logits = jnp.einsum("...H,HV->...V", hidden, params["head"]["kernel"], preferred_element_type=dtype)
     return softcap(split_vocabulary(logits), config.logit_softcap)

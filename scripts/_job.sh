@@ -1,11 +1,52 @@
 # Sourced by scripts that do a whole job, from data to results, in one directory.
 #
+#   job_options USAGE "$@"     reads the options that USAGE shows, each into the variable of its name: --out DIR, --file FILE
+#                              (which must exist), --flag (yes); those that are not [in brackets] must be given
 #   job_begin MARKER PART...   makes $out ready, a directory that holds this job alone, known by its file MARKER; with
 #                              $fresh set, removes its PARTs first, so that the job starts over
 #   run MODULE ARGUMENT...     a command of the job, printed so that it can be copied, changed and run again
+#   job_finished WHAT          ends the job where $out/results/results.json is there already
 #   job_end                    says how long it took
 
 source "$(dirname "${BASH_SOURCE[0]}")/_venv.sh"
+
+job_options() {
+    local usage=$1 known=" ${1//[][]/ } " word name kind
+    for word in $known; do
+        [[ $word != --* ]] || printf -v "${word#--}" %s ""
+    done
+    shift
+    while [ $# -gt 0 ]; do
+        case $1 in
+        -h | --help)
+            sed -n '2,/^set/s/^# \{0,1\}//p' "$0"
+            exit
+            ;;
+        --*=*)
+            word=$1
+            shift
+            set -- "${word%%=*}" "${word#*=}" "$@"
+            ;;
+        esac
+        [[ $1 == --* && $known == *" $1 "* ]] || fail "unknown argument $1; usage: $usage"
+        name=${1#--}
+        kind=${known#*" $1 "}
+        kind=${kind%% *}
+        if [ -z "$kind" ]; then
+            printf -v "$name" yes
+        else
+            [ $# -gt 1 ] || fail "$1 needs a $kind"
+            [ "$kind" != FILE ] || [ -f "$2" ] || fail "$1: there is no file $2"
+            printf -v "$name" %s "$([ "$kind" != FILE ] && echo "$2" || realpath "$2")"
+            shift
+        fi
+        shift
+    done
+    for word in $usage; do
+        name=${word#--}
+        [[ $word != --* || -n ${!name} ]] || fail "$word is missing; usage: $usage"
+    done
+}
 
 job_begin() {
     local marker=$1
@@ -31,11 +72,20 @@ run() {
     local argument
     printf '\n$ python -m'
     for argument in "$@"; do
-        # %q escapes commas too, which need it nowhere but in braces.
-        [[ $argument =~ ^[A-Za-z0-9_.,:/=+-]+$ ]] && printf ' %s' "$argument" || printf ' %q' "$argument"
+        case $argument in
+        '' | *\'*) printf ' %q' "$argument" ;;
+        *[!A-Za-z0-9_.,:/=+-]*) printf " '%s'" "$argument" ;;
+        *) printf ' %s' "$argument" ;;
+        esac
     done
     printf '\n'
     "$VENV/bin/python" -m "$@"
+}
+
+job_finished() {
+    [ -e "$out/results/results.json" ] || return 0
+    printf '\nThe %s in %s is finished; --fresh starts everything over.\n' "$1" "$out/results"
+    exit
 }
 
 job_end() {

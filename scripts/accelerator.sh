@@ -1,20 +1,26 @@
 #!/usr/bin/env bash
-# What this repository wants an accelerator for, in one command: the target writes chats, heads are trained on them side
-# by side, and all of them decode held-out questions; in order of worth, each part with a limit of its own, results
-# written as they come.
+# Everything of this repository that wants an accelerator, in one command, in order of worth: whether texts are right on
+# it, plain decoding beside Hugging Face's, steps of all drafters, an oracle, long contexts and large batches, training
+# steps, images, and heads trained for a chat model; each part with a limit of its own, results written as they come.
 #
-#   bash scripts/accelerator.sh --target DIR --out DIR [--minutes 8] [--questions FILE.jsonl] [--wheels DIR]
-#   bash scripts/accelerator.sh --rehearse --out DIR [--minutes 2]
+#   bash scripts/accelerator.sh --out DIR [--minutes 8] [--parts NAME,...] [--target DIR] [--wheels DIR] [--tiny]
+#   bash scripts/accelerator.sh smollm2 --rehearse --out DIR [--minutes 2]
 #
-# It runs where nothing can be fetched: $TANDEM_PYTHON (python3) is taken as it is, and packages that it lacks come from
-# a folder of wheels. --rehearse makes a target of SmolLM2's shape with random weights and compiles and times the
-# training steps, so that a second call in the same place (and with the same --cache) spends its time on training. The
-# options are those of `python -m scripts.accelerator --help`.
+# It runs where nothing can be fetched: $TANDEM_PYTHON (python3) is taken as it is, packages that it lacks come from a
+# folder of wheels, and a part that lacks some is skipped, which is said. --target is a chat model's directory, for the
+# last part. `smollm2` runs that part alone, with options of its own; --rehearse makes a target of SmolLM2's shape with
+# random weights and compiles and times the training steps, so that a second call in the same place (and with the same
+# --cache) spends its time on training. Options: `python -m scripts.accelerator --help`, and `... .smollm2 --help`.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 python=${TANDEM_PYTHON:-python3}
+module=scripts.accelerator
 arguments=()
+if [ "${1-}" = smollm2 ]; then
+    module=$module.smollm2
+    shift
+fi
 while [ $# -gt 0 ]; do
     case $1 in
     --wheels)
@@ -32,4 +38,4 @@ while [ $# -gt 0 ]; do
     esac
     shift
 done
-exec "$python" -m scripts.accelerator "${arguments[@]}"
+exec "$python" -m "$module" ${arguments[@]+"${arguments[@]}"}

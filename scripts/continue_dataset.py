@@ -2,7 +2,8 @@
 
     python -m scripts.continue_dataset --target DIR --out DIR [--prompts FILE.jsonl] [--documents 512]
         [--valid_documents 32] [--prompt_tokens 64] [--new_tokens 512] [--prompt_temperature 1] [--temperature 0.7]
-        [--max_repetition 0.3] [--minutes M] [--rows 32] [--seed 0] [--drafter DIR_OR_NAME] [--overwrite]
+        [--max_repetition 0.3] [--keep_unended] [--minutes M] [--rows 32] [--seed 0] [--drafter DIR_OR_NAME]
+        [--overwrite]
     python -m scripts.continue_dataset --target DIR --data DATASET --out DIR [--documents 512] [--valid_documents 32]
         [--prompt_tokens 64] [--new_tokens 192] [--temperature 0] [--rows 32] [--seed 0] [--drafter DIR_OR_NAME]
 
@@ -19,6 +20,7 @@ at temperature 0.3; 0 is for greedy decoding. Train on either with `objective.la
 """
 
 import argparse
+import collections
 import functools
 import json
 import sys
@@ -27,8 +29,8 @@ from pathlib import Path
 from typing import Any
 
 from decoding.drafters.registry import load_drafter
-from models import command_line
-from models.command_line import at_least, numbers
+from models import command_line, processes
+from models.command_line import add_distributed, at_least, numbers
 from models.errors import UserError, exit_on_user_error
 from models.formats.target import Target, load_target
 from models.formats.tokenizer import Message
@@ -40,7 +42,7 @@ from train.data.text_building import write_dataset
 from train.data.text_sources import read_prompts
 
 # Options of one form alone, with their defaults there; None is no default.
-_CHAT_ONLY = {"prompts": None, "prompt_temperature": 1.0, "max_repetition": 0.3, "minutes": None}
+_CHAT_ONLY = {"prompts": None, "prompt_temperature": 1.0, "max_repetition": 0.3, "keep_unended": False, "minutes": None}
 _DEFAULTS = {"chat": {"new_tokens": 512, "temperature": [0.7]}, "data": {"new_tokens": 192, "temperature": [0.0]}}
 
 
@@ -58,6 +60,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise UserError(f"--max_repetition must lie in 0..1, got {arguments.max_repetition}")
     if arguments.minutes is not None and not arguments.minutes > 0:
         raise UserError(f"--minutes must be above 0, got {arguments.minutes}")
+    processes.start(arguments.distributed)
     # Said before the work, which takes minutes; what writes the directory holds to it again.
     check_out(arguments.out, arguments.overwrite)
     target = load_target(arguments.target)
@@ -79,6 +82,7 @@ def write_chats(target: Target, arguments: argparse.Namespace) -> dict[str, dict
         prompt_temperature=arguments.prompt_temperature,
         temperatures=tuple(arguments.temperature),
         max_repetition=arguments.max_repetition,
+        keep_unended=arguments.keep_unended,
         rows=arguments.rows,
         seed=arguments.seed,
     )
@@ -101,19 +105,19 @@ def write_chats(target: Target, arguments: argparse.Namespace) -> dict[str, dict
     splits = {name: indices for name, indices in numbered.items() if indices}
     counts = {name: _counted([chat.document(i) for i in indices]) for name, indices in splits.items()}
     statistics = chat.statistics()
-    write_dataset(
-        arguments.out,
-        tokenizer,
-        {name: functools.partial(map, chat.document, indices) for name, indices in splits.items()},
-        lambda: {
-            "kind": "self-chat",
-            "source": {**_source(arguments), **statistics},
-            "chat_template": tokenizer.chat_template,
-            "splits": counts,
-        },
-        overwrite=arguments.overwrite,
-    )
-    rounds.unlink()
+    manifest = {
+        "kind": "self-chat",
+        "source": {**_source(arguments), **statistics},
+        "chat_template": tokenizer.chat_template,
+        "splits": counts,
+    }
+
+    def write() -> None:
+        documents = {name: functools.partial(map, chat.document, indices) for name, indices in splits.items()}
+        write_dataset(arguments.out, tokenizer, documents, lambda: manifest, overwrite=arguments.overwrite)
+        rounds.unlink()
+
+    processes.on_first(write)
     shares = ", ".join(f"{name.replace('_', '-')} {share:.2f}" for name, share in statistics["repetition"].items())
     print(f"{_told(chat.counts)}; {statistics['tokens_per_second']:,.0f} tokens/s; repetition {shares}")
     return counts
@@ -149,6 +153,10 @@ def write_continuations(target: Target, arguments: argparse.Namespace) -> dict[s
             counts[name] = {key: counts[name][key] + more for key, more in _counted([document]).items()}
             yield document
 
+    if not processes.is_first():  # It decodes its share of what the first one writes.
+        for name in splits:
+            collections.deque(counted(name), maxlen=0)
+        return counts
     template = splits["train"].manifest.get("chat_template")
     write_dataset(
         arguments.out,
@@ -169,7 +177,7 @@ def _counted(documents: Sequence[data.Document]) -> dict[str, int]:
 
 
 def _source(arguments: argparse.Namespace) -> dict[str, Any]:
-    told = {name: value for name, value in vars(arguments).items() if name not in ("out", "overwrite")}
+    told = {name: value for name, value in vars(arguments).items() if name not in ("out", "overwrite", "distributed")}
     return json.loads(json.dumps(told, default=str))
 
 
@@ -194,11 +202,13 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--prompt_temperature", type=float, help="of the target's own prompts (1)")
     parser.add_argument("--temperature", type=numbers(float), help="0 is greedy; several take turns (0.7; --data: 0)")
     parser.add_argument("--max_repetition", type=float, help="largest share of repeated runs of 4 tokens (0.3)")
+    parser.add_argument("--keep_unended", action="store_const", const=True, help="keep the beginnings of such answers")
     parser.add_argument("--minutes", type=float, help="end after so many, with what is finished")
     parser.add_argument("--rows", type=at_least(1), default=32, help="documents decoded together")
     parser.add_argument("--seed", type=at_least(0), default=0, help="of windows and draws")
     parser.add_argument("--drafter", default="none", help="speeds up decoding: a drafter directory or a bare name")
     parser.add_argument("--overwrite", action="store_true", help="replace a data set that is there")
+    add_distributed(parser)
     return parser
 
 

@@ -1,23 +1,26 @@
 """Continues a prompt and streams the text as it is committed.
 
     python -m scripts.generate --target DIR [--drafter DIR] --prompt TEXT [--temperature 0.8] [--max_new_tokens 128]
+    python -m scripts.generate --target DIR --drafter none,token_recycling,DIR --prompt TEXT
 
 The last line tells how it went: tokens, target forwards, acceptance length, tokens per second. On a terminal, text that
-a drafter wrote is coloured, the deeper its draft the brighter.
+a drafter wrote is coloured, the deeper its draft the brighter. Several drafters write the text one after the other, and
+each is compared with the first.
 """
 
 import argparse
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
-from decoding.drafters.registry import load_drafter
+from decoding.drafter import Drafter
+from decoding.drafters.registry import load_drafter, split_names
 from decoding.generate import Generation, bucket, generate, slots_needed
 from decoding.sampling import Sampling
 from decoding.verify import Typical
-from models import command_line
-from models.command_line import at_least
+from models import command_line, processes
+from models.command_line import add_distributed, at_least
 from models.errors import UserError, exit_on_user_error
 from models.formats.continuation import Continuation, split_stops
 from models.formats.target import Target, load_target
@@ -60,11 +63,20 @@ class TextStream:
         self._out.write(text)
 
 
+def rate(made: Generation) -> float:
+    """Tokens per second of the loop's steps; 0 where the prompt's reading chose all of the text."""
+    return made.stats[0].committed / made.decode_seconds if made.stats[0].steps else 0.0
+
+
 def statistics_line(made: Generation) -> str:
     """What the last line says: counts of the loop, tokens per second of its steps, and prefill."""
-    stats = made.stats[0]
-    rate = stats.committed / made.decode_seconds if stats.steps else 0.0
-    return f"{stats.line()}, {rate:.1f} tokens/s, prefill {1e3 * made.prefill_seconds:.1f} ms"
+    return f"{made.stats[0].line()}, {rate(made):.1f} tokens/s, prefill {1e3 * made.prefill_seconds:.1f} ms"
+
+
+def comparison(made: Generation, first: Generation, name: str) -> str:
+    """How fast a text came beside the first drafter's, and whether it is the same."""
+    faster = f"{rate(made) / rate(first):.2f}x as fast as {name}, " if rate(first) else ""
+    return f": {faster}{'the same' if made.tokens == first.tokens else 'another'} text"
 
 
 def stream(
@@ -72,7 +84,7 @@ def stream(
     tokens: Sequence[int],
     on_tokens: Callable[[int, list[int], list[int]], None],
     *,
-    drafter: str,
+    drafter: tuple[Drafter, Any],
     max_new_tokens: int,
     sampling: Sampling,
     seed: int,
@@ -85,7 +97,7 @@ def stream(
       target: the model; it has a tokenizer.
       tokens: the prompt.
       on_tokens: receives tokens as they are committed.
-      drafter: a drafter directory, or `none`.
+      drafter: the drafter and its parameters.
       max_new_tokens: most tokens to write.
       sampling: how tokens are chosen.
       seed: of the draws.
@@ -93,7 +105,7 @@ def stream(
       typical: lossy typical acceptance.
 
     Raises:
-      UserError: a drafter that is missing or made for another target, or a request that does not fit the context.
+      UserError: a request that does not fit the context.
     """
     room = target.config.max_position - len(tokens)
     if max_new_tokens > room:
@@ -101,7 +113,7 @@ def stream(
             f"--max_new_tokens must be at most {max(room, 0)}, which a prompt of {len(tokens)} tokens leaves of the "
             f"target's context of {target.config.max_position}, got {max_new_tokens}"
         )
-    proposer, params = load_drafter(drafter, target)
+    proposer, params = drafter
     options = {
         "drafter": proposer,
         "drafter_params": params,
@@ -130,27 +142,38 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise UserError("--stop must not be empty")
     if not 0 <= args.seed < 2**32:
         raise UserError(f"--seed must be in [0, 2^32), got {args.seed}")
+    processes.start(args.distributed)
     target = load_target(args.target, mesh=parse_mesh(args.mesh) if args.mesh else None)
     tokenizer = target.tokenizer
     if tokenizer is None:
         raise UserError(f"{args.target} has no tokenizer: expected the file tokenizer.json of a Hugging Face directory")
     tokens = tokenizer.encode_chat([{"role": "user", "content": text}]) if args.chat else tokenizer.encode(text)
     color = sys.stdout.isatty() if args.color is None else args.color
-    behind = Continuation(tokenizer, tokens, split_stops(tokenizer, args.stop)[1])
-    writer = TextStream(behind, sys.stdout, color, opening="" if args.chat else text)
-    made = stream(
-        target,
-        tokens,
-        writer,
-        drafter=args.drafter,
-        max_new_tokens=args.max_new_tokens,
-        sampling=sampling,
-        seed=args.seed,
-        stop=args.stop,
-        typical=args.typical,
-    )
-    writer.finish()
-    print(statistics_line(made) + (", lossy (typical acceptance)" if args.typical else ""))
+    names = split_names(args.drafter)
+    if not names:
+        raise UserError("--drafter must name at least one, such as none")
+    drafters = [load_drafter(name, target) for name in names]
+    first: Generation | None = None
+    for name, drafter in zip(names, drafters, strict=True):
+        if len(names) > 1:
+            print(("\n" if first else "") + f"{name}:", flush=True)
+        behind = Continuation(tokenizer, tokens, split_stops(tokenizer, args.stop)[1])
+        writer = TextStream(behind, sys.stdout, color, opening="" if args.chat else text)
+        made = stream(
+            target,
+            tokens,
+            writer,
+            drafter=drafter,
+            max_new_tokens=args.max_new_tokens,
+            sampling=sampling,
+            seed=args.seed,
+            stop=args.stop,
+            typical=args.typical,
+        )
+        writer.finish()
+        compared = comparison(made, first, names[0]) if first else ""
+        print(statistics_line(made) + (", lossy (typical acceptance)" if args.typical else "") + compared)
+        first = first or made
 
 
 def _sampling(args: argparse.Namespace) -> Sampling:
@@ -163,7 +186,7 @@ def _sampling(args: argparse.Namespace) -> Sampling:
 def _parser() -> argparse.ArgumentParser:
     parser = command_line.parser("scripts.generate", __doc__)
     parser.add_argument("--target", required=True, help="target directory")
-    parser.add_argument("--drafter", default="none", help="drafter directory, or the name of one without parameters")
+    parser.add_argument("--drafter", default="none", help="drafter directory or bare name, or several with commas")
     prompt = parser.add_mutually_exclusive_group(required=True)
     prompt.add_argument("--prompt", help="text to continue")
     prompt.add_argument("--prompt_file", type=Path, help="file whose whole content is the prompt")
@@ -179,6 +202,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--stop", action="append", default=[], metavar="TEXT", help=_STOP)
     parser.add_argument("--typical", action="store_true", help="lossy typical acceptance of drafts")
     parser.add_argument("--mesh", help="devices that share the work, such as tensor=4 (default: one device)")
+    add_distributed(parser)
     parser.add_argument("--color", action=argparse.BooleanOptionalAction, help="colour drafts (default: on a terminal)")
     return parser
 

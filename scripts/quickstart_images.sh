@@ -12,36 +12,7 @@
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/_job.sh"
 
-out=""
-fresh=""
-emoji=""
-while [ $# -gt 0 ]; do
-    case $1 in
-    --out)
-        [ $# -gt 1 ] || fail "--out needs a directory"
-        out=$2
-        shift
-        ;;
-    --out=*) out=${1#*=} ;;
-    --emoji)
-        [ $# -gt 1 ] || fail "--emoji needs a file"
-        emoji=$2
-        shift
-        ;;
-    --emoji=*) emoji=${1#*=} ;;
-    --fresh) fresh=yes ;;
-    -h | --help)
-        sed -n '2,/^set/s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"
-        exit
-        ;;
-    *) fail "unknown argument $1; usage: bash scripts/quickstart.sh images [--emoji FILE] [--out DIR] [--fresh]" ;;
-    esac
-    shift
-done
-if [ -n "$emoji" ]; then
-    [ -f "$emoji" ] || fail "--emoji: there is no file $emoji"
-    emoji=$(realpath "$emoji")
-fi
+job_options 'bash scripts/quickstart.sh images [--emoji FILE] [--out DIR] [--fresh]' "$@"
 kind=${emoji:+emoji}
 kind=${kind:-glyphs}
 out=${out:-$ROOT/runs/$kind}
@@ -70,10 +41,7 @@ train drafter "code_drafter.py:$kind" --config.objective.tokenizer="$tokenizer" 
     --config.objective.init_from="$out/var/var"
 train refiner "code_refiner.py:$kind" --config.objective.tokenizer="$tokenizer" --config.objective.teacher="$out/var/var" \
     --config.objective.init_from="$out/var_small/var"
-if [ -e "$out/results/results.json" ]; then
-    printf '\nThe benchmark in %s is finished; --fresh starts everything over.\n' "$out/results"
-    exit
-fi
+job_finished benchmark
 run eval.images.main --tokenizer "$tokenizer" --var "$out/var/var" --refiner "$out/var_small/var" --draft_scales 3,4,5 \
     --drafters "3=$out/drafter/var" --refiners "3=$out/refiner/refiner" \
     --data "$out/data" --features "$out/classifier/classifier" \

@@ -11,42 +11,16 @@
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/_job.sh"
 
-usage="usage: bash scripts/stories.sh --checkpoint FILE --tokenizer FILE --train FILE --valid FILE [--out DIR] [--fresh]"
-out=$ROOT/runs/stories
-fresh=""
-declare -A given=()
-while [ $# -gt 0 ]; do
-    case $1 in
-    --checkpoint | --tokenizer | --train | --valid)
-        [ $# -gt 1 ] || fail "$1 needs a file"
-        [ -f "$2" ] || fail "$1: there is no file $2"
-        given[${1#--}]=$(realpath "$2")
-        shift
-        ;;
-    --out)
-        [ $# -gt 1 ] || fail "--out needs a directory"
-        out=$2
-        shift
-        ;;
-    --fresh) fresh=yes ;;
-    -h | --help)
-        sed -n '2,/^set/s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"
-        exit
-        ;;
-    *) fail "unknown argument $1; $usage" ;;
-    esac
-    shift
-done
-for name in checkpoint tokenizer train valid; do
-    [ -n "${given[$name]:-}" ] || fail "--$name is missing; $usage"
-done
+job_options 'bash scripts/stories.sh --checkpoint FILE --tokenizer FILE --train FILE --valid FILE [--out DIR] [--fresh]' \
+    "$@"
+out=${out:-$ROOT/runs/stories}
 job_begin .tandem-stories target data continuations medusa hydra hydra_pp eagle eagle3 small draft_model results
 
 if [ ! -d "$out/target" ]; then
-    run scripts.convert --from llama2c --src "${given[checkpoint]}" --tokenizer "${given[tokenizer]}" --out "$out/target"
+    run scripts.convert --from llama2c --src "$checkpoint" --tokenizer "$tokenizer" --out "$out/target"
 fi
 if [ ! -d "$out/data" ]; then
-    run scripts.build_dataset --kind text --src "${given[train]}" --valid_src "${given[valid]}" \
+    run scripts.build_dataset --kind text --src "$train" --valid_src "$valid" \
         --tokenizer "$out/target" --out "$out/data"
 fi
 # Drafters learn to say what the target says; sampled at temperature 1 its texts serve greedy and sampled decoding.
@@ -74,10 +48,7 @@ if [ ! -d "$out/draft_model" ]; then
     run scripts.convert --from model --src "$out/small/target" --base "$out/target" --policy static:tree=chain:4 \
         --out "$out/draft_model"
 fi
-if [ -e "$out/results/results.json" ]; then
-    printf '\nThe comparison in %s is finished; --fresh starts everything over.\n' "$out/results"
-    exit
-fi
+job_finished comparison
 small=$out/draft_model
 run eval.acceptance --target "$out/target" --data "$out/data" --out "$out/results" --methods \
     Medusa="$out/medusa/drafter" Hydra="$out/hydra/drafter" Hydra++="$out/hydra_pp/drafter" \

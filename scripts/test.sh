@@ -43,11 +43,22 @@ venv_ready "${requirements[@]}"
 summary+=$(printf '%-12s %4d s  ok' set-up $((SECONDS - start)))$'\n'
 stage lint "$VENV/bin/python" -m ruff check
 stage format "$VENV/bin/python" -m ruff format --check
-stage types "$VENV/bin/python" -m mypy
+# Types are checked beside the tests, on what the cores have left.
+types=$(mktemp)
+trap 'rm -f "$types"' EXIT
+"$VENV/bin/python" -m mypy >"$types" 2>&1 &
+mypy=$!
+types_are_sound() {
+    local verdict=0
+    wait "$mypy" || verdict=$?
+    cat "$types"
+    return "$verdict"
+}
 # One worker per core, which takes whole groups of tests that share what they compile, long ones first (tests/schedule.py).
 # Every call into these packages is checked against its annotations, shapes and dtypes included, so that a signature
 # cannot lie; inside jit while tracing.
 stage tests "$VENV/bin/python" -m pytest -n auto --dist loadgroup --no-loadscope-reorder \
     --jaxtyping-packages=models,decoding,beartype.beartype ${arguments[@]+"${arguments[@]}"}
+stage types types_are_sound
 printf '\n%s' "$summary"
 exit "$failed"

@@ -1,6 +1,7 @@
 """What every test shares: one CPU device, a persistent compilation cache, and a few fixtures."""
 
 import contextlib
+import gc
 import importlib.metadata
 import os
 import pathlib
@@ -37,6 +38,8 @@ def pytest_configure(config: pytest.Config) -> None:
     """Starts counting what each file costs, and sees to the order of groups."""
     config.pluginmanager.register(Tally(), "tally")
     config.pluginmanager.register(schedule, "schedule")
+    # Tracing makes many objects that stay; looking through them all time and again takes a twentieth of a run.
+    gc.set_threshold(100_000, 20, 100)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -48,12 +51,20 @@ def programs_run_long(request: pytest.FixtureRequest) -> Iterator[None]:
     jax.config.update("jax_disable_most_optimizations", usual)
 
 
+MAPPINGS = 8_000  # Of memory: three of each small program. A Linux process may have 65,530, and dies of one more.
+
+
 @pytest.fixture(scope="module", autouse=True)
-def programs_are_dropped() -> Iterator[None]:
-    """Forgets compiled programs after each file: each holds memory mappings, of which a Linux process may have 65,530,
-    and the process dies of one too many."""
+def programs_are_dropped(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Forgets compiled programs after a file when they hold many memory mappings, and those that a patch may be in.
+
+    Otherwise they stay: files share many small ones, and dropping and reading them again costs seconds per file.
+    """
     yield
-    jax.clear_caches()
+    patches = any("monkeypatch" in item.fixturenames for item in request.session.items if item.module is request.module)
+    maps = pathlib.Path("/proc/self/maps")
+    if patches or not maps.exists() or maps.read_bytes().count(b"\n") > MAPPINGS:
+        jax.clear_caches()
 
 
 @pytest.fixture(scope="module")

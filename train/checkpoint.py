@@ -21,9 +21,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental import multihost_utils
 from orbax.checkpoint import v1 as ocp
 
+from models import processes
 from models.errors import UserError
 from models.formats.storage import exponent_bits
 
@@ -140,6 +140,9 @@ def restore_newest(
                 raise
             except Exception as error:  # What Orbax makes of damage depends on where it is.
                 failed[step] = (str(error).strip() or type(error).__name__).splitlines()[0][:160]
+        if failed:
+            with warnings.catch_warnings(action="ignore"):
+                gc.collect()  # What was left behind, now, while nobody listens.
     if found is None and failed:
         reasons = "; ".join(f"{step}: {reason}" for step, reason in failed.items())
         raise UserError(
@@ -164,12 +167,8 @@ def saved_steps(directory: Path) -> list[int]:
 
 def _put_aside(directory: Path, step: int) -> str:
     aside = next(path for n in itertools.count(1) if not (path := directory / f"damaged-{step}-{n}").exists())
-    if jax.process_count() > 1:  # All have read, and all have found the same name.
-        multihost_utils.sync_global_devices(f"checkpoint {step} is put aside")
-    if jax.process_index() == 0:
-        (directory / str(step)).rename(aside)
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices(f"checkpoint {step} was put aside")
+    processes.gathered(None)  # All have read, and all have found the same name.
+    processes.on_first(lambda: (directory / str(step)).rename(aside))
     return aside.name
 
 
@@ -183,9 +182,6 @@ def _leaving_no_tasks() -> Iterator[None]:
     try:
         yield
     finally:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            gc.collect()  # Now, while nobody listens.
         logger.setLevel(level)
         sys.unraisablehook = hook
 

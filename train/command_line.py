@@ -13,8 +13,12 @@ from typing import Any
 from absl import flags
 from ml_collections import ConfigDict
 
+from models.command_line import DISTRIBUTED as _TOLD
 from models.errors import UserError
 from models.schema import nearest
+
+# For `models.processes.start`; of all commands that take configs.
+DISTRIBUTED = flags.DEFINE_string("distributed", None, _TOLD)
 
 _OVERRIDE = re.compile(r"--?(?:no)?config\.([^=]+)(?:=(.*))?", re.DOTALL)
 

@@ -8,13 +8,14 @@ import dataclasses
 import math
 import typing
 from collections.abc import Mapping
-from typing import Any, Literal
-
-from ml_collections import ConfigDict, config_dict
+from typing import TYPE_CHECKING, Any, Literal
 
 from models import schema
 from models.errors import UserError
 from models.schema import require
+
+if TYPE_CHECKING:  # Training steps are timed where it is not installed.
+    from ml_collections import ConfigDict
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,6 +28,13 @@ class DataConfig:
       valid_split: the split that evaluations pass over.
       tokenizer: for catalogue texts, when training starts from no target: directory of the tokenizer; otherwise None.
       fields: for catalogue texts: the text fields that make a document, comma-separated; None finds the usual ones.
+      features: for drafters: a directory that keeps what they read of the frozen target on the training split, rounded
+        to bfloat16, so that no step runs the target. A job that does not find it writes it, and says how large it will
+        be; any number of jobs may read it. None runs the target in every step.
+      features_top_k: how the target's distribution is kept there, where a loss asks for it. 0 keeps the feature that
+        the head reads, from which every step computes all of the distribution. k keeps the k most probable tokens with
+        their log-probabilities, which is smaller and biased: what the target gives to other tokens is shared out among
+        the k in proportion, so that what is learnt is sharper than the target, by one over the probability of the k.
     """
 
     path: str
@@ -34,6 +42,13 @@ class DataConfig:
     valid_split: str = "valid"
     tokenizer: str | None = None
     fields: str | None = None
+    features: str | None = None
+    features_top_k: int = 0
+
+    def __post_init__(self):
+        require(self.features_top_k >= 0, "data.features_top_k must not be negative", self.features_top_k)
+        if self.features_top_k and self.features is None:
+            raise UserError("data.features_top_k is about what data.features keeps: name a directory there")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,6 +94,11 @@ class OptimizerConfig:
             raise UserError(
                 f"optimizer.final_fraction must be 1.0 when optimizer.schedule is 'constant', got {self.final_fraction}"
             )
+
+    def check_fits(self, steps: int, where: str = "optimizer") -> None:
+        """Raises UserError where the warm-up is as long as a run of so many steps; `where` names the section."""
+        if self.warmup_steps >= steps:
+            raise UserError(f"{where}.warmup_steps ({self.warmup_steps}) must be smaller than steps ({steps})")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -176,10 +196,7 @@ class TrainConfig:
             )
         require(self.length is None or self.length >= 2, "length must be at least 2", self.length)
         require(0 <= self.seed < 2**31, "seed must lie in 0..2147483647", self.seed)
-        if self.optimizer.warmup_steps >= self.steps:
-            raise UserError(
-                f"optimizer.warmup_steps ({self.optimizer.warmup_steps}) must be smaller than steps ({self.steps})"
-            )
+        self.optimizer.check_fits(self.steps)
 
     @property
     def unit(self) -> str:
@@ -187,7 +204,9 @@ class TrainConfig:
         return "images" if self.length is None else "tokens"
 
 
-def parse(raw: ConfigDict | Mapping[str, Any], objectives: Mapping[str, Any], place: str = "the config") -> TrainConfig:
+def parse(
+    raw: "ConfigDict | Mapping[str, Any]", objectives: Mapping[str, Any], place: str = "the config"
+) -> TrainConfig:
     """The schema applied to what a config file returned.
 
     Args:
@@ -198,7 +217,7 @@ def parse(raw: ConfigDict | Mapping[str, Any], objectives: Mapping[str, Any], pl
     Raises:
       UserError: one sentence that names the key, what was found and what was expected, or what the objective lacks.
     """
-    raw = raw.to_dict() if isinstance(raw, ConfigDict) else raw
+    raw = raw if isinstance(raw, Mapping) else raw.to_dict()
     section = raw.get("objective")
     if not isinstance(section, Mapping):
         raise UserError(f"{place} has no section objective, whose name chooses one of {', '.join(objectives)}")
@@ -211,12 +230,14 @@ def parse(raw: ConfigDict | Mapping[str, Any], objectives: Mapping[str, Any], pl
     return schema.parse(TrainConfig, raw, place=place, given={"objective": objectives[name].Config})
 
 
-def fill_in(raw: ConfigDict, objectives: Mapping[str, Any]) -> None:
+def fill_in(raw: "ConfigDict", objectives: Mapping[str, Any]) -> None:
     """Gives every key that a config leaves out its default, so that a command line can name it.
 
     What is unknown or missing stays so, for `parse` to tell. A section that is a mapping stays as the config has it:
     which keys it may hold is for its owner to say.
     """
+    from ml_collections import ConfigDict
+
     section = raw.get("objective")
     name = str(section.get("name")) if isinstance(section, ConfigDict) else ""
     kind = getattr(objectives.get(name), "Config", None)
@@ -225,7 +246,9 @@ def fill_in(raw: ConfigDict, objectives: Mapping[str, Any]) -> None:
         _fill_in(raw, TrainConfig, given)
 
 
-def _fill_in(raw: ConfigDict, kind: type, given: Mapping[str, Any]) -> None:
+def _fill_in(raw: "ConfigDict", kind: type, given: Mapping[str, Any]) -> None:
+    from ml_collections import ConfigDict, config_dict
+
     types = {**typing.get_type_hints(kind), **given}
     for field in dataclasses.fields(kind):
         annotation = schema.without_none(types[field.name])[0]

@@ -9,12 +9,14 @@ import jax
 from models.schema import resolved
 from train.config import TrainConfig
 from train.data.corpus import open_corpus
+from train.kept_features import kept_features
 from train.trainer import Plan, count, describe_job, make_plan
 
 
 def describe(config: TrainConfig) -> str:
     """The text that `--dry_run` prints. Raises UserError where training would have refused to start."""
-    plan = make_plan(config, open_corpus(config).facts)
+    corpus = open_corpus(config)
+    plan = make_plan(config, corpus.facts)
     sections = [
         json.dumps(resolved(config), indent=2),
         describe_job(plan),
@@ -22,7 +24,8 @@ def describe(config: TrainConfig) -> str:
     ]
     if plan.frozen is not None:
         sections.append(_table("frozen", plan.frozen))
-    return "\n\n".join([*sections, _memory(plan)])
+    kept = kept_features(config, plan.objective, corpus)
+    return "\n\n".join([*sections, _memory(plan), *([] if kept is None else [str(kept)])])
 
 
 def _table(title: str, params: Any) -> str:

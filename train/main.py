@@ -1,7 +1,7 @@
 """Trains.
 
     python -m train.main --config=configs/X.py[:variant] --workdir=DIR [--config.key=value ...]
-        [--dry_run] [--profile_steps=FIRST:LAST]
+        [--dry_run] [--profile_steps=FIRST:LAST] [--distributed=HOST:PORT,N,I]
 
 The same command again continues a run that was stopped, and says so if it is finished. `--dry_run` prints the resolved
 config, parameter counts, shardings and memory, and touches no device memory.
@@ -16,7 +16,7 @@ from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
 from models.errors import UserError, exit_on_user_error
-from train.command_line import read_flags
+from train.command_line import DISTRIBUTED, read_flags
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "The job: a file, perhaps with :variant.")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Receives checkpoints, metrics and what training makes.")
@@ -37,6 +37,7 @@ def train_command(argv: list[str]) -> None:
     profile = _steps(_PROFILE.value)
 
     # Objectives and the trainer bring JAX, Orbax and TFDS; a mistyped flag is answered before that.
+    from models import processes
     from models.schema import resolved
     from train import dry_run, provenance, trainer
     from train.config import parse
@@ -44,10 +45,11 @@ def train_command(argv: list[str]) -> None:
 
     source = flags.FLAGS["config"].config_filename  # type: ignore[attr-defined]
     config = parse(_CONFIG.value, OBJECTIVES, source)
+    processes.start(DISTRIBUTED.value)
     if _DRY_RUN.value:
         print(dry_run.describe(config))
         return
-    if provenance.is_finished(workdir, resolved(config)):
+    if processes.on_first(lambda: provenance.is_finished(workdir, resolved(config))):
         print(f"{workdir} is finished ({config.steps} steps); remove it, or choose another --workdir, to train again")
         return
     try:

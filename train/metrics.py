@@ -173,7 +173,8 @@ class Report:
         (step, metrics), self._pending = self._pending, None
         fetched = jax.device_get(metrics)  # Sorted by name; the loss comes first for readers.
         values = {"loss": float(fetched.pop("loss")), **{name: float(value) for name, value in fetched.items()}}
-        for name in ("loss", "gradient_norm"):
+        # First the loss of the one that it is, where several are trained.
+        for name in (*(name for name in values if name.endswith("/loss")), "loss", "gradient_norm"):
             if not math.isfinite(values[name]):
                 raise NotFinite(f"at step {step} the {name.replace('_', ' ')} is {values[name]}")
         if self._bar is not None:

@@ -1,6 +1,7 @@
 """AdamW or Muon under a global-norm clip and a warmed-up schedule, from the schema's section."""
 
 import re
+from collections.abc import Mapping
 
 import jax
 import optax
@@ -49,6 +50,19 @@ def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransfo
     else:
         rule = optax.adamw(schedule, eps=config.eps, weight_decay=config.weight_decay, mask=decays, **betas)
     return optax.chain(optax.clip_by_global_norm(config.clip_norm), rule)
+
+
+def apart(rules: Mapping[str, optax.GradientTransformation]) -> optax.GradientTransformation:
+    """Every top-level part of the parameters updated by a rule of its own, as if the others were not there."""
+
+    def init(params):
+        return {name: rule.init(params[name]) for name, rule in rules.items()}
+
+    def update(gradient, state, params=None):
+        done = {name: rule.update(gradient[name], state[name], params[name]) for name, rule in rules.items()}
+        return tuple({name: pair[part] for name, pair in done.items()} for part in range(2))
+
+    return optax.GradientTransformation(init, update)
 
 
 def kernel_axes(params):

@@ -65,13 +65,17 @@ def check_place(workdir: Path, product: str) -> None:
 
 
 @contextlib.contextmanager
-def locked(workdir: Path) -> Iterator[None]:
+def locked(workdir: Path, option: str = "--workdir") -> Iterator[None]:
     """Keeps `workdir`, made where it is not, from every other job until the block ends or this process does.
+
+    Args:
+      workdir: of a run, or any directory that one job writes.
+      option: what names another one.
 
     Raises:
       UserError: another job holds it, or it cannot be made.
     """
-    _make(workdir)
+    _make(workdir, option)
     with (workdir / ".lock").open("a+", encoding="utf-8") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -79,7 +83,7 @@ def locked(workdir: Path) -> Iterator[None]:
             file.seek(0)
             raise UserError(
                 f"{workdir} is in use by another job ({file.read().strip() or 'which is starting'}): wait for its end, "
-                "or choose another --workdir"
+                f"or choose another {option}"
             ) from None
         except OSError:
             pass  # A file system without locks: two jobs there are not told of each other.
@@ -167,11 +171,11 @@ def _read(workdir: Path) -> dict[str, Any] | None:
     raise UserError(f"{path} is damaged, or was not written by this project: choose another --workdir")
 
 
-def _make(workdir: Path) -> None:
+def _make(workdir: Path, option: str) -> None:
     try:
         workdir.mkdir(parents=True, exist_ok=True)
     except (PermissionError, FileExistsError, NotADirectoryError) as error:
-        raise UserError(f"--workdir={workdir} cannot be made: {error.strerror}") from error
+        raise UserError(f"{option}={workdir} cannot be made: {error.strerror}") from error
 
 
 def _write(workdir: Path, record: Mapping[str, Any]) -> None:

@@ -25,18 +25,19 @@ import optax
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from models import sharding
+from models import processes, sharding
 from models.errors import UserError
 from models.schema import resolved
 from train import provenance
 from train.checkpoint import Checkpoints, not_finite, restore_newest, saved_steps
-from train.config import TrainConfig
+from train.config import OptimizerConfig, TrainConfig
 from train.data.corpus import Corpus, TextCorpus, open_corpus
 from train.fingerprint import fingerprint
+from train.kept_features import kept_features, with_features
 from train.metrics import NotFinite, Report
 from train.objectives import OBJECTIVES
 from train.objectives.objective import Batch, Objective, Params, Replaced
-from train.optimizer import make_optimizer, make_schedule
+from train.optimizer import apart, make_optimizer, make_schedule
 
 BATCH_AXES = ("data", "fsdp")
 State = dict[str, Any]
@@ -117,9 +118,19 @@ def make_plan(config: TrainConfig, facts: Any) -> Plan:
     if config.length is not None and config.length > objective.model.max_position:
         longest = objective.model.max_position
         raise UserError(f"config.length ({config.length}) exceeds the longest sequence of the model ({longest})")
-    optimizer = make_optimizer(config.optimizer, config.steps)
+    sections = optimizers(config, objective)
+    for name, section in sections.items():
+        section.check_fits(config.steps, f"{name}: optimizer")
+    rules = {name: make_optimizer(section, config.steps) for name, section in sections.items()}
+    optimizer = rules[""] if "" in rules else apart(rules)
     state = jax.eval_shape(functools.partial(init_state, config, objective, optimizer), objective.base)
     return Plan(config, mesh, objective, optimizer, _place(mesh, state), _place(mesh, objective.base))
+
+
+def optimizers(config: TrainConfig, objective: Objective) -> dict[str, OptimizerConfig]:
+    """The optimizer of each part of the trainables that has one of its own, or that of all under an empty name."""
+    own = objective.optimizers.items()
+    return {name: section or config.optimizer for name, section in own} or {"": config.optimizer}
 
 
 def init_state(
@@ -145,7 +156,10 @@ def learnt(state: State) -> Params:
 
 def make_step(plan: Plan) -> Callable[[State, Params | None, Batch], tuple[State, Metrics]]:
     """The update: (state, frozen, batch) -> (state, scalar metrics)."""
-    schedule = make_schedule(plan.config.optimizer, plan.config.steps)
+    rates = {
+        f"{name}/learning_rate".removeprefix("/"): make_schedule(section, plan.config.steps)
+        for name, section in optimizers(plan.config, plan.objective).items()
+    }
 
     def step(state: State, frozen: Params | None, batch: Batch) -> tuple[State, Metrics]:
         key = jax.random.fold_in(jax.random.wrap_key_data(state["key"]), state["step"])
@@ -161,7 +175,7 @@ def make_step(plan: Plan) -> Callable[[State, Params | None, Batch], tuple[State
             "loss": loss,
             **{name: total / jnp.maximum(weight, 1) for name, (total, weight) in measured.items()},
             "gradient_norm": optax.global_norm(gradient),
-            "learning_rate": schedule(state["step"]),
+            **{name: schedule(state["step"]) for name, schedule in rates.items()},
         }
         done = state["step"] + 1
         updated = optax.apply_updates(state["params"], updates)
@@ -201,16 +215,14 @@ def train(config: TrainConfig, workdir: Path, profile: tuple[int, int] | None = 
     plan = make_plan(config, corpus.facts)
     if isinstance(corpus, TextCorpus):
         corpus = corpus.within(plan.objective.model.vocab_size, config.data)
+    kept = kept_features(config, plan.objective, corpus)
     plan.objective.scan_data(corpus.train)
-    batches = corpus.batches(config.batch_size, config.seed)
     evaluate = make_evaluation(plan, corpus)
     inputs = fingerprints(plan, corpus)
-    first, saved = jax.process_index() == 0, workdir / "checkpoints"
+    first, saved = processes.is_first(), workdir / "checkpoints"
 
     with contextlib.ExitStack() as stack:
-        if first:
-            stack.enter_context(provenance.locked(workdir))
-            provenance.check_place(workdir, plan.objective.product)
+        processes.on_first(lambda: _occupy(stack, workdir, plan.objective.product))
         if saved_steps(saved):
             provenance.check_inputs(workdir, inputs)
         restored = restore_newest(saved, plan.state, functools.partial(say, first))
@@ -221,6 +233,10 @@ def train(config: TrainConfig, workdir: Path, profile: tuple[int, int] | None = 
         report.say(describe_job(plan))
         with report.timed("setup"):
             state, frozen = first_state(plan, restored[1] if restored else None)
+            if kept is not None:
+                place = functools.partial(to_devices, plan)
+                corpus = with_features(config, plan.objective, corpus, kept, frozen, place, report.say)
+        batches = corpus.batches(config.batch_size, config.seed)
         if restored:
             batches.set_state(restored[2])
             report.say(f"resuming from step {start} of {config.steps}")
@@ -238,10 +254,18 @@ def train(config: TrainConfig, workdir: Path, profile: tuple[int, int] | None = 
         product = workdir / plan.objective.product
         params = gathered(learnt(state))
         checkpoints.wait()
-        if first:
-            plan.objective.export(product, params, frozen)
-            provenance.record_finish(workdir)
-        report.say(f"finished {config.steps} steps; the {plan.objective.product} is in {product}")
+        processes.on_first(lambda: _finish(plan, workdir, product, params, frozen))
+        report.say(f"finished {config.steps} steps; {product} is complete")
+
+
+def _occupy(stack: contextlib.ExitStack, workdir: Path, product: str) -> None:
+    stack.enter_context(provenance.locked(workdir))
+    provenance.check_place(workdir, product)
+
+
+def _finish(plan: Plan, workdir: Path, product: Path, params: Params, frozen: Params | None) -> None:
+    plan.objective.export(product, params, frozen)
+    provenance.record_finish(workdir)
 
 
 def say(first: bool, text: str) -> None:
@@ -388,7 +412,7 @@ def count(tree: Any) -> int:
 
 def gathered(params: Params) -> Params:
     """Parameters that this process can read whole, whichever processes hold their shards."""
-    return multihost_utils.process_allgather(params, tiled=True) if jax.process_count() > 1 else params
+    return multihost_utils.process_allgather(params, tiled=True) if processes.count() > 1 else params
 
 
 def _place(mesh: Mesh, tree: Any) -> Any:

@@ -28,6 +28,7 @@ from decoding.drafters.first_of import FirstOf
 from decoding.drafters.hydra import Hydra
 from decoding.drafters.lookahead import Lookahead
 from decoding.drafters.medusa import Medusa
+from decoding.drafters.oracle import Oracle
 from decoding.drafters.plain import Plain
 from decoding.drafters.prompt_lookup import PromptLookup
 from decoding.drafters.token_recycling import TokenRecycling
@@ -61,6 +62,7 @@ DRAFTERS: dict[str, type[Drafter]] = {
     "lookahead": Lookahead,
     "early_exit": EarlyExit,
     "first_of": FirstOf,
+    "oracle": Oracle,
 }
 
 # Drafter directories that travel with the package; each is found by its folder's name.

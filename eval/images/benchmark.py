@@ -3,7 +3,7 @@
 Image i has the class i mod C and the seed `seed + i`, whoever makes it, so that the same request can be looked at in
 everybody's pictures. What is made goes to disk batch by batch: 50,000 images need no more memory than two batches.
 
-Definitions:
+Several processes share each batch, and its seconds are those of the slowest. Definitions:
 
 * **images/s** is a batch over the seconds of its transformer stages, the decoder of the VQ-VAE apart, as the papers
   measure it; **end to end** includes the decoder. Both are medians over batches, compilation excluded.
@@ -20,9 +20,11 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int, UInt8
 
-from decoding.images.generate import Generated, Tokenizer, generate_images
+from decoding.images.generate import Generated, Tokenizer
+from decoding.spread import generate_images_together
 from eval.images.contenders import Contender
 from eval.images.samples import write_images
+from models import processes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,7 +98,7 @@ def benchmark(
 
     def make(contender: Contender, turn: int) -> Generated:
         numbers = requests.numbers(turn)
-        return generate_images(
+        return generate_images_together(
             tokenizer,
             contender.stages,
             [number % requests.classes for number in numbers],
@@ -147,11 +149,12 @@ def file_name(name: str) -> str:
     return name.lower().replace("=", "").replace(" ", "-")
 
 
-def _keep(made: Made, pixels: np.ndarray, batch: Generated, requests: Requests, turn: int) -> None:
+def _keep(made: Made, pixels: np.ndarray | None, batch: Generated, requests: Requests, turn: int) -> None:
     numbers = requests.numbers(turn)
     made.stage_seconds.append(batch.stage_seconds)
     made.decode_seconds.append(batch.decode_seconds)
-    pixels[numbers.start : numbers.stop] = batch.pixels[: max(0, len(pixels) - numbers.start)]
+    if pixels is not None:
+        pixels[numbers.start : numbers.stop] = batch.pixels[: max(0, len(pixels) - numbers.start)]
     made.shown |= {number: batch.pixels[number - numbers.start] for number in requests.shown if number in numbers}
     if requests.shown and requests.shown[0] in numbers:
         row = requests.shown[0] - numbers.start
@@ -159,8 +162,11 @@ def _keep(made: Made, pixels: np.ndarray, batch: Generated, requests: Requests, 
 
 
 @contextlib.contextmanager
-def _on_disk(path: Path, count: int, side: int) -> Iterator[np.ndarray]:
-    """An array of images that lies in a file; leaving the block well makes an `.npz` of it."""
+def _on_disk(path: Path, count: int, side: int) -> Iterator[np.ndarray | None]:
+    """An array of images in a file, of which leaving the block well makes an `.npz`; None where another one writes."""
+    if not processes.is_first():
+        yield None
+        return
     raw = path.with_name(f".{path.name}.raw")
     try:
         pixels = np.lib.format.open_memmap(raw, "w+", np.uint8, (count, side, side, 3))

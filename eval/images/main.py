@@ -30,8 +30,8 @@ from eval.measure.progress import Progress
 from eval.report.files import make_directory, write_bytes
 from eval.report.images import Pictures, print_table, write_report
 from eval.report.page import keep_results, write_results
-from models import command_line
-from models.command_line import add_overwrite, at_least, like, numbers
+from models import command_line, processes
+from models.command_line import add_distributed, add_overwrite, at_least, like, numbers
 from models.errors import UserError, exit_on_user_error
 from train.data.images import Images, open_images
 
@@ -59,10 +59,12 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         parts = _memory(tokenizer, field, args, progress)
         judge = Judge(extractor, splits[0], args.reference_images, args.batch_size, progress)
         made = benchmark(tokenizer, field, requests, out / "samples", progress)
-        runs, notes = _runs(field, made, parts, judge, requests)
+        runs, notes = processes.on_first(lambda: _runs(field, made, parts, judge, requests))
         results = {
             "config": {
-                name: value for name, value in vars(args).items() if value not in (None, []) and name != "overwrite"
+                name: value
+                for name, value in vars(args).items()
+                if value not in (None, []) and name not in _NOT_RECORDED
             },
             "tokenizer": tokenizer_record(tokenizer, args.tokenizer),
             "models": {model.path: model.record() for model in models},
@@ -205,6 +207,7 @@ def _real(data: Images, labels: Sequence[int], rows: int) -> np.ndarray:
     return np.stack([filled[label][row] for row in range(rows) for label in labels])
 
 
+_NOT_RECORDED = ("overwrite", "distributed")
 _PAIR = like(r"(\d+)=(.+)", "N=DIR, such as 3=runs/refiner", lambda found: (int(found[0]), found[1]))
 _SCALES = like(r"(\d+(?:,\d+)*)", "numbers separated by commas, such as 2,3,4", lambda found: numbers(int)(found[0]))
 _GRID = like(r"([1-9]\d*)x([1-9]\d*)", "CLASSESxIMAGES, such as 12x4", lambda found: tuple(map(int, found)))
@@ -237,13 +240,16 @@ def _parser() -> argparse.ArgumentParser:
     judging.add_argument("--grid", type=_GRID, default="12x4", help="CLASSESxIMAGES that the report shows")
     parser.add_argument("--out", required=True, help="directory for the results")
     add_overwrite(parser)
+    add_distributed(parser)
     return parser
 
 
 @exit_on_user_error
 def main(argv: Sequence[str] | None = None) -> None:
     """The command; see the module's docstring."""
-    run(_parser().parse_args(argv))
+    args = _parser().parse_args(argv)
+    processes.start(args.distributed)
+    run(args)
 
 
 if __name__ == "__main__":

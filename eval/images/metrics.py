@@ -28,8 +28,8 @@ from eval.images.samples import Gaussian, ImageFile, Statistics, write_statistic
 from eval.measure.environment import describe_environment
 from eval.measure.progress import Progress
 from eval.report.files import write_json
-from models import command_line
-from models.command_line import add_overwrite, at_least, keep_files
+from models import command_line, processes
+from models.command_line import add_distributed, add_overwrite, at_least, keep_files
 from models.errors import UserError, exit_on_user_error
 
 SPLIT = 5000  # Images per split of an Inception Score.
@@ -304,7 +304,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", help="write the results to this JSON file")
     parser.add_argument("--batch_size", type=at_least(1), default=32, help="images that the network sees together")
     add_overwrite(parser)
+    add_distributed(parser)
     args = parser.parse_args(argv)
+    processes.start(args.distributed)
     keep_files([args.statistics, args.out], args.overwrite)
     if args.with_images and args.statistics is None:
         raise UserError(f"--with_images {args.with_images} goes with --statistics, which names the file for them")

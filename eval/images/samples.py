@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Float, UInt8
 
+from models import processes
 from models.errors import UserError
 
 INCEPTION = "inception"  # What statistics that name no network come from.
@@ -199,6 +200,8 @@ def write_statistics(
 
 
 def _write(path: Path, arrays: dict[str, np.ndarray]) -> None:
+    if not processes.is_first():
+        return
     partial = path.with_name(f".{path.name}.partial")
     try:
         with partial.open("wb") as file:  # By a name alone, NumPy would add another ending.

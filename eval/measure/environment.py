@@ -18,7 +18,8 @@ def describe_environment() -> dict[str, str | int | bool | None]:
     """The present machine, software and command, as plain values for JSON.
 
     Returns:
-      `python`, `jax`, `jaxlib`, `flax`, `numpy`: versions. `backend`, `device`, `device_count`: what JAX computes on.
+      `python`, `jax`, `jaxlib`, `flax`, `numpy`: versions. `backend`, `device`, `device_count`, `processes`: what JAX
+      computes on.
       `platform`, `cpu`: operating system and processor model. `cores`: processors this process may use. `git_sha`: the
       revision, or None outside a repository; `git_dirty`: whether files differ from it. `date`: UTC, ISO 8601, to the
       second. `command`: what to type to run this again, without the interpreter's path.
@@ -31,6 +32,7 @@ def describe_environment() -> dict[str, str | int | bool | None]:
         "backend": devices[0].platform,
         "device": devices[0].device_kind,
         "device_count": len(devices),
+        "processes": jax.process_count(),
         "platform": f"{platform.system()} {platform.release()} {platform.machine()}",
         "cpu": _cpu_model(),
         "cores": _usable_cores(),

@@ -1,8 +1,13 @@
-"""What a long measurement is doing: one changing line on a terminal, elsewhere a line now and then."""
+"""What a long measurement is doing: one changing line on a terminal, elsewhere a line now and then.
+
+Of several processes the first one tells.
+"""
 
 import sys
 import time
 from typing import TextIO
+
+from models import processes
 
 QUIET_SECONDS = 5.0  # Between lines where there is no terminal.
 
@@ -15,8 +20,11 @@ class Progress:
         self._terminal = self._stream.isatty()
         self._started = time.monotonic()
         self._told = float("-inf")
+        self._silent = not processes.is_first()
 
     def __call__(self, line: str) -> None:
+        if self._silent:
+            return
         now = time.monotonic()
         line = f"[{now - self._started:4.0f} s] {line}"
         if self._terminal:
@@ -27,6 +35,8 @@ class Progress:
 
     def note(self, line: str) -> None:
         """Prints a line that stays."""
+        if self._silent:
+            return
         start = "\r\x1b[K" if self._terminal else ""
         print(f"{start}note: {line}", file=self._stream, flush=True)
 

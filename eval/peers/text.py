@@ -1,6 +1,7 @@
 """Hugging Face transformers on the same shape, for comparison: the only place besides tests that imports torch.
 
-Its `generate` runs as it does by default: dynamic cache, sdpa attention, greedy; with the threads that JAX may use.
+Its `generate` runs as it does by default: dynamic cache, sdpa attention, greedy; on the kind of device that JAX runs
+on and in its dtype, on a CPU with the threads that JAX may use.
 """
 
 import importlib.util
@@ -11,25 +12,35 @@ from pathlib import Path
 
 import numpy as np
 
+from eval.peers.images import device
 from models.config import TransformerConfig
 from models.formats.hf_config import config_to_hf
 
 
 def is_installed() -> bool:
-    """Whether torch and transformers can be imported."""
-    return all(importlib.util.find_spec(name) is not None for name in ("torch", "transformers"))
+    """Whether torch, with the kind of device that JAX runs on, and transformers can be imported."""
+    return importlib.util.find_spec("transformers") is not None and device() is not None
 
 
 class HuggingFace:
     """Random weights of a given shape in transformers, ready to be timed (`eval.measure.timing.Timed`)."""
 
-    def __init__(self, config: TransformerConfig, prompt: Sequence[int], new_tokens: int):
+    def __init__(
+        self,
+        config: TransformerConfig,
+        prompt: Sequence[int],
+        new_tokens: int,
+        dtype: str = "float32",
+        like: "HuggingFace | None" = None,
+    ):
         """Builds the model.
 
         Args:
           config: the shape; its end tokens are ignored, so that every text is as long as asked for.
           prompt: token ids to continue.
           new_tokens: tokens per sample.
+          dtype: of its parameters.
+          like: takes that one's model, and generates with a static cache.
         """
         import torch
         import transformers
@@ -40,11 +51,17 @@ class HuggingFace:
         settings = {key: value for key, value in settings.items() if key not in ("architectures", "eos_token_id")}
         hf_config = transformers.AutoConfig.for_model(settings.pop("model_type"), **settings)
         hf_config.eos_token_id = None
-        self._torch = torch
-        self._model = transformers.AutoModelForCausalLM.from_config(hf_config, attn_implementation="sdpa").eval()
-        self._model.generation_config.eos_token_id = None
-        self._model.generation_config.pad_token_id = 0
-        self._prompt = torch.tensor(np.asarray(prompt)[None])
+        self._torch, self._cache = torch, {} if like is None else {"cache_implementation": "static"}
+        where = torch.device(device() or "cpu")
+        if like is None:
+            options = {"attn_implementation": "sdpa", "dtype": getattr(torch, dtype)}
+            with where:  # Made where it runs: a processor takes minutes to draw as many numbers.
+                self._model = transformers.AutoModelForCausalLM.from_config(hf_config, **options).eval()
+            self._model.generation_config.eos_token_id = None
+            self._model.generation_config.pad_token_id = 0
+        else:
+            self._model = like._model
+        self._prompt = torch.tensor(np.asarray(prompt)[None], device=where)
         self._new_tokens = new_tokens
 
     def sample(self) -> float:
@@ -55,7 +72,8 @@ class HuggingFace:
         mask = self._torch.ones_like(self._prompt)
         started = time.perf_counter()
         with self._torch.inference_mode():
-            made = self._model.generate(self._prompt, attention_mask=mask, max_new_tokens=new_tokens, do_sample=False)
+            options = {"max_new_tokens": new_tokens, "do_sample": False, **self._cache}
+            made = self._model.generate(self._prompt, attention_mask=mask, **options).cpu()
         seconds = time.perf_counter() - started
         if made.shape[1] != self._prompt.shape[1] + new_tokens:
             raise AssertionError(f"asked for {new_tokens} tokens, got {made.shape[1] - self._prompt.shape[1]}")

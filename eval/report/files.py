@@ -1,4 +1,4 @@
-"""Results on disk: directories, JSON and text, each file whole or not at all."""
+"""Results on disk: directories, JSON and text, each file whole or not at all; of several processes the first writes."""
 
 import contextlib
 import json
@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from models import processes
 from models.errors import UserError
 
 
@@ -41,6 +42,8 @@ def write_bytes(content: bytes, path: Path) -> None:
     Raises:
       UserError: the path is a directory, or lies where nothing can be written.
     """
+    if not processes.is_first():
+        return
     partial = path.with_name(f".{path.name}.partial")
     try:
         partial.write_bytes(content)

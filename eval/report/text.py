@@ -319,10 +319,10 @@ def _categories(entries: Sequence[Entry]) -> dict[str, Any] | None:
 
 
 def _samples(samples: Sequence[Mapping[str, Any]], labels: Mapping[tuple[str, str | None], str]) -> dict[str, Any]:
-    """Generated texts cut at line ends (so that an accepted newline shows), and the shade of each draft depth."""
+    """Generated texts by prompt, cut at line ends so that an accepted newline shows; the shade of each draft depth."""
     deepest = max((writer for sample in samples for _, writer in sample["pieces"]), default=0)
     alphas = {depth: round(0.14 + 0.42 * (depth - 1) / max(1, deepest - 1), 3) for depth in range(1, deepest + 1)}
-    shown = []
+    shown: dict[str, dict[str, Any]] = {}
     for sample in samples:
         prompt, total = sample["prompt"], max(1, len(sample["pieces"]))
         drafted = sum(writer > 0 for _, writer in sample["pieces"])
@@ -336,14 +336,13 @@ def _samples(samples: Sequence[Mapping[str, Any]], labels: Mapping[tuple[str, st
             for text, writer in sample["pieces"]
         ]
         cut = len(prompt) > PROMPT_TAIL
-        shown.append(
+        tail = "…" + prompt[-PROMPT_TAIL:] if cut else prompt
+        same = shown.setdefault(prompt, {"prompt": prompt, "prompt_tail": tail, "cut": cut, "texts": []})
+        same["texts"].append(
             {
                 "drafter": labels.get((sample["drafter"], sample.get("path")), sample["drafter"]),
                 "summary": f"{drafted} of {len(sample['pieces'])} tokens drafted ({percent(drafted / total)})",
-                "prompt": prompt,
-                "prompt_tail": "…" + prompt[-PROMPT_TAIL:] if cut else prompt,
-                "cut": cut,
                 "pieces": pieces,
             }
         )
-    return {"samples": shown, "shades": list(alphas.items())}
+    return {"samples": list(shown.values()), "shades": list(alphas.items())}

@@ -10,7 +10,8 @@ Definitions (`decoding/stats.py` has those of acceptance):
 * **loop efficiency** is the speed-up over the ideal one, acceptance length x t(plain forward) / (t(target forward on
   the tree's rows) + t(the drafter's networks)).
 
-Decodes run with batch 1. Plain decoding always takes part and comes first in the results.
+Decodes run with batch 1. Plain decoding always takes part and comes first in the results. Several processes share the
+prompts, each on devices of its own; the parts of a step are those that the process itself timed.
 """
 
 import collections
@@ -31,6 +32,7 @@ from decoding.verify import Typical
 from eval.measure.parts import Scene, network_ms, step_parts
 from eval.measure.timing import Timed, Timing, summary
 from eval.text.prompts import Prompt
+from models import processes
 from models.errors import UserError
 from models.formats.target import Target
 
@@ -70,6 +72,27 @@ class Measured:
         """Counts over all prompts of one repeat."""
         first, *rest = (generation.stats[0] for generation in self.generations)
         return sum(rest, first)
+
+    def begin(self) -> None:
+        """Another repeat."""
+        self.decode_seconds.append([])
+        self.prefill_seconds.append([])
+
+    def add(self, generation: Generation) -> None:
+        """The next prompt's; texts are the same in every repeat."""
+        self.decode_seconds[-1].append(generation.decode_seconds)
+        self.prefill_seconds[-1].append(generation.prefill_seconds)
+        if len(self.decode_seconds) == 1:
+            self.generations.append(generation)
+
+    def gather(self) -> None:
+        """Adds what other processes did."""
+        mine = [dataclasses.replace(generation, memory=None) for generation in self.generations]
+        made, *seconds = zip(*processes.gathered((mine, self.decode_seconds, self.prefill_seconds)), strict=True)
+        self.generations = processes.whole(made)
+        self.decode_seconds, self.prefill_seconds = (
+            [processes.whole(repeat) for repeat in zip(*parts, strict=True)] for parts in seconds
+        )
 
 
 def benchmark(
@@ -122,7 +145,8 @@ def benchmark(
             capacity=capacities[index],
         )
 
-    buckets = _one_of_each_bucket(prompts, capacities)
+    mine = processes.share(range(len(prompts)))
+    buckets = _one_of_each_bucket(prompts, capacities, mine)
     for number, index in enumerate(buckets, 1):
         for contender in field:
             progress(f"compiling {contender.path or contender.drafter.name}, bucket {number} of {len(buckets)}")
@@ -133,31 +157,27 @@ def benchmark(
     measured = [Measured(contender, [], [], []) for contender in field]
     for repeat in range(repeats):
         for one in measured:
-            one.decode_seconds.append([])
-            one.prefill_seconds.append([])
-        for index in range(len(prompts)):
+            one.begin()
+        for index in mine:
             progress(f"repeat {repeat + 1} of {repeats}, prompt {index + 1} of {len(prompts)}")
             # Nobody is always the first to find the caches as another left them.
             first = (repeat + index) % len(measured)
             for one in measured[first:] + measured[:first]:
-                generation = decode(one.contender, index, max_new_tokens)
-                one.decode_seconds[-1].append(generation.decode_seconds)
-                one.prefill_seconds[-1].append(generation.prefill_seconds)
-                if repeat == 0:
-                    one.generations.append(generation)
+                one.add(decode(one.contender, index, max_new_tokens))
         if timed is not None:
             timed.sample()
     if timed is not None:
         timed.finish(measured)
+    for one in measured:
+        one.gather()
     if not measured[0].stats.steps:
         raise UserError("plain decoding ends every text with its first token, so there is no speed to measure")
     return [_run(target, one, measured[0], prompts, sampling) for one in measured]
 
 
-def _one_of_each_bucket(prompts: Sequence[Prompt], capacities: Sequence[int]) -> list[int]:
-    """Prompts that need a compilation each, by number."""
-    shapes = [(bucket(len(prompt.tokens), 16), size) for prompt, size in zip(prompts, capacities, strict=True)]
-    return list({shape: index for index, shape in enumerate(shapes)}.values())
+def _one_of_each_bucket(prompts: Sequence[Prompt], capacities: Sequence[int], mine: Sequence[int]) -> list[int]:
+    """Of the prompts `mine` those that need a compilation each."""
+    return list({(bucket(len(prompts[index].tokens), 16), capacities[index]): index for index in mine}.values())
 
 
 class _Parts:

@@ -56,7 +56,7 @@ class Prompt:
       tokens: token ids.
       question: name of its question; the turns of one question are averaged together.
       category: of its question.
-      text: for people; what `tokens` say.
+      text: for people; what `tokens` say, of a chat its turns without the template.
     """
 
     tokens: tuple[int, ...]
@@ -221,8 +221,11 @@ def _turns(question: Question, tokenizer, answer, chat: bool, room: Room | None)
 
 
 def _encoded(messages: list[dict[str, str]], tokenizer: Tokenizer, chat: bool) -> tuple[str, list[int]]:
-    text = tokenizer.apply_chat(messages) if chat else "\n".join(m["content"] for m in messages)
-    return text, tokenizer.encode(text, bos=not chat)
+    if chat:
+        turns = [f"{m['role']}: {m['content']}\n" for m in messages]
+        return "".join([*turns, "assistant: "]), tokenizer.encode(tokenizer.apply_chat(messages), bos=False)
+    text = "\n".join(m["content"] for m in messages)
+    return text, tokenizer.encode(text)
 
 
 def _without_long_ones(questions: Sequence[Question], tokenizer: Tokenizer, chat: bool, room: Room) -> list[Question]:

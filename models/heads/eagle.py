@@ -41,6 +41,7 @@ from models.errors import UserError
 from models.heads.medusa import vocab_kernel
 from models.layers import MLP, Attention, RMSNorm, call, rope_angles
 from models.layout import Layout
+from models.linear import Linear, product
 from models.sharding import split_vocabulary
 from models.transformer import Params
 
@@ -175,7 +176,7 @@ class EagleHeads(_Network):
         Returns:
           What stands in for the feature at the next position, and the pairs' keys and values.
         """
-        dense = nn.Dense(config.width, use_bias=self.bias)
+        dense = Linear(config.width, use_bias=self.bias)
         y = call(dense, params["fc"], jnp.concatenate([embedding, feature], axis=-1))
         own = self.layer_config(config)
         angles = rope_angles(own, layout.positions)
@@ -258,7 +259,7 @@ class Eagle3Heads(_Network):
     def fuse(self, params: Params, taps: dict[str, Float[Array, "*B H"]]) -> Float[Array, "*B H"]:
         """The feature f of a pair, from the target's."""
         x = jnp.concatenate([taps[name] for name in self._layers], axis=-1)
-        return call(nn.Dense(params["fc"]["kernel"].shape[1], use_bias=False), params["fc"], x)
+        return product(x, params["fc"]["kernel"])
 
     def run(
         self,
@@ -284,7 +285,7 @@ class Eagle3Heads(_Network):
         """Scores of the token after the pair's, of the W tokens of the draft vocabulary, float32 or wider."""
         own = self.layer_config(config)
         normed = call(RMSNorm(own.norm_eps, own.zero_centred_norm), params["norm"], hidden)
-        logits = jnp.matmul(normed, params["vocab"]["kernel"], preferred_element_type=wide(hidden.dtype))
+        logits = product(normed, params["vocab"]["kernel"], wide(hidden.dtype))
         return split_vocabulary(logits)
 
     def vocabulary(self, params: Params) -> Int[Array, "W"] | None:

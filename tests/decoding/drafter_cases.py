@@ -88,7 +88,7 @@ def lookup_or_hydra(target: Target, key: Array) -> tuple[Drafter, Any]:
 
 def eagle(target: Target, key: Array) -> tuple[Drafter, Any]:
     """EAGLE-1 on a static tree."""
-    return _random(Eagle(EagleHeads(), Static(BUSHY, "top")), target, key)
+    return _random(Eagle(EagleHeads(), Static(LOPSIDED, "top")), target, key)
 
 
 def eagle2(target: Target, key: Array) -> tuple[Drafter, Any]:
@@ -99,7 +99,7 @@ def eagle2(target: Target, key: Array) -> tuple[Drafter, Any]:
 def eagle3(target: Target, key: Array) -> tuple[Drafter, Any]:
     """A vocabulary of its own, which is not the beginning of the target's."""
     known = [token for token in (0, 1, 3, 5, 6, 8, 10, 11) if token < target.config.vocab_size]
-    policy = Confidence(top_k=min(4, len(known)), depth=4, total=12)
+    policy = Confidence(top_k=min(4, len(known)), depth=3, total=10)
     drafter, params = _random(Eagle3(Eagle3Heads(0, 1, 1, len(known)), policy), target, key)
     return drafter, {**params, "draft_vocab": jnp.array(known, jnp.int32)}
 

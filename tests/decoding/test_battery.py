@@ -13,6 +13,7 @@ its `ingest`, its replay, and what it alone needs. Batches of one row and a thir
 
 import dataclasses
 import functools
+import itertools
 import math
 from typing import Any
 
@@ -120,27 +121,32 @@ def first_ends(text: list[int], size: int = 3) -> list[int]:
 @each_drafter
 def test_stops_at_every_tree_position(name: str) -> None:
     # Drafts that are copied from the text repeat three tokens that it had; with those before them they are new.
-    limit, size = 300, 6
+    limit, size, rows = 300, 6, range(3)
     plain = [text[:limit] for text in long_run("none").tokens]
     uncut = [writers[:limit] for writers in long_run(name).writers]
-    stops = [(0, end) for end in first_ends(plain[0], size)[:15]]
     depths = range(case(name)[0].max_depth + 1)
-    for depth in depths:
-        found = [(row, end) for row in range(4) for end in first_ends(plain[row], size) if uncut[row][end - 1] == depth]
-        stops += found[:3]
-    for row, end in stops:
-        stop = plain[row][end - size : end]
+    news = [first_ends(plain[row], size) for row in rows]
+    stops = [
+        new[:5] + [end for depth in depths for end in [end for end in new if uncut[row][end - 1] == depth][:1]]
+        for row, new in zip(rows, news, strict=True)
+    ]
+    ended: set[int] = set()
+    for ends in itertools.zip_longest(*stops):
+        met = {row: end for row, end in zip(rows, ends, strict=True) if end}
+        stop = [plain[row][end - size : end] for row, end in met.items()]
         # No row writes much more than shows what becomes of it: this test's time is that of its steps.
-        limits = [min(limit, end + 5 if other == row else 25 + other) for other in range(len(PROMPTS))]
-        cut = [cut_after(text[:limit], stop) for text, limit in zip(plain, limits, strict=True)]
-        generation = decode(name, max_new_tokens=limits, stop=[stop, [10**6]])
-        assert generation.tokens == cut and len(generation.tokens[row]) == end
+        limits = [min(limit, met[row] + 5 if row in met else 25) for row in range(len(PROMPTS))]
+        cut = [min((cut_after(text[:end], s) for s in stop), key=len) for text, end in zip(plain, limits, strict=True)]
+        # Where another row's stop comes first, that is what ends it.
+        ended |= {uncut[row][end - 1] for row, end in met.items() if len(cut[row]) == end}
+        generation = decode(name, max_new_tokens=limits, stop=stop)
+        assert generation.tokens == cut
         for tokens, writers, stats, whole in zip(
             generation.tokens, generation.writers, generation.stats, uncut, strict=True
         ):
             assert writers == whole[: len(tokens)] and stats.committed == len(tokens) - 1
             assert stats.accepted_by_depth.tolist() == [writers.count(depth) for depth in depths[1:]]
-    assert {uncut[row][end - 1] for row, end in stops} >= {*depths[:3]}
+    assert ended >= {*depths[:3]}
 
 
 @each_drafter

@@ -134,7 +134,10 @@ def test_float32_differs_at_near_ties_alone() -> None:
     assert gap is not None and gap > NEAR_TIE
 
 
-@pytest.mark.parametrize("name", ["hydra++", pytest.param("eagle2", marks=pytest.mark.slow), "draft chain"])
+# How each drafter ingests other chunks is the battery's.
+@pytest.mark.parametrize(
+    "name", ["hydra++", *(pytest.param(n, marks=pytest.mark.slow) for n in ("eagle2", "draft chain"))]
+)
 @pytest.mark.usefixtures("x64")
 def test_prompts_of_several_chunks_read_like_one(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     reader = random_target(vocab_size=12)

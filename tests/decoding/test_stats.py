@@ -49,3 +49,5 @@ def test_line_for_people() -> None:
     assert line == ("6 tokens in 3 target forwards, acceptance length 2.00, conditional acceptance by depth 1.00 0.33")
     plain = Stats(3, 3, np.zeros(0, int), np.zeros(1, int))
     assert plain.line() == "3 tokens in 3 target forwards, acceptance length 1.00" and plain.histogram.tolist() == [3]
+    shallow = Stats(2, 3, np.array([1, 0, 0]), np.zeros(1, int))
+    assert shallow.line().endswith("by depth 0.50 0.00"), "no step came to depth 3"

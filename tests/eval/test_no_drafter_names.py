@@ -11,8 +11,9 @@ from decoding.policies import POLICIES
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 # The speed table lists shapes to time, file formats belong to a method each, assisted generation is a draft model's,
-# and the accelerator's job trains the heads that it lists.
-MAY_NAME = {"eval/speed.py", "scripts/convert.py", "eval/assisted.py", "scripts/accelerator.py"}
+# and the accelerator's jobs train the heads that they list.
+MAY_NAME = {"eval/speed.py", "scripts/convert.py", "eval/assisted.py"}
+MAY_NAME |= {"scripts/accelerator/smollm2.py", "scripts/accelerator/steps.py"}
 CLASSES = {drafter.__name__ for drafter in (*DRAFTERS.values(), HeadDrafter, NetworkDrafter)}
 ASKED = CLASSES | {Drafter.__name__} | {policy.__name__ for policy in POLICIES.values()}
 NAMES = set(DRAFTERS) - {"none"}  # Every benchmark compares with no drafter.

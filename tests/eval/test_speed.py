@@ -24,7 +24,7 @@ MEBIBYTE = 2**20
 
 @pytest.fixture(scope="module")
 def results() -> dict:
-    sections = ("bandwidth", "rows", "plain", "drafters", "growth")
+    sections = ("bandwidth", "rows", "plain", "drafters", "replay", "growth")
     # Trees as small as they can be: how they are timed does not depend on their size.
     table = {
         "token_recycling": lambda target: TokenRecycling(chain(2)),
@@ -32,15 +32,21 @@ def results() -> dict:
     }
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(speed, "DRAFTERS", table)
-        patch.setattr(speed, "ROWS", (1, 8))
-        patch.setattr(speed, "SCENES", ((2, 40),))
-        return speed.run("tiny", sections, tuple(table), rounds=1, bandwidth_bytes=MEBIBYTE)
+        patch.setattr(speed, "ORACLE_TOKENS", 48)
+        return speed.run(
+            "tiny",
+            sections,
+            tuple(table),
+            rounds=1,
+            bandwidth_bytes=MEBIBYTE,
+            scale=speed.Scale((1, 8), (1, 3), ((2, 40),)),
+        )
 
 
 def test_keys(results: dict) -> None:
     assert set(results) == {
         *("shape", "bandwidth_gb_per_s", "bandwidth_best_gb_per_s", "bandwidth_by_kind_gb_per_s", "rows", "plain"),
-        *("drafters", "growth"),
+        *("drafters", "replay", "growth"),
         "environment",
     }
     assert [set(row) for row in results["rows"]] == [{"rows", "ms", "ms_min"}] * 2
@@ -53,6 +59,10 @@ def test_keys(results: dict) -> None:
         assert entry["step_ms"] > 0 and entry["update_ms"] > 0
     assert results["drafters"]["draft_model"]["network_ms"] > 0
     assert results["drafters"]["token_recycling"]["network_ms"] == 0, "a table has no network"
+    alone, wide = results["replay"]
+    assert alone["nodes"] == 1 and alone["acceptance_length"] == 1 and alone["loop_efficiency"] == 1
+    # Two candidates, each right four times in five: 1 + 0.8 + 0.64.
+    assert wide["nodes"] == 3 and 1.8 < wide["acceptance_length"] < 3 and wide["loop_efficiency"] > 0
     assert [(row["batch"], row["context"]) for row in results["growth"]] == [(2, 40)]
     for row in results["growth"]:
         assert set(row["drafters"]) == {"none", "token_recycling"}
@@ -126,6 +136,9 @@ def test_default_shape_has_110_million_parameters() -> None:
         (["--shape", "9t"], "no shape"),
         (["--sections", "rows,speed"], "no section"),
         (["--rounds", "0"], "rounds"),
+        (["--rows", "0,2"], "--rows must be numbers of at least 1, got 0, 2"),
+        (["--nodes", "2,4"], "--nodes must begin with 1"),
+        (["--scenes", "4"], "--scenes must be BATCHxCONTEXT, such as 16x1024, got '4'"),
         (["--sections", "images", "--rounds", "0"], "rounds must be at least 1"),
         (["--sections", "images", "--image_batch", "0"], "--image_batch must be at least 1, got 0"),
         (["--sections", "images", "--image_depths", "16,30"], "the larger first, got (16, 30)"),
@@ -182,7 +195,7 @@ def test_images_of_the_shapes_and_in_the_dtype_asked_for(
     monkeypatch.setattr(speed, "describe_environment", dict)
     monkeypatch.setattr(speed.jax, "default_backend", lambda: backend)
     speed.main(["--sections", "images", "--rounds", "3", *arguments, "--out", str(tmp_path / "x.json")])
-    assert seen == [((3,), {"depths": depths, "batch": batch, "dtype": dtype})]
+    assert seen == [((3,), {"depths": depths, "draft_scales": (8, 6), "batch": batch, "dtype": dtype})]
     assert "described" in capsys.readouterr().out
     assert json.loads((tmp_path / "x.json").read_text()) == {"images": {}, "environment": {}}
 
@@ -196,4 +209,5 @@ def test_peer_decodes_the_same_shape() -> None:
     ours = sum(leaf.size for leaf in jax.tree.leaves(param_shapes(config)))
     assert sum(weight.numel() for weight in other._model.parameters()) == ours
     assert other._model.config._attn_implementation == "sdpa"
-    assert isinstance(other.sample(), float)
+    static = speed.peer.HuggingFace(config, [1, 2, 3], new_tokens=3, like=other)
+    assert isinstance(other.sample(), float) and isinstance(static.sample(), float)

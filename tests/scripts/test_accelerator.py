@@ -1,8 +1,10 @@
 """Parts run side by side within their limits, what fails stops nothing else, what comes back is small and whole."""
 
 import argparse
+import importlib.util
 import json
 import tarfile
+import types
 from pathlib import Path
 
 import ml_dtypes
@@ -10,8 +12,12 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from scripts import accelerator
-from scripts.accelerator import Job, Part
+from decoding.stats import Counters, Stats
+from scripts.accelerator import __main__ as everything
+from scripts.accelerator import correctness
+from scripts.accelerator import smollm2 as accelerator
+from scripts.accelerator.job import QUICK, Job, Part
+from scripts.accelerator.parts import PARTS, Sizes
 
 
 @pytest.fixture
@@ -47,7 +53,7 @@ def test_parts_end_by_themselves_by_their_limit_or_when_they_are_asked_to(sleepe
         "early": "ok, ended early",
         "missing": "skipped",
     }
-    assert accelerator.QUICK in told["good"]["last_line"] and told["timed"]["last_line"] == "flags -"
+    assert QUICK in told["good"]["last_line"] and told["timed"]["last_line"] == "flags -"
     assert told["bad"]["last_line"] == "working" and (sleepers / "good.log").read_text().startswith("python -m good")
 
 
@@ -107,3 +113,69 @@ def test_mistakes_are_one_sentence(tmp_path: Path, capsys, more: list[str], mess
         accelerator.main(["--out", str(tmp_path), *more])
     told = capsys.readouterr().err
     assert told.startswith("error: ") and message in told and told.count("\n") == 1
+
+
+def test_every_part_has_its_processes_and_the_last_what_time_is_left(tmp_path: Path) -> None:
+    args = everything._parser().parse_args(["--out", str(tmp_path), "--target", "target"])
+    args.cache, args.back = tmp_path / "cache", tmp_path / "back"
+    names: list[str] = []
+    for sizes in (Sizes.of("llama3-8b", False, 5), Sizes.of("llama3-8b", True, 5)):
+        groups = [group for part in args.parts for group in PARTS[part](args, sizes, 100.0)]
+        parts = [part for beside, seconds in groups for part in beside if seconds > 0]
+        names = [part.name for part in parts]
+        assert len(set(names)) == len(names)
+        for part in parts:
+            assert importlib.util.find_spec(part.command[0]), part.command
+        assert "--minutes 1.42" in " ".join(parts[-1].command) and parts[-1].packages
+        timed = {part.name for part in parts if not part.quick}
+        assert timed == {*names} - {"greedy_float64", "greedy_bfloat16", "chi_square", "smollm2"}
+    assert "training_hydra" in names and "growth_1" in names
+
+
+def test_what_is_lacking_is_said_and_time_that_is_over_too(tmp_path: Path, capsys) -> None:
+    part = Part("lacking", ["good"], packages=("json", "no_such_package"))
+    Job(tmp_path, 1.0, tmp_path / "cache").run([part], 1.0)
+    Job(tmp_path, 0.0, tmp_path / "cache").run([Part("late", ["good"])], 1.0)
+    told = capsys.readouterr().out
+    assert "lacking: skipped after 0 s: not installed: no_such_package; give a folder with their --wheels" in told
+    assert "late: skipped after 0 s: no time was left for it" in told
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--parts", "plain,speed"], "there is no part 'speed', only correctness, plain"),
+        (["--target", "nowhere"], "there is no nowhere"),
+        ([], "is not empty"),
+    ],
+)
+def test_mistakes_of_the_whole_are_one_sentence(tmp_path: Path, capsys, more: list[str], message: str) -> None:
+    (tmp_path / "something").touch()
+    with pytest.raises(SystemExit):
+        everything.main(["--out", str(tmp_path), *more])
+    told = capsys.readouterr().err
+    assert told.startswith("error: ") and message in told and told.count("\n") == 1
+
+
+def test_results_are_packed_without_what_is_large(tmp_path: Path) -> None:
+    for name in ("plain.json", "smollm2/decode/results.json", "cache/step_seconds.json", "plain.bin"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("{}")
+    everything.pack(tmp_path, tmp_path / "back")
+    with tarfile.open(tmp_path / "back" / "everything.tar.gz") as archive:
+        assert set(archive.getnames()) == {"plain.json", "smollm2/decode/results.json"}
+
+
+def test_texts_are_judged_by_what_their_dtype_can_promise(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    target = correctness.tiny_target(12)
+    texts = [[1, 2, 3]] * 4
+    made = types.SimpleNamespace(tokens=texts, stats=[Stats.of(Counters.zeros(1, 1, 2), 0)])
+    monkeypatch.setattr(correctness, "generate", lambda target, prompts, **_: made if len(prompts) > 1 else alone)
+    alone = types.SimpleNamespace(tokens=[[1, 2, 3]])
+    found = correctness.greedy(target, None, None, texts)
+    assert found["ok"] and not found["partings"]
+    alone.tokens = [[1, 5, 3]]
+    found = correctness.greedy(target, None, None, texts)
+    (parting,) = found["partings"]
+    assert parting["new_token"] == 1 and parting["margin"] > 0
+    assert found["ok"] == (parting["margin"] <= correctness.ROUNDING * parting["largest"])

@@ -98,12 +98,12 @@ def test_bad_requests_are_one_sentence_and_leave_nothing(sources, tmp_path, caps
 
 def test_text_ends_where_the_target_ends_it(sources, tmp_path, monkeypatch):
     folder, target = sources
-    decoded = continuations.generate
+    decoded = continuations.generate_together
 
     def stops_early(*given, **options):
         return decoded(*given, **options, stop=[[token] for token in range(target.config.vocab_size)])
 
-    monkeypatch.setattr(continuations, "generate", stops_early)
+    monkeypatch.setattr(continuations, "generate_together", stops_early)
     run(
         folder,
         tmp_path / "out",
@@ -179,7 +179,7 @@ def test_a_chat_model_writes_its_own_conversations(chatter, tmp_path, capsys):
 def test_an_interrupted_run_goes_on_where_it_was(chatter, tmp_path, monkeypatch, capsys):
     arguments = ["--documents", "14", "--valid_documents", "2"]
     chat(chatter, tmp_path / "whole", *arguments)
-    calls, decoded = [], self_chat.generate
+    calls, decoded = [], self_chat.generate_together
 
     def interrupted(*given, **options):
         calls.append(1)
@@ -187,7 +187,7 @@ def test_an_interrupted_run_goes_on_where_it_was(chatter, tmp_path, monkeypatch,
             raise KeyboardInterrupt
         return decoded(*given, **options)
 
-    monkeypatch.setattr(self_chat, "generate", interrupted)
+    monkeypatch.setattr(self_chat, "generate_together", interrupted)
     with pytest.raises(SystemExit):
         chat(chatter, tmp_path / "out", *arguments)
     rounds = tmp_path / ".out.rounds.jsonl"
@@ -206,11 +206,16 @@ def test_prompts_of_a_person_are_answered(chatter, tmp_path, capsys):
     lines = [{"prompt": f"What is {i}?"} for i in range(11)]
     lines.append({"messages": [{"role": r, "content": r} for r in ("user", "assistant", "user")]})
     prompts.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    chat(chatter, tmp_path / "out", "--prompts", str(prompts), "--valid_documents", "0")
-    tokenizer = load_target(chatter).tokenizer
-    asked = {tokenizer.decode(tokens[: mask.index(1)]) for tokens, mask in content(tmp_path / "out")}
+    short = ["--new_tokens", "3", "--keep_unended"]
+    chat(chatter, tmp_path / "out", "--prompts", str(prompts), "--valid_documents", "0", *short)
+    target = load_target(chatter)
+    answered = content(tmp_path / "out")
+    asked = {target.tokenizer.decode(tokens[: mask.index(1)]) for tokens, mask in answered}
     wanted = {f"<user>What is {i}?</><assistant>" for i in range(11)}
-    assert len(asked) > 5 and asked <= wanted | {"<user>user</><assistant>assistant</><user>user</><assistant>"}
+    assert asked == wanted | {"<user>user</><assistant>assistant</><user>user</><assistant>"}
+    counts = json.loads((tmp_path / "out" / "manifest.json").read_text())["source"]["counts"]
+    cut = [sum(mask) for tokens, mask in answered if tokens[-1] not in target.config.eos_ids]
+    assert set(cut) == {3} and counts["answers cut"] == len(cut) == 12 - counts["answers kept"]
     prompts.write_text('{"prompt": "a"}\n{"text": "b"}\n')
     with pytest.raises(SystemExit):
         chat(chatter, tmp_path / "again", "--prompts", str(prompts))

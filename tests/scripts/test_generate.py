@@ -51,13 +51,27 @@ def expected_text(directory: pathlib.Path, new_tokens: int) -> str:
     return PROMPT + target.tokenizer.decode(made.tokens[0])
 
 
-@pytest.mark.parametrize("drafter", ["none", "medusa", "hydra"])
-def test_streams_the_text_of_plain_decoding(directories, capsys, drafter: str) -> None:
-    chosen = directories.get(drafter, drafter)
-    arguments = ("--target", directories["target"], "--drafter", chosen, "--max_new_tokens", 30, "--no-color")
-    text, last = output(capsys, *arguments, "--prompt", PROMPT)
+def test_streams_the_text_of_plain_decoding(directories, capsys) -> None:
+    arguments = ("--target", directories["target"], "--drafter", directories["hydra"], "--max_new_tokens", 30)
+    text, last = output(capsys, *arguments, "--no-color", "--prompt", PROMPT)
     assert text == expected_text(directories["target"], 30)
     assert STATISTICS.fullmatch(last)
+
+
+def test_several_drafters_are_compared_with_the_first(directories, capsys) -> None:
+    names = f"none,{directories['medusa']}"
+    arguments = ("--target", directories["target"], "--max_new_tokens", 30, "--no-color", "--prompt", PROMPT)
+    command.main([str(argument) for argument in (*arguments, "--drafter", names)])
+    first, second = capsys.readouterr().out.split("\n\n" + str(directories["medusa"]))
+    text = expected_text(directories["target"], 30)
+    head, _, line = first.rpartition("\n")
+    assert head == "none:\n" + text and STATISTICS.fullmatch(line)
+    head, _, line = second.rstrip("\n").rpartition("\n")
+    assert head == ":\n" + text and STATISTICS.fullmatch(line.partition(": ")[0])
+    assert re.fullmatch(r"[\d.]+x as fast as none, the same text", line.partition(": ")[2])
+    # Nothing is written before all of them are known.
+    assert "neither a drafter directory" in error(capsys, *arguments, "--drafter", "none,nowhere")
+    assert "--drafter must name at least one" in error(capsys, *arguments, "--drafter", ",")
 
 
 def test_a_mesh_is_where_it_all_runs(directories, capsys) -> None:

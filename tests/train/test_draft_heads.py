@@ -94,7 +94,7 @@ class Oracle:
 
 def test_a_perfect_head_always_agrees_with_the_target(setting, monkeypatch):
     objective, heads, frozen, batch = setting(objective={"soft": 1.0, "hard": 0.0})
-    target, _ = objective.teacher_forced(heads, frozen, batch, None)
+    target = objective.read_target(frozen, batch)
     monkeypatch.setattr(objective, "heads", Oracle(target.logits))
     sums = objective.evaluate(heads, frozen, batch)
     for depth in (1, 2):
@@ -147,12 +147,12 @@ class Listener(Oracle):
 @pytest.mark.parametrize("prefix", [False, True])
 def test_noise_spares_the_features_of_a_prefix_block(prefix, setting, monkeypatch):
     objective, params, frozen, batch = setting(objective={"noise": 10.0})
-    target, _ = objective.teacher_forced(params, frozen, batch, None)
+    target = objective.read_target(frozen, batch)
     listener = Listener(target.logits, prefix)
     monkeypatch.setattr(objective, "heads", listener)
     heard = []
     for key in (None, jax.random.key(0)):
-        objective.teacher_forced(params, frozen, batch, key)
+        objective.teacher_forced(target, params, frozen, batch, key)
         heard.append((listener.feature, listener.path))
     (quiet_feature, quiet_path), (feature, path) = heard
     assert not jnp.array_equal(quiet_path, path)

@@ -43,7 +43,8 @@ def test_guesses_from_some_positions_count_as_these_among_all(name, objective, d
 
     def everything(params):
         """(sum, weight) that each place adds, by letting it count alone; without anchors."""
-        target, everywhere = objective.teacher_forced(params, frozen, batch, None)
+        target = objective.read_target(frozen, batch)
+        everywhere = objective.teacher_forced(target, params, frozen, batch, None)
         term = objective._term_of(target, frozen)
         places = jnp.arange(batch["tokens"].size).reshape(batch["tokens"].shape)
 
@@ -70,7 +71,7 @@ def test_guesses_from_some_positions_count_as_these_among_all(name, objective, d
 
 def test_choices_at_some_positions_are_compared_with_what_stands_there(draft_setting, monkeypatch):
     objective, params, frozen, batch = draft_setting("draft_heads")
-    target, _ = objective.teacher_forced(params, frozen, batch, None)
+    target = objective.read_target(frozen, batch)
     at = jnp.array(ANCHORS)
 
     def perfect(*_):
@@ -96,7 +97,7 @@ def test_logits_are_read_late_and_row_by_row(name, draft_setting, monkeypatch):
         return read(*arguments)
 
     monkeypatch.setattr(type(objective.heads), mapped, watched)
-    _, guesses = objective.teacher_forced(params, frozen, batch, None)
+    guesses = objective.teacher_forced(objective.read_target(frozen, batch), params, frozen, batch, None)
     assert not shapes and [guess.at for guess in guesses] == [None] * objective.depth
     for guess in guesses:
         some = guess.hidden[1:3, 4:7]

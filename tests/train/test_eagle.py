@@ -133,7 +133,7 @@ def test_noise_is_on_features_in_training_only(draft_setting, monkeypatch):
 
 def test_agreement_is_with_the_targets_choice_in_the_targets_tokens(draft_setting, monkeypatch):
     objective, params, frozen, batch = draft_setting("eagle3", vocabulary=12)
-    target, _ = objective.teacher_forced(params, frozen, batch, None)
+    target = objective.read_target(frozen, batch)
     known = frozen["draft_vocab"]
     hidden = [ahead(target.logits[..., known], k + 1) for k in range(STEPS)]
     guesses = [Guess(h, None, objective.labels(batch, k), lambda h: h) for k, h in enumerate(hidden)]

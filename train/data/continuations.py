@@ -12,8 +12,8 @@ import numpy as np
 
 from decoding.drafter import Drafter
 from decoding.drafters.plain import Plain
-from decoding.generate import generate
 from decoding.sampling import Sampling
+from decoding.spread import generate_together
 from models.errors import UserError
 from models.formats.target import Target
 from train.data import texts as data
@@ -48,7 +48,7 @@ def continuations(
             np.asarray(documents[int(index)]["tokens"])[start : start + prompt].tolist()
             for index, start in zip(chosen, starts, strict=True)
         ]
-        decoded = generate(
+        decoded = generate_together(
             target,
             prompts,
             drafter=drafter[0],

@@ -9,18 +9,22 @@ brought to the size that the objective's model has.
 import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
-import grain
 import jax
 import numpy as np
 
 from models.errors import UserError
 from models.formats.tokenizer import Tokenizer
 from train.config import DataConfig, TrainConfig
-from train.data import images
-from train.data import texts as data
+from train.data.features import FeatureRows
 from train.data.order import in_order, shuffled
+
+if TYPE_CHECKING:  # Training steps are timed where Grain and TFDS are not installed.
+    import grain
+
+    from train.data import images
+    from train.data import texts as data
 
 
 class Corpus(Protocol):
@@ -41,7 +45,7 @@ class Corpus(Protocol):
     @property
     def valid(self) -> Any: ...
 
-    def batches(self, batch_size: int, seed: int) -> grain.DatasetIterator:
+    def batches(self, batch_size: int, seed: int) -> "grain.DatasetIterator":
         """This process's part of endless shuffled training batches; `get_state()` and `set_state()` resume exactly."""
 
     def validation(self, batch_size: int, max_batches: int | None) -> Iterator[Any]:
@@ -57,12 +61,14 @@ class TextCorpus:
       train: documents to learn from.
       valid: documents held out.
       length: tokens per row of a batch.
+      features: the rows to learn from with a target's features beside them, where these are kept on disk.
     """
 
     facts: Tokenizer
-    train: data.Documents
-    valid: data.Documents
+    train: "data.Documents"
+    valid: "data.Documents"
     length: int
+    features: FeatureRows | None = None
 
     def within(self, vocab_size: int, config: DataConfig) -> "TextCorpus":
         """The same for a model of `vocab_size` embeddings: tokens without one are refused (`Documents.within`)."""
@@ -70,12 +76,24 @@ class TextCorpus:
         valid = self.valid.within(vocab_size, f"{config.path}, split {config.valid_split}")
         return dataclasses.replace(self, train=train, valid=valid)
 
-    def batches(self, batch_size: int, seed: int) -> grain.DatasetIterator:
+    @property
+    def rows(self) -> "data.PackedRows":
+        """What is learnt from, packed."""
+        from train.data import texts as data
+
+        return data.PackedRows(self.train, self.length)
+
+    def batches(self, batch_size: int, seed: int) -> "grain.DatasetIterator":
         """Batches of packed rows."""
-        return shuffled(data.PackedRows(self.train, self.length), batch_size, seed, **_this_process())
+        if self.features is None:
+            return shuffled(self.rows, batch_size, seed, **_this_process())
+        # A batch may be of half a gigabyte.
+        return shuffled(self.features, batch_size, seed, **_this_process(), ahead=4)
 
     def validation(self, batch_size: int, max_batches: int | None) -> Iterator[dict[str, np.ndarray]]:
         """Batches of packed rows."""
+        from train.data import texts as data
+
         rows = data.PackedRows(self.valid, self.length)
         return in_order(rows, batch_size, max_batches=max_batches, **_this_process())
 
@@ -91,10 +109,10 @@ class ImageCorpus:
     """
 
     facts: tuple[str, ...]
-    train: images.Images
-    valid: images.Images
+    train: "images.Images"
+    valid: "images.Images"
 
-    def batches(self, batch_size: int, seed: int) -> grain.DatasetIterator:
+    def batches(self, batch_size: int, seed: int) -> "grain.DatasetIterator":
         """Batches of images."""
         return shuffled(self.train, batch_size, seed, **_this_process())
 
@@ -117,6 +135,8 @@ def open_corpus(config: TrainConfig) -> Corpus:
 
 
 def _open_images(config: DataConfig, size: int) -> ImageCorpus:
+    from train.data import images
+
     for name in ("tokenizer", "fields"):
         if getattr(config, name) is not None:
             raise UserError(f"data.{name} must be None for images, got {getattr(config, name)!r}")
@@ -125,6 +145,8 @@ def _open_images(config: DataConfig, size: int) -> ImageCorpus:
 
 
 def _open_texts(config: DataConfig, base: str | None, length: int) -> TextCorpus:
+    from train.data import texts as data
+
     raw = config.path.startswith(data.CATALOGUE_PREFIX)
     if config.tokenizer is not None and (base is not None or not raw):
         owner = f"the target {base}" if base is not None else f"the data set {config.path}"

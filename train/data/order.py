@@ -4,12 +4,14 @@ With several processes each takes every so-many-th example: a step holds the sam
 """
 
 from collections.abc import Iterator, Mapping
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
-import grain
 import numpy as np
 
 from models.errors import UserError
+
+if TYPE_CHECKING:  # Training steps are timed where it is not installed.
+    import grain
 
 
 class Examples(Protocol):
@@ -34,7 +36,8 @@ def shuffled(
     epochs: int | None = None,
     process_index: int = 0,
     process_count: int = 1,
-) -> grain.DatasetIterator:
+    ahead: int = 16,
+) -> "grain.DatasetIterator":
     """Shuffled batches to train on, each epoch in another order, read ahead by threads.
 
     Step `s` holds the same examples whatever the number of processes. `get_state()` is a small JSON-able dict that is
@@ -46,6 +49,7 @@ def shuffled(
       seed: of the shuffles.
       epochs: passes over the examples; None for no end. A last batch that is not full is dropped.
       process_index: which of `process_count` processes this one is; it gets every `process_count`-th example.
+      ahead: batches that are read ahead, and lie in memory.
 
     Returns:
       An iterator of dicts of arrays `[batch_size / process_count, ...]`.
@@ -59,9 +63,11 @@ def shuffled(
             f"{epochs} epochs of {len(examples)} examples do not fill one batch of {batch_size}: take more data or a "
             "smaller batch"
         )
+    import grain
+
     data = grain.MapDataset.source(examples).seed(seed).shuffle().repeat(epochs)
     data = data[process_index::process_count].batch(local_size, drop_remainder=True)
-    return iter(data.to_iter_dataset(grain.ReadOptions(num_threads=4, prefetch_buffer_size=16)))
+    return iter(data.to_iter_dataset(grain.ReadOptions(num_threads=4, prefetch_buffer_size=ahead)))
 
 
 def in_order(

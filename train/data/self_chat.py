@@ -2,8 +2,8 @@
 
 An instruction-tuned target, given its chat template up to an empty user turn, goes on as a user would: it writes a
 prompt. The prompt is put into the template and answered, and both are one document whose answer is marked as label.
-Prompts that do not end, say nothing or were seen before are dropped, and so are answers that do not end or that loop.
-Both kinds of text are decoded in full batches of one shape.
+Prompts that do not end, say nothing or were seen before are dropped, and so are answers that loop or, unless their
+beginnings are wanted, do not end. Both kinds of text are decoded in full batches of one shape.
 
 What is finished is kept in a file of rounds, from which an interrupted run goes on; the same seed gives the same text
 whether or not it was interrupted, as long as the shape of a batch is the same.
@@ -23,8 +23,9 @@ from typing import Any
 import numpy as np
 
 from decoding.drafter import Drafter
-from decoding.generate import generate
 from decoding.sampling import Sampling
+from decoding.spread import generate_together
+from models import processes
 from models.errors import UserError
 from models.formats.target import Target
 from models.formats.tokenizer import Message
@@ -46,6 +47,7 @@ class ChatSettings:
       prompt_temperature: of prompts.
       temperatures: of answers, which rows take in turn.
       max_repetition: answers are dropped where a larger share of their runs of four tokens has occurred before in them.
+      keep_unended: keep the beginnings of answers that do not end within `new_tokens`.
       rows: texts decoded together.
       seed: of all draws.
     """
@@ -55,6 +57,7 @@ class ChatSettings:
     prompt_temperature: float = 1.0
     temperatures: tuple[float, ...] = (0.7,)
     max_repetition: float = 0.3
+    keep_unended: bool = False
     rows: int = 32
     seed: int = 0
 
@@ -127,7 +130,7 @@ class SelfChat:
         """Goes on until `wanted` documents are finished, prompts run out, or so many seconds are over."""
         end = time.monotonic() + seconds
         barren = 0
-        while len(self.documents) < wanted and time.monotonic() < end:
+        while len(self.documents) < wanted and processes.on_first(lambda: time.monotonic() < end):
             before = len(self._waiting)
             if not self._given and before < self._settings.rows:
                 self._ask()
@@ -187,10 +190,11 @@ class SelfChat:
         answers = self._decode([tokens for _, tokens in fitting], s.new_tokens, temperatures, "answer")
         made = []
         for (messages, tokens), answer in zip(fitting, answers, strict=True):
-            ended = self._ended(answer)
-            fate = "unended" if not ended else "looping" if repetition(answer) > s.max_repetition else "kept"
+            fate = "kept" if self._ended(answer) else "cut" if s.keep_unended else "unended"
+            if fate != "unended" and repetition(answer) > s.max_repetition:
+                fate = "looping"
             self.counts[f"answers {fate}"] += 1
-            if fate == "kept":
+            if fate in ("kept", "cut"):
                 made.append({"prompt": messages[-1]["content"], "tokens": [*tokens, *answer], "answer": len(answer)})
         self._finish_round(made)
 
@@ -200,7 +204,7 @@ class SelfChat:
             return []
         s, missing = self._settings, self._settings.rows - len(prompts)
         seeds = np.random.SeedSequence([s.seed, self._round]).generate_state(s.rows, np.uint32)
-        decoded = generate(
+        decoded = generate_together(
             self._target,
             prompts + [prompts[0]] * missing,
             max_new_tokens=[limit] * len(prompts) + [1] * missing,
@@ -223,6 +227,8 @@ class SelfChat:
         self._round += 1
         waiting = len(self._waiting) if self._given else self._waiting
         state = {"documents": made, "waiting": waiting, "counts": self.counts, "seconds": self.seconds}
+        if not processes.is_first():
+            return
         new = not self._rounds.exists()
         with self._rounds.open("a", encoding="utf-8") as file:
             if new:
@@ -238,13 +244,13 @@ class SelfChat:
         raise UserError(f"{self._rounds}, which is to be gone on from, is damaged: remove it to start over")
 
     def _take_up(self) -> None:
-        if not self._rounds.exists():
+        whole = processes.on_first(lambda: self._rounds.read_bytes() if self._rounds.exists() else b"")
+        if not whole:
             return
-        whole = self._rounds.read_bytes()
         # A last line without an end was being written when the run was killed.
         lines = whole[: whole.rfind(b"\n") + 1].decode(errors="replace").splitlines()
         if not lines:
-            self._rounds.unlink()
+            processes.on_first(self._rounds.unlink)
             return
         header, *states = [self._object(line) for line in lines]
         wanted = json.loads(json.dumps(self._header))
@@ -252,8 +258,7 @@ class SelfChat:
             raise UserError(
                 f"{self._rounds} holds an unfinished run with another {', '.join(other)}: take the same, or remove it"
             )
-        with self._rounds.open("r+b") as file:
-            file.truncate(whole.rfind(b"\n") + 1)
+        processes.on_first(lambda: os.truncate(self._rounds, whole.rfind(b"\n") + 1))
         for state in states:
             self.documents += state["documents"]
             self._round += 1

@@ -14,7 +14,7 @@ holds the target's first choice (EAGLE-3).
 import abc
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -28,16 +28,18 @@ from decoding.generate import generate
 from decoding.replay import is_replayable, replay_acceptance
 from decoding.sampling import argmax
 from decoding.trees import chain
-from models import schema, transformer
+from models import processes, schema, transformer
 from models.errors import UserError
 from models.formats.hf import load_config
 from models.formats.target import Target, check_vocabulary, load_target
 from models.formats.tokenizer import Tokenizer
 from models.layout import Layout
-from models.transformer import Output
-from train.data.texts import Documents
 from train.objectives.objective import Batch, Objective, Params, Sums
 from train.objectives.shift import ahead, label_mask, labels_at, log_likelihood
+from train.objectives.target_features import LOGITS, TargetFeatures, layout_of, target_features
+
+if TYPE_CHECKING:  # Training steps are timed where TFDS is not installed.
+    from train.data.texts import Documents
 
 
 class Weights(NamedTuple):
@@ -78,6 +80,10 @@ class DraftObjective(Objective):
 
     A subclass gives `Config`, whose objects have what `asks_of_config` names, `untrained(model)` being the drafter
     without parameters, and `depth` and `guesses`.
+
+    Attributes:
+      drafter: the drafter without parameters.
+      fingerprint: of the target, once it is loaded.
     """
 
     product: ClassVar[str] = "drafter"
@@ -90,9 +96,16 @@ class DraftObjective(Objective):
         self.drafter = config.untrained(self.model)
         self.drafter.check(self.model)
         check_vocabulary(self.model, tokenizer, config.base)
-        self._fingerprint: dict[str, int | str | None] = {}
+        self.fingerprint: dict[str, int | str | None] = {}
         self._dtype = jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
         self.base: Params = transformer.param_shapes(self.model, self._dtype)
+
+    @property
+    def target_taps(self) -> tuple[str, ...]:  # type: ignore[override]
+        """What the drafter reads, and what the loss compares it with."""
+        weights = self._config.weights
+        compared = ("post_norm",) * (weights.feature > 0) + (LOGITS,) * (weights.soft > 0)
+        return (*self.drafter.taps, *compared)
 
     @property
     @abc.abstractmethod
@@ -101,7 +114,7 @@ class DraftObjective(Objective):
 
     @abc.abstractmethod
     def guesses(
-        self, params: Params, frozen: Params, batch: Batch, target: Output, layout: Layout, key: Array | None
+        self, params: Params, frozen: Params, batch: Batch, target: TargetFeatures, layout: Layout, key: Array | None
     ) -> list[Guess]:
         """The drafter at every position, or at some, depth by depth, with the true tokens as its path.
 
@@ -109,7 +122,7 @@ class DraftObjective(Objective):
           params: the drafter's, in the dtype of the target.
           frozen: the target.
           batch: as for `loss`.
-          target: its output on the batch, with the drafter's taps.
+          target: its features on the batch, the drafter's taps among them.
           layout: of the batch.
           key: for noise and dropout; None, in evaluation, is without either.
         """
@@ -137,7 +150,7 @@ class DraftObjective(Objective):
                     f"given ({error}): set objective.loop_prompts to 0, or define its with_tree"
                 ) from None
 
-    def scan_data(self, documents: Documents) -> None:
+    def scan_data(self, documents: "Documents") -> None:
         """Refuses documents so short that the last guess has no labels."""
         longest = int(documents.lengths.max(initial=0))
         if self.depth + 2 > longest:
@@ -152,11 +165,19 @@ class DraftObjective(Objective):
         return {"objective.target": self._config.base}
 
     def load_base(self, mesh: Mesh) -> Params:
-        """The target, float32 on CPU and bfloat16 on accelerators."""
+        """The target, float32 on CPU and bfloat16 on accelerators, and what belongs to it."""
+        return {**self.load_target(mesh), **self.beside_target(mesh)}
+
+    def load_target(self, mesh: Mesh) -> Params:
+        """The target's part of the base."""
         target = load_target(self._config.base, dtype=self._dtype, mesh=mesh)
         # Now, while every process takes part: no single one may be able to read the whole embedding at the export.
-        self._fingerprint = target.fingerprint()
+        self.fingerprint = target.fingerprint()
         return target.params
+
+    def beside_target(self, mesh: Mesh) -> Params:
+        """The rest of the base."""
+        return {}
 
     def init(self, key: Array, base: Params) -> Params:
         """A fresh drafter in float32, whatever the target's dtype: small updates must not round away."""
@@ -172,7 +193,11 @@ class DraftObjective(Objective):
 
     def loss(self, trainable: Params, frozen: Params, batch: Batch, key: Array, progress: Array | float):
         """One term per depth: (sums, weights); metrics hold each depth's mean before its decay."""
-        target, guesses = self.teacher_forced(trainable, frozen, batch, key)
+        return self.loss_on(self.read_target(frozen, batch), trainable, frozen, batch, key)
+
+    def loss_on(self, target: TargetFeatures, trainable: Params, frozen: Params, batch: Batch, key: Array):
+        """`loss`, given the target's features on the batch."""
+        guesses = self.teacher_forced(target, trainable, frozen, batch, key)
         term = self._term_of(target, frozen)
         terms = [term(i, guess, guess.read(guess.hidden)) for i, guess in enumerate(guesses)]
         totals, weights = (jnp.stack(values) for values in zip(*terms, strict=True))
@@ -182,7 +207,11 @@ class DraftObjective(Objective):
     def evaluate(self, trainable: Params, frozen: Params, batch: Batch) -> Sums:
         """By depth: the loss; how often the first choice is the text's token (accuracy); how often it is the target's
         first choice there (agreement), which is what greedy verification would accept on this text."""
-        target, guesses = self.teacher_forced(trainable, frozen, batch, None)
+        return self.evaluate_on(self.read_target(frozen, batch), trainable, frozen, batch)
+
+    def evaluate_on(self, target: TargetFeatures, trainable: Params, frozen: Params, batch: Batch) -> Sums:
+        """`evaluate`, given the target's features on the batch."""
+        guesses = self.teacher_forced(target, trainable, frozen, batch, None)
         preferred_BT, known_W = argmax(target.logits), self.known(frozen)
         term = self._term_of(target, frozen)
         sums: Sums = {}
@@ -211,7 +240,7 @@ class DraftObjective(Objective):
         that drafters are not served as they are trained. Empty when nothing is to be decoded, or the target has no room
         for it, or there are several processes.
         """
-        if jax.process_count() > 1:
+        if processes.count() > 1:
             return {}
         batch = next(batches)
         batch = {**batch, "mask": label_mask(batch, self._config.labels)}
@@ -237,35 +266,37 @@ class DraftObjective(Objective):
     def export(self, directory: Path, trainable: Params, frozen: Params) -> None:
         """Writes a drafter directory that names the base that `load_base` read."""
         params = self.drafter_params(trainable, frozen)
-        save_drafter(directory, self.drafter, params, self._fingerprint, overwrite=True)
+        save_drafter(directory, self.drafter, params, self.fingerprint, overwrite=True)
+
+    def read_target(self, frozen: Params, batch: Batch) -> TargetFeatures:
+        """The target's features on a batch: `target_taps`, and more where the batch carries more."""
+        return target_features(self.model, frozen, batch, self.target_taps)
 
     def teacher_forced(
-        self, trainable: Params, frozen: Params, batch: Batch, key: Array | None
-    ) -> tuple[Output, list[Guess]]:
-        """The target on the text, and the drafter at every position.
+        self, target: TargetFeatures, trainable: Params, frozen: Params, batch: Batch, key: Array | None
+    ) -> list[Guess]:
+        """The drafter at every position of the text.
 
         Args:
+          target: its features on the batch.
           trainable: the drafter.
           frozen: the target.
           batch: `tokens` and `segments`, int [B, T].
           key: for noise and dropout; None is without either.
         """
-        tokens_BT = batch["tokens"]
-        layout = Layout.causal(tokens_BT.shape[0], tokens_BT.shape[1], batch["segments"])
-        target = transformer.forward(self.model, frozen, tokens_BT, layout, taps=self.drafter.taps)
-        return target, self.guesses(self._cast(trainable), frozen, batch, target, layout, key)
+        return self.guesses(self._cast(trainable), frozen, batch, target, layout_of(batch), key)
 
     def _cast(self, trainable):
         return jax.tree.map(lambda leaf: leaf.astype(self._dtype), trainable)
 
-    def _term_of(self, target: Output, frozen: Params) -> Callable[[int, Guess, Array], tuple[Array, Array]]:
+    def _term_of(self, target: TargetFeatures, frozen: Params) -> Callable[[int, Guess, Array], tuple[Array, Array]]:
         """The function from (i, guess, its logits) to (sum, weight) of the loss at that depth, over its labels."""
-        weights, known_W = self._config.weights, self.known(frozen)
-        logits_BTW = target.logits if known_W is None else target.logits[..., known_W]
+        weights, known_W, logits_BTV = self._config.weights, self.known(frozen), target.logits
+        logits_BTW = logits_BTV if known_W is None else logits_BTV[..., known_W]
         teacher_BTW = jax.nn.softmax(logits_BTW, axis=-1)
-        learnt_BT = jnp.ones(target.logits.shape[:2], bool)
+        learnt_BT = jnp.ones(logits_BTV.shape[:2], bool)
         if known_W is not None:
-            learnt_BT = jnp.zeros(target.logits.shape[-1], bool).at[known_W].set(True)[argmax(target.logits)]
+            learnt_BT = jnp.zeros(logits_BTV.shape[-1], bool).at[known_W].set(True)[argmax(logits_BTV)]
 
         def term(i, guess, logits_BSW):
             tokens_BS, counted_BS = guess.labels

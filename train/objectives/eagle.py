@@ -11,7 +11,7 @@ travels with the frozen target and is saved with the drafter.
 
 import dataclasses
 import functools
-from typing import ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
@@ -24,9 +24,11 @@ from models import schema, transformer
 from models.config import TransformerConfig
 from models.heads.eagle import Eagle3Heads, EagleHeads, eagle3_layers, unroll
 from models.heads.medusa import vocab_kernel
-from train.data.texts import Documents
 from train.objectives.drafting import DraftObjective, Guess, Weights, check_drafting
 from train.objectives.shift import ahead
+
+if TYPE_CHECKING:  # Training steps are timed where TFDS is not installed.
+    from train.data.texts import Documents
 
 
 @dataclasses.dataclass(frozen=True)
@@ -186,21 +188,20 @@ class Eagle3Objective(EagleObjective):
         """As many steps as training unrolls."""
         return self._config.steps
 
-    def scan_data(self, documents: Documents) -> None:
+    def scan_data(self, documents: "Documents") -> None:
         """Also chooses the draft vocabulary."""
         super().scan_data(documents)
         if self.heads.vocab_size:
             counts = count_labels(documents, self.model.vocab_size, self._config.labels)
             self._vocabulary = most_frequent(counts, self.heads.vocab_size)
 
-    def load_base(self, mesh):
-        """The target and the draft vocabulary."""
-        base = super().load_base(mesh)
+    def beside_target(self, mesh):
+        """The draft vocabulary."""
         if not self.heads.vocab_size:
-            return base
+            return {}
         if self._vocabulary is None:
             raise ValueError("the draft vocabulary is not known before `scan_data` has seen the training split")
-        return {**base, "draft_vocab": jax.device_put(self._vocabulary, NamedSharding(mesh, PartitionSpec()))}
+        return {"draft_vocab": jax.device_put(self._vocabulary, NamedSharding(mesh, PartitionSpec()))}
 
     def init(self, key, base):
         """As for any drafter, but the head begins as the target's on the draft vocabulary, which is not trained."""
@@ -223,7 +224,7 @@ class Eagle3Objective(EagleObjective):
         return self._unrolled(params, frozen, batch, target.taps, layout, self.depth)
 
 
-def count_labels(documents: Documents, vocab_size: int, labels: str) -> Int64[np.ndarray, "V"]:
+def count_labels(documents: "Documents", vocab_size: int, labels: str) -> Int64[np.ndarray, "V"]:
     """How often every token is a label in a split; `labels` as in the configs."""
     counts = np.zeros(vocab_size, np.int64)
     for index in range(len(documents)):

@@ -13,12 +13,14 @@ import abc
 import dataclasses
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, ClassVar
 
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
 from models.errors import UserError
+from train.config import OptimizerConfig
 
 Params = Any  # nested dicts (and lists) of arrays
 Batch = dict[str, Array]
@@ -43,6 +45,10 @@ class Objective(abc.ABC):
         receives it.
       model: shape of the model that is trained, or that heads are trained on.
       base: shapes and dtypes of the parameters that `load_base` returns, or None when nothing is loaded.
+      target_taps: what the loss reads of a frozen target on a batch: names of features, `logits` for its distribution;
+        where there are some, what `read_target` returns may be kept on disk.
+      optimizers: top-level keys of the trainables that are updated each for itself, by an optimizer of its own or, for
+        None, by one like the job's; empty where one updates all.
       asks_of_config: names that a `Config` must have besides `name`, `reads` and what goes with that.
     """
 
@@ -50,6 +56,8 @@ class Objective(abc.ABC):
     product: ClassVar[str]
     model: Any
     base: Params | None = None
+    target_taps: tuple[str, ...] = ()
+    optimizers: Mapping[str, OptimizerConfig | None] = MappingProxyType({})
     asks_of_config: ClassVar[tuple[str, ...]] = ()
 
     @abc.abstractmethod
@@ -93,6 +101,10 @@ class Objective(abc.ABC):
     def inputs(self) -> Mapping[str, str | None]:
         """What it reads from disk besides the data: key of the config -> its path, or None where that is not used."""
         return {}
+
+    def read_target(self, frozen: Params, batch: Batch) -> Any:
+        """What the loss reads of a frozen target on a batch (`train/objectives/target_features.py`)."""
+        raise UserError(f"the objective {type(self).__name__} is incomplete: it has target_taps, but no read_target")
 
     def scan_data(self, split: Any, /) -> None:  # noqa: B027 - nothing is what most do
         """Looks through the training split, once, before anything is loaded."""

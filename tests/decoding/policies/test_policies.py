@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from decoding.policies import Confidence, DySpec, Static, StochasticBeam, TreePolicy, parse_policy, read_policy
-from decoding.policies.policy import gumbel_for
+from decoding.policies.policy import Grown, gumbel_for
 from decoding.policies.rsd import condition_maximum
 from decoding.sampling import Sampling, batch_sampling
 from decoding.tree_search import constant_branching
@@ -30,10 +30,14 @@ KEYS = jax.vmap(jax.random.key)(jnp.arange(3))
 pytestmark = pytest.mark.usefixtures("x64")
 
 
+def seed_of(path) -> int:
+    """A number for each path."""
+    return sum((token + 1) * 7**place for place, token in enumerate(path))
+
+
 def table(path) -> np.ndarray:
     """Logits after a path of tokens, the root first."""
-    seed = sum((token + 1) * 7**place for place, token in enumerate(path))
-    return 1.5 * np.random.default_rng(seed).normal(size=VOCAB)
+    return 1.5 * np.random.default_rng(seed_of(path)).normal(size=VOCAB)
 
 
 def softmax(x) -> np.ndarray:
@@ -42,35 +46,51 @@ def softmax(x) -> np.ndarray:
     return e / e.sum()
 
 
+# The table, by the seed of the path.
+SCORES = np.zeros((7 ** (DEPTH + 1), VOCAB))
+for _length in range(1, DEPTH + 2):
+    for _path in itertools.product(range(VOCAB), repeat=_length):
+        SCORES[seed_of(_path)] = table(_path)
+
+
 @dataclasses.dataclass
 class Table:
-    """A draft network that knows its own past: it rebuilds each row's path from what the row sees."""
+    """A draft network that knows its own past: it finds each row's path from what the row sees.
+
+    Its scratch is what it was told of every slot: token, depth (-1 for one that did not run), parent, seen slots.
+    """
 
     vocabulary: jax.Array | None = None
     vocab_size: int = VOCAB
-    ran: int = 0
 
     def begin(self, root, slots):
-        tokens = np.full((len(root), slots), -1)
-        tokens[:, 0] = root
-        depths = np.zeros((len(root), slots), int)
-        self.ran = 1
-        return jnp.array([table([int(r)]) for r in root]), (tokens, depths)
+        empty = jnp.full((len(root), slots), -1)
+        seen = jnp.zeros((len(root), slots, slots), bool)
+        scratch = empty.at[:, 0].set(root), empty.at[:, 0].set(0), empty, seen
+        return jnp.asarray(SCORES)[root + 1], scratch
 
     def extend(self, scratch, at, tokens, parents, depth, seen):
-        old_tokens, old_depths = scratch
-        slot_tokens, depths = old_tokens.copy(), old_depths.copy()
-        count = tokens.shape[1]
-        slot_tokens[:, at : at + count], depths[:, at : at + count] = tokens, depth
-        self.ran += count
-        logits = np.zeros((*tokens.shape, VOCAB))
-        for b, i in np.ndindex(*tokens.shape):
-            above = np.flatnonzero(np.asarray(seen)[b, i])
-            above = sorted(above, key=lambda s: depths[b, s])
-            assert [depths[b, s] for s in above] == list(range(int(depth[b, i]))), "sees exactly its ancestors"
-            assert int(parents[b, i]) == above[-1]
-            logits[b, i] = table([int(slot_tokens[b, s]) for s in above] + [int(tokens[b, i])])
-        return jnp.array(logits), (slot_tokens, depths)
+        rows = (len(scratch[0]), tokens.shape[1])
+        told = (
+            *(jnp.broadcast_to(x, rows) for x in (tokens, depth, parents)),
+            jnp.broadcast_to(seen, (*rows, seen.shape[2])),
+        )
+        scratch = tuple(
+            jax.lax.dynamic_update_slice_in_dim(old, new.astype(old.dtype), at, 1)
+            for old, new in zip(scratch, told, strict=True)
+        )
+        slot_tokens, depths, _, _ = scratch
+        above = jnp.sum(jnp.where(told[3], ((slot_tokens + 1) * 7**depths)[:, None], 0), axis=-1)
+        return jnp.asarray(SCORES)[above + (told[0] + 1) * 7 ** told[1]], scratch
+
+
+def check_told(scratch) -> None:
+    """Every slot that ran sees exactly its ancestors, of which its parent is the last."""
+    _, depths, parents, seen = map(np.asarray, scratch)
+    for b, slot in zip(*np.nonzero(depths > 0), strict=True):
+        above = sorted(np.flatnonzero(seen[b, slot]), key=lambda s: depths[b, s])
+        assert [depths[b, s] for s in above] == list(range(depths[b, slot]))
+        assert parents[b, slot] == above[-1]
 
 
 POLICIES = {
@@ -98,14 +118,19 @@ MADE: dict = {}
 
 
 def _grow(policy: TreePolicy, sampling) -> tuple[types.SimpleNamespace, np.ndarray]:
-    grown = policy.grow(Table(), ROOTS, KEYS, sampling)
-    tree = grown.tree
+    tree, slot_of_node, scratch = grown_by(policy, Table(), ROOTS, KEYS, sampling)
+    check_told(scratch)
     whole = {
         f.name: np.broadcast_to(np.asarray(x), (3, *x.shape[1:]))
         for f in dataclasses.fields(tree)
         if hasattr(x := getattr(tree, f.name), "shape")
     }
-    return types.SimpleNamespace(**whole, rule=tree.rule), np.broadcast_to(grown.slot_of_node, whole["tokens"].shape)
+    return types.SimpleNamespace(**whole, rule=tree.rule), np.broadcast_to(slot_of_node, whole["tokens"].shape)
+
+
+def grown_by(policy: TreePolicy, network, *arguments) -> Grown:
+    """What a policy makes of a network, in one program that is traced afresh."""
+    return jax.jit(lambda *arguments: policy.grow(network, *arguments))(*arguments)
 
 
 def path_of(tree: types.SimpleNamespace, b: int, node: int) -> list[int]:
@@ -179,7 +204,7 @@ def test_siblings_without_replacement_follow_the_rule_of_successive_draws() -> N
     q = softmax(table([2]))
     rule = np.array([[0 if x == y else q[x] * q[y] / (1 - q[x]) for y in range(VOCAB)] for x in range(VOCAB)])
     for policy in (Static(constant_branching([2])), StochasticBeam(2, 1), DySpec(2, 1, 2, 2)):
-        tree = policy.grow(Fixed(), roots, keys, sampling).tree
+        tree = grown_by(policy, Fixed(), roots, keys, sampling).tree
         pairs = np.asarray(tree.tokens)[:, 1:]
         counts = np.zeros((VOCAB, VOCAB))
         np.add.at(counts, tuple(pairs.T), 1)
@@ -407,7 +432,7 @@ def test_confidence_is_the_best_of_all_candidates() -> None:
 def test_reduced_vocabulary_speaks_of_target_tokens() -> None:
     ids = jnp.array([3, 9, 4, 0, 11])
     network = Table(vocabulary=ids, vocab_size=12)
-    tree = Static(constant_branching([2])).grow(network, jnp.array([2, 0, 4]), KEYS, WARM).tree
+    tree = grown_by(Static(constant_branching([2])), network, ROOTS, KEYS, WARM).tree
     q = np.zeros((3, 12))
     q[:, np.asarray(ids)] = jax.nn.softmax(jnp.array([table([r]) for r in (2, 0, 4)]), axis=-1)
     np.testing.assert_allclose(tree.proposals[:, 0], q, rtol=1e-9)

@@ -94,6 +94,15 @@ def test_text_is_coloured_by_writer_and_kept_character_for_character(tmp_path: p
     assert float(writers[1][1]) < float(writers[2][1])
 
 
+def test_a_prompt_is_shown_once_above_its_texts(tmp_path: pathlib.Path) -> None:
+    results = full_results()
+    results["samples"] += [{"prompt": "def f(", "drafter": "none", "pieces": [["y", 0]]}]
+    results["samples"] += [{"prompt": "def g(", "drafter": "none", "pieces": [["z", 0]]}]
+    page = Page(write(results, tmp_path))
+    shown = [text for text in page.texts if text in ("def f(", "def g(", "x", "y", "z")]
+    assert shown == ["def f(", "x", "y", "def g(", "z"]
+
+
 def test_every_text_is_escaped(tmp_path: pathlib.Path) -> None:
     evil = "<script>alert('&\"')</script>"
     results = full_results()

@@ -108,7 +108,9 @@ def test_later_turns_hold_the_answers() -> None:
 
     question = Question("7", ("first", "second"), "qa")
     chat = encode_questions([question], tokenizer, answer, chat=True)
-    assert [prompt.text for prompt in chat] == ["[user]first[bot]", "[user]first[assistant]answer[user]second[bot]"]
+    read = [tokenizer.decode(prompt.tokens) for prompt in chat]
+    assert read == ["[user]first[bot]", "[user]first[assistant]answer[user]second[bot]"]
+    assert chat[1].text == "user: first\nassistant: answer\nuser: second\nassistant: "
     assert {(prompt.question, prompt.category) for prompt in chat} == {("7", "qa")}
     plain = encode_questions([question], tokenizer, answer)
     assert plain[1].text == "first\nanswer\nsecond"

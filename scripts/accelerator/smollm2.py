@@ -1,8 +1,8 @@
-"""What scripts/accelerator.sh runs: parts in order of worth, each with a limit, results written as they come.
+"""Heads for a chat model within minutes, on its own words: a job of parts, each with a limit (`job.py`).
 
-    python -m scripts.accelerator --target DIR --out DIR [--minutes 8] [--questions FILE.jsonl] [--cache DIR]
+    python -m scripts.accelerator.smollm2 --target DIR --out DIR [--minutes 8] [--questions FILE.jsonl] [--cache DIR]
         [--chat_minutes 1.5] [--rows 512] [--steps 1500] [--batch_size 8] [--length 512] [--vocabulary 8192]
-    python -m scripts.accelerator --rehearse --out DIR [--minutes 2] [--cache DIR]
+    python -m scripts.accelerator.smollm2 --rehearse --out DIR [--minutes 2] [--cache DIR]
 
     1. greedy        the target goes on from "The capital of France is"
     2. chats         scripts.continue_dataset: the target's own prompts and answers
@@ -18,17 +18,12 @@ so that one compiles while others compute, without reserving its memory.
 """
 
 import argparse
-import dataclasses
 import functools
 import json
 import os
 import shutil
-import signal
-import subprocess
-import sys
 import tarfile
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +40,7 @@ from models.formats.hf import load_config, save_target
 from models.formats.storage import leaves_by_path
 from models.formats.tokenizer import Tokenizer
 from models.transformer import param_shapes
+from scripts.accelerator.job import Job, Part, end_when_told
 from train.data.text_building import write_dataset
 from train.data.texts import Document, open_split
 
@@ -60,109 +56,10 @@ TRAINING: dict[str, tuple[str, str | None, dict[str, Any]]] = {
     "medusa": ("medusa.py", None, {"optimizer.learning_rate": 4e-3}),
 }
 TIMED = ("eagle3", "hydra_pp")  # Heads whose wall-clock is measured.
-# Of programs that run once, compilation takes longer than what tuning and generated matrix products would save.
-QUICK = "--xla_gpu_enable_triton_gemm=false --xla_gpu_autotune_level=0"
 WARM_UP = 0.04  # Share of the steps.
 TIMED_STEPS = 30  # Enough to tell how long a step takes.
 KEPT = (".json", ".jsonl", ".html", ".log")
 BIGGEST_FILE = 15 * 2**20
-
-
-@dataclasses.dataclass
-class Part:
-    """One process.
-
-    Attributes:
-      name: of its log and of its entry in `parts.json`.
-      command: module and arguments.
-      needs: a path without which it is skipped.
-      done: asked now and then; true ends the process early, as a success.
-      quick: compiled with little tuning; not for what is timed.
-    """
-
-    name: str
-    command: list[str]
-    needs: Path | None = None
-    done: Callable[[], bool] = lambda: False
-    quick: bool = True
-
-
-class Job:
-    """The parts so far, and the time that is left."""
-
-    def __init__(self, out: Path, minutes: float, cache: Path):
-        self.out, self._end = out, time.monotonic() + 60 * minutes
-        self.parts: dict[str, Any] = {}
-        self._environment = {
-            **os.environ,
-            "JAX_COMPILATION_CACHE_DIR": str(cache.absolute()),
-            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.3",
-            "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
-            "PYTHONUNBUFFERED": "1",
-        }
-        self._began = time.monotonic()
-
-    @property
-    def left(self) -> float:
-        """Seconds."""
-        return self._end - time.monotonic()
-
-    def run(self, parts: Sequence[Part], seconds: float) -> None:
-        """Runs parts side by side until all are done or the time is over."""
-        end = time.monotonic() + min(seconds, self.left)
-        running = []
-        for part in parts:
-            if part.needs is not None and not part.needs.exists():
-                self._note(part.name, "skipped", 0.0, f"there is no {part.needs}")
-                continue
-            log = (self.out / f"{part.name}.log").open("w", encoding="utf-8")
-            log.write("python -m " + " ".join(part.command) + "\n")
-            log.flush()
-            process = subprocess.Popen(
-                [sys.executable, "-m", *part.command],
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                env=self._environment
-                | ({"XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} {QUICK}"} if part.quick else {}),
-                start_new_session=True,
-            )
-            running.append((part, process, time.monotonic()))
-        while running:
-            time.sleep(0.2)
-            for entry in list(running):
-                part, process, began = entry
-                took = time.monotonic() - began
-                if process.poll() is not None:
-                    state = "ok" if process.returncode == 0 else f"failed ({process.returncode})"
-                elif part.done():
-                    state = "ok, ended early"
-                elif time.monotonic() > end:
-                    state = "out of time"
-                else:
-                    continue
-                self._stop(process)
-                self._note(part.name, state, took, _last_line(self.out / f"{part.name}.log"))
-                running.remove(entry)
-
-    def _stop(self, process: subprocess.Popen) -> None:
-        for how in (signal.SIGTERM, signal.SIGKILL):
-            if process.poll() is None:
-                os.killpg(process.pid, how)
-                try:
-                    process.wait(5)
-                except subprocess.TimeoutExpired:
-                    continue
-
-    def _note(self, name: str, state: str, seconds: float, last: str) -> None:
-        at = time.monotonic() - self._began
-        self.parts[name] = {"state": state, "seconds": round(seconds, 1), "ended_at": round(at, 1), "last_line": last}
-        (self.out / "parts.json").write_text(json.dumps(self.parts, indent=1) + "\n")
-        print(f"[{at:5.0f} s] {name}: {state} after {seconds:.0f} s: {last[:200]}", flush=True)
-
-
-def _last_line(path: Path) -> str:
-    lines = [line.strip() for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
-    return lines[-1] if lines else ""
 
 
 def training(
@@ -426,6 +323,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise UserError(f"{args.out} is not empty: choose a new directory")
     args.cache, args.back = args.cache or args.out / "cache", args.back or args.out / "back"
     job = Job(args.out, args.minutes, args.cache)
+    end_when_told()
     # The parts have the environment as it was; this process must not take the device's memory from them.
     jax.config.update("jax_platforms", "cpu")
     if args.rehearse:
@@ -438,7 +336,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = command_line.parser("scripts.accelerator", __doc__)
+    parser = command_line.parser("scripts.accelerator.smollm2", __doc__)
     parser.add_argument("--target", type=Path, help="target directory, with a chat template")
     parser.add_argument("--out", required=True, type=Path, help="a new or empty directory for everything")
     parser.add_argument("--minutes", type=float, default=8.0, help="after which all ends")

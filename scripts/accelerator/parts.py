@@ -1,0 +1,145 @@
+"""What is run on an accelerator: for every part its processes, in turn or side by side, and how long they may take.
+
+Limits are for an H100 or H200. Processes that measure time have the device alone; each measures little, so that one
+that fails or is ended takes nothing else with it.
+"""
+
+import argparse
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
+
+from eval.speed import DRAFTERS
+from scripts.accelerator.job import Part
+from scripts.accelerator.steps import JOBS
+
+Group = tuple[list[Part], float]  # Side by side, and their seconds.
+_BESIDES = ("grain", "array_record", "tensorflow_datasets", "ml_collections")
+_AT_ONCE = 3  # Drafters in one process: as many sets of heads as fit beside the target.
+
+
+@dataclasses.dataclass(frozen=True)
+class Sizes:
+    """How large everything is.
+
+    Attributes:
+      shape: of decoding.
+      rounds: samples of each timing.
+      rows, nodes, scenes: as of `eval.speed`.
+      images: depths and batch of each process.
+      new_tokens, samples: of the texts that correctness compares, and of the strings that it counts.
+      drafters: that take part.
+      steps: jobs of `steps.py`, with their options.
+    """
+
+    shape: str
+    rounds: int
+    rows: str = "1,16,64"
+    nodes: str = "1,2,4,8,16,32,64,128"
+    scenes: Sequence[str] = ("1x1024,1x4096", "1x32768", "16x1024", "64x1024")
+    images: Sequence[tuple[str, str]] = (("16,8", "8"), ("30,16", "8"))
+    new_tokens: int = 128
+    samples: int = 2048
+    drafters: Sequence[str] = tuple(DRAFTERS)
+    steps: Sequence[tuple[str, str, str]] = tuple((name, "8", job.length) for name, job in JOBS.items())
+
+    @classmethod
+    def of(cls, shape: str, tiny: bool, rounds: int) -> "Sizes":
+        """Of a real run, or of one that only shows that everything works."""
+        if not tiny:
+            return cls(shape, rounds)
+        return cls(
+            shape="tiny",
+            rounds=1,
+            rows="1,4",
+            nodes="1,4",
+            scenes=("2x64",),
+            images=(("2,1", "1"),),
+            new_tokens=16,
+            samples=512,
+            drafters=tuple(DRAFTERS)[:2],
+            steps=tuple((name, "2", "32") for name in JOBS),
+        )
+
+
+def speed(args: argparse.Namespace, sizes: Sizes, name: str, sections: str, *options: str) -> Part:
+    """A process of `eval.speed`."""
+    command = ["eval.speed", "--sections", sections, "--rounds", str(sizes.rounds), *options]
+    command += [] if sections == "images" else ["--shape", sizes.shape]
+    return Part(name, [*command, "--out", str(args.out / f"{name}.json")], quick=False)
+
+
+def correctness(args: argparse.Namespace, sizes: Sizes, left: float) -> Iterator[Group]:
+    """Texts and distributions, side by side: nothing is timed."""
+    common = ["scripts.accelerator.correctness", "--drafters", ",".join(sizes.drafters)]
+    texts = ["--new_tokens", str(sizes.new_tokens)]
+    parts = [
+        Part(f"greedy_{dtype}", [*common, *texts, "--dtype", dtype, "--out", str(args.out / f"greedy_{dtype}.json")])
+        for dtype in ("float64", "bfloat16")
+    ]
+    counts = ["--samples", str(sizes.samples), "--batches", "1,16", "--out", str(args.out / "chi_square.json")]
+    yield [*parts, Part("chi_square", [*common, *counts])], 120
+
+
+def plain(args: argparse.Namespace, sizes: Sizes, left: float) -> Iterator[Group]:
+    """Plain decoding; the peer apart, because what it needs may not be there."""
+    yield [speed(args, sizes, "plain", "bandwidth,rows,plain", "--rows", sizes.rows)], 100
+    yield [speed(args, sizes, "huggingface", "plain,huggingface")], 120
+
+
+def drafters(args: argparse.Namespace, sizes: Sizes, left: float) -> Iterator[Group]:
+    """A few in a process."""
+    for first in range(0, len(sizes.drafters), _AT_ONCE):
+        names = sizes.drafters[first : first + _AT_ONCE]
+        label = f"drafters_{first // _AT_ONCE + 1}"
+        yield [speed(args, sizes, label, "drafters", "--drafters", ",".join(names))], 100
+
+
+def replay(args: argparse.Namespace, sizes: Sizes, left: float) -> Iterator[Group]:
+    """Loop efficiency."""
+    yield [speed(args, sizes, "replay", "replay", "--nodes", sizes.nodes)], 120
+
+
+def growth(args: argparse.Namespace, sizes: Sizes, left: float) -> Iterator[Group]:
+    """Scene by scene: the largest may not fit."""
+    for number, scenes in enumerate(sizes.scenes, 1):
+        options = ("--scenes", scenes, "--drafters", ",".join(sizes.drafters))
+        yield [speed(args, sizes, f"growth_{number}", "growth", *options)], 80
+
+
+def training(args: argparse.Namespace, sizes: Sizes, left: float) -> Iterator[Group]:
+    """Job by job."""
+    for name, batch, length in sizes.steps:
+        command = ["scripts.accelerator.steps", "--job", name, "--batch_size", batch, "--length", length]
+        command += ["--tiny"] if sizes.shape == "tiny" else []
+        out = str(args.out / f"training_{name}.json")
+        yield [Part(f"training_{name}", [*command, "--rounds", str(sizes.rounds), "--out", out], quick=False)], 100
+
+
+def images(args: argparse.Namespace, sizes: Sizes, left: float) -> Iterator[Group]:
+    """Published shapes, each alone: what the deepest takes to compile is what is asked."""
+    for depths, batch in sizes.images:
+        options = ("--image_depths", depths, "--image_batch", batch, "--draft_scales", "none")
+        yield [speed(args, sizes, f"images_{depths.partition(',')[0]}", "images", *options)], 180
+
+
+def smollm2(args: argparse.Namespace, sizes: Sizes, left: float) -> Iterator[Group]:
+    """Takes what time is left, and ends by itself."""
+    command = ["scripts.accelerator.smollm2", "--out", str(args.out / "smollm2"), "--cache", str(args.cache)]
+    command += ["--back", str(args.back), "--minutes", f"{max(left - 15, 0) / 60:.2f}"]
+    command += ["--target", str(args.target)] if args.target is not None else ["--rehearse"]
+    command += ["--questions", str(args.questions)] if args.questions is not None else []
+    if sizes.shape == "tiny":
+        command += ["--shape", "tiny", "--batch_size", "2", "--length", "32", "--vocabulary", "64", "--steps", "40"]
+    yield [Part("smollm2", command, packages=_BESIDES)], left
+
+
+PARTS: dict[str, Callable[[argparse.Namespace, Sizes, float], Iterator[Group]]] = {
+    "correctness": correctness,
+    "plain": plain,
+    "drafters": drafters,
+    "replay": replay,
+    "growth": growth,
+    "training": training,
+    "images": images,
+    "smollm2": smollm2,
+}

