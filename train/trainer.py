@@ -248,6 +248,8 @@ def train(config: TrainConfig, workdir: Path, profile: tuple[int, int] | None = 
     """
     corpus = open_corpus(config)
     plan = make_plan(config, corpus.facts)
+    if isinstance(corpus, TextCorpus):
+        corpus = corpus.within(plan.objective.model.vocab_size, config.data)
     kept = kept_features(config, plan.objective, corpus)
     plan.objective.scan_data(corpus.train)
     evaluate = make_evaluation(plan, corpus)
