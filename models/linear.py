@@ -6,6 +6,7 @@ Where the 64 columns lie together, [out / 64, in, 64], the same product reads on
 """
 
 import functools
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -33,7 +34,7 @@ class Linear(nn.Module):
 
     @nn.compact
     def __call__(self, x):
-        kernel = self.get_variable("params", "kernel")
+        kernel: Any = self.get_variable("params", "kernel")
         if kernel is None or kernel.ndim == 2:
             kernel = self.param("kernel", nn.initializers.lecun_normal(), (x.shape[-1], self.features))
         bias = self.param("bias", nn.initializers.zeros, (self.features,)) if self.use_bias else None

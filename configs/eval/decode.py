@@ -32,6 +32,7 @@ def get_config(variant: str = "") -> ConfigDict:
     config.chat = False
     config.too_long = "error"
     config.max_new_tokens = 128
+    config.batch = 1
     config.repeats = 3
     config.seed = 0
     config.typical = False
