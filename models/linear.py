@@ -70,7 +70,7 @@ def product_with_rows(x: Float[Array, "*B in"], table: Float[Array, "out in"], d
     return y.T.reshape(*x.shape[:-1], -1)
 
 
-def _plain(equation: str, x: Array, y: Array, dtype) -> Array:
+def _plain(equation: str, x: Array, y: Any, dtype) -> Array:
     return jnp.einsum(equation, x, y) if dtype is None else wide_einsum(equation, x, y)
 
 

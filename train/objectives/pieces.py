@@ -79,7 +79,8 @@ def separable_sums(
 
     def sloped(reads, hiddens, rows, cut):
         """Sums and their slopes in reads and hiddens, one after the other: the scores of all would be too many."""
-        rows, found = cut(rows, ()), []
+        rows = cut(rows, ())
+        found: list[tuple] = []
         shared = share(rows)
         for k in numbers:
             hidden = cut(hiddens[k], found[-1:])
