@@ -97,9 +97,7 @@ def generate(
     memory=None,
     attention: str = "dense",
 ) -> Generation:
-    """Decodes a batch of prompts; ragged lengths are fine.
-
-    Annotations are wide because arguments are checked (`decoding/arguments.py`), with a sentence for each.
+    """Decodes a batch of prompts; ragged lengths are fine. Arguments may be anything and are checked (`arguments.py`).
 
     Args:
       target: the model whose text it is.

@@ -331,15 +331,16 @@ def _step_run(target: Target, drafter: Drafter, params: Any, batch: int) -> Run:
         sampling=batch_sampling([Sampling()] * batch),
     )
 
-    def advanced(state):
-        held.append(loop.run(models, state, request, np.int32(STEPS)))
-        return held
-
     def run() -> tuple[float, float]:
         state = held.pop()
         text = dataclasses.replace(state.text, length=jnp.asarray(lengths), done=jnp.zeros(batch, bool))
         state = jax.block_until_ready(dataclasses.replace(state, text=text, slots=jnp.asarray(lengths)))
-        clock, processors = _timed(lambda: advanced(state))
+
+        def step() -> list[Any]:
+            held.append(loop.run(models, state, request, np.int32(STEPS)))
+            return held
+
+        clock, processors = _timed(step)
         return clock / STEPS, processors / STEPS
 
     return run

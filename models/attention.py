@@ -5,7 +5,7 @@ Letters as in `models/layers.py`, and R = T * G, the new rows of all query heads
 
 import dataclasses
 import functools
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +13,7 @@ from flax import struct
 from jaxtyping import Array, Float, Int
 
 from models.layout import Layout
+from models.linear import wide_einsum
 
 # One layer's keys `k` [B, K, D, S] and values `v` [B, K, S, D], of S cache slots or of S = T new rows.
 Rows = dict[str, Float[Array, "B K _ _"]]
@@ -66,7 +67,10 @@ def attend(
 ) -> Float[Array, "B T N*D"]:
     """Softmax attention over the new rows and all other sources, under one normaliser.
 
-    With `layout.attention` "split" the prefix is left to `jax.nn.dot_product_attention`, masked by length, and its
+    With `layout.attention` "blocks" or "fused", which are for whole texts, no scores of all rows with all exist: blocks
+    of rows take turns, or the library's kernel does it where there is one.
+
+    With "split" the prefix is left to `jax.nn.dot_product_attention`, masked by length, and its
     result is merged with that of the other rows by their log-sum-exp: the same sums in another order. It has neither
     windows nor caps, and pays for turning the cache into the library's layout.
 
@@ -74,13 +78,18 @@ def attend(
     rows that verification accepts are (`decoding/cache.py`). Keys lie as [B, K, D, S] and values as [B, K, S, D], the
     two forms in which XLA multiplies a cache as it is; any other is transposed or packed anew at every step.
     """
+    if layout.attention in ("blocks", "fused"):
+        assert sources == ALONE, "attention over whole texts has no other sources"
+        if layout.attention == "fused" and cap is None and window is None:
+            return _library_kernel(q_BTND, rows, layout, scale)
+        return attend_in_blocks(q_BTND, rows, layout, scale=scale, cap=cap, window=window)[0].astype(q_BTND.dtype)
     B, T, N, D = q_BTND.shape
     K = rows["v"].shape[1]
     dtype = wide(q_BTND.dtype)
     q_BKRD = (q_BTND * scale).reshape(B, T, K, N // K, D).transpose(0, 2, 1, 3, 4).reshape(B, K, -1, D)
 
     def scores(k_BKDS, seen_BTS):
-        s_BKRS = jnp.einsum("BKRD,BKDS->BKRS", q_BKRD, k_BKDS, preferred_element_type=dtype)
+        s_BKRS = wide_einsum("BKRD,BKDS->BKRS", q_BKRD, k_BKDS)
         s_BKTGS = softcap(s_BKRS, cap).reshape(B, K, T, N // K, -1)
         return jnp.where(seen_BTS[:, None, :, None], s_BKTGS, jnp.finfo(dtype).min)
 
@@ -98,12 +107,7 @@ def attend(
     e = [jnp.exp(x - top) for x in s]
     total = functools.reduce(jnp.add, [jnp.sum(x, axis=-1, keepdims=True) for x in e]).reshape(B, K, -1, 1)
     mixed = [
-        jnp.einsum(
-            "BKRS,BKSD->BKRD",
-            x.reshape(B, K, T * N // K, -1).astype(source["v"].dtype),
-            source["v"],
-            preferred_element_type=dtype,
-        )
+        wide_einsum("BKRS,BKSD->BKRD", x.reshape(B, K, T * N // K, -1).astype(source["v"].dtype), source["v"])
         for x, source in zip(e, dense, strict=True)
     ]
     mixed_BKRD = functools.reduce(jnp.add, mixed) / total
@@ -115,6 +119,66 @@ def attend(
         mixed_BKRD = mixed_BKRD + weight * (over_BKRD - mixed_BKRD)
     mixed_BKRD = mixed_BKRD.astype(q_BTND.dtype)
     return mixed_BKRD.reshape(B, K, T, N // K, D).transpose(0, 2, 1, 3, 4).reshape(B, T, N * D)
+
+
+# Scores of a block of rows with all others, heads and batch rows counted: half a GiB in float32.
+BLOCK = 2**27
+
+
+def attend_in_blocks(
+    q_BTND: Float[Array, "B T N D"],
+    rows: Rows,
+    layout: Layout,
+    *,
+    scale: float,
+    cap: float | None = None,
+    window: int | Int[Array, ""] | None = None,
+) -> tuple[Float[Array, "B T N*D"], Float[Array, "B T N"]]:
+    """Causal attention over the rows alone, of a block of queries after the other, and the log-sum-exp of its scores.
+
+    Both are `wide`. Scores are computed again for their slopes, so that only those of one block ever exist.
+    """
+    B, T, N, D = q_BTND.shape
+    K = rows["v"].shape[1]
+    dtype = wide(q_BTND.dtype)
+    count = min(-(-B * N * T * T // BLOCK), T)
+    size = -(-T // count)
+
+    def block(first, q_BQND):
+        q_BKQGD = (q_BQND * scale).reshape(B, -1, K, N // K, D).transpose(0, 2, 1, 3, 4)
+        s_BKQGS = softcap(wide_einsum("BKQGD,BKDS->BKQGS", q_BKQGD, rows["k"]), cap)
+        seen_BQS = layout.sees_from(first, q_BQND.shape[1], window)
+        s_BKQGS = jnp.where(seen_BQS[:, None, :, None], s_BKQGS, jnp.finfo(dtype).min)
+        top = jax.lax.stop_gradient(jnp.max(s_BKQGS, axis=-1, keepdims=True))
+        e_BKQGS = jnp.exp(s_BKQGS - top)
+        total = jnp.sum(e_BKQGS, axis=-1, keepdims=True)
+        mixed_BKQGD = wide_einsum("BKQGS,BKSD->BKQGD", e_BKQGS.astype(rows["v"].dtype), rows["v"]) / total
+        by_row = mixed_BKQGD.transpose(0, 2, 1, 3, 4).reshape(B, -1, N * D)
+        return by_row, (top + jnp.log(total)).transpose(0, 2, 1, 3, 4).reshape(B, -1, N)
+
+    if count == 1:
+        return block(0, q_BTND)
+    padded = jnp.pad(q_BTND, ((0, 0), (0, -T % size), (0, 0), (0, 0)))
+    pieces = jnp.moveaxis(padded.reshape(B, -1, size, N, D), 1, 0)
+    starts = jnp.arange(len(pieces), dtype=jnp.int32) * size
+    found = jax.lax.map(lambda piece: jax.checkpoint(block)(*piece), (starts, pieces))
+    mixed, residual = (jnp.moveaxis(x, 0, 1).reshape(B, -1, x.shape[-1])[:, :T] for x in found)
+    return mixed, residual
+
+
+def _library_kernel(q_BTND: Float[Array, "B T N D"], rows: Rows, layout: Layout, scale: float):
+    """Attention over the rows alone by the library's kernel for whole texts, which keeps no scores.
+
+    Its numbers are those of its plain implementation, which is what devices without the kernel run.
+    """
+    B, T, N, D = q_BTND.shape
+    keys_BTKD, values_BTKD = rows["k"].transpose(0, 3, 1, 2), rows["v"].transpose(0, 2, 1, 3)
+    kernel: Literal["cudnn", "xla"] = "cudnn" if jax.default_backend() == "gpu" else "xla"
+    seen_B1TT = None if layout.segments is None else layout.sees_rows(None)[:, None]
+    mixed_BTND = jax.nn.dot_product_attention(
+        q_BTND, keys_BTKD, values_BTKD, mask=seen_B1TT, scale=scale, is_causal=seen_B1TT is None, implementation=kernel
+    )
+    return mixed_BTND.reshape(B, T, N * D)
 
 
 def _library_attention(

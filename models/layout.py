@@ -90,7 +90,8 @@ class Layout:
       scratch_seen: `[b, i, r]` says that new row i sees row r of the scratch; None when there is no scratch.
       scratch_positions: where those rows stand.
       prefix_positions: where the tokens in the cache's slots stand; None where slot and position agree.
-      attention: "dense", or "split", which leaves the prefix to the library's attention (`models/attention.py`).
+      attention: "dense"; "split", which leaves the prefix to the library's attention; or for whole texts "blocks" or
+        "fused", which keep no scores of all rows with all (`models/attention.py`).
     """
 
     positions: Int[Array, "B T"]
@@ -103,7 +104,9 @@ class Layout:
     attention: str = struct.field(pytree_node=False, default="dense")
 
     @classmethod
-    def causal(cls, batch: int, rows: int, segments: Int[Array, "B T"] | None = None) -> "Layout":
+    def causal(
+        cls, batch: int, rows: int, segments: Int[Array, "B T"] | None = None, attention: str = "dense"
+    ) -> "Layout":
         """Whole texts from position 0; with `segments`, positions restart where a new document begins."""
         index_T = jnp.arange(rows, dtype=jnp.int32)
         if segments is None:
@@ -112,7 +115,7 @@ class Layout:
             begins_BT = jnp.concatenate([jnp.ones((batch, 1), bool), segments[:, 1:] != segments[:, :-1]], axis=1)
             start_BT = jnp.where(begins_BT, index_T, 0)
             positions_BT = index_T - jax.lax.cummax(start_BT, axis=1)
-        return cls(positions_BT, jnp.zeros((batch, 1), jnp.int32), segments=segments)
+        return cls(positions_BT, jnp.zeros((batch, 1), jnp.int32), segments=segments, attention=attention)
 
     @classmethod
     def extend(
@@ -131,6 +134,19 @@ class Layout:
         if self.segments is not None:
             seen = seen & (self.segments[:, :, None] == self.segments[:, None, :])
         return seen if window is None else seen & self._near(self.positions, window)
+
+    def sees_from(self, first: int | Int[Array, ""], count: int, window: int | Int[Array, ""] | None):
+        """`sees_rows` of `count` rows of a causal order from row `first` on; of what lies past the end, anything."""
+        assert isinstance(self.order, Causal), "only a causal order is cut into blocks"
+        rows = self.positions.shape[1]
+        index_Q = first + jnp.arange(count, dtype=jnp.int32)
+        seen = (index_Q[:, None] >= jnp.arange(rows, dtype=jnp.int32))[None]
+        at_Q = jnp.minimum(index_Q, rows - 1)
+        if self.segments is not None:
+            seen = seen & (self.segments[:, at_Q, None] == self.segments[:, None, :])
+        if window is not None:
+            seen = seen & (self.positions[:, at_Q, None] - self.positions[:, None, :] < window)
+        return seen
 
     def sees_scratch(self, window: int | Int[Array, ""] | None) -> Bool[Array, "#B T R"]:
         """`[b, i, r]`: new row i attends to row r of the scratch."""

@@ -5,6 +5,7 @@ that walks down 64 columns at a time: with the kernel as [in, out] it reads 256 
 Where the 64 columns lie together, [out / 64, in, 64], the same product reads one stream.
 """
 
+import functools
 from typing import Any
 
 import flax.linen as nn
@@ -43,13 +44,13 @@ class Linear(nn.Module):
 
 
 def product(x: Float[Array, "*B in"], kernel: Kernel, dtype=None) -> Float[Array, "*B out"]:
-    """Rows times a kernel, in blocks or not; `dtype` is that of the sums, by default the operands'."""
+    """Rows times a kernel, in blocks or not; `dtype` is that of the sums: the operands', or None, or what is `wide`."""
     if kernel.ndim == 2:
-        return jnp.matmul(x, kernel, preferred_element_type=dtype)
+        return _plain("...i,io->...o", x, kernel, dtype)
     rows = x.reshape(-1, x.shape[-1])
     count = len(rows)
     if count > MOST_ROWS:
-        return jnp.matmul(x, whole(kernel), preferred_element_type=dtype)
+        return _plain("...i,io->...o", x, whole(kernel), dtype)
     if count == 1:
         # Alone it would be multiplied by one thread, in no order that suits the blocks.
         rows = jnp.pad(rows, ((0, 1), (0, 0)))
@@ -62,11 +63,44 @@ def product_with_rows(x: Float[Array, "*B in"], table: Float[Array, "out in"], d
     """Rows times the transpose of `table`, as scores of all tokens are of their embeddings."""
     rows = x.reshape(-1, x.shape[-1])
     if jax.default_backend() != "cpu" or not 1 < len(rows) <= MOST_ROWS or not _is_large(table):
-        return jnp.einsum("...i,oi->...o", x, table, preferred_element_type=dtype)
+        return _plain("...i,oi->...o", x, table, dtype)
     # With the table on the left it is read as it lies; on the right it would be transposed first, and XLA would put it
     # there but for the barrier.
     y = jax.lax.optimization_barrier(jnp.einsum("oi,Ri->oR", table, rows, preferred_element_type=dtype))
     return y.T.reshape(*x.shape[:-1], -1)
+
+
+def _plain(equation: str, x: Array, y: Any, dtype) -> Array:
+    return jnp.einsum(equation, x, y) if dtype is None else wide_einsum(equation, x, y)
+
+
+def wide_einsum(equation: str, x: Array, y: Array) -> Array:
+    """A product whose result is float32 or wider, and whose slopes are products in the dtype of its factors."""
+    if x.dtype == y.dtype == _wide(x.dtype):
+        return jnp.einsum(equation, x, y)
+    return _wide_einsum(equation, x, y)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _wide_einsum(equation, x, y):
+    return jnp.einsum(equation, x, y, preferred_element_type=_wide(x.dtype))
+
+
+def _wide_einsum_forward(equation, x, y):
+    return _wide_einsum(equation, x, y), (x, y)
+
+
+def _wide_einsum_backward(equation, factors, slope):
+    # Left alone, the wide slope would make both products wide, at a fraction of the speed.
+    _, pull = jax.vjp(functools.partial(jnp.einsum, equation), *factors)
+    return pull(slope.astype(jnp.result_type(*factors)))
+
+
+_wide_einsum.defvjp(_wide_einsum_forward, _wide_einsum_backward)
+
+
+def _wide(dtype) -> jnp.dtype:
+    return jnp.promote_types(dtype, jnp.float32)
 
 
 def in_blocks(kernel: Kernel) -> Kernel:

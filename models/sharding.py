@@ -19,7 +19,10 @@ from models.errors import UserError
 AXES = ("data", "fsdp", "tensor")
 T = TypeVar("T")
 
-# The first axis of everything that there is once per batch row.
+# The axes that split the batch in training.
+BATCH = ("data", "fsdp")
+
+# The first axis of everything that there is once per batch row in decoding.
 ROWS = PartitionSpec("data")
 
 # Kernels are [in, out]: column-parallel products split `out` on `tensor`, the row-parallel ones after them split `in`.
@@ -31,6 +34,7 @@ RULES: tuple[tuple[str, PartitionSpec], ...] = (
     (r"attention/o/kernel$", PartitionSpec("tensor", "fsdp")),
     (r"mlp/(gate|up)/kernel$", PartitionSpec("fsdp", "tensor")),
     (r"mlp/down/kernel$", PartitionSpec("tensor", "fsdp")),
+    (r"blocks/\d+/(linear|residual)/kernel$", PartitionSpec("fsdp", None)),
     (r"", PartitionSpec()),
 )
 
@@ -163,6 +167,19 @@ def keep_rows(tree: T) -> T:
         return jax.lax.with_sharding_constraint(leaf, PartitionSpec(rows, *rest))
 
     return jax.tree.map(keep, tree)
+
+
+def keep_batch(x: jax.Array) -> jax.Array:
+    """In a jitted training step: an array whose first axis is the batch, held to the devices of its rows.
+
+    Parameters that are split over `fsdp` are then gathered to where the rows are. Left alone, XLA may gather the rows
+    instead, and every device would compute the whole batch.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or AxisType.Manual in mesh.axis_types or x.shape[0] % (mesh.shape["data"] * mesh.shape["fsdp"]):
+        return x
+    rest = [PartitionSpec.UNCONSTRAINED] * (x.ndim - 1)
+    return jax.lax.with_sharding_constraint(x, PartitionSpec(BATCH, *rest))
 
 
 def split_vocabulary(logits: jax.Array) -> jax.Array:

@@ -26,8 +26,8 @@ from models.attention import ALONE, Rows, Sources, StackedRows, softcap, wide
 from models.config import TransformerConfig
 from models.layers import Block, RMSNorm, call, joined_name, rope_angles
 from models.layout import Layout
-from models.linear import Kernel, in_blocks, product_with_rows, whole
-from models.sharding import split_vocabulary
+from models.linear import Kernel, in_blocks, product, product_with_rows, whole
+from models.sharding import keep_batch, split_vocabulary
 
 Params = dict
 Cache = list[Rows]
@@ -188,8 +188,14 @@ def head(config: TransformerConfig, params: Params, hidden: Float[Array, "*B H"]
     if config.tied_embeddings:
         logits = product_with_rows(hidden, params["embed"]["embedding"], dtype)
     else:
-        logits = jnp.einsum("...H,HV->...V", hidden, params["head"]["kernel"], preferred_element_type=dtype)
+        logits = product(hidden, params["head"]["kernel"], dtype)
     return softcap(split_vocabulary(logits), config.logit_softcap)
+
+
+def head_params(params: Params) -> Params:
+    """Of all parameters those that `head` reads."""
+    name = "head" if "head" in params else "embed"
+    return {name: params[name]}
 
 
 def final_norm(config: TransformerConfig, params: Params, residual: Float[Array, "*B H"]) -> Float[Array, "*B H"]:
@@ -205,6 +211,7 @@ def forward(
     sources: Sources = ALONE,
     layers: tuple[int, int] | None = None,
     taps: Sequence[str] = (),
+    remat: str = "none",
 ) -> Output:
     """Runs the new rows through the stack, or through a slice of it.
 
@@ -217,6 +224,8 @@ def forward(
       layers: half-open range of layers to run; None means all.
       taps: features to return: `pre_norm` (the residual stream leaving the last layer run), `post_norm`, `layer:k`
         (the residual stream entering layer k).
+      remat: of stacked layers, what is computed again for slopes: `none`, all but the results of products with
+        parameters (`products`), or all inside a layer (`layers`).
 
     Raises:
       ValueError: a tap that does not exist, or a slice of stacked layers.
@@ -241,26 +250,42 @@ def forward(
     else:
         if (lo, hi) != (0, config.num_layers):
             raise ValueError("stacked layers run whole; use unstack_layers to run a slice of them")
-        x_BTH, (entering, rows) = _scan_layers(config, params["layers"], x_BTH, angles, layout, sources, bool(inner))
-        taken.update({f"layer:{k}": entering[k] for k in inner})
+        x_BTH, entering, rows = _scan_layers(config, params["layers"], x_BTH, angles, layout, sources, inner, remat)
+        taken.update(entering)
     hidden_BTH = final_norm(config, params, x_BTH)
     taken.update(pre_norm=x_BTH, post_norm=hidden_BTH)
     logits_BTV = head(config, params, hidden_BTH)
     return Output(logits_BTV, hidden_BTH, {tap: taken[tap] for tap in taps}, rows)
 
 
-def _scan_layers(config, stacked, x_BTH, angles, layout, sources, keep):
-    """The residual stream behind the last layer; and of every layer, if `keep`, the stream entering it, and its rows.
+def _scan_layers(config, stacked, x_BTH, angles, layout, sources, inner, remat):
+    """The residual stream behind the last layer, the streams entering the layers `inner` by name, and all rows.
 
-    The carry is the stream alone. Sources are inputs of the scan, so that no layer's cache is carried through others.
+    The carry is the stream and those that were asked for, not one of every layer. Sources are inputs of the scan, so
+    that no layer's cache is carried through others.
     """
     block = Block(config)
     # A traced window needs a number even where attention is global: one no position difference reaches.
     windows = jnp.array([w or 2**30 for w in config.windows], jnp.int32) if any(config.windows) else None
+    wanted = sorted(set(inner))
+    # Where a layer's stream goes; all that nobody asked for goes to one more place, and is overwritten.
+    places = (
+        jnp.full(config.num_layers, len(wanted), jnp.int32)
+        .at[jnp.array(wanted, jnp.int32)]
+        .set(jnp.arange(len(wanted), dtype=jnp.int32))
+    )
 
-    def body(x, of_layer):
-        layer, window, keys = of_layer
+    def body(carry, of_layer):
+        x, taken = keep_batch(carry[0]), carry[1]
+        layer, window, keys, place = of_layer
+        taken = taken.at[place].set(x) if wanted else taken
         y, rows = call(block, layer, x, angles, layout, keys, window)
-        return y, (x if keep else None, rows)
+        return (y, taken), rows
 
-    return jax.lax.scan(body, x_BTH, (stacked, windows, sources))
+    if remat != "none":
+        kept = jax.checkpoint_policies.dots_with_no_batch_dims_saveable if remat == "products" else None
+        body = jax.checkpoint(body, policy=kept, prevent_cse=False)
+    taken = jnp.zeros((len(wanted) + 1, *x_BTH.shape), x_BTH.dtype) if wanted else None
+    (x_BTH, taken), rows = jax.lax.scan(body, (x_BTH, taken), (stacked, windows, sources, places))
+    entering = {} if taken is None else {f"layer:{k}": taken[i] for i, k in enumerate(wanted)}
+    return x_BTH, entering, rows

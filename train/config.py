@@ -5,6 +5,7 @@ changes when an objective is added.
 """
 
 import dataclasses
+import math
 import typing
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Literal
@@ -55,7 +56,8 @@ class OptimizerConfig:
     """AdamW or Muon under a warm-up and a schedule.
 
     Attributes:
-      name: `adamw`, or `muon`: orthogonalised momentum for kernels and AdamW for the rest (Jordan et al. 2024), with
+      name: `adamw`, or `muon`: orthogonalised momentum for kernels but those of
+        vocabularies, and AdamW for the rest (Jordan et al. 2024), with
         updates scaled to AdamW's size so that one learning rate serves both (Liu et al. 2025, section 2.2).
       learning_rate: the peak, reached after `warmup_steps`.
       schedule: how the rate falls from the peak to `final_fraction` of it at the last step.
@@ -80,7 +82,7 @@ class OptimizerConfig:
     ema: float = 0.0
 
     def __post_init__(self):
-        require(self.learning_rate > 0, "optimizer.learning_rate must be positive", self.learning_rate)
+        require(0 < self.learning_rate < math.inf, "optimizer.learning_rate must be positive", self.learning_rate)
         require(self.warmup_steps >= 0, "optimizer.warmup_steps must not be negative", self.warmup_steps)
         require(0 <= self.final_fraction <= 1, "optimizer.final_fraction must lie in 0..1", self.final_fraction)
         require(self.weight_decay >= 0, "optimizer.weight_decay must not be negative", self.weight_decay)
@@ -164,8 +166,13 @@ class TrainConfig:
       objective: the dataclass of the objective (`train/objectives`), chosen by its field `name`.
       steps: optimizer steps of the run.
       batch_size: rows per step over all devices.
+      accumulate: parts that a step's batch is taken in, one after the other; the result is that of the whole.
       length: tokens per row of text; None for images.
       seed: of initialisation, noise and the order of the data.
+      precision: of products: `float32`, or `bfloat16`, over parameters and optimizer state that are float32 either way;
+        `auto` is float32 on a CPU and bfloat16 on accelerators.
+      remat: what is computed again for gradients instead of being kept: `none`; all but the results of products with
+        parameters (`products`); all inside a layer, or a step of a draft (`layers`).
     """
 
     objective: Any
@@ -177,11 +184,15 @@ class TrainConfig:
     batch_size: int
     length: int | None = None
     seed: int = 0
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    remat: Literal["none", "products", "layers"] = "none"
+    accumulate: int = 1
     mesh: MeshConfig = MeshConfig()
     metrics: MetricsConfig = MetricsConfig()
 
     def __post_init__(self):
         require(self.steps >= 1, "steps must be at least 1", self.steps)
+        require(self.accumulate >= 1, "accumulate must be at least 1", self.accumulate)
         require(self.batch_size >= 1, "batch_size must be at least 1", self.batch_size)
         if self.objective.reads == "text":
             require(

@@ -2,19 +2,32 @@
 
 import json
 import math
+import re
+import time
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from models.schema import resolved
 from train.config import TrainConfig
 from train.data.corpus import open_corpus
 from train.kept_features import kept_features
-from train.trainer import Plan, count, describe_job, make_plan
+from train.trainer import Plan, count, describe_job, lowered_step, make_plan
+
+# A CPU multiplies no bfloat16: it makes float32 copies of what a product reads, and would make those of all scanned
+# layers at once, in front of the loop, and run independent parts side by side. An accelerator does neither.
+_AS_ON_ACCELERATORS = {
+    "xla_disable_hlo_passes": "while-loop-invariant-code-motion",
+    "xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED",
+}
 
 
-def describe(config: TrainConfig) -> str:
-    """The text that `--dry_run` prints. Raises UserError where training would have refused to start."""
+def describe(config: TrainConfig, memory: bool = False) -> str:
+    """The text that `--dry_run` prints; with `memory`, that of the compiled step too.
+
+    Raises UserError where training would have refused to start.
+    """
     corpus = open_corpus(config)
     plan = make_plan(config, corpus.facts)
     sections = [
@@ -24,8 +37,61 @@ def describe(config: TrainConfig) -> str:
     ]
     if plan.frozen is not None:
         sections.append(_table("frozen", plan.frozen))
-    kept = kept_features(config, plan.objective, corpus)
-    return "\n\n".join([*sections, _memory(plan), *([] if kept is None else [str(kept)])])
+    sections.append(_memory(plan))
+    if (kept := kept_features(config, plan.objective, corpus)) is not None:
+        sections.append(str(kept))
+    if memory:
+        example = next(iter(corpus.batches(config.batch_size, config.seed)))
+        sections.append(of_step(plan, {name: (array.shape[1:], array.dtype) for name, array in example.items()}))
+    return "\n\n".join(sections)
+
+
+def of_step(plan: Plan, row: dict[str, tuple[tuple[int, ...], Any]], largest: int = 10) -> str:
+    """What the compiled step takes of each device, and its largest arrays; nothing is allocated.
+
+    Args:
+      plan: the job.
+      row: shape and dtype of everything that a batch holds per row.
+      largest: how many arrays to name.
+    """
+    batch = {
+        name: jax.ShapeDtypeStruct((plan.config.batch_size, *shape), dtype, sharding=plan.batch_sharding)
+        for name, (shape, dtype) in row.items()
+    }
+    begin = time.perf_counter()
+    lowered = lowered_step(plan, plan.state, plan.frozen, batch)
+    stands_in = jax.default_backend() == "cpu" and plan.objective.compute.dtype == jnp.bfloat16
+    compiled = lowered.compile(compiler_options=_AS_ON_ACCELERATORS if stands_in else None)
+    seconds, found = time.perf_counter() - begin, compiled.memory_analysis()
+    sizes = {"arguments": found.argument_size_in_bytes, "temporaries": found.temp_size_in_bytes}
+    sizes["peak"] = sum(sizes.values())
+    note = "; a CPU stands in for an accelerator, and keeps float32 copies of some bfloat16 arrays" if stands_in else ""
+    lines = [f"  {name:<11}  {size / 2**30:8.2f} GiB  {size / 1e9:8.2f} GB" for name, size in sizes.items()]
+    arrays = [
+        f"  {size / 2**30:8.2f} GiB  {name}  x{times}" for size, name, times in arrays_of(compiled.as_text())[:largest]
+    ]
+    return "\n".join(
+        [f"the step, per device (compiled in {seconds:.0f} s{note})", *lines, "its largest arrays", *arrays]
+    )
+
+
+def arrays_of(program: str) -> list[tuple[int, str, int]]:
+    """(bytes, shape, how often) of what a compiled program writes, largest first, without what fusions hold inside."""
+    counts: dict[str, int] = {}
+    fused = False
+    for line in program.splitlines():
+        if line and not line[0].isspace():
+            fused = "fused" in line.split("(")[0]
+        made = re.match(r"\s+(?:ROOT )?%\S+ = (\w+\[[\d,]*\])\S* ([\w-]+)\(", line)
+        if made and not fused and made[2] not in ("parameter", "get-tuple-element", "bitcast", "constant"):
+            counts[made[1]] = counts.get(made[1], 0) + 1
+    return sorted(((_size(shape), shape, times) for shape, times in counts.items()), reverse=True)
+
+
+def _size(shape: str) -> int:
+    kind, dims = shape.rstrip("]").split("[")
+    bits = 8 if kind == "pred" else int(re.sub(r"\D", " ", kind.split("e")[0]).split()[0])
+    return math.prod(int(dim) for dim in dims.split(",") if dim) * bits // 8
 
 
 def _table(title: str, params: Any) -> str:

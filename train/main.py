@@ -1,10 +1,11 @@
 """Trains.
 
     python -m train.main --config=configs/X.py[:variant] --workdir=DIR [--config.key=value ...]
-        [--dry_run] [--profile_steps=FIRST:LAST] [--distributed=HOST:PORT,N,I]
+        [--dry_run [--memory]] [--profile_steps=FIRST:LAST] [--distributed=HOST:PORT,N,I]
 
 The same command again continues a run that was stopped, and says so if it is finished. `--dry_run` prints the resolved
-config, parameter counts, shardings and memory, and touches no device memory.
+config, parameter counts, shardings and memory, and touches no device memory; with `--memory` it compiles the step and
+prints what that takes, too.
 """
 
 import functools
@@ -21,6 +22,7 @@ from train.command_line import DISTRIBUTED, read_flags
 _CONFIG = config_flags.DEFINE_config_file("config", None, "The job: a file, perhaps with :variant.")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Receives checkpoints, metrics and what training makes.")
 _DRY_RUN = flags.DEFINE_bool("dry_run", False, "Print what would run and how large it is, then exit.")
+_MEMORY = flags.DEFINE_bool("memory", False, "With --dry_run: compile the step, and print what memory it takes.")
 _PROFILE = flags.DEFINE_string("profile_steps", None, "Trace these steps, FIRST:LAST, into WORKDIR/profile.")
 
 
@@ -33,6 +35,8 @@ def train_command(argv: list[str]) -> None:
         raise UserError("which job? Give --config=configs/NAME.py")
     if _WORKDIR.value is None and not _DRY_RUN.value:
         raise UserError("where to? Give --workdir=DIR")
+    if _MEMORY.value and not _DRY_RUN.value:
+        raise UserError("--memory goes with --dry_run: a step that runs tells its memory anyway")
     workdir = Path(_WORKDIR.value or ".")
     profile = _steps(_PROFILE.value)
 
@@ -47,7 +51,7 @@ def train_command(argv: list[str]) -> None:
     config = parse(_CONFIG.value, OBJECTIVES, source)
     processes.start(DISTRIBUTED.value)
     if _DRY_RUN.value:
-        print(dry_run.describe(config))
+        print(dry_run.describe(config, _MEMORY.value))
         return
     if processes.on_first(lambda: provenance.is_finished(workdir, resolved(config))):
         print(f"{workdir} is finished ({config.steps} steps); remove it, or choose another --workdir, to train again")

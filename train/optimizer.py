@@ -66,9 +66,18 @@ def apart(rules: Mapping[str, optax.GradientTransformation]) -> optax.GradientTr
 
 
 def kernel_axes(params):
-    """Muon's view of the parameters: the [in, out] axes of kernels, stacked or not, and None for what AdamW updates."""
+    """Muon's view of the parameters: the [in, out] axes of kernels, stacked or not, and None for what AdamW updates.
+
+    Vocabulary maps are among the latter, as embeddings are: a row per token is no map between spaces, and to
+    orthogonalise one costs more than all other products of a step.
+    """
     axes = optax.contrib.MuonDimensionNumbers(reduction_axis=(-2,), output_axis=(-1,))
-    return jax.tree_util.tree_map_with_path(lambda path, _: axes if path[-1].key == "kernel" else None, params)
+
+    def view(path, _):
+        named = re.search(r"(\w+)/kernel$", _name(path))
+        return axes if named and named[1] not in ("head", "vocab") else None
+
+    return jax.tree_util.tree_map_with_path(view, params)
 
 
 # What has one number per channel or position, by name: stacked layers give these a second axis, so rank cannot tell.
@@ -82,6 +91,10 @@ def decays(params):
     """True for the parameters that weight decay shrinks, which are the matrices."""
 
     def decayed(path, _):
-        return not _NOT_DECAYED.search("/".join(str(getattr(key, "key", getattr(key, "idx", key))) for key in path))
+        return not _NOT_DECAYED.search(_name(path))
 
     return jax.tree_util.tree_map_with_path(decayed, params)
+
+
+def _name(path) -> str:
+    return "/".join(str(getattr(key, "key", getattr(key, "idx", key))) for key in path)

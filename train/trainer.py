@@ -36,10 +36,9 @@ from train.fingerprint import fingerprint
 from train.kept_features import kept_features, with_features
 from train.metrics import NotFinite, Report
 from train.objectives import OBJECTIVES
-from train.objectives.objective import Batch, Objective, Params, Replaced
+from train.objectives.objective import Batch, Compute, Objective, Params, Replaced, Sums
 from train.optimizer import apart, make_optimizer, make_schedule
 
-BATCH_AXES = ("data", "fsdp")
 State = dict[str, Any]
 Metrics = dict[str, jax.Array]
 
@@ -73,7 +72,7 @@ class Plan:
     @property
     def batch_sharding(self) -> NamedSharding:
         """Rows split over the data axes."""
-        return NamedSharding(self.mesh, PartitionSpec(BATCH_AXES))
+        return NamedSharding(self.mesh, PartitionSpec(sharding.BATCH))
 
 
 class Profiler:
@@ -110,10 +109,16 @@ def make_plan(config: TrainConfig, facts: Any) -> Plan:
         model's longest sequence, or the objective refuses.
     """
     mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
-    parts = math.prod(mesh.shape[axis] for axis in BATCH_AXES)
+    parts = math.prod(mesh.shape[axis] for axis in sharding.BATCH)
     if config.batch_size % parts:
         raise UserError(f"batch_size ({config.batch_size}) must be a multiple of the mesh's data x fsdp size ({parts})")
+    if config.batch_size % (parts * config.accumulate):
+        raise UserError(
+            f"batch_size ({config.batch_size}) must be a multiple of accumulate ({config.accumulate}) times the mesh's "
+            f"data x fsdp size ({parts})"
+        )
     objective = OBJECTIVES[config.objective.name](config.objective, facts)
+    objective.prepare(Compute(config.precision, mesh.size, config.remat))
     objective.check(config.length)
     if config.length is not None and config.length > objective.model.max_position:
         longest = objective.model.max_position
@@ -165,11 +170,7 @@ def make_step(plan: Plan) -> Callable[[State, Params | None, Batch], tuple[State
         key = jax.random.fold_in(jax.random.wrap_key_data(state["key"]), state["step"])
         progress = state["step"] / plan.config.steps
 
-        def mean_loss(params):
-            (sums, weights), measured = plan.objective.loss(params, frozen, batch, key, progress)
-            return jnp.sum(sums / jnp.maximum(weights, 1)), measured
-
-        (loss, measured), gradient = jax.value_and_grad(mean_loss, has_aux=True)(state["params"])
+        loss, measured, gradient = gradient_of(plan, state["params"], frozen, batch, key, progress)
         updates, optimizer = plan.optimizer.update(gradient, state["optimizer"], state["params"])
         metrics = {
             "loss": loss,
@@ -189,6 +190,40 @@ def make_step(plan: Plan) -> Callable[[State, Params | None, Batch], tuple[State
         return state, metrics
 
     return step
+
+
+def gradient_of(
+    plan: Plan, params: Params, frozen: Params | None, batch: Batch, key: jax.Array, progress: jax.Array
+) -> tuple[jax.Array, Sums, Params]:
+    """The loss of a batch, what its objective measured, and the gradient.
+
+    With `accumulate` parts, rows are taken in turns. The loss is a sum over a sum, so what all parts weigh is summed up
+    first: for most objectives counts of labels, of which no network has to run.
+    """
+
+    def loss_of(params, batch, key, whole=None):
+        (sums, weights), measured = plan.objective.loss(params, frozen, batch, key, progress)
+        whole = weights if whole is None else whole
+        return jnp.sum(sums / jnp.maximum(whole, 1)), (weights, measured)
+
+    parts = plan.config.accumulate
+    if parts == 1:
+        (loss, (_, measured)), gradient = jax.value_and_grad(loss_of, has_aux=True)(params, batch, key)
+        return loss, measured, gradient
+
+    # Part k has the rows k, k + parts, ...: as many of every device as of every other.
+    split = jax.tree.map(lambda rows: jnp.moveaxis(rows.reshape(-1, parts, *rows.shape[1:]), 1, 0), batch)
+    each = (split, jax.random.split(key, parts))
+
+    def total(function):
+        shapes = jax.eval_shape(function, *jax.tree.map(lambda leaf: leaf[0], each))
+        none = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+        return jax.lax.scan(lambda sum, part: (jax.tree.map(jnp.add, sum, function(*part)), None), none, each)[0]
+
+    whole = total(lambda part, key: loss_of(params, part, key)[1][0])
+    slope = jax.value_and_grad(loss_of, has_aux=True)
+    (loss, (_, measured)), gradient = total(lambda part, key: slope(params, part, key, whole))
+    return loss, measured, gradient
 
 
 def without_history(average: Params, params: Params, replaced: Replaced) -> Params:
@@ -213,6 +248,8 @@ def train(config: TrainConfig, workdir: Path, profile: tuple[int, int] | None = 
     """
     corpus = open_corpus(config)
     plan = make_plan(config, corpus.facts)
+    if isinstance(corpus, TextCorpus):
+        corpus = corpus.within(plan.objective.model.vocab_size, config.data)
     kept = kept_features(config, plan.objective, corpus)
     plan.objective.scan_data(corpus.train)
     evaluate = make_evaluation(plan, corpus)
@@ -345,14 +382,25 @@ def loop(
     return state
 
 
+def on_mesh(mesh: Mesh) -> contextlib.AbstractContextManager:
+    """Within it, what is compiled for several devices may say where its arrays lie."""
+    return sharding.on_mesh(mesh if mesh.size > 1 else None)
+
+
+def lowered_step(plan: Plan, state: State, frozen: Params | None, batch: Any) -> Any:
+    """`make_step` for arrays, or shapes, of these shardings, ready to be compiled."""
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, plan.state)
+    everywhere = NamedSharding(plan.mesh, PartitionSpec())
+    step = jax.jit(make_step(plan), donate_argnums=0, out_shardings=(shardings, everywhere))
+    with on_mesh(plan.mesh):
+        return step.lower(state, frozen, batch)
+
+
 def compiled_step(plan: Plan, state: State, frozen: Params | None, batch: Batch, say: Callable[[str], None]):
     """`make_step` compiled ahead for these shardings, so that its time and memory can be told."""
     say("compiling the step ...")
     begin = time.perf_counter()
-    shardings = jax.tree.map(lambda leaf: leaf.sharding, plan.state)
-    everywhere = NamedSharding(plan.mesh, PartitionSpec())
-    step = jax.jit(make_step(plan), donate_argnums=0, out_shardings=(shardings, everywhere))
-    compiled = step.lower(state, frozen, batch).compile()
+    compiled = lowered_step(plan, state, frozen, batch).compile()
     memory = compiled.memory_analysis()
     scratch = "" if memory is None else f", {memory.temp_size_in_bytes / 2**20:,.0f} MiB of scratch memory per device"
     say(f"compiled in {time.perf_counter() - begin:.1f} s{scratch}")
@@ -377,7 +425,9 @@ def make_evaluation(plan: Plan, corpus: Corpus) -> Callable[[Params, Params | No
     def evaluate(trainable: Params, frozen: Params | None) -> dict[str, float]:
         totals: dict[str, tuple[Any, Any]] = {}
         for batch in batches():
-            for name, pair in jax.device_get(measure(trainable, frozen, batch)).items():
+            with on_mesh(plan.mesh):
+                sums = jax.device_get(measure(trainable, frozen, batch))
+            for name, pair in sums.items():
                 total, weight = totals.get(name, (0.0, 0.0))
                 totals[name] = total + np.float64(pair[0]), weight + np.float64(pair[1])
         means = {name: total / max(weight, 1.0) for name, (total, weight) in totals.items()}

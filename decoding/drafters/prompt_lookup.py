@@ -47,8 +47,8 @@ class PromptLookup(Drafter):
         numbers = argument.split(":")
         if len(numbers) > 2 or not all(number.isdecimal() for number in numbers):
             return None
-        shortest, *depth = map(int, numbers)
-        return cls(shortest=shortest) if not depth else cls(depth[0], shortest=shortest)
+        names = ("shortest", "depth")
+        return cls(**dict(zip(names, map(int, numbers), strict=False)))
 
     @property
     def max_nodes(self) -> int:

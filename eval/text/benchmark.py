@@ -213,15 +213,10 @@ def _take_turns(measured: Sequence[Measured], groups: Sequence[Sequence[int]], r
 
 def _of_row(generation: Generation, row: int) -> Generation:
     """What became of one prompt of a batch, with its share of the seconds."""
+    rows: dict[str, Any] = {name: [getattr(generation, name)[row]] for name in ("tokens", "writers", "stats")}
     count = len(generation.tokens)
-    return Generation(
-        tokens=[generation.tokens[row]],
-        writers=[generation.writers[row]],
-        stats=[generation.stats[row]],
-        prefill_seconds=generation.prefill_seconds / count,
-        decode_seconds=generation.decode_seconds / count,
-        texts=generation.texts[row : row + 1],
-    )
+    seconds = {name: getattr(generation, name) / count for name in ("prefill_seconds", "decode_seconds")}
+    return dataclasses.replace(generation, texts=generation.texts[row : row + 1], memory=None, **rows, **seconds)
 
 
 class _Parts:

@@ -35,7 +35,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from models import transformer
-from models.attention import ALONE, Rows, Sources, attend, softcap, wide
+from models.attention import ALONE, Rows, Sources, attend, attend_in_blocks, softcap, wide
 from models.config import RopeScaling, TransformerConfig
 from models.errors import UserError
 from models.heads.medusa import vocab_kernel
@@ -188,6 +188,10 @@ class EagleHeads(_Network):
         """Scores of the token after the pair's, of all V tokens, float32 or wider."""
         return transformer.head(config, target, hidden)
 
+    def head_params(self, params: Params) -> Params:
+        """Of the network's parameters, those that `logits` reads."""
+        return {}
+
     def vocabulary(self, params: Params) -> Int[Array, "W"] | None:
         """Target ids of the tokens that `logits` scores; None means all, in order."""
         return None
@@ -288,6 +292,10 @@ class Eagle3Heads(_Network):
         logits = product(normed, params["vocab"]["kernel"], wide(hidden.dtype))
         return split_vocabulary(logits)
 
+    def head_params(self, params: Params) -> Params:
+        """Of the network's parameters, those that `logits` reads."""
+        return {name: params[name] for name in ("norm", "vocab")}
+
     def vocabulary(self, params: Params) -> Int[Array, "W"] | None:
         """Target ids of the tokens that `logits` scores; None means all, in order."""
         return params.get("draft_vocab")
@@ -307,6 +315,7 @@ def unroll(
     feature: Float[Array, "B T H"],
     embeddings: Sequence[Float[Array, "B T H"]],
     layout: Layout,
+    remat: bool = False,
 ) -> list[Float[Array, "B T H"]]:
     """What drafting computes along the true text, from every position at once (training-time test; EAGLE-3, 3.2).
 
@@ -321,16 +330,22 @@ def unroll(
       feature: f from the target, at every position.
       embeddings: for each step k those of the tokens at p + 1 + k.
       layout: of the text.
+      remat: keep of a step what later ones read, and compute the rest again for its slopes.
 
     Returns:
       Outputs of the steps, `[B, T, H]` each.
     """
     outputs: list[Array] = []
     drafted: list[Rows] = []
-    for k, embedding in enumerate(embeddings):
+
+    def step(k, params, feature, embedding, drafted):
         place = dataclasses.replace(layout, positions=layout.positions + k)
         mix = functools.partial(_attend_own_index, drafted[0], drafted[1:]) if k else attend
-        feature, rows = heads.run(config, params, feature, embedding, place, mix=mix)
+        return heads.run(config, params, feature, embedding, place, mix=mix)
+
+    step = jax.checkpoint(step, static_argnums=0) if remat else step
+    for k, embedding in enumerate(embeddings):
+        feature, rows = step(k, params, feature, embedding, tuple(drafted))
         outputs.append(feature)
         drafted.append(rows)
     return outputs
@@ -355,18 +370,16 @@ def _attend_own_index(
     B, T, N, D = q_BTND.shape
     K = rows["v"].shape[1]
     dtype = wide(q_BTND.dtype)
+    mixed_BTI, residual_BTN = attend_in_blocks(q_BTND, first, layout, scale=scale, cap=cap, window=window)
     q_BKTGD = (q_BTND * scale).reshape(B, T, K, N // K, D).transpose(0, 2, 1, 3, 4)
+    residual_BKTG1 = residual_BTN.reshape(B, T, K, -1, 1).transpose(0, 2, 1, 3, 4)
     own = [*between, rows]
-    s_BKTGS = jnp.einsum("BKTGD,BKDS->BKTGS", q_BKTGD, first["k"], preferred_element_type=dtype)
-    s_BKTGS = jnp.where(layout.sees_rows(window)[:, None, :, None], softcap(s_BKTGS, cap), jnp.finfo(dtype).min)
     # A product and a sum: as an einsum these would be B K T matrix products of a handful of numbers.
     each = [jnp.sum((q_BKTGD * step["k"].swapaxes(2, 3)[:, :, :, None]).astype(dtype), axis=-1) for step in own]
     own_BKTGI = softcap(jnp.stack(each, axis=-1), cap)
-    top = jnp.maximum(jnp.max(s_BKTGS, axis=-1), jnp.max(own_BKTGI, axis=-1))[..., None]
-    e_BKTGS, e_BKTGI = jnp.exp(s_BKTGS - top), jnp.exp(own_BKTGI - top)
-    total = jnp.sum(e_BKTGS, axis=-1, keepdims=True) + jnp.sum(e_BKTGI, axis=-1, keepdims=True)
-    v_dtype = rows["v"].dtype
-    mixed = jnp.einsum("BKTGS,BKSD->BKTGD", e_BKTGS.astype(v_dtype), first["v"], preferred_element_type=dtype)
-    for i, step in enumerate(own):
-        mixed += e_BKTGI[..., i, None] * step["v"][:, :, :, None].astype(dtype)
-    return (mixed / total).astype(q_BTND.dtype).transpose(0, 2, 1, 3, 4).reshape(B, T, N * D)
+    # What `first` adds to the normaliser is its log-sum-exp.
+    weight = jax.nn.softmax(jnp.concatenate([residual_BKTG1, own_BKTGI], axis=-1), axis=-1)
+    mixed = weight[..., :1] * mixed_BTI.reshape(B, T, K, N // K, D).transpose(0, 2, 1, 3, 4)
+    for i, step in enumerate(own, start=1):
+        mixed += weight[..., i, None] * step["v"][:, :, :, None].astype(dtype)
+    return mixed.astype(q_BTND.dtype).transpose(0, 2, 1, 3, 4).reshape(B, T, N * D)

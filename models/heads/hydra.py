@@ -17,9 +17,10 @@ from jaxtyping import Array, Float
 
 from models.attention import Sources, wide
 from models.config import TransformerConfig
-from models.heads.medusa import ResBlock, vocab_kernel
+from models.heads.medusa import ResBlock, check_counts, vocab_kernel
 from models.layers import Block, RMSNorm, call, rope_angles
 from models.layout import Layout
+from models.linear import wide_einsum
 from models.sharding import split_vocabulary
 from models.transformer import Params
 
@@ -39,6 +40,10 @@ class HydraHeads:
     num_layers: int = 1
     prefix: bool = False
     dropout: float = 0.0
+
+    def __post_init__(self):
+        """Raises UserError for numbers of heads or blocks that no release has."""
+        check_counts(self.num_heads, self.num_layers)
 
     def init(self, config: TransformerConfig, target: Params, key: Array) -> Params:
         """Fresh heads; vocabulary maps start as the target's own head."""
@@ -149,5 +154,5 @@ class HydraHeads:
         """Logits of head i, float32 or wider."""
         vocab = params["heads"][i]["vocab"]
         dtype = wide(hidden.dtype)
-        logits = split_vocabulary(jnp.matmul(hidden, vocab["kernel"], preferred_element_type=dtype))
+        logits = split_vocabulary(wide_einsum("...H,HV->...V", hidden, vocab["kernel"]))
         return logits + vocab["bias"].astype(dtype)

@@ -15,9 +15,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from models.attention import wide
 from models.images.config import VQVAEConfig
 from models.images.convolution import Conv3x3
+from models.linear import wide_einsum
 
 
 def _norm(x: Array, name: str) -> Array:
@@ -44,7 +44,7 @@ class SelfAttention(nn.Module):
         B, H, W, C = x.shape
         qkv = nn.Conv(3 * C, (1, 1), name="qkv")(_norm(x, "norm")).reshape(B, H * W, 3, C)
         q_BTC, k_BTC, v_BTC = qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2]
-        scores = jnp.einsum("BTC,BSC->BTS", q_BTC, k_BTC, preferred_element_type=wide(x.dtype)) * C**-0.5
+        scores = wide_einsum("BTC,BSC->BTS", q_BTC, k_BTC) * C**-0.5
         mixed = jnp.einsum("BTS,BSC->BTC", jax.nn.softmax(scores, axis=-1).astype(x.dtype), v_BTC)
         return x + nn.Conv(C, (1, 1), name="out")(mixed.reshape(B, H, W, C))
 

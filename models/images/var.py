@@ -26,6 +26,7 @@ from jaxtyping import Array, Float, Int
 
 from models.attention import wide
 from models.images.config import VARConfig, scale_starts
+from models.linear import wide_einsum
 from models.transformer import Params
 
 Cache = list[dict[str, Float[Array, "B N L D"]]]
@@ -186,9 +187,8 @@ def logits(
     head = params["head"]
     scale_B1C, shift_B1C = jnp.split(_dense(head["modulation"], jax.nn.silu(c_BC))[:, None], 2, axis=-1)
     x_BRC = (_normed(hidden_BRC) * (1 + scale_B1C) + shift_B1C).astype(head["vocab"]["kernel"].dtype)
-    dtype = wide(x_BRC.dtype)
-    scores = jnp.einsum("BRC,CV->BRV", x_BRC, head["vocab"]["kernel"], preferred_element_type=dtype)
-    return scores + head["vocab"]["bias"].astype(dtype)
+    scores = wide_einsum("BRC,CV->BRV", x_BRC, head["vocab"]["kernel"])
+    return scores + head["vocab"]["bias"].astype(scores.dtype)
 
 
 def teacher_forced(
@@ -270,7 +270,7 @@ def _attend(config, params, x_BRC, start, end, seen_RS, cache):
             for name, new in fresh.items()
         }
         fresh = {name: whole[:, :, :end].astype(qkv.dtype) for name, whole in cache.items()}
-    scores = jnp.einsum("BNRD,BNSD->BNRS", q_BNRD, fresh["k"], preferred_element_type=dtype)
+    scores = wide_einsum("BNRD,BNSD->BNRS", q_BNRD, fresh["k"])
     if seen_RS is not None:
         scores = jnp.where(seen_RS, scores, -jnp.inf)
     weights = jax.nn.softmax(scores, axis=-1).astype(qkv.dtype)

@@ -2,18 +2,21 @@
 
 import dataclasses
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import models.attention
 from decoding.generate import generate
 from models.attention import Sources, attend
 from models.config import TransformerConfig
 from models.errors import UserError
 from models.formats.target import Target
 from models.layout import Layout, Tree
+from models.linear import wide_einsum
 from models.transformer import init
 from tests.decoding.drafter_cases import BUSHY, CASES
 
@@ -129,3 +132,39 @@ def test_what_split_attention_cannot_do_is_refused() -> None:
             generate(target, [[1]], max_new_tokens=2, attention="split")
     with pytest.raises(UserError, match="attention must be 'dense' or 'split', got 'flash'"):
         generate(Target(CONFIG, params), [[1]], max_new_tokens=2, attention="flash")
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize(("window", "cap"), [(None, None), (4, 1.5)])
+def test_attention_in_blocks_is_dense_attention(window: int | None, cap: float | None, monkeypatch) -> None:
+    T = 11
+    rng = np.random.default_rng(0)
+    given = {"q": rng.normal(size=(B, T, N, D)), "k": rng.normal(size=(B, K, D, T)), "v": rng.normal(size=(B, K, T, D))}
+    factors = rng.normal(size=(B, T, N * D))
+    segments = jnp.asarray(np.sort(rng.integers(1, 3, (B, T)), axis=1), jnp.int32)
+
+    def slopes(attention: str):
+        layout = Layout.causal(B, T, segments, attention)
+
+        def mixed(given):
+            new = {"k": given["k"], "v": given["v"]}
+            out = attend(given["q"], new, Sources(), layout, scale=0.7, cap=cap, window=window)
+            return jnp.sum(factors * out), out
+
+        return jax.value_and_grad(mixed, has_aux=True)(given)
+
+    # Blocks of four rows, the last of them of three.
+    monkeypatch.setattr(models.attention, "BLOCK", B * N * T * 4)
+    ways = ["dense", "blocks", *(["fused"] if window is None else [])]
+    dense, blocks, *fused = jax.jit(lambda: [slopes(way) for way in ways])()
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-12), blocks, dense)
+    for found in fused:  # The library's softmax is float32, whatever its inputs are.
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), found, dense)
+
+
+def test_products_of_narrow_factors_have_narrow_slopes() -> None:
+    x, y = (jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in ((3, 4), (4, 5)))
+    slope = jax.grad(lambda *a: jnp.sum(wide_einsum("AB,BC->AC", *a) ** 2), argnums=(0, 1))
+    products = re.findall(r"stablehlo.dot_general.*: \((.*)\) -> (.*)", jax.jit(slope).lower(x, y).as_text())
+    assert [out.split("x")[-1] for _, out in products] == ["f32>", "bf16>", "bf16>"]
+    assert all("f32" not in factors for factors, _ in products)

@@ -65,6 +65,7 @@ def test_heads_follow_the_same_rules() -> None:
     target = transformer.init(CONFIG, jax.random.key(0))
     found = param_specs(HydraHeads(2, prefix=True).init(CONFIG, target, jax.random.key(1)))
     assert found["heads"][0]["vocab"]["kernel"] == P("fsdp", "tensor") and found["heads"][0]["vocab"]["bias"] == P()
+    assert found["heads"][1]["blocks"][0]["residual"]["kernel"] == P("fsdp", None)
     assert found["prefix"]["block"]["attention"]["o"]["kernel"] == P("tensor", "fsdp")
 
 

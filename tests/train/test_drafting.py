@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.tree_util import Partial
 
 from decoding.drafters.draft_model import DraftModel
 from decoding.drafters.registry import load_drafter
@@ -16,7 +17,8 @@ from models.formats.target import load_target
 from tests.train.conftest import tiny_job
 from train import trainer
 from train.objectives import OBJECTIVES
-from train.objectives.drafting import DraftObjective, Guess, Weights
+from train.objectives.drafting import DraftObjective
+from train.objectives.guess import Guess, Weights, losses
 from train.objectives.shift import ahead
 
 # Places that guesses are made from, per row: out of order, one of them twice, the ends of the row among them.
@@ -45,20 +47,18 @@ def test_guesses_from_some_positions_count_as_these_among_all(name, objective, d
         """(sum, weight) that each place adds, by letting it count alone; without anchors."""
         target = objective.read_target(frozen, batch)
         everywhere = objective.teacher_forced(target, params, frozen, batch, None)
-        term = objective._term_of(target, frozen)
+        teacher = objective.teacher(target, frozen, asked=False)
         places = jnp.arange(batch["tokens"].size).reshape(batch["tokens"].shape)
 
-        def alone(place, i, guess):
-            labels = guess.labels._replace(counted=guess.labels.counted & (places == place))
-            return jnp.stack(term(i, guess._replace(labels=labels), guess.read(guess.hidden)))
+        def alone(place):
+            labels = [g.labels._replace(counted=g.labels.counted & (places == place)) for g in everywhere]
+            some = [g._replace(labels=own) for g, own in zip(everywhere, labels, strict=True)]
+            return jnp.stack(losses(some, teacher, objective._config.weights), axis=-1)
 
         wanted = at + batch["tokens"].shape[1] * jnp.arange(len(at))[:, None]
-        return [
-            jnp.sum(jax.lax.map(lambda place, i=i, g=g: alone(place, i, g), wanted.reshape(-1)), axis=0)
-            for i, g in enumerate(everywhere)
-        ]
+        return jnp.sum(jax.lax.map(alone, wanted.reshape(-1)), axis=0)
 
-    expected = np.stack(jax.jit(everything)(params))
+    expected = np.asarray(jax.jit(everything)(params))
     monkeypatch.setattr(objective, "guesses", lambda *a: [picked(guess, at) for guess in guesses(*a)])
     sums = jax.jit(objective.evaluate)(params, frozen, batch)
     for i, (total, weight) in enumerate(expected):
@@ -135,7 +135,8 @@ class DraftModelObjective(DraftObjective):
     def guesses(self, params, frozen, batch, target, layout, key):
         model = self.drafter.model
         hidden = ahead(transformer.forward(model, params, batch["tokens"], layout).hidden, 1)
-        return [Guess(hidden, None, self.labels(batch, 0), lambda x: transformer.head(model, params, x))]
+        read = Partial(lambda head, x: transformer.head(model, head, x), transformer.head_params(params))
+        return [Guess(hidden, None, self.labels(batch, 0), read)]
 
 
 def test_a_drafter_without_heads_is_trained_like_any_other(data_set, target_directory, monkeypatch, tmp_path):

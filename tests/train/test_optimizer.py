@@ -63,12 +63,13 @@ def test_gradients_are_clipped_before_adam_sees_them():
     np.testing.assert_allclose(jnp.linalg.norm(moment), 0.5, rtol=1e-6)
 
 
-def test_muon_orthogonalises_each_stacked_kernel_and_leaves_the_rest_to_adam():
+def test_muon_orthogonalises_each_stacked_kernel_and_leaves_vocabularies_and_the_rest_to_adam():
     params = {
         "layer": {"kernel": jnp.zeros((2, 6, 4)), "bias": jnp.zeros((2, 4))},
         "embed": {"embedding": jnp.zeros((5, 4))},
+        "heads": [{"vocab": {"kernel": jnp.zeros((4, 5))}}],
     }
-    keys = iter(jax.random.split(jax.random.key(0), 3))
+    keys = iter(jax.random.split(jax.random.key(0), 4))
     gradient = jax.tree.map(lambda leaf: jax.random.normal(next(keys), leaf.shape), params)
     config = OptimizerConfig(learning_rate=1.0, name="muon", schedule="constant", final_fraction=1.0, clip_norm=1e9)
     optimizer = make_optimizer(config, steps=2)
@@ -81,6 +82,7 @@ def test_muon_orthogonalises_each_stacked_kernel_and_leaves_the_rest_to_adam():
     pairs = (
         (update["layer"]["bias"], gradient["layer"]["bias"]),
         (update["embed"]["embedding"], gradient["embed"]["embedding"]),
+        (update["heads"][0]["vocab"]["kernel"], gradient["heads"][0]["vocab"]["kernel"]),
     )
     for leaf, slope in pairs:
         # Adam's first step: the same size everywhere, against the gradient.

@@ -352,6 +352,26 @@ def test_memory_counts_bytes_per_device(job):
     assert float(line.split()[-2]) == pytest.approx(size, abs=0.06)
 
 
+def test_the_memory_of_the_compiled_step_is_told(data_set, monkeypatch):
+    monkeypatch.setitem(OBJECTIVES, "least", Least)
+    said = dry_run.describe(least_config(data_set), memory=True)
+    (peak,) = (line for line in said.splitlines() if line.startswith("  peak "))
+    assert float(peak.split()[1]) < 0.01 and "the step, per device (compiled in " in said
+    program = """
+%fused_computation (p: f32[9]) -> f32[900,900] {
+  ROOT %inside = f32[900,900]{1,0} broadcast(%p)
+}
+ENTRY %main (x: bf16[8,8]) -> f32[4,8] {
+  %x = bf16[8,8]{1,0} parameter(0)
+  %a = bf16[8,8]{1,0:T(8,128)} add(%x, %x)
+  %b = (f32[2], pred[3]) custom-call(%a)
+  ROOT %c.1 = f32[4,8]{1,0} fusion(%a), calls=%fused_computation
+  %d = f32[4,8]{1,0} multiply(%c.1, %c.1)
+  %e = pred[300]{0} compare(%a, %a)
+}"""
+    assert dry_run.arrays_of(program) == [(300, "pred[300]", 1), (128, "f32[4,8]", 2), (128, "bf16[8,8]", 1)]
+
+
 @pytest.mark.parametrize("name", ["vqvae", "var", "code_refiner"])
 def test_image_objectives_are_described(name, image_job):
     config = image_job(name)

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 
 import jax
 import jax.numpy as jnp
@@ -207,3 +208,16 @@ def test_the_smoke_job_of_a_drafter_runs(image_set, image_models, tmp_path):
     said = smoke("code_drafter", image_set, tmp_path, *options, f"objective.init_from={image_models['var']}")
     assert "finished 3 steps" in said and "last_accuracy" in said
     assert files.read_config(tmp_path / "var", VARConfig) == VAR
+
+
+@pytest.mark.parametrize("name", ["var", "vqvae", pytest.param("code_refiner", marks=pytest.mark.slow)])
+def test_what_is_trained_multiplies_narrowly_where_precision_says_so(name, image_job):
+    config = image_job(name, precision="bfloat16")
+    corpus = open_corpus(config)
+    plan = trainer.make_plan(config, corpus.facts)
+    assert all(leaf.dtype != jnp.bfloat16 for leaf in jax.tree.leaves(plan.state))
+    batch = {key: jax.ShapeDtypeStruct(a.shape, a.dtype) for key, a in next(corpus.batches(4, 0)).items()}
+    text = jax.jit(trainer.make_step(plan)).lower(plan.state, plan.frozen, batch).as_text()
+    products = re.findall(r"stablehlo.(?:dot_general|convolution).*: \((.*)\) -> .*", text)
+    assert not [factors for factors in products if "bf16" in factors and "f32" in factors.replace("bf16", "")]
+    assert sum("bf16" in factors for factors in products) > 20

@@ -25,12 +25,13 @@ class Discriminator(nn.Module):
 
     @nn.compact
     def __call__(self, images: Float[Array, "B H W 3"]) -> Float[Array, "B h w"]:
-        x = images
+        narrow = self.has_variable("params", "score")
+        x = images.astype(self.variables["params"]["score"]["kernel"].dtype) if narrow else images
         for i in range(self.layers):
             x = nn.Conv(self.width * min(2**i, 8), (4, 4), 2, name=f"conv_{i}")(x)
             x = nn.GroupNorm(1, name=f"norm_{i}")(x) if i else x
             x = nn.leaky_relu(x, 0.2)
-        return nn.Conv(1, (3, 3), name="score")(x)[..., 0]
+        return nn.Conv(1, (3, 3), name="score")(x)[..., 0].astype(images.dtype)
 
 
 def hinge(true: Float[Array, "B h w"], decoded: Float[Array, "B h w"]) -> Float[Array, "B"]:

@@ -93,7 +93,7 @@ class ImageClassifier(Objective):
 
     def _score(self, params: Params, images: Array, labels: Array) -> tuple[Array, Array]:
         """Log-likelihood of each label, and whether it is the first choice; both float."""
-        _, scores_BC = classifier.forward(self.model, params, images)
+        _, scores_BC = classifier.forward(self.model, self.compute.cast(params), images)
         chosen_B1 = jnp.maximum(labels, 0)[:, None]
         likelihood_B = jnp.take_along_axis(jax.nn.log_softmax(scores_BC), chosen_B1, axis=1)[:, 0]
         return likelihood_B, (argmax(scores_BC) == labels).astype(scores_BC.dtype)

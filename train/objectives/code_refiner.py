@@ -111,8 +111,8 @@ class CodeRefiner(NextScale):
         first, last = self._config.first_scale, self.model.num_scales
         lesson = self.lesson(frozen, batch, key)
         given = lesson.labels, lesson.features, first, last
-        student = var.teacher_forced(self.model, trainable, *given, keep)
-        teacher = var.teacher_forced(self.teacher, frozen["teacher"], *given)
+        student = var.teacher_forced(self.model, self.compute.cast(trainable), *given, keep)
+        teacher = var.teacher_forced(self.teacher, self.compute.cast(frozen["teacher"]), *given)
         return student, teacher, lesson.codes[:, scale_starts(self.model.scales)[first] :], lesson.weights
 
 

@@ -11,6 +11,7 @@ from typing import Any, ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
+from jax.tree_util import Partial
 
 from decoding.drafters.head_drafter import HeadDrafter
 from decoding.drafters.registry import DRAFTERS
@@ -18,7 +19,8 @@ from decoding.trees import MC_SIM_7B_63
 from models import schema, transformer
 from models.config import TransformerConfig
 from models.errors import UserError
-from train.objectives.drafting import DraftObjective, Guess, Weights
+from train.objectives.drafting import DraftObjective
+from train.objectives.guess import Guess, Weights
 from train.objectives.shift import ahead
 
 
@@ -86,8 +88,6 @@ class DraftHeadsConfig:
             raise UserError(f"objective.drafter must be one of {', '.join(kinds)}, got {self.drafter!r}{meant}")
         drafter: Any = kinds[self.drafter]
         heads = schema.parse(type(drafter().heads), self.heads, "objective.heads")
-        schema.require(heads.num_heads >= 1, "objective.heads.num_heads must be at least 1", heads.num_heads)
-        schema.require(heads.num_layers >= 1, "objective.heads.num_layers must be at least 1", heads.num_layers)
         return drafter(heads, MC_SIM_7B_63.down_to(heads.num_heads))
 
 
@@ -123,6 +123,11 @@ class DraftHeads(DraftObjective):
             path_BTPH = jnp.stack([ahead(embedding_BTH, step) for step in range(1, i + 2)], axis=2)
             dropout_key = None if key is None else jax.random.fold_in(key, i)
             hidden_BTH = self.heads.hidden(params, i, feature_BTH, path_BTPH, dropout_key)
-            read = functools.partial(self.heads.vocab, params, i)
+            read = Partial(functools.partial(_read, self.heads, i), params["heads"][i]["vocab"])
             outputs.append(Guess(hidden_BTH, None, self.labels(batch, i), read))
         return outputs
+
+
+def _read(heads, i, vocab, hidden):
+    """The logits of head i, of its vocabulary map alone."""
+    return heads.vocab({"heads": {i: {"vocab": vocab}}}, i, hidden)

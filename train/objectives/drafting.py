@@ -6,27 +6,27 @@ rho the decay, and means over the labels of each depth:
 
     loss = sum_i rho^i mean( hard * -log q_i(x) + soft * -sum_v t(v) log q_i(v) + feature * SmoothL1(g_i, h_{p+1+i}) )
 
-where q_i is the guess, t the teacher, g_i what the guess's vocabulary map reads and h the target's post-norm feature.
+where q_i is the guess, t the teacher, g_i what the guess's vocabulary map reads and h the target's post-norm feature
+(`guess.py`).
 A drafter with a vocabulary of its own is compared with the teacher on that vocabulary, renormalised, and only where it
 holds the target's first choice (EAGLE-3).
 """
 
 import abc
-from collections.abc import Callable, Iterator, Mapping
+import functools
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from jax.sharding import Mesh
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Int
 
 from decoding.drafters.registry import save_drafter
 from decoding.generate import generate
 from decoding.replay import is_replayable, replay_acceptance
-from decoding.sampling import argmax
 from decoding.trees import chain
 from models import processes, schema, transformer
 from models.errors import UserError
@@ -34,45 +34,13 @@ from models.formats.hf import load_config
 from models.formats.target import Target, check_vocabulary, load_target
 from models.formats.tokenizer import Tokenizer
 from models.layout import Layout
-from train.objectives.objective import Batch, Objective, Params, Sums
-from train.objectives.shift import ahead, label_mask, labels_at, log_likelihood
+from train.objectives.guess import Guess, Labels, Teacher, first_choices, losses, measures, picked
+from train.objectives.objective import Batch, Compute, Objective, Params, Sums
+from train.objectives.shift import label_mask, labels_at
 from train.objectives.target_features import LOGITS, TargetFeatures, layout_of, target_features
 
 if TYPE_CHECKING:  # Training steps are timed where TFDS is not installed.
     from train.data.texts import Documents
-
-
-class Weights(NamedTuple):
-    """Weights of the loss's terms, and rho."""
-
-    hard: float
-    soft: float
-    feature: float
-    decay: float
-
-
-class Labels(NamedTuple):
-    """The tokens that guesses answer for, and whether they count."""
-
-    tokens: Int[Array, "B S"]
-    counted: Bool[Array, "B S"]
-
-
-class Guess(NamedTuple):
-    """What is guessed at one depth, its logits still to be read.
-
-    Attributes:
-      hidden: what the vocabulary map reads.
-      at: the positions that are guessed from; None is all T of them.
-      labels: what the guesses answer for (`DraftObjective.labels`).
-      read: the vocabulary map, from rows `[..., H]` of `hidden` to logits `[..., W]`. The loss calls it as late and for
-        as many rows as it likes.
-    """
-
-    hidden: Float[Array, "B S H"]
-    at: Int[Array, "B S"] | None
-    labels: Labels
-    read: Callable[[Float[Array, "*R H"]], Float[Array, "*R W"]]
 
 
 class DraftObjective(Objective):
@@ -97,8 +65,13 @@ class DraftObjective(Objective):
         self.drafter.check(self.model)
         check_vocabulary(self.model, tokenizer, config.base)
         self.fingerprint: dict[str, int | str | None] = {}
-        self._dtype = jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
-        self.base: Params = transformer.param_shapes(self.model, self._dtype)
+        self.prepare(Compute())
+
+    def prepare(self, compute: Compute) -> None:
+        """Also decides the dtype of the target, whose layers are stacked: a scan compiles at once, however deep."""
+        super().prepare(compute)
+        shapes = transformer.param_shapes(self.model, compute.dtype)
+        self.base: Params = jax.eval_shape(transformer.stack_layers, shapes)
 
     @property
     def target_taps(self) -> tuple[str, ...]:  # type: ignore[override]
@@ -130,7 +103,7 @@ class DraftObjective(Objective):
     def labels(self, batch: Batch, i: int, at: Int[Array, "B S"] | None = None) -> Labels:
         """What guess i answers for, from the positions `at`, or from all."""
         batch = {**batch, "mask": label_mask(batch, self._config.labels)}
-        return Labels(*(_picked(values, at) for values in labels_at(batch, i + 2)))
+        return Labels(*(picked(values, at) for values in labels_at(batch, i + 2)))
 
     def check(self, length: int | None) -> None:
         """Also refuses guesses that can have no labels, and a drafter that the probe cannot give its chain."""
@@ -165,15 +138,15 @@ class DraftObjective(Objective):
         return {"objective.target": self._config.base}
 
     def load_base(self, mesh: Mesh) -> Params:
-        """The target, float32 on CPU and bfloat16 on accelerators, and what belongs to it."""
+        """The target, in the dtype of the computation, and what belongs to it."""
         return {**self.load_target(mesh), **self.beside_target(mesh)}
 
     def load_target(self, mesh: Mesh) -> Params:
         """The target's part of the base."""
-        target = load_target(self._config.base, dtype=self._dtype, mesh=mesh)
+        target = load_target(self._config.base, dtype=self.compute.dtype, mesh=mesh)
         # Now, while every process takes part: no single one may be able to read the whole embedding at the export.
         self.fingerprint = target.fingerprint()
-        return target.params
+        return transformer.stack_layers(target.params)
 
     def beside_target(self, mesh: Mesh) -> Params:
         """The rest of the base."""
@@ -198,11 +171,11 @@ class DraftObjective(Objective):
     def loss_on(self, target: TargetFeatures, trainable: Params, frozen: Params, batch: Batch, key: Array):
         """`loss`, given the target's features on the batch."""
         guesses = self.teacher_forced(target, trainable, frozen, batch, key)
-        term = self._term_of(target, frozen)
-        terms = [term(i, guess, guess.read(guess.hidden)) for i, guess in enumerate(guesses)]
-        totals, weights = (jnp.stack(values) for values in zip(*terms, strict=True))
-        decay = self._config.weights.decay ** jnp.arange(len(terms), dtype=totals.dtype)
-        return (decay * totals, weights), {f"loss_{i + 1}": term for i, term in enumerate(terms)}
+        teacher = self.teacher(target, frozen, asked=False)
+        totals, weights = losses(guesses, teacher, self._config.weights, self.compute.devices)
+        decay = self._config.weights.decay ** jnp.arange(len(guesses), dtype=totals.dtype)
+        told = {f"loss_{i + 1}": pair for i, pair in enumerate(zip(totals, weights, strict=True))}
+        return (decay * totals, weights), told
 
     def evaluate(self, trainable: Params, frozen: Params, batch: Batch) -> Sums:
         """By depth: the loss; how often the first choice is the text's token (accuracy); how often it is the target's
@@ -212,20 +185,9 @@ class DraftObjective(Objective):
     def evaluate_on(self, target: TargetFeatures, trainable: Params, frozen: Params, batch: Batch) -> Sums:
         """`evaluate`, given the target's features on the batch."""
         guesses = self.teacher_forced(target, trainable, frozen, batch, None)
-        preferred_BT, known_W = argmax(target.logits), self.known(frozen)
-        term = self._term_of(target, frozen)
-        sums: Sums = {}
-        for i, guess in enumerate(guesses):
-            logits_BSW = guess.read(guess.hidden)
-            sums[f"loss_{i + 1}"] = term(i, guess, logits_BSW)
-            choice_BS = argmax(logits_BSW)
-            choice_BS = choice_BS if known_W is None else known_W[choice_BS]
-            preferred_BS = _picked(ahead(preferred_BT, i + 1), guess.at)
-            counted_BS = guess.labels.counted
-            weight = jnp.sum(counted_BS)
-            sums[f"accuracy_{i + 1}"] = (jnp.sum((choice_BS == guess.labels.tokens) * counted_BS), weight)
-            sums[f"agreement_{i + 1}"] = (jnp.sum((choice_BS == preferred_BS) * counted_BS), weight)
-        return sums
+        teacher = self.teacher(target, frozen, asked=True)
+        found = measures(guesses, teacher, self._config.weights, self.compute.devices)
+        return {f"{name}_{i + 1}": pair for i, of_depth in enumerate(found) for name, pair in of_depth.items()}
 
     def report(self, means: dict[str, float]) -> dict[str, float]:
         """The means, in the order of depth."""
@@ -249,8 +211,8 @@ class DraftObjective(Objective):
         new_tokens = min(self._config.loop_tokens, self.model.max_position - max(map(len, prompts), default=0))
         if not prompts or new_tokens <= 0:
             return {}
-        params = self.drafter_params(self._cast(trainable), frozen)
-        target = Target(self.model, frozen, self._tokenizer)
+        params = self.drafter_params(self.compute.cast(trainable), frozen)
+        target = Target(self.model, transformer.unstack_layers(frozen), self._tokenizer)
         drafter = self.drafter.with_tree(chain(self.depth))
         decoded = generate(target, prompts, drafter=drafter, drafter_params=params, max_new_tokens=new_tokens)
         stats = sum(decoded.stats[1:], decoded.stats[0])
@@ -270,7 +232,7 @@ class DraftObjective(Objective):
 
     def read_target(self, frozen: Params, batch: Batch) -> TargetFeatures:
         """The target's features on a batch: `target_taps`, and more where the batch carries more."""
-        return target_features(self.model, frozen, batch, self.target_taps)
+        return target_features(self.model, frozen, batch, self.target_taps, self.compute.attention)
 
     def teacher_forced(
         self, target: TargetFeatures, trainable: Params, frozen: Params, batch: Batch, key: Array | None
@@ -284,36 +246,18 @@ class DraftObjective(Objective):
           batch: `tokens` and `segments`, int [B, T].
           key: for noise and dropout; None is without either.
         """
-        return self.guesses(self._cast(trainable), frozen, batch, target, layout_of(batch), key)
+        layout = layout_of(batch, self.compute.attention)
+        return self.guesses(self.compute.cast(trainable), frozen, batch, target, layout, key)
 
-    def _cast(self, trainable):
-        return jax.tree.map(lambda leaf: leaf.astype(self._dtype), trainable)
-
-    def _term_of(self, target: TargetFeatures, frozen: Params) -> Callable[[int, Guess, Array], tuple[Array, Array]]:
-        """The function from (i, guess, its logits) to (sum, weight) of the loss at that depth, over its labels."""
-        weights, known_W, logits_BTV = self._config.weights, self.known(frozen), target.logits
-        logits_BTW = logits_BTV if known_W is None else logits_BTV[..., known_W]
-        teacher_BTW = jax.nn.softmax(logits_BTW, axis=-1)
-        learnt_BT = jnp.ones(logits_BTV.shape[:2], bool)
+    def teacher(self, target: TargetFeatures, frozen: Params, asked: bool) -> Teacher:
+        """The target as guesses are compared with it; `asked` for its first choices."""
+        known_W, choice_BT, learnt_BT = self.known(frozen), None, None
+        if asked or known_W is not None:
+            choice_BT = first_choices(target.read, target.scored, self.compute.devices)
         if known_W is not None:
-            learnt_BT = jnp.zeros(logits_BTV.shape[-1], bool).at[known_W].set(True)[argmax(logits_BTV)]
-
-        def term(i, guess, logits_BSW):
-            tokens_BS, counted_BS = guess.labels
-            loss_BS = jnp.zeros(tokens_BS.shape, logits_BSW.dtype)
-            if weights.hard:
-                loss_BS -= weights.hard * log_likelihood(logits_BSW, tokens_BS)
-            if weights.soft:
-                teacher_BSW = _picked(ahead(teacher_BTW, i + 1), guess.at)
-                expected_BS = jnp.sum(teacher_BSW * logits_BSW, axis=-1)
-                loss_BS += weights.soft * (jax.nn.logsumexp(logits_BSW, axis=-1) - expected_BS)
-            if weights.feature:
-                distance_BSH = optax.huber_loss(guess.hidden, _picked(ahead(target.hidden, i + 1), guess.at))
-                loss_BS += weights.feature * jnp.mean(distance_BSH, axis=-1)
-            weight_BS = (counted_BS & _picked(ahead(learnt_BT, i + 1), guess.at)).astype(loss_BS.dtype)
-            return jnp.sum(loss_BS * weight_BS), jnp.sum(weight_BS)
-
-        return term
+            learnt_BT = jnp.zeros(self.model.vocab_size, bool).at[known_W].set(True)[choice_BT]
+        read = functools.partial(target.read, known=known_W)
+        return Teacher(target.scored, read, target.taps.get("post_norm"), known_W, choice_BT, learnt_BT)
 
 
 def prompts_of(batch: Mapping[str, np.ndarray], room: int) -> list[list[int]]:
@@ -340,11 +284,6 @@ def prompts_of(batch: Mapping[str, np.ndarray], room: int) -> list[list[int]]:
         return [prompt for prompt in prompts if len(prompt) <= room] or prompts
     size = max(segments_BT.shape[1] // 4, 1)
     return batch["tokens"][:, :size][(segments_BT[:, :size] > 0).all(axis=1)].tolist()
-
-
-def _picked(values: Array, at: Int[Array, "B S"] | None) -> Array:
-    """`values[b, at[b, s]]`, along axis 1; all of them for None."""
-    return values if at is None else jax.vmap(lambda row, places: row[places])(values, at)
 
 
 def check_drafting(config: Any) -> None:

@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
+from jax.tree_util import Partial
 from jaxtyping import Int32, Int64
 
 from decoding.drafters.eagle import Eagle, Eagle3
@@ -24,7 +25,8 @@ from models import schema, transformer
 from models.config import TransformerConfig
 from models.heads.eagle import Eagle3Heads, EagleHeads, eagle3_layers, unroll
 from models.heads.medusa import vocab_kernel
-from train.objectives.drafting import DraftObjective, Guess, Weights, check_drafting
+from train.objectives.drafting import DraftObjective, check_drafting
+from train.objectives.guess import Guess, Weights
 from train.objectives.shift import ahead
 
 if TYPE_CHECKING:  # Training steps are timed where TFDS is not installed.
@@ -166,8 +168,9 @@ class EagleObjective(DraftObjective):
     def _unrolled(self, params, frozen, batch, taps, layout, steps):
         embedding_BTH = transformer.lookup(frozen, batch["tokens"])
         embeddings = [ahead(embedding_BTH, 1 + k) for k in range(steps)]
-        outputs = unroll(self.heads, self.model, params, self.heads.fuse(params, taps), embeddings, layout)
-        read = functools.partial(self.heads.logits, self.model, params, frozen)
+        remat = self.compute.remat != "none"
+        outputs = unroll(self.heads, self.model, params, self.heads.fuse(params, taps), embeddings, layout, remat)
+        read = Partial(functools.partial(_read, self.heads, self.model, frozen), self.heads.head_params(params))
         return [Guess(hidden, None, self.labels(batch, k), read) for k, hidden in enumerate(outputs)]
 
 
@@ -180,8 +183,12 @@ class Eagle3Objective(EagleObjective):
         """As `DraftObjective`."""
         super().__init__(config, tokenizer)
         self._vocabulary: np.ndarray | None = None
-        if self.heads.vocab_size:
-            self.base = {**self.base, "draft_vocab": jax.ShapeDtypeStruct((self.heads.vocab_size,), jnp.int32)}
+
+    def prepare(self, compute):
+        """With the draft vocabulary."""
+        super().prepare(compute)
+        if size := self.drafter.heads.vocab_size:
+            self.base = {**self.base, "draft_vocab": jax.ShapeDtypeStruct((size,), jnp.int32)}
 
     @property
     def depth(self) -> int:
@@ -222,6 +229,11 @@ class Eagle3Objective(EagleObjective):
     def guesses(self, params, frozen, batch, target, layout, key):
         """Every step of the draft, in training as in evaluation."""
         return self._unrolled(params, frozen, batch, target.taps, layout, self.depth)
+
+
+def _read(heads, model, frozen, params, hidden):
+    """The network's scores; of its parameters those that make them come last, because they are trained."""
+    return heads.logits(model, params, frozen, hidden)
 
 
 def count_labels(documents: "Documents", vocab_size: int, labels: str) -> Int64[np.ndarray, "V"]:

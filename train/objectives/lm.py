@@ -5,6 +5,7 @@ whole batch. What training leaves behind is a target directory (Hugging Face for
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,18 +13,21 @@ from typing import Any, ClassVar, Literal
 
 import jax.numpy as jnp
 from jax.sharding import Mesh
+from jax.tree_util import Partial
 from jaxtyping import Array
 
-from decoding.sampling import argmax
 from models import schema, transformer
 from models.config import TransformerConfig
 from models.errors import UserError
 from models.formats.hf import load_config, save_target
 from models.formats.target import check_vocabulary, load_target
 from models.formats.tokenizer import Tokenizer
-from models.layout import Layout
+from train.objectives.guess import Guess, Labels, Weights, losses, measures
 from train.objectives.objective import Batch, Objective, Params, Sums
-from train.objectives.shift import label_mask, labels_at, log_likelihood
+from train.objectives.shift import label_mask, labels_at
+from train.objectives.target_features import layout_of
+
+_HARD = Weights(hard=1.0, soft=0.0, feature=0.0, decay=1.0)
 
 # What the tokenizer decides; a config that repeated it could only contradict it.
 FROM_TOKENIZER = ("vocab_size", "bos_id", "eos_ids")
@@ -103,18 +107,13 @@ class LM(Objective):
 
     def loss(self, trainable: Params, frozen: None, batch: Batch, key: Array, progress: Array | float):
         """Mean cross-entropy over labels, in nats."""
-        likelihood_BT, weight_BT, _ = self._score(trainable, batch)
-        total, weight = -jnp.sum(likelihood_BT * weight_BT), jnp.sum(weight_BT)
+        (total,), (weight,) = losses([self._guess(trainable, batch)], None, _HARD, self.compute.devices)
         return (total, weight), {}
 
     def evaluate(self, trainable: Params, frozen: None, batch: Batch) -> Sums:
         """Cross-entropy and first-choice accuracy per label."""
-        likelihood_BT, weight_BT, right_BT = self._score(trainable, batch)
-        weight = jnp.sum(weight_BT)
-        return {
-            "loss": (-jnp.sum(likelihood_BT * weight_BT), weight),
-            "accuracy": (jnp.sum(right_BT * weight_BT), weight),
-        }
+        (sums,) = measures([self._guess(trainable, batch)], None, _HARD, self.compute.devices)
+        return sums
 
     def report(self, means: dict[str, float]) -> dict[str, float]:
         """Adds perplexity per token, exp(loss)."""
@@ -124,11 +123,17 @@ class LM(Objective):
         """Writes a target directory."""
         save_target(directory, self.model, trainable, self._tokenizer, overwrite=True)
 
-    def _score(self, params, batch):
-        tokens_BT, segments_BT = batch["tokens"], batch["segments"]
-        labels_BT, weight_BT = labels_at({**batch, "mask": label_mask(batch, self._config.labels)}, 1)
-        batch_size, rows = tokens_BT.shape
-        layout = Layout.causal(batch_size, rows, segments_BT)
-        logits_BTV = transformer.forward(self.model, params, tokens_BT, layout).logits
-        likelihood_BT = log_likelihood(logits_BTV, labels_BT)
-        return likelihood_BT, weight_BT.astype(logits_BTV.dtype), argmax(logits_BTV) == labels_BT
+    def _guess(self, params, batch) -> Guess:
+        """The next token at every position."""
+        params = self.compute.cast(params)
+        tokens_BT = batch["tokens"]
+        labels = Labels(*labels_at({**batch, "mask": label_mask(batch, self._config.labels)}, 1))
+        layout = layout_of(batch, self.compute.attention)
+        hidden_BTH = transformer.forward(self.model, params, tokens_BT, layout, remat=self.compute.remat).hidden
+        return Guess(
+            hidden_BTH, None, labels, Partial(functools.partial(_read, self.model), transformer.head_params(params))
+        )
+
+
+def _read(model, params, hidden):
+    return transformer.head(model, params, hidden)

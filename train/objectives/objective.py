@@ -16,6 +16,8 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, ClassVar
 
+import jax
+import jax.numpy as jnp
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
@@ -34,6 +36,38 @@ Replaced = Any
 _ALSO_READ = {"text": "base", "images": "image_size"}
 
 
+@dataclasses.dataclass(frozen=True)
+class Compute:
+    """How a step computes what its objective says.
+
+    Attributes:
+      precision: `float32`, or `bfloat16` over float32 parameters; `auto` is float32 on a CPU and bfloat16 elsewhere.
+      devices: that share the work.
+      remat: what is computed again for slopes instead of being kept: `none`, `products` keeps the results of products
+        with parameters, `layers` keeps what enters a layer, or a step of a draft.
+    """
+
+    precision: str = "auto"
+    devices: int = 1
+    remat: str = "none"
+
+    @property
+    def dtype(self) -> Any:
+        """Of products, and of frozen parameters."""
+        on_cpu = jax.default_backend() == "cpu"
+        narrow = self.precision == "bfloat16" or (self.precision == "auto" and not on_cpu)
+        return jnp.bfloat16 if narrow else jnp.float32
+
+    @property
+    def attention(self) -> str:
+        """Of whole texts (`models.layout.Layout`)."""
+        return "fused" if jax.default_backend() == "gpu" and self.dtype == jnp.bfloat16 else "blocks"
+
+    def cast(self, params: Params) -> Params:
+        """Parameters as products read them: float32 becomes `dtype`, and the rest stays."""
+        return jax.tree.map(lambda leaf: leaf.astype(self.dtype) if leaf.dtype == jnp.float32 else leaf, params)
+
+
 class Objective(abc.ABC):
     """One way of learning parameters. A subclass must define what is abstract here; the rest does nothing by default.
 
@@ -45,6 +79,7 @@ class Objective(abc.ABC):
         receives it.
       model: shape of the model that is trained, or that heads are trained on.
       base: shapes and dtypes of the parameters that `load_base` returns, or None when nothing is loaded.
+      compute: how to compute.
       target_taps: what the loss reads of a frozen target on a batch: names of features, `logits` for its distribution;
         where there are some, what `read_target` returns may be kept on disk.
       optimizers: top-level keys of the trainables that are updated each for itself, by an optimizer of its own or, for
@@ -56,6 +91,7 @@ class Objective(abc.ABC):
     product: ClassVar[str]
     model: Any
     base: Params | None = None
+    compute: Compute = Compute()
     target_taps: tuple[str, ...] = ()
     optimizers: Mapping[str, OptimizerConfig | None] = MappingProxyType({})
     asks_of_config: ClassVar[tuple[str, ...]] = ()
@@ -96,6 +132,10 @@ class Objective(abc.ABC):
         """
         if not hasattr(self, "model"):
             raise UserError(f"the objective {type(self).__name__} is incomplete: its __init__ does not set model")
+
+    def prepare(self, compute: Compute) -> None:
+        """Says how to compute, once, before anything else is asked."""
+        self.compute = compute
 
     @property
     def inputs(self) -> Mapping[str, str | None]:

@@ -25,7 +25,7 @@ from models.formats.storage import new_directory, write_json
 from models.formats.tokenizer import Tokenizer
 from train.config import OptimizerConfig
 from train.objectives.drafting import DraftObjective
-from train.objectives.objective import Batch, Objective, Params, Sums
+from train.objectives.objective import Batch, Compute, Objective, Params, Sums
 from train.objectives.target_features import TargetFeatures, target_features
 
 if TYPE_CHECKING:  # Training steps are timed where TFDS is not installed.
@@ -114,6 +114,13 @@ class SeveralObjective(Objective):
         self.model = self._first.model
         self.optimizers = {name: optimizer for name, (*_, optimizer) in config.jobs.items()}
         self.target_taps = tuple(dict.fromkeys(tap for one in self.members.values() for tap in one.target_taps))
+        self.prepare(Compute())
+
+    def prepare(self, compute: Compute) -> None:
+        """As every member does."""
+        super().prepare(compute)
+        for one in self.members.values():
+            one.prepare(compute)
         target = {key: self._first.base[key] for key in transformer.param_shapes(self.model)}
         of_members = {name: one.base.items() for name, one in self.members.items()}
         beside = {name: {key: leaf for key, leaf in of if key not in target} for name, of in of_members.items()}
@@ -149,7 +156,7 @@ class SeveralObjective(Objective):
 
     def read_target(self, frozen: Params, batch: Batch) -> TargetFeatures:
         """The target's features on a batch, with the taps of all."""
-        return target_features(self.model, frozen["target"], batch, self.target_taps)
+        return target_features(self.model, frozen["target"], batch, self.target_taps, self.compute.attention)
 
     def loss(self, trainable: Params, frozen: Params, batch: Batch, key: Array, progress: Array | float):
         """The terms of all members, one after the other; a member's metrics go by its name, its loss among them."""

@@ -20,6 +20,13 @@ def ahead(values: Array, distance: int) -> Array:
     return jnp.pad(values[:, distance:], padding)
 
 
+def behind(values: Array, distance: int) -> Array:
+    """`values[b, p - distance]` at p, along axis 1; the first `distance` positions hold zeros."""
+    kept = max(values.shape[1] - distance, 0)
+    padding = [(0, 0), (values.shape[1] - kept, 0)] + [(0, 0)] * (values.ndim - 2)
+    return jnp.pad(values[:, :kept], padding)
+
+
 def labels_at(batch: dict[str, Array], distance: int) -> tuple[Int[Array, "B T"], Bool[Array, "B T"]]:
     """Labels and whether they count.
 

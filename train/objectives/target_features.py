@@ -7,6 +7,8 @@ What is kept of a row is rounded to bfloat16. The target's distribution is kept 
 k = 0, as the feature below the head, from which the head makes all of it.
 """
 
+import dataclasses
+import functools
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
@@ -16,6 +18,7 @@ from jaxtyping import Array, Float
 
 from models import transformer
 from models.config import TransformerConfig
+from models.heads.medusa import vocab_kernel
 from models.layout import Layout
 from train.data import features
 from train.objectives.objective import Batch, Params
@@ -32,13 +35,13 @@ class TargetFeatures(NamedTuple):
     Attributes:
       taps: features by name, those asked for and perhaps others.
       scored: arrays `[B, T, ...]` that `read` makes logits from.
-      read: from rows of `scored`, any number of leading axes, to logits `[..., V]`, float32 or wider. A loss calls it
-        as late and for as many rows as it likes.
+      read: from rows of `scored`, any number of leading axes, to logits `[..., V]`, float32 or wider; with `known` to
+        those of these tokens alone. A loss calls it as late and for as many rows as it likes.
     """
 
     taps: dict[str, Float[Array, "B T H"]]
     scored: Any
-    read: Callable[[Any], Float[Array, "*R V"]]
+    read: Callable[..., Float[Array, "*R V"]]
 
     @property
     def hidden(self) -> Float[Array, "B T H"]:
@@ -51,7 +54,9 @@ class TargetFeatures(NamedTuple):
         return self.read(self.scored)
 
 
-def target_features(model: TransformerConfig, frozen: Params, batch: Batch, taps: Iterable[str]) -> TargetFeatures:
+def target_features(
+    model: TransformerConfig, frozen: Params, batch: Batch, taps: Iterable[str], attention: str = "dense"
+) -> TargetFeatures:
     """The target on the text of a batch: what the batch carries of it, else by the target's forward.
 
     Args:
@@ -59,18 +64,26 @@ def target_features(model: TransformerConfig, frozen: Params, batch: Batch, taps
       frozen: its parameters.
       batch: `tokens` and `segments`, int [B, T], and perhaps what `rounded` made, which holds `taps` then.
       taps: features by name, and `LOGITS`.
+      attention: of the forward (`models.layout.Layout`).
     """
     if any(name.startswith(_KEPT) for name in batch):
         return _carried(model, frozen, batch)
     names = sorted({*taps, "post_norm"} - {LOGITS})
-    output = transformer.forward(model, frozen, batch["tokens"], layout_of(batch), taps=names)
-    return TargetFeatures(output.taps, output.hidden, lambda rows: transformer.head(model, frozen, rows))
+    output = transformer.forward(model, frozen, batch["tokens"], layout_of(batch, attention), taps=names)
+    return TargetFeatures(output.taps, output.hidden, functools.partial(_read, model, frozen))
 
 
-def layout_of(batch: Batch) -> Layout:
-    """Who sees whom in the text of a batch."""
+def _read(model: TransformerConfig, frozen: Params, rows: Array, known: Array | None = None) -> Array:
+    if known is None:
+        return transformer.head(model, frozen, rows)
+    some = dataclasses.replace(model, vocab_size=len(known), tied_embeddings=False)
+    return transformer.head(some, {"head": {"kernel": vocab_kernel(frozen)[:, known]}}, rows)
+
+
+def layout_of(batch: Batch, attention: str = "dense") -> Layout:
+    """Who sees whom in the text of a batch; `attention` as in `Layout`."""
     batch_size, rows = batch["tokens"].shape
-    return Layout.causal(batch_size, rows, batch["segments"])
+    return Layout.causal(batch_size, rows, batch["segments"], attention)
 
 
 def _carried(model: TransformerConfig, frozen: Params, batch: Batch) -> TargetFeatures:
@@ -78,13 +91,13 @@ def _carried(model: TransformerConfig, frozen: Params, batch: Batch) -> TargetFe
     kept = {name.removeprefix(_KEPT): values for name, values in batch.items() if name.startswith(_KEPT)}
     taps = {name: x.astype(dtype) for name, x in kept.items() if f"{_KEPT}{name}" not in (_TOKENS, _SCORES)}
     if _TOKENS not in batch:
-        return TargetFeatures(taps, taps["post_norm"], lambda rows: transformer.head(model, frozen, rows))
+        return TargetFeatures(taps, taps["post_norm"], functools.partial(_read, model, frozen))
 
-    def read(rows):
+    def read(rows, known=None):
         tokens, scores = (x.reshape(-1, x.shape[-1]) for x in rows)
         spread = jnp.full((len(tokens), model.vocab_size), _NEVER, jnp.float32)
         spread = jax.vmap(lambda row, at, value: row.at[at].set(value))(spread, tokens, scores.astype(jnp.float32))
-        return spread.reshape(*rows[0].shape[:-1], -1)
+        return (spread if known is None else spread[:, known]).reshape(*rows[0].shape[:-1], -1)
 
     return TargetFeatures(taps, (batch[_TOKENS], batch[_SCORES]), read)
 

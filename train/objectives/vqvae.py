@@ -169,7 +169,7 @@ class VQVAEObjective(Objective):
 
     def loss(self, trainable: Params, frozen: Params | None, batch: Batch, key: Array, progress: Array | float):
         """Mean over images of the sum of both players' losses."""
-        config, params, images = self._config, trainable["vqvae"], pixels(batch)
+        config, params, images = self._config, self._cast(trainable["vqvae"]), pixels(batch)
         features = vqvae.features(self.model, params, images)
         f_hats, _ = quantiser.quantise(self.model, params, features)
         decoded, pull = self._decoded(params, quantiser.straight_through(features, f_hats[-1]))
@@ -177,7 +177,7 @@ class VQVAEObjective(Objective):
         parts["quantiser"] = config.quantiser * quantiser.quantiser_loss(features, f_hats, config.commitment)
         if config.gan.weight:
             slope = jax.grad(lambda y: sum(jnp.sum(part) for part in self._reconstruction(frozen, images, y).values()))
-            critic = trainable["discriminator"]
+            critic = self.compute.cast(trainable["discriminator"])
             ratio = adaptive_weight(pull, slope(decoded), jax.grad(lambda y: self._fooled(critic, y).sum())(decoded))
             started = progress >= config.gan.start_fraction
             parts["adversarial"] = started * config.gan.weight * ratio * self._fooled(critic, decoded)
@@ -206,7 +206,7 @@ class VQVAEObjective(Objective):
 
     def evaluate(self, trainable: Params, frozen: Params | None, batch: Batch) -> Sums:
         """Squared error, signal-to-noise ratio, and how often an image's scales choose every code."""
-        params, images, present_B = trainable["vqvae"], pixels(batch), present(batch)
+        params, images, present_B = self._cast(trainable["vqvae"]), pixels(batch), present(batch)
         f_hats, indices = quantiser.quantise(self.model, params, vqvae.features(self.model, params, images))
         error_B = jnp.mean(jnp.square(vqvae.decode(self.model, params, f_hats[-1]) - images), axis=(1, 2, 3))
         decibels_B = 10 * jnp.log10(4 / jnp.maximum(error_B, 1e-10))
@@ -229,6 +229,10 @@ class VQVAEObjective(Objective):
     def export(self, directory: Path, trainable: Params, frozen: Params | None) -> None:
         """Writes a VQ-VAE directory; the discriminator has done its work."""
         files.save(directory, self.model, trainable["vqvae"], overwrite=True)
+
+    def _cast(self, params):
+        """The convolutions for the products of a step; codes stay as they are, however near they lie to each other."""
+        return {**self.compute.cast(params), **{name: params[name] for name in ("codebook", "phi")}}
 
     def _decoded(self, params, f_hat):
         """Images, and the map from the slope of a loss there to its gradient at the decoder's last kernel."""
