@@ -5,7 +5,7 @@ Letters as in `models/layers.py`, and R = T * G, the new rows of all query heads
 
 import dataclasses
 import functools
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -173,7 +173,7 @@ def _library_kernel(q_BTND: Float[Array, "B T N D"], rows: Rows, layout: Layout,
     """
     B, T, N, D = q_BTND.shape
     keys_BTKD, values_BTKD = rows["k"].transpose(0, 3, 1, 2), rows["v"].transpose(0, 2, 1, 3)
-    kernel = "cudnn" if jax.default_backend() == "gpu" else "xla"
+    kernel: Literal["cudnn", "xla"] = "cudnn" if jax.default_backend() == "gpu" else "xla"
     seen_B1TT = None if layout.segments is None else layout.sees_rows(None)[:, None]
     mixed_BTND = jax.nn.dot_product_attention(
         q_BTND, keys_BTKD, values_BTKD, mask=seen_B1TT, scale=scale, is_causal=seen_B1TT is None, implementation=kernel

@@ -69,8 +69,8 @@ def product_with_rows(x: Float[Array, "*B in"], table: Float[Array, "out in"], d
     return y.T.reshape(*x.shape[:-1], -1)
 
 
-def _plain(equation: str, x: Array, y: Array, dtype) -> Array:
-    return jnp.einsum(equation, x, y) if dtype is None else wide_einsum(equation, x, y)
+def _plain(equation: str, x: Array, y: Array | np.ndarray, dtype) -> Array:
+    return jnp.einsum(equation, x, y) if dtype is None else wide_einsum(equation, x, jnp.asarray(y))
 
 
 def wide_einsum(equation: str, x: Array, y: Array) -> Array:

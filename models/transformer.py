@@ -287,4 +287,5 @@ def _scan_layers(config, stacked, x_BTH, angles, layout, sources, inner, remat):
         body = jax.checkpoint(body, policy=kept, prevent_cse=False)
     taken = jnp.zeros((len(wanted) + 1, *x_BTH.shape), x_BTH.dtype) if wanted else None
     (x_BTH, taken), rows = jax.lax.scan(body, (x_BTH, taken), (stacked, windows, sources, places))
-    return x_BTH, {f"layer:{k}": taken[i] for i, k in enumerate(wanted)}, rows
+    entering = {} if taken is None else {f"layer:{k}": taken[i] for i, k in enumerate(wanted)}
+    return x_BTH, entering, rows

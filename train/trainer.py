@@ -385,7 +385,7 @@ def on_mesh(mesh: Mesh) -> contextlib.AbstractContextManager:
     return sharding.on_mesh(mesh if mesh.size > 1 else None)
 
 
-def lowered_step(plan: Plan, state: State, frozen: Params | None, batch: Batch) -> Any:
+def lowered_step(plan: Plan, state: State, frozen: Params | None, batch: Mapping[str, Any]) -> Any:
     """`make_step` for arrays, or shapes, of these shardings, ready to be compiled."""
     shardings = jax.tree.map(lambda leaf: leaf.sharding, plan.state)
     everywhere = NamedSharding(plan.mesh, PartitionSpec())

@@ -128,11 +128,11 @@ class LM(Objective):
         params = self.compute.cast(params)
         tokens_BT = batch["tokens"]
         labels = Labels(*labels_at({**batch, "mask": label_mask(batch, self._config.labels)}, 1))
-        layout = Layout.causal(*tokens_BT.shape, segments=batch["segments"])
-        hidden_BTH = transformer.forward(self.model, params, tokens_BT, layout).hidden
-        return Guess(
-            hidden_BTH, None, labels, Partial(functools.partial(_read, self.model), transformer.head_params(params))
-        )
+        batch_size, rows = tokens_BT.shape
+        layout = Layout.causal(batch_size, rows, batch["segments"], self.compute.attention)
+        output = transformer.forward(self.model, params, tokens_BT, layout, remat=self.compute.remat)
+        read = Partial(functools.partial(_read, self.model), transformer.head_params(params))
+        return Guess(output.hidden, None, labels, read)
 
 
 def _read(model, params, hidden):
