@@ -14,7 +14,8 @@ the training split. The default differs from the paper in its optimizer, Muon, a
 element), rows of 2,048 tokens, 2 at a time.
 
 `configs/eagle3.py:quickstart` is the short job of `scripts/quickstart.sh` on SmolLM2-135M: about 4 min on two CPU
-cores, enough to see drafts accepted; the drafter that the package carries learnt from 200 times as many tokens.
+cores, enough to see drafts accepted; the drafter that the package carries learnt from 180 times as many tokens. Its few
+chats are passed over several times, so it is meant to be run with `--config.data.features=DIR`.
 
 `configs/eagle3.py:smoke` takes 20 short steps, within 1 min on two CPU cores for targets of up to 10M parameters;
 expect falling losses and equal `loop` and `replay` shares.
@@ -58,10 +59,10 @@ def get_config(variant: str = "") -> ConfigDict:
         config.checkpoint.every = 1000
     if variant == "quickstart":
         config.objective.update(steps=3, vocabulary=4096, loop_prompts=0)
-        config.steps, config.batch_size = 140, 2
+        config.steps, config.batch_size = 180, 2
         config.optimizer.update(learning_rate=4e-3, warmup_steps=10)
-        config.evaluation.update(every=70, batches=4)
-        config.checkpoint.update(every=70, keep=1)
+        config.evaluation.update(every=90, batches=4)
+        config.checkpoint.update(every=90, keep=1)
     if variant == "smoke":
         config.steps, config.batch_size, config.length = 20, 4, 128
         config.optimizer.warmup_steps = 2

@@ -9,6 +9,7 @@ A drafter answers for itself: what commands and benchmarks want to know of a met
 that nothing outside a drafter's own files asks which one it is.
 """
 
+import copy
 import dataclasses
 from collections.abc import Callable
 from typing import Any, ClassVar, Literal, NamedTuple, cast
@@ -122,6 +123,11 @@ class Drafter:
       name: what `drafter.json` and command lines call it.
       bare_names: forms that `from_name` takes, for messages; none for a drafter with parameters.
       taps: target features that `ingest` wants (see `models.transformer.forward`).
+      known_sizes: candidates and the acceptance length that trees of so many had where they were measured, which is
+        what one that was named without a number begins with.
+
+    Attributes:
+      open_sizes: the same of an open drafter (`opened`); none of any other.
 
     Properties:
       max_nodes: rows of the verify forward, root included (a *budget* of n candidates means n + 1 nodes).
@@ -132,6 +138,8 @@ class Drafter:
     name: ClassVar[str]
     bare_names: ClassVar[tuple[str, ...]] = ()
     taps: ClassVar[tuple[str, ...]] = ()
+    known_sizes: ClassVar[tuple[tuple[int, float], ...]] = ()
+    open_sizes: ClassVar[tuple[tuple[int, float], ...]] = ()
 
     @property
     def max_nodes(self) -> int:
@@ -160,6 +168,19 @@ class Drafter:
           argument: what stands behind the colon; empty without one.
         """
         return None
+
+    def opened(self, sizes: tuple[tuple[int, float], ...]) -> "Drafter":
+        """The same drafter, whose number of candidates `generate` chooses by what they cost (`decoding/sizing.py`).
+
+        No field says so: it is equal to this one, and compiles to the same programs. What is made of it with another
+        tree, policy or budget is not open.
+
+        Args:
+          sizes: among which to choose, none of them deeper than this one, with their acceptance lengths.
+        """
+        free = copy.copy(self)
+        object.__setattr__(free, "open_sizes", sizes)
+        return free
 
     def rule(self, greedy: bool) -> str:
         """The acceptance rule of its trees, one of `decoding.trees.ACCEPTANCE_RULES`.

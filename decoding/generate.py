@@ -1,7 +1,7 @@
 """`generate`: prompts in, texts out, through the jitted loop, whole or as a stream.
 
-This is the host side: it checks the request, chooses the bucket, feeds the prompt in chunks, and runs the loop to its
-end or m steps at a time.
+This is the host side: it checks the request, chooses the bucket and the size of an open drafter, feeds the prompt in
+chunks, and runs the loop to its end or m steps at a time.
 """
 
 import dataclasses
@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int
 
-from decoding import loop
+from decoding import loop, sizing
 from decoding.arguments import (
     at_least_one,
     check_kinds,
@@ -27,15 +27,17 @@ from decoding.arguments import (
     whole_per_row,
 )
 from decoding.drafter import Drafter
+from decoding.drafters.plain import Plain
 from decoding.request import Request
 from decoding.sampling import Sampling, batch_sampling
-from decoding.stats import Stats
+from decoding.stats import Counters, Stats
 from models.errors import UserError
 from models.formats.continuation import Continuation, split_stops, text_behind
 from models.formats.target import Target
 from models.sharding import check_placed, mesh_of, on_mesh, place_rows
 
 PREFILL_CHUNK = 512
+NEVER = 2**31 - 1  # Steps between looks where nobody looks.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,7 +52,7 @@ class Generation:
       stats: one per prompt.
       prefill_seconds: reading the prompts and choosing the first tokens.
       decode_seconds: the loop.
-      memory: what the drafter keeps for the next request; None for most drafters.
+      memory: what the drafter keeps for the next request; None for most drafters, and for open ones.
     """
 
     tokens: list[list[int]]
@@ -95,14 +97,14 @@ def generate(
     memory=None,
     attention: str = "dense",
 ) -> Generation:
-    """Decodes a batch of prompts; ragged lengths are fine.
-
-    Annotations are wide because arguments are checked (`decoding/arguments.py`), with a sentence for each.
+    """Decodes a batch of prompts; ragged lengths are fine. Arguments may be anything and are checked (`arguments.py`).
 
     Args:
       target: the model whose text it is.
       prompts: token ids, int lists or arrays, at least one id per prompt.
       drafter: the `Drafter` that proposes candidates, or the pair that `load_drafter` returns; None is plain decoding.
+        An open one (`Drafter.opened`) has the number of candidates that pays here, perhaps none (`decoding/sizing.py`);
+        on a mesh, and with `memory`, the published one.
       drafter_params: its parameters, where they are not in the pair.
       max_new_tokens: int per prompt, or one for all.
       sampling: `Sampling` per prompt, or one for all; the default is greedy.
@@ -130,45 +132,83 @@ def generate(
     config, params = target.config, target.params
     mesh = mesh_of(params) if mesh is None else mesh
     drafter, drafter_params = drafter_and_params(drafter, drafter_params, target, mesh)
-    prompts = checked_prompts(prompts, target)
-    batch = len(prompts)
+    batch = len(prompts := checked_prompts(prompts, target))
+    sized = _sized(target, drafter, drafter_params, checked_sampling(sampling, batch), mesh, memory)
+    drafter, drafter_params = sized.drafter, sized.params
     limits = whole_per_row(max_new_tokens, batch, "max_new_tokens")
     stream_every = at_least_one(stream_every, "stream_every", " step")
     needed, padded = _check_lengths(config, prompts, limits, drafter)
     capacity = _capacity(capacity, max(needed, padded), drafter, config.max_position)
     stop, stop_texts = _stops(target, stop, stop_texts)
-    if mesh is not None:
-        _check_mesh(mesh, target, drafter_params, batch)
-    lengths = np.array([len(prompt) for prompt in prompts], np.int32)
-    request = _make_request(config, lengths, limits, seeds, sampling, stop, attention, typical)
+    _check_mesh(mesh, target, drafter_params, batch)
+    request = _make_request(config, prompts, limits, seeds, sampling, stop, attention, typical)
     reader = _Reader(target, prompts, stop_texts, on_tokens)
     drafter.rule(request.sampling.greedy)  # Refuses what cannot be verified, before anything is computed.
-    text = np.zeros((batch, padded), np.int32)
-    for row, prompt in enumerate(prompts):
-        text[row, : len(prompt)] = prompt
 
     started = time.perf_counter()
     models = loop.Models(config, drafter, params, drafter.for_decoding(drafter_params, mesh))
     with on_mesh(mesh):
-        state, request = _prefill(models, request, text, capacity, mesh, memory)
+        state, request = _prefill(models, request, _padded(prompts, padded), capacity, mesh, memory)
+        state = _compiled(models, state, request, sized.watch)
         prefilled = time.perf_counter()
-        state = _run(models, state, request, reader, stream_every, mesh)
+        state = _run(models, state, request, reader, stream_every, mesh, sized.watch)
     seconds = prefilled - started, time.perf_counter() - prefilled
-    return _finished(target, prompts, state, drafter, seconds, reader.ended, stop_texts)
+    sized.finish()
+    return _finished(target, prompts, state, sized, seconds, reader.ended, stop_texts)
 
 
-def _run(models: loop.Models, state, request, reader: "_Reader", stream_every: int, mesh):
-    """The loop to its end, without a stop where nobody reads what it writes."""
-    every = stream_every if reader.watches else 2**31 - 1
+def _sized(target, drafter: Drafter, params, settings: list[Sampling], mesh, memory) -> sizing.Sized:
+    """The drafter with its number of candidates, which of an open one is chosen here."""
+    if not drafter.open_sizes or mesh is not None or memory is not None:
+        return sizing.Sized(drafter, params)
+    greedy = all(one.temperature == 0 for one in settings)
+    return sizing.sized(target, drafter, params, len(settings), greedy)
+
+
+def _padded(prompts: list[list[int]], length: int) -> np.ndarray:
+    text = np.zeros((len(prompts), length), np.int32)
+    for row, prompt in enumerate(prompts):
+        text[row, : len(prompt)] = prompt
+    return text
+
+
+def _compiled(models: loop.Models, state, request, watch: sizing.Watch | None):
+    """The state after no steps of either loop that may come, so that nobody waits for the compiler in mid-text."""
+    if watch is None:
+        return state
+    return _run_plainly(models, loop.run(models, state, request, np.int32(0)), request, 0)
+
+
+def _run(models: loop.Models, state, request, reader: "_Reader", stream_every: int, mesh, watch: sizing.Watch | None):
+    """The loop to its end, without a stop where nobody reads what it writes or asks whether its drafts pay."""
+    every, drafting = stream_every if reader.watches else NEVER, True
     while True:
         if reader.watches:
             state = reader.look(state, mesh)
         if bool(jnp.all(state.text.done)):
             return jax.block_until_ready(state)
-        state = loop.run(models, state, request, np.int32(every))
+        if not drafting:
+            state = _run_plainly(models, state, request, every)
+            continue
+        state = loop.run(models, state, request, np.int32(every if watch is None else min(every, watch.steps)))
+        drafting = watch is None or watch.pays(state.counters)
 
 
-def _finished(target, prompts, state, drafter, seconds, ended: dict[int, int], stop_texts) -> Generation:
+def _run_plainly(models: loop.Models, state, request, steps: int):
+    """Steps without a draft: those of plain decoding, by its program. The drafter learns nothing of them."""
+    plain, before = Plain(), state.counters
+    counters = Counters.zeros(len(state.slots), plain.max_depth, plain.max_nodes)
+    bare = dataclasses.replace(state, drafter=(), counters=counters)
+    after = loop.run(loop.Models(models.config, plain, models.params, None), bare, request, np.int32(steps))
+    counted = dataclasses.replace(
+        before,
+        steps=before.steps + after.counters.steps,
+        committed=before.committed + after.counters.committed,
+    )
+    return dataclasses.replace(after, drafter=state.drafter, counters=counted)
+
+
+def _finished(target, prompts, state, sized: sizing.Sized, seconds, ended: dict[int, int], stop_texts) -> Generation:
     tokens, writers, lengths = (np.asarray(x) for x in (state.text.tokens, state.text.writers, state.text.length))
     span = [slice(len(prompt), ended.get(row, int(lengths[row]) + 1)) for row, prompt in enumerate(prompts)]
     made = [tokens[row, s].tolist() for row, s in enumerate(span)]
@@ -186,7 +226,8 @@ def _finished(target, prompts, state, drafter, seconds, ended: dict[int, int], s
         stats=[one.cut(by[row]) if row in ended else one for row, one in enumerate(stats)],
         prefill_seconds=seconds[0],
         decode_seconds=seconds[1],
-        memory=drafter.memory(state.drafter),
+        # What an open drafter remembers fits one of its sizes only.
+        memory=sized.drafter.memory(state.drafter) if sized.key is None else None,
         texts=texts,
     )
 
@@ -224,6 +265,8 @@ def _prefill(models: loop.Models, request, text, capacity, mesh, memory):
 
 
 def _check_mesh(mesh, target, drafter_params, batch) -> None:
+    if mesh is None:
+        return
     check_placed(mesh, target.params, "the target's parameters")
     check_placed(mesh, drafter_params, "the drafter's parameters")
     sizes = {"data": (batch, "prompts"), "tensor": (target.config.num_kv_heads, "key-value heads of the target")}
@@ -233,8 +276,8 @@ def _check_mesh(mesh, target, drafter_params, batch) -> None:
             warnings.warn(f"{size} {what} do not divide over {where}: each device there works on all", stacklevel=3)
 
 
-def _make_request(config, lengths, limits, seeds, sampling, stop, attention, typical) -> Request:
-    batch = len(lengths)
+def _make_request(config, prompts, limits, seeds, sampling, stop, attention, typical) -> Request:
+    batch, lengths = len(prompts), np.array([len(prompt) for prompt in prompts], np.int32)
     if attention not in ("dense", "split"):
         raise UserError(f"attention must be 'dense' or 'split', got {attention!r}")
     if attention == "split" and (any(config.windows) or config.attention_softcap is not None):

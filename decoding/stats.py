@@ -100,12 +100,15 @@ class Stats:
         )
 
     def __add__(self, other: "Stats") -> "Stats":
-        return Stats(
-            self.steps + other.steps,
-            self.committed + other.committed,
-            self.accepted_by_depth + other.accepted_by_depth,
-            self.accepted_by_node + other.accepted_by_node,
-        )
+        """Of both; trees of different sizes, as an open drafter has them, count as the larger with idle places."""
+
+        def added(name: str) -> np.ndarray:
+            parts = [np.asarray(getattr(one, name)) for one in (self, other)]
+            size = max(map(len, parts))
+            return np.sum([np.pad(part, (0, size - len(part))) for part in parts], axis=0)
+
+        counted = added("accepted_by_depth"), added("accepted_by_node")
+        return Stats(self.steps + other.steps, self.committed + other.committed, *counted)
 
     @property
     def acceptance_length(self) -> float:

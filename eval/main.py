@@ -61,6 +61,7 @@ class DecodeConfig:
       chat: put prompts from a file in the tokenizer's chat template.
       too_long: what becomes of a question that does not fit the target's context: `error`, `skip` or `truncate`.
       max_new_tokens: most tokens per prompt.
+      batch: prompts that are decoded together.
       repeats: how often everything is decoded.
       seed: of the draws when the temperature is above 0.
       typical: lossy typical acceptance for all drafters.
@@ -84,6 +85,7 @@ class DecodeConfig:
     chat: bool = False
     too_long: Literal["error", "skip", "truncate"] = "error"
     max_new_tokens: int = 128
+    batch: int = 1
     repeats: int = 3
     seed: int = 0
     typical: bool = False
@@ -100,7 +102,7 @@ class DecodeConfig:
         if self.target is None:
             raise UserError("which target? Give --config.target=DIR")
         require(bool(self.drafters.strip(" ,")), "drafters must name at least one, such as none", repr(self.drafters))
-        for name in ("prompt_tokens", "max_new_tokens", "repeats", "rows"):
+        for name in ("prompt_tokens", "max_new_tokens", "batch", "repeats", "rows"):
             require(getattr(self, name) >= 1, f"{name} must be at least 1", getattr(self, name))
         require(self.length >= 2, "length must be at least 2", self.length)
         require(self.samples >= 0, "samples must not be negative", self.samples)
@@ -130,6 +132,7 @@ def run(config: DecodeConfig) -> dict[str, Any]:
             repeats=config.repeats,
             sampling=config.sampling,
             seed=config.seed,
+            batch=config.batch,
             progress=progress,
         )
         for entry, accuracy in zip(runs, quality["head_accuracy"], strict=True):

@@ -77,11 +77,15 @@ def keep_files(paths: Iterable[str | Path | None], overwrite: bool, option: str 
       option: how to ask for it.
 
     Raises:
-      UserError: one exists, and it may not be replaced.
+      UserError: one exists, and it may not be replaced; or its directory cannot be one.
     """
     for path in paths:
-        if path is not None and Path(path).is_file() and not overwrite:
+        if path is None:
+            continue
+        if Path(path).is_file() and not overwrite:
             raise UserError(f"{path} already exists: give another name, or {option} to replace it")
+        if above := next((place for place in Path(path).parents if place.exists() and not place.is_dir()), None):
+            raise UserError(f"cannot write {path}: {above} is not a directory")
 
 
 def at_least(least: int) -> Callable[[str], int]:

@@ -9,6 +9,9 @@ import dataclasses
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma2")
 
 
+_MOST_LAYERS = 1000  # They are made one by one.
+
+
 @dataclasses.dataclass(frozen=True)
 class RopeScaling:
     """How rotary frequencies are stretched beyond the pretraining context.
@@ -94,6 +97,8 @@ class TransformerConfig:
         for name in ("vocab_size", "width", "num_layers", "num_heads", "num_kv_heads", "head_dim", "mlp_width"):
             if getattr(self, name) < 1:
                 raise ValueError(f"model.{name} must be at least 1, got {getattr(self, name)}")
+        if self.num_layers > _MOST_LAYERS:
+            raise ValueError(f"model.num_layers must be at most {_MOST_LAYERS}, got {self.num_layers}")
         if self.num_heads % self.num_kv_heads:
             raise ValueError(
                 f"model.num_heads ({self.num_heads}) must be a multiple of model.num_kv_heads ({self.num_kv_heads})"

@@ -6,6 +6,7 @@ Where the 64 columns lie together, [out / 64, in, 64], the same product reads on
 """
 
 import functools
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -33,7 +34,7 @@ class Linear(nn.Module):
 
     @nn.compact
     def __call__(self, x):
-        kernel = self.get_variable("params", "kernel")
+        kernel: Any = self.get_variable("params", "kernel")
         if kernel is None or kernel.ndim == 2:
             kernel = self.param("kernel", nn.initializers.lecun_normal(), (x.shape[-1], self.features))
         bias = self.param("bias", nn.initializers.zeros, (self.features,)) if self.use_bias else None
@@ -69,8 +70,8 @@ def product_with_rows(x: Float[Array, "*B in"], table: Float[Array, "out in"], d
     return y.T.reshape(*x.shape[:-1], -1)
 
 
-def _plain(equation: str, x: Array, y: Array | np.ndarray, dtype) -> Array:
-    return jnp.einsum(equation, x, y) if dtype is None else wide_einsum(equation, x, jnp.asarray(y))
+def _plain(equation: str, x: Array, y: Any, dtype) -> Array:
+    return jnp.einsum(equation, x, y) if dtype is None else wide_einsum(equation, x, y)
 
 
 def wide_einsum(equation: str, x: Array, y: Array) -> Array:

@@ -49,6 +49,7 @@ from train.data.text_sources import (
 KINDS = ("jsonl", "text", "source", "chat")
 _COUNT = 20_000  # of glyphs
 _SHOWN_CLASSES = 100
+_LARGEST_SIDE = 8192
 
 
 def _reader(arguments: argparse.Namespace) -> Callable[[Path], Iterable[RawDocument]]:
@@ -109,8 +110,8 @@ def _build_images(arguments: argparse.Namespace) -> None:
     """The command, once it is known to be about images."""
     if arguments.kind is not None or arguments.src is not None or arguments.valid_src is not None:
         raise UserError("--images says where images come from, so --kind, --src and --valid_src have no meaning")
-    if arguments.size is not None and arguments.size < 1:
-        raise UserError(f"--size must be at least 1, got {arguments.size}")
+    if arguments.size is not None and not 1 <= arguments.size <= _LARGEST_SIDE:
+        raise UserError(f"--size must be from 1 to {_LARGEST_SIDE}, got {arguments.size}")
     if arguments.max_documents is not None and arguments.max_documents < 1:
         raise UserError(f"max_documents must be at least 1, got {arguments.max_documents}")
     source, options = _image_source(arguments)

@@ -56,6 +56,10 @@ def main(argv: Sequence[str] | None = None) -> None:
             raise UserError(f"--data has no use for --{name}")
         if getattr(arguments, name) is None:
             setattr(arguments, name, default)
+    if form == "chat" and not 0 <= arguments.max_repetition <= 1:
+        raise UserError(f"--max_repetition must lie in 0..1, got {arguments.max_repetition}")
+    if arguments.minutes is not None and not arguments.minutes > 0:
+        raise UserError(f"--minutes must be above 0, got {arguments.minutes}")
     processes.start(arguments.distributed)
     # Said before the work, which takes minutes; what writes the directory holds to it again.
     check_out(arguments.out, arguments.overwrite)

@@ -24,7 +24,7 @@ from models.command_line import add_distributed, at_least
 from models.errors import UserError, exit_on_user_error
 from models.formats.continuation import Continuation, split_stops
 from models.formats.target import Target, load_target
-from models.formats.text_files import read_text
+from models.formats.text_files import half_character, read_text, shown
 from models.sharding import parse_mesh
 
 # Of the 256 colours of terminals: greens, from an accepted draft of depth 1 to the deepest.
@@ -107,6 +107,12 @@ def stream(
     Raises:
       UserError: a request that does not fit the context.
     """
+    room = target.config.max_position - len(tokens)
+    if max_new_tokens > room:
+        raise UserError(
+            f"--max_new_tokens must be at most {max(room, 0)}, which a prompt of {len(tokens)} tokens leaves of the "
+            f"target's context of {target.config.max_position}, got {max_new_tokens}"
+        )
     proposer, params = drafter
     options = {
         "drafter": proposer,
@@ -128,6 +134,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = _parser().parse_args(argv)
     sampling = _sampling(args)
     text = args.prompt if args.prompt is not None else read_text(args.prompt_file)
+    if half_character(text) is not None:
+        raise UserError(f"--prompt is no UTF-8 text: {shown(text)[:60]}")
     if not text:
         raise UserError("the prompt is empty: a text needs at least one token to begin with")
     if "" in args.stop:

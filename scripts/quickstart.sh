@@ -20,7 +20,7 @@ if [ "${1:-}" = images ]; then
 fi
 job_options 'bash scripts/quickstart.sh [--offline] [--wheel FILE] [--out DIR] [--fresh]' "$@"
 out=${out:-$ROOT/runs/quickstart}
-[ -n "$offline" ] && parts="" || parts="target chats trained_here results"
+[ -n "$offline" ] && parts="" || parts="target chats features trained_here results"
 job_begin .tandem-quickstart-smollm2 $parts
 
 instead() {
@@ -38,16 +38,22 @@ if [ ! -d "$out/target" ]; then
     [ $status = 0 ] || exit $status
 fi
 if [ ! -d "$out/chats" ]; then
-    for prompt in 'Explain to a child why the sky is blue.' 'Write a Python function that reverses a string.' \
-        'Give me three reasons to learn to cook.'; do
+    for prompt in 'Explain to a small child why the sky is blue.' \
+        'Write a Python function that reverses a string, and test it.' 'Give me three good reasons to learn how to cook.'; do
         run scripts.generate --target "$out/target" --drafter none,token_recycling,smollm2 --chat --color \
             --max_new_tokens 96 --prompt "$prompt"
     done
     run scripts.continue_dataset --target "$out/target" --out "$out/chats" --documents 240 --valid_documents 16 \
-        --new_tokens 128 --keep_unended --temperature 0,0.7 --minutes 3
+        --new_tokens 128 --keep_unended --temperature 0,0.7 --minutes 2.5
 fi
 run train.main --config=configs/eagle3.py:quickstart --config.objective.target="$out/target" \
-    --config.data.path="$out/chats" --workdir="$out/trained_here"
+    --config.data.path="$out/chats" --config.data.features="$out/features" --workdir="$out/trained_here"
+# The stamp lies with the layer that the tree is for: after minutes of training few candidates are worth their rows.
+if [ ! -e "$out/trained_here/tree-chosen" ]; then
+    run eval.tree --target "$out/target" --drafter "$out/trained_here/drafter" \
+        --policy confidence:top_k=3,depth=2,total=4 --write
+    touch "$out/trained_here/tree-chosen"
+fi
 job_finished benchmark
 run eval.main --config=configs/eval/decode.py:chat --config.target="$out/target" \
     --config.drafters="none,token_recycling,smollm2,$out/trained_here/drafter" --config.out="$out/results"

@@ -5,6 +5,7 @@ changes when an objective is added.
 """
 
 import dataclasses
+import math
 import typing
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Literal
@@ -81,7 +82,7 @@ class OptimizerConfig:
     ema: float = 0.0
 
     def __post_init__(self):
-        require(self.learning_rate > 0, "optimizer.learning_rate must be positive", self.learning_rate)
+        require(0 < self.learning_rate < math.inf, "optimizer.learning_rate must be positive", self.learning_rate)
         require(self.warmup_steps >= 0, "optimizer.warmup_steps must not be negative", self.warmup_steps)
         require(0 <= self.final_fraction <= 1, "optimizer.final_fraction must lie in 0..1", self.final_fraction)
         require(self.weight_decay >= 0, "optimizer.weight_decay must not be negative", self.weight_decay)

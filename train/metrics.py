@@ -75,12 +75,12 @@ class MetricWriter:
 
 
 def truncate(path: Path, step: int) -> None:
-    """Keeps the lines of `path` up to `step`; a line that a kill cut short goes too."""
+    """Keeps the lines of `path` up to `step`; a line that a kill cut short, or that is damaged otherwise, goes too."""
     if not path.exists():
         return
     kept = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        with contextlib.suppress(json.JSONDecodeError):
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        with contextlib.suppress(ValueError, TypeError, KeyError, RecursionError):
             if json.loads(line)["step"] <= step:
                 kept.append(line + "\n")
     temporary = path.with_suffix(".jsonl.tmp")

@@ -166,7 +166,7 @@ def _read(workdir: Path) -> dict[str, Any] | None:
         return None
     except OSError as error:
         raise UserError(f"--workdir={workdir} cannot be used: {error.strerror}") from error
-    except ValueError:
+    except (ValueError, RecursionError):
         pass
     raise UserError(f"{path} is damaged, or was not written by this project: choose another --workdir")
 

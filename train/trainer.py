@@ -248,6 +248,8 @@ def train(config: TrainConfig, workdir: Path, profile: tuple[int, int] | None = 
     """
     corpus = open_corpus(config)
     plan = make_plan(config, corpus.facts)
+    if isinstance(corpus, TextCorpus):
+        corpus = corpus.within(plan.objective.model.vocab_size, config.data)
     kept = kept_features(config, plan.objective, corpus)
     plan.objective.scan_data(corpus.train)
     evaluate = make_evaluation(plan, corpus)
@@ -385,7 +387,7 @@ def on_mesh(mesh: Mesh) -> contextlib.AbstractContextManager:
     return sharding.on_mesh(mesh if mesh.size > 1 else None)
 
 
-def lowered_step(plan: Plan, state: State, frozen: Params | None, batch: Mapping[str, Any]) -> Any:
+def lowered_step(plan: Plan, state: State, frozen: Params | None, batch: Any) -> Any:
     """`make_step` for arrays, or shapes, of these shardings, ready to be compiled."""
     shardings = jax.tree.map(lambda leaf: leaf.sharding, plan.state)
     everywhere = NamedSharding(plan.mesh, PartitionSpec())

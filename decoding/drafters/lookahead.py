@@ -43,11 +43,16 @@ class Lookahead(Drafter):
     ngram: int = 5
     guesses: int = 7
     name: ClassVar[str] = "lookahead"
-    bare_names: ClassVar[tuple[str, ...]] = ("lookahead",)
+    bare_names: ClassVar[tuple[str, ...]] = ("lookahead", "lookahead:CANDIDATES")
+
+    # On chats of SmolLM2-135M (docs/results/smollm2/sizes.json).
+    known_sizes: ClassVar[tuple[tuple[int, float], ...]] = ((8, 1.40),)
 
     @classmethod
     def from_name(cls, argument):
-        return None if argument else cls()
+        if not argument:
+            return cls()
+        return cls().with_budget(int(argument)) if argument.isdecimal() else None
 
     @property
     def max_nodes(self) -> int:

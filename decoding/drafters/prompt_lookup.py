@@ -31,13 +31,24 @@ class PromptLookup(Drafter):
     ngram: int = 3
     shortest: int = 1
     name: ClassVar[str] = "prompt_lookup"
-    bare_names: ClassVar[tuple[str, ...]] = ("prompt_lookup", "prompt_lookup:SHORTEST")
+    bare_names: ClassVar[tuple[str, ...]] = (
+        "prompt_lookup",
+        "prompt_lookup:SHORTEST",
+        "prompt_lookup:SHORTEST:CANDIDATES",
+    )
+
+    # On chats of SmolLM2-135M (docs/results/smollm2/decode.json).
+    known_sizes: ClassVar[tuple[tuple[int, float], ...]] = ((1, 1.17), (2, 1.27), (4, 1.40), (10, 1.57))
 
     @classmethod
     def from_name(cls, argument):
         if not argument:
             return cls()
-        return cls(shortest=int(argument)) if argument.isdecimal() else None
+        numbers = argument.split(":")
+        if len(numbers) > 2 or not all(number.isdecimal() for number in numbers):
+            return None
+        names = ("shortest", "depth")
+        return cls(**dict(zip(names, map(int, numbers), strict=False)))
 
     @property
     def max_nodes(self) -> int:

@@ -4,8 +4,9 @@ A drafter directory is `drafter.json` (method, hyper-parameters, tree, fingerpri
 has parameters, `model.safetensors`, whose tensors are named by their path in the parameter tree
 (`heads.0.vocab.kernel`, as [in, out]); kernels may be kept as small integers (`models/formats/scaled.py`). On a
 command line a drafter is its directory, the bare name of one that has no parameters or of one that the package carries
-(`trained/`), `early_exit:LAYERS`, `prompt_lookup:SHORTEST`, or several of these joined by `+`: each is asked where
-those before it find nothing.
+(`trained/`), such a name with a number (`bare_names`), or several of these joined by `+`: each is asked where those
+before it find nothing. Alone and without a number a name leaves open how many candidates there are
+(`decoding/sizing.py`).
 
 This file is all that knows drafters by name: it parses, loads and saves them.
 """
@@ -68,8 +69,9 @@ DRAFTERS: dict[str, type[Drafter]] = {
 # Drafter directories that travel with the package; each is found by its folder's name.
 TRAINED = Path(__file__).with_name("trained")
 
-# What a record holds beside the drafter itself: the fingerprint of its base, and where converted weights came from.
-BESIDES = ("base", "provenance")
+# What a record holds beside the drafter itself: the fingerprint of its base, where converted weights came from, and of
+# one that the package carries acceptance lengths by number of candidates.
+BESIDES = ("base", "provenance", "sizes")
 
 # Entries by the names that they had in Tandem 0.1; a combination of that version was a pair, `first` and `second`.
 RENAMED = {"growth": "policy"}
@@ -107,7 +109,8 @@ def load_drafter(spec: str | Path, target: Target, mesh: Mesh | None = None) -> 
     """A drafter and its parameters, from what a command line says.
 
     Args:
-      spec: a directory, a bare name, `NAME:NUMBER`, or several of these joined by `+` (see above).
+      spec: a directory, a bare name, `NAME:NUMBER`, or several of these joined by `+` (see above). `generate` chooses
+        the number of candidates of a bare name by what they cost here.
       target: what it will draft for; it must be the base that the drafter was trained on.
       mesh: shards the parameters over it by `models.sharding.RULES`; None is the mesh that the target was loaded on, or
         the default device.
@@ -119,12 +122,15 @@ def load_drafter(spec: str | Path, target: Target, mesh: Mesh | None = None) -> 
     method, _, argument = name.partition(":")
     named = DRAFTERS[method].from_name(argument) if method in DRAFTERS else None
     if named is not None:
-        return named, None
-    if not (directory / "drafter.json").is_file():
-        directory = trained_drafters().get(name, directory)
+        return (named if argument else named.opened(named.known_sizes)), None
+    carried = False
+    if not (directory / "drafter.json").is_file() and (method == name or argument.isdecimal()):
+        carried = method in trained_drafters()
+        directory = trained_drafters().get(method, directory)
     if not (directory / "drafter.json").is_file():
         if "+" in name:
             parts = [load_drafter(part, target, mesh) for part in split_names(name, "+")]
+            # A combination is as large as its largest part, so that each has the size that it was published with.
             return FirstOf(tuple(drafter for drafter, _ in parts)), [params for _, params in parts]
         names = [form for drafter in DRAFTERS.values() for form in drafter.bare_names] + list(trained_drafters())
         raise UserError(
@@ -155,7 +161,19 @@ def load_drafter(spec: str | Path, target: Target, mesh: Mesh | None = None) -> 
                 )
             leaves.append(place_tensor(np.asarray(host, dtype=shape.dtype), place))
     params = jax.tree.unflatten(jax.tree.structure(shapes), leaves)
+    if carried:
+        drafter = _of_size(drafter, argument, record, name)
     return drafter, drafter.for_decoding(params, mesh)
+
+
+def _of_size(drafter: Drafter, candidates: str, record: dict, name: str) -> Drafter:
+    """One that the package carries, with so many candidates; open without a number."""
+    if not candidates:
+        return drafter.opened(tuple((int(size), float(length)) for size, length in record["sizes"]))
+    fitted = drafter.with_budget(int(candidates)) if int(candidates) else None
+    if fitted is None:
+        raise UserError(f"{name!r}: there is no tree of {candidates} candidates for this drafter")
+    return fitted
 
 
 def trained_drafters() -> dict[str, Path]:

@@ -56,12 +56,27 @@ class TokenRecycling(StaticTreeDrafter):
     tree: Topology = TOKEN_RECYCLING_80
     warm_start: bool = False
     name: ClassVar[str] = "token_recycling"
-    bare_names: ClassVar[tuple[str, ...]] = ("token_recycling",)
+    bare_names: ClassVar[tuple[str, ...]] = ("token_recycling", "token_recycling:CANDIDATES")
     taps: ClassVar[tuple[str, ...]] = ("post_norm",)
+
+    # On chats of SmolLM2-135M (docs/results/smollm2/sizes.json).
+    known_sizes: ClassVar[tuple[tuple[int, float], ...]] = (
+        (1, 1.14),
+        (2, 1.18),
+        (4, 1.22),
+        (8, 1.27),
+        (16, 1.33),
+        (32, 1.37),
+    )
 
     @classmethod
     def from_name(cls, argument):
-        return None if argument else cls()
+        if not argument:
+            return cls()
+        if not argument.isdecimal() or int(argument) < 1:
+            return None
+        candidates = int(argument)
+        return cls() if candidates == len(TOKEN_RECYCLING_80.paths) else cls().with_budget(candidates)
 
     def init(self, config, batch, capacity, dtype, mesh=None):
         shape = (batch, config.vocab_size, self.tree.max_rank)
@@ -117,6 +132,12 @@ class TokenRecycling(StaticTreeDrafter):
 
     def probing(self):
         return self.with_tree(probing_tree(NETWORK_DEPTH))
+
+    def with_budget(self, candidates, acceptance=None):
+        """Without counts, the tree that is best where guess k is right in proportion to 1 / (k + 1.4)."""
+        if acceptance is None:
+            return self.with_tree(probing_tree(NETWORK_DEPTH, candidates))
+        return super().with_budget(candidates, acceptance)
 
 
 def remember(

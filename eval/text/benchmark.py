@@ -10,8 +10,10 @@ Definitions (`decoding/stats.py` has those of acceptance):
 * **loop efficiency** is the speed-up over the ideal one, acceptance length x t(plain forward) / (t(target forward on
   the tree's rows) + t(the drafter's networks)).
 
-Decodes run with batch 1. Plain decoding always takes part and comes first in the results. Several processes share the
-prompts, each on devices of its own; the parts of a step are those that the process itself timed.
+Decodes run with batch 1 unless more is asked for; texts that are decoded together share the seconds in equal parts.
+The number of candidates of an open drafter is chosen by cost for that batch (`decoding/sizing.py`), and the parts of
+its step are those of the size chosen. Plain decoding always takes part and comes first in the results. Several
+processes share the prompts, each on devices of its own; the parts of a step are those that the process itself timed.
 """
 
 import collections
@@ -22,6 +24,7 @@ from typing import Any
 
 import numpy as np
 
+from decoding import sizing
 from decoding.drafter import Drafter
 from decoding.drafters.registry import load_drafter
 from decoding.generate import Generation, bucket, generate, slots_needed
@@ -35,6 +38,7 @@ from eval.text.prompts import Prompt
 from models import processes
 from models.errors import UserError
 from models.formats.target import Target
+from models.sharding import mesh_of
 
 WARM_UP_TOKENS = 4
 RESAMPLES = 1000
@@ -56,16 +60,34 @@ class Contender:
     path: str | None = None
     typical: Typical | None = None
 
+    def sized(self, target: Target, batch: int) -> "Contender":
+        """The same with the number of candidates that pays for that batch, if it is open; perhaps with none."""
+        if not self.drafter.open_sizes or mesh_of(target.params) is not None:
+            return self
+        chosen, _ = sizing.chosen(self.drafter, sizing.measured(target, self.drafter, self.params, batch))
+        return dataclasses.replace(self, drafter=chosen, params=self.params if chosen.max_depth else None)
+
 
 @dataclasses.dataclass
 class Measured:
-    """What one contender did: per repeat and prompt seconds, per prompt its text."""
+    """What one contender did: per repeat and prompt seconds, per prompt its text; `chosen` has its tree, if open."""
 
     contender: Contender
     generations: list[Generation]
     decode_seconds: list[list[float]]
     prefill_seconds: list[list[float]]
     parts: dict[str, Timing] = dataclasses.field(default_factory=dict)
+    chosen: Contender | None = None
+
+    @property
+    def drafter(self) -> Drafter:
+        """Whose tree decoded."""
+        return (self.chosen or self.contender).drafter
+
+    @property
+    def candidates(self) -> int:
+        """Of the tree that decoded, the root not included; 0 for plain decoding."""
+        return self.drafter.max_nodes - 1 if self.drafter.max_depth else 0
 
     @property
     def stats(self) -> Stats:
@@ -79,11 +101,12 @@ class Measured:
         self.prefill_seconds.append([])
 
     def add(self, generation: Generation) -> None:
-        """The next prompt's; texts are the same in every repeat."""
-        self.decode_seconds[-1].append(generation.decode_seconds)
-        self.prefill_seconds[-1].append(generation.prefill_seconds)
+        """The next prompts', decoded together; texts are the same in every repeat."""
+        each = [_of_row(generation, row) for row in range(len(generation.tokens))]
+        self.decode_seconds[-1] += [one.decode_seconds for one in each]
+        self.prefill_seconds[-1] += [one.prefill_seconds for one in each]
         if len(self.decode_seconds) == 1:
-            self.generations.append(generation)
+            self.generations += each
 
     def gather(self) -> None:
         """Adds what other processes did."""
@@ -104,6 +127,7 @@ def benchmark(
     repeats: int = 3,
     sampling: Sampling = Sampling(),
     seed: int = 0,
+    batch: int = 1,
     parts: bool = True,
     progress: Callable[[str], None] = lambda line: None,
 ) -> list[dict[str, Any]]:
@@ -115,6 +139,7 @@ def benchmark(
       prompts: what to continue, at most `max_new_tokens` tokens each or to an end token.
       repeats: how often everything is decoded.
       sampling, seed: the same for all contenders; the seed is of the first prompt, the others count up from it.
+      batch: prompts that are decoded together.
       parts: also time the parts of a step alone, for draft share and loop efficiency.
       progress: told what is being done, one line at a time.
 
@@ -130,40 +155,39 @@ def benchmark(
         raise UserError(f"repeats must be at least 1, got {repeats}")
     field = [Contender(*load_drafter("none", target)), *(c for c in contenders if c.drafter.max_depth)]
     deepest = max(contender.drafter.max_depth for contender in field)
-    capacities = [bucket(slots_needed(len(prompt.tokens), max_new_tokens, deepest)) for prompt in prompts]
+    mine = processes.share(range(len(prompts)))
+    groups = [mine[first : first + batch] for first in range(0, len(mine), batch)]
+    longest = [max(len(prompts[index].tokens) for index in group) for group in groups]
+    capacities = [bucket(slots_needed(length, max_new_tokens, deepest)) for length in longest]
 
-    def decode(contender: Contender, index: int, limit: int) -> Generation:
+    def decode(contender: Contender, number: int, limit: int = max_new_tokens) -> Generation:
         return generate(
             target,
-            [prompts[index].tokens],
+            [prompts[index].tokens for index in groups[number]],
             drafter=contender.drafter,
             drafter_params=contender.params,
             max_new_tokens=limit,
             sampling=sampling,
-            seeds=seed + index,
+            seeds=[seed + index for index in groups[number]],
             typical=contender.typical,
-            capacity=capacities[index],
+            capacity=capacities[number],
         )
 
-    mine = processes.share(range(len(prompts)))
-    buckets = _one_of_each_bucket(prompts, capacities, mine)
-    for number, index in enumerate(buckets, 1):
+    # Groups that need a compilation each, by number.
+    shapes = zip(map(len, groups), (bucket(length, 16) for length in longest), capacities, strict=True)
+    buckets = list({shape: number for number, shape in enumerate(shapes)}.values())
+    for count, number in enumerate(buckets, 1):
         for contender in field:
-            progress(f"compiling {contender.path or contender.drafter.name}, bucket {number} of {len(buckets)}")
-            decode(contender, index, min(WARM_UP_TOKENS, max_new_tokens))
-    middle = sorted(range(len(prompts)), key=capacities.__getitem__)[len(prompts) // 2]
-    scene = Scene(target.config, target.params, len(prompts[middle].tokens), capacities[middle])
-    timed = _Parts(scene, field, progress) if parts else None
-    measured = [Measured(contender, [], [], []) for contender in field]
+            progress(f"compiling {contender.path or contender.drafter.name}, bucket {count} of {len(buckets)}")
+            decode(contender, number, min(WARM_UP_TOKENS, max_new_tokens))
+    middle = sorted(len(prompt.tokens) for prompt in prompts)[len(prompts) // 2]
+    room = bucket(slots_needed(middle, max_new_tokens, deepest))
+    scene = Scene(target.config, target.params, middle, room, batch)
+    trees = [contender.sized(target, batch) for contender in field]
+    timed = _Parts(scene, trees, progress) if parts else None
+    measured = [Measured(contender, [], [], [], chosen=tree) for contender, tree in zip(field, trees, strict=True)]
     for repeat in range(repeats):
-        for one in measured:
-            one.begin()
-        for index in mine:
-            progress(f"repeat {repeat + 1} of {repeats}, prompt {index + 1} of {len(prompts)}")
-            # Nobody is always the first to find the caches as another left them.
-            first = (repeat + index) % len(measured)
-            for one in measured[first:] + measured[:first]:
-                one.add(decode(one.contender, index, max_new_tokens))
+        _take_turns(measured, groups, repeat, decode, progress)
         if timed is not None:
             timed.sample()
     if timed is not None:
@@ -175,9 +199,24 @@ def benchmark(
     return [_run(target, one, measured[0], prompts, sampling) for one in measured]
 
 
-def _one_of_each_bucket(prompts: Sequence[Prompt], capacities: Sequence[int], mine: Sequence[int]) -> list[int]:
-    """Of the prompts `mine` those that need a compilation each."""
-    return list({(bucket(len(prompts[index].tokens), 16), capacities[index]): index for index in mine}.values())
+def _take_turns(measured: Sequence[Measured], groups: Sequence[Sequence[int]], repeat: int, decode, progress) -> None:
+    """Everybody decodes every group of prompts once."""
+    for one in measured:
+        one.begin()
+    for number, group in enumerate(groups):
+        progress(f"repeat {repeat + 1}, prompt {group[0] + 1}, {number + 1} of {len(groups)}")
+        # Nobody is always the first to find the caches as another left them.
+        first = (repeat + number) % len(measured)
+        for one in [*measured[first:], *measured[:first]]:
+            one.add(decode(one.contender, number))
+
+
+def _of_row(generation: Generation, row: int) -> Generation:
+    """What became of one prompt of a batch, with its share of the seconds."""
+    rows: dict[str, Any] = {name: [getattr(generation, name)[row]] for name in ("tokens", "writers", "stats")}
+    count = len(generation.tokens)
+    seconds = {name: getattr(generation, name) / count for name in ("prefill_seconds", "decode_seconds")}
+    return dataclasses.replace(generation, texts=generation.texts[row : row + 1], memory=None, **rows, **seconds)
 
 
 class _Parts:
@@ -233,14 +272,15 @@ def _run(
             len(set(generation.tokens[0])) / len(generation.tokens[0]) for generation in one.generations
         ),
         "steps": stats.steps,
+        "candidates": one.candidates,
         "accepted_by_depth": stats.accepted_by_depth.tolist(),
         "accepted_histogram": stats.histogram.tolist(),
         "prefill_seconds": statistics.median(map(sum, one.prefill_seconds)),
         "decode_seconds": statistics.median(map(sum, one.decode_seconds)),
         "categories": _categories(one, baseline, prompts),
     }
-    if one.contender.drafter.num_heads:
-        run["tree"] = _tree(one.contender.drafter.ranked_tree, stats)
+    if one.drafter.num_heads:
+        run["tree"] = _tree(one.drafter.ranked_tree, stats)
     if one.parts:
         run |= _efficiency(one, baseline, speedup)
     return run

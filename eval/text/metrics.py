@@ -63,13 +63,15 @@ def rows_of_text(
       rows: how many, rounded up to whole batches.
 
     Raises:
-      UserError: neither or both are given, or they cannot be read.
+      UserError: neither or both are given, they cannot be read, or rows are longer than the target's context.
     """
     from train.data.order import in_order
     from train.data.texts import PackedRows, open_split
 
     if (data is None) == (text is None):
         raise UserError("give either a data set or a text file to measure on")
+    if length > target.config.max_position:
+        raise UserError(f"length must be at most the target's context, {target.config.max_position}, got {length}")
     if text is not None:
         documents = text_documents(text, target)
     else:

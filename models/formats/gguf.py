@@ -24,6 +24,7 @@ from models.errors import UserError
 from models.formats.gguf_tokenizer import read_gguf_tokenizer
 from models.formats.llama2c import halves
 from models.formats.storage import leaves_by_path
+from models.formats.text_files import refuse_pointer
 from models.formats.tokenizer import Tokenizer
 from models.layers import rope_frequencies
 from models.transformer import Params, param_shapes
@@ -131,6 +132,7 @@ def _open(path: Path) -> _File:
         import gguf
     except ImportError:
         raise UserError("reading GGUF needs the package gguf: python -m pip install gguf") from None
+    refuse_pointer(path)
     with path.open("rb") as opened:
         if (found := opened.read(4)) != b"GGUF":
             raise UserError(f"{path} is not a GGUF file: it begins with {found!r}, not b'GGUF'")

@@ -22,6 +22,7 @@ from models.formats.storage import (
     open_tensors,
     place_tensor,
     read_tensor,
+    refuse_non_finite,
     save_tensors,
     write_json,
 )
@@ -90,7 +91,7 @@ def load(directory: str | Path, kind: type[Config], dtype=jnp.float32) -> tuple[
 
     Raises:
       UserError: a file is missing or damaged, the directory holds another kind of model, its config is broken, or a
-        tensor is missing, unknown, misshapen or not floating point; the message names it.
+        tensor is missing, unknown, misshapen, not floating point or not finite; the message names it.
     """
     directory = Path(directory)
     config = read_config(directory, kind)
@@ -106,6 +107,7 @@ def load(directory: str | Path, kind: type[Config], dtype=jnp.float32) -> tuple[
                 raise UserError(
                     f"{directory}: tensor {name} has shape {list(host.shape)}, config.json implies {list(shape.shape)}"
                 )
+            refuse_non_finite(host, name, directory)
             leaves.append(place_tensor(np.asarray(host, dtype=shape.dtype), None))
     return config, jax.tree.unflatten(jax.tree.structure(shapes), leaves)
 

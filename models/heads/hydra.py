@@ -17,7 +17,7 @@ from jaxtyping import Array, Float
 
 from models.attention import Sources, wide
 from models.config import TransformerConfig
-from models.heads.medusa import ResBlock, vocab_kernel
+from models.heads.medusa import ResBlock, check_counts, vocab_kernel
 from models.layers import Block, RMSNorm, call, rope_angles
 from models.layout import Layout
 from models.linear import wide_einsum
@@ -40,6 +40,10 @@ class HydraHeads:
     num_layers: int = 1
     prefix: bool = False
     dropout: float = 0.0
+
+    def __post_init__(self):
+        """Raises UserError for numbers of heads or blocks that no release has."""
+        check_counts(self.num_heads, self.num_layers)
 
     def init(self, config: TransformerConfig, target: Params, key: Array) -> Params:
         """Fresh heads; vocabulary maps start as the target's own head."""

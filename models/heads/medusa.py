@@ -15,8 +15,11 @@ from jaxtyping import Array, Float
 from models.config import TransformerConfig
 from models.layers import call
 from models.linear import wide_einsum
+from models.schema import require
 from models.sharding import split_vocabulary
 from models.transformer import Params
+
+_MOST = 64
 
 
 class ResBlock(nn.Module):
@@ -41,6 +44,12 @@ def vocab_kernel(target: Params) -> Float[Array, "H V"]:
     return target["head"]["kernel"] if "head" in target else target["embed"]["embedding"].T
 
 
+def check_counts(num_heads: int, num_layers: int) -> None:
+    """Raises UserError for numbers of heads, or of layers in one, that would be made one by one for ever."""
+    for name, count in (("num_heads", num_heads), ("num_layers", num_layers)):
+        require(1 <= count <= _MOST, f"heads.{name} must be from 1 to {_MOST}", count)
+
+
 @dataclasses.dataclass(frozen=True)
 class MedusaHeads:
     """Shape of a set of Medusa heads.
@@ -54,6 +63,10 @@ class MedusaHeads:
     num_layers: int = 1
 
     prefix: ClassVar[bool] = False  # The target's features are read as they are (see `HydraHeads`).
+
+    def __post_init__(self):
+        """Raises UserError for numbers of heads or blocks that no release has."""
+        check_counts(self.num_heads, self.num_layers)
 
     def init(self, config: TransformerConfig, target: Params, key: Array) -> Params:
         """Heads that at first predict what the target's own head does."""

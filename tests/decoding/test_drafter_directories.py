@@ -187,6 +187,7 @@ def test_another_base_is_refused(saved: pathlib.Path, target: Target) -> None:
         (lambda r: r.update(tre=[]), "has an unknown key tre .did you mean 'tree'"),
         (lambda r: r["heads"].update(num_heads="2"), "heads.num_heads must be int, got str '2'"),
         (lambda r: r["heads"].update(num_heads=1.5), r"num_heads must be int, got float 1\.5"),
+        (lambda r: r["heads"].update(num_heads=10**9), "heads.num_heads must be from 1 to 64, got 1000000000"),
         (lambda r: r["heads"].update(num_layers=True), "num_layers must be int, got bool True"),
         (lambda r: r["heads"].update(prefix=1), "prefix must be bool, got int 1"),
         (lambda r: r.update(tree=[]), "needs at least one candidate"),

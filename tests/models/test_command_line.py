@@ -74,6 +74,8 @@ def test_files_are_replaced_only_on_request(tmp_path: pathlib.Path) -> None:
     (tmp_path / "a").write_text("mine")
     keep_files([tmp_path / "b", None, "/dev/null", tmp_path], overwrite=False)
     keep_files([tmp_path / "a"], overwrite=True)
+    with pytest.raises(UserError, match=r"a is not a directory$"):
+        keep_files([tmp_path / "a" / "b" / "c"], overwrite=True)
     with pytest.raises(UserError, match=r"a already exists: give another name, or --over to replace it$"):
         keep_files([tmp_path / "b", tmp_path / "a"], overwrite=False, option="--over")
 

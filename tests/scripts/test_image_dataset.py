@@ -150,6 +150,10 @@ def test_a_set_is_replaced_only_on_request(tmp_path, capsys) -> None:
     ("arrays", "message"),
     [
         ({"images": PIXELS}, "has no array 'labels'; it holds images"),
+        (
+            {"images": PIXELS, "labels": LABELS + np.int64(10**12)},
+            "labels goes up to 10000000000.., but",
+        ),
         ({"pictures": PIXELS, "labels": LABELS}, "has no array 'images'"),
         (
             {"images": PIXELS / 255, "labels": LABELS},
@@ -180,7 +184,7 @@ def test_bad_npz(tmp_path, capsys, arrays: dict, message: str) -> None:
         ),
         (["--images", "nowhere"], "--size is needed for a folder"),
         (["--images", "nowhere.npz"], "no file nowhere.npz"),
-        (["--images", "glyphs", "--size", 0], "--size must be at least 1"),
+        (["--images", "glyphs", "--size", 0], "--size must be from 1 to 8192, got 0"),
         (["--images", "glyphs", "--size", 4], "at least 8 pixels"),
         (["--images", "glyphs", "--characters", "AA"], "different ones"),
         (["--images", "glyphs", "--max_documents", 0], "max_documents must be at least 1"),

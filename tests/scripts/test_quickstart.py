@@ -4,6 +4,7 @@ A stand-in for Python notes every command instead of running it, and leaves behi
 """
 
 import argparse
+import functools
 import importlib
 import os
 import pathlib
@@ -21,6 +22,7 @@ from eval.main import DecodeConfig
 from eval.text.prompts import read_questions
 from models import schema
 from train.command_line import read_flags
+from train.config import fill_in as fill_in_job
 from train.config import parse as parse_job
 from train.objectives import OBJECTIVES
 
@@ -82,9 +84,10 @@ def test_the_real_model_comes_first_and_every_printed_command_is_well_formed(job
         *["scripts.generate"] * 3,
         "scripts.continue_dataset",
         "train.main",
+        "eval.tree",
         "eval.main",
     ]
-    check_commands(done.stdout, 7, monkeypatch)
+    check_commands(done.stdout, 8, monkeypatch)
     # What is finished is not made again.
     done = job()
     assert job.modules == ["train.main"] and "is finished; --fresh starts everything over" in done.stdout
@@ -169,7 +172,8 @@ def check_commands(printed: str, count: int, monkeypatch: pytest.MonkeyPatch) ->
         values = flags.FlagValues()
         flags.DEFINE_string("workdir", None, "", flag_values=values)
         config_flags.DEFINE_config_file("config", None, "", flag_values=values, sys_argv=[module, *arguments])
-        read_flags([module, *arguments], values)
+        fill_in = functools.partial(fill_in_job, objectives=OBJECTIVES) if module == "train.main" else None
+        read_flags([module, *arguments], values, fill_in)
         raw = values["config"].value
         if module == "train.main":
             parse_job(raw, OBJECTIVES)

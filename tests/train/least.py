@@ -29,6 +29,7 @@ class Shape:
     """A model of short texts."""
 
     max_position = 64
+    vocab_size = 280
 
 
 class Least(Objective):

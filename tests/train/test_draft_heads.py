@@ -268,7 +268,7 @@ def test_probes_begin_where_answers_do():
         ({"soft": -1.0}, "objective.soft must not be negative"),
         ({"head_decay": 0.0}, "objective.head_decay must lie in 0..1"),
         ({"heads": {"num_head": 2}}, "unknown key objective.heads.num_head (did you mean 'num_heads'?)"),
-        ({"heads": {"num_heads": 0}}, "objective.heads.num_heads must be at least 1"),
+        ({"heads": {"num_heads": 0}}, "heads.num_heads must be from 1 to 64, got 0"),
         ({"drafter": "medusa", "heads": {"dropout": 0.1}}, "unknown key objective.heads.dropout"),
         ({"drafter": "hydre"}, "did you mean 'hydra'"),
     ],

@@ -13,6 +13,7 @@ from models.layout import Layout
 from tests.noise import noisy
 from tests.train.conftest import SHAPE
 from train.objectives.lm import LM, LMConfig
+from train.objectives.objective import Compute
 
 LENGTH = 16
 # Rows of (documents' lengths); what is left of a row is padding.
@@ -79,3 +80,17 @@ def test_loss_and_evaluation_equal_their_definition(labels, tokenizer, batch, pa
     loss = expected / counted.sum()
     right = np.mean((chosen == label)[counted])
     assert shown == pytest.approx({"loss": loss, "perplexity": math.exp(loss), "accuracy": right}, rel=1e-4)
+
+
+def test_the_forward_computes_as_the_job_says(tokenizer, batch, params, monkeypatch):
+    objective, heard = LM(LMConfig("lm", SHAPE), tokenizer), []
+    objective.prepare(Compute("float32", remat="layers"))
+    forward = transformer.forward
+
+    def listened(config, params, tokens, layout, **settings):
+        heard.append((layout.attention, settings["remat"]))
+        return forward(config, params, tokens, layout, **settings)
+
+    monkeypatch.setattr(transformer, "forward", listened)
+    jax.eval_shape(objective.loss, params, None, batch, jax.random.key(0), 0.0)
+    assert heard == [(objective.compute.attention, "layers")] and heard[0][0] != "dense"

@@ -19,6 +19,9 @@ def test_truncate_keeps_lines_up_to_the_step_and_drops_a_torn_one(tmp_path):
     path.write_text("".join(whole) + '{"step": 2, "lo')
     truncate(path, 2)
     assert path.read_text() == "".join(whole[:3])
+    path.write_bytes("".join(whole).encode() + b'{"loss": 2}\n[3]\n"x"\n\xff\n{"step": "a"}\n\0\0')
+    truncate(path, 2)
+    assert path.read_text() == "".join(whole[:3])
     truncate(tmp_path / "absent.jsonl", 2)
     assert sorted(tmp_path.iterdir()) == [path]
 

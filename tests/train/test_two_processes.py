@@ -14,6 +14,7 @@ import pytest
 from eval import main
 from models import load_target
 from tests.interpreter import Interpreter
+from tests.train.conftest import SHAPE, tiny_job
 from train import trainer
 from train.config import TrainConfig
 
@@ -47,12 +48,11 @@ jax.distributed.shutdown()
 
 
 def test_two_processes_do_what_one_does(
-    job: Callable[..., TrainConfig],
     as_code: Callable[[TrainConfig], str],
     data_set: pathlib.Path,
     tmp_path: pathlib.Path,
 ) -> None:
-    config = job("lm", steps=3, checkpoint={"every": 3})
+    config = tiny_job(data_set, {"name": "lm", "model": SHAPE}, steps=3, checkpoint={"every": 3})
     evaluation: dict[str, Any] = {**EVALUATION, "data": str(data_set)}
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

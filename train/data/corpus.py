@@ -15,7 +15,6 @@ import jax
 import numpy as np
 
 from models.errors import UserError
-from models.formats.hf import load_config
 from models.formats.tokenizer import Tokenizer
 from train.config import DataConfig, TrainConfig
 from train.data.features import FeatureRows
@@ -71,6 +70,12 @@ class TextCorpus:
     length: int
     features: FeatureRows | None = None
 
+    def within(self, vocab_size: int, config: DataConfig) -> "TextCorpus":
+        """The same for a model of `vocab_size` embeddings: tokens without one are refused (`Documents.within`)."""
+        train = self.train.within(vocab_size, f"{config.path}, split {config.split}")
+        valid = self.valid.within(vocab_size, f"{config.path}, split {config.valid_split}")
+        return dataclasses.replace(self, train=train, valid=valid)
+
     @property
     def rows(self) -> "data.PackedRows":
         """What is learnt from, packed."""
@@ -120,8 +125,8 @@ def open_corpus(config: TrainConfig) -> Corpus:
     """Opens what a config's section `data` names, as what its objective reads.
 
     Raises:
-      UserError: no such data set or split, no tokenizer for raw text, data of another tokenizer than the base's, a
-        token that the model has no embedding for, or options of text for images.
+      UserError: no such data set or split, no tokenizer for raw text, data of another tokenizer than the base's, or
+        options of text for images.
     """
     if config.objective.reads == "images":
         return _open_images(config.data, config.objective.image_size)
@@ -161,9 +166,6 @@ def _open_texts(config: DataConfig, base: str | None, length: int) -> TextCorpus
         for split in (config.split, config.valid_split)
     )
     tokenizer = tokenizer or Tokenizer.load(Path(config.path) / "tokenizer")
-    embeddings = tokenizer.vocab_size if base is None else load_config(base).vocab_size
-    train = train.within(embeddings, f"{config.path}, split {config.split}")
-    valid = valid.within(embeddings, f"{config.path}, split {config.valid_split}")
     # The template that wrote the chats goes with what learns from them, whichever its base had.
     if train.manifest.get("chat_template"):
         tokenizer = tokenizer.with_chat_template(train.manifest["chat_template"])

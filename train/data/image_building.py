@@ -30,6 +30,7 @@ from train.data.folders import Found, files, is_hidden
 from train.data.glyphs import CHARACTERS, check, glyph
 from train.data.pixels import SUFFIXES, decoded, fitted
 
+_MOST_CLASSES = 1_000_000
 GLYPHS = "glyphs"
 GLYPH_SIZE = 32
 # Why files of a folder are left out, besides the reasons of `folders.py`.
@@ -146,6 +147,8 @@ def read_npz(path: str | Path, label: str = "labels", size: int | None = None) -
             f"{path}: {label} is {labels.dtype} {list(labels.shape)}, expected {len(pixels)} whole numbers from 0"
         )
     count = int(labels.max()) + 1
+    if count > _MOST_CLASSES:
+        raise UserError(f"{path}: {label} goes up to {count - 1}, but classes are numbered from 0 without gaps")
     names = [str(name) for name in np.asarray(arrays.get(f"{label}_names", range(count))).ravel().astype(str)]
     if len(names) < count:
         raise UserError(f"{path}: {label}_names holds {len(names)} names, {label} goes up to {count - 1}")

@@ -96,6 +96,7 @@ def _rgb(image: Image.Image, changes: collections.Counter[str]) -> Image.Image:
     if image.mode.startswith("I"):
         image = _scaled(image)
         changes[SCALED] += 1
+    image = _middle(image)
     if image.mode == "F":
         raise UserError("its pixels are floating-point numbers, whose range is not known: save it with 8 or 16 bits")
     if image.mode not in _EIGHT_BITS:
@@ -108,6 +109,16 @@ def _rgb(image: Image.Image, changes: collections.Counter[str]) -> Image.Image:
         changes[ON_WHITE] += bool((np.asarray(image.getchannel("A")) < 255).any())
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
     return _in_srgb(image, profile, changes) if profile else image.convert("RGB")
+
+
+def _middle(image: Image.Image) -> Image.Image:
+    """Without most of a very long picture, which `fitted` cuts off: some damaged headers tell of millions of rows.
+
+    Whole squares go, so that what is kept is scaled as it would be in the whole picture, to a rounding of its length.
+    """
+    short = min(image.size)
+    x, y = (short * max(0, (length // short - 17) // 2) for length in image.size)
+    return image.crop((x, y, image.width - x, image.height - y)) if x or y else image
 
 
 def _orientation(image: Image.Image) -> Any:
@@ -129,7 +140,7 @@ def _scaled(image: Image.Image) -> Image.Image:
         bits = 32
     if not 8 <= bits <= 16:
         raise UserError(f"its pixels are {bits}-bit numbers, whose range is not known: save it with 8 or 16 bits")
-    stored, full = np.asarray(image), 2**bits - 1
+    stored, full = np.asarray(_middle(image)), 2**bits - 1
     values = np.clip(stored, 0, full).astype(np.uint16)
     values = np.uint16(full) - values if tags.get(_PHOTOMETRIC) == _WHITE_IS_ZERO else values
     grey = Image.fromarray((values >> (bits - 8)).astype(np.uint8))  # The high byte, as Pillow takes of colours.

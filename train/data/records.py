@@ -196,6 +196,8 @@ def _records(builder: tfds.core.DatasetBuilder, instruction: Any, decoders: Any)
     total = builder.info.splits[name].num_examples
     source = builder.as_data_source(split=name, decoders=decoders)
     stop = total if instruction.to is None else instruction.to
+    if stop <= (instruction.from_ or 0):
+        raise UserError(f"the part of the split {name!r} of {builder.data_path} that was asked for is empty")
     return Records(builder, name, instruction.from_ or 0, stop, source)
 
 

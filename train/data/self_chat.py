@@ -9,6 +9,7 @@ What is finished is kept in a file of rounds, from which an interrupted run goes
 whether or not it was interrupted, as long as the shape of a batch is the same.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -29,6 +30,7 @@ from models.errors import UserError
 from models.formats.target import Target
 from models.formats.tokenizer import Message
 from train.data.texts import Document
+from train.fingerprint import fingerprint
 
 _MARK = "\ufdd2"  # A noncharacter, which no template writes.
 _GRAM = 4
@@ -119,7 +121,9 @@ class SelfChat:
         self._round = 0
         self._seen: set[str] = set()
         asked = hashlib.sha256(json.dumps(self._waiting).encode()).hexdigest()[:16] if self._given else "own"
-        self._header = {**dataclasses.asdict(settings), "target": target.fingerprint()["embedding"], "prompts": asked}
+        # The whole directory: another finetuning of the target, or another template, may have the same embedding.
+        base = fingerprint([target.path]) if target.path else target.fingerprint()["embedding"]
+        self._header = {**dataclasses.asdict(settings), "target": base, "prompts": asked}
         self._take_up()
 
     def write(self, wanted: int, seconds: float = float("inf")) -> None:
@@ -233,24 +237,29 @@ class SelfChat:
             file.flush()
             os.fsync(file.fileno())
 
+    def _object(self, line: str) -> dict[str, Any]:
+        with contextlib.suppress(ValueError, RecursionError):
+            if isinstance(found := json.loads(line), dict):
+                return found
+        raise UserError(f"{self._rounds}, which is to be gone on from, is damaged: remove it to start over")
+
     def _take_up(self) -> None:
         whole = processes.on_first(lambda: self._rounds.read_bytes() if self._rounds.exists() else b"")
         if not whole:
             return
         # A last line without an end was being written when the run was killed.
-        lines = whole[: whole.rfind(b"\n") + 1].decode().splitlines()
+        lines = whole[: whole.rfind(b"\n") + 1].decode(errors="replace").splitlines()
         if not lines:
             processes.on_first(self._rounds.unlink)
             return
-        header = json.loads(lines[0])
+        header, *states = [self._object(line) for line in lines]
         wanted = json.loads(json.dumps(self._header))
         if other := [name for name in wanted if header.get(name) != wanted[name]]:
             raise UserError(
                 f"{self._rounds} holds an unfinished run with another {', '.join(other)}: take the same, or remove it"
             )
         processes.on_first(lambda: os.truncate(self._rounds, whole.rfind(b"\n") + 1))
-        for line in lines[1:]:
-            state = json.loads(line)
+        for state in states:
             self.documents += state["documents"]
             self._round += 1
             if self._given:

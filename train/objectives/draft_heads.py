@@ -88,8 +88,6 @@ class DraftHeadsConfig:
             raise UserError(f"objective.drafter must be one of {', '.join(kinds)}, got {self.drafter!r}{meant}")
         drafter: Any = kinds[self.drafter]
         heads = schema.parse(type(drafter().heads), self.heads, "objective.heads")
-        schema.require(heads.num_heads >= 1, "objective.heads.num_heads must be at least 1", heads.num_heads)
-        schema.require(heads.num_layers >= 1, "objective.heads.num_layers must be at least 1", heads.num_layers)
         return drafter(heads, MC_SIM_7B_63.down_to(heads.num_heads))
 
 

@@ -22,10 +22,10 @@ from models.errors import UserError
 from models.formats.hf import load_config, save_target
 from models.formats.target import check_vocabulary, load_target
 from models.formats.tokenizer import Tokenizer
-from models.layout import Layout
 from train.objectives.guess import Guess, Labels, Weights, losses, measures
 from train.objectives.objective import Batch, Objective, Params, Sums
 from train.objectives.shift import label_mask, labels_at
+from train.objectives.target_features import layout_of
 
 _HARD = Weights(hard=1.0, soft=0.0, feature=0.0, decay=1.0)
 
@@ -128,11 +128,11 @@ class LM(Objective):
         params = self.compute.cast(params)
         tokens_BT = batch["tokens"]
         labels = Labels(*labels_at({**batch, "mask": label_mask(batch, self._config.labels)}, 1))
-        batch_size, rows = tokens_BT.shape
-        layout = Layout.causal(batch_size, rows, batch["segments"], self.compute.attention)
-        output = transformer.forward(self.model, params, tokens_BT, layout, remat=self.compute.remat)
-        read = Partial(functools.partial(_read, self.model), transformer.head_params(params))
-        return Guess(output.hidden, None, labels, read)
+        layout = layout_of(batch, self.compute.attention)
+        hidden_BTH = transformer.forward(self.model, params, tokens_BT, layout, remat=self.compute.remat).hidden
+        return Guess(
+            hidden_BTH, None, labels, Partial(functools.partial(_read, self.model), transformer.head_params(params))
+        )
 
 
 def _read(model, params, hidden):

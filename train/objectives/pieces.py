@@ -80,8 +80,8 @@ def separable_sums(
     def sloped(reads, hiddens, rows, cut):
         """Sums and their slopes in reads and hiddens, one after the other: the scores of all would be too many."""
         rows = cut(rows, ())
-        shared = share(rows)
         found: list[tuple] = []
+        shared = share(rows)
         for k in numbers:
             hidden = cut(hiddens[k], found[-1:])
             value, pull = jax.vjp(lambda read, x, k=k: score(k, read, x, rows, shared), reads[k], hidden)

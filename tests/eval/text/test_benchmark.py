@@ -110,7 +110,7 @@ def test_rates_are_means_over_questions() -> None:
 
 def measured(name: str, steps: int, seconds, prefill, parts: dict[str, float]) -> Measured:
     """Two texts of eleven tokens each, decoded three times."""
-    drafter = types.SimpleNamespace(name=name, num_heads=0)
+    drafter = types.SimpleNamespace(name=name, num_heads=0, max_depth=0)
     made = [generation(list(range(11)), steps, 10)] * 2
     timings = {part: Timing(ms, ms / 2) for part, ms in parts.items()}
     return Measured(Contender(drafter), made, seconds, prefill, timings)

@@ -22,6 +22,7 @@ gguf = pytest.importorskip("gguf")
 
 from models.formats.gguf import TYPES, read_gguf  # noqa: E402
 from models.formats.gguf_tokenizer import PRE_TOKENIZERS, read_gguf_tokenizer  # noqa: E402
+from tests.fuzz import accepts_or_refuses, damaged, fuzz  # noqa: E402
 from tests.models.formats.gguf_files import (  # noqa: E402
     MULTILINGUAL,
     architecture_of,
@@ -186,6 +187,18 @@ def test_damaged_files(tmp_path: Path) -> None:
         except UserError as error:
             refused += "\n" not in str(error)
     assert refused > 10
+
+
+@pytest.mark.slow
+def test_files_with_any_damage(tmp_path: Path) -> None:
+    whole = write_model(tmp_path / "m.gguf", *golden("llama")).read_bytes()
+    bad = tmp_path / "bad.gguf"
+
+    def check(content: bytes) -> None:
+        bad.write_bytes(content)
+        accepts_or_refuses(lambda: read_gguf(bad))
+
+    fuzz(400, damaged(whole), check)
 
 
 def byte_level(pre: str) -> tuple[tokenizers.Tokenizer, dict[str, Any]]:

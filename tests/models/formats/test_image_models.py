@@ -89,6 +89,7 @@ def test_damaged_directories_are_named(tmp_path: Path) -> None:
     misshapen = complaint(tensors | {name: np.zeros(3, np.float32)})
     assert misshapen == f"{model}: tensor {name} has shape [3], config.json implies [4]"
     assert f"tensor {name} is stored as I32" in complaint(tensors | {name: np.zeros(4, np.int32)})
+    assert f"tensor {name} holds NaN or infinite values" in complaint(tensors | {name: np.full(4, np.nan, np.float32)})
     assert "has kind 'vqvae', expected 'var'" in complaint(kind=VARConfig)
     assert "has kind None" in complaint(record={})
     assert "has an unknown key width_ (did you mean 'width'?)" in complaint(record=record | {"width_": 4})

@@ -1,6 +1,7 @@
 """The handle on a target: the example in its documentation, checked input, and the fingerprint that drafters keep."""
 
 import doctest
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -95,6 +96,16 @@ def test_a_tokenizer_larger_than_the_model_is_refused(tokenizer: Tokenizer, tmp_
     save_target(tmp_path / "small", config, init(config, jax.random.key(0)), tokenizer)
     with pytest.raises(UserError, match=f"tokenizer has {few + 3} entries, more than the {few} embeddings"):
         load_target(tmp_path / "small")
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "tokenizer_config.json", "model.safetensors"])
+def test_links_that_lead_nowhere_are_named(directory: Path, tmp_path: Path, name: str) -> None:
+    """As in a cache of downloads that was cleared."""
+    shutil.copytree(directory, tmp_path / "m")
+    (tmp_path / "m" / name).unlink()
+    (tmp_path / "m" / name).symlink_to("../blobs/gone")
+    with pytest.raises(UserError, match=rf"{name} is a link to \.\./blobs/gone, which is not there$"):
+        load_target(tmp_path / "m")
 
 
 def test_a_pad_token_beyond_the_embeddings_is_refused_where_it_is_used(tokenizer: Tokenizer, tmp_path: Path) -> None:

@@ -257,6 +257,17 @@ def survives(source: int, kind: str, seed: int) -> None:
         assert made.shape == (5, 5, 3) and made.dtype == np.uint8
 
 
+@pytest.mark.parametrize("kind", ["L", "I;16"])
+def test_long_pictures_are_cut_to_what_their_middle_shows(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    stored = np.random.default_rng(0).integers(0, 250, (7 * 31 + 3, 7), np.uint16)
+    stored = stored * 256 if kind == "I;16" else stored.astype(np.uint8)
+    contents = [encoded(Image.fromarray(array)) for array in (stored, stored.T.copy())]
+    cut = [decoded(content, 5, "x") for content in contents]
+    monkeypatch.setattr(pixels, "_middle", lambda image: image)
+    for content, made in zip(contents, cut, strict=True):
+        np.testing.assert_allclose(decoded(content, 5, "x").astype(int), made, atol=3)
+
+
 @pytest.mark.parametrize("examples", FEW_OR_MANY)
 def test_damaged_files_are_pixels_or_one_sentence(examples: int) -> None:
     draws = st.tuples(st.integers(0, len(SOURCES) - 1), st.sampled_from(sorted(DAMAGE)), st.integers(0, 2**32))

@@ -65,6 +65,8 @@ def test_slices_of_a_split(directory):
     part = data.open_split(directory, "train[2:5]")
     assert part.lengths.tolist() == LENGTHS[2:5] and part[0]["name"] == "document 2"
     assert len(data.open_split(directory, "train[:50%]")) == len(LENGTHS) // 2
+    with pytest.raises(UserError, match=r"the part of the split 'train' .* is empty"):
+        data.open_split(directory, "train[90%:10%]")
 
 
 def test_equal_documents_become_equal_bytes(directory):
