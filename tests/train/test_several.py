@@ -145,7 +145,7 @@ def test_a_loss_from_kept_features_is_that_of_the_rounded_forward(draft_setting,
         live = objective.read_target(frozen, batch)
         return live.taps, live.logits, {k: rounded(live, arrays[k]) for k in arrays}
 
-    def head(rows):
+    def head(rows, known=None):
         return transformer.head(objective.model, frozen["target"], rows)
 
     @jax.jit
