@@ -51,7 +51,7 @@ def programs_run_long(request: pytest.FixtureRequest) -> Iterator[None]:
     jax.config.update("jax_disable_most_optimizations", usual)
 
 
-MAPPINGS = 8_000  # Of memory: three of each small program. A Linux process may have 65,530, and dies of one more.
+MAPPINGS = 5_000  # Of memory: three of each small program. A Linux process may have 65,530, and dies of one more.
 
 
 @pytest.fixture(scope="module", autouse=True)
