@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from decoding.drafters.registry import load_drafter
-from models import schema, transformer
+from models import schema
 from models.errors import UserError
 from models.formats.target import load_target
 from train import dry_run, trainer
@@ -145,9 +145,6 @@ def test_a_loss_from_kept_features_is_that_of_the_rounded_forward(draft_setting,
         live = objective.read_target(frozen, batch)
         return live.taps, live.logits, {k: rounded(live, arrays[k]) for k in arrays}
 
-    def head(rows, known=None):
-        return transformer.head(objective.model, frozen["target"], rows)
-
     @jax.jit
     def losses(batches, taps):
         def loss(batch):
@@ -155,7 +152,7 @@ def test_a_loss_from_kept_features_is_that_of_the_rounded_forward(draft_setting,
 
         found = {name: loss(batch) for name, batch in batches.items()}
         spread = target_features(objective.model, frozen["target"], batches["5"], ()).logits
-        rounded = TargetFeatures(taps, taps["post_norm"], head)
+        rounded = TargetFeatures(taps, taps["post_norm"], objective.read_target(frozen, batches["live"]).read)
         monkeypatch.setattr(objective, "read_target", lambda frozen, batch: rounded)
         return {**found, "rounded": loss(batch)}, spread
 
