@@ -66,7 +66,7 @@ def call(function: str) -> str:
 
 
 # What these exchange is nearly all exchanged by the others too. They run with `-m slow`.
-LATER = ("eagle2", "lookahead")
+LATER = ("eagle2", "lookahead", "prompt_lookup+hydra++")
 
 
 @pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] if n in LATER else []) for n in NEEDED])

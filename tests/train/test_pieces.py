@@ -166,7 +166,7 @@ def test_parts_and_recomputation_change_no_gradient(name, objective, job):
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-12), other, plain)
 
 
-@pytest.mark.parametrize("name", ["lm", "draft_heads"])
+@pytest.mark.parametrize("name", ["lm", pytest.param("draft_heads", marks=pytest.mark.slow)])
 def test_narrow_products_change_little(name, job):
     """Of bfloat16, with 8 bits of mantissa: the loss to 1%, the direction of the gradient to a cosine of 0.99."""
     wide, narrow = (job(name, precision=precision) for precision in ("float32", "bfloat16"))
