@@ -101,14 +101,12 @@ class Stats:
 
     def __add__(self, other: "Stats") -> "Stats":
         """Of both; trees of different sizes, as an open drafter has them, count as the larger with idle places."""
-
-        def added(name: str) -> np.ndarray:
-            parts = [np.asarray(getattr(one, name)) for one in (self, other)]
-            size = max(map(len, parts))
-            return np.sum([np.pad(part, (0, size - len(part))) for part in parts], axis=0)
-
-        counted = added("accepted_by_depth"), added("accepted_by_node")
-        return Stats(self.steps + other.steps, self.committed + other.committed, *counted)
+        return Stats(
+            self.steps + other.steps,
+            self.committed + other.committed,
+            _added(self.accepted_by_depth, other.accepted_by_depth),
+            _added(self.accepted_by_node, other.accepted_by_node),
+        )
 
     @property
     def acceptance_length(self) -> float:
@@ -134,3 +132,12 @@ class Stats:
             f"{self.committed} tokens in {self.steps} target forwards, acceptance length {self.acceptance_length:.2f}"
         )
         return text + (f", conditional acceptance by depth {by_depth}" if by_depth else "")
+
+
+def _added(ours: np.ndarray, theirs: np.ndarray) -> np.ndarray:
+    """The sum, as if the shorter went on with zeros."""
+    if len(ours) < len(theirs):
+        ours, theirs = theirs, ours
+    total = np.array(ours)
+    total[: len(theirs)] += theirs
+    return total

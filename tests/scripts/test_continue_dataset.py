@@ -229,8 +229,8 @@ def test_chats_that_cannot_be_written_are_one_sentence(sources, chatter, tmp_pat
         return capsys.readouterr().err.strip().splitlines()[-1]
 
     assert "has no chat template" in complaint(chat, sources[0] / "target", tmp_path / "out")
-    one = ["--documents", "4", "--valid_documents", "4", "--max_repetition", "-1"]
-    assert "only 0 documents are finished" in complaint(chat, chatter, tmp_path / "out", *one, "--minutes", "0.001")
+    few = ["--documents", "4", "--valid_documents", "400", "--minutes", "0.001"]
+    assert "finished, and 400 of them are held out" in complaint(chat, chatter, tmp_path / "out", *few)
     data = ["--target", str(chatter), "--data", "x", "--out", str(tmp_path / "y"), "--minutes", "1"]
     assert "--data has no use for --minutes" in complaint(continue_dataset.main, data)
 
