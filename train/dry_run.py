@@ -4,7 +4,7 @@ import json
 import math
 import re
 import time
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -54,6 +54,38 @@ def of_step(plan: Plan, row: dict[str, tuple[tuple[int, ...], Any]], largest: in
       row: shape and dtype of everything that a batch holds per row.
       largest: how many arrays to name.
     """
+    found = compiled_sizes(plan, row)
+    note = "; a CPU stands in for an accelerator, and keeps float32 copies of some bfloat16 arrays"
+    lines = [f"  {name:<11}  {size / 2**30:8.2f} GiB  {size / 1e9:8.2f} GB" for name, size in found.bytes.items()]
+    arrays = [f"  {size / 2**30:8.2f} GiB  {name}  x{times}" for size, name, times in found.arrays[:largest]]
+    return "\n".join(
+        [
+            f"the step, per device (compiled in {found.seconds:.0f} s{note if found.stands_in else ''})",
+            *lines,
+            "its largest arrays",
+            *arrays,
+        ]
+    )
+
+
+class Sizes(NamedTuple):
+    """What a compiled step takes of each device.
+
+    Attributes:
+      bytes: of its arguments, of temporaries, and of both, the `peak`.
+      arrays: (bytes, shape, how often) of what it writes, largest first.
+      seconds: of compilation.
+      stands_in: whether a CPU compiled what is meant for an accelerator.
+    """
+
+    bytes: dict[str, int]
+    arrays: list[tuple[int, str, int]]
+    seconds: float
+    stands_in: bool
+
+
+def compiled_sizes(plan: Plan, row: dict[str, tuple[tuple[int, ...], Any]]) -> Sizes:
+    """The sizes of a job's step, whose batch holds `row` per row; nothing is allocated."""
     batch = {
         name: jax.ShapeDtypeStruct((plan.config.batch_size, *shape), dtype, sharding=plan.batch_sharding)
         for name, (shape, dtype) in row.items()
@@ -64,15 +96,7 @@ def of_step(plan: Plan, row: dict[str, tuple[tuple[int, ...], Any]], largest: in
     compiled = lowered.compile(compiler_options=_AS_ON_ACCELERATORS if stands_in else None)
     seconds, found = time.perf_counter() - begin, compiled.memory_analysis()
     sizes = {"arguments": found.argument_size_in_bytes, "temporaries": found.temp_size_in_bytes}
-    sizes["peak"] = sum(sizes.values())
-    note = "; a CPU stands in for an accelerator, and keeps float32 copies of some bfloat16 arrays" if stands_in else ""
-    lines = [f"  {name:<11}  {size / 2**30:8.2f} GiB  {size / 1e9:8.2f} GB" for name, size in sizes.items()]
-    arrays = [
-        f"  {size / 2**30:8.2f} GiB  {name}  x{times}" for size, name, times in arrays_of(compiled.as_text())[:largest]
-    ]
-    return "\n".join(
-        [f"the step, per device (compiled in {seconds:.0f} s{note})", *lines, "its largest arrays", *arrays]
-    )
+    return Sizes({**sizes, "peak": sum(sizes.values())}, arrays_of(compiled.as_text()), seconds, stands_in)
 
 
 def arrays_of(program: str) -> list[tuple[int, str, int]]:

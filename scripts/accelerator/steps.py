@@ -1,11 +1,14 @@
 """How fast a training step is: the trainer's own step on random tokens and random weights, with nothing read.
 
     python -m scripts.accelerator.steps --job NAME [--batch_size 8] [--length 2048] --out FILE.json
+    python -m scripts.accelerator.steps --job NAME --memory [--largest] [--mesh fsdp=8,tensor=2] --out FILE.json
 
 Writes `compile_seconds`, `step_ms`, `tokens_per_second`, `scratch_gib` and `argument_gib` of the compiled step, and
 `mfu`: model FLOPs (6 per trainable and 2 per frozen parameter and token, those of embedding tables and attention apart;
 a draft that is unrolled counts once) over time and over the rate of a large product in bfloat16 (on a CPU in float32),
-measured in the same run.
+measured in the same run. With `--memory` the step is compiled and not run, from shapes alone, in bfloat16, for this
+machine's devices (`XLA_FLAGS=--xla_force_host_platform_device_count=16` simulates some on a CPU), and what it takes of
+each device is written. What a step computes again is everything inside a layer (`remat` is `layers`).
 """
 
 import dataclasses
@@ -31,11 +34,15 @@ from models.config import TransformerConfig
 from models.errors import exit_on_user_error
 from models.formats.hf_config import config_to_hf
 from models.formats.tokenizer import Tokenizer
+from models.sharding import parse_mesh
 from train import trainer
 from train.config import parse
+from train.dry_run import compiled_sizes
 from train.objectives import OBJECTIVES
 
 GIB = 2**30
+# Of the published shapes one that no single device holds.
+LARGEST = dataclasses.replace(SHAPES["llama3-8b"], width=8192, num_layers=80, num_heads=64, mlp_width=28_672)
 
 
 class Facts(NamedTuple):
@@ -70,7 +77,9 @@ JOBS = {
 }
 
 
-def plan_of(job: Job, shape: TransformerConfig, batch_size: int, length: int, folder: Path) -> trainer.Plan:
+def plan_of(
+    job: Job, shape: TransformerConfig, batch_size: int, length: int, folder: Path, **settings: Any
+) -> trainer.Plan:
     """The job with everything decided and nothing allocated; `folder` receives the target's `config.json`."""
     facts: Any = Facts(shape.vocab_size, shape.bos_id, shape.eos_ids)
     if job.objective is None:
@@ -92,6 +101,8 @@ def plan_of(job: Job, shape: TransformerConfig, batch_size: int, length: int, fo
         "steps": 100,
         "batch_size": batch_size,
         "length": length,
+        "remat": "layers",
+        **settings,
     }
     return trainer.make_plan(parse(raw, OBJECTIVES), facts)
 
@@ -167,6 +178,20 @@ def measure(job: Job, shape: TransformerConfig, batch_size: int, length: int, ro
     }
 
 
+def sizes_of(job: Job, shape: TransformerConfig, batch_size: int, length: int, mesh: dict[str, int]) -> dict[str, Any]:
+    """What the compiled step takes of each device of a mesh."""
+    with tempfile.TemporaryDirectory() as folder:
+        plan = plan_of(job, shape, batch_size, length, Path(folder), mesh=mesh, precision="bfloat16")
+        row = {"tokens": np.int32, "segments": np.int32, "mask": np.uint8}
+        found = compiled_sizes(plan, {name: ((length,), dtype) for name, dtype in row.items()})
+    return {
+        "compile_seconds": found.seconds,
+        **{f"{name}_gb": size / 1e9 for name, size in found.bytes.items()},
+        "largest": [{"shape": array, "gb": size / 1e9, "times": times} for size, array, times in found.arrays[:5]],
+        "cpu_stands_in": found.stands_in,
+    }
+
+
 def _peak(rounds: int) -> float:
     """Floating-point operations a second of large products."""
     part: Part = peak_part(jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16)
@@ -181,6 +206,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--job", required=True, choices=list(JOBS), help="what is trained")
     parser.add_argument("--batch_size", type=at_least(1), default=8, help="rows of a step")
     parser.add_argument("--length", type=at_least(2), default=2048, help="tokens of a row")
+    parser.add_argument("--memory", action="store_true", help="compile the step and tell its memory; run nothing")
+    parser.add_argument("--largest", action="store_true", help="heads of a target of the Llama-3-70B shape")
+    parser.add_argument("--mesh", default="data=1", help="with --memory: its axes, such as fsdp=8,tensor=2")
     parser.add_argument("--rounds", type=at_least(1), default=5, help="steps that are timed")
     parser.add_argument("--tiny", action="store_true", help="with a tiny shape")
     parser.add_argument("--out", type=Path, required=True, help="JSON file to write")
@@ -190,10 +218,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     shape = SHAPES[name]
     if args.tiny:
         shape = dataclasses.replace(shape, vocab_size=512)  # Bytes do not fit into its own.
-    found = measure(job, shape, args.batch_size, args.length, args.rounds)
     asked = {"job": args.job, "shape": name, "batch_size": args.batch_size, "length": args.length}
+    if args.memory:
+        if args.largest:
+            shape, asked["shape"] = LARGEST, "llama3-70b"
+        found = sizes_of(job, shape, args.batch_size, args.length, dict(parse_mesh(args.mesh).shape))
+        asked["mesh"] = args.mesh
+    else:
+        found = measure(job, shape, args.batch_size, args.length, args.rounds)
     write_json({"environment": describe_environment(), **asked, **found}, args.out)
-    print(", ".join(f"{key} {value:.4g}" for key, value in found.items()))
+    print(", ".join(f"{key} {value:.4g}" for key, value in found.items() if isinstance(value, float)))
 
 
 if __name__ == "__main__":
