@@ -16,7 +16,6 @@ from jaxtyping import Array, Float, Int
 
 from models.attention import ALONE, attend, wide
 from models.config import RopeScaling, TransformerConfig
-from models.linear import Linear
 
 
 def call(module: nn.Module, params: dict, *inputs) -> Any:
@@ -71,9 +70,9 @@ def joined_or_apart(module: nn.Module, names: tuple[str, ...], widths: list[int]
     A few rows times many small kernels costs more than times few large ones (`models.transformer.for_decoding`).
     """
     if module.has_variable("params", joined_name(names)):
-        both = Linear(sum(widths), use_bias=bias, name=joined_name(names))(x)
+        both = nn.Dense(sum(widths), use_bias=bias, name=joined_name(names))(x)
         return jnp.split(both, np.cumsum(widths)[:-1], axis=-1)
-    return [Linear(width, use_bias=bias, name=name)(x) for name, width in zip(names, widths, strict=True)]
+    return [nn.Dense(width, use_bias=bias, name=name)(x) for name, width in zip(names, widths, strict=True)]
 
 
 def joined_name(names: tuple[str, ...]) -> str:
@@ -105,7 +104,7 @@ class Attention(nn.Module):
         scale = c.head_dim**-0.5 if c.query_scale is None else c.query_scale
         q = apply_rope(q, angles)
         mixed = mix(q, rows, sources, layout, scale=scale, cap=c.attention_softcap, window=window)
-        return Linear(c.width, use_bias=c.output_bias, name="o")(mixed), rows
+        return nn.Dense(c.width, use_bias=c.output_bias, name="o")(mixed), rows
 
 
 class MLP(nn.Module):
@@ -119,7 +118,7 @@ class MLP(nn.Module):
     def __call__(self, x):
         act = nn.silu if self.activation == "silu" else lambda y: nn.gelu(y, approximate=True)
         gate, up = joined_or_apart(self, ("gate", "up"), [self.hidden] * 2, False, x)
-        return Linear(self.width, use_bias=False, name="down")(act(gate) * up)
+        return nn.Dense(self.width, use_bias=False, name="down")(act(gate) * up)
 
 
 class Block(nn.Module):

@@ -27,7 +27,6 @@ from models import transformer
 from models.attention import Sources
 from models.heads.eagle import Eagle3Heads, EagleHeads, unroll
 from models.layout import Layout
-from models.linear import in_blocks
 from models.transformer import Output, Params
 
 
@@ -122,8 +121,7 @@ class EagleDrafter(NetworkDrafter):
 
     def for_decoding(self, params, mesh=None):
         layer = transformer.for_decoding({"layers": [params["layer"]]}, mesh)["layers"][0]
-        rest = {name: part for name, part in params.items() if name != "layer"}
-        return {**(rest if mesh is not None else transformer.map_kernels(in_blocks, rest)), "layer": layer}
+        return {**params, "layer": layer}
 
     def init(self, config, batch, capacity, dtype, mesh=None):
         """`feature` `[B, H]` of the last committed token, and a one-layer `cache` of the pairs before it."""
