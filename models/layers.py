@@ -16,6 +16,7 @@ from jaxtyping import Array, Float, Int
 
 from models.attention import ALONE, attend, wide
 from models.config import RopeScaling, TransformerConfig
+from models.linear import Linear
 
 
 def call(module: nn.Module, params: dict, *inputs) -> Any:
@@ -70,9 +71,9 @@ def joined_or_apart(module: nn.Module, names: tuple[str, ...], widths: list[int]
     A few rows times many small kernels costs more than times few large ones (`models.transformer.for_decoding`).
     """
     if module.has_variable("params", joined_name(names)):
-        both = nn.Dense(sum(widths), use_bias=bias, name=joined_name(names))(x)
+        both = Linear(sum(widths), use_bias=bias, name=joined_name(names))(x)
         return jnp.split(both, np.cumsum(widths)[:-1], axis=-1)
-    return [nn.Dense(width, use_bias=bias, name=name)(x) for name, width in zip(names, widths, strict=True)]
+    return [Linear(width, use_bias=bias, name=name)(x) for name, width in zip(names, widths, strict=True)]
 
 
 def joined_name(names: tuple[str, ...]) -> str:
@@ -104,7 +105,7 @@ class Attention(nn.Module):
         scale = c.head_dim**-0.5 if c.query_scale is None else c.query_scale
         q = apply_rope(q, angles)
         mixed = mix(q, rows, sources, layout, scale=scale, cap=c.attention_softcap, window=window)
-        return nn.Dense(c.width, use_bias=c.output_bias, name="o")(mixed), rows
+        return Linear(c.width, use_bias=c.output_bias, name="o")(mixed), rows
 
 
 class MLP(nn.Module):
@@ -118,7 +119,7 @@ class MLP(nn.Module):
     def __call__(self, x):
         act = nn.silu if self.activation == "silu" else lambda y: nn.gelu(y, approximate=True)
         gate, up = joined_or_apart(self, ("gate", "up"), [self.hidden] * 2, False, x)
-        return nn.Dense(self.width, use_bias=False, name="down")(act(gate) * up)
+        return Linear(self.width, use_bias=False, name="down")(act(gate) * up)
 
 
 class Block(nn.Module):

@@ -12,7 +12,8 @@ grow with depth). Caches lie as the layers do.
 """
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -25,7 +26,7 @@ from models.attention import ALONE, Rows, Sources, StackedRows, softcap, wide
 from models.config import TransformerConfig
 from models.layers import Block, RMSNorm, call, joined_name, rope_angles
 from models.layout import Layout
-from models.linear import product, product_with_rows
+from models.linear import Kernel, in_blocks, product, product_with_rows, whole
 from models.sharding import keep_batch, split_vocabulary
 
 Params = dict
@@ -106,11 +107,24 @@ def unstack_layers(params: Params) -> Params:
 def for_decoding(params: Params, mesh: Mesh | None = None) -> Params:
     """Parameters as decoding reads them: a list of layers, whose projections are joined where there is no mesh.
 
-    Parameters that are in that form already come back as they are.
+    On CPU large kernels of layers are then in blocks (`models/linear.py`). Parameters that are in that form already
+    come back as they are.
     """
     if not isinstance(params["layers"], list):
         params = unstack_layers(params)
-    return params if mesh is not None else join_projections(params)
+    if mesh is not None:
+        return params
+    params = join_projections(params)
+    return {**params, "layers": map_kernels(in_blocks, params["layers"])}
+
+
+def map_kernels(function: Callable[[Kernel], Kernel], params: Any) -> Any:
+    """Parameters after `function` was applied to every kernel among them."""
+
+    def mapped(path, leaf):
+        return function(leaf) if path[-1] == jax.tree_util.DictKey("kernel") else leaf
+
+    return jax.tree.map_with_path(mapped, params)
 
 
 # Maps of the same input, which decoding on one device runs as one product.
@@ -138,7 +152,8 @@ def join_projections(params: Params) -> Params:
 
 
 def split_projections(config: TransformerConfig, params: Params) -> Params:
-    """The inverse of `join_projections`; parameters that are not joined come back as they are."""
+    """The inverse of `for_decoding` but for stacking; parameters that are not joined come back as they are."""
+    params = {**params, "layers": map_kernels(whole, params["layers"])}
     query, key = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
     ends = {"attention": [query, query + key], "mlp": [config.mlp_width]}
 

@@ -27,6 +27,7 @@ from models import transformer
 from models.attention import Sources
 from models.heads.eagle import Eagle3Heads, EagleHeads, unroll
 from models.layout import Layout
+from models.linear import in_blocks
 from models.transformer import Output, Params
 
 
@@ -121,7 +122,8 @@ class EagleDrafter(NetworkDrafter):
 
     def for_decoding(self, params, mesh=None):
         layer = transformer.for_decoding({"layers": [params["layer"]]}, mesh)["layers"][0]
-        return {**params, "layer": layer}
+        rest = {name: part for name, part in params.items() if name != "layer"}
+        return {**(rest if mesh is not None else transformer.map_kernels(in_blocks, rest)), "layer": layer}
 
     def init(self, config, batch, capacity, dtype, mesh=None):
         """`feature` `[B, H]` of the last committed token, and a one-layer `cache` of the pairs before it."""

@@ -41,7 +41,7 @@ from models.errors import UserError
 from models.heads.medusa import vocab_kernel
 from models.layers import MLP, Attention, RMSNorm, call, rope_angles
 from models.layout import Layout
-from models.linear import product
+from models.linear import Linear, product
 from models.sharding import split_vocabulary
 from models.transformer import Params
 
@@ -176,7 +176,7 @@ class EagleHeads(_Network):
         Returns:
           What stands in for the feature at the next position, and the pairs' keys and values.
         """
-        dense = nn.Dense(config.width, use_bias=self.bias)
+        dense = Linear(config.width, use_bias=self.bias)
         y = call(dense, params["fc"], jnp.concatenate([embedding, feature], axis=-1))
         own = self.layer_config(config)
         angles = rope_angles(own, layout.positions)

@@ -1,5 +1,6 @@
-"""Products with parameters, whichever way they are computed."""
+"""Kernels in blocks multiply as they do whole."""
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,10 +8,48 @@ import pytest
 
 from models import linear
 
+WIDTH, OUT = 96, 320
 
-def test_scores_by_a_table_are_products_with_its_transpose(monkeypatch: pytest.MonkeyPatch) -> None:
+
+@pytest.fixture(autouse=True)
+def _small_is_large(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(linear, "LEAST_BYTES", 1024)
-    rng = np.random.default_rng(0)
-    table, x = (jnp.asarray(rng.standard_normal(shape), jnp.float32) for shape in ((320, 96), (2, 3, 96)))
+    monkeypatch.setattr(linear, "pages_are_huge", lambda: True)
+
+
+def _normal(*shape: int) -> jax.Array:
+    return jnp.asarray(np.random.default_rng(len(shape)).standard_normal(shape), jnp.float32)
+
+
+def test_blocks_multiply_as_the_whole_kernel_does() -> None:
+    kernel, bias = _normal(WIDTH, OUT), _normal(OUT)
+    blocks = linear.in_blocks(kernel)
+    assert blocks.shape == (5, WIDTH, 64)
+    np.testing.assert_array_equal(linear.whole(blocks), kernel)
+    assert linear.in_blocks(blocks) is blocks
+    inputs = [_normal(*shape) for shape in ((WIDTH,), (1, 1, WIDTH), (2, 3, WIDTH), (linear.MOST_ROWS + 1, WIDTH))]
+
+    @jax.jit
+    def both(inputs):
+        layers = nn.Dense(OUT), linear.Linear(OUT)
+        params = ({"kernel": kernel, "bias": bias}, {"kernel": blocks, "bias": bias})
+        return [[layer.apply({"params": p}, x) for layer, p in zip(layers, params, strict=True)] for x in inputs]
+
+    for expected, got in both(inputs):
+        np.testing.assert_allclose(got, expected, atol=1e-4)
+
+
+def test_scores_by_a_table_are_products_with_its_transpose() -> None:
+    table, x = _normal(OUT, WIDTH), _normal(2, 3, WIDTH)
     scores = jax.jit(lambda table, x: linear.product_with_rows(x, table, jnp.float32))(table, x)
     np.testing.assert_allclose(scores, np.asarray(x) @ np.asarray(table).T, atol=1e-4)
+
+
+def test_kernels_stay_whole_where_blocks_win_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    for kernel in (_normal(2, 64), _normal(WIDTH, 100)):
+        assert linear.in_blocks(kernel) is kernel
+    with monkeypatch.context() as small:
+        small.setattr(linear, "pages_are_huge", lambda: False)
+        assert linear.in_blocks(_normal(WIDTH, OUT)).shape == (WIDTH, OUT)
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    assert linear.in_blocks(_normal(WIDTH, OUT)).shape == (WIDTH, OUT)
