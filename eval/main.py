@@ -143,8 +143,8 @@ def run(config: DecodeConfig) -> dict[str, Any]:
         results = {
             "config": schema.resolved(config),
             "target": describe_target(target, perplexity=quality["perplexity"]),
-            "averages": "tokens/s: mean over questions, median over repeats; acceptance length: over all steps; per turn: "
-            "mean over texts",
+            "averages": "tokens/s: mean over questions, median over repeats; acceptance length: over all steps, "
+            "and per turn: mean over texts",
             "runs": runs,
             "samples": samples(target, contenders, shown, config.max_new_tokens, **options),
         }
