@@ -139,7 +139,7 @@ class EagleDrafter(NetworkDrafter):
         tokens_BR = jnp.where(begins_B1, jnp.roll(rows.tokens, -1, axis=1), rows.tokens)
         first = jnp.maximum(rows.start.length - 1, 0)
         position = rows.start.position - (rows.start.length - first)
-        hidden_BRH, fresh = self.heads.run(
+        _, fresh = self.heads.run(
             target.config,
             params,
             paired_BRH,
@@ -153,7 +153,7 @@ class EagleDrafter(NetworkDrafter):
         fresh = {name: jnp.where(masks[name], row, 0) for name, row in fresh.items()}
         return {
             "feature": last_feature(state["feature"], feature_BRH, rows.count),
-            "cache": commit(state["cache"], [fresh], None, first, after=hidden_BRH[:, 0]),
+            "cache": commit(state["cache"], [fresh], None, first, after=feature_BRH[:, 0]),
         }
 
     def network(self, params, target, state):
