@@ -24,6 +24,7 @@ from decoding.drafters.hydra import Hydra
 from decoding.drafters.lookahead import Lookahead
 from decoding.drafters.medusa import Medusa
 from decoding.drafters.network_drafter import NetworkDrafter
+from decoding.drafters.p_eagle import PEagle
 from decoding.drafters.plain import Plain
 from decoding.drafters.prompt_lookup import PromptLookup
 from decoding.drafters.registry import load_drafter
@@ -36,6 +37,7 @@ from models.formats.target import Target, load_target
 from models.heads.eagle import Eagle3Heads, EagleHeads
 from models.heads.hydra import HydraHeads
 from models.heads.medusa import MedusaHeads
+from models.heads.p_eagle import PEagleHeads
 from tests.noise import noisy
 
 # The second child has more descendants than the first: a builder that takes the first's for granted goes wrong.
@@ -116,6 +118,14 @@ def eagle31(target: Target, key: Array) -> tuple[Drafter, Any]:
     return _random(Eagle3(heads, Static(LOPSIDED, "top")), target, key)
 
 
+def p_eagle(target: Target, key: Array) -> tuple[Drafter, Any]:
+    """All depths in one pass, through two layers, over a vocabulary of its own."""
+    known = [token for token in (0, 1, 3, 5, 6, 8, 10, 11) if token < target.config.vocab_size]
+    heads = PEagleHeads(0, 1, 1, len(known), num_layers=2)
+    drafter, params = _random(PEagle(heads, Static(LOPSIDED, "top")), target, key)
+    return drafter, {**params, "draft_vocab": jnp.array(known, jnp.int32)}
+
+
 def draft_chain(target: Target, key: Array) -> tuple[Drafter, Any]:
     """Speculative decoding: a chain drawn from a smaller transformer, the target's first layer and its head."""
     return _draft_model(target, Static(chain(3)))
@@ -160,6 +170,7 @@ CASES: dict[str, Callable[[Target, Array], tuple[Drafter, Any]]] = {
     "eagle3": eagle3,
     "eagle3 static": eagle3_static,
     "eagle3.1": eagle31,
+    "p_eagle": p_eagle,
 }
 
 # What these add is shown elsewhere too: the network by another policy, the policy by tests/decoding/policies, its rule

@@ -6,6 +6,7 @@ from train.objectives.draft_heads import DraftHeads
 from train.objectives.eagle import Eagle3Objective, EagleObjective
 from train.objectives.lm import LM
 from train.objectives.objective import Objective
+from train.objectives.p_eagle import PEagleObjective
 from train.objectives.several import SeveralObjective
 from train.objectives.var import VARObjective
 from train.objectives.vqvae import VQVAEObjective
@@ -15,6 +16,7 @@ OBJECTIVES: dict[str, type[Objective]] = {
     "draft_heads": DraftHeads,
     "eagle": EagleObjective,
     "eagle3": Eagle3Objective,
+    "p_eagle": PEagleObjective,
     "several": SeveralObjective,
     "vqvae": VQVAEObjective,
     "var": VARObjective,
