@@ -29,6 +29,7 @@ And a *selector*: of the K best tokens of every row, scores of pairs of neighbou
 
 import dataclasses
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import flax.linen as nn
 import jax
@@ -37,7 +38,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
 from models import transformer
-from models.attention import ALONE, Rows, Sources, wide
+from models.attention import ALONE, BLOCK, Rows, Sources, wide
 from models.config import TransformerConfig
 from models.errors import UserError
 from models.heads.eagle import LayerShape
@@ -97,6 +98,22 @@ class BlockLayer(nn.Module):
         attention = Attention(c, name="attention")
         y_BTH = half("attention", y_BTH, lambda x: attention(x, angles, layout, sources, window)[0])
         return half("mlp", y_BTH, MLP(c.width, c.mlp_width, c.activation, name="mlp"))
+
+
+class Anchors(NamedTuple):
+    """Where blocks begin in a text.
+
+    Attributes:
+      tokens: the anchors.
+      positions: theirs.
+      horizon: slots of the context that a block sees.
+      since: the first of them.
+    """
+
+    tokens: Int[Array, "B A"]
+    positions: Int[Array, "B A"]
+    horizon: Int[Array, "B A"]
+    since: Int[Array, "B A"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -317,6 +334,47 @@ class DFlashHeads:
         """Of the outputs of A blocks those that draft tokens, in the order of the text."""
         hidden_BASH = hidden.reshape(hidden.shape[0], -1, self.block, hidden.shape[-1])
         return hidden_BASH[:, :, self.block - self.depth :]
+
+    def at_anchors(
+        self,
+        config: TransformerConfig,
+        params: Params,
+        target: Params,
+        context: Sequence[Rows],
+        anchors: Anchors,
+        prefix_positions: Int[Array, "#B T"],
+        devices: int = 1,
+    ) -> Float[Array, "B A D H"]:
+        """What the target's head reads of blocks at many places of a text, a piece of them at a time.
+
+        Args:
+          config: shape of the target.
+          params: of the network.
+          target: the target's parameters.
+          context: `context_rows` of the text.
+          anchors: where the blocks begin.
+          prefix_positions: where the tokens of the text stand.
+          devices: that share the work.
+        """
+        own, (batch, count) = self.layer_config(config), anchors.tokens.shape
+
+        def piece(anchors):
+            layout = self.layout(anchors.positions, anchors.horizon, anchors.since, prefix_positions)
+            hidden = self.run(config, params, self.inputs(target, anchors.tokens), layout, context)
+            return self.drafting(hidden)
+
+        scores = batch * own.num_heads * count * self.block * prefix_positions.shape[1]
+        pieces = min(-(-scores // (BLOCK * devices)), count)
+        if pieces == 1:
+            return piece(anchors)
+        size = -(-count // pieces)
+
+        def cut(values_BA):
+            filled = jnp.pad(values_BA, ((0, 0), (0, -count % size)))
+            return jnp.moveaxis(filled.reshape(batch, -1, size), 1, 0)
+
+        found = jax.lax.map(jax.checkpoint(piece), jax.tree.map(cut, anchors))
+        return jnp.moveaxis(found, 0, 1).reshape(batch, -1, *found.shape[3:])[:, :count]
 
     def pair_scores(
         self,

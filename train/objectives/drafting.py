@@ -166,9 +166,17 @@ class DraftObjective(Objective):
 
     def loss(self, trainable: Params, frozen: Params, batch: Batch, key: Array, progress: Array | float):
         """One term per depth: (sums, weights); metrics hold each depth's mean before its decay."""
-        return self.loss_on(self.read_target(frozen, batch), trainable, frozen, batch, key)
+        return self.loss_on(self.read_target(frozen, batch), trainable, frozen, batch, key, progress)
 
-    def loss_on(self, target: TargetFeatures, trainable: Params, frozen: Params, batch: Batch, key: Array):
+    def loss_on(
+        self,
+        target: TargetFeatures,
+        trainable: Params,
+        frozen: Params,
+        batch: Batch,
+        key: Array,
+        progress: Array | float,
+    ):
         """`loss`, given the target's features on the batch."""
         guesses = self.teacher_forced(target, trainable, frozen, batch, key)
         teacher = self.teacher(target, frozen, asked=False)
