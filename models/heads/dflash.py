@@ -376,25 +376,6 @@ class DFlashHeads:
         found = jax.lax.map(jax.checkpoint(piece), jax.tree.map(cut, anchors))
         return jnp.moveaxis(found, 0, 1).reshape(batch, -1, *found.shape[3:])[:, :count]
 
-    def pair_scores(
-        self,
-        params: Params,
-        logits: Float[Array, "*B V"],
-        hidden: Float[Array, "*B H"],
-        before: Int[Array, "*B M"],
-    ) -> tuple[Float[Array, "*B M K"], Int[Array, "*B K"]]:
-        """DFlash2's scores of the K best tokens of a row after each of M tokens, and these tokens, best first.
-
-        Args:
-          params: of the network.
-          logits: of the row.
-          hidden: what they were read off.
-          before: tokens that may stand before.
-        """
-        assert self.selector is not None
-        best_BK, tokens_BK = jax.lax.top_k(logits, self.selector.candidates)
-        return self.scores_after(params, best_BK, tokens_BK, hidden, before), tokens_BK
-
     def scores_after(
         self,
         params: Params,
@@ -403,7 +384,15 @@ class DFlashHeads:
         hidden: Float[Array, "*B H"],
         before: Int[Array, "*B M"],
     ) -> Float[Array, "*B M K"]:
-        """`pair_scores` of given tokens, `best` being their logits."""
+        """DFlash2's scores of the K best tokens of a row after each of M tokens.
+
+        Args:
+          params: of the network.
+          best: logits of the tokens.
+          tokens: as many as the selector has candidates.
+          hidden: what they were read off.
+          before: tokens that may stand before.
+        """
         chosen = params["selector"]
         gate_Br = product(hidden, chosen["hidden"]["kernel"])
         gated_BMr = chosen["predecessor"][before] * gate_Br[..., None, :]
