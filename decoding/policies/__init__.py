@@ -7,6 +7,7 @@ from decoding.policies.confidence import Confidence
 from decoding.policies.dyspec import DySpec
 from decoding.policies.policy import DraftNetwork, Scores, TreePolicy
 from decoding.policies.rsd import StochasticBeam
+from decoding.policies.slots import Expanding, Slots
 from decoding.policies.static import Static
 from models import schema
 from models.errors import UserError
@@ -16,7 +17,9 @@ __all__ = [
     "Confidence",
     "DraftNetwork",
     "DySpec",
+    "Expanding",
     "Scores",
+    "Slots",
     "Static",
     "StochasticBeam",
     "TreePolicy",
@@ -29,6 +32,8 @@ POLICIES: dict[str, type[TreePolicy]] = {
     "stochastic_beam": StochasticBeam,
     "dyspec": DySpec,
     "confidence": Confidence,
+    "slots": Slots,
+    "accum_logp": Expanding,
 }
 
 
