@@ -13,8 +13,9 @@ BF16, Q8_0, Q4_0, Q4_1, Q5_0, Q5_1, Q4_K, Q5_K and Q6_K; quantised weights becom
 A target directory loads with `models.load_target` and with transformers. A drafter directory is for `--base`, the
 target directory that the drafter was trained on, and keeps what it was made from under `provenance`. Drafters come as
 one file or a directory, in safetensors or in torch's format, which is read without torch and without running anything
-in it. `model` makes a drafter of a whole target directory, a smaller model of the same vocabulary. `--policy` says how
-a model or an EAGLE head grows its trees (`decoding/policies`).
+in it. `model` makes a drafter of a whole target directory, a smaller model of the same vocabulary; `dflash` and
+`jetspec` are networks that fill a block of tokens at once. `--policy` says how one of these or an EAGLE head grows its
+trees (`decoding/policies`).
 
 Image models are VAR's transformers (`var`), its tokenizer (`vae`) and CoDe's drafters and refiners (`code`), one file
 each. `--schedule`, `256`, `512` or the sides of the scales, says what their files do not; without it a transformer has
@@ -29,18 +30,20 @@ from pathlib import Path
 from typing import Any, cast
 
 from decoding.drafter import Drafter
+from decoding.drafters.dflash import DFlash
 from decoding.drafters.draft_model import DraftModel
 from decoding.drafters.eagle import Eagle, Eagle3
 from decoding.drafters.hydra import Hydra
 from decoding.drafters.medusa import Medusa
 from decoding.drafters.registry import save_drafter
-from decoding.policies import parse_policy
-from decoding.trees import MC_SIM_7B_63, Topology
+from decoding.policies import Expanding, Static, parse_policy
+from decoding.trees import MC_SIM_7B_63, Topology, chain
 from models import command_line, load_target
 from models.command_line import like
 from models.config import TransformerConfig
 from models.errors import UserError, exit_on_user_error
 from models.formats import image_models as image_files
+from models.formats import released_blocks as blocks
 from models.formats import released_heads as released
 from models.formats.gguf import read_gguf
 from models.formats.hf import load_config, load_params, save_target
@@ -103,6 +106,8 @@ DRAFTERS: dict[str, DrafterFormat] = {
     ),
     "eagle": DrafterFormat((), released.eagle, Eagle),
     "eagle3": DrafterFormat((), released.eagle3, Eagle3),
+    "dflash": DrafterFormat((), blocks.dflash, lambda heads: DFlash(heads, Static(chain(heads.depth), "top"))),
+    "jetspec": DrafterFormat((), blocks.jetspec, lambda heads: DFlash(heads, Expanding(heads.depth))),
 }
 
 # Format name -> reader of (source, schedule or None).
@@ -239,7 +244,7 @@ def check_options(args: argparse.Namespace) -> None:
         ("--base", args.base, drafter),
         ("--tokenizer", args.tokenizer, args.format == "llama2c"),
         ("--layers", args.layers, args.format == "eagle3"),
-        ("--policy", args.policy, args.format in ("model", "eagle", "eagle3")),
+        ("--policy", args.policy, args.format in ("model", "eagle", "eagle3", "dflash", "jetspec")),
         ("--schedule", args.schedule, image),
     ):
         if value is not None and not known:
@@ -267,7 +272,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         help="layers whose input eagle3 reads, if they are not those of the original release",
     )
     parser.add_argument(
-        "--policy", "--growth", metavar="KIND[:NAME=VALUE,...]", help="how a model or an EAGLE head grows its trees"
+        "--policy",
+        "--growth",
+        metavar="KIND[:NAME=VALUE,...]",
+        help="how a model, an EAGLE head or a block grows its trees",
     )
     parser.add_argument(
         "--schedule",

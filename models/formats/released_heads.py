@@ -31,7 +31,7 @@ from models.heads.medusa import MedusaHeads, vocab_kernel
 from models.transformer import Params, split_projections
 
 # Buffers that follow from the configuration, at whatever depth.
-_ROTARY = r"(.*\.)?rotary_emb\.inv_freq"
+ROTARY = r"(.*\.)?rotary_emb\.inv_freq"
 _PREFIX = "prefix_embeding_layer."  # so spelled in the release
 # What some programs that train EAGLE-3 can switch on; our network has none of it.
 _EAGLE3_VARIANTS = ("norm_before_residual", "norm_before_fc", "fc_norm", "norm_output")
@@ -100,9 +100,9 @@ def medusa(release: Release, base: Target) -> Converted:
         else:
             given[f"heads/{i}/vocab/kernel"] = np.asarray(vocab_kernel(base.params))
     heads = MedusaHeads(num_heads, num_layers)
-    params = _assemble(release, heads, base, names, given)
+    params = assemble(release, heads, base, names, given)
     compared = bool(prefix) and _check_same_target(release, base)
-    release.finish(_ROTARY, "Medusa")
+    release.finish(ROTARY, "Medusa")
     detected = {"vocabulary_maps": "of the heads" if own else "of the base", **_tied(params, first=0)}
     version = "v1.0" if prefix else "v0.1" if own else "legacy"
     return Converted(heads, params, f"medusa {version}", detected, compared)
@@ -119,7 +119,7 @@ def _check_same_target(release: Release, base: Target) -> bool:
                 "heads were trained with another target"
             )
     if base.config.tied_embeddings:
-        _check_copy(release, "lm_head.weight", base)
+        check_copy(release, "lm_head.weight", base)
     return len(release.names) < before
 
 
@@ -155,12 +155,12 @@ def hydra(release: Release, base: Target) -> Converted:
         vocab = f"hydra_lm_head.{i}.1" if dropout else f"hydra_lm_head.{i}"
         names |= {f"heads/{i}/vocab/kernel": f"{vocab}.weight", f"heads/{i}/vocab/bias": f"{vocab}.bias"}
     if prefix:
-        names |= {f"prefix/block/{path}": f"{_PREFIX}layers.0.{name}" for path, name in _layer_names(base).items()}
+        names |= {f"prefix/block/{path}": f"{_PREFIX}layers.0.{name}" for path, name in layer_names(base).items()}
         names["prefix/norm/scale"] = f"{_PREFIX}norm.weight"
     heads = HydraHeads(num_heads, len(places), prefix, _hydra_dropout(release, prefix and dropout))
-    params = _assemble(release, heads, base, names, {})
-    compared = _check_copy(release, "input_embed_fn.weight", base)
-    release.finish(rf"{re.escape(_PREFIX)}embed_tokens\.weight|{_ROTARY}", "Hydra")
+    params = assemble(release, heads, base, names, {})
+    compared = check_copy(release, "input_embed_fn.weight", base)
+    release.finish(rf"{re.escape(_PREFIX)}embed_tokens\.weight|{ROTARY}", "Hydra")
     detected = {"dropout_layout": dropout, **_tied(params, first=1)}
     return Converted(heads, params, "hydra++" if prefix else "hydra", detected, compared)
 
@@ -206,11 +206,11 @@ def eagle(release: Release, base: Target) -> Converted:
     if release.config.get("bias", bias) != bias:
         raise UserError(f"{release.source}: config.json says bias = {json.dumps(not bias)}, which fc does not fit")
     names = {"fc/kernel": "fc.weight", "fc/bias": "fc.bias"}
-    names |= {f"layer/{path}": f"layers.0.{name}" for path, name in _layer_names(base, layer).items()}
+    names |= {f"layer/{path}": f"layers.0.{name}" for path, name in layer_names(base, layer).items()}
     heads = EagleHeads(bias, layer)
-    params = _assemble(release, heads, base, names, {})
-    compared = _check_copy(release, "embed_tokens.weight", base)
-    release.finish(_ROTARY, "EAGLE")
+    params = assemble(release, heads, base, names, {})
+    compared = check_copy(release, "embed_tokens.weight", base)
+    release.finish(ROTARY, "EAGLE")
     return Converted(heads, params, "eagle", {"fc_bias": bias, **rope}, compared)
 
 
@@ -252,10 +252,10 @@ def eagle3(release: Release, base: Target, layers: Sequence[int] | None = None) 
         "norm/scale": "norm.weight",
         "vocab/kernel": "lm_head.weight",
     }
-    names |= {f"layer/{path}": f"midlayer.{name}" for path, name in _layer_names(base, layer).items()}
-    params = _assemble(release, heads, base, names, given)
-    compared = _check_copy(release, "embed_tokens.weight", base)
-    release.finish(_ROTARY, "EAGLE-3")
+    names |= {f"layer/{path}": f"midlayer.{name}" for path, name in layer_names(base, layer).items()}
+    params = assemble(release, heads, base, names, given)
+    compared = check_copy(release, "embed_tokens.weight", base)
+    release.finish(ROTARY, "EAGLE-3")
     size = heads.vocab_size or base.config.vocab_size
     detected = {"draft_vocabulary": size, "layers": [low, middle, high], **rope}
     return Converted(heads, params, "eagle3", detected, compared)
@@ -330,7 +330,7 @@ def _draft_vocabulary(release: Release, base: Target) -> dict[str, np.ndarray]:
 # What they share
 
 
-def _assemble(release: Release, heads: Any, base: Target, names: Mapping[str, str], given: Mapping[str, Any]) -> Params:
+def assemble(release: Release, heads: Any, base: Target, names: Mapping[str, str], given: Mapping[str, Any]) -> Params:
     """Parameters of `heads`: from `given`, or from the tensor that `names` has for their path."""
     shapes = jax.eval_shape(functools.partial(heads.init, base.config), base.params, jax.random.key(0))
     leaves = []
@@ -347,14 +347,14 @@ def _take(release: Release, name: str, path: str, shape: tuple[int, ...], base: 
     return release.take(name, shape, because)
 
 
-def _layer_names(base: Target, layer: LayerShape | None = None) -> dict[str, str]:
+def layer_names(base: Target, layer: LayerShape | None = None) -> dict[str, str]:
     """Paths in one of our blocks -> names in a released one, of the base's kind or of that shape."""
     first, config = "layers/0/", base.config if layer is None else layer.of(base.config)
     names = tensor_names(dataclasses.replace(config, num_layers=1, windows=()))
     return {p.removeprefix(first): n.removeprefix("model.layers.0.") for p, n in names.items() if p.startswith(first)}
 
 
-def _check_copy(release: Release, name: str, base: Target) -> bool:
+def check_copy(release: Release, name: str, base: Target) -> bool:
     """Some releases repeat the base's embedding. Ours read the base's own, so the copy may differ by rounding only.
 
     Returns:

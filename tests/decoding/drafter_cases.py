@@ -30,7 +30,7 @@ from decoding.drafters.prompt_lookup import PromptLookup
 from decoding.drafters.registry import load_drafter
 from decoding.drafters.token_recycling import TokenRecycling
 from decoding.policies import Confidence, DySpec, Expanding, Static, StochasticBeam, TreePolicy
-from decoding.trees import Topology, chain
+from decoding.trees import Topology, chain, from_child_counts
 from models import transformer
 from models.config import TransformerConfig
 from models.formats.target import Target, load_target
@@ -42,6 +42,8 @@ from tests.noise import noisy
 
 # The second child has more descendants than the first: a builder that takes the first's for granted goes wrong.
 LOPSIDED = Topology(((0,), (1,), (2,), (0, 0), (1, 0), (1, 1), (1, 0, 0), (1, 1, 0), (1, 1, 1)))
+# Slots that are blind to each other seldom meet the text twice in a row: most places are where they may.
+BROAD = from_child_counts({(): 3, (0,): 3, (1,): 3, (2,): 3, (1, 1): 1, (1, 1, 0): 1})
 BUSHY = Topology(
     ((0,), (1,), (2,), (3,), (0, 0), (0, 1), (1, 0), (2, 0), (0, 0, 0), (0, 1, 0), (0, 1, 1), (0, 1, 1, 0))
 )
@@ -115,7 +117,7 @@ def eagle3_static(target: Target, key: Array) -> tuple[Drafter, Any]:
 def dflash(target: Target, key: Array) -> tuple[Drafter, Any]:
     """Blocks in a sliding window, with convolutions; a static tree on their slots."""
     heads = DFlashHeads((0, 1), target.config.vocab_size - 1, num_layers=1, block=5, window=6, convolution=True)
-    return _random(DFlash(heads, Static(BUSHY, "top")), target, key)
+    return _random(DFlash(heads, Static(BROAD, "top")), target, key)
 
 
 def dflash2(target: Target, key: Array) -> tuple[Drafter, Any]:
