@@ -93,7 +93,7 @@ class Layout:
     Attributes:
       positions: place of each new row in its text, from 0.
       horizon: cache slots that a new row sees, counted from slot 0; `[B, 1]` where all rows see the same.
-      since: the first of these slots that it does see, where packed documents lie before it; None means slot 0.
+      since: the first slot that it sees, where the cache holds packed documents; None is slot 0.
       order: who sees whom among the new rows, each itself included.
       segments: packed documents, 1, 2, ...; 0 is padding; None means one document per row.
       scratch_seen: `[b, i, r]` says that new row i sees row r of the scratch; None when there is no scratch.
