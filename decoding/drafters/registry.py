@@ -22,6 +22,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from decoding.drafter import Drafter
+from decoding.drafters.dflash import DFlash
 from decoding.drafters.draft_model import DraftModel
 from decoding.drafters.eagle import Eagle, Eagle3
 from decoding.drafters.early_exit import EarlyExit
@@ -59,6 +60,7 @@ DRAFTERS: dict[str, type[Drafter]] = {
     "hydra": Hydra,
     "eagle": Eagle,
     "eagle3": Eagle3,
+    "dflash": DFlash,
     "token_recycling": TokenRecycling,
     "prompt_lookup": PromptLookup,
     "lookahead": Lookahead,

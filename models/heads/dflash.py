@@ -29,6 +29,7 @@ And a *selector*: of the K best tokens of every row, scores of pairs of neighbou
 
 import dataclasses
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import flax.linen as nn
 import jax
@@ -37,7 +38,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
 from models import transformer
-from models.attention import ALONE, Rows, Sources, wide
+from models.attention import ALONE, BLOCK, Rows, Sources, wide
 from models.config import TransformerConfig
 from models.errors import UserError
 from models.heads.eagle import LayerShape
@@ -97,6 +98,22 @@ class BlockLayer(nn.Module):
         attention = Attention(c, name="attention")
         y_BTH = half("attention", y_BTH, lambda x: attention(x, angles, layout, sources, window)[0])
         return half("mlp", y_BTH, MLP(c.width, c.mlp_width, c.activation, name="mlp"))
+
+
+class Anchors(NamedTuple):
+    """Where blocks begin in a text.
+
+    Attributes:
+      tokens: the anchors.
+      positions: theirs.
+      horizon: slots of the context that a block sees.
+      since: the first of them.
+    """
+
+    tokens: Int[Array, "B A"]
+    positions: Int[Array, "B A"]
+    horizon: Int[Array, "B A"]
+    since: Int[Array, "B A"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -318,24 +335,46 @@ class DFlashHeads:
         hidden_BASH = hidden.reshape(hidden.shape[0], -1, self.block, hidden.shape[-1])
         return hidden_BASH[:, :, self.block - self.depth :]
 
-    def pair_scores(
+    def at_anchors(
         self,
+        config: TransformerConfig,
         params: Params,
-        logits: Float[Array, "*B V"],
-        hidden: Float[Array, "*B H"],
-        before: Int[Array, "*B M"],
-    ) -> tuple[Float[Array, "*B M K"], Int[Array, "*B K"]]:
-        """DFlash2's scores of the K best tokens of a row after each of M tokens, and these tokens, best first.
+        target: Params,
+        context: Sequence[Rows],
+        anchors: Anchors,
+        prefix_positions: Int[Array, "#B T"],
+        devices: int = 1,
+    ) -> Float[Array, "B A D H"]:
+        """What the target's head reads of blocks at many places of a text, a piece of them at a time.
 
         Args:
+          config: shape of the target.
           params: of the network.
-          logits: of the row.
-          hidden: what they were read off.
-          before: tokens that may stand before.
+          target: the target's parameters.
+          context: `context_rows` of the text.
+          anchors: where the blocks begin.
+          prefix_positions: where the tokens of the text stand.
+          devices: that share the work.
         """
-        assert self.selector is not None
-        best_BK, tokens_BK = jax.lax.top_k(logits, self.selector.candidates)
-        return self.scores_after(params, best_BK, tokens_BK, hidden, before), tokens_BK
+        own, (batch, count) = self.layer_config(config), anchors.tokens.shape
+
+        def piece(anchors):
+            layout = self.layout(anchors.positions, anchors.horizon, anchors.since, prefix_positions)
+            hidden = self.run(config, params, self.inputs(target, anchors.tokens), layout, context)
+            return self.drafting(hidden)
+
+        scores = batch * own.num_heads * count * self.block * prefix_positions.shape[1]
+        pieces = min(-(-scores // (BLOCK * devices)), count)
+        if pieces == 1:
+            return piece(anchors)
+        size = -(-count // pieces)
+
+        def cut(values_BA):
+            filled = jnp.pad(values_BA, ((0, 0), (0, -count % size)))
+            return jnp.moveaxis(filled.reshape(batch, -1, size), 1, 0)
+
+        found = jax.lax.map(jax.checkpoint(piece), jax.tree.map(cut, anchors))
+        return jnp.moveaxis(found, 0, 1).reshape(batch, -1, *found.shape[3:])[:, :count]
 
     def scores_after(
         self,
@@ -345,7 +384,15 @@ class DFlashHeads:
         hidden: Float[Array, "*B H"],
         before: Int[Array, "*B M"],
     ) -> Float[Array, "*B M K"]:
-        """`pair_scores` of given tokens, `best` being their logits."""
+        """DFlash2's scores of the K best tokens of a row after each of M tokens.
+
+        Args:
+          params: of the network.
+          best: logits of the tokens.
+          tokens: as many as the selector has candidates.
+          hidden: what they were read off.
+          before: tokens that may stand before.
+        """
         chosen = params["selector"]
         gate_Br = product(hidden, chosen["hidden"]["kernel"])
         gated_BMr = chosen["predecessor"][before] * gate_Br[..., None, :]

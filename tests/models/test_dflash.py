@@ -147,17 +147,17 @@ def test_fresh_convolutions_and_selectors_change_nothing() -> None:
     assert np.array_equal(fresh["norm"]["scale"], target["final_norm"]["scale"])
 
 
-def test_pair_scores_of_the_best_tokens() -> None:
+def test_scores_of_pairs_of_tokens() -> None:
     rng = np.random.default_rng(0)
     params = {"selector": case(FULL)[1]["selector"]}
-    logits, hidden, before = rng.normal(size=(2, 19)), rng.normal(size=(2, 32)), np.array([[3, 5, 3], [0, 1, 2]])
-    scores, tokens = jax.jit(FULL.pair_scores)(params, *map(jnp.asarray, (logits, hidden, before)))
-    assert np.array_equal(tokens, np.argsort(-logits, axis=-1)[:, :4])
+    best, hidden = rng.normal(size=(2, 4)), rng.normal(size=(2, 32))
+    tokens, before = rng.integers(19, size=(2, 4)), np.array([[3, 5, 3], [0, 1, 2]])
+    scores = jax.jit(FULL.scores_after)(params, *map(jnp.asarray, (best, tokens, hidden, before)))
     chosen = params["selector"]
     for b in range(2):
         gate = hidden[b] @ chosen["hidden"]["kernel"]
-        pairs = (chosen["predecessor"][before[b]] * gate) @ chosen["successor"][np.asarray(tokens)[b]].T
-        np.testing.assert_allclose(scores[b], logits[b, np.asarray(tokens)[b]] + pairs, atol=1e-10)
+        pairs = (chosen["predecessor"][before[b]] * gate) @ chosen["successor"][tokens[b]].T
+        np.testing.assert_allclose(scores[b], best[b] + pairs, atol=1e-10)
 
 
 def test_rows_that_draft() -> None:

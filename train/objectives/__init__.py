@@ -2,6 +2,7 @@
 
 from train.objectives.classifier import ImageClassifier
 from train.objectives.code_refiner import CodeRefiner
+from train.objectives.dflash import DFlashObjective
 from train.objectives.draft_heads import DraftHeads
 from train.objectives.eagle import Eagle3Objective, EagleObjective
 from train.objectives.lm import LM
@@ -15,6 +16,7 @@ OBJECTIVES: dict[str, type[Objective]] = {
     "draft_heads": DraftHeads,
     "eagle": EagleObjective,
     "eagle3": Eagle3Objective,
+    "dflash": DFlashObjective,
     "several": SeveralObjective,
     "vqvae": VQVAEObjective,
     "var": VARObjective,
