@@ -7,6 +7,7 @@ from decoding.policies.confidence import Confidence
 from decoding.policies.dyspec import DySpec
 from decoding.policies.policy import DraftNetwork, Scores, TreePolicy
 from decoding.policies.rsd import StochasticBeam
+from decoding.policies.scheduled import Scheduled
 from decoding.policies.static import Static
 from models import schema
 from models.errors import UserError
@@ -16,6 +17,7 @@ __all__ = [
     "Confidence",
     "DraftNetwork",
     "DySpec",
+    "Scheduled",
     "Scores",
     "Static",
     "StochasticBeam",
@@ -29,6 +31,7 @@ POLICIES: dict[str, type[TreePolicy]] = {
     "stochastic_beam": StochasticBeam,
     "dyspec": DySpec,
     "confidence": Confidence,
+    "scheduled": Scheduled,
 }
 
 

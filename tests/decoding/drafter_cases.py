@@ -17,6 +17,7 @@ from jaxtyping import Array
 
 from decoding.drafter import Drafter
 from decoding.drafters.draft_model import DraftModel
+from decoding.drafters.dspark import DSpark
 from decoding.drafters.eagle import Eagle, Eagle3
 from decoding.drafters.early_exit import EarlyExit
 from decoding.drafters.first_of import FirstOf
@@ -33,9 +34,11 @@ from decoding.trees import Topology, chain
 from models import transformer
 from models.config import TransformerConfig
 from models.formats.target import Target, load_target
+from models.heads.dflash import DFlashHeads
 from models.heads.eagle import Eagle3Heads, EagleHeads
 from models.heads.hydra import HydraHeads
 from models.heads.medusa import MedusaHeads
+from models.heads.serial import SerialHead
 from tests.noise import noisy
 
 # The second child has more descendants than the first: a builder that takes the first's for granted goes wrong.
@@ -110,6 +113,13 @@ def eagle3_static(target: Target, key: Array) -> tuple[Drafter, Any]:
     return drafter.with_tree(LOPSIDED), params
 
 
+def dspark(target: Target, key: Array) -> tuple[Drafter, Any]:
+    """One pass for a block, a bigram for its branches; of a slot's tokens most are scored after the parent."""
+    heads = DFlashHeads((0, 1), target.config.vocab_size - 1, num_layers=1, block=3, shifted=True)
+    drafter = DSpark(heads, Static(LOPSIDED, "top"), SerialHead("vanilla", 4), min(8, target.config.vocab_size))
+    return drafter, noisy(drafter.init_params(target.config, target.params, key), 0.2)
+
+
 def draft_chain(target: Target, key: Array) -> tuple[Drafter, Any]:
     """Speculative decoding: a chain drawn from a smaller transformer, the target's first layer and its head."""
     return _draft_model(target, Static(chain(3)))
@@ -153,6 +163,7 @@ CASES: dict[str, Callable[[Target, Array], tuple[Drafter, Any]]] = {
     "eagle2": eagle2,
     "eagle3": eagle3,
     "eagle3 static": eagle3_static,
+    "dspark": dspark,
 }
 
 # What these add is shown elsewhere too: the network by another policy, the policy by tests/decoding/policies, its rule
