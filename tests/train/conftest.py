@@ -91,6 +91,15 @@ def job(data_set: pathlib.Path, target_directory: pathlib.Path) -> Callable[...,
         },
         "eagle": {"name": "eagle", "target": str(target_directory), "depth": 3, "loop_prompts": 0},
         "eagle3": {"name": "eagle3", "target": str(target_directory), "steps": 3, "loop_prompts": 0},
+        "dflash": {
+            "name": "dflash",
+            "target": str(target_directory),
+            "target_layers": (0, 1),
+            "num_layers": 1,
+            "block": 4,
+            "anchors": 32,
+            "loop_prompts": 0,
+        },
         "several": {"name": "several", "target": str(target_directory)},
     }
 
