@@ -120,6 +120,12 @@ def dspark(target: Target, key: Array) -> tuple[Drafter, Any]:
     return drafter, noisy(drafter.init_params(target.config, target.params, key), 0.2)
 
 
+def eagle31(target: Target, key: Array) -> tuple[Drafter, Any]:
+    """EAGLE-3.1: every norm that EAGLE-3 can have at once."""
+    heads = Eagle3Heads(0, 1, 1, fc_norm=True, norm_before_residual=True, norm_output=True)
+    return _random(Eagle3(heads, Static(LOPSIDED, "top")), target, key)
+
+
 def draft_chain(target: Target, key: Array) -> tuple[Drafter, Any]:
     """Speculative decoding: a chain drawn from a smaller transformer, the target's first layer and its head."""
     return _draft_model(target, Static(chain(3)))
@@ -164,11 +170,12 @@ CASES: dict[str, Callable[[Target, Array], tuple[Drafter, Any]]] = {
     "eagle3": eagle3,
     "eagle3 static": eagle3_static,
     "dspark": dspark,
+    "eagle3.1": eagle31,
 }
 
 # What these add is shown elsewhere too: the network by another policy, the policy by tests/decoding/policies, its rule
 # by test_losslessness.py. They run with `-m slow`.
-VARIANTS = ("hydra", "eagle2", "eagle3 static", "early_exit", "draft rsd-s", "draft dyspec")
+VARIANTS = ("hydra", "eagle2", "eagle3 static", "eagle3.1", "early_exit", "draft rsd-s", "draft dyspec")
 each_drafter = pytest.mark.parametrize(
     "name", [pytest.param(name, marks=[pytest.mark.slow] if name in VARIANTS else []) for name in CASES]
 )
@@ -205,7 +212,7 @@ def random_target(
 TRAINED = os.environ.get("TANDEM_TRAINED", "")
 # Random weights are so large that their text is lively only at high temperatures.
 WARM = 1.0 if TRAINED else 6.0
-_TRAINED_AS = {"hydra++": "hydra_pp", "eagle2": "eagle", "eagle3 static": "eagle3"}
+_TRAINED_AS = {"hydra++": "hydra_pp", "eagle2": "eagle", "eagle3 static": "eagle3", "eagle3.1": "eagle3"}
 
 
 def battery_target() -> Target:
