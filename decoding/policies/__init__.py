@@ -9,6 +9,7 @@ from decoding.policies.dyspec import DySpec
 from decoding.policies.policy import DraftNetwork, Scores, TreePolicy
 from decoding.policies.rsd import StochasticBeam
 from decoding.policies.scheduled import Scheduled
+from decoding.policies.slots import Expanding, Slots
 from decoding.policies.static import Static
 from models import schema
 from models.errors import UserError
@@ -18,8 +19,10 @@ __all__ = [
     "Confidence",
     "DraftNetwork",
     "DySpec",
+    "Expanding",
     "Scheduled",
     "Scores",
+    "Slots",
     "Static",
     "StochasticBeam",
     "TreePolicy",
@@ -33,6 +36,8 @@ POLICIES: dict[str, type[TreePolicy]] = {
     "dyspec": DySpec,
     "confidence": Confidence,
     "scheduled": Scheduled,
+    "slots": Slots,
+    "accum_logp": Expanding,
 }
 
 

@@ -16,6 +16,7 @@ import pytest
 from jaxtyping import Array
 
 from decoding.drafter import Drafter
+from decoding.drafters.dflash import DFlash
 from decoding.drafters.draft_model import DraftModel
 from decoding.drafters.dspark import DSpark
 from decoding.drafters.eagle import Eagle, Eagle3
@@ -29,12 +30,12 @@ from decoding.drafters.plain import Plain
 from decoding.drafters.prompt_lookup import PromptLookup
 from decoding.drafters.registry import load_drafter
 from decoding.drafters.token_recycling import TokenRecycling
-from decoding.policies import Confidence, DySpec, Static, StochasticBeam, TreePolicy
+from decoding.policies import Confidence, DySpec, Expanding, Static, StochasticBeam, TreePolicy
 from decoding.trees import Topology, chain
 from models import transformer
 from models.config import TransformerConfig
 from models.formats.target import Target, load_target
-from models.heads.dflash import DFlashHeads
+from models.heads.dflash import DFlashHeads, Selector
 from models.heads.eagle import Eagle3Heads, EagleHeads
 from models.heads.hydra import HydraHeads
 from models.heads.medusa import MedusaHeads
@@ -126,6 +127,24 @@ def eagle31(target: Target, key: Array) -> tuple[Drafter, Any]:
     return _random(Eagle3(heads, Static(LOPSIDED, "top")), target, key)
 
 
+def dflash(target: Target, key: Array) -> tuple[Drafter, Any]:
+    """Blocks in a sliding window, with convolutions; a static tree on their slots."""
+    heads = DFlashHeads((0, 1), target.config.vocab_size - 1, num_layers=1, block=5, window=6, convolution=True)
+    return _random(DFlash(heads, Static(BUSHY, "top")), target, key)
+
+
+def dflash2(target: Target, key: Array) -> tuple[Drafter, Any]:
+    """Blocks whose slots are chosen from a few candidates by the token before them."""
+    heads = DFlashHeads((1,), 0, num_layers=2, block=4, selector=Selector(rank=4, candidates=4))
+    return _random(DFlash(heads, Static(LOPSIDED, "top")), target, key)
+
+
+def jetspec(target: Target, key: Array) -> tuple[Drafter, Any]:
+    """Causal blocks, and a tree whose topology is data."""
+    heads = DFlashHeads((0, 1), 0, num_layers=1, block=4, causal=True)
+    return _random(DFlash(heads, Expanding(depth=3, total=10, width=3)), target, key)
+
+
 def draft_chain(target: Target, key: Array) -> tuple[Drafter, Any]:
     """Speculative decoding: a chain drawn from a smaller transformer, the target's first layer and its head."""
     return _draft_model(target, Static(chain(3)))
@@ -171,11 +190,15 @@ CASES: dict[str, Callable[[Target, Array], tuple[Drafter, Any]]] = {
     "eagle3 static": eagle3_static,
     "dspark": dspark,
     "eagle3.1": eagle31,
+    "dflash": dflash,
+    "dflash2": dflash2,
+    "jetspec": jetspec,
 }
 
 # What these add is shown elsewhere too: the network by another policy, the policy by tests/decoding/policies, its rule
 # by test_losslessness.py. They run with `-m slow`.
 VARIANTS = ("hydra", "eagle2", "eagle3 static", "eagle3.1", "early_exit", "draft rsd-s", "draft dyspec")
+VARIANTS = ("hydra", "eagle2", "eagle3 static", "early_exit", "draft rsd-s", "draft dyspec", "dflash2", "jetspec")
 each_drafter = pytest.mark.parametrize(
     "name", [pytest.param(name, marks=[pytest.mark.slow] if name in VARIANTS else []) for name in CASES]
 )
