@@ -141,6 +141,17 @@ class DFlash(NetworkDrafter):
         fresh = [{name: jnp.where(masks[name], row, 0) for name, row in layer.items()} for layer in fresh]
         return {"context": commit(state["context"], fresh, None, rows.start.length)}
 
+    def probing(self):
+        policy = self.policy.probing()
+        tree = None if policy is None else policy.topology
+        if policy is None or tree is None or tree.max_depth <= self.heads.depth:
+            return super().probing()
+        return self.with_policy(dataclasses.replace(policy, tree=tree.down_to(self.heads.depth)))
+
+    def with_budget(self, candidates, acceptance=None):
+        fitted = super().with_budget(candidates, acceptance)
+        return None if fitted is None or fitted.max_depth > self.heads.depth else fitted
+
     def network(self, params, target, state):
         """A block behind the text."""
         return Network(self.heads, params, target, state)

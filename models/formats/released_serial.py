@@ -50,8 +50,8 @@ def dspark(release: Release, base: Target) -> Converted:
     embedding and head; older files have the prefix `logit_head.` before the heads.
 
     Raises:
-      UserError: a tensor is missing, misshapen, unknown, or differs from the base's; or `config.json` lacks something or
-        asks for what our network does not compute.
+      UserError: a tensor is missing, misshapen, unknown, or differs from the base's; or `config.json` lacks something
+        or asks for what our network does not compute.
     """
     said, where = dict(release.config), f"{release.source}: config.json"
     rank, kind = _number(said, "markov_rank", where, least=1), said.get("markov_head_type")

@@ -174,6 +174,16 @@ def test_what_does_not_fit_is_refused(drafter: DSpark, words: str) -> None:
         drafter.check(target().config)
 
 
+def test_trees_that_are_fitted_are_no_deeper_than_a_block() -> None:
+    drafter = DSpark(BLOCK, Static(chain(2)))
+    probing = drafter.probing()
+    assert probing is not None and probing.max_depth == DEPTH and probing.policy.draws == "without"
+    scheduled = drafter.with_policy(Scheduled(2))
+    assert scheduled.probing() is None
+    assert scheduled.with_budget(DEPTH) == drafter.with_policy(Scheduled(DEPTH))
+    assert scheduled.with_budget(DEPTH + 1) is None
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_a_record_is_read_back(name: str) -> None:
     assert build(CASES[name].to_record(), "drafter.json") == CASES[name]
