@@ -60,13 +60,17 @@ class Network:
         """The target's."""
         return self.target.config.vocab_size
 
+    def filled_block(self, root: Int[Array, "B"]) -> Float[Array, "B D H"]:
+        """The one pass: what the target's head reads of the drafting slots of a block that begins with the root."""
+        length_B1 = self.target.length[:, None]
+        inputs = self.heads.inputs(self.target.params, root[:, None])
+        layout = self.heads.layout(length_B1, length_B1)
+        hidden = self.heads.run(self.target.config, self.params, inputs, layout, self.state["context"])
+        return self.heads.drafting(hidden)[:, 0]
+
     def begin(self, root, slots):
         """The one pass; see `DraftNetwork`."""
-        config, heads, length_B1 = self.target.config, self.heads, self.target.length[:, None]
-        inputs = heads.inputs(self.target.params, root[:, None])
-        layout = heads.layout(length_B1, length_B1)
-        hidden = heads.run(config, self.params, inputs, layout, self.state["context"])
-        hidden_BDH = heads.drafting(hidden)[:, 0]
+        heads, hidden_BDH = self.heads, self.filled_block(root)
         logits_BDV = self.target.head(hidden_BDH)
         filled = Filled(logits_BDV)
         if heads.selector is not None:
@@ -104,10 +108,13 @@ class DFlash(NetworkDrafter):
     def taps(self) -> tuple[str, ...]:  # type: ignore[override]
         return self.heads.taps
 
+    def outputs(self, config) -> int:
+        """Tokens that a slot's distribution is over."""
+        return self.heads.selector.candidates if self.heads.selector else config.vocab_size
+
     def check(self, config):
         self.heads.check(config)
-        chosen = self.heads.selector
-        self.policy.check(chosen.candidates if chosen else config.vocab_size)
+        self.policy.check(self.outputs(config))
         if self.policy.max_depth > self.heads.depth:
             raise UserError(
                 f"the draft tree is {self.policy.max_depth} deep, but a block of {self.heads.block} drafts "
@@ -133,6 +140,17 @@ class DFlash(NetworkDrafter):
         fresh = self.heads.context_rows(target.config, params, fused_BRH, rows.start.length[:, None] + index_R)
         fresh = [{name: jnp.where(masks[name], row, 0) for name, row in layer.items()} for layer in fresh]
         return {"context": commit(state["context"], fresh, None, rows.start.length)}
+
+    def probing(self):
+        policy = self.policy.probing()
+        tree = None if policy is None else policy.topology
+        if policy is None or tree is None or tree.max_depth <= self.heads.depth:
+            return super().probing()
+        return self.with_policy(dataclasses.replace(policy, tree=tree.down_to(self.heads.depth)))
+
+    def with_budget(self, candidates, acceptance=None):
+        fitted = super().with_budget(candidates, acceptance)
+        return None if fitted is None or fitted.max_depth > self.heads.depth else fitted
 
     def network(self, params, target, state):
         """A block behind the text."""

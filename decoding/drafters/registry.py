@@ -24,6 +24,7 @@ from jax.sharding import Mesh
 from decoding.drafter import Drafter
 from decoding.drafters.dflash import DFlash
 from decoding.drafters.draft_model import DraftModel
+from decoding.drafters.dspark import DSpark
 from decoding.drafters.eagle import Eagle, Eagle3
 from decoding.drafters.early_exit import EarlyExit
 from decoding.drafters.first_of import FirstOf
@@ -61,6 +62,7 @@ DRAFTERS: dict[str, type[Drafter]] = {
     "eagle": Eagle,
     "eagle3": Eagle3,
     "dflash": DFlash,
+    "dspark": DSpark,
     "token_recycling": TokenRecycling,
     "prompt_lookup": PromptLookup,
     "lookahead": Lookahead,

@@ -18,6 +18,7 @@ from jaxtyping import Array
 from decoding.drafter import Drafter
 from decoding.drafters.dflash import DFlash
 from decoding.drafters.draft_model import DraftModel
+from decoding.drafters.dspark import DSpark
 from decoding.drafters.eagle import Eagle, Eagle3
 from decoding.drafters.early_exit import EarlyExit
 from decoding.drafters.first_of import FirstOf
@@ -38,6 +39,7 @@ from models.heads.dflash import DFlashHeads, Selector
 from models.heads.eagle import Eagle3Heads, EagleHeads
 from models.heads.hydra import HydraHeads
 from models.heads.medusa import MedusaHeads
+from models.heads.serial import SerialHead
 from tests.noise import noisy
 
 # The second child has more descendants than the first: a builder that takes the first's for granted goes wrong.
@@ -114,6 +116,19 @@ def eagle3_static(target: Target, key: Array) -> tuple[Drafter, Any]:
     return drafter.with_tree(LOPSIDED), params
 
 
+def dspark(target: Target, key: Array) -> tuple[Drafter, Any]:
+    """One pass for a block, a bigram for its branches; of a slot's tokens most are scored after the parent."""
+    heads = DFlashHeads((0, 1), target.config.vocab_size - 1, num_layers=1, block=3, shifted=True)
+    drafter = DSpark(heads, Static(LOPSIDED, "top"), SerialHead("vanilla", 4), min(8, target.config.vocab_size))
+    return drafter, noisy(drafter.init_params(target.config, target.params, key), 0.2)
+
+
+def eagle31(target: Target, key: Array) -> tuple[Drafter, Any]:
+    """EAGLE-3.1: every norm that EAGLE-3 can have at once."""
+    heads = Eagle3Heads(0, 1, 1, fc_norm=True, norm_before_residual=True, norm_output=True)
+    return _random(Eagle3(heads, Static(LOPSIDED, "top")), target, key)
+
+
 def dflash(target: Target, key: Array) -> tuple[Drafter, Any]:
     """Blocks in a sliding window, with convolutions; a static tree on their slots."""
     heads = DFlashHeads((0, 1), target.config.vocab_size - 1, num_layers=1, block=5, window=6, convolution=True)
@@ -175,6 +190,8 @@ CASES: dict[str, Callable[[Target, Array], tuple[Drafter, Any]]] = {
     "eagle2": eagle2,
     "eagle3": eagle3,
     "eagle3 static": eagle3_static,
+    "dspark": dspark,
+    "eagle3.1": eagle31,
     "dflash": dflash,
     "dflash2": dflash2,
     "jetspec": jetspec,
@@ -182,6 +199,7 @@ CASES: dict[str, Callable[[Target, Array], tuple[Drafter, Any]]] = {
 
 # What these add is shown elsewhere too: the network by another policy, the policy by tests/decoding/policies, its rule
 # by test_losslessness.py. They run with `-m slow`.
+VARIANTS = ("hydra", "eagle2", "eagle3 static", "eagle3.1", "early_exit", "draft rsd-s", "draft dyspec")
 VARIANTS = ("hydra", "eagle2", "eagle3 static", "early_exit", "draft rsd-s", "draft dyspec", "dflash2", "jetspec")
 each_drafter = pytest.mark.parametrize(
     "name", [pytest.param(name, marks=[pytest.mark.slow] if name in VARIANTS else []) for name in CASES]
@@ -219,7 +237,7 @@ def random_target(
 TRAINED = os.environ.get("TANDEM_TRAINED", "")
 # Random weights are so large that their text is lively only at high temperatures.
 WARM = 1.0 if TRAINED else 6.0
-_TRAINED_AS = {"hydra++": "hydra_pp", "eagle2": "eagle", "eagle3 static": "eagle3"}
+_TRAINED_AS = {"hydra++": "hydra_pp", "eagle2": "eagle", "eagle3 static": "eagle3", "eagle3.1": "eagle3"}
 
 
 def battery_target() -> Target:

@@ -14,7 +14,7 @@ anchors at a time (`pieces.py`).
 import abc
 import dataclasses
 import functools
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +23,8 @@ from jaxtyping import Array, Bool, Float, Int
 from decoding.sampling import argmax, top_k
 from models import schema, transformer
 from models.attention import Rows
-from models.heads.dflash import Anchors, DFlashHeads
+from models.config import TransformerConfig
+from models.heads.dflash import Anchors, DFlashHeads, dflash_layers
 from models.sharding import keep_batch
 from train.objectives import block_losses
 from train.objectives.block_losses import Terms
@@ -65,7 +66,12 @@ class BlockObjective(OnFrozenTarget):
     """Base of these objectives. The config has, besides what every drafter's has, the fields of `check_blocks`.
 
     A subclass may give `scores`, `choices` and `more_loss`, and `head_params`, what is trained through them.
+
+    Class attributes:
+      unbroken: a slot counts only while all before it in its block do.
     """
+
+    unbroken: ClassVar[bool] = False
 
     @property
     def heads(self) -> DFlashHeads:
@@ -161,6 +167,8 @@ class BlockObjective(OnFrozenTarget):
         at, kept = drawn_anchors(batch, mask, self._config.anchors, jax.random.key(0) if key is None else key)
         choice = first_choices(target.read, target.scored, self.compute.devices) if asked else None
         slots = slots_at(batch, mask, at, kept, self.depth, target.scored, choice)
+        if self.unbroken:
+            slots = slots._replace(counted=block_losses.unbroken(slots.counted))
         context = context_of(self.heads, self.model, params, target, batch)
         where, positions = anchors_at(batch, at, kept)
         hidden = self.heads.at_anchors(
@@ -170,10 +178,19 @@ class BlockObjective(OnFrozenTarget):
 
     def _slot_losses(self, read, frozen, hidden, slots: Slots, log_p, blend):
         logits = keep_batch(self.scores(read, frozen, keep_batch(hidden), slots.before))
+        return logits, self.loss_of(logits, slots, log_p, blend)
+
+    def loss_of(
+        self,
+        logits: Float[Array, "B A D V"],
+        slots: Slots,
+        log_p: Float[Array, "B A D V"] | None,
+        blend: Float[Array, ""] | None = None,
+    ) -> Float[Array, "B A D"]:
+        """The config's `terms` of every slot."""
         temperature = self._config.temperature
         log_q = jax.nn.log_softmax(logits / temperature, axis=-1)
-        loss = block_losses.slot_losses(self._config.terms, log_q, log_p, slots.labels, blend)
-        return logits, temperature**2 * loss
+        return temperature**2 * block_losses.slot_losses(self._config.terms, log_q, log_p, slots.labels, blend)
 
     def _taught(self, target: TargetFeatures, slots: Slots):
         """The teacher's log-probabilities, where they are asked for."""
@@ -268,10 +285,25 @@ def context_of(heads: DFlashHeads, model: Any, params: Params, target: TargetFea
 
 
 class BlockConfig(abc.ABC):
-    """What the configs share: the fields `terms`, `pace`, `d_pace`, `temperature`, `hybrid_of` and `anchors`."""
+    """What the configs share: the fields `terms`, `pace`, `d_pace`, `temperature`, `hybrid_of` and `anchors`, and those
+    that say which network is meant."""
 
     terms: Terms
     target: str | None
+    target_layers: tuple[int, ...] | None
+    taps: int
+    num_layers: int
+    block: int
+    mask_token: int | None
+    window: int | None
+
+    def network(self, model: TransformerConfig, **more: Any) -> DFlashHeads:
+        """For a target of that shape; `more` are its other fields. Raises UserError for one that does not fit."""
+        layers = self.target_layers or dflash_layers(model.num_layers, self.taps)
+        mask = model.vocab_size - 1 if self.mask_token is None else self.mask_token
+        heads = DFlashHeads(layers, mask, self.num_layers, self.block, self.window, **more)
+        heads.check(model)
+        return heads
 
     @property
     def weights(self) -> Weights:
@@ -291,6 +323,7 @@ def check_blocks(config: Any) -> None:
     for name, weight in terms.items():
         schema.require(weight >= 0, f"objective.terms.{name} must not be negative", weight)
     schema.require(any(terms.values()), "one of objective.terms must be positive", terms)
+    schema.require(config.taps >= 1, "objective.taps must be at least 1", config.taps)
     schema.require(config.anchors >= 1, "objective.anchors must be at least 1", config.anchors)
     schema.require(config.pace is None or config.pace > 0, "objective.pace must be positive", config.pace)
     schema.require(config.temperature > 0, "objective.temperature must be positive", config.temperature)

@@ -19,7 +19,7 @@ from decoding.sampling import argmax, best_logits
 from decoding.trees import chain
 from models import schema
 from models.config import TransformerConfig
-from models.heads.dflash import DFlashHeads, Selector, dflash_layers
+from models.heads.dflash import Selector
 from train.objectives.block_losses import Terms
 from train.objectives.blocks import BlockConfig, BlockObjective, check_blocks
 
@@ -78,16 +78,12 @@ class DFlashConfig(BlockConfig):
 
     def __post_init__(self):
         check_blocks(self)
-        schema.require(self.taps >= 1, "objective.taps must be at least 1", self.taps)
         schema.require(self.selecting >= 0, "objective.selecting must not be negative", self.selecting)
 
     def untrained(self, model: TransformerConfig) -> DFlash:
         """The drafter without parameters."""
-        layers = self.target_layers or dflash_layers(model.num_layers, self.taps)
-        mask = model.vocab_size - 1 if self.mask_token is None else self.mask_token
-        shape = {name: getattr(self, name) for name in ("num_layers", "block", "window", "causal", "convolution")}
-        heads = DFlashHeads(layers, mask, selector=self.selector, **shape)
-        heads.check(model)
+        shape = {name: getattr(self, name) for name in ("causal", "convolution", "selector")}
+        heads = self.network(model, **shape)
         return DFlash(heads, Static(chain(heads.depth), "top"))
 
 
