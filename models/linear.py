@@ -14,7 +14,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from models import pages
 
@@ -27,6 +27,7 @@ ROWS_AT_ONCE = 5  # That a block is multiplied by while it is read once.
 WORTH_WAKING = 6e6  # Bytes read, over and over too, for which a second core gains more than it takes to wake it.
 
 Kernel = Float[Array | np.ndarray, "in out"] | Float[Array | np.ndarray, "N in block"]
+Table = Float[Array | np.ndarray, "out in"] | Float[Array | np.ndarray, "N in block"]
 
 
 class Linear(nn.Module):
@@ -99,8 +100,10 @@ def _cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def product_with_rows(x: Float[Array, "*B in"], table: Float[Array, "out in"], dtype=None) -> Float[Array, "*B out"]:
+def product_with_rows(x: Float[Array, "*B in"], table: Table, dtype=None) -> Float[Array, "*B out"]:
     """Rows times the transpose of `table`, as scores of all tokens are of their embeddings."""
+    if table.ndim == 3:
+        return product(x, table, dtype)
     rows = x.reshape(-1, x.shape[-1])
     if jax.default_backend() != "cpu" or not 1 < len(rows) <= MOST_ROWS or not _is_large(table):
         return _plain("...i,oi->...o", x, table, dtype)
@@ -145,14 +148,33 @@ def _wide(dtype) -> jnp.dtype:
 
 def in_blocks(kernel: Kernel) -> Kernel:
     """A kernel as `product` reads it fastest on the default backend: in blocks, or as it is."""
-    if jax.default_backend() != "cpu" or kernel.ndim != 2 or kernel.shape[1] % BLOCK or not pages.are_huge():
-        return kernel
-    return kernel.reshape(kernel.shape[0], -1, BLOCK).swapaxes(0, 1) if _is_large(kernel) else kernel
+    return kernel.reshape(len(kernel), -1, BLOCK).swapaxes(0, 1) if _wins_by_blocks(kernel, axis=1) else kernel
+
+
+def table_in_blocks(table: Table) -> Table:
+    """A table of embeddings that is the transpose of a kernel too, as that kernel in blocks, or as it is."""
+    return table.reshape(-1, BLOCK, table.shape[1]).swapaxes(1, 2) if _wins_by_blocks(table, axis=0) else table
+
+
+def rows_of_table(table: Table, indices: Int[Array, "*B"]) -> Float[Array, "*B in"]:
+    """Rows of a table, in blocks or not."""
+    return table[indices] if table.ndim == 2 else table[indices // BLOCK, :, indices % BLOCK]
+
+
+def whole_table(table: Table) -> Float[Array | np.ndarray, "out in"]:
+    """The inverse of `table_in_blocks`."""
+    return table if table.ndim == 2 else whole(table).T
 
 
 def whole(kernel: Kernel) -> Float[Array | np.ndarray, "in out"]:
     """The inverse of `in_blocks`."""
     return kernel if kernel.ndim == 2 else kernel.swapaxes(0, 1).reshape(kernel.shape[1], -1)
+
+
+def _wins_by_blocks(array: Array | np.ndarray, axis: int) -> bool:
+    if jax.default_backend() != "cpu" or array.ndim != 2 or array.shape[axis] % BLOCK:
+        return False
+    return _is_large(array) and pages.are_huge()
 
 
 def _is_large(array: Array | np.ndarray) -> bool:

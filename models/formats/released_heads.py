@@ -28,6 +28,7 @@ from models.formats.target import Target
 from models.heads.eagle import Eagle3Heads, EagleHeads, LayerShape, eagle3_layers
 from models.heads.hydra import HydraHeads
 from models.heads.medusa import MedusaHeads, vocab_kernel
+from models.linear import whole_table
 from models.transformer import Params, split_projections
 
 # Buffers that follow from the configuration, at whatever depth.
@@ -362,7 +363,7 @@ def _check_copy(release: Release, name: str, base: Target) -> bool:
     """
     if name not in release:
         return False
-    embedding = base.params["embed"]["embedding"]
+    embedding = whole_table(base.params["embed"]["embedding"])
     if not _same(_take(release, name, "", embedding.shape, base), embedding):
         raise UserError(
             f"{release.source} was made for another target: its {name} is not the embedding of the base {base.path}"
