@@ -77,22 +77,25 @@ def _sum_of_chunks(rows: Float[Array, "R in"], kernel: Float[Array, "N in block"
 
 
 def _chunks(kernel: Float[Array, "N in block"], rows: int) -> int:
-    """Into how many chunks of inputs to cut a product, so that every core takes part in it; 1 where none is needed.
+    """Into how many chunks of inputs to cut a product; 1 leaves it whole.
 
     A matrix product in a batch is one core's whole, and so are as many of the batch as have `SHARE` bytes of results:
-    with few rows all of them. As a sum over chunks of its inputs a product is a batch of more and smaller ones.
+    with few rows all of them. As a sum over chunks of its inputs a product is a batch of more and smaller ones, in
+    which every core takes part. And with any sum in it the program does not write the rows down once for each block,
+    which two rows are not worth.
     """
     blocks, width, columns = kernel.shape
+    least = 1 if rows <= 2 or width % 2 else 2
     cores = _cores()
     # The first reading is bound by memory, which one core alone nearly exhausts.
     readings = -(-rows // ROWS_AT_ONCE) - 0.25
     if cores == 1 or kernel.size * kernel.dtype.itemsize * readings < WORTH_WAKING:
-        return 1
+        return least
     share = SHARE // (rows * columns * max(kernel.dtype.itemsize, 4))
     for chunks in range(2, width // LEAST_INPUTS + 1):
         if width % chunks == 0 and max(1, share // chunks) <= -(-blocks // cores):
             return chunks
-    return 1
+    return least
 
 
 @functools.cache

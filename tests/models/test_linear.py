@@ -54,11 +54,11 @@ def test_products_are_cut_where_another_core_gains_from_it(monkeypatch: pytest.M
 
     monkeypatch.setattr(linear, "_cores", lambda: 2)
     assert chunks(wide) == [1, 3, 2, 2]
-    assert chunks(narrow) == [1, 1, 1, 3]
+    assert chunks(narrow) == [1, 2, 2, 3]
     monkeypatch.setattr(linear, "_cores", lambda: 8)
     assert chunks(wide) == [1, 12, 6, 3]
     monkeypatch.setattr(linear, "_cores", lambda: 1)
-    assert chunks(wide) == [1, 1, 1, 1]
+    assert chunks(wide) == [1, 2, 2, 2]
 
 
 def test_products_of_a_row_are_bitwise_independent_of_its_neighbours(monkeypatch: pytest.MonkeyPatch) -> None:
