@@ -238,21 +238,23 @@ def _attend_in_rollouts(
     K, S = sources.prefix["v"].shape[1:3]
     k_BTKD, v_BTKD = rows["k"].transpose(0, 3, 1, 2), rows["v"].transpose(0, 2, 1, 3)
     pick = jax.vmap(lambda values, index: values[index])
+    slot_S = jnp.arange(S, dtype=jnp.int32)
 
     def piece(inputs):
-        q_BQND, chain_BQE, place = inputs
+        q_BQND, chain_BQE, horizon_BQ, since_BQ = inputs
         q_BQKGD = (q_BQND * scale).reshape(B, -1, K, N // K, D)
         at_BQE = jnp.maximum(chain_BQE, 0)
         s_BQKGS = wide_einsum("BQKGD,BKDS->BQKGS", q_BQKGD, sources.prefix["k"])
         s_BQKGE = wide_einsum("BQKGD,BQEKD->BQKGE", q_BQKGD, pick(k_BTKD, at_BQE))
-        seen = jnp.concatenate([place.sees_prefix(S, window), chain_BQE >= 0], axis=-1)[:, :, None, None]
+        seen_BQS = (slot_S >= since_BQ[:, :, None]) & (slot_S < horizon_BQ[:, :, None])
+        seen = jnp.concatenate([seen_BQS, chain_BQE >= 0], axis=-1)[:, :, None, None]
         scores = softcap(jnp.concatenate([s_BQKGS, s_BQKGE], axis=-1), cap)
         weights = jax.nn.softmax(jnp.where(seen, scores, jnp.finfo(scores.dtype).min), axis=-1).astype(q_BTND.dtype)
         mixed = wide_einsum("BQKGS,BKSD->BQKGD", weights[..., :S], sources.prefix["v"])
         mixed += wide_einsum("BQKGE,BQEKD->BQKGD", weights[..., S:], pick(v_BTKD, at_BQE))
         return mixed.astype(q_BTND.dtype).reshape(B, -1, N * D)
 
-    inputs = (q_BTND, chain_BTE, Layout(layout.positions, layout.horizon, since=layout.since))
+    inputs = (q_BTND, chain_BTE, layout.horizon, layout.since)
     count = min(-(-B * N * T * S // BLOCK), T)
     if count == 1:
         return piece(inputs)
