@@ -137,8 +137,9 @@ class PEagleHeads(Eagle3Heads):
             rest = {name: part for name, part in params.items() if name != "attention_norm"}
             return call(draft_layer(own), rest, x, y_BTH, angles, layout, sources, mix)
 
-        layers = [(functools.partial(run, mix=mix), params), *((ordinary, each) for each in params["blocks"])]
-        hidden, rows = feature, []
+        layers: list[tuple[Callable, Params]] = [(functools.partial(run, mix=mix), params)]
+        layers += [(ordinary, each) for each in params["blocks"]]
+        hidden, rows = feature, list[Rows]()
         for k, (layer, of_layer) in enumerate(layers):
             layer = jax.checkpoint(layer) if remat else layer
             hidden, fresh = layer(of_layer, hidden, embedding, layout, sources.layer(k))
@@ -203,7 +204,8 @@ def sampled_rollouts(
     there_BC = jnp.ones((batch, rows), bool)
     number_BC = jax.random.uniform(key, (batch, rows))
     chain_BCE = jnp.zeros((batch, rows, 0), jnp.int32)
-    anchors, valid, chains, offset = [], [], [], 0
+    anchors, valid, chains = list[Array](), list[Array](), list[Array]()
+    offset = 0
     for d, size in enumerate(sizes):
         eligible_BC = there_BC & jnp.take_along_axis(counted[d], anchors_BC, axis=1)
         found_BC, index_BC = jax.lax.top_k(jnp.where(eligible_BC, number_BC, -1.0), size)
