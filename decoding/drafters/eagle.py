@@ -171,7 +171,7 @@ class EagleDrafter(NetworkDrafter):
     def ingest(self, params, target, state, rows):
         feature_BRH = self.heads.fuse(target.config, params, rows.taps)
         pairs = TruePairs.of(state["feature"], feature_BRH, rows)
-        hidden_BRH, fresh = self.heads.run(
+        _, fresh = self.heads.run(
             target.config,
             params,
             pairs.features,
@@ -181,7 +181,7 @@ class EagleDrafter(NetworkDrafter):
         )
         return {
             "feature": last_feature(state["feature"], feature_BRH, rows.count),
-            "cache": pairs.commit(state["cache"], [fresh], after=hidden_BRH[:, 0]),
+            "cache": pairs.commit(state["cache"], [fresh], after=feature_BRH[:, 0]),
         }
 
     def network(self, params, target, state):

@@ -2,7 +2,9 @@
 
 from train.objectives.classifier import ImageClassifier
 from train.objectives.code_refiner import CodeRefiner
+from train.objectives.dflash import DFlashObjective
 from train.objectives.draft_heads import DraftHeads
+from train.objectives.dspark import DominoObjective, DSparkObjective
 from train.objectives.eagle import Eagle3Objective, EagleObjective
 from train.objectives.lm import LM
 from train.objectives.objective import Objective
@@ -17,6 +19,9 @@ OBJECTIVES: dict[str, type[Objective]] = {
     "eagle": EagleObjective,
     "eagle3": Eagle3Objective,
     "p_eagle": PEagleObjective,
+    "dflash": DFlashObjective,
+    "dspark": DSparkObjective,
+    "domino": DominoObjective,
     "several": SeveralObjective,
     "vqvae": VQVAEObjective,
     "var": VARObjective,
