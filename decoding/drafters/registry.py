@@ -32,6 +32,7 @@ from decoding.drafters.hydra import Hydra
 from decoding.drafters.lookahead import Lookahead
 from decoding.drafters.medusa import Medusa
 from decoding.drafters.oracle import Oracle
+from decoding.drafters.p_eagle import PEagle
 from decoding.drafters.plain import Plain
 from decoding.drafters.prompt_lookup import PromptLookup
 from decoding.drafters.token_recycling import TokenRecycling
@@ -63,6 +64,7 @@ DRAFTERS: dict[str, type[Drafter]] = {
     "eagle3": Eagle3,
     "dflash": DFlash,
     "dspark": DSpark,
+    "p_eagle": PEagle,
     "token_recycling": TokenRecycling,
     "prompt_lookup": PromptLookup,
     "lookahead": Lookahead,

@@ -26,6 +26,7 @@ from decoding.drafters.hydra import Hydra
 from decoding.drafters.lookahead import Lookahead
 from decoding.drafters.medusa import Medusa
 from decoding.drafters.network_drafter import NetworkDrafter
+from decoding.drafters.p_eagle import PEagle
 from decoding.drafters.plain import Plain
 from decoding.drafters.prompt_lookup import PromptLookup
 from decoding.drafters.registry import load_drafter
@@ -39,6 +40,7 @@ from models.heads.dflash import DFlashHeads, Selector
 from models.heads.eagle import Eagle3Heads, EagleHeads
 from models.heads.hydra import HydraHeads
 from models.heads.medusa import MedusaHeads
+from models.heads.p_eagle import PEagleHeads
 from models.heads.serial import SerialHead
 from tests.noise import noisy
 
@@ -147,6 +149,14 @@ def jetspec(target: Target, key: Array) -> tuple[Drafter, Any]:
     return _random(DFlash(heads, Expanding(depth=3, total=10, width=3)), target, key)
 
 
+def p_eagle(target: Target, key: Array) -> tuple[Drafter, Any]:
+    """All depths in one pass, through two layers, over a vocabulary of its own."""
+    known = [token for token in (0, 1, 3, 5, 6, 8, 10, 11) if token < target.config.vocab_size]
+    heads = PEagleHeads(0, 1, 1, len(known), num_layers=2)
+    drafter, params = _random(PEagle(heads, Static(LOPSIDED, "top")), target, key)
+    return drafter, {**params, "draft_vocab": jnp.array(known, jnp.int32)}
+
+
 def draft_chain(target: Target, key: Array) -> tuple[Drafter, Any]:
     """Speculative decoding: a chain drawn from a smaller transformer, the target's first layer and its head."""
     return _draft_model(target, Static(chain(3)))
@@ -195,6 +205,7 @@ CASES: dict[str, Callable[[Target, Array], tuple[Drafter, Any]]] = {
     "dflash": dflash,
     "dflash2": dflash2,
     "jetspec": jetspec,
+    "p_eagle": p_eagle,
 }
 
 # What these add is shown elsewhere too: the network by another policy, the policy by tests/decoding/policies, its rule

@@ -8,6 +8,7 @@ from train.objectives.dspark import DominoObjective, DSparkObjective
 from train.objectives.eagle import Eagle3Objective, EagleObjective
 from train.objectives.lm import LM
 from train.objectives.objective import Objective
+from train.objectives.p_eagle import PEagleObjective
 from train.objectives.several import SeveralObjective
 from train.objectives.var import VARObjective
 from train.objectives.vqvae import VQVAEObjective
@@ -20,6 +21,7 @@ OBJECTIVES: dict[str, type[Objective]] = {
     "dflash": DFlashObjective,
     "dspark": DSparkObjective,
     "domino": DominoObjective,
+    "p_eagle": PEagleObjective,
     "several": SeveralObjective,
     "vqvae": VQVAEObjective,
     "var": VARObjective,
