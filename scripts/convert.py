@@ -114,11 +114,11 @@ DRAFTERS: dict[str, DrafterFormat] = {
     "eagle": DrafterFormat((), released_eagle.eagle, Eagle),
     "eagle3": DrafterFormat((), released_eagle.eagle3, Eagle3),
     "eagle31": DrafterFormat((), released_eagle.eagle31, Eagle3),
+    "p_eagle": DrafterFormat((), released_eagle.p_eagle, PEagle),
     "dflash": DrafterFormat((), released_blocks.dflash, lambda heads: DFlash(heads, Static(chain(heads.depth), "top"))),
     "jetspec": DrafterFormat((), released_blocks.jetspec, lambda heads: DFlash(heads, Expanding(heads.depth))),
     "dspark": DrafterFormat((), released_serial.dspark, drawn_chain),
     "domino": DrafterFormat((), released_serial.domino, drawn_chain),
-    "p_eagle": DrafterFormat((), released_eagle.p_eagle, PEagle),
 }
 
 # Formats of drafters that a tree policy grows trees for.

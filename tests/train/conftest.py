@@ -95,6 +95,7 @@ def job(data_set: pathlib.Path, target_directory: pathlib.Path) -> Callable[...,
         },
         "eagle": {"name": "eagle", "target": str(target_directory), "depth": 3, "loop_prompts": 0},
         "eagle3": {"name": "eagle3", "target": str(target_directory), "steps": 3, "loop_prompts": 0},
+        "p_eagle": {"name": "p_eagle", "target": str(target_directory), "depth": 3, "loop_prompts": 0},
         "dflash": {**SMALL_BLOCKS, "name": "dflash", "target": str(target_directory), "block": 4},
         "dspark": {**SMALL_BLOCKS, "name": "dspark", "target": str(target_directory), "block": 3, "rank": 4},
         "domino": {
@@ -105,7 +106,6 @@ def job(data_set: pathlib.Path, target_directory: pathlib.Path) -> Callable[...,
             "rank": 4,
             "state": 6,
         },
-        "p_eagle": {"name": "p_eagle", "target": str(target_directory), "depth": 3, "loop_prompts": 0},
         "several": {"name": "several", "target": str(target_directory)},
     }
 
