@@ -36,6 +36,7 @@ from decoding.drafters.dspark import DSpark
 from decoding.drafters.eagle import Eagle, Eagle3
 from decoding.drafters.hydra import Hydra
 from decoding.drafters.medusa import Medusa
+from decoding.drafters.p_eagle import PEagle
 from decoding.drafters.registry import save_drafter
 from decoding.policies import Expanding, Static, parse_policy
 from decoding.trees import MC_SIM_7B_63, Topology, chain
@@ -113,6 +114,7 @@ DRAFTERS: dict[str, DrafterFormat] = {
     "eagle": DrafterFormat((), released_eagle.eagle, Eagle),
     "eagle3": DrafterFormat((), released_eagle.eagle3, Eagle3),
     "eagle31": DrafterFormat((), released_eagle.eagle31, Eagle3),
+    "p_eagle": DrafterFormat((), released_eagle.p_eagle, PEagle),
     "dflash": DrafterFormat((), released_blocks.dflash, lambda heads: DFlash(heads, Static(chain(heads.depth), "top"))),
     "jetspec": DrafterFormat((), released_blocks.jetspec, lambda heads: DFlash(heads, Expanding(heads.depth))),
     "dspark": DrafterFormat((), released_serial.dspark, drawn_chain),
@@ -120,7 +122,7 @@ DRAFTERS: dict[str, DrafterFormat] = {
 }
 
 # Formats of drafters that a tree policy grows trees for.
-WITH_POLICY = ("model", "eagle", "eagle3", "eagle31", "dflash", "jetspec", "dspark", "domino")
+WITH_POLICY = ("model", "eagle", "eagle3", "eagle31", "p_eagle", "dflash", "jetspec", "dspark", "domino")
 
 # Format name -> reader of (source, schedule or None).
 IMAGES: dict[str, Callable[[Path, Sequence[int] | None], Converted]] = {
@@ -256,7 +258,7 @@ def check_options(args: argparse.Namespace) -> None:
     for option, value, known in (
         ("--base", args.base, drafter),
         ("--tokenizer", args.tokenizer, args.format == "llama2c"),
-        ("--layers", args.layers, args.format in ("eagle3", "eagle31")),
+        ("--layers", args.layers, args.format in ("eagle3", "eagle31", "p_eagle")),
         ("--norm_output", args.norm_output, args.format == "eagle31"),
         ("--policy", args.policy, args.format in WITH_POLICY),
         ("--schedule", args.schedule, image),
@@ -283,7 +285,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "--layers",
         type=like(r"(\d+),(\d+),(\d+)", "three numbers with commas between them", lambda found: tuple(map(int, found))),
         metavar="LOW,MIDDLE,HIGH",
-        help="layers whose input eagle3 and eagle31 read, if they are not those of the original release",
+        help="layers whose input eagle3, eagle31 and p_eagle read, if they are not those of the original release",
     )
     parser.add_argument(
         "--norm_output",

@@ -26,6 +26,7 @@ from decoding.drafters.hydra import Hydra
 from decoding.drafters.lookahead import Lookahead
 from decoding.drafters.medusa import Medusa
 from decoding.drafters.network_drafter import NetworkDrafter
+from decoding.drafters.p_eagle import PEagle
 from decoding.drafters.plain import Plain
 from decoding.drafters.prompt_lookup import PromptLookup
 from decoding.drafters.registry import load_drafter
@@ -39,6 +40,7 @@ from models.heads.dflash import DFlashHeads, Selector
 from models.heads.eagle import Eagle3Heads, EagleHeads
 from models.heads.hydra import HydraHeads
 from models.heads.medusa import MedusaHeads
+from models.heads.p_eagle import PEagleHeads
 from models.heads.serial import SerialHead
 from tests.noise import noisy
 
@@ -129,6 +131,14 @@ def eagle31(target: Target, key: Array) -> tuple[Drafter, Any]:
     return _random(Eagle3(heads, Static(LOPSIDED, "top")), target, key)
 
 
+def p_eagle(target: Target, key: Array) -> tuple[Drafter, Any]:
+    """All depths in one pass, through two layers, over a vocabulary of its own."""
+    known = [token for token in (0, 1, 3, 5, 6, 8, 10, 11) if token < target.config.vocab_size]
+    heads = PEagleHeads(0, 1, 1, len(known), num_layers=2)
+    drafter, params = _random(PEagle(heads, Static(LOPSIDED, "top")), target, key)
+    return drafter, {**params, "draft_vocab": jnp.array(known, jnp.int32)}
+
+
 def dflash(target: Target, key: Array) -> tuple[Drafter, Any]:
     """Blocks in a sliding window, with convolutions; a static tree on their slots."""
     heads = DFlashHeads((0, 1), target.config.vocab_size - 1, num_layers=1, block=5, window=6, convolution=True)
@@ -192,6 +202,7 @@ CASES: dict[str, Callable[[Target, Array], tuple[Drafter, Any]]] = {
     "eagle3 static": eagle3_static,
     "dspark": dspark,
     "eagle3.1": eagle31,
+    "p_eagle": p_eagle,
     "dflash": dflash,
     "dflash2": dflash2,
     "jetspec": jetspec,
@@ -199,8 +210,17 @@ CASES: dict[str, Callable[[Target, Array], tuple[Drafter, Any]]] = {
 
 # What these add is shown elsewhere too: the network by another policy, the policy by tests/decoding/policies, its rule
 # by test_losslessness.py. They run with `-m slow`.
-VARIANTS = ("hydra", "eagle2", "eagle3 static", "eagle3.1", "early_exit", "draft rsd-s", "draft dyspec")
-VARIANTS = ("hydra", "eagle2", "eagle3 static", "early_exit", "draft rsd-s", "draft dyspec", "dflash2", "jetspec")
+VARIANTS = (
+    "hydra",
+    "eagle2",
+    "eagle3 static",
+    "eagle3.1",
+    "early_exit",
+    "draft rsd-s",
+    "draft dyspec",
+    "dflash2",
+    "jetspec",
+)
 each_drafter = pytest.mark.parametrize(
     "name", [pytest.param(name, marks=[pytest.mark.slow] if name in VARIANTS else []) for name in CASES]
 )
