@@ -196,7 +196,11 @@ def test_p_eagle_that_does_not_fit(base: Target, tmp_path: Path, config: dict, c
 def test_the_draft_layer_is_as_its_config_says(
     base: Target, tmp_path: Path, kind: str, said: dict, field: str, value: object
 ) -> None:
-    convert, make = ALL[kind]
+    kinds = {
+        "eagle": (released_eagle.eagle, cases.eagle),
+        "eagle3": (released_eagle.eagle3, lambda base: cases.eagle3(DRAFT_TOKENS)),
+    }
+    convert, make = kinds[kind]
     made = convert(read_release(write(tmp_path / "pytorch_model.bin", make(base), EAGLE_CONFIG | said)), base)
     assert getattr(made.heads.layer, field) == value
     assert getattr(made.heads.layer_config(base.config), field) == value
