@@ -72,7 +72,8 @@ def told(target: Target, monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple
 
 
 # A batch of one writes its caches in another way; one drafter with a cache shows it.
-ROWS = [1, 4]
+QUICK = [("hydra++", 1), ("hydra++", 4), ("eagle3", 4), ("token_recycling", 4)]
+SLOW = [("eagle3", 1), ("token_recycling", 1), ("p_eagle", 4), ("dflash", 4), ("dspark", 4)]
 
 
 @functools.cache
@@ -89,14 +90,7 @@ def _settings(batch: int) -> dict:
     return dict(max_new_tokens=LIMITS[:batch], sampling=SAMPLINGS[:batch], seeds=[3, 1, 4, 1][:batch])
 
 
-@pytest.mark.parametrize(
-    ("name", "batch"),
-    [
-        pytest.param(name, batch, marks=[pytest.mark.slow] if batch == 1 and name != "hydra++" else [])
-        for name in ("hydra++", "eagle3", "token_recycling")
-        for batch in ROWS
-    ],
-)
+@pytest.mark.parametrize(("name", "batch"), [*QUICK, *(pytest.param(*case, marks=pytest.mark.slow) for case in SLOW)])
 def test_text_is_plain_decodings_through_every_switch(told, name: str, batch: int) -> None:
     turns = [(LARGE, 3), (0, 7), (SMALL, 2), (LARGE, 2), (0, 2), (SMALL, 5)]
     plain, before = _plain(batch), _programs()
