@@ -123,6 +123,10 @@ def test_without_room_to_catch_up_the_rest_is_plain(told) -> None:
     made, script = told("hydra++", [(LARGE, 1), (0, 2)], PROMPTS[:1], max_new_tokens=100, sampling=SAMPLINGS[1])
     ends = [place for place, writer in enumerate(made.writers[0]) if writer]
     assert 60 < max(ends) <= 112 - sizing.SEGMENT + LARGE and script.counted[0] > script.counted[LARGE]
+    # Where there is none to begin with, drafts are made until the first pause.
+    crowded = PROMPTS[1] * 12
+    made, script = told("hydra++", [(LARGE, 4), (0, 1)], [crowded], max_new_tokens=20, sampling=SAMPLINGS[1])
+    assert script.counted[LARGE] == 4 and script.counted[0] == made.stats[0].steps - 4 > 0
 
 
 def test_costs_and_acceptance_choose_the_width_in_mid_text(target: Target, monkeypatch: pytest.MonkeyPatch) -> None:
