@@ -34,8 +34,7 @@ def test_decay_spares_scales_and_biases_of_stacked_layers():
     shape = TransformerConfig(
         vocab_size=8, width=4, num_layers=2, num_heads=1, num_kv_heads=1, head_dim=4, mlp_width=4, qkv_bias=True
     )
-    params = transformer.stack_layers(transformer.init(shape, jax.random.key(0)))
-    mask = decays(params)
+    mask = decays(jax.eval_shape(transformer.stack_layers, transformer.param_shapes(shape)))
     assert mask["layers"]["attention"]["q"] == {"bias": False, "kernel": True}
     assert mask["layers"]["attention_norm"] == mask["final_norm"] == {"scale": False}
     assert mask["embed"] == {"embedding": True}
