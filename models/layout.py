@@ -59,15 +59,23 @@ class BlockCausal:
 
 @struct.dataclass
 class Blocks:
-    """A row sees its own block alone, in both directions; `size` and `phase` as in `BlockCausal`."""
+    """A row sees its own block alone, in both directions, or only itself and what is before it there.
+
+    Attributes:
+      size: rows of a block.
+      phase: rows that the first block lacks (`BlockCausal`).
+      causal: rows see none after them.
+    """
 
     size: int = struct.field(pytree_node=False)
     phase: int | Int[Array, "*B"] = 0
+    causal: bool = struct.field(pytree_node=False, default=False)
 
     def sees(self, rows: int) -> Bool[Array, "#B T T"]:
         """`[b, i, j]`: new row i sees new row j."""
         block_BT = _blocks(rows, self.size, self.phase)
-        return block_BT[:, None, :] == block_BT[:, :, None]
+        seen = block_BT[:, None, :] == block_BT[:, :, None]
+        return seen & CAUSAL.sees(rows) if self.causal else seen
 
 
 def _blocks(rows: int, size: int, phase: int | Int[Array, "*B"]) -> Int[Array, "#B T"]:
@@ -85,6 +93,7 @@ class Layout:
     Attributes:
       positions: place of each new row in its text, from 0.
       horizon: cache slots that a new row sees, counted from slot 0; `[B, 1]` where all rows see the same.
+      since: the first slot that it sees, where the cache holds packed documents; None is slot 0.
       order: who sees whom among the new rows, each itself included.
       segments: packed documents, 1, 2, ...; 0 is padding; None means one document per row.
       scratch_seen: `[b, i, r]` says that new row i sees row r of the scratch; None when there is no scratch.
@@ -101,6 +110,7 @@ class Layout:
     scratch_seen: Bool[Array, "#B T R"] | None = None
     scratch_positions: Int[Array, "B R"] | None = None
     prefix_positions: Int[Array, "B S"] | None = None
+    since: Int[Array, "B #T"] | None = None
     attention: str = struct.field(pytree_node=False, default="dense")
 
     @classmethod
@@ -157,6 +167,8 @@ class Layout:
         """`[b, i, s]`: new row i attends to cache slot s."""
         slot_S = jnp.arange(capacity, dtype=jnp.int32)
         seen = slot_S < self.horizon[:, :, None]
+        if self.since is not None:
+            seen = seen & (slot_S >= self.since[:, :, None])
         if window is None:
             return seen
         return seen & self._near(slot_S[None] if self.prefix_positions is None else self.prefix_positions, window)

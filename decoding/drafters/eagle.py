@@ -13,22 +13,22 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 from flax import struct
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from decoding.cache import commit, init_cache
-from decoding.drafter import TargetView
+from decoding.drafter import TargetView, TrueRows
 from decoding.drafters.head_drafter import last_feature
 from decoding.drafters.network_drafter import NetworkDrafter
-from decoding.policies import Confidence, Static, TreePolicy
+from decoding.policies import Confidence, Scores, Static, TreePolicy
 from decoding.policies.scratch import Scratch
 from decoding.sampling import best_tokens
 from decoding.trees import EAGLE_25
 from models import transformer
-from models.attention import Sources
+from models.attention import Rows, Sources
 from models.heads.eagle import Eagle3Heads, EagleHeads, unroll
 from models.layout import Layout
 from models.linear import in_blocks
-from models.transformer import Output, Params
+from models.transformer import Cache, Output, Params
 
 
 @struct.dataclass
@@ -61,11 +61,6 @@ class Network:
     state: dict[str, Any]
 
     @property
-    def vocabulary(self) -> Int[Array, "W"] | None:
-        """Target ids of the logits' tokens."""
-        return self.heads.vocabulary(self.params)
-
-    @property
     def vocab_size(self) -> int:
         """The target's."""
         return self.target.config.vocab_size
@@ -75,26 +70,67 @@ class Network:
         pairs = self.target.length - 1
         feature_BH = self.state["feature"]
         layout = Layout.extend(pairs, 1, self.target.place.position - 1)
-        logits, hidden, rows = self._run(root[:, None], feature_BH[:, None], layout, None)
+        scores, hidden, rows = self._run(root[:, None], feature_BH[:, None], layout, None)
         batch, width = feature_BH.shape
         scratch = Scratch.empty(self.heads.layer_config(self.target.config), batch, slots, feature_BH.dtype, layers=1)
         drafted = Drafted(scratch, jnp.zeros((batch, slots, width), feature_BH.dtype))
-        return logits[:, 0], drafted.write(rows, hidden, layout.positions, 0)
+        return scores, drafted.write(rows, hidden, layout.positions, 0)
 
-    def extend(self, scratch, at, tokens, parents, depth, seen):
+    def extend(self, scratch, level, at, tokens, parents, seen):
         """Every candidate with its parent's output in the place of a feature; see `DraftNetwork`."""
         pairs = self.target.length - 1
-        positions_BM = self.target.place.positions(depth - 1)
+        positions_BM = self.target.place.positions(jnp.full(tokens.shape, level - 1, jnp.int32))
         feature_BMH = jnp.take_along_axis(scratch.hidden, parents[:, :, None], axis=1)
         layout = scratch.scratch.layout(positions_BM, pairs, seen)
-        logits, hidden, rows = self._run(tokens, feature_BMH, layout, scratch.scratch.rows[0])
-        return logits, scratch.write(rows, hidden, positions_BM, at)
+        scores, hidden, rows = self._run(tokens, feature_BMH, layout, scratch.scratch.rows[0])
+        return scores, scratch.write(rows, hidden, positions_BM, at)
 
     def _run(self, tokens, feature, layout, scratch):
         config, target = self.target.config, self.target
         embedding, prefix = target.lookup(tokens), self.state["cache"][0]
         hidden, rows = self.heads.run(config, self.params, feature, embedding, layout, Sources(prefix, scratch))
-        return self.heads.logits(config, self.params, target.params, hidden), hidden, rows
+        logits = self.heads.logits(config, self.params, target.params, hidden)
+        return Scores(logits, tokens=self.heads.vocabulary(self.params)), hidden, rows
+
+
+@struct.dataclass
+class TruePairs:
+    """Rows of text as a network reads them, each token with the feature before it.
+
+    Attributes:
+      features: of the tokens before.
+      tokens: those of the pairs.
+      slots: pairs that are in the cache already.
+      layout: of the pairs.
+      true: which of them are text.
+    """
+
+    features: Float[Array, "B R H"]
+    tokens: Int[Array, "B R"]
+    slots: Int[Array, "B"]
+    layout: Layout
+    true: Bool[Array, "B R"]
+
+    @classmethod
+    def of(cls, waiting: Float[Array, "B H"], features: Float[Array, "B R H"], rows: TrueRows) -> "TruePairs":
+        """Row i holds the feature at start - 1 + i, the first of which has been `waiting`, and the token after it."""
+        # A text's first token follows no feature: where it is among the rows, they begin one pair further on.
+        begins_B1 = (rows.start.length == 0)[:, None]
+        before_BRH = jnp.concatenate([waiting[:, None], features[:, :-1]], axis=1)
+        paired_BRH = jnp.where(begins_B1[:, :, None], features, before_BRH)
+        tokens_BR = jnp.where(begins_B1, jnp.roll(rows.tokens, -1, axis=1), rows.tokens)
+        first = jnp.maximum(rows.start.length - 1, 0)
+        position = rows.start.position - (rows.start.length - first)
+        R = features.shape[1]
+        true_BR = jnp.arange(R) < jnp.where(begins_B1[:, 0], rows.count - 1, rows.count)[:, None]
+        return cls(paired_BRH, tokens_BR, first, Layout.extend(first, R, position), true_BR)
+
+    def commit(self, cache: Cache, fresh: list[Rows], after: Float[Array, "B H"]) -> Cache:
+        """The cache with the pairs' keys and values in it; `after` as in `decoding.cache.commit`."""
+        # Rows that are not text leave zeros, so that the state is a function of the text alone, unused slots included.
+        masks = {"k": self.true[:, None, None, :], "v": self.true[:, None, :, None]}
+        cleared = [{name: jnp.where(masks[name], row, 0) for name, row in layer.items()} for layer in fresh]
+        return commit(cache, cleared, None, self.slots, after=after)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -133,31 +169,19 @@ class EagleDrafter(NetworkDrafter):
         }
 
     def ingest(self, params, target, state, rows):
-        feature_BRH = self.heads.fuse(params, rows.taps)
-        R = feature_BRH.shape[1]
-        # Row i holds the feature at start - 1 + i and the token after it. A text's first token follows no feature:
-        # where it is among the rows, they begin one pair further on.
-        begins_B1 = (rows.start.length == 0)[:, None]
-        before_BRH = jnp.concatenate([state["feature"][:, None], feature_BRH[:, :-1]], axis=1)
-        paired_BRH = jnp.where(begins_B1[:, :, None], feature_BRH, before_BRH)
-        tokens_BR = jnp.where(begins_B1, jnp.roll(rows.tokens, -1, axis=1), rows.tokens)
-        first = jnp.maximum(rows.start.length - 1, 0)
-        position = rows.start.position - (rows.start.length - first)
-        hidden_BRH, fresh = self.heads.run(
+        feature_BRH = self.heads.fuse(target.config, params, rows.taps)
+        pairs = TruePairs.of(state["feature"], feature_BRH, rows)
+        _, fresh = self.heads.run(
             target.config,
             params,
-            paired_BRH,
-            target.lookup(tokens_BR),
-            Layout.extend(first, R, position),
+            pairs.features,
+            target.lookup(pairs.tokens),
+            pairs.layout,
             Sources(state["cache"][0]),
         )
-        # Rows that are not text leave zeros, so that the state is a function of the text alone, unused slots included.
-        true_BR = jnp.arange(R) < jnp.where(begins_B1[:, 0], rows.count - 1, rows.count)[:, None]
-        masks = {"k": true_BR[:, None, None, :], "v": true_BR[:, None, :, None]}
-        fresh = {name: jnp.where(masks[name], row, 0) for name, row in fresh.items()}
         return {
             "feature": last_feature(state["feature"], feature_BRH, rows.count),
-            "cache": commit(state["cache"], [fresh], None, first, after=hidden_BRH[:, 0]),
+            "cache": pairs.commit(state["cache"], [fresh], after=feature_BRH[:, 0]),
         }
 
     def network(self, params, target, state):
@@ -171,7 +195,7 @@ class EagleDrafter(NetworkDrafter):
         batch, length = tokens.shape
         padded = jnp.pad(tokens, ((0, 0), (0, depth)))
         embeddings = [transformer.lookup(target, padded[:, 1 + k : 1 + k + length]) for k in range(depth)]
-        feature = self.heads.fuse(params, output.taps)
+        feature = self.heads.fuse(config, params, output.taps)
         return unroll(self.heads, config, params, feature, embeddings, Layout.causal(batch, length))
 
     def ranked(

@@ -6,14 +6,18 @@ Definitions (`decoding/stats.py` has those of acceptance):
   prompt's reading and the token it chooses are in neither (prefill is reported apart). A repeat's tokens/s is the mean
   over questions (Spec-Bench's macro-mean), and a drafter's is the median over repeats.
 * **speed-up** is tokens/s over that of plain decoding in the same run.
+* **acceptance length per turn** is the mean over prompts (turns) of each one's own acceptance length, SPEED-Bench's
+  number; acceptance length itself weighs every step alike, so that long texts count more.
 * **draft share** is the time of the drafter's `draft` over the time of a step.
 * **loop efficiency** is the speed-up over the ideal one, acceptance length x t(plain forward) / (t(target forward on
   the tree's rows) + t(the drafter's networks)).
 
 Decodes run with batch 1 unless more is asked for; texts that are decoded together share the seconds in equal parts.
-The number of candidates of an open drafter is chosen by cost for that batch (`decoding/sizing.py`), and the parts of
-its step are those of the size chosen. Plain decoding always takes part and comes first in the results. Several
-processes share the prompts, each on devices of its own; the parts of a step are those that the process itself timed.
+The number of candidates of an open drafter changes while it decodes (`decoding/sizing.py`); what is reported as its
+tree, and timed as the parts of its step, is the size that most of the first repeat's steps had, and shares of a step
+are left out where a tenth of the steps had another. Plain decoding always takes part and comes first in the results.
+Several processes share the prompts, each on devices of its own; the parts of a step are those that the process itself
+timed.
 """
 
 import collections
@@ -24,7 +28,6 @@ from typing import Any
 
 import numpy as np
 
-from decoding import sizing
 from decoding.drafter import Drafter
 from decoding.drafters.registry import load_drafter
 from decoding.generate import Generation, bucket, generate, slots_needed
@@ -38,7 +41,6 @@ from eval.text.prompts import Prompt
 from models import processes
 from models.errors import UserError
 from models.formats.target import Target
-from models.sharding import mesh_of
 
 WARM_UP_TOKENS = 4
 RESAMPLES = 1000
@@ -60,17 +62,16 @@ class Contender:
     path: str | None = None
     typical: Typical | None = None
 
-    def sized(self, target: Target, batch: int) -> "Contender":
-        """The same with the number of candidates that pays for that batch, if it is open; perhaps with none."""
-        if not self.drafter.open_sizes or mesh_of(target.params) is not None:
-            return self
-        chosen, _ = sizing.chosen(self.drafter, sizing.measured(target, self.drafter, self.params, batch))
-        return dataclasses.replace(self, drafter=chosen, params=self.params if chosen.max_depth else None)
+    def of_size(self, candidates: int) -> "Contender":
+        """The same with so many candidates, if it is open."""
+        fitted = self.drafter.with_budget(candidates) if self.drafter.open_sizes else None
+        # On a mesh an open drafter keeps the size that it was published with.
+        return self if fitted is None else dataclasses.replace(self, drafter=fitted)
 
 
 @dataclasses.dataclass
 class Measured:
-    """What one contender did: per repeat and prompt seconds, per prompt its text; `chosen` has its tree, if open."""
+    """What one contender did: per repeat and prompt seconds, per prompt its text; `chosen` has its usual size."""
 
     contender: Contender
     generations: list[Generation]
@@ -90,10 +91,22 @@ class Measured:
         return self.drafter.max_nodes - 1 if self.drafter.max_depth else 0
 
     @property
+    def mixed(self) -> bool:
+        """Whether many steps had another number of candidates than the usual one."""
+        return max(self.stats.sizes.values(), default=self.stats.steps) < 0.9 * self.stats.steps
+
+    @property
     def stats(self) -> Stats:
         """Counts over all prompts of one repeat."""
         first, *rest = (generation.stats[0] for generation in self.generations)
         return sum(rest, first)
+
+    def choose(self, plain: Contender) -> Contender:
+        """The contender with the size that most steps had so far; plain decoding where that is none."""
+        sizes = self.stats.sizes
+        usual = max(sizes, key=sizes.__getitem__, default=0)
+        self.chosen = self.contender.of_size(usual) if usual else plain
+        return self.chosen
 
     def begin(self) -> None:
         """Another repeat."""
@@ -183,11 +196,11 @@ def benchmark(
     middle = sorted(len(prompt.tokens) for prompt in prompts)[len(prompts) // 2]
     room = bucket(slots_needed(middle, max_new_tokens, deepest))
     scene = Scene(target.config, target.params, middle, room, batch)
-    trees = [contender.sized(target, batch) for contender in field]
-    timed = _Parts(scene, trees, progress) if parts else None
-    measured = [Measured(contender, [], [], [], chosen=tree) for contender, tree in zip(field, trees, strict=True)]
+    measured, timed = [Measured(contender, [], [], []) for contender in field], None
     for repeat in range(repeats):
         _take_turns(measured, groups, repeat, decode, progress)
+        if repeat == 0 and parts and groups:
+            timed = _Parts(scene, [one.choose(field[0]) for one in measured], progress)
         if timed is not None:
             timed.sample()
     if timed is not None:
@@ -263,6 +276,7 @@ def _run(
         "speedup": speedup,
         "speedup_interval": _speedup_interval(rates, base_rates),
         "acceptance_length": stats.acceptance_length,
+        "acceptance_length_per_turn": _per_turn([generation.stats[0] for generation in one.generations]),
         "acceptance_length_interval": _acceptance_interval(one, prompts),
         "identical_to_baseline": difference is None,
         "first_difference": difference,
@@ -273,13 +287,14 @@ def _run(
         ),
         "steps": stats.steps,
         "candidates": one.candidates,
+        "steps_by_candidates": {str(size): steps for size, steps in sorted(stats.sizes.items())},
         "accepted_by_depth": stats.accepted_by_depth.tolist(),
         "accepted_histogram": stats.histogram.tolist(),
         "prefill_seconds": statistics.median(map(sum, one.prefill_seconds)),
         "decode_seconds": statistics.median(map(sum, one.decode_seconds)),
         "categories": _categories(one, baseline, prompts),
     }
-    if one.drafter.num_heads:
+    if one.drafter.num_heads and not one.mixed:
         run["tree"] = _tree(one.drafter.ranked_tree, stats)
     if one.parts:
         run |= _efficiency(one, baseline, speedup)
@@ -362,18 +377,29 @@ def _categories(one: Measured, baseline: Measured, prompts: Sequence[Prompt]) ->
         if not rates[0] or not base[0]:
             continue
         stats = [g.stats[0] for prompt, g in zip(prompts, one.generations, strict=True) if prompt.category == name]
+        total = sum(stats[1:], stats[0])
         table[name or "other"] = {
             "speedup": _headline(rates) / _headline(base),
-            "acceptance_length": sum(stats[1:], stats[0]).acceptance_length,
+            "acceptance_length": total.acceptance_length,
+            "acceptance_length_per_turn": _per_turn(stats),
             "tokens_per_second": _headline(rates),
+            "turns": len(stats),
+            "steps": total.steps,
+            "accepted_by_depth": total.accepted_by_depth.tolist(),
+            "accepted_histogram": total.histogram.tolist(),
         }
     return table
+
+
+def _per_turn(stats: Sequence[Stats]) -> float:
+    """Mean of the acceptance lengths of texts, without those that took no step."""
+    return statistics.fmean([one.acceptance_length for one in stats if one.steps] or [1.0])
 
 
 def _tree(tree: Topology | None, stats: Stats) -> dict[str, Any]:
     """Paths with the steps that accepted each node, and those that accepted its parent (the root: all)."""
     assert tree is not None
-    accepted = stats.accepted_by_node[1:].tolist()
+    accepted = stats.accepted_by_node[1 : tree.size].tolist()
     reached = [stats.steps, *accepted]
     return {
         "paths": tree.to_record(),
@@ -386,7 +412,7 @@ def _efficiency(one: Measured, baseline: Measured, speedup: float) -> dict[str, 
     """Draft share, loop efficiency and the milliseconds that they are made of."""
     parts = {f"{name}_ms": timing.median for name, timing in one.parts.items()}
     step_ms = 1e3 * statistics.median(map(sum, one.decode_seconds)) / max(1, one.stats.steps)
-    if "draft" not in one.parts:
+    if "draft" not in one.parts or one.mixed:
         return {"parts": {**parts, "step_ms": step_ms}}
     plain = baseline.parts["forward"].median
     network = network_ms(one.parts)

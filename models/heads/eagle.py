@@ -22,6 +22,12 @@ its own head over a draft vocabulary; f is fc of the three or the network's own 
      'layer': {'attention': {'q' [2H, N D], 'k', 'v' [2H, K D], 'o'}, 'mlp_norm': {'scale'}, 'mlp': ...},
      'norm': {'scale'}, 'vocab': {'kernel' [H, W]}, 'draft_vocab' int32 [W], target ids; absent if W = V}
 
+EAGLE-3.1 is EAGLE-3 with norms at more places, against outputs that grow from step to step while the features that the
+layer also reads do not. Each is a switch of `Eagle3Heads`: of the three before fc, one by one or together; of f in the
+residual stream; and of g, which is then fed back as the head reads it.
+
+    'fc_norm': three {'scale' [H]} with `fc_norm`; {'scale' [3H]} with `norm_before_fc`
+
 Linear maps are {'kernel' [in, out]}, with a 'bias' on q, k, v and o where the target's attention has one.
 """
 
@@ -61,14 +67,16 @@ class DraftLayer(nn.Module):
         return y_BTH + MLP(c.width, c.mlp_width, c.activation, name="mlp")(normed), rows
 
 
-def _layer(config: TransformerConfig) -> DraftLayer:
+def draft_layer(config: TransformerConfig) -> DraftLayer:
+    """The layer of a draft network whose layers are of the shape `config`."""
     return DraftLayer(dataclasses.replace(config, num_layers=1, windows=(), post_norms=False))
 
 
-def _init_layer(config: TransformerConfig, inputs: int, key: Array) -> Params:
+def init_draft_layer(config: TransformerConfig, inputs: int, key: Array) -> Params:
+    """Parameters of such a layer whose attention reads rows of width `inputs`."""
     layout = Layout.causal(1, 1)
     x, residual = jnp.zeros((1, 1, inputs)), jnp.zeros((1, 1, config.width))
-    return _layer(config).init(key, x, residual, rope_angles(config, layout.positions), layout)["params"]
+    return draft_layer(config).init(key, x, residual, rope_angles(config, layout.positions), layout)["params"]
 
 
 _draw = nn.initializers.lecun_normal()
@@ -145,10 +153,12 @@ class EagleHeads(_Network):
         fc = {"kernel": _draw(fc_key, (2 * config.width, config.width))}
         if self.bias:
             fc["bias"] = jnp.zeros(config.width)
-        params = {"fc": fc, "layer": _init_layer(self.layer_config(config), config.width, layer_key)}
+        params = {"fc": fc, "layer": init_draft_layer(self.layer_config(config), config.width, layer_key)}
         return jax.tree.map(lambda leaf: leaf.astype(target["embed"]["embedding"].dtype), params)
 
-    def fuse(self, params: Params, taps: dict[str, Float[Array, "*B H"]]) -> Float[Array, "*B H"]:
+    def fuse(
+        self, config: TransformerConfig, params: Params, taps: dict[str, Float[Array, "*B H"]]
+    ) -> Float[Array, "*B H"]:
         """The feature f of a pair, from the target's."""
         return taps["post_norm"]
 
@@ -180,7 +190,7 @@ class EagleHeads(_Network):
         y = call(dense, params["fc"], jnp.concatenate([embedding, feature], axis=-1))
         own = self.layer_config(config)
         angles = rope_angles(own, layout.positions)
-        return call(_layer(own), params["layer"], y, y, angles, layout, sources, mix)
+        return call(draft_layer(own), params["layer"], y, y, angles, layout, sources, mix)
 
     def logits(
         self, config: TransformerConfig, params: Params, target: Params, hidden: Float[Array, "*B H"]
@@ -197,6 +207,10 @@ class EagleHeads(_Network):
         return None
 
 
+# The switches that EAGLE-3.1 adds to `Eagle3Heads`, by the names that releases have for them.
+EAGLE_31 = ("fc_norm", "norm_before_fc", "norm_before_residual", "norm_output")
+
+
 @dataclasses.dataclass(frozen=True)
 class Eagle3Heads(_Network):
     """The network of EAGLE-3 (Li et al. 2025, section 3.1).
@@ -207,6 +221,11 @@ class Eagle3Heads(_Network):
       high: the third.
       vocab_size: W, size of the draft vocabulary; 0 means the target's.
       layer: shape of the layer and norms; None means the target's.
+      fc_norm: each of the three is normed before fc.
+      norm_before_fc: the three are normed as one before fc.
+      norm_before_residual: the residual stream begins with hidden_norm(f) in place of f.
+      norm_output: the network's output, which is fed back, is norm(g) in place of g.
+      head_norm: the head reads norm(g); some releases do without, and their `norm` is unused.
     """
 
     low: int
@@ -214,6 +233,17 @@ class Eagle3Heads(_Network):
     high: int
     vocab_size: int = 0
     layer: LayerShape | None = None
+    fc_norm: bool = False
+    norm_before_fc: bool = False
+    norm_before_residual: bool = False
+    norm_output: bool = False
+    head_norm: bool = True
+
+    def __post_init__(self):
+        if self.fc_norm and self.norm_before_fc:
+            raise UserError("fc_norm and norm_before_fc exclude each other: features are normed one by one or as one")
+        if self.norm_output and not self.head_norm:
+            raise UserError("norm_output without head_norm is no network: what norm_output feeds back, the head reads")
 
     @property
     def taps(self) -> tuple[str, ...]:
@@ -247,23 +277,43 @@ class Eagle3Heads(_Network):
         fc_key, layer_key = jax.random.split(key)
         width, kernel, layer = config.width, vocab_kernel(target), self.layer_config(config)
         scale = (jnp.zeros if layer.zero_centred_norm else jnp.ones)(width)
-        params = {
+        params: Params = {
             "fc": {"kernel": _draw(fc_key, (3 * width, width))},
             "input_norm": {"scale": scale},
             "hidden_norm": {"scale": scale},
-            "layer": _init_layer(layer, 2 * width, layer_key),
+            "layer": init_draft_layer(layer, 2 * width, layer_key),
             "norm": {"scale": jnp.array(target["final_norm"]["scale"])},
         }
+        if self.fc_norm:
+            params["fc_norm"] = [{"scale": scale} for _ in range(3)]
+        if self.norm_before_fc:
+            params["fc_norm"] = {"scale": jnp.tile(scale, 3)}
         params["vocab"] = {"kernel": jnp.array(kernel[:, : self.vocab_size or None])}
         params = jax.tree.map(lambda leaf: leaf.astype(kernel.dtype), params)
         if not self.vocab_size:
             return params
         return {**params, "draft_vocab": jnp.arange(self.vocab_size, dtype=jnp.int32)}
 
-    def fuse(self, params: Params, taps: dict[str, Float[Array, "*B H"]]) -> Float[Array, "*B H"]:
+    def fuse(
+        self, config: TransformerConfig, params: Params, taps: dict[str, Float[Array, "*B H"]]
+    ) -> Float[Array, "*B H"]:
         """The feature f of a pair, from the target's."""
-        x = jnp.concatenate([taps[name] for name in self._layers], axis=-1)
+        return self.fused(config, params, [taps[name] for name in self._layers])
+
+    def fused(
+        self, config: TransformerConfig, params: Params, features: Sequence[Float[Array, "*B H"]]
+    ) -> Float[Array, "*B H"]:
+        """What fc, and the norms before it, make of three features, low to high."""
+        if self.fc_norm:
+            features = [self._normed(config, p, x) for p, x in zip(params["fc_norm"], features, strict=True)]
+        x = jnp.concatenate(features, axis=-1)
+        if self.norm_before_fc:
+            x = self._normed(config, params["fc_norm"], x)
         return product(x, params["fc"]["kernel"])
+
+    def _normed(self, config: TransformerConfig, params: Params, x: Float[Array, "*B I"]) -> Float[Array, "*B I"]:
+        own = self.layer_config(config)
+        return call(RMSNorm(own.norm_eps, own.zero_centred_norm), params, x)
 
     def run(
         self,
@@ -277,24 +327,24 @@ class Eagle3Heads(_Network):
     ) -> tuple[Float[Array, "B T H"], Rows]:
         """The layer on T pairs; see `EagleHeads.run`."""
         own = self.layer_config(config)
-        norm = RMSNorm(own.norm_eps, own.zero_centred_norm)
-        normed = [call(norm, params["input_norm"], embedding), call(norm, params["hidden_norm"], feature)]
+        normed = self._normed(config, params["hidden_norm"], feature)
+        x = jnp.concatenate([self._normed(config, params["input_norm"], embedding), normed], axis=-1)
+        residual = normed if self.norm_before_residual else feature
         angles = rope_angles(own, layout.positions)
-        x = jnp.concatenate(normed, axis=-1)
-        return call(_layer(own), params["layer"], x, feature, angles, layout, sources, mix)
+        hidden, rows = call(draft_layer(own), params["layer"], x, residual, angles, layout, sources, mix)
+        return self._normed(config, params["norm"], hidden) if self.norm_output else hidden, rows
 
     def logits(
         self, config: TransformerConfig, params: Params, target: Params, hidden: Float[Array, "*B H"]
     ) -> Float[Array, "*B W"]:
         """Scores of the token after the pair's, of the W tokens of the draft vocabulary, float32 or wider."""
-        own = self.layer_config(config)
-        normed = call(RMSNorm(own.norm_eps, own.zero_centred_norm), params["norm"], hidden)
-        logits = product(normed, params["vocab"]["kernel"], wide(hidden.dtype))
-        return split_vocabulary(logits)
+        if self.head_norm and not self.norm_output:
+            hidden = self._normed(config, params["norm"], hidden)
+        return split_vocabulary(product(hidden, params["vocab"]["kernel"], wide(hidden.dtype)))
 
     def head_params(self, params: Params) -> Params:
         """Of the network's parameters, those that `logits` reads."""
-        return {name: params[name] for name in ("norm", "vocab")}
+        return {name: params[name] for name in (("vocab",) if self.norm_output else ("norm", "vocab"))}
 
     def vocabulary(self, params: Params) -> Int[Array, "W"] | None:
         """Target ids of the tokens that `logits` scores; None means all, in order."""

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from decoding.policies import Confidence, DySpec, Static, StochasticBeam, TreePolicy, parse_policy, read_policy
+from decoding.policies import Confidence, DySpec, Scores, Static, StochasticBeam, TreePolicy, parse_policy, read_policy
 from decoding.policies.policy import Grown, gumbel_for
 from decoding.policies.rsd import condition_maximum
 from decoding.sampling import Sampling, batch_sampling
@@ -67,12 +67,12 @@ class Table:
         empty = jnp.full((len(root), slots), -1)
         seen = jnp.zeros((len(root), slots, slots), bool)
         scratch = empty.at[:, 0].set(root), empty.at[:, 0].set(0), empty, seen
-        return jnp.asarray(SCORES)[root + 1], scratch
+        return Scores(jnp.asarray(SCORES)[root + 1][:, None], tokens=self.vocabulary), scratch
 
-    def extend(self, scratch, at, tokens, parents, depth, seen):
+    def extend(self, scratch, level, at, tokens, parents, seen):
         rows = (len(scratch[0]), tokens.shape[1])
         told = (
-            *(jnp.broadcast_to(x, rows) for x in (tokens, depth, parents)),
+            *(jnp.broadcast_to(x, rows) for x in (tokens, level, parents)),
             jnp.broadcast_to(seen, (*rows, seen.shape[2])),
         )
         scratch = tuple(
@@ -81,7 +81,8 @@ class Table:
         )
         slot_tokens, depths, _, _ = scratch
         above = jnp.sum(jnp.where(told[3], ((slot_tokens + 1) * 7**depths)[:, None], 0), axis=-1)
-        return jnp.asarray(SCORES)[above + (told[0] + 1) * 7 ** told[1]], scratch
+        logits = jnp.asarray(SCORES)[above + (told[0] + 1) * 7 ** told[1]]
+        return Scores(logits, tokens=self.vocabulary), scratch
 
 
 def check_told(scratch) -> None:
@@ -199,7 +200,7 @@ def test_siblings_without_replacement_follow_the_rule_of_successive_draws() -> N
 
     class Fixed(Table):
         def begin(self, root, slots):
-            return jnp.broadcast_to(jnp.array(table([2])), (rows, VOCAB)), None
+            return Scores(jnp.broadcast_to(jnp.array(table([2])), (rows, 1, VOCAB))), None
 
     q = softmax(table([2]))
     rule = np.array([[0 if x == y else q[x] * q[y] / (1 - q[x]) for y in range(VOCAB)] for x in range(VOCAB)])
@@ -220,23 +221,22 @@ class Bigrams:
     """A draft network for many rows at once: what follows a token depends on that token alone."""
 
     logits: np.ndarray
-    vocabulary: None = None
 
     @property
     def vocab_size(self):
         return len(self.logits)
 
     def begin(self, root, slots):
-        return jnp.asarray(self.logits)[root], ()
+        return Scores(jnp.asarray(self.logits)[root][:, None]), ()
 
-    def extend(self, scratch, at, tokens, parents, depth, seen):
-        return jnp.asarray(self.logits)[tokens], ()
+    def extend(self, scratch, level, at, tokens, parents, seen):
+        return Scores(jnp.asarray(self.logits)[tokens]), ()
 
 
 MANY = 30_000
 
 
-def grow_many(policy: TreePolicy):
+def grow_many(policy: TreePolicy, network=None):
     """Trees of many keys below the root 1, compiled afresh: their tokens, parents and depths."""
     sampling = batch_sampling([Sampling(temperature=1.0)])
     sampling = jax.tree.map(lambda setting: jnp.broadcast_to(setting, (MANY,)), sampling)
@@ -244,7 +244,7 @@ def grow_many(policy: TreePolicy):
 
     @jax.jit
     def grown():
-        tree = policy.grow(Bigrams(FEW), jnp.full(MANY, 1), keys, sampling).tree
+        tree = policy.grow(network or Bigrams(FEW), jnp.full(MANY, 1), keys, sampling).tree
         return tree.tokens, tree.parent, tree.depth
 
     return [np.broadcast_to(x, (MANY, x.shape[1])) for x in grown()]
@@ -467,7 +467,10 @@ def test_policies_on_a_command_line_and_in_json(text: str, policy: TreePolicy) -
 @pytest.mark.parametrize(
     ("text", "complaint"),
     [
-        ("oak", "kind must be one of static, stochastic_beam, dyspec, confidence, got 'oak'"),
+        (
+            "oak",
+            "kind must be one of static, stochastic_beam, dyspec, confidence, scheduled, slots, accum_logp, got 'oak'",
+        ),
         ("dyspec:budgt=3", "unknown key policy.budgt .did you mean 'budget'"),
         ("dyspec:budget=3.5", "policy.budget must be int, got float 3.5"),
         ("static:draws=some", "draws must be one of 'top', 'without', 'with', got 'some'"),

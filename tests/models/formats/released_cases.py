@@ -11,6 +11,7 @@ from safetensors.numpy import save_file
 
 from models import transformer
 from models.config import TransformerConfig
+from models.formats.storage import leaves_by_path
 from models.formats.target import Target
 from tests.models.formats.torch_archives import write_torch
 from tests.noise import drawn
@@ -103,6 +104,27 @@ def eagle3(draft_tokens: list[int] | None) -> Tensors:
     return draw(shapes) | {"d2t": offsets, "t2d": np.isin(np.arange(V), draft_tokens)}
 
 
+def eagle31(place: str = "layers.0.", norms: str = "fc_norm") -> Tensors:
+    """EAGLE-3.1, its layer named `place`, with a norm for each feature, for all of them (`norm_before_fc`) or none."""
+    renamed = {name.replace("midlayer.", place): value for name, value in eagle3(DRAFT_TOKENS).items()}
+    shapes = {
+        "fc_norm": {f"fc_norm.{i}.weight": (H,) for i in range(3)},
+        "norm_before_fc": {"input_norm.weight": (3 * H,)},
+    }
+    return renamed | draw(shapes.get(norms, {}))
+
+
+def p_eagle(base: Target, layers: int = 3, token: int = 5, own: bool = False) -> Tensors:
+    """P-EAGLE, whose embedding is the base's but for the mask token's row, or with `own` another."""
+    shapes: dict[str, tuple[int, ...]] = {"mask_hidden": (1, 1, 3 * H)}
+    for i in range(1, layers):
+        shapes |= llama_layer(f"layers.{i}.")
+        shapes |= {f"layers.{i}.{name}.weight": (H,) for name in ("input_layernorm", "post_attention_layernorm")}
+    table = np.array(embedding(base))
+    table[slice(None) if own else token] += np.ones((), table.dtype)
+    return eagle31(norms="") | draw(shapes, seed=1) | {"embed_tokens.weight": table}
+
+
 DRAFT_TOKENS = [0, 1, 3, 4, 7, 12, 13, 14, 20, 21, 30, 39]
 
 EAGLE_CONFIG: dict[str, Any] = {
@@ -147,3 +169,26 @@ def write_shards(directory: Path, tensors: Tensors, stem: str = "pytorch_model",
 def bfloat16(tensors: Tensors) -> Tensors:
     """The same, rounded."""
     return {name: value.astype(jnp.bfloat16) if value.dtype == np.float16 else value for name, value in tensors.items()}
+
+
+def check_places(params: transformer.Params, tensors: Tensors, names: dict[str, str], **given: np.ndarray) -> None:
+    """Every parameter holds the tensor that `names` has for its path, bit for bit, transposed where it is a kernel."""
+    leaves = leaves_by_path(params)
+    assert set(leaves) == set(names) | set(given)
+    for path, leaf in leaves.items():
+        expected = given[path] if path in given else tensors[names[path]]
+        expected = expected.T if path.endswith("kernel") and path in names else expected
+        assert leaf.dtype == expected.dtype, path
+        np.testing.assert_array_equal(leaf, expected, err_msg=path)
+
+
+LAYER = {
+    "attention/q/kernel": "self_attn.q_proj.weight",
+    "attention/k/kernel": "self_attn.k_proj.weight",
+    "attention/v/kernel": "self_attn.v_proj.weight",
+    "attention/o/kernel": "self_attn.o_proj.weight",
+    "mlp_norm/scale": "post_attention_layernorm.weight",
+    "mlp/gate/kernel": "mlp.gate_proj.weight",
+    "mlp/up/kernel": "mlp.up_proj.weight",
+    "mlp/down/kernel": "mlp.down_proj.weight",
+}

@@ -12,47 +12,23 @@ import numpy as np
 import pytest
 
 from models import transformer
-from models.config import RopeScaling
 from models.errors import UserError
+from models.formats import released_eagle
 from models.formats import released_heads as released
 from models.formats.hf import tensor_names
 from models.formats.release import read_release
 from models.formats.storage import leaves_by_path
 from models.formats.target import Target
-from models.heads.eagle import Eagle3Heads, EagleHeads
 from models.heads.hydra import HydraHeads
 from models.heads.medusa import MedusaHeads, vocab_kernel
 from tests.models.formats import released_cases as cases
-from tests.models.formats.released_cases import DRAFT_TOKENS, EAGLE_CONFIG, H, Tensors, V, write, write_shards
+from tests.models.formats.released_cases import DRAFT_TOKENS, LAYER, Tensors, check_places, write, write_shards
 from tests.models.formats.torch_archives import write_torch
 
 
 @pytest.fixture(scope="module")
 def base() -> Target:
     return cases.random_base()
-
-
-def check_places(params: transformer.Params, tensors: Tensors, names: dict[str, str], **given: np.ndarray) -> None:
-    """Every parameter holds the tensor that `names` has for its path, bit for bit, transposed where it is a kernel."""
-    leaves = leaves_by_path(params)
-    assert set(leaves) == set(names) | set(given)
-    for path, leaf in leaves.items():
-        expected = given[path] if path in given else tensors[names[path]]
-        expected = expected.T if path.endswith("kernel") and path in names else expected
-        assert leaf.dtype == expected.dtype, path
-        np.testing.assert_array_equal(leaf, expected, err_msg=path)
-
-
-LAYER = {
-    "attention/q/kernel": "self_attn.q_proj.weight",
-    "attention/k/kernel": "self_attn.k_proj.weight",
-    "attention/v/kernel": "self_attn.v_proj.weight",
-    "attention/o/kernel": "self_attn.o_proj.weight",
-    "mlp_norm/scale": "post_attention_layernorm.weight",
-    "mlp/gate/kernel": "mlp.gate_proj.weight",
-    "mlp/up/kernel": "mlp.up_proj.weight",
-    "mlp/down/kernel": "mlp.down_proj.weight",
-}
 
 
 # Medusa
@@ -201,150 +177,6 @@ def test_hydra_config_must_fit(base: Target, tmp_path: Path, key: str, value: ob
 # EAGLE
 
 
-@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
-@pytest.mark.parametrize("name", ["pytorch_model.bin", "model.safetensors"])
-def test_eagle(base: Target, tmp_path: Path, bias: bool, name: str) -> None:
-    tensors = cases.eagle(base, bias)
-    write(tmp_path / name, tensors, EAGLE_CONFIG | ({} if bias else {"bias": False}))
-    made = released.eagle(read_release(tmp_path), base)
-    assert made.heads == EagleHeads(bias) and made.detected == {"fc_bias": bias, "rope": "as config.json says"}
-    names = {"fc/kernel": "fc.weight", **({"fc/bias": "fc.bias"} if bias else {})}
-    check_places(made.params, tensors, names | {f"layer/{path}": f"layers.0.{name}" for path, name in LAYER.items()})
-
-
-@pytest.mark.parametrize("tokens", [DRAFT_TOKENS, None], ids=["draft vocabulary", "whole vocabulary"])
-def test_eagle3(base: Target, tmp_path: Path, tokens: list[int] | None) -> None:
-    tensors = cases.eagle3(tokens)
-    write(tmp_path / "pytorch_model.bin", tensors)
-    made = released.eagle3(read_release(tmp_path), base)
-    # Of seven layers, the original release reads what enters 2, n/2 and n - 3.
-    assert made.heads == Eagle3Heads(2, 3, 4, 0 if tokens is None else len(tokens))
-    assert made.detected["draft_vocabulary"] == (V if tokens is None else len(tokens))
-    assert "no config.json" in made.detected["rope"]
-    names = {
-        "fc/kernel": "fc.weight",
-        "input_norm/scale": "midlayer.input_layernorm.weight",
-        "hidden_norm/scale": "midlayer.hidden_norm.weight",
-        "norm/scale": "norm.weight",
-        "vocab/kernel": "lm_head.weight",
-    } | {f"layer/{path}": f"midlayer.{name}" for path, name in LAYER.items()}
-    given = {} if tokens is None else {"draft_vocab": np.array(tokens, np.int32)}
-    check_places(made.params, tensors, names, **given)
-
-
-def test_eagle3_reads_other_layers_when_told(base: Target, tmp_path: Path) -> None:
-    def release(**config):
-        return read_release(write(tmp_path / "pytorch_model.bin", cases.eagle3(None), EAGLE_CONFIG | config))
-
-    layers = {"eagle_config": {"eagle_aux_hidden_state_layer_ids": [1, 2, 5]}}
-    with pytest.raises(UserError, match=r"names the layers \[1, 2, 5\], in a convention it does not tell.*--layers"):
-        released.eagle3(release(**layers), base)
-    assert released.eagle3(release(**layers), base, (1, 2, 6)).heads == Eagle3Heads(1, 2, 6)
-    with pytest.raises(UserError, match="reads what enters layer 7"):
-        released.eagle3(release(), base, (1, 2, 7))
-    with pytest.raises(UserError, match="norm_before_residual = true, which is not supported"):
-        released.eagle3(release(norm_before_residual=True), base)
-
-
-@pytest.mark.parametrize(
-    ("said", "field", "value"),
-    [
-        ({"rope_theta": 10_000.0}, "rope_theta", 10_000.0),
-        ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_scaling", RopeScaling("linear", 2.0)),
-        ({"rms_norm_eps": 1e-6}, "norm_eps", 1e-6),
-        ({"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8}, "head_dim", 8),
-    ],
-)
-@pytest.mark.parametrize("kind", ["eagle", "eagle3"])
-def test_the_draft_layer_is_as_its_config_says(
-    base: Target, tmp_path: Path, kind: str, said: dict, field: str, value: object
-) -> None:
-    convert, make = ALL[kind]
-    made = convert(read_release(write(tmp_path / "pytorch_model.bin", make(base), EAGLE_CONFIG | said)), base)
-    assert getattr(made.heads.layer, field) == value
-    assert getattr(made.heads.layer_config(base.config), field) == value
-    as_base = convert(read_release(write(tmp_path / "pytorch_model.bin", make(base), EAGLE_CONFIG)), base)
-    assert as_base.heads.layer is None
-
-
-def test_a_config_without_rope_means_the_default(base: Target, tmp_path: Path) -> None:
-    # The published EAGLE-3 of Llama 3.1, whose own base and stretching differ, says nothing about RoPE.
-    config = {key: value for key, value in EAGLE_CONFIG.items() if key != "rope_theta"}
-    made = released.eagle3(read_release(write(tmp_path / "pytorch_model.bin", cases.eagle3(None), config)), base)
-    assert (made.heads.layer.rope_theta, made.heads.layer.rope_scaling) == (10_000.0, None)
-
-
-def test_llama_layers_serve_bases_of_other_families(tmp_path: Path) -> None:
-    config = dataclasses.replace(cases.CONFIG, zero_centred_norm=True, qk_norm=True, qkv_bias=True, family="gemma2")
-    base = cases.random_base(config=config)
-    file = write(tmp_path / "pytorch_model.bin", cases.eagle3(DRAFT_TOKENS))
-    with pytest.raises(UserError, match=r"needs its config\.json: a base of the family gemma2"):
-        released.eagle3(read_release(file), base)
-    made = released.eagle3(read_release(write(file, cases.eagle3(DRAFT_TOKENS), EAGLE_CONFIG)), base)
-    layer = made.heads.layer_config(config)
-    assert not (layer.zero_centred_norm or layer.qk_norm or layer.qkv_bias)
-
-
-def test_biases_of_the_draft_layer(base: Target, tmp_path: Path) -> None:
-    biases = {f"midlayer.self_attn.{name}_proj.bias": (cases.KV if name != "q" else H,) for name in "qkv"}
-    tensors = cases.eagle3(None) | cases.draw(biases)
-    made = released.eagle3(read_release(write(tmp_path / "pytorch_model.bin", tensors, EAGLE_CONFIG)), base)
-    assert made.heads.layer.qkv_bias
-    np.testing.assert_array_equal(
-        made.params["layer"]["attention"]["q"]["bias"], tensors["midlayer.self_attn.q_proj.bias"]
-    )
-
-
-@pytest.mark.parametrize(
-    ("change", "complaint"),
-    [
-        ({"num_key_value_heads": 4}, r"layers\.0\.self_attn\.k_proj\.weight has shape \[8, 16\].* implies \[16, 16\]"),
-        ({"hidden_act": "gelu_pytorch_tanh"}, "implies activation = gelu_tanh, expected silu"),
-        ({"num_hidden_layers": 2}, "implies num_layers = 2, expected 1"),
-        ({"hidden_size": 32}, "implies width = 32, expected 16 for this base"),
-        ({"hidden_size": "16"}, "hidden_size must be an integer"),
-        ({"bias": False}, "says bias = false, which fc does not fit"),
-    ],
-)
-def test_eagle_config_must_fit(base: Target, tmp_path: Path, change: dict, complaint: str) -> None:
-    release = read_release(write(tmp_path / "pytorch_model.bin", cases.eagle(base), EAGLE_CONFIG | change))
-    with pytest.raises(UserError, match=complaint):
-        released.eagle(release, base)
-
-
-@pytest.mark.parametrize(
-    ("name", "value", "complaint"),
-    [
-        ("d2t", np.zeros(12, np.int32), "d2t must be a row of int64"),
-        ("d2t", np.zeros((3, 4), np.int64), "d2t must be a row of int64"),
-        ("d2t", np.full(12, 29), "does not name ascending tokens of a vocabulary of 40"),
-        ("d2t", np.full(12, -1), "does not name ascending tokens"),
-        ("d2t", -np.arange(12), "does not name ascending tokens"),
-        ("d2t", np.arange(12), "t2d is not the mask over 40 tokens"),
-        ("d2t", np.arange(11), r"lm_head\.weight has shape \[12, 16\].* implies \[11, 16\]"),
-        ("t2d", np.ones(40, bool), "t2d is not the mask"),
-        ("t2d", np.ones(40, np.uint8), "t2d is not the mask"),
-        ("lm_head.weight", np.zeros((13, H), np.float16), r"lm_head\.weight has shape \[13, 16\]"),
-    ],
-)
-def test_draft_vocabularies_that_do_not_fit(
-    base: Target, tmp_path: Path, name: str, value: np.ndarray, complaint: str
-) -> None:
-    tensors = cases.eagle3(DRAFT_TOKENS) | {name: value}
-    if complaint.startswith("lm_head"):
-        del tensors["t2d"]
-    if "lm_head" in complaint and name == "d2t":
-        tensors["d2t"], _ = np.arange(11), tensors.pop("t2d", None)
-    with pytest.raises(UserError, match=complaint):
-        released.eagle3(read_release(write(tmp_path / "pytorch_model.bin", tensors)), base)
-
-
-def test_mask_without_its_map(base: Target, tmp_path: Path) -> None:
-    tensors = cases.eagle3(None) | {"t2d": np.ones(V, bool)}
-    with pytest.raises(UserError, match="tensor t2d is unknown to EAGLE-3"):
-        released.eagle3(read_release(write(tmp_path / "pytorch_model.bin", tensors)), base)
-
-
 # What does not fit
 
 ALL: dict[str, tuple[Callable, Callable[[Target], Tensors]]] = {
@@ -353,8 +185,8 @@ ALL: dict[str, tuple[Callable, Callable[[Target], Tensors]]] = {
     "medusa legacy": (released.medusa, lambda base: cases.medusa(layers=2, own=False)),
     "hydra": (released.hydra, lambda base: cases.hydra(base, layers=1, plus=False)),
     "hydra++": (released.hydra, lambda base: cases.hydra(base, heads=2)),
-    "eagle": (released.eagle, cases.eagle),
-    "eagle3": (released.eagle3, lambda base: cases.eagle3(DRAFT_TOKENS)),
+    "eagle": (released_eagle.eagle, cases.eagle),
+    "eagle3": (released_eagle.eagle3, lambda base: cases.eagle3(DRAFT_TOKENS)),
 }
 # Tensors that a file may do without, because they say nothing or say it again.
 DISPENSABLE = {
