@@ -123,7 +123,8 @@ def dspark(target: Target, key: Array) -> tuple[Drafter, Any]:
     """One pass for a block, a bigram for its branches; of a slot's tokens most are scored after the parent."""
     heads = DFlashHeads((0, 1), target.config.vocab_size - 1, num_layers=1, block=3, shifted=True)
     drafter = DSpark(heads, Static(LOPSIDED, "top"), SerialHead("vanilla", 4), min(8, target.config.vocab_size))
-    return drafter, noisy(drafter.init_params(target.config, target.params, key), 0.2)
+    init = jax.jit(drafter.init_params, static_argnums=0)
+    return drafter, noisy(init(target.config, target.params, key), 0.2)
 
 
 def eagle31(target: Target, key: Array) -> tuple[Drafter, Any]:
