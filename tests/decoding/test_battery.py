@@ -92,7 +92,7 @@ def test_greedy_fills_ragged_rows_with_the_plain_text(name: str) -> None:
     assert max(stats.steps for stats in generation.stats) >= 200
     if drafter.max_depth:
         accepted = sum(stats.accepted_by_depth for stats in generation.stats)
-        assert accepted[0] > 100 and accepted[1] > 10, "a case whose drafts are never accepted proves nothing"
+        assert accepted[0] > 100 and accepted[1] > 8, "a case whose drafts are never accepted proves nothing"
 
 
 @two_drafters
