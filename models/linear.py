@@ -67,7 +67,7 @@ def product(x: Float[Array, "*B in"], kernel: Kernel, dtype=None) -> Float[Array
     return y.swapaxes(0, 1).reshape(y.shape[1], -1)[:count].reshape(*x.shape[:-1], -1)
 
 
-def _sum_of_chunks(rows: Float[Array, "R in"], kernel: Float[Array, "N in block"], dtype) -> Float[Array, "N R block"]:
+def _sum_of_chunks(rows: Float[Array, "R in"], kernel: Kernel, dtype) -> Float[Array, "N R block"]:
     blocks, width, _ = kernel.shape
     chunks = _chunks(kernel, len(rows))
     rows = rows.reshape(len(rows), chunks, -1).swapaxes(0, 1)
@@ -76,7 +76,7 @@ def _sum_of_chunks(rows: Float[Array, "R in"], kernel: Float[Array, "N in block"
     return jnp.einsum("NKRi,NKib->NKRb", rows, kernel, preferred_element_type=dtype).sum(1)
 
 
-def _chunks(kernel: Float[Array, "N in block"], rows: int) -> int:
+def _chunks(kernel: Kernel, rows: int) -> int:
     """Into how many chunks of inputs to cut a product; 1 leaves it whole.
 
     A matrix product in a batch is one core's whole, and so are as many of the batch as have `SHARE` bytes of results:
@@ -161,6 +161,7 @@ def table_in_blocks(table: Table) -> Table:
 
 def rows_of_table(table: Table, indices: Int[Array, "*B"]) -> Float[Array, "*B in"]:
     """Rows of a table, in blocks or not."""
+    table = jnp.asarray(table)
     return table[indices] if table.ndim == 2 else table[indices // BLOCK, :, indices % BLOCK]
 
 

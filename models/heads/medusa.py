@@ -5,7 +5,7 @@ Head i reads h_p, the target's post-norm feature at position p, and predicts x_{
 """
 
 import dataclasses
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import flax.linen as nn
 import jax
@@ -41,7 +41,8 @@ _torch_uniform = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
 
 def vocab_kernel(target: Params) -> Float[Array, "H V"]:
     """The target's output head as a kernel, transposed from the embedding when they are tied."""
-    return whole(target["head"]["kernel"]) if "head" in target else whole_table(target["embed"]["embedding"]).T
+    kernel: Any = whole(target["head"]["kernel"]) if "head" in target else whole_table(target["embed"]["embedding"]).T
+    return kernel
 
 
 def check_counts(num_heads: int, num_layers: int) -> None:
