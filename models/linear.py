@@ -63,11 +63,11 @@ def product(x: Float[Array, "*B in"], kernel: Kernel, dtype=None) -> Float[Array
     if count == 1:
         # Alone it would be multiplied by one thread, in no order that suits the blocks.
         rows = jnp.pad(rows, ((0, 1), (0, 0)))
-    y = _sum_of_chunks(rows, kernel, dtype)
+    y = _sum_of_chunks(rows, jnp.asarray(kernel), dtype)
     return y.swapaxes(0, 1).reshape(y.shape[1], -1)[:count].reshape(*x.shape[:-1], -1)
 
 
-def _sum_of_chunks(rows: Float[Array, "R in"], kernel: Kernel, dtype) -> Float[Array, "N R block"]:
+def _sum_of_chunks(rows: Float[Array, "R in"], kernel: Float[Array, "N in block"], dtype) -> Float[Array, "N R block"]:
     blocks, width, _ = kernel.shape
     chunks = _chunks(kernel, len(rows))
     rows = rows.reshape(len(rows), chunks, -1).swapaxes(0, 1)
@@ -76,7 +76,7 @@ def _sum_of_chunks(rows: Float[Array, "R in"], kernel: Kernel, dtype) -> Float[A
     return jnp.einsum("NKRi,NKib->NKRb", rows, kernel, preferred_element_type=dtype).sum(1)
 
 
-def _chunks(kernel: Kernel, rows: int) -> int:
+def _chunks(kernel: Float[Array, "N in block"], rows: int) -> int:
     """Into how many chunks of inputs to cut a product; 1 leaves it whole.
 
     A matrix product in a batch is one core's whole, and so are as many of the batch as have `SHARE` bytes of results:
@@ -161,8 +161,8 @@ def table_in_blocks(table: Table) -> Table:
 
 def rows_of_table(table: Table, indices: Int[Array, "*B"]) -> Float[Array, "*B in"]:
     """Rows of a table, in blocks or not."""
-    table = jnp.asarray(table)
-    return table[indices] if table.ndim == 2 else table[indices // BLOCK, :, indices % BLOCK]
+    rows = table[indices] if table.ndim == 2 else table[indices // BLOCK, :, indices % BLOCK]
+    return jnp.asarray(rows)
 
 
 def whole_table(table: Table) -> Float[Array | np.ndarray, "out in"]:
