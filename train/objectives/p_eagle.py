@@ -111,9 +111,9 @@ class PEagleObjective(Eagle3Objective):
         """As many tokens as are learnt ahead."""
         return self._config.depth
 
-    def loss_on(self, target, trainable, frozen, batch, key):
+    def loss_on(self, target, trainable, frozen, batch, key, progress):
         """One term, in which every row of every depth weighs the same; metrics hold each depth's mean."""
-        (totals, weights), told = super().loss_on(target, trainable, frozen, batch, key)
+        (totals, weights), told = super().loss_on(target, trainable, frozen, batch, key, progress)
         return (jnp.sum(totals, keepdims=True), jnp.sum(weights, keepdims=True)), told
 
     def guesses(self, params, frozen, batch, target, layout, key):
