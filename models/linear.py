@@ -63,7 +63,7 @@ def product(x: Float[Array, "*B in"], kernel: Kernel, dtype=None) -> Float[Array
     if count == 1:
         # Alone it would be multiplied by one thread, in no order that suits the blocks.
         rows = jnp.pad(rows, ((0, 1), (0, 0)))
-    y = _sum_of_chunks(rows, kernel, dtype)
+    y = _sum_of_chunks(rows, jnp.asarray(kernel), dtype)
     return y.swapaxes(0, 1).reshape(y.shape[1], -1)[:count].reshape(*x.shape[:-1], -1)
 
 
@@ -161,7 +161,8 @@ def table_in_blocks(table: Table) -> Table:
 
 def rows_of_table(table: Table, indices: Int[Array, "*B"]) -> Float[Array, "*B in"]:
     """Rows of a table, in blocks or not."""
-    return table[indices] if table.ndim == 2 else table[indices // BLOCK, :, indices % BLOCK]
+    rows = table[indices] if table.ndim == 2 else table[indices // BLOCK, :, indices % BLOCK]
+    return jnp.asarray(rows)
 
 
 def whole_table(table: Table) -> Float[Array | np.ndarray, "out in"]:

@@ -118,5 +118,6 @@ class DFlashObjective(BlockObjective):
 
     def _selected(self, read, logits, hidden, before):
         """Scores of the candidates of every slot, and these."""
+        assert self.heads.selector is not None
         best, tokens = best_logits(logits, self.heads.selector.candidates)
         return self.heads.scores_after(read, best, tokens, hidden, before[..., None])[..., 0, :], tokens
