@@ -166,11 +166,22 @@ class DraftObjective(Objective):
 
     def loss(self, trainable: Params, frozen: Params, batch: Batch, key: Array, progress: Array | float):
         """One term per depth: (sums, weights); metrics hold each depth's mean before its decay."""
-        return self.loss_on(self.read_target(frozen, batch), trainable, frozen, batch, key)
+        return self.loss_on(self.read_target(frozen, batch), trainable, frozen, batch, key, progress)
 
-    def loss_on(self, target: TargetFeatures, trainable: Params, frozen: Params, batch: Batch, key: Array):
+    def loss_on(
+        self,
+        target: TargetFeatures,
+        trainable: Params,
+        frozen: Params,
+        batch: Batch,
+        key: Array,
+        progress: Array | float,
+    ):
         """`loss`, given the target's features on the batch."""
-        guesses = self.teacher_forced(target, trainable, frozen, batch, key)
+        return self.loss_of(self.teacher_forced(target, trainable, frozen, batch, key), target, frozen)
+
+    def loss_of(self, guesses: list[Guess], target: TargetFeatures, frozen: Params):
+        """`loss`, given the guesses."""
         teacher = self.teacher(target, frozen, asked=False)
         totals, weights = losses(guesses, teacher, self._config.weights, self.compute.devices)
         decay = self._config.weights.decay ** jnp.arange(len(guesses), dtype=totals.dtype)

@@ -162,7 +162,7 @@ class SeveralObjective(Objective):
         """The terms of all members, one after the other; a member's metrics go by its name, its loss among them."""
         target, terms, metrics = self.read_target(frozen, batch), [], {}
         for name, one in self.members.items():
-            (sums, weights), told = one.loss_on(target, trainable[name], _base_of(frozen, name), batch, key)
+            (sums, weights), told = one.loss_on(target, trainable[name], _base_of(frozen, name), batch, key, progress)
             terms.append((sums, weights))
             told = {"loss": (jnp.sum(sums / jnp.maximum(weights, 1)), jnp.float32(1)), **told}
             metrics.update(_named(name, told))
