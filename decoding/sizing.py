@@ -34,6 +34,7 @@ from decoding.drafters.plain import Plain
 from decoding.request import Request
 from decoding.sampling import Sampling, batch_sampling
 from decoding.stats import Counters
+from models import pages
 from models.attention import Sources
 from models.formats.target import Target
 from models.layout import Layout
@@ -250,7 +251,7 @@ def _key(target: Target, drafter: Drafter, batch: int) -> str:
             str(target.params["embed"]["embedding"].dtype),
             (device.platform, device.device_kind, device.client.platform_version, os.cpu_count()),
             sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None,
-            (jax.__version__, jaxlib.__version__, os.environ.get("XLA_FLAGS"), os.environ.get("GLIBC_TUNABLES")),
+            (jax.__version__, jaxlib.__version__, os.environ.get("XLA_FLAGS"), pages.are_huge()),
             source.hexdigest(),
         ]
     whole = json.dumps([_fingerprints[target], batch, drafter.to_record(), drafter.open_sizes], default=str)

@@ -208,18 +208,25 @@ class Topology:
         """The inverse of `to_record`; also takes what `load_topology` takes."""
         return load_topology(raw, f"{where} in {place}")
 
-    def fill(self, tokens: Int[Array, "B N"], rule: str, proposals: Float[Array, "B M V"] | None = None) -> TokenTree:
+    def fill(
+        self,
+        tokens: Int[Array, "B N"],
+        rule: str,
+        proposals: Float[Array, "B M V"] | None = None,
+        proposal_of: Int[np.ndarray, "1 P"] | Int[Array, "#B P"] | None = None,
+    ) -> TokenTree:
         """The token tree of this topology with `tokens` in it.
 
         Args:
           tokens: one per node.
           rule: one of `ACCEPTANCE_RULES`.
-          proposals: under a sampled rule, for each node that has children, in the order of nodes, the distribution that
-            its first child was drawn from.
+          proposals: under a sampled rule, the distributions that first children were drawn from.
+          proposal_of: which of them it was, for each node that has children, in the order of nodes.
         """
-        parents = np.flatnonzero(self.children[:, 0] >= 0)
-        proposal_of = np.full(self.size, -1, np.int32)
-        proposal_of[parents] = np.arange(len(parents), dtype=np.int32)
+        has_children = self.children[:, 0] >= 0
+        of_node = None
+        if proposal_of is not None:
+            of_node = jnp.where(has_children, proposal_of[:, np.maximum(np.cumsum(has_children) - 1, 0)], -1)
         return TokenTree(
             tokens=tokens,
             parent=jnp.asarray(self.parent)[None],
@@ -229,7 +236,7 @@ class Topology:
             ancestors=jnp.asarray(self.ancestors)[None],
             rule=rule,
             proposals=proposals,
-            proposal_of=None if proposals is None else jnp.asarray(proposal_of)[None],
+            proposal_of=of_node,
         )
 
     def check(self, *, heads: int, vocab_size: int) -> None:

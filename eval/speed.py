@@ -75,6 +75,7 @@ from models.formats.hf import load_config
 from models.heads.eagle import EagleHeads
 from models.heads.hydra import HydraHeads
 from models.heads.medusa import MedusaHeads
+from models.pages import in_huge_pages
 from models.transformer import for_decoding, init
 
 SHAPES = {
@@ -227,7 +228,7 @@ def run(
     dtype = _dtype()
     progress(f"making the {shape} shape")
     # Joined, as `load_target` hands them to the loop.
-    params = jax.jit(lambda key: for_decoding(init(config, key, dtype)))(jax.random.key(0))
+    params = in_huge_pages(jax.jit(lambda key: for_decoding(init(config, key, dtype)))(jax.random.key(0)))
     maker = _Maker(config, params, progress)
     scale = scale or Scale()
     parts = _parts(maker, sections, drafters, bandwidth_bytes, scale)
@@ -267,7 +268,7 @@ class _Maker:
             def fresh(key):
                 return drafter.for_decoding(drafter.init_params(self.config, self.params, key))
 
-            self._made[name] = drafter, jax.jit(fresh)(jax.random.key(1))
+            self._made[name] = drafter, in_huge_pages(jax.jit(fresh)(jax.random.key(1)))
         return self._made[name]
 
     def scene(self, names: Sequence[str], context: int = PROMPT_LENGTH, batch: int = 1) -> Scene:

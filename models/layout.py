@@ -85,6 +85,7 @@ class Layout:
     Attributes:
       positions: place of each new row in its text, from 0.
       horizon: cache slots that a new row sees, counted from slot 0; `[B, 1]` where all rows see the same.
+      since: the first slot that it sees, where the cache holds packed documents; None is slot 0.
       order: who sees whom among the new rows, each itself included.
       segments: packed documents, 1, 2, ...; 0 is padding; None means one document per row.
       scratch_seen: `[b, i, r]` says that new row i sees row r of the scratch; None when there is no scratch.
@@ -101,6 +102,7 @@ class Layout:
     scratch_seen: Bool[Array, "#B T R"] | None = None
     scratch_positions: Int[Array, "B R"] | None = None
     prefix_positions: Int[Array, "B S"] | None = None
+    since: Int[Array, "B #T"] | None = None
     attention: str = struct.field(pytree_node=False, default="dense")
 
     @classmethod
@@ -160,6 +162,8 @@ class Layout:
         """`[b, i, s]`: new row i attends to cache slot s."""
         slot_S = jnp.arange(capacity, dtype=jnp.int32)
         seen = slot_S < self.horizon[:, :, None]
+        if self.since is not None:
+            seen = seen & (slot_S >= self.since[:, :, None])
         if window is None:
             return seen
         return seen & self._near(slot_S[None] if self.prefix_positions is None else self.prefix_positions, window)

@@ -2,14 +2,11 @@
 
 XLA multiplies one row on a CPU by a kernel as it lies, in the order of memory. Two rows and more go to a matrix product
 that walks down 64 columns at a time: with the kernel as [in, out] it reads 256 bytes of a page, then of the next one.
-Where the 64 columns lie together, [out / 64, in, 64], the same product reads one stream. That wins where memory comes
-in huge pages, and loses where it does not (docs/decisions.md, "Cache and layout").
+Where the 64 columns lie together, [out / 64, in, 64], the same product reads one stream. That wins where weights lie
+in huge pages, and loses where they do not (docs/decisions.md, "Cache and layout").
 """
 
 import functools
-import os
-import re
-from pathlib import Path
 from typing import Any
 
 import flax.linen as nn
@@ -17,6 +14,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
+
+from models import pages
 
 BLOCK = 64  # Columns that the product takes at once, with AVX-512 and without.
 LEAST_BYTES = 2**20  # A smaller kernel stays in a core's cache, where its order does not matter.
@@ -109,20 +108,9 @@ def _wide(dtype) -> jnp.dtype:
 
 def in_blocks(kernel: Kernel) -> Kernel:
     """A kernel as `product` reads it fastest on the default backend: in blocks, or as it is."""
-    if jax.default_backend() != "cpu" or kernel.ndim != 2 or kernel.shape[1] % BLOCK or not pages_are_huge():
+    if jax.default_backend() != "cpu" or kernel.ndim != 2 or kernel.shape[1] % BLOCK or not pages.are_huge():
         return kernel
     return kernel.reshape(kernel.shape[0], -1, BLOCK).swapaxes(0, 1) if _is_large(kernel) else kernel
-
-
-@functools.cache
-def pages_are_huge() -> bool:
-    """Whether this process's large arrays lie in huge pages: always on this machine, or as `GLIBC_TUNABLES` asks."""
-    asked = re.search(r"glibc\.malloc\.hugetlb=[12]", os.environ.get("GLIBC_TUNABLES", ""))
-    try:
-        mode = Path("/sys/kernel/mm/transparent_hugepage/enabled").read_text(encoding="utf-8")
-    except OSError:
-        return False
-    return "[always]" in mode or (asked is not None and "[madvise]" in mode)
 
 
 def whole(kernel: Kernel) -> Float[Array | np.ndarray, "in out"]:

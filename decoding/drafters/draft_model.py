@@ -19,7 +19,7 @@ from jaxtyping import Array, Int
 from decoding.cache import commit, init_cache
 from decoding.drafters.network_drafter import NetworkDrafter
 from decoding.place import Place
-from decoding.policies import Static, TreePolicy
+from decoding.policies import Scores, Static, TreePolicy
 from decoding.policies.scratch import Scratch
 from models import transformer
 from models.attention import Sources
@@ -102,7 +102,8 @@ class ModelNetwork:
       place: behind the text that the cache holds; its slots are those of the target, for positions alone.
       unread: `[B, U]`, the text between cache and root; U may be 0. These rows take the scratch's last slots.
       layers: how many run; None means all.
-      vocabulary, vocab_size: see `DraftNetwork`.
+      vocab_size: V, of the target.
+      vocabulary: target tokens of its outputs; None where they are all the target has.
     """
 
     config: TransformerConfig = struct.field(pytree_node=False)
@@ -124,17 +125,17 @@ class ModelNetwork:
         # The root goes first and the text before it last.
         scratch = scratch.write(_cut(out.rows, slice(0, unread)), layout.positions[:, :unread], slots)
         scratch = scratch.write(_cut(out.rows, slice(unread, None)), layout.positions[:, unread:], 0)
-        return out.logits[:, -1], scratch
+        return Scores(out.logits[:, -1:], tokens=self.vocabulary), scratch
 
-    def extend(self, scratch, at, tokens, parents, depth, seen):
+    def extend(self, scratch, level, at, tokens, parents, seen):
         """See `DraftNetwork`."""
         unread = self.unread.shape[1]
-        positions = self.place.positions(unread + depth)
+        positions = self.place.positions(jnp.full(tokens.shape, unread + level, jnp.int32))
         layout = scratch.layout(
             positions, self.place.length, jnp.pad(seen, ((0, 0), (0, 0), (0, unread)), constant_values=True)
         )
         out = self._forward(tokens, layout, scratch.rows)
-        return out.logits, scratch.write(out.rows, positions, at)
+        return Scores(out.logits, tokens=self.vocabulary), scratch.write(out.rows, positions, at)
 
     def _forward(self, tokens, layout, scratch):
         layers = None if self.layers is None else (0, self.layers)

@@ -19,7 +19,7 @@ from decoding.cache import commit, init_cache
 from decoding.drafter import TargetView
 from decoding.drafters.head_drafter import last_feature
 from decoding.drafters.network_drafter import NetworkDrafter
-from decoding.policies import Confidence, Static, TreePolicy
+from decoding.policies import Confidence, Scores, Static, TreePolicy
 from decoding.policies.scratch import Scratch
 from decoding.sampling import best_tokens
 from decoding.trees import EAGLE_25
@@ -61,11 +61,6 @@ class Network:
     state: dict[str, Any]
 
     @property
-    def vocabulary(self) -> Int[Array, "W"] | None:
-        """Target ids of the logits' tokens."""
-        return self.heads.vocabulary(self.params)
-
-    @property
     def vocab_size(self) -> int:
         """The target's."""
         return self.target.config.vocab_size
@@ -75,26 +70,27 @@ class Network:
         pairs = self.target.length - 1
         feature_BH = self.state["feature"]
         layout = Layout.extend(pairs, 1, self.target.place.position - 1)
-        logits, hidden, rows = self._run(root[:, None], feature_BH[:, None], layout, None)
+        scores, hidden, rows = self._run(root[:, None], feature_BH[:, None], layout, None)
         batch, width = feature_BH.shape
         scratch = Scratch.empty(self.heads.layer_config(self.target.config), batch, slots, feature_BH.dtype, layers=1)
         drafted = Drafted(scratch, jnp.zeros((batch, slots, width), feature_BH.dtype))
-        return logits[:, 0], drafted.write(rows, hidden, layout.positions, 0)
+        return scores, drafted.write(rows, hidden, layout.positions, 0)
 
-    def extend(self, scratch, at, tokens, parents, depth, seen):
+    def extend(self, scratch, level, at, tokens, parents, seen):
         """Every candidate with its parent's output in the place of a feature; see `DraftNetwork`."""
         pairs = self.target.length - 1
-        positions_BM = self.target.place.positions(depth - 1)
+        positions_BM = self.target.place.positions(jnp.full(tokens.shape, level - 1, jnp.int32))
         feature_BMH = jnp.take_along_axis(scratch.hidden, parents[:, :, None], axis=1)
         layout = scratch.scratch.layout(positions_BM, pairs, seen)
-        logits, hidden, rows = self._run(tokens, feature_BMH, layout, scratch.scratch.rows[0])
-        return logits, scratch.write(rows, hidden, positions_BM, at)
+        scores, hidden, rows = self._run(tokens, feature_BMH, layout, scratch.scratch.rows[0])
+        return scores, scratch.write(rows, hidden, positions_BM, at)
 
     def _run(self, tokens, feature, layout, scratch):
         config, target = self.target.config, self.target
         embedding, prefix = target.lookup(tokens), self.state["cache"][0]
         hidden, rows = self.heads.run(config, self.params, feature, embedding, layout, Sources(prefix, scratch))
-        return self.heads.logits(config, self.params, target.params, hidden), hidden, rows
+        logits = self.heads.logits(config, self.params, target.params, hidden)
+        return Scores(logits, tokens=self.heads.vocabulary(self.params)), hidden, rows
 
 
 @dataclasses.dataclass(frozen=True)

@@ -59,14 +59,13 @@ class NetworkDrafter(Drafter):
         def run(params, target, state, root, inputs):
             network = self.network(params, target, state)
             first, scratch = network.begin(root, sum(levels))
-            logits, at = [first], levels[0]
-            for depth, tokens in enumerate(inputs, start=1):
-                like = jnp.zeros_like(tokens)
+            scores, at = [first], levels[0]
+            for level, tokens in enumerate(inputs, start=1):
                 seen = jnp.zeros((*tokens.shape, sum(levels)), bool).at[:, :, 0].set(True)
-                found, scratch = network.extend(scratch, at, tokens, like, like + depth, seen)
-                logits.append(found)
+                found, scratch = network.extend(scratch, level, at, tokens, jnp.zeros_like(tokens), seen)
+                scores.append(found)
                 at += tokens.shape[1]
-            return logits
+            return scores
 
         return {"network": CostPart(run, inputs)}
 

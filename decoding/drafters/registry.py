@@ -49,6 +49,7 @@ from models.formats.storage import (
 )
 from models.formats.target import Target
 from models.formats.text_files import read_json
+from models.pages import in_huge_pages
 from models.sharding import mesh_of, param_shardings
 
 DRAFTERS: dict[str, type[Drafter]] = {
@@ -163,7 +164,7 @@ def load_drafter(spec: str | Path, target: Target, mesh: Mesh | None = None) -> 
     params = jax.tree.unflatten(jax.tree.structure(shapes), leaves)
     if carried:
         drafter = _of_size(drafter, argument, record, name)
-    return drafter, drafter.for_decoding(params, mesh)
+    return drafter, in_huge_pages(drafter.for_decoding(params, mesh))
 
 
 def _of_size(drafter: Drafter, candidates: str, record: dict, name: str) -> Drafter:

@@ -1,11 +1,11 @@
-"""How a draft tree grows from an autoregressive draft network; every way by the name that `drafter.json` gives it."""
+"""How a draft tree grows from a draft network; every way by the name that `drafter.json` gives it."""
 
 import ast
 from typing import Any
 
 from decoding.policies.confidence import Confidence
 from decoding.policies.dyspec import DySpec
-from decoding.policies.policy import DraftNetwork, TreePolicy
+from decoding.policies.policy import DraftNetwork, Scores, TreePolicy
 from decoding.policies.rsd import StochasticBeam
 from decoding.policies.static import Static
 from models import schema
@@ -16,6 +16,7 @@ __all__ = [
     "Confidence",
     "DraftNetwork",
     "DySpec",
+    "Scores",
     "Static",
     "StochasticBeam",
     "TreePolicy",

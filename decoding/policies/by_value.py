@@ -11,7 +11,7 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from decoding.policies.policy import DraftNetwork, Grown, of_target, over_target, own_slot
+from decoding.policies.policy import DraftNetwork, Grown, Scores, own_slot
 from decoding.sampling import top_k
 from decoding.trees import TokenTree
 
@@ -20,19 +20,19 @@ class Candidates(NamedTuple):
     """K children of each of the F rows of a frontier.
 
     Attributes:
-      outputs: outputs of the network, distinct among siblings, in the order in which they are offered.
+      tokens: of the target, distinct among siblings, in the order in which they are offered.
       worth: what decides which are in the tree; -inf for one that cannot be.
       frontier: what decides which run on; never above `worth`.
       proposals: under a sampled rule, the distribution that each row's children were drawn from.
     """
 
-    outputs: Int[Array, "B F K"]
+    tokens: Int[Array, "B F K"]
     worth: Float[Array, "B F K"]
     frontier: Float[Array, "B F K"]
-    proposals: Float[Array, "B F W"] | None
+    proposals: Float[Array, "B F V"] | None
 
 
-Expand = Callable[[Float[Array, "B F W"], Float[Array, "B F"], int], Candidates]
+Expand = Callable[[Scores, Float[Array, "B F"], int], Candidates]
 
 
 def slots(width: int, depth: int) -> int:
@@ -57,7 +57,7 @@ def grow_by_value(
     Args:
       network: what scores candidates.
       root: the pending tokens.
-      expand: (logits of a frontier, value of its rows, level) -> candidates.
+      expand: (scores of a frontier, value of its rows, level) -> candidates.
       start: value of the root.
       width: candidates per level that run on.
       depth: levels.
@@ -66,8 +66,8 @@ def grow_by_value(
       least: candidates must be worth more than this.
     """
     batch, total = root.shape[0], slots(width, depth)
-    logits_BW, scratch = network.begin(root, total)
-    logits_BFW, value_BF = logits_BW[:, None], jnp.full((batch, 1), start, logits_BW.dtype)
+    scores, scratch = network.begin(root, total)
+    value_BF = jnp.full((batch, 1), start, scores.logits.dtype)
     slot_BF = jnp.zeros((batch, 1), jnp.int32)
     seen_BFS = jnp.zeros((batch, 1, total), bool)
     # Candidates are numbered as they are made; the root is -1, so that a parent's number is below its children's.
@@ -75,27 +75,25 @@ def grow_by_value(
     made, proposals, ran = [], [], [number_BF]
     count = 0
     for level in range(1, depth + 1):
-        found = expand(logits_BFW, value_BF, level)
-        F, K = found.outputs.shape[1:]
+        found = expand(scores, value_BF, level)
+        F, K = found.tokens.shape[1:]
         # Slots of a level that has fewer candidates than it might stay empty.
         empty = 0 if level == 1 else width - F
         if found.proposals is not None:
-            proposals.append(jnp.pad(over_target(network, found.proposals), ((0, 0), (0, empty), (0, 0))))
-        flat = [x.reshape(batch, F * K) for x in found[:3]]
-        tokens_BC = of_target(network, flat[0])
+            proposals.append(jnp.pad(found.proposals, ((0, 0), (0, empty), (0, 0))))
+        tokens_BC, worth_BC, onward_BC = (x.reshape(batch, F * K) for x in found[:3])
         rank_BC = jnp.broadcast_to(jnp.arange(F * K, dtype=jnp.int32) % K, (batch, F * K))
-        made.append((tokens_BC, jnp.repeat(number_BF, K, axis=1), rank_BC, jnp.full_like(rank_BC, level), flat[1]))
+        made.append((tokens_BC, jnp.repeat(number_BF, K, axis=1), rank_BC, jnp.full_like(rank_BC, level), worth_BC))
         if level < depth:
             keep = min(width, F * K)
-            value_BF, place_BF = top_k(flat[2], keep)
+            value_BF, place_BF = top_k(onward_BC, keep)
             number_BF = count + place_BF
             parent_BF = place_BF // K
             parent_slot_BF = jnp.take_along_axis(slot_BF, parent_BF, axis=1)
             seen_BFS = own_slot(parent_BF, seen_BFS, parent_slot_BF)
             at = slots(width, level)
             chosen = jnp.take_along_axis(tokens_BC, place_BF, axis=1)
-            depth_BF = jnp.full((batch, keep), level, jnp.int32)
-            logits_BFW, scratch = network.extend(scratch, at, chosen, parent_slot_BF, depth_BF, seen_BFS)
+            scores, scratch = network.extend(scratch, level, at, chosen, parent_slot_BF, seen_BFS)
             slot_BF = jnp.broadcast_to(at + jnp.arange(keep, dtype=jnp.int32), (batch, keep))
             ran.append(jnp.pad(number_BF, ((0, 0), (0, width - keep)), constant_values=-2))
         count += F * K

@@ -65,13 +65,13 @@ class Confidence(TreePolicy):
         return "point"
 
     def grow(self, network, root, keys, sampling):
-        def expand(logits_BFW, value_BF, level):
-            logits_BFW = gather_rows(logits_BFW)
-            best_BFK, outputs_BFK = best_logits(logits_BFW, self.top_k)
+        def expand(scores, value_BF, level):
+            logits_BPW = gather_rows(scores.logits)
+            best_BPK, outputs_BPK = best_logits(logits_BPW, self.top_k)
             # Rounding must let no path be worth more than its beginning.
-            logp_BFK = jnp.minimum(best_BFK - jax.nn.logsumexp(logits_BFW, axis=2, keepdims=True), 0)
-            worth_BFK = value_BF[:, :, None] + logp_BFK
-            return Candidates(outputs_BFK, worth_BFK, worth_BFK, None)
+            logp_BPK = jnp.minimum(best_BPK - jax.nn.logsumexp(logits_BPW, axis=2, keepdims=True), 0)
+            worth_BFK = value_BF[:, :, None] + scores.of_rows(logp_BPK)
+            return Candidates(scores.of_rows(scores.of_target(outputs_BPK)), worth_BFK, worth_BFK, None)
 
         sizes = dict(width=self.top_k, depth=self.depth, budget=self.total - 1)
         return grow_by_value(network, root, expand, start=0.0, rule=self.rule(sampling.greedy), **sizes)

@@ -67,8 +67,10 @@ class DySpec(TreePolicy):
         return "point" if greedy else "swor"
 
     def grow(self, network, root, keys, sampling):
-        def expand(logits_BFW, value_BF, level):
-            logq_BFW = draft_log_probabilities(logits_BFW, sampling)
+        def expand(scores, value_BF, level):
+            # How many candidates of one row are kept decides about those of another: each row draws its own.
+            scores = scores.each()
+            logq_BFW = draft_log_probabilities(scores.logits, sampling)
             noise = gumbel_for(keys, sampling, level, logq_BFW.shape[1:], logq_BFW.dtype)
             outputs_BFK = best_tokens(logq_BFW + noise, self.branch)
             q_BFK = jnp.exp(jnp.take_along_axis(logq_BFW, outputs_BFK, axis=2))
@@ -77,8 +79,8 @@ class DySpec(TreePolicy):
             value_BF1 = jnp.maximum(value_BF, 0)[:, :, None]
             worth_BFK = value_BF1 * jnp.clip(1 - elders_BFK, 0, 1)
             onward_BFK = jnp.minimum(value_BF1 * q_BFK, worth_BFK)
-            drawn_from = None if sampling.greedy else jnp.exp(logq_BFW)
-            return Candidates(outputs_BFK, worth_BFK, onward_BFK, drawn_from)
+            drawn_from = None if sampling.greedy else scores.over_target(jnp.exp(logq_BFW), network.vocab_size)
+            return Candidates(scores.of_target(outputs_BFK), worth_BFK, onward_BFK, drawn_from)
 
         sizes = dict(width=self.width, depth=self.depth, budget=self.budget)
         return grow_by_value(

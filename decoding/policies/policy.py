@@ -2,8 +2,12 @@
 
 Any network (a smaller transformer, the target's first layers, an EAGLE head) serves any policy (a static tree, sampled
 siblings, a beam, a tree that follows confidence). Between them stands the *scratch*: what the network keeps of the rows
-it ran in this step. Rows are named by *slot*, in the order in which they ran; slot 0 is the root. Leaves never run, so
-a tree has fewer slots than nodes.
+it ran in this step, any pytree with the slots in an axis. Rows are named by *slot*, in the order in which they ran;
+slot 0 is the root. Leaves never run, so a tree has fewer slots than nodes.
+
+A network may guess several tokens in a pass (semi-autoregressive and block drafters). Then it answers a level inside a
+block from what it has at hand, and all rows of a block share one distribution, which is ranked or drawn from once
+(`Scores.row`).
 """
 
 import dataclasses
@@ -11,7 +15,8 @@ from typing import Any, ClassVar, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from flax import struct
+from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from decoding.sampling import SamplingParameters
 from decoding.tree_search import Acceptance
@@ -20,42 +25,84 @@ from models import schema
 from models.sharding import gather_rows
 
 
+@struct.dataclass
+class Scores:
+    """What a draft network says of the tokens that may follow M rows.
+
+    Attributes:
+      logits: P distributions over W outputs.
+      row: which of the P speaks of each row; None says that row i's is the i-th, and P = M.
+      tokens: target tokens of the outputs, the same for all distributions or of each its own; None when W is the
+        target's vocabulary.
+      confidence: probability that a candidate behind the row is accepted if the row was; None where a network does not
+        say.
+    """
+
+    logits: Float[Array, "B P W"]
+    row: Int[Array, "#B M"] | None = None
+    tokens: Int[Array, "W"] | Int[Array, "B P W"] | None = None
+    confidence: Float[Array, "B M"] | None = None
+
+    def of_rows(self, values: Shaped[Array, "B P *K"]) -> Shaped[Array, "B M *K"]:
+        """For every row, what is known of its distribution."""
+        if self.row is None:
+            return values
+        row = jnp.broadcast_to(self.row, (values.shape[0], self.row.shape[1]))
+        return jax.vmap(lambda value, index: value[index])(values, row)
+
+    def each(self) -> "Scores":
+        """With a distribution for every row, to be drawn from one by one."""
+        own = self.tokens if self.tokens is None or self.tokens.ndim == 1 else self.of_rows(self.tokens)
+        return Scores(self.of_rows(self.logits), None, own, self.confidence)
+
+    def of_target(self, outputs: Int[Array, "B P K"]) -> Int[Array, "B P K"]:
+        """Target tokens of outputs."""
+        if self.tokens is None:
+            return outputs
+        return self.tokens[outputs] if self.tokens.ndim == 1 else jnp.take_along_axis(self.tokens, outputs, axis=2)
+
+    def over_target(self, q: Float[Array, "B P W"], vocab_size: int) -> Float[Array, "B P V"]:
+        """Distributions over outputs as distributions over the target's vocabulary."""
+        if self.tokens is None:
+            return q
+        zeros = jnp.zeros((*q.shape[:2], vocab_size), q.dtype)
+        if self.tokens.ndim == 1:
+            return zeros.at[:, :, self.tokens].set(q)
+        return jnp.put_along_axis(zeros, self.tokens, q, axis=2, inplace=False)
+
+
 @runtime_checkable
 class DraftNetwork(Protocol):
     """A draft network in the middle of a text."""
 
     @property
-    def vocabulary(self) -> Int[Array, "W"] | None:
-        """Target tokens of its W outputs; None when W is the target's vocabulary."""
-
-    @property
     def vocab_size(self) -> int:
         """V, of the target."""
 
-    def begin(self, root: Int[Array, "B"], slots: int) -> tuple[Float[Array, "B W"], Any]:
-        """Logits of what follows the root, and a scratch of `slots` slots with the root in the first."""
+    def begin(self, root: Int[Array, "B"], slots: int) -> tuple[Scores, Any]:
+        """What may follow the root, and a scratch of `slots` slots with the root in the first."""
 
     def extend(
         self,
         scratch: Any,
+        level: int,
         at: int,
         tokens: Int[Array, "B M"],
         parents: Int[Array, "B M"],
-        depth: Int[Array, "B M"],
         seen: Bool[Array, "B M S"],
-    ) -> tuple[Float[Array, "B M W"], Any]:
-        """Runs M candidates, as slots `at` to `at + M - 1`.
+    ) -> tuple[Scores, Any]:
+        """Reads the M candidates of a level, as slots `at` to `at + M - 1`.
 
         Args:
           scratch: of the rows so far.
+          level: their depth in the tree, 1 for children of the root.
           at: first slot.
           tokens: what they read.
           parents: slots of their parents.
-          depth: 1 for children of the root.
           seen: the earlier slots that each sees: its ancestors, root included.
 
         Returns:
-          Logits of what follows each, and the scratch with them in it.
+          What may follow each, and the scratch with them in it.
         """
 
 
@@ -165,18 +212,6 @@ def gumbel_for(
     """Gumbel noise `[B, *shape]` for a level of a tree; none in rows of temperature 0, whose candidates are ranked."""
     noise = jax.vmap(lambda key: jax.random.gumbel(jax.random.fold_in(key, level), shape, dtype))(keys)
     return jnp.where(sampling.temperature.reshape(-1, *[1] * len(shape)) > 0, noise, 0)
-
-
-def of_target(network: DraftNetwork, indices: Int[Array, "*B"]) -> Int[Array, "*B"]:
-    """Target tokens of outputs of the network."""
-    return indices if network.vocabulary is None else network.vocabulary[indices]
-
-
-def over_target(network: DraftNetwork, q: Float[Array, "B M W"]) -> Float[Array, "B M V"]:
-    """Distributions over the network's outputs as distributions over the target's vocabulary."""
-    if network.vocabulary is None:
-        return q
-    return jnp.zeros((*q.shape[:2], network.vocab_size), q.dtype).at[:, :, network.vocabulary].set(q)
 
 
 def own_slot(parents: Int[Array, "B M"], seen: Bool[Array, "B F S"], slots: Int[Array, "B M"]) -> Bool[Array, "B M S"]:

@@ -9,16 +9,16 @@ perturbed score is, never on which token it is, so verification as `swor` stays 
 import dataclasses
 from typing import ClassVar
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from decoding.policies.policy import (
     Grown,
+    Scores,
     TreePolicy,
     draft_log_probabilities,
     gumbel_for,
-    of_target,
-    over_target,
     own_slot,
 )
 from decoding.sampling import best_logits, top_k
@@ -60,16 +60,16 @@ class StochasticBeam(TreePolicy):
 
     def grow(self, network, root, keys, sampling):
         batch, W = root.shape[0], self.width
-        logits_BW, scratch = network.begin(root, self.slots)
-        logits_BFW = logits_BW[:, None]
-        phi_BF = jnp.zeros((batch, 1), logits_BW.dtype)
+        scores, scratch = network.begin(root, self.slots)
+        phi_BF = jnp.zeros((batch, 1), scores.logits.dtype)
         score_BF, alive_BF = phi_BF, jnp.ones((batch, 1), bool)
         seen_BFS = jnp.zeros((batch, 1, self.slots), bool)
         levels = [(root[:, None], jnp.full((batch, 1), -1, jnp.int32), jnp.zeros((batch, 1), jnp.int32), alive_BF)]
         proposals, first = [], 0
         for depth in range(self.depth):
-            logq_BFW = draft_log_probabilities(logits_BFW, sampling)
-            proposals.append(over_target(network, jnp.exp(logq_BFW)))
+            scores = scores.each()
+            logq_BFW = draft_log_probabilities(scores.logits, sampling)
+            proposals.append(scores.over_target(jnp.exp(logq_BFW), network.vocab_size))
             noise = gumbel_for(keys, sampling, depth, logq_BFW.shape[1:], logq_BFW.dtype)
             phi_BFW = phi_BF[:, :, None] + logq_BFW
             # Siblings are ordered by what they drew: conditioning keeps that order, but rounds some of them to ties.
@@ -82,14 +82,13 @@ class StochasticBeam(TreePolicy):
                 jnp.take_along_axis(phi_BFW, parent_BF[:, :, None], axis=1), output_BF[:, :, None], axis=2
             )[:, :, 0]
             alive_BF = score_BF > -jnp.inf
-            tokens_BF = of_target(network, output_BF)
+            tokens_BF = _tokens(scores, parent_BF, output_BF)
             levels.append((tokens_BF, first + parent_BF, _rank(parent_BF), alive_BF))
             if depth + 1 < self.depth:
                 # Node and slot are the same here, since all but the last level run.
                 seen_BFS = own_slot(parent_BF, seen_BFS, first + parent_BF)
                 first = 1 + W * depth
-                at_depth = jnp.full((batch, W), depth + 1, jnp.int32)
-                logits_BFW, scratch = network.extend(scratch, first, tokens_BF, levels[-1][1], at_depth, seen_BFS)
+                scores, scratch = network.extend(scratch, depth + 1, first, tokens_BF, levels[-1][1], seen_BFS)
         tokens, parent, rank, valid = (jnp.concatenate(column, axis=1) for column in zip(*levels, strict=True))
         index_N = jnp.arange(self.max_nodes, dtype=jnp.int32)
         slot_of_node = jnp.where(index_N < self.slots, index_N, -1)[None]
@@ -127,6 +126,13 @@ def _best_of_all(
     best, place = top_k(jnp.pad(values, ((0, 0), (0, short)), constant_values=-jnp.inf), count)
     place = jnp.minimum(place, values.shape[1] - 1).astype(jnp.int32)
     return best, place // each, jnp.take_along_axis(outputs, place, axis=1)
+
+
+def _tokens(scores: Scores, row_BW: Int[Array, "B W"], output_BW: Int[Array, "B W"]) -> Int[Array, "B W"]:
+    """Target tokens of outputs, each of a row."""
+    if scores.tokens is None or scores.tokens.ndim == 1:
+        return scores.of_target(output_BW[:, None])[:, 0]
+    return jax.vmap(lambda tokens, row, output: tokens[row, output])(scores.tokens, row_BW, output_BW)
 
 
 def _rank(parent_BF: Int[Array, "B F"]) -> Int[Array, "B F"]:

@@ -9,6 +9,9 @@ How children are chosen decides the rule, and which published method this is:
 * `with`: drawn with replacement, rule `iid`: SpecInfer (Miao et al. 2024).
 
 Where every row of a batch decodes greedily there is nothing to draw, and all three rank.
+
+Candidates that share a distribution share one list of draws, of which each of their parents takes the beginning. That
+is exact because how much of it a parent takes was decided before anything was drawn.
 """
 
 import dataclasses
@@ -16,18 +19,17 @@ from typing import ClassVar, Literal
 
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Int
 
 from decoding.policies.policy import (
     Grown,
     TreePolicy,
     draft_log_probabilities,
     gumbel_for,
-    of_target,
-    over_target,
 )
 from decoding.sampling import argmax, best_tokens
 from decoding.tree_search import NETWORK_DEPTH, Acceptance, best_tree, probing_tree
-from decoding.trees import Topology, chain
+from decoding.trees import SAMPLED_RULES, Topology, chain
 from models.errors import UserError
 
 RULE_OF = {"top": "point", "without": "swor", "with": "iid"}
@@ -72,46 +74,49 @@ class Static(TreePolicy):
         tree, batch = self.tree, root.shape[0]
         rule = self.rule(sampling.greedy)
         slot_of_node = np.full(tree.size, -1, np.int32)
-        levels, proposals = [root[:, None]], []
-        at = 0
+        levels, proposals, proposal_of = [root[:, None]], [], []
+        at = distributions = 0
         for depth in range(tree.max_depth):
             parents = tree.expanded(depth)
             slot_of_node[parents] = at + np.arange(len(parents))
             if depth == 0:
-                logits_BW, scratch = network.begin(root, self.slots)
-                logits_BMW = logits_BW[:, None]
+                scores, scratch = network.begin(root, self.slots)
             else:
                 above = tree.ancestors[parents].copy()
                 above[np.arange(len(parents)), parents] = False
                 seen = above @ (slot_of_node[:, None] == np.arange(self.slots))
-                logits_BMW, scratch = network.extend(
+                scores, scratch = network.extend(
                     scratch,
+                    depth,
                     at,
                     levels[depth][:, np.searchsorted(tree.level(depth), parents)],
                     _rows(slot_of_node[tree.parent[parents]], batch),
-                    _rows(np.full(len(parents), depth, np.int32), batch),
                     _rows(seen, batch),
                 )
             at += len(parents)
             nodes = tree.level(depth + 1)
-            chosen_BMK = self._choose(logits_BMW, rule, keys, sampling, depth, int(tree.rank[nodes].max()) + 1)
-            chosen_BM = chosen_BMK[:, np.searchsorted(parents, tree.parent[nodes]), tree.rank[nodes]]
-            levels.append(of_target(network, chosen_BM))
-            if rule != "point":
-                proposals.append(over_target(network, jnp.exp(draft_log_probabilities(logits_BMW, sampling))))
-        drawn_from = jnp.concatenate(proposals, axis=1) if proposals else None
-        filled = tree.fill(jnp.concatenate(levels, axis=1), rule, drawn_from)
+            chosen_BPK = self._choose(scores.logits, rule, keys, sampling, depth, int(tree.rank[nodes].max()) + 1)
+            offered_BMK = scores.of_rows(scores.of_target(chosen_BPK))
+            levels.append(offered_BMK[:, np.searchsorted(parents, tree.parent[nodes]), tree.rank[nodes]])
+            if rule in SAMPLED_RULES:
+                q_BPW = jnp.exp(draft_log_probabilities(scores.logits, sampling))
+                proposals.append(scores.over_target(q_BPW, network.vocab_size))
+                row = np.arange(len(parents), dtype=np.int32)[None] if scores.row is None else scores.row
+                proposal_of.append(distributions + row)
+                distributions += q_BPW.shape[1]
+        drawn_from = (jnp.concatenate(proposals, axis=1), _side_by_side(proposal_of)) if proposals else ()
+        filled = tree.fill(jnp.concatenate(levels, axis=1), rule, *drawn_from)
         return Grown(filled, jnp.asarray(slot_of_node)[None], scratch)
 
-    def _choose(self, logits_BMW, rule, keys, sampling, depth, count):
-        """Outputs of the network `[B, M, K]` for the children of each row, in the order in which they are offered."""
+    def _choose(self, logits_BPW, rule, keys, sampling, depth, count):
+        """Outputs `[B, P, K]` of each distribution, in the order in which they are offered."""
         if rule == "point":
-            return best_tokens(logits_BMW, count)
-        logq_BMW = draft_log_probabilities(logits_BMW, sampling)
+            return best_tokens(logits_BPW, count)
+        logq_BPW = draft_log_probabilities(logits_BPW, sampling)
         if rule == "swor":
-            return best_tokens(logq_BMW + gumbel_for(keys, sampling, depth, logq_BMW.shape[1:], logq_BMW.dtype), count)
-        noise_BMKW = gumbel_for(keys, sampling, depth, (*logq_BMW.shape[1:2], count, logq_BMW.shape[2]), logq_BMW.dtype)
-        return argmax(logq_BMW[:, :, None] + noise_BMKW)
+            return best_tokens(logq_BPW + gumbel_for(keys, sampling, depth, logq_BPW.shape[1:], logq_BPW.dtype), count)
+        noise_BPKW = gumbel_for(keys, sampling, depth, (*logq_BPW.shape[1:2], count, logq_BPW.shape[2]), logq_BPW.dtype)
+        return argmax(logq_BPW[:, :, None] + noise_BPKW)
 
     @property
     def ranked_tree(self):
@@ -132,6 +137,14 @@ class Static(TreePolicy):
         """The topology of that many candidates that the counts favour: the most expected tokens."""
         assert acceptance is not None
         return best_tree(acceptance.accuracy, candidates)
+
+
+def _side_by_side(columns: list) -> Int[np.ndarray, "1 P"] | Int[Array, "#B P"]:
+    """Numbers of parents level by level; constants stay constants."""
+    if all(isinstance(column, np.ndarray) for column in columns):
+        return np.concatenate(columns, axis=1)
+    batch = max(column.shape[0] for column in columns)
+    return jnp.concatenate([jnp.broadcast_to(x, (batch, x.shape[1])) for x in columns], axis=1)
 
 
 def _rows(values: np.ndarray, batch: int):

@@ -31,6 +31,7 @@ from models.formats.hf import load_config, load_params
 from models.formats.tokenizer import Tokenizer
 from models.formats.tokenizer_files import holds_tokenizer
 from models.layout import Layout
+from models.pages import in_huge_pages
 from models.sharding import param_shardings
 from models.transformer import Output, Params, for_decoding, forward, param_shapes
 
@@ -132,7 +133,7 @@ def load_target(directory: str | Path, dtype=None, mesh: Mesh | None = None) -> 
         check_vocabulary(config, tokenizer, directory)
     shardings = None if mesh is None else param_shardings(mesh, param_shapes(config, dtype))
     params = load_params(config, directory, dtype, shardings)
-    return Target(config, for_decoding(params, mesh), tokenizer, directory)
+    return Target(config, in_huge_pages(for_decoding(params, mesh)), tokenizer, directory)
 
 
 def check_vocabulary(config: TransformerConfig, tokenizer: Tokenizer, directory: str | Path) -> None:

@@ -60,7 +60,8 @@ class Told(Drafter):
     def draft(self, params, target, state, root, keys):
         tokens = jnp.concatenate([root[:, None], params[:, : self.depth]], axis=1)
         proposals = jnp.ones((root.shape[0], self.depth, 12)) / 12 if self.under == "swor" else None
-        tree = chain(self.depth).fill(jnp.maximum(tokens, 0), self.under, proposals)
+        drawn_from = () if proposals is None else (proposals, np.arange(self.depth, dtype=np.int32)[None])
+        tree = chain(self.depth).fill(jnp.maximum(tokens, 0), self.under, *drawn_from)
         return dataclasses.replace(tree, valid=tokens >= 0), None
 
     def riders(self, params, target, state, tree):

@@ -18,7 +18,7 @@ import pytest
 from decoding.drafter import Drafter
 from decoding.drafters.network_drafter import NetworkDrafter
 from decoding.generate import generate
-from decoding.policies import DySpec, Static, StochasticBeam, TreePolicy
+from decoding.policies import DySpec, Scores, Static, StochasticBeam, TreePolicy
 from decoding.sampling import Sampling, draw
 from decoding.trees import SAMPLED_RULES, TokenTree, from_child_counts
 from decoding.verify import Typical, verify
@@ -93,14 +93,13 @@ class Bigrams:
     """The draft network: what follows a token depends on that token alone."""
 
     table: jax.Array
-    vocabulary: None = None
     vocab_size: int = VOCAB
 
     def begin(self, root, slots):
-        return self.table[root], ()
+        return Scores(self.table[root][:, None]), ()
 
-    def extend(self, scratch, at, tokens, parents, depth, seen):
-        return self.table[tokens], ()
+    def extend(self, scratch, level, at, tokens, parents, seen):
+        return Scores(self.table[tokens]), ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,6 +111,35 @@ class Table(NetworkDrafter):
 
     def network(self, params, target, state):
         return Bigrams(params)
+
+
+@dataclasses.dataclass(frozen=True)
+class Slots:
+    """A block network: what stands in a slot depends on the slot alone, and all rows of a level share one distribution.
+
+    Attributes:
+      table: logits, a row for each slot.
+    """
+
+    table: jax.Array
+    vocab_size: int = VOCAB
+
+    def begin(self, root, slots):
+        return self._slot(root[:, None], 0), ()
+
+    def extend(self, scratch, level, at, tokens, parents, seen):
+        return self._slot(tokens, level), ()
+
+    def _slot(self, tokens, level):
+        logits = jnp.broadcast_to(self.table[level], (len(tokens), 1, VOCAB))
+        return Scores(logits, jnp.zeros((1, tokens.shape[1]), jnp.int32))
+
+
+class Block(Table):
+    """A drafter whose network guesses a block in one pass."""
+
+    def network(self, params, target, state):
+        return Slots(params)
 
 
 class RankedAsIfDrawn(Table):
@@ -188,10 +216,12 @@ POLICIES = {
         "every token": Table(Static(from_child_counts({(): VOCAB, (0,): VOCAB}), "without")),
         "beam": Table(StochasticBeam(width=3, depth=2)),
         "dyspec": Table(DySpec(budget=8, depth=3, width=3, branch=3)),
+        "block 3x3": Block(Static(WIDE, "without")),
+        "block dyspec": Block(DySpec(budget=8, depth=3, width=3, branch=3)),
         "ranked as if drawn": RankedAsIfDrawn(Static(WIDE, "without")),
         "pruned by own probability": PrunedByOwnProbability(Static(WIDE, "without")),
     },
-    "iid": {"iid 3x3": Table(Static(WIDE, "with"))},
+    "iid": {"iid 3x3": Table(Static(WIDE, "with")), "block iid 3x3": Block(Static(WIDE, "with"))},
     "point": {"top 3x3": Table(Static(WIDE, "top"))},
 }
 WRONG = ("ranked as if drawn", "pruned by own probability")

@@ -79,7 +79,7 @@ def judge(tree: TokenTree, logits: np.ndarray, max_depth: int, *sampling: Sampli
 def filled(topology: Topology, rule: str, children: np.ndarray, q: np.ndarray) -> TokenTree:
     """The tree with `children` `[B, N - 1]` behind the root, drawn from `q` `[B, M, V]`."""
     tokens = jnp.asarray(np.pad(children, ((0, 0), (1, 0))), jnp.int32)
-    return topology.fill(tokens, rule, jnp.asarray(q, jnp.float32))
+    return topology.fill(tokens, rule, jnp.asarray(q, jnp.float32), np.arange(q.shape[1], dtype=np.int32)[None])
 
 
 def outcome_shares(p: np.ndarray, q: np.ndarray, count: int, rule: str) -> np.ndarray:

@@ -142,11 +142,12 @@ def test_typical_matches_numpy(rule: Typical, temperature: float) -> None:
 
 def test_a_rule_that_does_not_fit_its_tree_is_refused() -> None:
     tokens = jnp.zeros((1, TREE.size), jnp.int32)
-    proposals = jnp.ones((1, 4, 5)) / 5
+    proposals = jnp.ones((1, 1, 5)) / 5
+    of_parents = np.zeros((1, np.sum(TREE.children[:, 0] >= 0)), np.int32)
     with pytest.raises(ValueError, match="rule must be one of match, point, iid, swor, got 'greedy'"):
         TREE.fill(tokens, "greedy")
     for rule in ("iid", "swor"):
-        assert TREE.fill(tokens, rule, proposals).rule == rule
+        assert TREE.fill(tokens, rule, proposals, of_parents).rule == rule
         with pytest.raises(ValueError, match=f"under the rule '{rule}' needs proposals"):
             TREE.fill(tokens, rule)
     for rule in ("match", "point"):

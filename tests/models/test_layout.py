@@ -119,6 +119,10 @@ def test_every_row_may_have_a_horizon_of_its_own() -> None:
             assert np.flatnonzero(layout.sees_prefix(6, None)[batch, i]).tolist() == below
             near = [slot for slot in below if positions[batch, i] - slot < 3]
             assert np.flatnonzero(layout.sees_prefix(6, 3)[batch, i]).tolist() == near
+    # Of packed documents, each row continues one.
+    packed = dataclasses.replace(layout, since=jnp.array([[0, 1, 3], [4, 2, 0]]))
+    seen = [[np.flatnonzero(row).tolist() for row in rows] for rows in packed.sees_prefix(6, None)]
+    assert seen == [[[], [1], [3, 4]], [[], [2, 3], [0]]]
 
 
 def test_slots_and_positions_of_the_prefix_may_differ() -> None:

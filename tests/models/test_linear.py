@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from models import linear
+from models import linear, pages
 
 WIDTH, OUT = 96, 320
 
@@ -14,7 +14,7 @@ WIDTH, OUT = 96, 320
 @pytest.fixture(autouse=True)
 def _small_is_large(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(linear, "LEAST_BYTES", 1024)
-    monkeypatch.setattr(linear, "pages_are_huge", lambda: True)
+    monkeypatch.setattr(pages, "are_huge", lambda: True)
 
 
 def _normal(*shape: int) -> jax.Array:
@@ -49,7 +49,7 @@ def test_kernels_stay_whole_where_blocks_win_nothing(monkeypatch: pytest.MonkeyP
     for kernel in (_normal(2, 64), _normal(WIDTH, 100)):
         assert linear.in_blocks(kernel) is kernel
     with monkeypatch.context() as small:
-        small.setattr(linear, "pages_are_huge", lambda: False)
+        small.setattr(pages, "are_huge", lambda: False)
         assert linear.in_blocks(_normal(WIDTH, OUT)).shape == (WIDTH, OUT)
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     assert linear.in_blocks(_normal(WIDTH, OUT)).shape == (WIDTH, OUT)

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from decoding.policies import Confidence, DySpec, Static, StochasticBeam, TreePolicy, parse_policy, read_policy
+from decoding.policies import Confidence, DySpec, Scores, Static, StochasticBeam, TreePolicy, parse_policy, read_policy
 from decoding.policies.policy import Grown, gumbel_for
 from decoding.policies.rsd import condition_maximum
 from decoding.sampling import Sampling, batch_sampling
@@ -67,12 +67,12 @@ class Table:
         empty = jnp.full((len(root), slots), -1)
         seen = jnp.zeros((len(root), slots, slots), bool)
         scratch = empty.at[:, 0].set(root), empty.at[:, 0].set(0), empty, seen
-        return jnp.asarray(SCORES)[root + 1], scratch
+        return Scores(jnp.asarray(SCORES)[root + 1][:, None], tokens=self.vocabulary), scratch
 
-    def extend(self, scratch, at, tokens, parents, depth, seen):
+    def extend(self, scratch, level, at, tokens, parents, seen):
         rows = (len(scratch[0]), tokens.shape[1])
         told = (
-            *(jnp.broadcast_to(x, rows) for x in (tokens, depth, parents)),
+            *(jnp.broadcast_to(x, rows) for x in (tokens, level, parents)),
             jnp.broadcast_to(seen, (*rows, seen.shape[2])),
         )
         scratch = tuple(
@@ -81,7 +81,8 @@ class Table:
         )
         slot_tokens, depths, _, _ = scratch
         above = jnp.sum(jnp.where(told[3], ((slot_tokens + 1) * 7**depths)[:, None], 0), axis=-1)
-        return jnp.asarray(SCORES)[above + (told[0] + 1) * 7 ** told[1]], scratch
+        logits = jnp.asarray(SCORES)[above + (told[0] + 1) * 7 ** told[1]]
+        return Scores(logits, tokens=self.vocabulary), scratch
 
 
 def check_told(scratch) -> None:
@@ -199,7 +200,7 @@ def test_siblings_without_replacement_follow_the_rule_of_successive_draws() -> N
 
     class Fixed(Table):
         def begin(self, root, slots):
-            return jnp.broadcast_to(jnp.array(table([2])), (rows, VOCAB)), None
+            return Scores(jnp.broadcast_to(jnp.array(table([2])), (rows, 1, VOCAB))), None
 
     q = softmax(table([2]))
     rule = np.array([[0 if x == y else q[x] * q[y] / (1 - q[x]) for y in range(VOCAB)] for x in range(VOCAB)])
@@ -220,23 +221,57 @@ class Bigrams:
     """A draft network for many rows at once: what follows a token depends on that token alone."""
 
     logits: np.ndarray
-    vocabulary: None = None
 
     @property
     def vocab_size(self):
         return len(self.logits)
 
     def begin(self, root, slots):
-        return jnp.asarray(self.logits)[root], ()
+        return Scores(jnp.asarray(self.logits)[root][:, None]), ()
 
-    def extend(self, scratch, at, tokens, parents, depth, seen):
-        return jnp.asarray(self.logits)[tokens], ()
+    def extend(self, scratch, level, at, tokens, parents, seen):
+        return Scores(jnp.asarray(self.logits)[tokens]), ()
 
 
 MANY = 30_000
 
 
-def grow_many(policy: TreePolicy):
+@dataclasses.dataclass(frozen=True)
+class Block:
+    """A draft network whose levels are slots of one block: all rows of a level share a distribution."""
+
+    logits: np.ndarray
+    scores: type[Scores] = Scores
+
+    @property
+    def vocab_size(self):
+        return self.logits.shape[1]
+
+    def begin(self, root, slots):
+        return self._slot(root[:, None], 0), ()
+
+    def extend(self, scratch, level, at, tokens, parents, seen):
+        return self._slot(tokens, level), ()
+
+    def _slot(self, tokens, level):
+        logits = jnp.broadcast_to(jnp.asarray(self.logits)[level], (len(tokens), 1, self.vocab_size))
+        return self.scores(logits, jnp.zeros((1, tokens.shape[1]), jnp.int32))
+
+
+class OneList(Scores):
+    """Makes rows that share a distribution share their draws as well, whatever the policy asks for."""
+
+    def each(self):
+        return self
+
+    def of_target(self, outputs):
+        return self.of_rows(outputs)
+
+    def over_target(self, q, vocab_size):
+        return self.of_rows(q)
+
+
+def grow_many(policy: TreePolicy, network=None):
     """Trees of many keys below the root 1, compiled afresh: their tokens, parents and depths."""
     sampling = batch_sampling([Sampling(temperature=1.0)])
     sampling = jax.tree.map(lambda setting: jnp.broadcast_to(setting, (MANY,)), sampling)
@@ -244,7 +279,7 @@ def grow_many(policy: TreePolicy):
 
     @jax.jit
     def grown():
-        tree = policy.grow(Bigrams(FEW), jnp.full(MANY, 1), keys, sampling).tree
+        tree = policy.grow(network or Bigrams(FEW), jnp.full(MANY, 1), keys, sampling).tree
         return tree.tokens, tree.parent, tree.depth
 
     return [np.broadcast_to(x, (MANY, x.shape[1])) for x in grown()]
@@ -427,6 +462,46 @@ def test_confidence_is_the_best_of_all_candidates() -> None:
             frontier = sorted(level, key=lambda item: -item[1])[: policy.top_k]
         best = {path for path, _ in sorted(made, key=lambda item: -item[1])[: policy.total - 1]}
         assert {tuple(path_of(tree, b, n)) for n in range(1, policy.total)} == best
+
+
+def test_rows_of_a_block_share_one_list_where_the_topology_is_static() -> None:
+    """Each parent takes the beginning of its level's list; the distribution is there once for all of them."""
+    q = np.array([softmax(row) for row in FEW])
+    policies = {"top": ("point", 1), "without": ("swor", 1), "with": ("iid", 1)}
+    for draws, (rule, rows) in policies.items():
+        tree = grown_by(Static(LOPSIDED, draws), Block(np.resize(FEW, (DEPTH, 3))), ROOTS % 3, KEYS, WARM).tree
+        assert tree.rule == rule
+        for depth in range(1, LOPSIDED.max_depth + 1):
+            nodes = LOPSIDED.level(depth)
+            for b in range(3):
+                lists = {(int(LOPSIDED.rank[n]), int(tree.tokens[b, n])) for n in nodes}
+                assert len(lists) == len({rank for rank, _ in lists}), "one token for a rank, whoever the parent is"
+            if rule != "point":
+                above = np.unique(LOPSIDED.parent[nodes])
+                assert np.asarray(tree.proposal_of)[0, above].tolist() == [depth - 1] * len(above)
+                np.testing.assert_allclose(tree.proposals[:, depth - 1], np.resize(q, (DEPTH, 3))[[depth - 1] * 3])
+        assert rule == "point" or tree.proposals.shape[1] == rows * LOPSIDED.max_depth
+
+
+def test_rows_of_a_block_draw_apart_where_values_decide_how_many_stay() -> None:
+    """The second row's first child, where it is in the tree, follows q: whether it stays says nothing of which it is.
+
+    Under one list for both rows it would: the better row's second child is worth less the likelier the first is, and
+    leaves its place to the other row.
+    """
+    block = np.array([[1.0, 0.4, 0.0], [1.5, 0.0, -0.5], [0.0, 0.0, 0.0]])
+    q = softmax(block[1])
+
+    def p_value(scores: type[Scores]) -> float:
+        stats = pytest.importorskip("scipy.stats")
+        tokens, parent, depth = grow_many(DySpec(budget=4, depth=2, width=2, branch=2), Block(block, scores))
+        # Nodes 1 and 2 are the level above; of its children that of the second row comes last, if there is one.
+        held = (depth[:, 2] == 1) & (parent[:, 3] == 1) & (parent[:, 4] == 2) & (tokens[:, 1] == 0)
+        counts = np.bincount(tokens[held, 4], minlength=3)
+        return float(stats.chisquare(counts, q * counts.sum()).pvalue)
+
+    assert p_value(Scores) > 1e-4
+    assert p_value(OneList) < 1e-12
 
 
 def test_reduced_vocabulary_speaks_of_target_tokens() -> None:
