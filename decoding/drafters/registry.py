@@ -25,6 +25,7 @@ from decoding.drafter import Drafter
 from decoding.drafters.draft_model import DraftModel
 from decoding.drafters.eagle import Eagle, Eagle3
 from decoding.drafters.early_exit import EarlyExit
+from decoding.drafters.falcon import Falcon
 from decoding.drafters.first_of import FirstOf
 from decoding.drafters.hydra import Hydra
 from decoding.drafters.lookahead import Lookahead
@@ -59,6 +60,7 @@ DRAFTERS: dict[str, type[Drafter]] = {
     "hydra": Hydra,
     "eagle": Eagle,
     "eagle3": Eagle3,
+    "falcon": Falcon,
     "token_recycling": TokenRecycling,
     "prompt_lookup": PromptLookup,
     "lookahead": Lookahead,

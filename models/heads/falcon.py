@@ -189,7 +189,7 @@ class FalconHeads:
         layout: Layout,
         dropout_key: Array | None = None,
     ) -> Float[Array, "B T H"]:
-        """What stands in for the feature k places on, at every pair of whole texts; arguments as in `join` and `run`."""
+        """What stands in for the feature k places on, at every pair of whole texts; the rest as in `join` and `run`."""
         joined, _ = self.join(params, feature, embedding, begins=_begins(layout), dropout_key=dropout_key)
         return self.run(config, params, joined, layout)[0]
 
@@ -248,8 +248,8 @@ def guesses_everywhere(
       depth: of the draft.
 
     Returns:
-      For each i < depth what the guesses of the token at p + 2 + i are read off, `[B, T, H]`; zeros where a document has
-      no pair for it yet.
+      For each i < depth what the guesses of the token at p + 2 + i are read off, `[B, T, H]`; zeros where a document
+      has no pair for it yet.
     """
     k, (batch, length, width) = heads.block, feature.shape
     joined_BTH, states_BT4H = heads.join(params, feature, embeddings[0], begins=_begins(layout))

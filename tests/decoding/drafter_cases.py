@@ -19,6 +19,7 @@ from decoding.drafter import Drafter
 from decoding.drafters.draft_model import DraftModel
 from decoding.drafters.eagle import Eagle, Eagle3
 from decoding.drafters.early_exit import EarlyExit
+from decoding.drafters.falcon import Falcon
 from decoding.drafters.first_of import FirstOf
 from decoding.drafters.hydra import Hydra
 from decoding.drafters.lookahead import Lookahead
@@ -34,6 +35,7 @@ from models import transformer
 from models.config import TransformerConfig
 from models.formats.target import Target, load_target
 from models.heads.eagle import Eagle3Heads, EagleHeads
+from models.heads.falcon import FalconHeads
 from models.heads.hydra import HydraHeads
 from models.heads.medusa import MedusaHeads
 from tests.noise import noisy
@@ -110,6 +112,17 @@ def eagle3_static(target: Target, key: Array) -> tuple[Drafter, Any]:
     return drafter.with_tree(LOPSIDED), params
 
 
+def falcon(target: Target, key: Array) -> tuple[Drafter, Any]:
+    """Blocks of two on a tree that needs two passes, the second of which ends in its middle; one layer, one cache."""
+    return _random(Falcon(FalconHeads(block=2), Static(LOPSIDED, "top")), target, key)
+
+
+def falcon_recurrent(target: Target, key: Array) -> tuple[Drafter, Any]:
+    """Blocks of three, a cache for each way to cut a text into them, and an LSTM that remembers."""
+    heads = FalconHeads(block=3, layers=2, lstm_mode="recurrent")
+    return _random(Falcon(heads, Static(BUSHY, "top")), target, key)
+
+
 def draft_chain(target: Target, key: Array) -> tuple[Drafter, Any]:
     """Speculative decoding: a chain drawn from a smaller transformer, the target's first layer and its head."""
     return _draft_model(target, Static(chain(3)))
@@ -153,11 +166,13 @@ CASES: dict[str, Callable[[Target, Array], tuple[Drafter, Any]]] = {
     "eagle2": eagle2,
     "eagle3": eagle3,
     "eagle3 static": eagle3_static,
+    "falcon": falcon,
+    "falcon recurrent": falcon_recurrent,
 }
 
 # What these add is shown elsewhere too: the network by another policy, the policy by tests/decoding/policies, its rule
 # by test_losslessness.py. They run with `-m slow`.
-VARIANTS = ("hydra", "eagle2", "eagle3 static", "early_exit", "draft rsd-s", "draft dyspec")
+VARIANTS = ("hydra", "eagle2", "eagle3 static", "early_exit", "draft rsd-s", "draft dyspec", "falcon recurrent")
 each_drafter = pytest.mark.parametrize(
     "name", [pytest.param(name, marks=[pytest.mark.slow] if name in VARIANTS else []) for name in CASES]
 )

@@ -178,7 +178,9 @@ def test_dropout_is_between_the_layers_of_the_lstm() -> None:
     heads = FalconHeads(dropout=0.5)
     params = network(heads)
     feature, embedding = pairs()
-    quiet, loud = (heads.join(params, feature, embedding[:, :ROWS], dropout_key=key)[0] for key in (None, jax.random.key(0)))
+    quiet, loud = (
+        heads.join(params, feature, embedding[:, :ROWS], dropout_key=key)[0] for key in (None, jax.random.key(0))
+    )
     assert np.array_equal(quiet, FalconHeads().join(params, feature, embedding[:, :ROWS])[0])
     assert not np.array_equal(quiet, loud)
 

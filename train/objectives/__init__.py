@@ -4,6 +4,7 @@ from train.objectives.classifier import ImageClassifier
 from train.objectives.code_refiner import CodeRefiner
 from train.objectives.draft_heads import DraftHeads
 from train.objectives.eagle import Eagle3Objective, EagleObjective
+from train.objectives.falcon import FalconObjective
 from train.objectives.lm import LM
 from train.objectives.objective import Objective
 from train.objectives.several import SeveralObjective
@@ -15,6 +16,7 @@ OBJECTIVES: dict[str, type[Objective]] = {
     "draft_heads": DraftHeads,
     "eagle": EagleObjective,
     "eagle3": Eagle3Objective,
+    "falcon": FalconObjective,
     "several": SeveralObjective,
     "vqvae": VQVAEObjective,
     "var": VARObjective,

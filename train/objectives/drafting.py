@@ -178,10 +178,7 @@ class DraftObjective(Objective):
         progress: Array | float,
     ):
         """`loss`, given the target's features on the batch."""
-        return self.loss_of(self.teacher_forced(target, trainable, frozen, batch, key), target, frozen)
-
-    def loss_of(self, guesses: list[Guess], target: TargetFeatures, frozen: Params):
-        """`loss`, given the guesses."""
+        guesses = self.teacher_forced(target, trainable, frozen, batch, key)
         teacher = self.teacher(target, frozen, asked=False)
         totals, weights = losses(guesses, teacher, self._config.weights, self.compute.devices)
         decay = self._config.weights.decay ** jnp.arange(len(guesses), dtype=totals.dtype)

@@ -30,7 +30,7 @@ from models.config import TransformerConfig
 from models.heads.falcon import FalconHeads, guesses_everywhere
 from models.layout import BlockCausal
 from train.objectives.drafting import DraftObjective, check_drafting
-from train.objectives.guess import Guess, Labels, Weights, first_choices
+from train.objectives.guess import Guess, Labels, Weights, first_choices, losses
 from train.objectives.pieces import mapped, pieces_of
 from train.objectives.shift import ahead, behind
 from train.objectives.target_features import LOGITS, layout_of
@@ -155,8 +155,9 @@ class FalconObjective(DraftObjective):
         # The guess of pair p is the first one of position p + k - 1, which has the same label and the same teacher.
         labels = Labels(ahead(drawn_BT, 1), behind(counted_BT, k - 1))
         guess = Guess(behind(hidden_BTH, k - 1), None, labels, self._read(frozen))
-        terms, means = self.loss_of([guess], target, frozen)
-        return terms, {**means, **told}
+        teacher = self.teacher(target, frozen, asked=False)
+        totals, weights = losses([guess], teacher, self._config.weights, self.compute.devices)
+        return (totals, weights), {"loss_1": (totals[0], weights[0]), **told}
 
     def guesses(self, params, frozen, batch, target, layout, key):
         """What is drafted from every position, `depth` tokens deep, in as many passes as that takes."""
