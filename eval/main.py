@@ -19,7 +19,7 @@ from decoding.sampling import Sampling
 from decoding.verify import Typical
 from eval.measure.progress import Progress
 from eval.report.page import keep_results, write_results
-from eval.report.text import print_table, write_report
+from eval.report.text import print_categories, print_table, write_report
 from eval.text.benchmark import Contender, benchmark
 from eval.text.metrics import head_accuracy, perplexity, rows_of_text
 from eval.text.prompts import (
@@ -143,12 +143,14 @@ def run(config: DecodeConfig) -> dict[str, Any]:
         results = {
             "config": schema.resolved(config),
             "target": describe_target(target, perplexity=quality["perplexity"]),
-            "averages": "tokens/s: mean over questions, median over repeats; acceptance length: over all steps",
+            "averages": "tokens/s: mean over questions, median over repeats; acceptance length: over all steps, "
+            "and per turn: mean over texts",
             "runs": runs,
             "samples": samples(target, contenders, shown, config.max_new_tokens, **options),
         }
         write_results(results, write_report, config.out)
     print_table(results)
+    print_categories(results)
     print(f"\nwrote {config.out}/results.json and {config.out}/report.html")
     return results
 

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from flax import struct
 from jaxtyping import Array, Float, Int
 
+from models import splash
 from models.layout import Causal, Layout
 from models.linear import wide_einsum
 
@@ -68,7 +69,7 @@ def attend(
     """Softmax attention over the new rows and all other sources, under one normaliser.
 
     With `layout.attention` "blocks" or "fused", which are for whole texts, no scores of all rows with all exist: blocks
-    of rows take turns, or the library's kernel does it where there is one.
+    of rows take turns, or with "fused" the library's kernel of the device does it where it can.
 
     With "split" the prefix is left to `jax.nn.dot_product_attention`, masked by length, and its
     result is merged with that of the other rows by their log-sum-exp: the same sums in another order. It has neither
@@ -80,7 +81,11 @@ def attend(
     """
     if layout.attention in ("blocks", "fused"):
         assert sources == ALONE, "attention over whole texts has no other sources"
-        if layout.attention == "fused" and cap is None and window is None:
+        on_tpu = jax.default_backend() == "tpu"
+        if layout.attention == "fused" and on_tpu and splash.fits(*q_BTND.shape[1::2], layout, window):
+            mixed_BTND = splash.attend_on_tpu(q_BTND, rows["k"], rows["v"], layout, scale, cap, window)
+            return mixed_BTND.reshape(*q_BTND.shape[:2], -1)
+        if layout.attention == "fused" and not on_tpu and cap is None and window is None:
             return _library_kernel(q_BTND, rows, layout, scale)
         return attend_in_blocks(q_BTND, rows, layout, scale=scale, cap=cap, window=window)[0].astype(q_BTND.dtype)
     B, T, N, D = q_BTND.shape

@@ -138,7 +138,7 @@ class Layout:
         return seen if window is None else seen & self._near(self.positions, window)
 
     def sees_from(self, first: int | Int[Array, ""], count: int, window: int | Int[Array, ""] | None):
-        """`sees_rows` of `count` rows from row `first` on, causal or block-causal; of what lies past the end, anything."""
+        """`sees_rows` of `count` rows from row `first` on, (block-)causal; of what lies past the end, anything."""
         assert isinstance(self.order, Causal | BlockCausal), "only a causal order is cut into blocks"
         size, phase = (1, 0) if isinstance(self.order, Causal) else (self.order.size, self.order.phase)
         rows = self.positions.shape[1]

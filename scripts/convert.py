@@ -41,6 +41,7 @@ from models.command_line import like
 from models.config import TransformerConfig
 from models.errors import UserError, exit_on_user_error
 from models.formats import image_models as image_files
+from models.formats import released_eagle
 from models.formats import released_heads as released
 from models.formats.gguf import read_gguf
 from models.formats.hf import load_config, load_params, save_target
@@ -78,7 +79,7 @@ class DrafterFormat:
 
     Attributes:
       files: names that its tensors go by in a directory, first choice first.
-      read: makes parameters of them; `--layers` is passed on where it is given.
+      read: makes parameters of them; `--layers` and `--norm_output` are passed on where they are given.
       drafter: the drafter of heads of that shape, with the tree or policy it was published with.
     """
 
@@ -101,8 +102,9 @@ DRAFTERS: dict[str, DrafterFormat] = {
         released.hydra,
         lambda heads: Hydra(heads, published_tree(heads.num_heads)),
     ),
-    "eagle": DrafterFormat((), released.eagle, Eagle),
-    "eagle3": DrafterFormat((), released.eagle3, Eagle3),
+    "eagle": DrafterFormat((), released_eagle.eagle, Eagle),
+    "eagle3": DrafterFormat((), released_eagle.eagle3, Eagle3),
+    "eagle31": DrafterFormat((), released_eagle.eagle31, Eagle3),
 }
 
 # Format name -> reader of (source, schedule or None).
@@ -174,7 +176,8 @@ def convert_drafter(args: argparse.Namespace) -> str:
     kind = DRAFTERS[args.format]
     release: Release = read_release(args.src, kind.files)
     base: Target = load_target(args.base)
-    made = kind.read(release, base, *([args.layers] if args.layers else []))
+    options = {name: value for name in ("layers", "norm_output") if (value := getattr(args, name)) is not None}
+    made = kind.read(release, base, **options)
     files = ", ".join(release.digests)
     drafter = kind.drafter(made.heads)
     if args.policy:
@@ -238,8 +241,9 @@ def check_options(args: argparse.Namespace) -> None:
     for option, value, known in (
         ("--base", args.base, drafter),
         ("--tokenizer", args.tokenizer, args.format == "llama2c"),
-        ("--layers", args.layers, args.format == "eagle3"),
-        ("--policy", args.policy, args.format in ("model", "eagle", "eagle3")),
+        ("--layers", args.layers, args.format in ("eagle3", "eagle31")),
+        ("--norm_output", args.norm_output, args.format == "eagle31"),
+        ("--policy", args.policy, args.format in ("model", "eagle", "eagle3", "eagle31")),
         ("--schedule", args.schedule, image),
     ):
         if value is not None and not known:
@@ -264,7 +268,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         "--layers",
         type=like(r"(\d+),(\d+),(\d+)", "three numbers with commas between them", lambda found: tuple(map(int, found))),
         metavar="LOW,MIDDLE,HIGH",
-        help="layers whose input eagle3 reads, if they are not those of the original release",
+        help="layers whose input eagle3 and eagle31 read, if they are not those of the original release",
+    )
+    parser.add_argument(
+        "--norm_output",
+        choices=("fed_back", "head"),
+        help="where eagle31's switch of this name puts the normed output: head and next step, or head alone",
     )
     parser.add_argument(
         "--policy", "--growth", metavar="KIND[:NAME=VALUE,...]", help="how a model or an EAGLE head grows its trees"

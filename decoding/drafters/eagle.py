@@ -129,7 +129,7 @@ class EagleDrafter(NetworkDrafter):
         }
 
     def ingest(self, params, target, state, rows):
-        feature_BRH = self.heads.fuse(params, rows.taps)
+        feature_BRH = self.heads.fuse(target.config, params, rows.taps)
         R = feature_BRH.shape[1]
         # Row i holds the feature at start - 1 + i and the token after it. A text's first token follows no feature:
         # where it is among the rows, they begin one pair further on.
@@ -167,7 +167,7 @@ class EagleDrafter(NetworkDrafter):
         batch, length = tokens.shape
         padded = jnp.pad(tokens, ((0, 0), (0, depth)))
         embeddings = [transformer.lookup(target, padded[:, 1 + k : 1 + k + length]) for k in range(depth)]
-        feature = self.heads.fuse(params, output.taps)
+        feature = self.heads.fuse(config, params, output.taps)
         return unroll(self.heads, config, params, feature, embeddings, Layout.causal(batch, length))
 
     def ranked(

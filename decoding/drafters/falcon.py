@@ -10,7 +10,7 @@ the token at p + 1; the slots before them stay empty. The pairs of a block see e
 layer what is kept of a pair depends on where blocks begin, and decoding lines them up with the end of the text, which
 may be anywhere. So every way to cut a text into blocks has a copy of the cache, side by side in the slots; a step reads
 the one whose blocks end where the text does. Pairs of the last k - 1 places are read again when more become text, until
-their blocks are whole in every copy; what the LSTM made of them is kept for that. With a single layer there is one copy.
+their blocks are whole in every copy; what the LSTM made of them is kept for that. A single layer needs but one copy.
 """
 
 import dataclasses
@@ -57,7 +57,7 @@ class Pass:
 
 @struct.dataclass
 class Drafted:
-    """Scratch of `Network`: passes, and of every slot its token, its parent, and the block that says what follows it."""
+    """Scratch of `Network`: passes; of every slot its token, its parent, and the block that says what follows it."""
 
     passes: tuple[Pass, ...]
     tokens: Int[Array, "B S"]

@@ -13,6 +13,7 @@ The results (keys marked ? may be absent or None; what needs them is then left o
       tokens_per_second_repeats?  list of float
       speedup         float, over the baseline of the same run
       acceptance_length           float, tokens committed per target forward, bonus included
+      acceptance_length_per_turn? float, mean over texts of each one's own
       identical_to_baseline?      bool
       first_difference?           dict of anything printable: where the output first left the baseline's
       lossy?          bool, the drafter or its acceptance rule does not promise the target's output
@@ -25,12 +26,14 @@ The results (keys marked ? may be absent or None; what needs them is then left o
       head_accuracy?  per depth, [top-1, top-2, ...] accuracy in 0..1, teacher-forced
       tree?           {paths: list of lists of ranks, accepted: int per path (steps that accepted this node),
                        visits?: int per path (steps that accepted its parent)}
-      categories?     name -> {speedup, acceptance_length, tokens_per_second?}
+      categories?     name -> {speedup, acceptance_length, acceptance_length_per_turn?, tokens_per_second?, turns?,
+                               steps?, accepted_by_depth?, accepted_histogram?}, as of the run
     samples?          list of {prompt: str, drafter: str, path?: str, pieces: list of [text, writer]} with one piece per
                       token; its writer is 0 for the target, d >= 1 for an accepted draft of depth d
 """
 
 import dataclasses
+import itertools
 import os
 import pathlib
 from collections.abc import Mapping, Sequence
@@ -102,6 +105,17 @@ def print_table(results: Results, file: TextIO | None = None) -> None:
     print_columns(list(zip(*texts, strict=True)), file, ruled=True)
 
 
+def print_categories(results: Results, file: TextIO | None = None) -> None:
+    """Prints speed-up and acceptance length by category, below an empty line; nothing where prompts have none."""
+    table = _categories([entry for entry in _entries(results) if not entry.baseline])
+    if table is not None:
+        rows = [
+            [name, *(f"{cell['speedup']} {cell['acceptance']}".rstrip() for cell in row)] for name, row in table["rows"]
+        ]
+        print(file=file)
+        print_columns([["category", *table["labels"]], *rows], file, ruled=True)
+
+
 def _entries(results: Results) -> list[Entry]:
     """Runs with distinct labels: the method's name, and its run directory's where the method does not tell it apart."""
     runs = results.get("runs") or []
@@ -164,6 +178,7 @@ def _columns(entries: Sequence[Entry]) -> list[Column]:
         Column("tokens/s", cells("tokens_per_second", ",.1f"), spreads, leader("tokens_per_second")),
         Column("speed-up", [f"{run['speedup']:.2f}x" for run in runs], best=leader("speedup")),
         Column("acceptance length", cells("acceptance_length", ".2f"), best=leader("acceptance_length")),
+        Column("per turn", cells("acceptance_length_per_turn", ".2f")),
         Column("identical", [identical[run.get("identical_to_baseline")] for run in runs]),
         Column("draft share", cells("draft_share", ".0%")),
         Column("loop efficiency", cells("loop_efficiency", ".0%")),
@@ -236,6 +251,7 @@ def _view(results: Results) -> dict[str, Any]:
             if (accuracy := entry.run.get("head_accuracy"))
         ],
         "categories": _categories(drafting),
+        "lengths": [_lengths(entry) for entry in drafting if _has_steps(entry)],
         **_samples(results.get("samples") or [], {(e.run["drafter"], e.run.get("path")): e.label for e in entries}),
     }
 
@@ -310,12 +326,36 @@ def _categories(entries: Sequence[Entry]) -> dict[str, Any] | None:
             cells.append(
                 {
                     "speedup": f"{cell['speedup']:.2f}x" if cell else "–",
-                    "acceptance": f"{cell['acceptance_length']:.2f}" if cell else "",
+                    "acceptance": _acceptance(cell) if cell else "",
                     "best": bool(cell) and len(speeds) > 1 and cell["speedup"] == max(speeds),
                 }
             )
         rows.append((name, cells))
     return {"labels": list(tables), "rows": rows}
+
+
+def _acceptance(cell: Mapping[str, Any]) -> str:
+    per_turn = cell.get("acceptance_length_per_turn")
+    return f"{cell['acceptance_length']:.2f}" + ("" if per_turn is None else f", {per_turn:.2f} per turn")
+
+
+def _has_steps(entry: Entry) -> bool:
+    return any(
+        cell.get("accepted_by_depth") and cell.get("steps") for cell in (entry.run.get("categories") or {}).values()
+    )
+
+
+def _lengths(entry: Entry) -> tuple[Entry, list[int], list[tuple[str, Markup, list[tuple[float, str]]]]]:
+    """Step lengths by category: their histogram, and how often a step of length k - 1 or more reaches k = 2, 3, ..."""
+    cells = {name: cell for name, cell in entry.run["categories"].items() if cell.get("accepted_by_depth")}
+    deepest = max(len(cell["accepted_by_depth"]) for cell in cells.values())
+    rows = []
+    for name, cell in cells.items():
+        reached = [cell["steps"], *cell["accepted_by_depth"]]
+        given = [(min(1.0, b / a), percent(b / a)) if a else (0.0, "") for a, b in itertools.pairwise(reached)]
+        drawing = histogram(cell["accepted_histogram"], f"Drafts accepted per step, {name}, {entry.label}", entry.color)
+        rows.append((name, Markup(drawing), given + [(0.0, "")] * (deepest - len(given))))
+    return entry, list(range(2, deepest + 2)), rows
 
 
 def _samples(samples: Sequence[Mapping[str, Any]], labels: Mapping[tuple[str, str | None], str]) -> dict[str, Any]:

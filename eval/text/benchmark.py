@@ -6,6 +6,8 @@ Definitions (`decoding/stats.py` has those of acceptance):
   prompt's reading and the token it chooses are in neither (prefill is reported apart). A repeat's tokens/s is the mean
   over questions (Spec-Bench's macro-mean), and a drafter's is the median over repeats.
 * **speed-up** is tokens/s over that of plain decoding in the same run.
+* **acceptance length per turn** is the mean over prompts (turns) of each one's own acceptance length, SPEED-Bench's
+  number; acceptance length itself weighs every step alike, so that long texts count more.
 * **draft share** is the time of the drafter's `draft` over the time of a step.
 * **loop efficiency** is the speed-up over the ideal one, acceptance length x t(plain forward) / (t(target forward on
   the tree's rows) + t(the drafter's networks)).
@@ -263,6 +265,7 @@ def _run(
         "speedup": speedup,
         "speedup_interval": _speedup_interval(rates, base_rates),
         "acceptance_length": stats.acceptance_length,
+        "acceptance_length_per_turn": _per_turn([generation.stats[0] for generation in one.generations]),
         "acceptance_length_interval": _acceptance_interval(one, prompts),
         "identical_to_baseline": difference is None,
         "first_difference": difference,
@@ -362,12 +365,23 @@ def _categories(one: Measured, baseline: Measured, prompts: Sequence[Prompt]) ->
         if not rates[0] or not base[0]:
             continue
         stats = [g.stats[0] for prompt, g in zip(prompts, one.generations, strict=True) if prompt.category == name]
+        total = sum(stats[1:], stats[0])
         table[name or "other"] = {
             "speedup": _headline(rates) / _headline(base),
-            "acceptance_length": sum(stats[1:], stats[0]).acceptance_length,
+            "acceptance_length": total.acceptance_length,
+            "acceptance_length_per_turn": _per_turn(stats),
             "tokens_per_second": _headline(rates),
+            "turns": len(stats),
+            "steps": total.steps,
+            "accepted_by_depth": total.accepted_by_depth.tolist(),
+            "accepted_histogram": total.histogram.tolist(),
         }
     return table
+
+
+def _per_turn(stats: Sequence[Stats]) -> float:
+    """Mean of the acceptance lengths of texts, without those that took no step."""
+    return statistics.fmean([one.acceptance_length for one in stats if one.steps] or [1.0])
 
 
 def _tree(tree: Topology | None, stats: Stats) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Prompts from files (Spec-Bench and MT-bench questions, HumanEval, GSM8K, plain text) and from data sets.
+"""Prompts from files (Spec-Bench, SPEED-Bench and MT-bench questions, HumanEval, GSM8K, plain text) and data sets.
 
 A *question* has one or more turns of a user. What is decoded is a list of *prompts*, one per turn, in tokens; a later
 turn's prompt holds the earlier turns with the answers that plain decoding gave, so that every drafter decodes the same
@@ -16,12 +16,14 @@ from models.errors import UserError
 from models.formats.target import Target
 from models.formats.text_files import read_text
 from models.formats.tokenizer import Tokenizer
-from train.data.chats import REFUSED, SYSTEM, TOOLS
+from train.data.chats import REFUSED, SYSTEM, TOOLS, conversation
 from train.data.text_sources import fields_of, records
 
 SEPARATOR = "---"  # A line of a text file; with it prompts may span lines, without it every line is one.
 _TEXT_KEYS = ("prompt", "question")
 _ID_KEYS = ("question_id", "task_id")
+# What SPEED-Bench has in place of texts that others own, until its own script has fetched them.
+PLACEHOLDER = "FULL BENCHMARK DATA SHOULD BE FETCHED"
 
 BUILT_IN = (
     "def fibonacci(n: int) -> int:\n",
@@ -69,16 +71,17 @@ def read_questions(path: str | Path, limit: int | None = None) -> list[Question]
     """Reads a file of questions.
 
     `.jsonl` and `.json` (`.gz` too) hold one object a line, or an array of them: `{"turns": [...]}` (Spec-Bench,
-    MT-bench), `{"prompt": ...}` (HumanEval) or `{"question": ...}` (GSM8K), perhaps with `question_id` or `task_id`,
-    and `category`. Any other file is text: prompts are what lies between lines `---`, or, where there are none, its
-    lines. Blank prompts are passed over.
+    SPEED-Bench, MT-bench), `{"messages": [{"role": "user", "content": ...}, ...]}` (SPEED-Bench as prepared),
+    `{"prompt": ...}` (HumanEval) or `{"question": ...}` (GSM8K), perhaps with `question_id` or `task_id`, and
+    `category`. Any other file is text: prompts are what lies between lines `---`, or, where there are none, its lines.
+    Blank prompts are passed over.
 
     Args:
       path: the file.
       limit: how many questions to keep, spread evenly over the file; None keeps all.
 
     Raises:
-      UserError: no such file, a line that is none of these, or no questions.
+      UserError: no such file, a line that is none of these or holds a placeholder for its text, or no questions.
     """
     path = Path(path)
     if path.name.removesuffix(".gz").endswith((".jsonl", ".json")):
@@ -261,15 +264,36 @@ def _complaint(question: Question, turn: int, count: int, room: Room) -> str:
 
 
 def _record(record: Mapping[str, Any], where: str, number: str) -> Question:
-    held = [key for key in (*_TEXT_KEYS, "turns") if record.get(key) is not None]
+    held = [key for key in (*_TEXT_KEYS, "turns", "messages") if record.get(key) is not None]
     texts = record[held[0]] if len(held) == 1 else None
+    if held == ["messages"]:
+        texts = _user_turns(texts, where)
     texts = [texts] if isinstance(texts, str) else texts
     if not isinstance(texts, list) or not texts or not all(isinstance(text, str) and text.strip() for text in texts):
         raise UserError(
-            f"{where} must be an object with one of 'turns' (a list of texts), 'prompt' and 'question' (a text); it "
-            f"holds {', '.join(record) or 'nothing'}"
+            f"{where} must be an object with one of 'turns' (a list of texts), 'messages' (a list of users' turns), "
+            f"'prompt' and 'question' (a text); it holds {', '.join(record) or 'nothing'}"
+        )
+    if any(PLACEHOLDER in text for text in texts):
+        raise UserError(
+            f"{where} holds no question but a placeholder, {PLACEHOLDER!r}...: fill the file with the benchmark's own "
+            "script first"
         )
     if more := [key for key in (*SYSTEM, *TOOLS, *REFUSED) if record.get(key) not in (None, "", [], {})]:
         raise UserError(f"{where} holds {more[0]!r}, which a question of users' turns alone cannot have")
     name = next((str(record[key]) for key in _ID_KEYS if key in record), number)
     return Question(name, tuple(texts), str(record.get("category") or ""))
+
+
+def _user_turns(messages: Any, where: str) -> list[str]:
+    """Texts of turns that are all a user's: what is said between them, the target says."""
+    try:
+        turns, _ = conversation({"messages": messages})
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from None
+    for number, turn in enumerate(turns, 1):
+        if turn["role"] != "user":
+            raise UserError(
+                f"{where}: turn {number} has the role {turn['role']!r}, expected users' turns alone: the target answers"
+            )
+    return [turn["content"] for turn in turns]

@@ -1,4 +1,4 @@
-"""Released weights of Medusa, Hydra and EAGLE as parameters of our heads.
+"""Released weights of Medusa and Hydra as parameters of our heads, and what all releases of draft networks share.
 
 Each function takes the tensors of one kind of release (`models.formats.release`) and the base that it was trained
 on. What a file implies (heads, blocks, draft vocabulary) is read off its names and shapes and checked against the base;
@@ -12,45 +12,25 @@ import dataclasses
 import functools
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 import numpy as np
 
-from models.config import TransformerConfig
 from models.errors import UserError
 from models.formats.hf import tensor_names
-from models.formats.hf_config import config_from_hf
 from models.formats.release import Release
 from models.formats.storage import leaves_by_path
 from models.formats.target import Target
-from models.heads.eagle import Eagle3Heads, EagleHeads, LayerShape, eagle3_layers
+from models.heads.eagle import LayerShape
 from models.heads.hydra import HydraHeads
 from models.heads.medusa import MedusaHeads, vocab_kernel
 from models.transformer import Params, split_projections
 
 # Buffers that follow from the configuration, at whatever depth.
-_ROTARY = r"(.*\.)?rotary_emb\.inv_freq"
+ROTARY = r"(.*\.)?rotary_emb\.inv_freq"
 _PREFIX = "prefix_embeding_layer."  # so spelled in the release
-# What some programs that train EAGLE-3 can switch on; our network has none of it.
-_EAGLE3_VARIANTS = ("norm_before_residual", "norm_before_fc", "fc_norm", "norm_output")
-# The entries of `config.json` that shape the one layer of an EAGLE network.
-_LAYER_KEYS = (
-    "vocab_size",
-    "hidden_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "head_dim",
-    "intermediate_size",
-    "hidden_act",
-    "rms_norm_eps",
-    "max_position_embeddings",
-    "rope_theta",
-    "rope_scaling",
-    "rope_parameters",
-)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,9 +80,9 @@ def medusa(release: Release, base: Target) -> Converted:
         else:
             given[f"heads/{i}/vocab/kernel"] = np.asarray(vocab_kernel(base.params))
     heads = MedusaHeads(num_heads, num_layers)
-    params = _assemble(release, heads, base, names, given)
+    params = assemble(release, heads, base, names, given)
     compared = bool(prefix) and _check_same_target(release, base)
-    release.finish(_ROTARY, "Medusa")
+    release.finish(ROTARY, "Medusa")
     detected = {"vocabulary_maps": "of the heads" if own else "of the base", **_tied(params, first=0)}
     version = "v1.0" if prefix else "v0.1" if own else "legacy"
     return Converted(heads, params, f"medusa {version}", detected, compared)
@@ -113,13 +93,13 @@ def _check_same_target(release: Release, base: Target) -> bool:
     before = len(release.names)
     leaves = leaves_by_path(split_projections(base.config, base.params))
     for path, name in tensor_names(base.config).items():
-        if name in release and not _same(_take(release, name, path, leaves[path].shape, base), leaves[path]):
+        if name in release and not _same(take(release, name, path, leaves[path].shape, base), leaves[path]):
             raise UserError(
                 f"{release.source} is a whole model whose own {name} differs from that of the base {base.path}: its "
                 "heads were trained with another target"
             )
     if base.config.tied_embeddings:
-        _check_copy(release, "lm_head.weight", base)
+        check_copy(release, "lm_head.weight", base)
     return len(release.names) < before
 
 
@@ -155,12 +135,12 @@ def hydra(release: Release, base: Target) -> Converted:
         vocab = f"hydra_lm_head.{i}.1" if dropout else f"hydra_lm_head.{i}"
         names |= {f"heads/{i}/vocab/kernel": f"{vocab}.weight", f"heads/{i}/vocab/bias": f"{vocab}.bias"}
     if prefix:
-        names |= {f"prefix/block/{path}": f"{_PREFIX}layers.0.{name}" for path, name in _layer_names(base).items()}
+        names |= {f"prefix/block/{path}": f"{_PREFIX}layers.0.{name}" for path, name in layer_names(base).items()}
         names["prefix/norm/scale"] = f"{_PREFIX}norm.weight"
     heads = HydraHeads(num_heads, len(places), prefix, _hydra_dropout(release, prefix and dropout))
-    params = _assemble(release, heads, base, names, {})
-    compared = _check_copy(release, "input_embed_fn.weight", base)
-    release.finish(rf"{re.escape(_PREFIX)}embed_tokens\.weight|{_ROTARY}", "Hydra")
+    params = assemble(release, heads, base, names, {})
+    compared = check_copy(release, "input_embed_fn.weight", base)
+    release.finish(rf"{re.escape(_PREFIX)}embed_tokens\.weight|{ROTARY}", "Hydra")
     detected = {"dropout_layout": dropout, **_tied(params, first=1)}
     return Converted(heads, params, "hydra++" if prefix else "hydra", detected, compared)
 
@@ -189,157 +169,19 @@ def _check_hydra_config(release: Release, num_heads: int, num_layers: int, prefi
             )
 
 
-# EAGLE
-
-
-def eagle(release: Release, base: Target) -> Converted:
-    """The draft network of EAGLE-1 and EAGLE-2 (SafeAILab/EAGLE), which share their files.
-
-    The one layer is of the shape that `config.json` gives it, where there is one: its RoPE and epsilon, and in some
-    releases its heads, are not the base's.
-
-    Raises:
-      UserError: a tensor is missing, misshapen, unknown, or differs from the base's; or does not fit `config.json`.
-    """
-    layer, rope = _draft_layer(release, base, "layers.0.")
-    bias = "fc.bias" in release
-    if release.config.get("bias", bias) != bias:
-        raise UserError(f"{release.source}: config.json says bias = {json.dumps(not bias)}, which fc does not fit")
-    names = {"fc/kernel": "fc.weight", "fc/bias": "fc.bias"}
-    names |= {f"layer/{path}": f"layers.0.{name}" for path, name in _layer_names(base, layer).items()}
-    heads = EagleHeads(bias, layer)
-    params = _assemble(release, heads, base, names, {})
-    compared = _check_copy(release, "embed_tokens.weight", base)
-    release.finish(_ROTARY, "EAGLE")
-    return Converted(heads, params, "eagle", {"fc_bias": bias, **rope}, compared)
-
-
-def eagle3(release: Release, base: Target, layers: Sequence[int] | None = None) -> Converted:
-    """The draft network of EAGLE-3 (SafeAILab/EAGLE).
-
-    Args:
-      release: its tensors.
-      base: the target it was trained on.
-      layers: the three layers of the base whose incoming residual stream it reads, low to high, if they are not those
-        of the original release.
-
-    Raises:
-      UserError: a tensor is missing, misshapen, unknown, or differs from the base's; or does not fit `config.json`, or
-        that names the layers it reads although `layers` does not.
-    """
-    layer, rope = _draft_layer(release, base, "midlayer.")
-    config = {**release.config, **(release.config.get("eagle_config") or {})}
-    asked = config.get("eagle_aux_hidden_state_layer_ids")
-    if layers is None and asked is not None:
-        # Some programs write the layers whose output is read, some those whose input is.
-        raise UserError(
-            f"{release.source}: config.json names the layers {json.dumps(asked)}, in a convention it does not tell: "
-            "give the three layers whose input is read (--layers)"
-        )
-    for key in _EAGLE3_VARIANTS:
-        if config.get(key):
-            raise UserError(
-                f"{release.source}: config.json says {key} = {json.dumps(config[key])}, which is not supported"
-            )
-    given = _draft_vocabulary(release, base)
-    low, middle, high = layers or eagle3_layers(base.config.num_layers)
-    heads = Eagle3Heads(low, middle, high, len(given["draft_vocab"]) if given else 0, layer)
-    heads.check(base.config)
-    names = {
-        "fc/kernel": "fc.weight",
-        "input_norm/scale": "midlayer.input_layernorm.weight",
-        "hidden_norm/scale": "midlayer.hidden_norm.weight",
-        "norm/scale": "norm.weight",
-        "vocab/kernel": "lm_head.weight",
-    }
-    names |= {f"layer/{path}": f"midlayer.{name}" for path, name in _layer_names(base, layer).items()}
-    params = _assemble(release, heads, base, names, given)
-    compared = _check_copy(release, "embed_tokens.weight", base)
-    release.finish(_ROTARY, "EAGLE-3")
-    size = heads.vocab_size or base.config.vocab_size
-    detected = {"draft_vocabulary": size, "layers": [low, middle, high], **rope}
-    return Converted(heads, params, "eagle3", detected, compared)
-
-
-def _draft_layer(release: Release, base: Target, place: str) -> tuple[LayerShape | None, dict[str, Any]]:
-    """The layer that `config.json` describes, None where it is the base's, and where RoPE came from."""
-    config = base.config
-    if not release.config:
-        if not _is_plain(config):
-            raise UserError(
-                f"{release.source} needs its config.json: a base of the family {config.family} does not tell the shape "
-                "of the draft layer"
-            )
-        return None, {"rope": "of the base; there is no config.json"}
-    where = f"{release.source}: config.json"
-    sizes = {
-        "model_type": "llama",
-        "vocab_size": config.vocab_size,
-        "hidden_size": config.width,
-        "num_hidden_layers": 1,
-        "num_attention_heads": config.num_heads,
-        "intermediate_size": config.mlp_width,
-    }
-    said = {key: value for key, value in release.config.items() if key in _LAYER_KEYS}
-    draft = config_from_hf({**sizes, **said}, where)
-    for field, wanted in {"width": config.width, "num_layers": 1, "activation": "silu"}.items():
-        if getattr(draft, field) != wanted:
-            raise UserError(f"{where} implies {field} = {getattr(draft, field)}, expected {wanted} for this base")
-    layer = LayerShape(
-        num_heads=draft.num_heads,
-        num_kv_heads=draft.num_kv_heads,
-        head_dim=draft.head_dim,
-        mlp_width=draft.mlp_width,
-        norm_eps=draft.norm_eps,
-        rope_theta=draft.rope_theta,
-        rope_scaling=draft.rope_scaling,
-        qkv_bias=f"{place}self_attn.q_proj.bias" in release,
-    )
-    return None if _is_plain(config, layer) else layer, {"rope": "as config.json says"}
-
-
-def _is_plain(config: TransformerConfig, layer: LayerShape | None = None) -> bool:
-    """Whether the layers of `config` are plain Llama layers, and of that shape."""
-    own = {field.name: getattr(config, field.name) for field in dataclasses.fields(LayerShape)}
-    plain = LayerShape(**own)
-    computed = ("activation", "output_bias", "qk_norm", "attention_softcap", "query_scale", "post_norms")
-    alike = all(getattr(plain.of(config), name) == getattr(config, name) for name in (*computed, "zero_centred_norm"))
-    return alike and layer in (None, plain)
-
-
-def _draft_vocabulary(release: Release, base: Target) -> dict[str, np.ndarray]:
-    """Target ids of the draft tokens: released as differences `d2t` to the draft ids, and as a mask `t2d`."""
-    if "d2t" not in release:
-        return {}
-    offsets = release.take_any("d2t")
-    if offsets.dtype != np.int64 or offsets.ndim != 1 or not len(offsets):
-        raise UserError(
-            f"{release.source}: tensor d2t must be a row of int64, got {offsets.dtype} {list(offsets.shape)}"
-        )
-    tokens = np.arange(len(offsets)) + offsets
-    V = base.config.vocab_size
-    if tokens[0] < 0 or tokens[-1] >= V or np.any(np.diff(tokens) <= 0):
-        raise UserError(f"{release.source}: tensor d2t does not name ascending tokens of a vocabulary of {V}")
-    if "t2d" in release:
-        mask = release.take_any("t2d")
-        if mask.dtype != np.bool_ or mask.shape != (V,) or not np.array_equal(np.flatnonzero(mask), tokens):
-            raise UserError(f"{release.source}: tensor t2d is not the mask over {V} tokens that d2t implies")
-    return {"draft_vocab": tokens.astype(np.int32)}
-
-
 # What they share
 
 
-def _assemble(release: Release, heads: Any, base: Target, names: Mapping[str, str], given: Mapping[str, Any]) -> Params:
+def assemble(release: Release, heads: Any, base: Target, names: Mapping[str, str], given: Mapping[str, Any]) -> Params:
     """Parameters of `heads`: from `given`, or from the tensor that `names` has for their path."""
     shapes = jax.eval_shape(functools.partial(heads.init, base.config), base.params, jax.random.key(0))
     leaves = []
     for path, shape in leaves_by_path(shapes).items():
-        leaves.append(given[path] if path in given else _take(release, names[path], path, shape.shape, base))
+        leaves.append(given[path] if path in given else take(release, names[path], path, shape.shape, base))
     return jax.tree.unflatten(jax.tree.structure(shapes), leaves)
 
 
-def _take(release: Release, name: str, path: str, shape: tuple[int, ...], base: Target) -> np.ndarray:
+def take(release: Release, name: str, path: str, shape: tuple[int, ...], base: Target) -> np.ndarray:
     """The tensor of a parameter, in our layout."""
     because = f"a base of width {base.config.width} and {base.config.vocab_size} tokens"
     if path.endswith("/kernel"):
@@ -347,14 +189,14 @@ def _take(release: Release, name: str, path: str, shape: tuple[int, ...], base: 
     return release.take(name, shape, because)
 
 
-def _layer_names(base: Target, layer: LayerShape | None = None) -> dict[str, str]:
+def layer_names(base: Target, layer: LayerShape | None = None) -> dict[str, str]:
     """Paths in one of our blocks -> names in a released one, of the base's kind or of that shape."""
     first, config = "layers/0/", base.config if layer is None else layer.of(base.config)
     names = tensor_names(dataclasses.replace(config, num_layers=1, windows=()))
     return {p.removeprefix(first): n.removeprefix("model.layers.0.") for p, n in names.items() if p.startswith(first)}
 
 
-def _check_copy(release: Release, name: str, base: Target) -> bool:
+def check_copy(release: Release, name: str, base: Target) -> bool:
     """Some releases repeat the base's embedding. Ours read the base's own, so the copy may differ by rounding only.
 
     Returns:
@@ -363,7 +205,7 @@ def _check_copy(release: Release, name: str, base: Target) -> bool:
     if name not in release:
         return False
     embedding = base.params["embed"]["embedding"]
-    if not _same(_take(release, name, "", embedding.shape, base), embedding):
+    if not _same(take(release, name, "", embedding.shape, base), embedding):
         raise UserError(
             f"{release.source} was made for another target: its {name} is not the embedding of the base {base.path}"
         )

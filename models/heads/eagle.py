@@ -22,6 +22,12 @@ its own head over a draft vocabulary; f is fc of the three or the network's own 
      'layer': {'attention': {'q' [2H, N D], 'k', 'v' [2H, K D], 'o'}, 'mlp_norm': {'scale'}, 'mlp': ...},
      'norm': {'scale'}, 'vocab': {'kernel' [H, W]}, 'draft_vocab' int32 [W], target ids; absent if W = V}
 
+EAGLE-3.1 is EAGLE-3 with norms at more places, against outputs that grow from step to step while the features that the
+layer also reads do not. Each is a switch of `Eagle3Heads`: of the three before fc, one by one or together; of f in the
+residual stream; and of g, which is then fed back as the head reads it.
+
+    'fc_norm': three {'scale' [H]} with `fc_norm`; {'scale' [3H]} with `norm_before_fc`
+
 Linear maps are {'kernel' [in, out]}, with a 'bias' on q, k, v and o where the target's attention has one.
 """
 
@@ -148,7 +154,9 @@ class EagleHeads(_Network):
         params = {"fc": fc, "layer": _init_layer(self.layer_config(config), config.width, layer_key)}
         return jax.tree.map(lambda leaf: leaf.astype(target["embed"]["embedding"].dtype), params)
 
-    def fuse(self, params: Params, taps: dict[str, Float[Array, "*B H"]]) -> Float[Array, "*B H"]:
+    def fuse(
+        self, config: TransformerConfig, params: Params, taps: dict[str, Float[Array, "*B H"]]
+    ) -> Float[Array, "*B H"]:
         """The feature f of a pair, from the target's."""
         return taps["post_norm"]
 
@@ -197,6 +205,10 @@ class EagleHeads(_Network):
         return None
 
 
+# The switches that EAGLE-3.1 adds to `Eagle3Heads`, by the names that releases have for them.
+EAGLE_31 = ("fc_norm", "norm_before_fc", "norm_before_residual", "norm_output")
+
+
 @dataclasses.dataclass(frozen=True)
 class Eagle3Heads(_Network):
     """The network of EAGLE-3 (Li et al. 2025, section 3.1).
@@ -207,6 +219,11 @@ class Eagle3Heads(_Network):
       high: the third.
       vocab_size: W, size of the draft vocabulary; 0 means the target's.
       layer: shape of the layer and norms; None means the target's.
+      fc_norm: each of the three is normed before fc.
+      norm_before_fc: the three are normed as one before fc.
+      norm_before_residual: the residual stream begins with hidden_norm(f) in place of f.
+      norm_output: the network's output, which is fed back, is norm(g) in place of g.
+      head_norm: the head reads norm(g); some releases do without, and their `norm` is unused.
     """
 
     low: int
@@ -214,6 +231,17 @@ class Eagle3Heads(_Network):
     high: int
     vocab_size: int = 0
     layer: LayerShape | None = None
+    fc_norm: bool = False
+    norm_before_fc: bool = False
+    norm_before_residual: bool = False
+    norm_output: bool = False
+    head_norm: bool = True
+
+    def __post_init__(self):
+        if self.fc_norm and self.norm_before_fc:
+            raise UserError("fc_norm and norm_before_fc exclude each other: features are normed one by one or as one")
+        if self.norm_output and not self.head_norm:
+            raise UserError("norm_output without head_norm is no network: what norm_output feeds back, the head reads")
 
     @property
     def taps(self) -> tuple[str, ...]:
@@ -254,16 +282,31 @@ class Eagle3Heads(_Network):
             "layer": _init_layer(layer, 2 * width, layer_key),
             "norm": {"scale": jnp.array(target["final_norm"]["scale"])},
         }
+        if self.fc_norm:
+            params["fc_norm"] = [{"scale": scale} for _ in range(3)]
+        if self.norm_before_fc:
+            params["fc_norm"] = {"scale": jnp.tile(scale, 3)}
         params["vocab"] = {"kernel": jnp.array(kernel[:, : self.vocab_size or None])}
         params = jax.tree.map(lambda leaf: leaf.astype(kernel.dtype), params)
         if not self.vocab_size:
             return params
         return {**params, "draft_vocab": jnp.arange(self.vocab_size, dtype=jnp.int32)}
 
-    def fuse(self, params: Params, taps: dict[str, Float[Array, "*B H"]]) -> Float[Array, "*B H"]:
+    def fuse(
+        self, config: TransformerConfig, params: Params, taps: dict[str, Float[Array, "*B H"]]
+    ) -> Float[Array, "*B H"]:
         """The feature f of a pair, from the target's."""
-        x = jnp.concatenate([taps[name] for name in self._layers], axis=-1)
+        features = [taps[name] for name in self._layers]
+        if self.fc_norm:
+            features = [self._normed(config, p, x) for p, x in zip(params["fc_norm"], features, strict=True)]
+        x = jnp.concatenate(features, axis=-1)
+        if self.norm_before_fc:
+            x = self._normed(config, params["fc_norm"], x)
         return product(x, params["fc"]["kernel"])
+
+    def _normed(self, config: TransformerConfig, params: Params, x: Float[Array, "*B I"]) -> Float[Array, "*B I"]:
+        own = self.layer_config(config)
+        return call(RMSNorm(own.norm_eps, own.zero_centred_norm), params, x)
 
     def run(
         self,
@@ -277,24 +320,24 @@ class Eagle3Heads(_Network):
     ) -> tuple[Float[Array, "B T H"], Rows]:
         """The layer on T pairs; see `EagleHeads.run`."""
         own = self.layer_config(config)
-        norm = RMSNorm(own.norm_eps, own.zero_centred_norm)
-        normed = [call(norm, params["input_norm"], embedding), call(norm, params["hidden_norm"], feature)]
+        normed = self._normed(config, params["hidden_norm"], feature)
+        x = jnp.concatenate([self._normed(config, params["input_norm"], embedding), normed], axis=-1)
+        residual = normed if self.norm_before_residual else feature
         angles = rope_angles(own, layout.positions)
-        x = jnp.concatenate(normed, axis=-1)
-        return call(_layer(own), params["layer"], x, feature, angles, layout, sources, mix)
+        hidden, rows = call(_layer(own), params["layer"], x, residual, angles, layout, sources, mix)
+        return self._normed(config, params["norm"], hidden) if self.norm_output else hidden, rows
 
     def logits(
         self, config: TransformerConfig, params: Params, target: Params, hidden: Float[Array, "*B H"]
     ) -> Float[Array, "*B W"]:
         """Scores of the token after the pair's, of the W tokens of the draft vocabulary, float32 or wider."""
-        own = self.layer_config(config)
-        normed = call(RMSNorm(own.norm_eps, own.zero_centred_norm), params["norm"], hidden)
-        logits = product(normed, params["vocab"]["kernel"], wide(hidden.dtype))
-        return split_vocabulary(logits)
+        if self.head_norm and not self.norm_output:
+            hidden = self._normed(config, params["norm"], hidden)
+        return split_vocabulary(product(hidden, params["vocab"]["kernel"], wide(hidden.dtype)))
 
     def head_params(self, params: Params) -> Params:
         """Of the network's parameters, those that `logits` reads."""
-        return {name: params[name] for name in ("norm", "vocab")}
+        return {name: params[name] for name in (("vocab",) if self.norm_output else ("norm", "vocab"))}
 
     def vocabulary(self, params: Params) -> Int[Array, "W"] | None:
         """Target ids of the tokens that `logits` scores; None means all, in order."""

@@ -112,6 +112,12 @@ def eagle3_static(target: Target, key: Array) -> tuple[Drafter, Any]:
     return drafter.with_tree(LOPSIDED), params
 
 
+def eagle31(target: Target, key: Array) -> tuple[Drafter, Any]:
+    """EAGLE-3.1: every norm that EAGLE-3 can have at once."""
+    heads = Eagle3Heads(0, 1, 1, fc_norm=True, norm_before_residual=True, norm_output=True)
+    return _random(Eagle3(heads, Static(LOPSIDED, "top")), target, key)
+
+
 def falcon(target: Target, key: Array) -> tuple[Drafter, Any]:
     """Blocks of two on a tree that needs two passes, the second of which ends in its middle; one layer, one cache."""
     return _random(Falcon(FalconHeads(block=2), Static(LOPSIDED, "top")), target, key)
@@ -166,13 +172,23 @@ CASES: dict[str, Callable[[Target, Array], tuple[Drafter, Any]]] = {
     "eagle2": eagle2,
     "eagle3": eagle3,
     "eagle3 static": eagle3_static,
+    "eagle3.1": eagle31,
     "falcon": falcon,
     "falcon recurrent": falcon_recurrent,
 }
 
 # What these add is shown elsewhere too: the network by another policy, the policy by tests/decoding/policies, its rule
 # by test_losslessness.py. They run with `-m slow`.
-VARIANTS = ("hydra", "eagle2", "eagle3 static", "early_exit", "draft rsd-s", "draft dyspec", "falcon recurrent")
+VARIANTS = (
+    "hydra",
+    "eagle2",
+    "eagle3 static",
+    "eagle3.1",
+    "early_exit",
+    "draft rsd-s",
+    "draft dyspec",
+    "falcon recurrent",
+)
 each_drafter = pytest.mark.parametrize(
     "name", [pytest.param(name, marks=[pytest.mark.slow] if name in VARIANTS else []) for name in CASES]
 )
@@ -209,7 +225,7 @@ def random_target(
 TRAINED = os.environ.get("TANDEM_TRAINED", "")
 # Random weights are so large that their text is lively only at high temperatures.
 WARM = 1.0 if TRAINED else 6.0
-_TRAINED_AS = {"hydra++": "hydra_pp", "eagle2": "eagle", "eagle3 static": "eagle3"}
+_TRAINED_AS = {"hydra++": "hydra_pp", "eagle2": "eagle", "eagle3 static": "eagle3", "eagle3.1": "eagle3"}
 
 
 def battery_target() -> Target:

@@ -8,6 +8,7 @@ import pytest
 from decoding.drafters.eagle import Eagle, Eagle3
 from decoding.generate import generate
 from decoding.policies import Confidence, Static
+from decoding.replay import replay_acceptance
 from decoding.sampling import Sampling
 from decoding.trees import EAGLE_25
 from eval.losslessness import check_losslessness
@@ -41,18 +42,18 @@ def test_sampled_children_are_lossless(name: str) -> None:
         assert result.test.degrees > 5 and result.passed, result
 
 
-@each
+@pytest.mark.parametrize("name", [pytest.param("eagle", marks=pytest.mark.slow), "eagle3.1"])
 def test_joined_kernels_draft_the_same(name: str) -> None:
-    target = random_target(vocab_size=12)
+    """And, of EAGLE-3.1, with every norm that EAGLE-3 can have, what the unrolled network of training does."""
+    target, prompts = random_target(vocab_size=12), [[1, 2, 3], [4]]
     drafter, params = CASES[name](target, jax.random.key(7))
     joined = drafter.for_decoding(params)
     assert set(joined["layer"]["attention"]) == {"q_k_v", "o"} and set(joined["layer"]["mlp"]) == {"gate_up", "down"}
-    both = [
-        generate(target, [[1, 2, 3], [4]], drafter=drafter, drafter_params=p, max_new_tokens=60)
-        for p in (params, joined)
-    ]
+    both = [generate(target, prompts, drafter=drafter, drafter_params=p, max_new_tokens=60) for p in (params, joined)]
     assert both[0].writers == both[1].writers and both[0].tokens == both[1].tokens
     assert np.count_nonzero(both[0].writers) > 10
+    counted = np.stack([stats.accepted_by_depth for stats in both[0].stats])
+    assert np.array_equal(replay_acceptance(target, drafter, params, prompts, both[0]), counted)
 
 
 @pytest.mark.parametrize(

@@ -34,6 +34,12 @@ KINDS = {
     "eagle without bias": EagleHeads(bias=False),
     "eagle3": Eagle3Heads(0, 2, 3),
     "eagle3 of few tokens": Eagle3Heads(1, 2, 3, vocab_size=7),
+    "eagle3.1": Eagle3Heads(0, 2, 3, fc_norm=True, norm_before_residual=True, norm_output=True),
+}
+SWITCHES = {
+    "norm_before_residual": Eagle3Heads(0, 2, 3, norm_before_residual=True),
+    "norm_output": Eagle3Heads(0, 2, 3, norm_output=True),
+    "no head_norm": Eagle3Heads(0, 2, 3, head_norm=False),
 }
 EPSILON = CONFIG.norm_eps
 
@@ -105,7 +111,13 @@ def inputs_of(heads, params: dict, feature: np.ndarray, embedding: np.ndarray) -
         y = np.concatenate([embedding, feature], axis=-1) @ p["fc"]["kernel"] + (p["fc"]["bias"] if heads.bias else 0)
         return y, y
     normed = [rms(embedding, p["input_norm"]["scale"]), rms(feature, p["hidden_norm"]["scale"])]
-    return np.concatenate(normed, axis=-1), feature
+    return np.concatenate(normed, axis=-1), normed[1] if heads.norm_before_residual else feature
+
+
+def output_of(heads, params: dict, g: np.ndarray) -> np.ndarray:
+    """What stands in for the next feature."""
+    normed = isinstance(heads, Eagle3Heads) and heads.norm_output
+    return rms(g, np.asarray(params["norm"]["scale"])) if normed else g
 
 
 def text_and_features(heads, target: dict, params: dict):
@@ -114,10 +126,10 @@ def text_and_features(heads, target: dict, params: dict):
     layout = Layout.causal(2, ROWS)
     taps = forward(CONFIG, target, tokens, layout, taps=heads.taps).taps
     table = np.asarray(target["embed"]["embedding"])
-    return tokens, layout, heads.fuse(params, taps), lambda k: jnp.asarray(table[np.roll(tokens, -k, axis=1)])
+    return tokens, layout, heads.fuse(CONFIG, params, taps), lambda k: jnp.asarray(table[np.roll(tokens, -k, axis=1)])
 
 
-@each_kind
+@pytest.mark.parametrize("heads", [*KINDS.values(), *SWITCHES.values()], ids=[*KINDS, *SWITCHES])
 def test_run_and_logits_match_numpy(heads, target: dict) -> None:
     params = network(heads, target)
     _, layout, feature, ahead = text_and_features(heads, target, params)
@@ -128,11 +140,12 @@ def test_run_and_logits_match_numpy(heads, target: dict) -> None:
     for b in range(2):
         x, residual = inputs_of(heads, params, np.asarray(feature[b]), np.asarray(embedding[b]))
         expected = layer(params["layer"], x, residual, np.arange(ROWS), np.tril(np.ones((ROWS, ROWS), bool)))
-        np.testing.assert_allclose(found[b], expected, atol=1e-10)
+        np.testing.assert_allclose(found[b], output_of(heads, params, expected), atol=1e-10)
         if isinstance(heads, EagleHeads):
             by_hand = expected @ np.asarray(target["head"]["kernel"])
         else:
-            by_hand = rms(expected, np.asarray(params["norm"]["scale"])) @ np.asarray(params["vocab"]["kernel"])
+            read = rms(expected, np.asarray(params["norm"]["scale"])) if heads.head_norm else expected
+            by_hand = read @ np.asarray(params["vocab"]["kernel"])
         np.testing.assert_allclose(logits[b], by_hand, atol=1e-10)
 
 
@@ -153,15 +166,22 @@ def test_zero_centred_norms_are_norms_of_one_more(kind: str, target: dict) -> No
     np.testing.assert_allclose(found, expected, atol=1e-10)
 
 
-def test_eagle3_fuses_what_enters_three_layers(target: dict) -> None:
-    heads = KINDS["eagle3"]
+@pytest.mark.parametrize("norm", [None, "fc_norm", "norm_before_fc"])
+def test_eagle3_fuses_what_enters_three_layers(norm: str | None, target: dict) -> None:
+    heads = Eagle3Heads(0, 2, 3, **({norm: True} if norm else {}))
     params = network(heads, target)
     tokens, layout, feature, _ = text_and_features(heads, target, params)
     entering = [transformer.embed(CONFIG, target, jnp.asarray(tokens))]
     for k in range(3):
         entering.append(forward(CONFIG, target, entering[k], layout, layers=(k, k + 1), taps=("pre_norm",)))
         entering[-1] = entering[-1].taps["pre_norm"]
-    joined = np.concatenate([entering[0], entering[2], entering[3]], axis=-1)
+    low_middle_high = [np.asarray(entering[k]) for k in (0, 2, 3)]
+    if norm == "fc_norm":
+        scales = [np.asarray(each["scale"]) for each in params["fc_norm"]]
+        low_middle_high = [rms(x, scale) for x, scale in zip(low_middle_high, scales, strict=True)]
+    joined = np.concatenate(low_middle_high, axis=-1)
+    if norm == "norm_before_fc":
+        joined = rms(joined, np.asarray(params["fc_norm"]["scale"]))
     np.testing.assert_allclose(feature, joined @ np.asarray(params["fc"]["kernel"]), atol=1e-10)
 
 
@@ -211,7 +231,8 @@ def test_unrolled_equals_a_dense_mask_over_all_steps(heads, packed: bool, target
             more = inputs_of(heads, params, f, np.asarray(embeddings[k][b]))
             x, residual = more if k == 0 else map(np.concatenate, zip((x, residual), more, strict=True))
             size = (k + 1) * rows
-            f = layer(params["layer"], x, residual, positions[:size], seen[:size, :size])[-rows:]
+            g = layer(params["layer"], x, residual, positions[:size], seen[:size, :size])[-rows:]
+            f = output_of(heads, params, g)
             np.testing.assert_allclose(found[k][b], f, atol=1e-9)
 
 
@@ -260,6 +281,13 @@ def test_layers_that_eagle3_reads_exist(layers: int, expected: tuple[int, int, i
         assert set(eagle3_layers(n)) <= set(range(n))
         assert list(eagle3_layers(n)) == sorted(eagle3_layers(n))
         Eagle3Heads(*eagle3_layers(n)).check(dataclasses.replace(CONFIG, num_layers=n))
+
+
+def test_norms_that_exclude_each_other_are_refused() -> None:
+    with pytest.raises(UserError, match="fc_norm and norm_before_fc exclude each other"):
+        Eagle3Heads(0, 1, 2, fc_norm=True, norm_before_fc=True)
+    with pytest.raises(UserError, match="norm_output without head_norm is no network"):
+        Eagle3Heads(0, 1, 2, norm_output=True, head_norm=False)
 
 
 @pytest.mark.parametrize(

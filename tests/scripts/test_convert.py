@@ -204,6 +204,15 @@ def test_the_tree_reaches_as_far_as_the_heads(base: Path, tmp_path: Path) -> Non
     assert tree(2) == [list(path) for path in MC_SIM_7B_63.paths if len(path) <= 2]
 
 
+def test_norms_of_eagle31(base: Path, tmp_path: Path) -> None:
+    config = cases.EAGLE_CONFIG | {"fc_norm": True, "norm_output": True}
+    source = cases.write(tmp_path / "e" / "model.safetensors", cases.eagle31(), config).parent
+    record = convert_drafter("eagle31", source, base, tmp_path / "out", "--norm_output", "fed_back")
+    assert record["method"] == "eagle3" and record["provenance"]["format"] == "eagle3.1"
+    drafter, _ = load_drafter(tmp_path / "out", load_target(base))
+    assert drafter.heads.fc_norm and drafter.heads.norm_output and not drafter.heads.norm_before_residual
+
+
 def test_layers_of_eagle3(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     source = cases.write(tmp_path / "e.safetensors", cases.eagle3(None))
     record = convert_drafter("eagle3", source, base, tmp_path / "out", "--layers", "0,2,6")
@@ -252,6 +261,7 @@ def test_wrong_releases_leave_nothing(base: Path, tmp_path: Path, capsys: pytest
     assert "has no use for --base" in complaint("llama2c", good["eagle"])
     assert "has no use for --tokenizer" in complaint("eagle", good["eagle"], "--tokenizer", "t.bin")
     assert "has no use for --layers" in complaint("eagle", good["eagle"], "--layers", "1,2,3")
+    assert "has no use for --norm_output" in complaint("eagle3", good["eagle3"], "--norm_output", "head")
     assert "reads what enters layer 9" in complaint("eagle3", good["eagle3"], "--layers", "1,2,9")
     assert "--overwrite" in complaint("eagle", good["eagle"], out="medusa")
     assert "holds no drafter.json" in complaint("eagle", good["eagle"], "--overwrite", out="medusa")

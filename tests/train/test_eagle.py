@@ -30,7 +30,7 @@ def forwards(objective, params, frozen, batch):
     out = transformer.forward(objective.model, frozen, batch["tokens"], layout, taps=objective.heads.taps)
     embedding = transformer.lookup(frozen, batch["tokens"])
     embeddings = [ahead(embedding, 1 + k) for k in range(STEPS)]
-    feature = objective.heads.fuse(params, out.taps)
+    feature = objective.heads.fuse(objective.model, params, out.taps)
     return out, unroll(objective.heads, objective.model, params, feature, embeddings, layout)
 
 

@@ -23,7 +23,7 @@ from jaxtyping import Int32, Int64
 from decoding.drafters.eagle import Eagle, Eagle3
 from models import schema, transformer
 from models.config import TransformerConfig
-from models.heads.eagle import Eagle3Heads, EagleHeads, eagle3_layers, unroll
+from models.heads.eagle import EAGLE_31, Eagle3Heads, EagleHeads, eagle3_layers, unroll
 from models.heads.medusa import vocab_kernel
 from train.objectives.drafting import DraftObjective, check_drafting
 from train.objectives.guess import Guess, Weights
@@ -96,6 +96,7 @@ class Eagle3Config:
       vocabulary: W, size of the draft vocabulary: the most frequent labels of the training split; 0 is all tokens.
       steps: how far training unrolls the draft.
       decay: weight of a step relative to the step before it.
+      fc_norm, norm_before_fc, norm_before_residual, norm_output: EAGLE-3.1's norms, as in `Eagle3Heads`.
       labels: which tokens are learnt: `assistant`, those that the data set marks, or `all`.
       loop_prompts: prompts from the valid split that every evaluation decodes, at most a batch; 0 is none.
       loop_tokens: new tokens per such prompt; 0 decodes nothing.
@@ -109,6 +110,10 @@ class Eagle3Config:
     vocabulary: int = 0
     steps: int = 7
     decay: float = 0.8
+    fc_norm: bool = False
+    norm_before_fc: bool = False
+    norm_before_residual: bool = False
+    norm_output: bool = False
     labels: Literal["assistant", "all"] = "assistant"
     loop_prompts: int = 4
     loop_tokens: int = 64
@@ -120,6 +125,8 @@ class Eagle3Config:
         schema.require(self.vocabulary >= 0, "objective.vocabulary must not be negative", self.vocabulary)
         schema.require(self.steps >= 1, "objective.steps must be at least 1", self.steps)
         schema.require(0 < self.decay <= 1, "objective.decay must lie in 0..1, 0 excluded", self.decay)
+        both = self.fc_norm and self.norm_before_fc
+        schema.require(not both, "objective must have only one of fc_norm and norm_before_fc", "both")
 
     @property
     def weights(self) -> Weights:
@@ -135,7 +142,8 @@ class Eagle3Config:
         """The drafter without parameters."""
         low, middle, high = self.layers or eagle3_layers(model.num_layers)
         size = 0 if self.vocabulary == model.vocab_size else self.vocabulary
-        return Eagle3(Eagle3Heads(low, middle, high, size))
+        norms = {name: getattr(self, name) for name in EAGLE_31}
+        return Eagle3(Eagle3Heads(low, middle, high, size, **norms))
 
 
 class EagleObjective(DraftObjective):
@@ -169,7 +177,8 @@ class EagleObjective(DraftObjective):
         embedding_BTH = transformer.lookup(frozen, batch["tokens"])
         embeddings = [ahead(embedding_BTH, 1 + k) for k in range(steps)]
         remat = self.compute.remat != "none"
-        outputs = unroll(self.heads, self.model, params, self.heads.fuse(params, taps), embeddings, layout, remat)
+        feature_BTH = self.heads.fuse(self.model, params, taps)
+        outputs = unroll(self.heads, self.model, params, feature_BTH, embeddings, layout, remat)
         read = Partial(functools.partial(_read, self.heads, self.model, frozen), self.heads.head_params(params))
         return [Guess(hidden, None, self.labels(batch, k), read) for k, hidden in enumerate(outputs)]
 

@@ -61,7 +61,7 @@ class Compute:
     @property
     def attention(self) -> str:
         """Of whole texts (`models.layout.Layout`)."""
-        return "fused" if jax.default_backend() == "gpu" and self.dtype == jnp.bfloat16 else "blocks"
+        return "fused" if jax.default_backend() in ("gpu", "tpu") and self.dtype == jnp.bfloat16 else "blocks"
 
     def cast(self, params: Params) -> Params:
         """Parameters as products read them: float32 becomes `dtype`, and the rest stays."""

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from eval.measure.environment import describe_environment
-from eval.report.text import print_table, write_report
+from eval.report.text import print_categories, print_table, write_report
 from models.errors import UserError
 from tests.eval.report.page import Page
 
@@ -101,6 +101,24 @@ def test_a_prompt_is_shown_once_above_its_texts(tmp_path: pathlib.Path) -> None:
     page = Page(write(results, tmp_path))
     shown = [text for text in page.texts if text in ("def f(", "def g(", "x", "y", "z")]
     assert shown == ["def f(", "x", "y", "def g(", "z"]
+
+
+def test_step_lengths_by_category(tmp_path: pathlib.Path) -> None:
+    results = full_results()
+    cell = results["runs"][1]["categories"]["qa"]
+    out = io.StringIO()
+    print_categories({"runs": [run("none", 1.0)]}, file=out)
+    assert not out.getvalue()
+    cell |= {"acceptance_length_per_turn": 2.4, "steps": 8, "accepted_by_depth": [4, 1, 0, 0]}
+    cell |= {"accepted_histogram": [4, 3, 1, 0, 0]}
+    print_categories(results, file=out)
+    assert [line.split("  ")[-1].strip() for line in out.getvalue().splitlines()[3:]] == ["1.50x 2.20, 2.40 per turn"]
+    page = Page(write(results, tmp_path))
+    text = " ".join(page.texts)
+    assert page.tags.count("svg") == 7 and "2.20, 2.40 per turn" in text
+    # Lengths of 2 of all steps; 3 of these; 4 of these; nothing was left that could reach 5.
+    heading = page.texts.index("Step lengths by category")
+    assert [x for x in page.texts[heading:] if x.endswith("%")][:3] == ["50%", "25%", "0%"]
 
 
 def test_every_text_is_escaped(tmp_path: pathlib.Path) -> None:

@@ -140,6 +140,26 @@ def test_interval_of_the_speedup_lies_between_the_questions(entry) -> None:
     assert entry["acceptance_length_interval"] == [2.0, 2.0]
 
 
+def test_lengths_of_steps_are_told_by_category_and_per_turn() -> None:
+    prompts = [Prompt((1,), "a", "qa"), Prompt((2,), "a", "qa"), Prompt((3,), "b", "math"), Prompt((4,), "c", "math")]
+    # Steps of three, one and one tokens; one step of three; two steps of two; a text that its first token ends.
+    accepted = [(3, 5, [1, 1]), (1, 3, [1, 1]), (2, 4, [2, 0]), (0, 0, [0, 0])]
+    made = [
+        Generation(
+            [[7] * (committed + 1)], [[]], [Stats(steps, committed, np.array(depth), np.zeros(3, int))], 0.0, 0.0
+        )
+        for steps, committed, depth in accepted
+    ]
+    drafter = types.SimpleNamespace(name="drafter", num_heads=0, max_depth=2, max_nodes=3)
+    one = Measured(Contender(drafter), made, [[1.0] * 4], [[1.0] * 4])
+    entry = module._run(None, one, one, prompts, Sampling())
+    assert entry["acceptance_length"] == 2 and entry["acceptance_length_per_turn"] == pytest.approx((5 / 3 + 3 + 2) / 3)
+    qa, math = entry["categories"]["qa"], entry["categories"]["math"]
+    assert qa["acceptance_length"] == 2 and qa["acceptance_length_per_turn"] == pytest.approx((5 / 3 + 3) / 2)
+    assert (qa["turns"], qa["steps"], qa["accepted_by_depth"], qa["accepted_histogram"]) == (2, 4, [2, 2], [2, 0, 2])
+    assert math["acceptance_length_per_turn"] == 2 and math["accepted_histogram"] == [0, 2, 0]
+
+
 def test_category_is_compared_with_its_own_baseline(entry) -> None:
     wanted = {"qa": 2.0, "math": 4.0}
     assert {name: cell["speedup"] for name, cell in entry["categories"].items()} == wanted

@@ -32,6 +32,18 @@ def test_spec_bench(tmp_path: pathlib.Path) -> None:
     ]
 
 
+def test_speed_bench(tmp_path: pathlib.Path) -> None:
+    more = {"sub_category": "essay", "source": "x", "src_id": "4", "difficulty": None, "multiturn": True}
+    messages = [{"role": "user", "content": "Compose."}, {"role": "user", "content": "Rewrite."}]
+    path = write(
+        tmp_path / "qualitative.jsonl",
+        {"question_id": "a1", "category": "writing", "turns": ["Compose.", "Rewrite."], **more},
+        {"question_id": "b2", "category": "stem", "turns": None, "messages": messages, **more},
+    )
+    turns = ("Compose.", "Rewrite.")
+    assert read_questions(path) == [Question("a1", turns, "writing"), Question("b2", turns, "stem")]
+
+
 def test_human_eval_packed(tmp_path: pathlib.Path) -> None:
     path = tmp_path / "HumanEval.jsonl.gz"
     path.write_bytes(gzip.compress(json.dumps({"task_id": "HumanEval/0", "prompt": "def f():\n"}).encode()))
@@ -73,6 +85,20 @@ def test_real_files(shared_data: pathlib.Path) -> None:
         ('{"turns": ["x"], "system": "be brief"}', "line 1 holds 'system'"),
         ('{"question": "x", "image": "x.png"}', "line 1 holds 'image'"),
         ('[{"prompt": "x"},\n {"prompt": 4}]', r"item 2 \(line 2\) must be"),
+        (
+            '{"turns": ["x", "FULL BENCHMARK DATA SHOULD BE FETCHED FROM X"]}',
+            "line 1 holds no question but a placeholder",
+        ),
+        (
+            '{"messages": [{"role": "user", "content": "FULL BENCHMARK DATA SHOULD BE FETCHED"}]}',
+            "the benchmark's own s",
+        ),
+        (
+            '{"messages": [{"role": "assistant", "content": "x"}]}',
+            "line 1: turn 1 has the role 'assistant', expected us",
+        ),
+        ('{"messages": [{"role": "user", "content": "x"}], "turns": ["x"]}', "line 1 must be an object with one of"),
+        ('{"messages": [{"role": "user", "content": 3}]}', "line 1: expected every turn to hold a text"),
         ("\n\n", "holds no prompts"),
     ],
 )

@@ -102,6 +102,16 @@ def eagle3(draft_tokens: list[int] | None) -> Tensors:
     return draw(shapes) | {"d2t": offsets, "t2d": np.isin(np.arange(V), draft_tokens)}
 
 
+def eagle31(place: str = "layers.0.", norms: str = "fc_norm") -> Tensors:
+    """EAGLE-3.1, its layer named `place`, with a norm for each feature, for all of them (`norm_before_fc`) or none."""
+    renamed = {name.replace("midlayer.", place): value for name, value in eagle3(DRAFT_TOKENS).items()}
+    shapes = {
+        "fc_norm": {f"fc_norm.{i}.weight": (H,) for i in range(3)},
+        "norm_before_fc": {"input_norm.weight": (3 * H,)},
+    }
+    return renamed | draw(shapes.get(norms, {}))
+
+
 DRAFT_TOKENS = [0, 1, 3, 4, 7, 12, 13, 14, 20, 21, 30, 39]
 
 EAGLE_CONFIG: dict[str, Any] = {

@@ -13,7 +13,7 @@ import tokenizers
 from safetensors.numpy import save
 
 from models import transformer
-from models.formats import hf, released_heads
+from models.formats import hf, released_eagle, released_heads
 from models.formats.hf import load_config
 from models.formats.llama2c import read_llama2c, read_llama2c_tokenizer
 from models.formats.release import read_release
@@ -129,8 +129,9 @@ def test_heads(examples: int, tmp_path: Path) -> None:
                 [
                     (released_heads.medusa, cases.medusa(2), None),
                     (released_heads.hydra, cases.hydra(base, 2, 2), {"hydra_num_heads": 2}),
-                    (released_heads.eagle, cases.eagle(base), cases.EAGLE_CONFIG),
-                    (released_heads.eagle3, cases.eagle3(cases.DRAFT_TOKENS), cases.EAGLE_CONFIG),
+                    (released_eagle.eagle, cases.eagle(base), cases.EAGLE_CONFIG),
+                    (released_eagle.eagle3, cases.eagle3(cases.DRAFT_TOKENS), cases.EAGLE_CONFIG),
+                    (released_eagle.eagle31, cases.eagle31(), cases.EAGLE_CONFIG | {"fc_norm": True}),
                 ]
             )
         )

@@ -14,6 +14,7 @@ import pytest
 from models import transformer
 from models.config import RopeScaling
 from models.errors import UserError
+from models.formats import released_eagle
 from models.formats import released_heads as released
 from models.formats.hf import tensor_names
 from models.formats.release import read_release
@@ -206,7 +207,7 @@ def test_hydra_config_must_fit(base: Target, tmp_path: Path, key: str, value: ob
 def test_eagle(base: Target, tmp_path: Path, bias: bool, name: str) -> None:
     tensors = cases.eagle(base, bias)
     write(tmp_path / name, tensors, EAGLE_CONFIG | ({} if bias else {"bias": False}))
-    made = released.eagle(read_release(tmp_path), base)
+    made = released_eagle.eagle(read_release(tmp_path), base)
     assert made.heads == EagleHeads(bias) and made.detected == {"fc_bias": bias, "rope": "as config.json says"}
     names = {"fc/kernel": "fc.weight", **({"fc/bias": "fc.bias"} if bias else {})}
     check_places(made.params, tensors, names | {f"layer/{path}": f"layers.0.{name}" for path, name in LAYER.items()})
@@ -216,7 +217,7 @@ def test_eagle(base: Target, tmp_path: Path, bias: bool, name: str) -> None:
 def test_eagle3(base: Target, tmp_path: Path, tokens: list[int] | None) -> None:
     tensors = cases.eagle3(tokens)
     write(tmp_path / "pytorch_model.bin", tensors)
-    made = released.eagle3(read_release(tmp_path), base)
+    made = released_eagle.eagle3(read_release(tmp_path), base)
     # Of seven layers, the original release reads what enters 2, n/2 and n - 3.
     assert made.heads == Eagle3Heads(2, 3, 4, 0 if tokens is None else len(tokens))
     assert made.detected["draft_vocabulary"] == (V if tokens is None else len(tokens))
@@ -238,12 +239,79 @@ def test_eagle3_reads_other_layers_when_told(base: Target, tmp_path: Path) -> No
 
     layers = {"eagle_config": {"eagle_aux_hidden_state_layer_ids": [1, 2, 5]}}
     with pytest.raises(UserError, match=r"names the layers \[1, 2, 5\], in a convention it does not tell.*--layers"):
-        released.eagle3(release(**layers), base)
-    assert released.eagle3(release(**layers), base, (1, 2, 6)).heads == Eagle3Heads(1, 2, 6)
+        released_eagle.eagle3(release(**layers), base)
+    assert released_eagle.eagle3(release(**layers), base, (1, 2, 6)).heads == Eagle3Heads(1, 2, 6)
     with pytest.raises(UserError, match="reads what enters layer 7"):
-        released.eagle3(release(), base, (1, 2, 7))
-    with pytest.raises(UserError, match="norm_before_residual = true, which is not supported"):
-        released.eagle3(release(norm_before_residual=True), base)
+        released_eagle.eagle3(release(), base, (1, 2, 7))
+    with pytest.raises(UserError, match="norm_before_residual = true, which EAGLE-3 has not: --from eagle31"):
+        released_eagle.eagle3(release(norm_before_residual=True), base)
+
+
+# speculators' config, and one that is flat as SpecForge's.
+SPECULATORS = {"speculators_config": {}, "transformer_layer_config": EAGLE_CONFIG | {"layer_types": ["full_attention"]}}
+
+
+@pytest.mark.parametrize(
+    ("place", "norms", "config", "meaning", "switches"),
+    [
+        (
+            "layers.0.",
+            "fc_norm",
+            SPECULATORS | {"fc_norm": True, "norm_before_residual": True, "norm_output": True},
+            None,
+            {"fc_norm": True, "norm_before_residual": True, "norm_output": True},
+        ),
+        ("midlayer.", "norm_before_fc", EAGLE_CONFIG | {"norm_before_fc": True}, None, {"norm_before_fc": True}),
+        ("midlayer.", "", EAGLE_CONFIG | {"eagle_config": {"norm_output": True}}, "fed_back", {"norm_output": True}),
+        ("midlayer.", "", EAGLE_CONFIG | {"norm_output": True}, "head", {}),
+        ("midlayer.", "", EAGLE_CONFIG | {"norm_output": False}, "head", {"head_norm": False}),
+        ("layers.0.", "", EAGLE_CONFIG | {"norm_output": None}, None, {}),
+    ],
+)
+def test_eagle31(base: Target, tmp_path: Path, place, norms, config, meaning, switches) -> None:
+    tensors = cases.eagle31(place, norms)
+    made = released_eagle.eagle31(read_release(write(tmp_path / "m.safetensors", tensors, config)), base, None, meaning)
+    assert made.heads == Eagle3Heads(2, 3, 4, len(DRAFT_TOKENS), **switches) and made.format == "eagle3.1"
+    names = {
+        "fc/kernel": "fc.weight",
+        "input_norm/scale": f"{place}input_layernorm.weight",
+        "hidden_norm/scale": f"{place}hidden_norm.weight",
+        "norm/scale": "norm.weight",
+        "vocab/kernel": "lm_head.weight",
+    } | {f"layer/{path}": f"{place}{name}" for path, name in LAYER.items()}
+    names |= {f"fc_norm/{i}/scale": f"fc_norm.{i}.weight" for i in range(3)} if norms == "fc_norm" else {}
+    names |= {"fc_norm/scale": "input_norm.weight"} if norms == "norm_before_fc" else {}
+    check_places(made.params, tensors, names, draft_vocab=np.array(DRAFT_TOKENS, np.int32))
+
+
+@pytest.mark.parametrize(
+    ("norms", "config", "meaning", "complaint"),
+    [
+        ("", None, None, "needs its config.json: tensors do not tell which norms"),
+        ("", {"fc_norm": True}, None, "says fc_norm = true, but there is no tensor fc_norm.0.weight"),
+        ("fc_norm", {}, None, "says fc_norm = null, but there is a tensor fc_norm.0.weight"),
+        ("", {"fc_norm": True, "norm_before_fc": True}, None, "fc_norm and norm_before_fc, which exclude each other"),
+        ("", {"norm_output": 1}, None, "norm_output = 1, expected true or false"),
+        ("", {"norm_output": True}, None, "which programs understand differently: give --norm_output fed_back,"),
+        ("", {}, "head", "config.json has no norm_output, of which"),
+        ("", SPECULATORS | {"norm_output": True}, "head", "speculators, whose norm_output is fed_back, not head"),
+        (
+            "",
+            {"norm_before_residual": True, "eagle_config": {"norm_before_residual": False}},
+            None,
+            "norm_before_residual = true, and in eagle_config false",
+        ),
+        ("", {"eagle_config": [1]}, None, r"eagle_config = \[1\], expected an object"),
+        ("", {"sliding_window": 2048}, None, "sliding_window = 2048: draft layers have no sliding windows"),
+        ("", {"layer_types": ["sliding_attention"]}, None, "layer_types = .*: draft layers have no sliding windows"),
+        ("", {"transformer_layer_config": EAGLE_CONFIG | {"num_hidden_layers": 2}}, None, "num_layers = 2, expected 1"),
+    ],
+)
+def test_eagle31_that_contradicts_itself(base: Target, tmp_path: Path, norms, config, meaning, complaint: str) -> None:
+    config = None if config is None else EAGLE_CONFIG | config
+    release = read_release(write(tmp_path / "m.safetensors", cases.eagle31(norms=norms), config))
+    with pytest.raises(UserError, match=complaint):
+        released_eagle.eagle31(release, base, None, meaning)
 
 
 @pytest.mark.parametrize(
@@ -270,7 +338,7 @@ def test_the_draft_layer_is_as_its_config_says(
 def test_a_config_without_rope_means_the_default(base: Target, tmp_path: Path) -> None:
     # The published EAGLE-3 of Llama 3.1, whose own base and stretching differ, says nothing about RoPE.
     config = {key: value for key, value in EAGLE_CONFIG.items() if key != "rope_theta"}
-    made = released.eagle3(read_release(write(tmp_path / "pytorch_model.bin", cases.eagle3(None), config)), base)
+    made = released_eagle.eagle3(read_release(write(tmp_path / "pytorch_model.bin", cases.eagle3(None), config)), base)
     assert (made.heads.layer.rope_theta, made.heads.layer.rope_scaling) == (10_000.0, None)
 
 
@@ -279,8 +347,8 @@ def test_llama_layers_serve_bases_of_other_families(tmp_path: Path) -> None:
     base = cases.random_base(config=config)
     file = write(tmp_path / "pytorch_model.bin", cases.eagle3(DRAFT_TOKENS))
     with pytest.raises(UserError, match=r"needs its config\.json: a base of the family gemma2"):
-        released.eagle3(read_release(file), base)
-    made = released.eagle3(read_release(write(file, cases.eagle3(DRAFT_TOKENS), EAGLE_CONFIG)), base)
+        released_eagle.eagle3(read_release(file), base)
+    made = released_eagle.eagle3(read_release(write(file, cases.eagle3(DRAFT_TOKENS), EAGLE_CONFIG)), base)
     layer = made.heads.layer_config(config)
     assert not (layer.zero_centred_norm or layer.qk_norm or layer.qkv_bias)
 
@@ -288,7 +356,7 @@ def test_llama_layers_serve_bases_of_other_families(tmp_path: Path) -> None:
 def test_biases_of_the_draft_layer(base: Target, tmp_path: Path) -> None:
     biases = {f"midlayer.self_attn.{name}_proj.bias": (cases.KV if name != "q" else H,) for name in "qkv"}
     tensors = cases.eagle3(None) | cases.draw(biases)
-    made = released.eagle3(read_release(write(tmp_path / "pytorch_model.bin", tensors, EAGLE_CONFIG)), base)
+    made = released_eagle.eagle3(read_release(write(tmp_path / "pytorch_model.bin", tensors, EAGLE_CONFIG)), base)
     assert made.heads.layer.qkv_bias
     np.testing.assert_array_equal(
         made.params["layer"]["attention"]["q"]["bias"], tensors["midlayer.self_attn.q_proj.bias"]
@@ -309,7 +377,7 @@ def test_biases_of_the_draft_layer(base: Target, tmp_path: Path) -> None:
 def test_eagle_config_must_fit(base: Target, tmp_path: Path, change: dict, complaint: str) -> None:
     release = read_release(write(tmp_path / "pytorch_model.bin", cases.eagle(base), EAGLE_CONFIG | change))
     with pytest.raises(UserError, match=complaint):
-        released.eagle(release, base)
+        released_eagle.eagle(release, base)
 
 
 @pytest.mark.parametrize(
@@ -336,13 +404,13 @@ def test_draft_vocabularies_that_do_not_fit(
     if "lm_head" in complaint and name == "d2t":
         tensors["d2t"], _ = np.arange(11), tensors.pop("t2d", None)
     with pytest.raises(UserError, match=complaint):
-        released.eagle3(read_release(write(tmp_path / "pytorch_model.bin", tensors)), base)
+        released_eagle.eagle3(read_release(write(tmp_path / "pytorch_model.bin", tensors)), base)
 
 
 def test_mask_without_its_map(base: Target, tmp_path: Path) -> None:
     tensors = cases.eagle3(None) | {"t2d": np.ones(V, bool)}
     with pytest.raises(UserError, match="tensor t2d is unknown to EAGLE-3"):
-        released.eagle3(read_release(write(tmp_path / "pytorch_model.bin", tensors)), base)
+        released_eagle.eagle3(read_release(write(tmp_path / "pytorch_model.bin", tensors)), base)
 
 
 # What does not fit
@@ -353,8 +421,8 @@ ALL: dict[str, tuple[Callable, Callable[[Target], Tensors]]] = {
     "medusa legacy": (released.medusa, lambda base: cases.medusa(layers=2, own=False)),
     "hydra": (released.hydra, lambda base: cases.hydra(base, layers=1, plus=False)),
     "hydra++": (released.hydra, lambda base: cases.hydra(base, heads=2)),
-    "eagle": (released.eagle, cases.eagle),
-    "eagle3": (released.eagle3, lambda base: cases.eagle3(DRAFT_TOKENS)),
+    "eagle": (released_eagle.eagle, cases.eagle),
+    "eagle3": (released_eagle.eagle3, lambda base: cases.eagle3(DRAFT_TOKENS)),
 }
 # Tensors that a file may do without, because they say nothing or say it again.
 DISPENSABLE = {

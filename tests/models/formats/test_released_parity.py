@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 from models.config import TransformerConfig
+from models.formats import released_eagle
 from models.formats import released_heads as released
 from models.formats.release import read_release
 from models.formats.target import Target
@@ -240,9 +241,9 @@ def write_config(directory: Path, said: dict[str, object] | None) -> None:
 def test_eagle(base: Target, tmp_path: Path, bias: bool, layer: TransformerConfig, said: dict | None) -> None:
     module = Eagle(base, bias, layer)
     write_config(tmp_path, said)
-    made = convert(released.eagle, module, tmp_path / "pytorch_model.bin", base)
+    made = convert(released_eagle.eagle, module, tmp_path / "pytorch_model.bin", base)
     features, tokens = torch.randn(T, H), torch.randint(V, (T,))
-    feature = made.heads.fuse(made.params, {"post_norm": jnp.asarray(features.numpy())[None]})
+    feature = made.heads.fuse(base.config, made.params, {"post_norm": jnp.asarray(features.numpy())[None]})
     embedded = base.params["embed"]["embedding"][jnp.asarray(tokens.numpy())][None]
     out, _ = made.heads.run(base.config, made.params, feature, embedded, Layout.causal(1, T))
     check(out[0], module(features, tokens))
@@ -276,11 +277,11 @@ def test_eagle3(
 ) -> None:
     module = Eagle3(tokens, layer)
     write_config(tmp_path, said)
-    made = convert(released.eagle3, module, tmp_path / "pytorch_model.bin", base, (0, 2, 5))
+    made = convert(released_eagle.eagle3, module, tmp_path / "pytorch_model.bin", base, (0, 2, 5))
     low, middle, high = torch.randn(3, T, H)
     embedded = table(base)(torch.randint(V, (T,)))
     taps = {f"layer:{k}": jnp.asarray(x.numpy())[None] for k, x in zip((0, 2, 5), (low, middle, high), strict=True)}
-    feature = made.heads.fuse(made.params, taps)
+    feature = made.heads.fuse(base.config, made.params, taps)
     theirs, fed_back = module(torch.cat([low, middle, high], -1), embedded)
     for _ in range(2):
         x = jnp.asarray(embedded.numpy())[None]
