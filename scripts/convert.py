@@ -31,6 +31,7 @@ from typing import Any, cast
 from decoding.drafter import Drafter
 from decoding.drafters.draft_model import DraftModel
 from decoding.drafters.eagle import Eagle, Eagle3
+from decoding.drafters.falcon import Falcon
 from decoding.drafters.hydra import Hydra
 from decoding.drafters.medusa import Medusa
 from decoding.drafters.registry import save_drafter
@@ -41,7 +42,7 @@ from models.command_line import like
 from models.config import TransformerConfig
 from models.errors import UserError, exit_on_user_error
 from models.formats import image_models as image_files
-from models.formats import released_eagle
+from models.formats import released_eagle, released_falcon
 from models.formats import released_heads as released
 from models.formats.gguf import read_gguf
 from models.formats.hf import load_config, load_params, save_target
@@ -105,6 +106,7 @@ DRAFTERS: dict[str, DrafterFormat] = {
     "eagle": DrafterFormat((), released_eagle.eagle, Eagle),
     "eagle3": DrafterFormat((), released_eagle.eagle3, Eagle3),
     "eagle31": DrafterFormat((), released_eagle.eagle31, Eagle3),
+    "falcon": DrafterFormat((), released_falcon.falcon, Falcon),
 }
 
 # Format name -> reader of (source, schedule or None).
@@ -243,7 +245,7 @@ def check_options(args: argparse.Namespace) -> None:
         ("--tokenizer", args.tokenizer, args.format == "llama2c"),
         ("--layers", args.layers, args.format in ("eagle3", "eagle31")),
         ("--norm_output", args.norm_output, args.format == "eagle31"),
-        ("--policy", args.policy, args.format in ("model", "eagle", "eagle3", "eagle31")),
+        ("--policy", args.policy, args.format in ("model", "eagle", "eagle3", "eagle31", "falcon")),
         ("--schedule", args.schedule, image),
     ):
         if value is not None and not known:

@@ -6,6 +6,7 @@ As `models/formats/released_heads.py`, whose conventions hold here; what a layer
 import dataclasses
 import json
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -45,7 +46,7 @@ def eagle(release: Release, base: Target) -> Converted:
     Raises:
       UserError: a tensor is missing, misshapen, unknown, or differs from the base's; or does not fit `config.json`.
     """
-    layer, rope = _draft_layer(release, base, "layers.0.")
+    layer, rope = draft_layer(release, base, "layers.0.")
     bias = "fc.bias" in release
     if release.config.get("bias", bias) != bias:
         raise UserError(f"{release.source}: config.json says bias = {json.dumps(not bias)}, which fc does not fit")
@@ -122,7 +123,7 @@ def _eagle3(
     kind: str,
 ) -> Converted:
     """A network whose layer is at `place`, with these switches."""
-    layer, rope = _draft_layer(release, base, place)
+    layer, rope = draft_layer(release, base, place)
     low, middle, high = _read_layers(release, base, layers)
     given = _draft_vocabulary(release, base)
     heads = Eagle3Heads(low, middle, high, len(given["draft_vocab"]) if given else 0, layer, **switches)
@@ -200,8 +201,21 @@ def _norm_output(release: Release, said: Mapping[str, bool], meaning: str | None
     return {"norm_output": value} if meaning == "fed_back" else {"head_norm": value}
 
 
-def _draft_layer(release: Release, base: Target, place: str) -> tuple[LayerShape | None, dict[str, Any]]:
-    """The layer that `config.json` describes, None where it is the base's, and where RoPE came from."""
+def draft_layer(
+    release: Release, base: Target, place: str, layers: int = 1, fixed: Mapping[str, Any] = MappingProxyType({})
+) -> tuple[LayerShape | None, dict[str, Any]]:
+    """The layer that `config.json` describes, None where it is the base's, and where RoPE came from.
+
+    Args:
+      release: its tensors.
+      base: the target it was trained on.
+      place: what names of its first layer begin with.
+      layers: how many alike there are.
+      fixed: entries that have one value whatever `config.json` says.
+
+    Raises:
+      UserError: it does not fit the base, or is nothing that we compute.
+    """
     config = base.config
     if not release.config:
         if not _is_plain(config):
@@ -220,13 +234,13 @@ def _draft_layer(release: Release, base: Target, place: str) -> tuple[LayerShape
         "model_type": "llama",
         "vocab_size": config.vocab_size,
         "hidden_size": config.width,
-        "num_hidden_layers": 1,
+        "num_hidden_layers": layers,
         "num_attention_heads": config.num_heads,
         "intermediate_size": config.mlp_width,
     }
     said = {key: value for key, value in shape.items() if key in _LAYER_KEYS}
-    draft = config_from_hf({**sizes, **said}, where)
-    for field, wanted in {"width": config.width, "num_layers": 1, "activation": "silu"}.items():
+    draft = config_from_hf({**sizes, **said, **fixed}, where)
+    for field, wanted in {"width": config.width, "num_layers": layers, "activation": "silu"}.items():
         if getattr(draft, field) != wanted:
             raise UserError(f"{where} implies {field} = {getattr(draft, field)}, expected {wanted} for this base")
     layer = LayerShape(
