@@ -91,6 +91,7 @@ def job(data_set: pathlib.Path, target_directory: pathlib.Path) -> Callable[...,
         },
         "eagle": {"name": "eagle", "target": str(target_directory), "depth": 3, "loop_prompts": 0},
         "eagle3": {"name": "eagle3", "target": str(target_directory), "steps": 3, "loop_prompts": 0},
+        "falcon": {"name": "falcon", "target": str(target_directory), "depth": 3, "loop_prompts": 0},
         "several": {"name": "several", "target": str(target_directory)},
     }
 
