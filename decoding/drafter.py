@@ -21,7 +21,7 @@ from jaxtyping import Array, Bool, Float, Int
 from decoding.place import Place
 from decoding.policies.policy import TreePolicy
 from decoding.sampling import SamplingParameters
-from decoding.tree_search import Acceptance, best_tree
+from decoding.tree_search import Acceptance, best_part, best_tree
 from decoding.trees import TokenTree, Topology
 from decoding.verify import Verdict
 from models import schema, transformer
@@ -169,15 +169,26 @@ class Drafter:
         """
         return None
 
-    def opened(self, sizes: tuple[tuple[int, float], ...]) -> "Drafter":
+    def opened(self, sizes: tuple[tuple[int, float], ...] | None = None) -> "Drafter":
         """The same drafter, whose number of candidates `generate` chooses by what they cost (`decoding/sizing.py`).
 
         No field says so: it is equal to this one, and compiles to the same programs. What is made of it with another
         tree, policy or budget is not open.
 
         Args:
-          sizes: among which to choose, none of them deeper than this one, with their acceptance lengths.
+          sizes: among which to choose, none of them deeper than this one, with their acceptance lengths. None is every
+            size that is one less than a power of two and at most its own, each with 0.3 tokens more than the one
+            before, about what trained heads gain (docs/results.md).
+
+        Raises:
+          UserError: a drafter that has no size to choose.
         """
+        if sizes is None:
+            count = self.max_nodes.bit_length()
+            guesses = ((2**power - 1, 1 + 0.3 * power) for power in range(1, count))
+            sizes = tuple((size, length) for size, length in guesses if self.with_budget(size) is not None)
+            if not sizes:
+                raise UserError(f"{self.name} has no number of candidates to choose")
         free = copy.copy(self)
         object.__setattr__(free, "open_sizes", sizes)
         return free
@@ -321,14 +332,19 @@ class Drafter:
     def with_budget(self, candidates: int, acceptance: Acceptance | None = None) -> "Drafter | None":
         """The drafter with its best tree of exactly `candidates` candidates; None where it cannot have so many.
 
+        The state that a drafter makes (`init`) serves every smaller one that comes from here.
+
         Args:
           candidates: nodes of a tree, root not included.
-          acceptance: counted with `probing`; None where that is None.
+          acceptance: counted with `probing`; where it is None, a ranked tree is cut down to its best part.
 
         Raises:
           UserError: a drafter whose trees have no size to choose.
         """
-        if self.ranked_tree is None or acceptance is None:
+        if self.ranked_tree is None:
             raise UserError(f"{self.name} cannot be fitted to a budget")
-        tree = best_tree(acceptance.accuracy, candidates)
+        if acceptance is None:
+            tree = best_part(self.ranked_tree, candidates)
+        else:
+            tree = best_tree(acceptance.accuracy, candidates)
         return None if tree is None else self.with_tree(tree)

@@ -28,9 +28,10 @@ from decoding.arguments import (
 )
 from decoding.drafter import Drafter
 from decoding.drafters.plain import Plain
+from decoding.paced import Paced
 from decoding.request import Request
 from decoding.sampling import Sampling, batch_sampling
-from decoding.stats import Counters, Stats
+from decoding.stats import Stats
 from models.errors import UserError
 from models.formats.continuation import Continuation, split_stops, text_behind
 from models.formats.target import Target
@@ -133,8 +134,11 @@ def generate(
     mesh = mesh_of(params) if mesh is None else mesh
     drafter, drafter_params = drafter_and_params(drafter, drafter_params, target, mesh)
     batch = len(prompts := checked_prompts(prompts, target))
-    sized = _sized(target, drafter, drafter_params, checked_sampling(sampling, batch), mesh, memory)
-    drafter, drafter_params = sized.drafter, sized.params
+    opened, pace = bool(drafter.open_sizes) and mesh is None and memory is None, None
+    if opened:
+        greedy = all(one.temperature == 0 for one in checked_sampling(sampling, batch))
+        pace = sizing.pace(target, drafter, drafter_params, batch, greedy)
+        drafter, drafter_params = (pace.widest.drafter, drafter_params) if pace else (Plain(), None)
     limits = whole_per_row(max_new_tokens, batch, "max_new_tokens")
     stream_every = at_least_one(stream_every, "stream_every", " step")
     needed, padded = _check_lengths(config, prompts, limits, drafter)
@@ -149,20 +153,15 @@ def generate(
     models = loop.Models(config, drafter, params, drafter.for_decoding(drafter_params, mesh))
     with on_mesh(mesh):
         state, request = _prefill(models, request, _padded(prompts, padded), capacity, mesh, memory)
-        state = _compiled(models, state, request, sized.watch)
+        paced = None if pace is None else Paced(models, request, pace)
+        state = state if paced is None else paced.compiled(state)
         prefilled = time.perf_counter()
-        state = _run(models, state, request, reader, stream_every, mesh, sized.watch)
+        state = _run(models, state, request, reader, stream_every, mesh, paced)
     seconds = prefilled - started, time.perf_counter() - prefilled
-    sized.finish()
-    return _finished(target, prompts, state, sized, seconds, reader.ended, stop_texts)
-
-
-def _sized(target, drafter: Drafter, params, settings: list[Sampling], mesh, memory) -> sizing.Sized:
-    """The drafter with its number of candidates, which of an open one is chosen here."""
-    if not drafter.open_sizes or mesh is not None or memory is not None:
-        return sizing.Sized(drafter, params)
-    greedy = all(one.temperature == 0 for one in settings)
-    return sizing.sized(target, drafter, params, len(settings), greedy)
+    counts = [Stats.of(state.counters, row) if paced is None else paced.stats[row] for row in range(batch)]
+    # What an open drafter remembers fits one of its sizes only.
+    memory = None if opened else drafter.memory(state.drafter)
+    return _finished(target, prompts, state, counts, memory, seconds, reader.ended, stop_texts)
 
 
 def _padded(prompts: list[list[int]], length: int) -> np.ndarray:
@@ -172,50 +171,29 @@ def _padded(prompts: list[list[int]], length: int) -> np.ndarray:
     return text
 
 
-def _compiled(models: loop.Models, state, request, watch: sizing.Watch | None):
-    """The state after no steps of either loop that may come, so that nobody waits for the compiler in mid-text."""
-    if watch is None:
-        return state
-    return _run_plainly(models, loop.run(models, state, request, np.int32(0)), request, 0)
-
-
-def _run(models: loop.Models, state, request, reader: "_Reader", stream_every: int, mesh, watch: sizing.Watch | None):
-    """The loop to its end, without a stop where nobody reads what it writes or asks whether its drafts pay."""
-    every, drafting = stream_every if reader.watches else NEVER, True
+def _run(models: loop.Models, state, request, reader: "_Reader", stream_every: int, mesh, paced: Paced | None):
+    """The loop to its end, without a stop where nobody reads what it writes or asks what the next steps shall be."""
+    every = stream_every if reader.watches else NEVER
     while True:
         if reader.watches:
             state = reader.look(state, mesh)
         if bool(jnp.all(state.text.done)):
             return jax.block_until_ready(state)
-        if not drafting:
-            state = _run_plainly(models, state, request, every)
-            continue
-        state = loop.run(models, state, request, np.int32(every if watch is None else min(every, watch.steps)))
-        drafting = watch is None or watch.pays(state.counters)
+        if paced is None:
+            state = loop.run(models, state, request, np.int32(every))
+        else:
+            state = paced.segment(state, every)
 
 
-def _run_plainly(models: loop.Models, state, request, steps: int):
-    """Steps without a draft: those of plain decoding, by its program. The drafter learns nothing of them."""
-    plain, before = Plain(), state.counters
-    counters = Counters.zeros(len(state.slots), plain.max_depth, plain.max_nodes)
-    bare = dataclasses.replace(state, drafter=(), counters=counters)
-    after = loop.run(loop.Models(models.config, plain, models.params, None), bare, request, np.int32(steps))
-    counted = dataclasses.replace(
-        before,
-        steps=before.steps + after.counters.steps,
-        committed=before.committed + after.counters.committed,
-    )
-    return dataclasses.replace(after, drafter=state.drafter, counters=counted)
-
-
-def _finished(target, prompts, state, sized: sizing.Sized, seconds, ended: dict[int, int], stop_texts) -> Generation:
+def _finished(
+    target, prompts, state, stats: list[Stats], memory, seconds, ended: dict[int, int], stop_texts
+) -> Generation:
     tokens, writers, lengths = (np.asarray(x) for x in (state.text.tokens, state.text.writers, state.text.length))
     span = [slice(len(prompt), ended.get(row, int(lengths[row]) + 1)) for row, prompt in enumerate(prompts)]
     made = [tokens[row, s].tolist() for row, s in enumerate(span)]
     by = [writers[row, s].tolist() for row, s in enumerate(span)]
     for row, new in enumerate(made):
         _refuse_broken(new, target.config.vocab_size, row, len(prompts[row]))
-    stats = [Stats.of(state.counters, row) for row in range(len(span))]
     texts = []
     if target.tokenizer is not None:
         pairs = zip(prompts, made, strict=True)
@@ -226,8 +204,7 @@ def _finished(target, prompts, state, sized: sizing.Sized, seconds, ended: dict[
         stats=[one.cut(by[row]) if row in ended else one for row, one in enumerate(stats)],
         prefill_seconds=seconds[0],
         decode_seconds=seconds[1],
-        # What an open drafter remembers fits one of its sizes only.
-        memory=sized.drafter.memory(state.drafter) if sized.key is None else None,
+        memory=memory,
         texts=texts,
     )
 

@@ -8,8 +8,9 @@
 A step that a stop token or the length limit cuts short counts what it emitted.
 """
 
+import collections
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import jax.numpy as jnp
 import numpy as np
@@ -64,23 +65,26 @@ class Stats:
       committed: tokens they emitted.
       accepted_by_depth: int `[D]`.
       accepted_by_node: int `[N]`, root included (always 0 there).
+      sizes: target forwards by number of candidates; of an open drafter there may be several.
     """
 
     steps: int
     committed: int
     accepted_by_depth: np.ndarray
     accepted_by_node: np.ndarray
+    sizes: Mapping[int, int] = dataclasses.field(default_factory=dict)
 
     @classmethod
     def of(cls, counters: Counters, row: int | slice = slice(None)) -> "Stats":
         """Sums of the chosen batch rows."""
         pick = slice(row, row + 1) if isinstance(row, int) else row
-        host = [np.asarray(x)[pick].sum(axis=0) for x in (counters.steps, counters.committed)]
+        steps, committed = (int(np.asarray(x)[pick].sum()) for x in (counters.steps, counters.committed))
         return cls(
-            int(host[0]),
-            int(host[1]),
+            steps,
+            committed,
             np.asarray(counters.accepted)[pick].sum(axis=0),
             np.asarray(counters.nodes)[pick].sum(axis=0),
+            {counters.nodes.shape[1] - 1: steps},
         )
 
     def cut(self, writers: Sequence[int]) -> "Stats":
@@ -106,6 +110,7 @@ class Stats:
             self.committed + other.committed,
             _added(self.accepted_by_depth, other.accepted_by_depth),
             _added(self.accepted_by_node, other.accepted_by_node),
+            dict(collections.Counter(self.sizes) + collections.Counter(other.sizes)),
         )
 
     @property

@@ -133,6 +133,18 @@ def best_tree(accuracy: Float[np.ndarray, "D K"], candidates: int) -> Topology |
     return Topology(tuple(path for path, _ in chosen)) if len(chosen) == candidates else None
 
 
+def best_part(tree: Topology, candidates: int) -> Topology | None:
+    """The best of a tree's parts of exactly that many candidates, if guess k is right in proportion to 1 / (k + 1.4).
+
+    None where the tree has fewer.
+    """
+    if candidates > len(tree.paths):
+        return None
+    # Products of what never grows with depth or rank: no path comes before its parent or an elder sibling.
+    order = sorted(tree.paths, key=lambda path: (-math.prod(map(_prior, path)), len(path), path))
+    return Topology(tuple(order[:candidates]))
+
+
 def nested_trees(accuracy: Float[np.ndarray, "D K"], candidates: int) -> list[Topology]:
     """For every limit on the depth the best trees of 1, 2, ... candidates that reach it and hold no hopeless one."""
     trees: list[Topology] = []
@@ -143,9 +155,14 @@ def nested_trees(accuracy: Float[np.ndarray, "D K"], candidates: int) -> list[To
     return trees
 
 
+def _prior(rank: int) -> float:
+    """How often a guess of that rank is right, before anything was counted."""
+    return 1 / (1.4 + rank)
+
+
 def probing_tree(depth: int, candidates: int = PROBE_CANDIDATES) -> Topology:
     """The best tree if guess k were right in proportion to 1 / (k + 1.4): wide at the top, and deep all the same."""
-    prior = np.tile(1 / (1.4 + np.arange(RANKS)), (depth, 1))
+    prior = np.tile([_prior(rank) for rank in range(RANKS)], (depth, 1))
     return Topology(tuple(path for path, _ in greedy_search(prior, candidates)))
 
 

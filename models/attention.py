@@ -81,8 +81,8 @@ def attend(
     """
     if layout.attention in ("blocks", "fused"):
         assert sources == ALONE, "attention over whole texts has no other sources"
-        on_tpu = jax.default_backend() == "tpu"
-        if layout.attention == "fused" and on_tpu and splash.fits(*q_BTND.shape[1::2], layout, window):
+        on_tpu, known = jax.default_backend() == "tpu", window is None or isinstance(window, int)
+        if layout.attention == "fused" and on_tpu and known and splash.fits(q_BTND, layout):
             mixed_BTND = splash.attend_on_tpu(q_BTND, rows["k"], rows["v"], layout, scale, cap, window)
             return mixed_BTND.reshape(*q_BTND.shape[:2], -1)
         if layout.attention == "fused" and not on_tpu and cap is None and window is None:

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from models.attention import ALONE, attend, wide
+from models.attention import ALONE, Rows, attend, wide
 from models.config import RopeScaling, TransformerConfig
 from models.linear import Linear
 
@@ -81,6 +81,11 @@ def joined_name(names: tuple[str, ...]) -> str:
     return "_".join(names)
 
 
+def key_rows(k: Float[Array, "B T K D"], v: Float[Array, "B T K D"], angles: Float[Array, "B T 1 half"]) -> Rows:
+    """Keys, before RoPE, and values as attention reads them and caches keep them."""
+    return {"k": apply_rope(k, angles).transpose(0, 2, 3, 1), "v": v.transpose(0, 2, 1, 3)}
+
+
 class Attention(nn.Module):
     """Grouped-query self-attention of one block (Llama, Mistral, Qwen2 biases, Qwen3 q/k norms, Gemma-2 caps)."""
 
@@ -101,7 +106,7 @@ class Attention(nn.Module):
         if c.qk_norm:
             q = RMSNorm(c.norm_eps, c.zero_centred_norm, name="q_norm")(q)
             k = RMSNorm(c.norm_eps, c.zero_centred_norm, name="k_norm")(k)
-        rows = {"k": apply_rope(k, angles).transpose(0, 2, 3, 1), "v": v.transpose(0, 2, 1, 3)}
+        rows = key_rows(k, v, angles)
         scale = c.head_dim**-0.5 if c.query_scale is None else c.query_scale
         q = apply_rope(q, angles)
         mixed = mix(q, rows, sources, layout, scale=scale, cap=c.attention_softcap, window=window)

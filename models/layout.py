@@ -59,15 +59,23 @@ class BlockCausal:
 
 @struct.dataclass
 class Blocks:
-    """A row sees its own block alone, in both directions; `size` and `phase` as in `BlockCausal`."""
+    """A row sees its own block alone, in both directions, or only itself and what is before it there.
+
+    Attributes:
+      size: rows of a block.
+      phase: rows that the first block lacks (`BlockCausal`).
+      causal: rows see none after them.
+    """
 
     size: int = struct.field(pytree_node=False)
     phase: int | Int[Array, "*B"] = 0
+    causal: bool = struct.field(pytree_node=False, default=False)
 
     def sees(self, rows: int) -> Bool[Array, "#B T T"]:
         """`[b, i, j]`: new row i sees new row j."""
         block_BT = _blocks(rows, self.size, self.phase)
-        return block_BT[:, None, :] == block_BT[:, :, None]
+        seen = block_BT[:, None, :] == block_BT[:, :, None]
+        return seen & CAUSAL.sees(rows) if self.causal else seen
 
 
 def _blocks(rows: int, size: int, phase: int | Int[Array, "*B"]) -> Int[Array, "#B T"]:

@@ -7,6 +7,7 @@ in huge pages, and loses where they do not (docs/decisions.md, "Cache and layout
 """
 
 import functools
+import os
 from typing import Any
 
 import flax.linen as nn
@@ -19,7 +20,11 @@ from models import pages
 
 BLOCK = 64  # Columns that the product takes at once, with AVX-512 and without.
 LEAST_BYTES = 2**20  # A smaller kernel stays in a core's cache, where its order does not matter.
-MOST_ROWS = 32  # Beyond, the rows weigh more than the kernel, and it is put together for an ordinary product.
+MOST_ROWS = 128  # Beyond, the rows weigh more than the kernel, and it is put together for an ordinary product.
+SHARE = 2**17  # Bytes of results that a product of a batch of matrices gives to one core before it asks another.
+LEAST_INPUTS = 16  # Of a chunk: shorter ones cost more than another core gains.
+ROWS_AT_ONCE = 5  # That a block is multiplied by while it is read once.
+WORTH_WAKING = 6e6  # Bytes read, over and over too, for which a second core gains more than it takes to wake it.
 
 Kernel = Float[Array | np.ndarray, "in out"] | Float[Array | np.ndarray, "N in block"]
 
@@ -57,9 +62,41 @@ def product(x: Float[Array, "*B in"], kernel: Kernel, dtype=None) -> Float[Array
     if count == 1:
         # Alone it would be multiplied by one thread, in no order that suits the blocks.
         rows = jnp.pad(rows, ((0, 1), (0, 0)))
-    rows = jnp.broadcast_to(rows, (kernel.shape[0], *rows.shape))
-    y = jnp.einsum("NRi,Nib->NRb", rows, kernel, preferred_element_type=dtype)
+    y = _sum_of_chunks(rows, kernel, dtype)
     return y.swapaxes(0, 1).reshape(y.shape[1], -1)[:count].reshape(*x.shape[:-1], -1)
+
+
+def _sum_of_chunks(rows: Float[Array, "R in"], kernel: Float[Array, "N in block"], dtype) -> Float[Array, "N R block"]:
+    blocks, width, _ = kernel.shape
+    chunks = _chunks(kernel, len(rows))
+    rows = rows.reshape(len(rows), chunks, -1).swapaxes(0, 1)
+    rows = jnp.broadcast_to(rows, (blocks, *rows.shape))
+    kernel = kernel.reshape(blocks, chunks, width // chunks, -1)
+    return jnp.einsum("NKRi,NKib->NKRb", rows, kernel, preferred_element_type=dtype).sum(1)
+
+
+def _chunks(kernel: Float[Array, "N in block"], rows: int) -> int:
+    """Into how many chunks of inputs to cut a product, so that every core takes part in it; 1 where none is needed.
+
+    A matrix product in a batch is one core's whole, and so are as many of the batch as have `SHARE` bytes of results:
+    with few rows all of them. As a sum over chunks of its inputs a product is a batch of more and smaller ones.
+    """
+    blocks, width, columns = kernel.shape
+    cores = _cores()
+    # The first reading is bound by memory, which one core alone nearly exhausts.
+    readings = -(-rows // ROWS_AT_ONCE) - 0.25
+    if cores == 1 or kernel.size * kernel.dtype.itemsize * readings < WORTH_WAKING:
+        return 1
+    share = SHARE // (rows * columns * max(kernel.dtype.itemsize, 4))
+    for chunks in range(2, width // LEAST_INPUTS + 1):
+        if width % chunks == 0 and max(1, share // chunks) <= -(-blocks // cores):
+            return chunks
+    return 1
+
+
+@functools.cache
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def product_with_rows(x: Float[Array, "*B in"], table: Float[Array, "out in"], dtype=None) -> Float[Array, "*B out"]:

@@ -16,14 +16,10 @@ from models.sharding import row_wise
 LANES = 128
 
 
-def fits(rows: int, head_dim: int, layout: Layout, window: object) -> bool:
-    """Whether the kernel can do it."""
-    return (
-        rows % LANES == 0
-        and head_dim % LANES == 0
-        and isinstance(layout.order, Causal)
-        and (window is None or isinstance(window, int))
-    )
+def fits(q_BTND: Float[Array, "B T N D"], layout: Layout) -> bool:
+    """Whether the kernel can do it, with any window that is known when the program is made."""
+    _, rows, _, head_dim = q_BTND.shape
+    return rows % LANES == 0 and head_dim % LANES == 0 and isinstance(layout.order, Causal)
 
 
 def attend_on_tpu(

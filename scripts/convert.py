@@ -13,8 +13,9 @@ BF16, Q8_0, Q4_0, Q4_1, Q5_0, Q5_1, Q4_K, Q5_K and Q6_K; quantised weights becom
 A target directory loads with `models.load_target` and with transformers. A drafter directory is for `--base`, the
 target directory that the drafter was trained on, and keeps what it was made from under `provenance`. Drafters come as
 one file or a directory, in safetensors or in torch's format, which is read without torch and without running anything
-in it. `model` makes a drafter of a whole target directory, a smaller model of the same vocabulary. `--policy` says how
-a model or an EAGLE head grows its trees (`decoding/policies`).
+in it. `model` makes a drafter of a whole target directory, a smaller model of the same vocabulary; `dflash`, `jetspec`,
+`dspark` and `domino` are networks that fill a block of tokens at once. `--policy` says how one of these or an EAGLE
+head grows its trees (`decoding/policies`).
 
 Image models are VAR's transformers (`var`), its tokenizer (`vae`) and CoDe's drafters and refiners (`code`), one file
 each. `--schedule`, `256`, `512` or the sides of the scales, says what their files do not; without it a transformer has
@@ -29,20 +30,23 @@ from pathlib import Path
 from typing import Any, cast
 
 from decoding.drafter import Drafter
+from decoding.drafters.dflash import DFlash
 from decoding.drafters.draft_model import DraftModel
+from decoding.drafters.dspark import DSpark
 from decoding.drafters.eagle import Eagle, Eagle3
 from decoding.drafters.falcon import Falcon
 from decoding.drafters.hydra import Hydra
 from decoding.drafters.medusa import Medusa
+from decoding.drafters.p_eagle import PEagle
 from decoding.drafters.registry import save_drafter
-from decoding.policies import parse_policy
-from decoding.trees import MC_SIM_7B_63, Topology
+from decoding.policies import Expanding, Static, parse_policy
+from decoding.trees import MC_SIM_7B_63, Topology, chain
 from models import command_line, load_target
 from models.command_line import like
 from models.config import TransformerConfig
 from models.errors import UserError, exit_on_user_error
 from models.formats import image_models as image_files
-from models.formats import released_eagle, released_falcon
+from models.formats import released_blocks, released_eagle, released_falcon, released_serial
 from models.formats import released_heads as released
 from models.formats.gguf import read_gguf
 from models.formats.hf import load_config, load_params, save_target
@@ -67,6 +71,11 @@ def from_llama2c(source: Path, tokenizer: Path) -> Checkpoint:
 def from_gguf(source: Path, tokenizer: None) -> Checkpoint:
     """GGUF files, which hold their tokenizer."""
     return read_gguf(source)
+
+
+def drawn_chain(heads: released_serial.SerialBlock) -> DSpark:
+    """As DSpark and Domino were published: a token drawn in every slot."""
+    return DSpark(heads.block, Static(chain(heads.block.depth)), heads.serial)
 
 
 def published_tree(num_heads: int) -> Topology:
@@ -106,8 +115,16 @@ DRAFTERS: dict[str, DrafterFormat] = {
     "eagle": DrafterFormat((), released_eagle.eagle, Eagle),
     "eagle3": DrafterFormat((), released_eagle.eagle3, Eagle3),
     "eagle31": DrafterFormat((), released_eagle.eagle31, Eagle3),
+    "p_eagle": DrafterFormat((), released_eagle.p_eagle, PEagle),
+    "dflash": DrafterFormat((), released_blocks.dflash, lambda heads: DFlash(heads, Static(chain(heads.depth), "top"))),
+    "jetspec": DrafterFormat((), released_blocks.jetspec, lambda heads: DFlash(heads, Expanding(heads.depth))),
+    "dspark": DrafterFormat((), released_serial.dspark, drawn_chain),
+    "domino": DrafterFormat((), released_serial.domino, drawn_chain),
     "falcon": DrafterFormat((), released_falcon.falcon, Falcon),
 }
+
+# Formats of drafters that a tree policy grows trees for.
+WITH_POLICY = ("model", "eagle", "eagle3", "eagle31", "p_eagle", "dflash", "jetspec", "dspark", "domino", "falcon")
 
 # Format name -> reader of (source, schedule or None).
 IMAGES: dict[str, Callable[[Path, Sequence[int] | None], Converted]] = {
@@ -243,9 +260,9 @@ def check_options(args: argparse.Namespace) -> None:
     for option, value, known in (
         ("--base", args.base, drafter),
         ("--tokenizer", args.tokenizer, args.format == "llama2c"),
-        ("--layers", args.layers, args.format in ("eagle3", "eagle31")),
+        ("--layers", args.layers, args.format in ("eagle3", "eagle31", "p_eagle")),
         ("--norm_output", args.norm_output, args.format == "eagle31"),
-        ("--policy", args.policy, args.format in ("model", "eagle", "eagle3", "eagle31", "falcon")),
+        ("--policy", args.policy, args.format in WITH_POLICY),
         ("--schedule", args.schedule, image),
     ):
         if value is not None and not known:
@@ -270,7 +287,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "--layers",
         type=like(r"(\d+),(\d+),(\d+)", "three numbers with commas between them", lambda found: tuple(map(int, found))),
         metavar="LOW,MIDDLE,HIGH",
-        help="layers whose input eagle3 and eagle31 read, if they are not those of the original release",
+        help="layers whose input eagle3, eagle31 and p_eagle read, if they are not those of the original release",
     )
     parser.add_argument(
         "--norm_output",
@@ -278,7 +295,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         help="where eagle31's switch of this name puts the normed output: head and next step, or head alone",
     )
     parser.add_argument(
-        "--policy", "--growth", metavar="KIND[:NAME=VALUE,...]", help="how a model or an EAGLE head grows its trees"
+        "--policy",
+        "--growth",
+        metavar="KIND[:NAME=VALUE,...]",
+        help="how a model, an EAGLE head or a block grows its trees",
     )
     parser.add_argument(
         "--schedule",

@@ -83,6 +83,7 @@ def kernel_axes(params):
 # What has one number per channel or position, by name: stacked layers give these a second axis, so rank cannot tell.
 _NOT_DECAYED = re.compile(
     r"(^|/)(scale|bias|q_bias|v_bias|log_scale|offset)$"  # norms and maps; a VAR's attention and shared adaLN
+    r"|(^|/)mask_(hidden|embedding)$"  # what a draft network reads where it knows nothing
     r"|(^|/)(positions|levels)/"  # a VAR's tables of places; its table of classes does decay
 )
 

@@ -13,10 +13,10 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 from flax import struct
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from decoding.cache import commit, init_cache
-from decoding.drafter import TargetView
+from decoding.drafter import TargetView, TrueRows
 from decoding.drafters.head_drafter import last_feature
 from decoding.drafters.network_drafter import NetworkDrafter
 from decoding.policies import Confidence, Scores, Static, TreePolicy
@@ -24,11 +24,11 @@ from decoding.policies.scratch import Scratch
 from decoding.sampling import best_tokens
 from decoding.trees import EAGLE_25
 from models import transformer
-from models.attention import Sources
+from models.attention import Rows, Sources
 from models.heads.eagle import Eagle3Heads, EagleHeads, unroll
 from models.layout import Layout
 from models.linear import in_blocks
-from models.transformer import Output, Params
+from models.transformer import Cache, Output, Params
 
 
 @struct.dataclass
@@ -93,6 +93,46 @@ class Network:
         return Scores(logits, tokens=self.heads.vocabulary(self.params)), hidden, rows
 
 
+@struct.dataclass
+class TruePairs:
+    """Rows of text as a network reads them, each token with the feature before it.
+
+    Attributes:
+      features: of the tokens before.
+      tokens: those of the pairs.
+      slots: pairs that are in the cache already.
+      layout: of the pairs.
+      true: which of them are text.
+    """
+
+    features: Float[Array, "B R H"]
+    tokens: Int[Array, "B R"]
+    slots: Int[Array, "B"]
+    layout: Layout
+    true: Bool[Array, "B R"]
+
+    @classmethod
+    def of(cls, waiting: Float[Array, "B H"], features: Float[Array, "B R H"], rows: TrueRows) -> "TruePairs":
+        """Row i holds the feature at start - 1 + i, the first of which has been `waiting`, and the token after it."""
+        # A text's first token follows no feature: where it is among the rows, they begin one pair further on.
+        begins_B1 = (rows.start.length == 0)[:, None]
+        before_BRH = jnp.concatenate([waiting[:, None], features[:, :-1]], axis=1)
+        paired_BRH = jnp.where(begins_B1[:, :, None], features, before_BRH)
+        tokens_BR = jnp.where(begins_B1, jnp.roll(rows.tokens, -1, axis=1), rows.tokens)
+        first = jnp.maximum(rows.start.length - 1, 0)
+        position = rows.start.position - (rows.start.length - first)
+        R = features.shape[1]
+        true_BR = jnp.arange(R) < jnp.where(begins_B1[:, 0], rows.count - 1, rows.count)[:, None]
+        return cls(paired_BRH, tokens_BR, first, Layout.extend(first, R, position), true_BR)
+
+    def commit(self, cache: Cache, fresh: list[Rows], after: Float[Array, "B H"]) -> Cache:
+        """The cache with the pairs' keys and values in it; `after` as in `decoding.cache.commit`."""
+        # Rows that are not text leave zeros, so that the state is a function of the text alone, unused slots included.
+        masks = {"k": self.true[:, None, None, :], "v": self.true[:, None, :, None]}
+        cleared = [{name: jnp.where(masks[name], row, 0) for name, row in layer.items()} for layer in fresh]
+        return commit(cache, cleared, None, self.slots, after=after)
+
+
 @dataclasses.dataclass(frozen=True)
 class EagleDrafter(NetworkDrafter):
     """What `Eagle` and `Eagle3` share: a network and a policy.
@@ -130,30 +170,18 @@ class EagleDrafter(NetworkDrafter):
 
     def ingest(self, params, target, state, rows):
         feature_BRH = self.heads.fuse(target.config, params, rows.taps)
-        R = feature_BRH.shape[1]
-        # Row i holds the feature at start - 1 + i and the token after it. A text's first token follows no feature:
-        # where it is among the rows, they begin one pair further on.
-        begins_B1 = (rows.start.length == 0)[:, None]
-        before_BRH = jnp.concatenate([state["feature"][:, None], feature_BRH[:, :-1]], axis=1)
-        paired_BRH = jnp.where(begins_B1[:, :, None], feature_BRH, before_BRH)
-        tokens_BR = jnp.where(begins_B1, jnp.roll(rows.tokens, -1, axis=1), rows.tokens)
-        first = jnp.maximum(rows.start.length - 1, 0)
-        position = rows.start.position - (rows.start.length - first)
-        hidden_BRH, fresh = self.heads.run(
+        pairs = TruePairs.of(state["feature"], feature_BRH, rows)
+        _, fresh = self.heads.run(
             target.config,
             params,
-            paired_BRH,
-            target.lookup(tokens_BR),
-            Layout.extend(first, R, position),
+            pairs.features,
+            target.lookup(pairs.tokens),
+            pairs.layout,
             Sources(state["cache"][0]),
         )
-        # Rows that are not text leave zeros, so that the state is a function of the text alone, unused slots included.
-        true_BR = jnp.arange(R) < jnp.where(begins_B1[:, 0], rows.count - 1, rows.count)[:, None]
-        masks = {"k": true_BR[:, None, None, :], "v": true_BR[:, None, :, None]}
-        fresh = {name: jnp.where(masks[name], row, 0) for name, row in fresh.items()}
         return {
             "feature": last_feature(state["feature"], feature_BRH, rows.count),
-            "cache": commit(state["cache"], [fresh], None, first, after=hidden_BRH[:, 0]),
+            "cache": pairs.commit(state["cache"], [fresh], after=feature_BRH[:, 0]),
         }
 
     def network(self, params, target, state):

@@ -31,7 +31,8 @@ class Lookahead(Drafter):
 
     The state is `window`, int32 `[B, ngram - 1, window]`: generation r of column c guesses the token r + c places
     behind the pending one; and `pool`, int32 `[B, V, guesses, ngram - 1]`: what followed each token, newest first, -1
-    where there is nothing. The window moves on by one place per step, however many tokens the step commits.
+    where there is nothing, with more guesses where a larger tree shares it. The window moves on by one place per step,
+    however many tokens the step commits.
 
     Attributes:
       window: columns, n-grams found per forward.
@@ -103,7 +104,7 @@ class Lookahead(Drafter):
         return {**state, "window": jax.vmap(lambda text, place: text[place])(target.text, place_BRC)}
 
     def draft(self, params, target, state, root, keys):
-        found_BGK = jax.vmap(lambda pool, token: pool[token])(state["pool"], root)
+        found_BGK = jax.vmap(lambda pool, token: pool[token, : self.guesses])(state["pool"], root)
         return merged_chains(root, found_BGK), None
 
     def riders(self, params, target, state, tree):

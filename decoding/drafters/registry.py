@@ -6,7 +6,7 @@ has parameters, `model.safetensors`, whose tensors are named by their path in th
 command line a drafter is its directory, the bare name of one that has no parameters or of one that the package carries
 (`trained/`), such a name with a number (`bare_names`), or several of these joined by `+`: each is asked where those
 before it find nothing. Alone and without a number a name leaves open how many candidates there are
-(`decoding/sizing.py`).
+(`decoding/sizing.py`), and so does `DIR:auto`, with trees that are parts of the directory's own.
 
 This file is all that knows drafters by name: it parses, loads and saves them.
 """
@@ -22,7 +22,9 @@ import numpy as np
 from jax.sharding import Mesh
 
 from decoding.drafter import Drafter
+from decoding.drafters.dflash import DFlash
 from decoding.drafters.draft_model import DraftModel
+from decoding.drafters.dspark import DSpark
 from decoding.drafters.eagle import Eagle, Eagle3
 from decoding.drafters.early_exit import EarlyExit
 from decoding.drafters.falcon import Falcon
@@ -31,6 +33,7 @@ from decoding.drafters.hydra import Hydra
 from decoding.drafters.lookahead import Lookahead
 from decoding.drafters.medusa import Medusa
 from decoding.drafters.oracle import Oracle
+from decoding.drafters.p_eagle import PEagle
 from decoding.drafters.plain import Plain
 from decoding.drafters.prompt_lookup import PromptLookup
 from decoding.drafters.token_recycling import TokenRecycling
@@ -60,6 +63,9 @@ DRAFTERS: dict[str, type[Drafter]] = {
     "hydra": Hydra,
     "eagle": Eagle,
     "eagle3": Eagle3,
+    "p_eagle": PEagle,
+    "dflash": DFlash,
+    "dspark": DSpark,
     "falcon": Falcon,
     "token_recycling": TokenRecycling,
     "prompt_lookup": PromptLookup,
@@ -71,6 +77,9 @@ DRAFTERS: dict[str, type[Drafter]] = {
 
 # Drafter directories that travel with the package; each is found by its folder's name.
 TRAINED = Path(__file__).with_name("trained")
+
+# Behind a directory: as many candidates as pay.
+AUTO = ":auto"
 
 # What a record holds beside the drafter itself: the fingerprint of its base, where converted weights came from, and of
 # one that the package carries acceptance lengths by number of candidates.
@@ -112,8 +121,8 @@ def load_drafter(spec: str | Path, target: Target, mesh: Mesh | None = None) -> 
     """A drafter and its parameters, from what a command line says.
 
     Args:
-      spec: a directory, a bare name, `NAME:NUMBER`, or several of these joined by `+` (see above). `generate` chooses
-        the number of candidates of a bare name by what they cost here.
+      spec: a directory, a bare name, `NAME:NUMBER`, `DIR:auto`, or several of these joined by `+` (see above).
+        `generate` chooses the number of candidates of a bare name, and of `DIR:auto`, by what they cost here.
       target: what it will draft for; it must be the base that the drafter was trained on.
       mesh: shards the parameters over it by `models.sharding.RULES`; None is the mesh that the target was loaded on, or
         the default device.
@@ -126,6 +135,10 @@ def load_drafter(spec: str | Path, target: Target, mesh: Mesh | None = None) -> 
     named = DRAFTERS[method].from_name(argument) if method in DRAFTERS else None
     if named is not None:
         return (named if argument else named.opened(named.known_sizes)), None
+    whole = name.removesuffix(AUTO)
+    if whole != name and not (directory / "drafter.json").is_file():
+        drafter, params = load_drafter(whole, target, mesh)
+        return (drafter if drafter.open_sizes else drafter.opened()), params
     carried = False
     if not (directory / "drafter.json").is_file() and (method == name or argument.isdecimal()):
         carried = method in trained_drafters()

@@ -46,7 +46,8 @@ class TokenRecycling(StaticTreeDrafter):
     """A walk through the table of recycled candidates.
 
     The state is the table, int32 `[B, V, K]`, best candidate first, -1 where nothing is known yet; K is one more than
-    the largest rank of the tree. Batch rows have tables of their own, so a row's drafts depend on its own text alone.
+    the largest rank of the tree, or of a larger tree that shares the table. Batch rows have tables of their own, so a
+    row's drafts depend on its own text alone.
 
     Attributes:
       tree: the candidates.
@@ -83,11 +84,15 @@ class TokenRecycling(StaticTreeDrafter):
         place = None if mesh is None else fitted(mesh, PartitionSpec("data", None, None), shape)
         return jnp.full(shape, -1, jnp.int32, device=place)
 
+    @property
+    def ingests(self) -> bool:
+        return self.warm_start
+
     def ingest(self, params, target, state, rows):
         if not self.warm_start or rows.source != "prompt":
             return state
         best_RBK = jax.lax.map(
-            lambda hidden_BH: best_tokens(target.head(hidden_BH), self.tree.max_rank),
+            lambda hidden_BH: best_tokens(target.head(hidden_BH), state.shape[2]),
             rows.taps["post_norm"].swapaxes(0, 1),
             batch_size=_WARM_ROWS,
         )
@@ -110,7 +115,7 @@ class TokenRecycling(StaticTreeDrafter):
         return dataclasses.replace(filled, valid=tokens_BN >= 0), None
 
     def observe(self, params, target, state, tree, output, verdict, live):
-        best_BNK = best_tokens(output.logits[:, : tree.tokens.shape[1]], self.tree.max_rank)
+        best_BNK = best_tokens(output.logits[:, : tree.tokens.shape[1]], state.shape[2])
         return remember(state, tree.tokens, best_BNK, tree.valid & live[:, None])
 
     def memory(self, state):

@@ -1,12 +1,15 @@
 """How a draft tree grows from a draft network; every way by the name that `drafter.json` gives it."""
 
 import ast
+import re
 from typing import Any
 
 from decoding.policies.confidence import Confidence
 from decoding.policies.dyspec import DySpec
 from decoding.policies.policy import DraftNetwork, Scores, TreePolicy
 from decoding.policies.rsd import StochasticBeam
+from decoding.policies.scheduled import Scheduled
+from decoding.policies.slots import Expanding, Slots
 from decoding.policies.static import Static
 from models import schema
 from models.errors import UserError
@@ -16,7 +19,10 @@ __all__ = [
     "Confidence",
     "DraftNetwork",
     "DySpec",
+    "Expanding",
+    "Scheduled",
     "Scores",
+    "Slots",
     "Static",
     "StochasticBeam",
     "TreePolicy",
@@ -29,18 +35,22 @@ POLICIES: dict[str, type[TreePolicy]] = {
     "stochastic_beam": StochasticBeam,
     "dyspec": DySpec,
     "confidence": Confidence,
+    "scheduled": Scheduled,
+    "slots": Slots,
+    "accum_logp": Expanding,
 }
 
 
 def parse_policy(text: str) -> TreePolicy:
-    """A policy from a command line: `KIND` or `KIND:name=value,...`, as in `static:tree=chain:4,draws=top`.
+    """A policy from a command line: `KIND` or `KIND:name=value,...`, as in `static:tree=chain:4,draws=top`; several
+    values of one name stand in parentheses.
 
     Raises:
       UserError: an unknown kind or name, or a value that does not fit.
     """
     kind, _, rest = text.partition(":")
     record: dict = {"kind": kind}
-    for item in filter(None, rest.split(",")):
+    for item in filter(None, re.split(r",(?![^(]*\))", rest)):
         name, equals, value = item.partition("=")
         if not equals:
             raise UserError(f"--policy {text!r}: expected name=value, got {item!r}")

@@ -98,11 +98,11 @@ def grow_by_value(
             ran.append(jnp.pad(number_BF, ((0, 0), (0, width - keep)), constant_values=-2))
         count += F * K
     drawn_from = jnp.concatenate(proposals, axis=1) if proposals else None
-    tree, slot_BN = _best(root, made, jnp.concatenate(ran, axis=1), budget, least, K, rule, drawn_from)
+    tree, slot_BN = best_of(root, made, jnp.concatenate(ran, axis=1), budget, least, K, rule, drawn_from)
     return Grown(tree, slot_BN, scratch)
 
 
-def _best(root, made, ran_BS, budget, least, width, rule, proposals) -> tuple[TokenTree, Int[Array, "B N"]]:
+def best_of(root, made, ran_BS, budget, least, width, rule, proposals) -> tuple[TokenTree, Int[Array, "B N"]]:
     """The tree of the `budget` most valuable candidates, and the slot of each node, -1 for one that did not run.
 
     Args:

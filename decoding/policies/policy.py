@@ -191,7 +191,7 @@ class TreePolicy:
 
         Args:
           candidates: nodes of a tree, root not included.
-          acceptance: counted with `probing`; None where that is None.
+          acceptance: counted with `probing`; where it is None, a static tree is cut down to its best part.
         """
         raise AttributeError(f"{type(self).__name__} must define with_budget")
 

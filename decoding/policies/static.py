@@ -28,7 +28,7 @@ from decoding.policies.policy import (
     gumbel_for,
 )
 from decoding.sampling import argmax, best_tokens
-from decoding.tree_search import NETWORK_DEPTH, Acceptance, best_tree, probing_tree
+from decoding.tree_search import NETWORK_DEPTH, Acceptance, best_part, best_tree, probing_tree
 from decoding.trees import SAMPLED_RULES, Topology, chain
 from models.errors import UserError
 
@@ -135,7 +135,8 @@ class Static(TreePolicy):
 
     def best(self, candidates: int, acceptance: Acceptance | None) -> Topology | None:
         """The topology of that many candidates that the counts favour: the most expected tokens."""
-        assert acceptance is not None
+        if acceptance is None:
+            return best_part(self.tree, candidates)
         return best_tree(acceptance.accuracy, candidates)
 
 

@@ -13,9 +13,11 @@ Definitions (`decoding/stats.py` has those of acceptance):
   the tree's rows) + t(the drafter's networks)).
 
 Decodes run with batch 1 unless more is asked for; texts that are decoded together share the seconds in equal parts.
-The number of candidates of an open drafter is chosen by cost for that batch (`decoding/sizing.py`), and the parts of
-its step are those of the size chosen. Plain decoding always takes part and comes first in the results. Several
-processes share the prompts, each on devices of its own; the parts of a step are those that the process itself timed.
+The number of candidates of an open drafter changes while it decodes (`decoding/sizing.py`); what is reported as its
+tree, and timed as the parts of its step, is the size that most of the first repeat's steps had, and shares of a step
+are left out where a tenth of the steps had another. Plain decoding always takes part and comes first in the results.
+Several processes share the prompts, each on devices of its own; the parts of a step are those that the process itself
+timed.
 """
 
 import collections
@@ -26,8 +28,8 @@ from typing import Any
 
 import numpy as np
 
-from decoding import sizing
 from decoding.drafter import Drafter
+from decoding.drafters.plain import Plain
 from decoding.drafters.registry import load_drafter
 from decoding.generate import Generation, bucket, generate, slots_needed
 from decoding.sampling import Sampling
@@ -40,7 +42,6 @@ from eval.text.prompts import Prompt
 from models import processes
 from models.errors import UserError
 from models.formats.target import Target
-from models.sharding import mesh_of
 
 WARM_UP_TOKENS = 4
 RESAMPLES = 1000
@@ -62,17 +63,19 @@ class Contender:
     path: str | None = None
     typical: Typical | None = None
 
-    def sized(self, target: Target, batch: int) -> "Contender":
-        """The same with the number of candidates that pays for that batch, if it is open; perhaps with none."""
-        if not self.drafter.open_sizes or mesh_of(target.params) is not None:
+    def of_size(self, candidates: int) -> "Contender":
+        """The same with so many candidates, perhaps none, if it is open."""
+        if not self.drafter.open_sizes:
             return self
-        chosen, _ = sizing.chosen(self.drafter, sizing.measured(target, self.drafter, self.params, batch))
-        return dataclasses.replace(self, drafter=chosen, params=self.params if chosen.max_depth else None)
+        fitted = self.drafter.with_budget(candidates) if candidates else Plain()
+        # On a mesh an open drafter keeps the size that it was published with.
+        drafter = self.drafter if fitted is None else fitted
+        return dataclasses.replace(self, drafter=drafter, params=self.params if drafter.max_depth else None)
 
 
 @dataclasses.dataclass
 class Measured:
-    """What one contender did: per repeat and prompt seconds, per prompt its text; `chosen` has its tree, if open."""
+    """What one contender did: per repeat and prompt seconds, per prompt its text; `chosen` has its usual size."""
 
     contender: Contender
     generations: list[Generation]
@@ -92,10 +95,21 @@ class Measured:
         return self.drafter.max_nodes - 1 if self.drafter.max_depth else 0
 
     @property
+    def mixed(self) -> bool:
+        """Whether many steps had another number of candidates than the usual one."""
+        return max(self.stats.sizes.values(), default=self.stats.steps) < 0.9 * self.stats.steps
+
+    @property
     def stats(self) -> Stats:
         """Counts over all prompts of one repeat."""
         first, *rest = (generation.stats[0] for generation in self.generations)
         return sum(rest, first)
+
+    def choose(self) -> Contender:
+        """The contender with the size that most steps had so far."""
+        sizes = self.stats.sizes
+        self.chosen = self.contender.of_size(max(sizes, key=sizes.__getitem__)) if sizes else self.contender
+        return self.chosen
 
     def begin(self) -> None:
         """Another repeat."""
@@ -185,11 +199,13 @@ def benchmark(
     middle = sorted(len(prompt.tokens) for prompt in prompts)[len(prompts) // 2]
     room = bucket(slots_needed(middle, max_new_tokens, deepest))
     scene = Scene(target.config, target.params, middle, room, batch)
-    trees = [contender.sized(target, batch) for contender in field]
-    timed = _Parts(scene, trees, progress) if parts else None
-    measured = [Measured(contender, [], [], [], chosen=tree) for contender, tree in zip(field, trees, strict=True)]
+    measured = [Measured(contender, [], [], []) for contender in field]
+    timed: _Parts | None = None
     for repeat in range(repeats):
         _take_turns(measured, groups, repeat, decode, progress)
+        if repeat == 0 and measured[0].generations:
+            usual = [one.choose() for one in measured]
+            timed = _Parts(scene, usual, progress) if parts else None
         if timed is not None:
             timed.sample()
     if timed is not None:
@@ -276,13 +292,14 @@ def _run(
         ),
         "steps": stats.steps,
         "candidates": one.candidates,
+        "steps_by_candidates": {str(size): steps for size, steps in sorted(stats.sizes.items())},
         "accepted_by_depth": stats.accepted_by_depth.tolist(),
         "accepted_histogram": stats.histogram.tolist(),
         "prefill_seconds": statistics.median(map(sum, one.prefill_seconds)),
         "decode_seconds": statistics.median(map(sum, one.decode_seconds)),
         "categories": _categories(one, baseline, prompts),
     }
-    if one.drafter.num_heads:
+    if one.drafter.num_heads and not one.mixed:
         run["tree"] = _tree(one.drafter.ranked_tree, stats)
     if one.parts:
         run |= _efficiency(one, baseline, speedup)
@@ -387,7 +404,7 @@ def _per_turn(stats: Sequence[Stats]) -> float:
 def _tree(tree: Topology | None, stats: Stats) -> dict[str, Any]:
     """Paths with the steps that accepted each node, and those that accepted its parent (the root: all)."""
     assert tree is not None
-    accepted = stats.accepted_by_node[1:].tolist()
+    accepted = stats.accepted_by_node[1 : tree.size].tolist()
     reached = [stats.steps, *accepted]
     return {
         "paths": tree.to_record(),
@@ -400,7 +417,7 @@ def _efficiency(one: Measured, baseline: Measured, speedup: float) -> dict[str, 
     """Draft share, loop efficiency and the milliseconds that they are made of."""
     parts = {f"{name}_ms": timing.median for name, timing in one.parts.items()}
     step_ms = 1e3 * statistics.median(map(sum, one.decode_seconds)) / max(1, one.stats.steps)
-    if "draft" not in one.parts:
+    if "draft" not in one.parts or one.mixed:
         return {"parts": {**parts, "step_ms": step_ms}}
     plain = baseline.parts["forward"].median
     network = network_ms(one.parts)

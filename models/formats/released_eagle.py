@@ -1,4 +1,4 @@
-"""Released weights of the EAGLE family as parameters of our heads: EAGLE-1 to 3.1, as several programs write them.
+"""Released weights of EAGLE-1 to EAGLE-3.1 and of P-EAGLE as parameters of our heads, as several programs write them.
 
 As `models/formats/released_heads.py`, whose conventions hold here; what a layer is like, `config.json` says.
 """
@@ -15,9 +15,10 @@ from models.config import TransformerConfig
 from models.errors import UserError
 from models.formats.hf_config import config_from_hf
 from models.formats.release import Release
-from models.formats.released_heads import ROTARY, Converted, assemble, check_copy, layer_names
+from models.formats.released_heads import ROTARY, Converted, assemble, check_copy, layer_names, same
 from models.formats.target import Target
 from models.heads.eagle import EAGLE_31, Eagle3Heads, EagleHeads, LayerShape, eagle3_layers
+from models.heads.p_eagle import PEagleHeads
 
 # The entries of `config.json` that shape the one layer of an EAGLE network.
 _LAYER_KEYS = (
@@ -98,15 +99,8 @@ def eagle31(
       UserError: as for `eagle3`; or switches contradict each other or the tensors, or what `norm_output` means is not
         known.
     """
-    if not release.config:
-        raise UserError(f"{release.source} needs its config.json: tensors do not tell which norms are at work")
-    said = _switches(release)
-    for key, name in {"fc_norm": "fc_norm.0.weight", "norm_before_fc": "input_norm.weight"}.items():
-        if said.get(key, False) != (name in release):
-            value = json.dumps(said.get(key))
-            holds = "there is a" if name in release else "there is no"
-            raise UserError(f"{release.source}: config.json says {key} = {value}, but {holds} tensor {name}")
-    switches = {key: bool(said.get(key)) for key in EAGLE_31[:3]} | _norm_output(release, said, norm_output)
+    said, switches = _norms(release)
+    switches |= _norm_output(release, said, norm_output)
     places = [place for place in ("midlayer.", "layers.0.") if any(name.startswith(place) for name in release.names)]
     if len(places) != 1:
         found = "both" if places else "neither"
@@ -128,6 +122,16 @@ def _eagle3(
     given = _draft_vocabulary(release, base)
     heads = Eagle3Heads(low, middle, high, len(given["draft_vocab"]) if given else 0, layer, **switches)
     heads.check(base.config)
+    params = assemble(release, heads, base, _names(base, place, layer), given)
+    compared = check_copy(release, "embed_tokens.weight", base)
+    release.finish(ROTARY, "EAGLE-3" if kind == "eagle3" else "EAGLE-3.1")
+    size = heads.vocab_size or base.config.vocab_size
+    detected = {"draft_vocabulary": size, "layers": [low, middle, high], **rope}
+    return Converted(heads, params, kind, detected, compared)
+
+
+def _names(base: Target, place: str, layer: LayerShape | None) -> dict[str, str]:
+    """Paths of our parameters -> names in a release of EAGLE-3 and its descendants."""
     names = {
         "fc/kernel": "fc.weight",
         "fc_norm/scale": "input_norm.weight",
@@ -137,13 +141,89 @@ def _eagle3(
         "vocab/kernel": "lm_head.weight",
     }
     names |= {f"fc_norm/{i}/scale": f"fc_norm.{i}.weight" for i in range(3)}
-    names |= {f"layer/{path}": f"{place}{name}" for path, name in layer_names(base, layer).items()}
-    params = assemble(release, heads, base, names, given)
-    compared = check_copy(release, "embed_tokens.weight", base)
-    release.finish(ROTARY, "EAGLE-3" if kind == "eagle3" else "EAGLE-3.1")
-    size = heads.vocab_size or base.config.vocab_size
-    detected = {"draft_vocabulary": size, "layers": [low, middle, high], **rope}
-    return Converted(heads, params, kind, detected, compared)
+    return names | {f"layer/{path}": f"{place}{name}" for path, name in layer_names(base, layer).items()}
+
+
+def p_eagle(release: Release, base: Target, layers: Sequence[int] | None = None) -> Converted:
+    """The draft network of P-EAGLE, as speculators and SpecForge write it.
+
+    Its embedding is compared with the base's: where only the mask token's row differs, or the release has none, ours
+    reads the base's.
+
+    Args:
+      release: its tensors.
+      base: the target it was trained on.
+      layers: as for `eagle3`.
+
+    Raises:
+      UserError: as for `eagle3`; or `config.json` names no mask token, or norms that the tensors do not fit.
+    """
+    said, switches = _norms(release)
+    if said.get("norm_output") is False and "speculators_config" not in release.config:
+        raise UserError(
+            f"{release.source}: config.json says norm_output = false, which may mean a head without a norm: this is "
+            "not supported"
+        )
+    numbers = release.numbers("layers.", ".")
+    if not numbers or numbers[-1] >= len(numbers):
+        raise UserError(
+            f"{release.source}: layers must be named layers.0, layers.1, ..., there are {numbers or 'none'}"
+        )
+    layer, rope = draft_layer(release, base, "layers.0.", len(numbers))
+    low, middle, high = _read_layers(release, base, layers)
+    given = _draft_vocabulary(release, base)
+    size = len(given["draft_vocab"]) if given else 0
+    masks, compared = _masks(release, base)
+    own = "embed/embedding" in masks
+    heads = PEagleHeads(low, middle, high, size, layer, **switches, num_layers=len(numbers), own_embedding=own)
+    heads.check(base.config)
+    names, further = _names(base, "layers.0.", layer), layer_names(base, layer).items()
+    for i in numbers[1:]:
+        names |= {f"blocks/{i - 1}/{path}": f"layers.{i}.{name}" for path, name in further}
+    params = assemble(release, heads, base, names, given | masks)
+    release.finish(ROTARY, "P-EAGLE")
+    detected = {
+        "draft_vocabulary": size or base.config.vocab_size,
+        "layers": [low, middle, high],
+        "mask_token": _mask_token(release, base),
+        **rope,
+    }
+    return Converted(heads, params, "p_eagle", detected, compared)
+
+
+def _masks(release: Release, base: Target) -> tuple[dict[str, np.ndarray], bool]:
+    """What masks read, the embedding where it is not the base's, and whether it was compared with that."""
+    width, table = base.config.width, np.asarray(base.params["embed"]["embedding"])
+    hidden = release.take("mask_hidden", (1, 1, 3 * width), f"a base of width {width}")
+    given, token = {"mask_hidden": hidden.reshape(-1)}, _mask_token(release, base)
+    if "embed_tokens.weight" not in release:
+        return given | {"mask_embedding": table[token]}, False
+    because = f"a base of width {width} and {base.config.vocab_size} tokens"
+    own = release.take("embed_tokens.weight", table.shape, because)
+    given |= {"mask_embedding": own[token]}
+    others = np.arange(len(table)) != token
+    if same(own[others], table[others]):
+        return given, True
+    return given | {"embed/embedding": own}, False
+
+
+def _mask_token(release: Release, base: Target) -> int:
+    """The token whose embedding masks have, which programs name in three ways."""
+    said = {
+        key: value
+        for key in ("mask_token_id", "ptd_token_id", "pard_token")
+        if (value := _said(release, key)) is not None
+    }
+    where = f"{release.source}: config.json"
+    if not said:
+        raise UserError(f"{where} must name the mask token, as mask_token_id, ptd_token_id or pard_token")
+    if len(set(map(json.dumps, said.values()))) > 1:
+        told = ", ".join(f"{key} = {json.dumps(value)}" for key, value in said.items())
+        raise UserError(f"{where} names different mask tokens, {told}")
+    key, token = next(iter(said.items()))
+    if isinstance(token, bool) or not isinstance(token, int) or not 0 <= token < base.config.vocab_size:
+        raise UserError(f"{where} says {key} = {json.dumps(token)}, expected one of the base's tokens")
+    return token
 
 
 def _read_layers(release: Release, base: Target, layers: Sequence[int] | None) -> Sequence[int]:
@@ -181,6 +261,19 @@ def _switches(release: Release) -> dict[str, bool]:
     return said
 
 
+def _norms(release: Release) -> tuple[dict[str, bool], dict[str, bool]]:
+    """What `config.json` says of norms, which must fit the tensors, and the switches of ours that need no telling."""
+    if not release.config:
+        raise UserError(f"{release.source} needs its config.json: tensors do not tell which norms are at work")
+    said = _switches(release)
+    for key, name in {"fc_norm": "fc_norm.0.weight", "norm_before_fc": "input_norm.weight"}.items():
+        if said.get(key, False) != (name in release):
+            value = json.dumps(said.get(key))
+            holds = "there is a" if name in release else "there is no"
+            raise UserError(f"{release.source}: config.json says {key} = {value}, but {holds} tensor {name}")
+    return said, {key: bool(said.get(key)) for key in EAGLE_31[:3]}
+
+
 def _norm_output(release: Release, said: Mapping[str, bool], meaning: str | None) -> dict[str, bool]:
     """The switches of ours that a release's `norm_output` stands for; absent it stands for EAGLE-3."""
     value = said.get("norm_output")
@@ -202,7 +295,7 @@ def _norm_output(release: Release, said: Mapping[str, bool], meaning: str | None
 
 
 def draft_layer(
-    release: Release, base: Target, place: str, layers: int = 1, fixed: Mapping[str, Any] = MappingProxyType({})
+    release: Release, base: Target, place: str, count: int = 1, fixed: Mapping[str, Any] = MappingProxyType({})
 ) -> tuple[LayerShape | None, dict[str, Any]]:
     """The layer that `config.json` describes, None where it is the base's, and where RoPE came from.
 
@@ -210,7 +303,7 @@ def draft_layer(
       release: its tensors.
       base: the target it was trained on.
       place: what names of its first layer begin with.
-      layers: how many alike there are.
+      count: how many layers there are, all alike.
       fixed: entries that have one value whatever `config.json` says.
 
     Raises:
@@ -234,13 +327,13 @@ def draft_layer(
         "model_type": "llama",
         "vocab_size": config.vocab_size,
         "hidden_size": config.width,
-        "num_hidden_layers": layers,
+        "num_hidden_layers": count,
         "num_attention_heads": config.num_heads,
         "intermediate_size": config.mlp_width,
     }
     said = {key: value for key, value in shape.items() if key in _LAYER_KEYS}
     draft = config_from_hf({**sizes, **said, **fixed}, where)
-    for field, wanted in {"width": config.width, "num_layers": layers, "activation": "silu"}.items():
+    for field, wanted in {"width": config.width, "num_layers": count, "activation": "silu"}.items():
         if getattr(draft, field) != wanted:
             raise UserError(f"{where} implies {field} = {getattr(draft, field)}, expected {wanted} for this base")
     layer = LayerShape(

@@ -93,7 +93,7 @@ def _check_same_target(release: Release, base: Target) -> bool:
     before = len(release.names)
     leaves = leaves_by_path(split_projections(base.config, base.params))
     for path, name in tensor_names(base.config).items():
-        if name in release and not _same(take(release, name, path, leaves[path].shape, base), leaves[path]):
+        if name in release and not same(take(release, name, path, leaves[path].shape, base), leaves[path]):
             raise UserError(
                 f"{release.source} is a whole model whose own {name} differs from that of the base {base.path}: its "
                 "heads were trained with another target"
@@ -205,14 +205,14 @@ def check_copy(release: Release, name: str, base: Target) -> bool:
     if name not in release:
         return False
     embedding = base.params["embed"]["embedding"]
-    if not _same(take(release, name, "", embedding.shape, base), embedding):
+    if not same(take(release, name, "", embedding.shape, base), embedding):
         raise UserError(
             f"{release.source} was made for another target: its {name} is not the embedding of the base {base.path}"
         )
     return True
 
 
-def _same(a: Any, b: Any) -> bool:
+def same(a: Any, b: Any) -> bool:
     """Equal but for roundings to bfloat16 or float16."""
     return np.allclose(np.asarray(a, np.float32), np.asarray(b, np.float32), rtol=2.0**-7, atol=1e-6)
 

@@ -67,14 +67,16 @@ class DraftLayer(nn.Module):
         return y_BTH + MLP(c.width, c.mlp_width, c.activation, name="mlp")(normed), rows
 
 
-def _layer(config: TransformerConfig) -> DraftLayer:
+def draft_layer(config: TransformerConfig) -> DraftLayer:
+    """The layer of a draft network whose layers are of the shape `config`."""
     return DraftLayer(dataclasses.replace(config, num_layers=1, windows=(), post_norms=False))
 
 
-def _init_layer(config: TransformerConfig, inputs: int, key: Array) -> Params:
+def init_draft_layer(config: TransformerConfig, inputs: int, key: Array) -> Params:
+    """Parameters of such a layer whose attention reads rows of width `inputs`."""
     layout = Layout.causal(1, 1)
     x, residual = jnp.zeros((1, 1, inputs)), jnp.zeros((1, 1, config.width))
-    return _layer(config).init(key, x, residual, rope_angles(config, layout.positions), layout)["params"]
+    return draft_layer(config).init(key, x, residual, rope_angles(config, layout.positions), layout)["params"]
 
 
 _draw = nn.initializers.lecun_normal()
@@ -151,7 +153,7 @@ class EagleHeads(_Network):
         fc = {"kernel": _draw(fc_key, (2 * config.width, config.width))}
         if self.bias:
             fc["bias"] = jnp.zeros(config.width)
-        params = {"fc": fc, "layer": _init_layer(self.layer_config(config), config.width, layer_key)}
+        params = {"fc": fc, "layer": init_draft_layer(self.layer_config(config), config.width, layer_key)}
         return jax.tree.map(lambda leaf: leaf.astype(target["embed"]["embedding"].dtype), params)
 
     def fuse(
@@ -188,7 +190,7 @@ class EagleHeads(_Network):
         y = call(dense, params["fc"], jnp.concatenate([embedding, feature], axis=-1))
         own = self.layer_config(config)
         angles = rope_angles(own, layout.positions)
-        return call(_layer(own), params["layer"], y, y, angles, layout, sources, mix)
+        return call(draft_layer(own), params["layer"], y, y, angles, layout, sources, mix)
 
     def logits(
         self, config: TransformerConfig, params: Params, target: Params, hidden: Float[Array, "*B H"]
@@ -279,7 +281,7 @@ class Eagle3Heads(_Network):
             "fc": {"kernel": _draw(fc_key, (3 * width, width))},
             "input_norm": {"scale": scale},
             "hidden_norm": {"scale": scale},
-            "layer": _init_layer(layer, 2 * width, layer_key),
+            "layer": init_draft_layer(layer, 2 * width, layer_key),
             "norm": {"scale": jnp.array(target["final_norm"]["scale"])},
         }
         if self.fc_norm:
@@ -296,7 +298,12 @@ class Eagle3Heads(_Network):
         self, config: TransformerConfig, params: Params, taps: dict[str, Float[Array, "*B H"]]
     ) -> Float[Array, "*B H"]:
         """The feature f of a pair, from the target's."""
-        features = [taps[name] for name in self._layers]
+        return self.fused(config, params, [taps[name] for name in self._layers])
+
+    def fused(
+        self, config: TransformerConfig, params: Params, features: Sequence[Float[Array, "*B H"]]
+    ) -> Float[Array, "*B H"]:
+        """What fc, and the norms before it, make of three features, low to high."""
         if self.fc_norm:
             features = [self._normed(config, p, x) for p, x in zip(params["fc_norm"], features, strict=True)]
         x = jnp.concatenate(features, axis=-1)
@@ -324,7 +331,7 @@ class Eagle3Heads(_Network):
         x = jnp.concatenate([self._normed(config, params["input_norm"], embedding), normed], axis=-1)
         residual = normed if self.norm_before_residual else feature
         angles = rope_angles(own, layout.positions)
-        hidden, rows = call(_layer(own), params["layer"], x, residual, angles, layout, sources, mix)
+        hidden, rows = call(draft_layer(own), params["layer"], x, residual, angles, layout, sources, mix)
         return self._normed(config, params["norm"], hidden) if self.norm_output else hidden, rows
 
     def logits(

@@ -16,7 +16,9 @@ import pytest
 from jaxtyping import Array
 
 from decoding.drafter import Drafter
+from decoding.drafters.dflash import DFlash
 from decoding.drafters.draft_model import DraftModel
+from decoding.drafters.dspark import DSpark
 from decoding.drafters.eagle import Eagle, Eagle3
 from decoding.drafters.early_exit import EarlyExit
 from decoding.drafters.falcon import Falcon
@@ -25,23 +27,29 @@ from decoding.drafters.hydra import Hydra
 from decoding.drafters.lookahead import Lookahead
 from decoding.drafters.medusa import Medusa
 from decoding.drafters.network_drafter import NetworkDrafter
+from decoding.drafters.p_eagle import PEagle
 from decoding.drafters.plain import Plain
 from decoding.drafters.prompt_lookup import PromptLookup
 from decoding.drafters.registry import load_drafter
 from decoding.drafters.token_recycling import TokenRecycling
-from decoding.policies import Confidence, DySpec, Static, StochasticBeam, TreePolicy
-from decoding.trees import Topology, chain
+from decoding.policies import Confidence, DySpec, Expanding, Static, StochasticBeam, TreePolicy
+from decoding.trees import Topology, chain, from_child_counts
 from models import transformer
 from models.config import TransformerConfig
 from models.formats.target import Target, load_target
+from models.heads.dflash import DFlashHeads, Selector
 from models.heads.eagle import Eagle3Heads, EagleHeads
 from models.heads.falcon import FalconHeads
 from models.heads.hydra import HydraHeads
 from models.heads.medusa import MedusaHeads
+from models.heads.p_eagle import PEagleHeads
+from models.heads.serial import SerialHead
 from tests.noise import noisy
 
 # The second child has more descendants than the first: a builder that takes the first's for granted goes wrong.
 LOPSIDED = Topology(((0,), (1,), (2,), (0, 0), (1, 0), (1, 1), (1, 0, 0), (1, 1, 0), (1, 1, 1)))
+# Slots that are blind to each other seldom meet the text twice in a row: most places are where they may.
+BROAD = from_child_counts({(): 3, (0,): 3, (1,): 3, (2,): 3, (1, 1): 1, (1, 1, 0): 1})
 BUSHY = Topology(
     ((0,), (1,), (2,), (3,), (0, 0), (0, 1), (1, 0), (2, 0), (0, 0, 0), (0, 1, 0), (0, 1, 1), (0, 1, 1, 0))
 )
@@ -112,10 +120,43 @@ def eagle3_static(target: Target, key: Array) -> tuple[Drafter, Any]:
     return drafter.with_tree(LOPSIDED), params
 
 
+def dspark(target: Target, key: Array) -> tuple[Drafter, Any]:
+    """One pass for a block, a bigram for its branches; of a slot's tokens most are scored after the parent."""
+    heads = DFlashHeads((0, 1), target.config.vocab_size - 1, num_layers=1, block=3, shifted=True)
+    drafter = DSpark(heads, Static(LOPSIDED, "top"), SerialHead("vanilla", 4), min(8, target.config.vocab_size))
+    return drafter, noisy(drafter.init_params(target.config, target.params, key), 0.2)
+
+
 def eagle31(target: Target, key: Array) -> tuple[Drafter, Any]:
     """EAGLE-3.1: every norm that EAGLE-3 can have at once."""
     heads = Eagle3Heads(0, 1, 1, fc_norm=True, norm_before_residual=True, norm_output=True)
     return _random(Eagle3(heads, Static(LOPSIDED, "top")), target, key)
+
+
+def p_eagle(target: Target, key: Array) -> tuple[Drafter, Any]:
+    """All depths in one pass, through two layers, over a vocabulary of its own."""
+    known = [token for token in (0, 1, 3, 5, 6, 8, 10, 11) if token < target.config.vocab_size]
+    heads = PEagleHeads(0, 1, 1, len(known), num_layers=2)
+    drafter, params = _random(PEagle(heads, Static(LOPSIDED, "top")), target, key)
+    return drafter, {**params, "draft_vocab": jnp.array(known, jnp.int32)}
+
+
+def dflash(target: Target, key: Array) -> tuple[Drafter, Any]:
+    """Blocks in a sliding window, with convolutions; a static tree on their slots."""
+    heads = DFlashHeads((0, 1), target.config.vocab_size - 1, num_layers=1, block=5, window=6, convolution=True)
+    return _random(DFlash(heads, Static(BROAD, "top")), target, key)
+
+
+def dflash2(target: Target, key: Array) -> tuple[Drafter, Any]:
+    """Blocks whose slots are chosen from a few candidates by the token before them."""
+    heads = DFlashHeads((1,), 0, num_layers=2, block=4, selector=Selector(rank=4, candidates=4))
+    return _random(DFlash(heads, Static(LOPSIDED, "top")), target, key)
+
+
+def jetspec(target: Target, key: Array) -> tuple[Drafter, Any]:
+    """Causal blocks, and a tree whose topology is data."""
+    heads = DFlashHeads((0, 1), 0, num_layers=1, block=4, causal=True)
+    return _random(DFlash(heads, Expanding(depth=3, total=10, width=3)), target, key)
 
 
 def falcon(target: Target, key: Array) -> tuple[Drafter, Any]:
@@ -172,7 +213,12 @@ CASES: dict[str, Callable[[Target, Array], tuple[Drafter, Any]]] = {
     "eagle2": eagle2,
     "eagle3": eagle3,
     "eagle3 static": eagle3_static,
+    "dspark": dspark,
     "eagle3.1": eagle31,
+    "p_eagle": p_eagle,
+    "dflash": dflash,
+    "dflash2": dflash2,
+    "jetspec": jetspec,
     "falcon": falcon,
     "falcon recurrent": falcon_recurrent,
 }
@@ -187,6 +233,8 @@ VARIANTS = (
     "early_exit",
     "draft rsd-s",
     "draft dyspec",
+    "dflash2",
+    "jetspec",
     "falcon recurrent",
 )
 each_drafter = pytest.mark.parametrize(

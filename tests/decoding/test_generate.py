@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from decoding import generate as module
-from decoding import loop, sizing
+from decoding import loop
 from decoding.drafters.first_of import FirstOf
 from decoding.drafters.medusa import Medusa
 from decoding.drafters.token_recycling import TokenRecycling
@@ -55,25 +55,6 @@ def test_stream_is_the_output_every_m_steps(target: Target, drafter: dict, every
         # Every step ends with a token that the target wrote.
         ends = [sum(writer == 0 for writer in writers) for _, writers in pieces[1:-1]]
         assert ends == [every] * len(ends) and len(pieces) >= 1 + whole.stats[row].steps // every
-
-
-def test_a_tree_that_no_longer_pays_gives_way_in_mid_text(
-    target: Target, drafter: dict, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    arguments = dict(max_new_tokens=[40, 25, 33], capacity=80)
-    plain = generate(target, PROMPTS, **arguments)
-    watch = sizing.Watch(sizing.Gain(), 2.0, ratio=100.0)
-    watch.steps = 4
-    chosen = sizing.Sized(drafter["drafter"], drafter["drafter_params"], watch, ("test",))
-    monkeypatch.setattr(sizing, "sized", lambda *_: chosen)
-    free = drafter["drafter"].opened(((3, 2.0),))
-    made = generate(target, PROMPTS, **arguments, drafter=free, drafter_params=drafter["drafter_params"])
-    assert made.tokens == plain.tokens
-    drafted = [[place for place, writer in enumerate(row) if writer] for row in made.writers]
-    assert any(drafted) and max(max(row, default=0) for row in drafted) <= 4 * (1 + chosen.drafter.max_depth)
-    for row, stats in enumerate(made.stats):
-        assert stats.committed == len(made.tokens[row]) - 1
-        assert stats.steps == sum(writer == 0 for writer in made.writers[row][1:])
 
 
 @pytest.mark.parametrize("name", ["none", "hydra++"])

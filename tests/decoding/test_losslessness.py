@@ -18,7 +18,8 @@ import pytest
 from decoding.drafter import Drafter
 from decoding.drafters.network_drafter import NetworkDrafter
 from decoding.generate import generate
-from decoding.policies import DySpec, Scores, Static, StochasticBeam, TreePolicy
+from decoding.policies import DySpec, Expanding, Scores, Static, StochasticBeam, TreePolicy
+from decoding.policies import Slots as SlotsPolicy
 from decoding.sampling import Sampling, draw
 from decoding.trees import SAMPLED_RULES, TokenTree, from_child_counts
 from decoding.verify import Typical, verify
@@ -222,7 +223,11 @@ POLICIES = {
         "pruned by own probability": PrunedByOwnProbability(Static(WIDE, "without")),
     },
     "iid": {"iid 3x3": Table(Static(WIDE, "with")), "block iid 3x3": Block(Static(WIDE, "with"))},
-    "point": {"top 3x3": Table(Static(WIDE, "top"))},
+    "point": {
+        "top 3x3": Table(Static(WIDE, "top")),
+        "slots": Block(SlotsPolicy(depth=3, total=9)),
+        "accum_logp": Block(Expanding(depth=3, total=9, width=3)),
+    },
 }
 WRONG = ("ranked as if drawn", "pruned by own probability")
 

@@ -1,26 +1,40 @@
-"""How many candidates an open drafter has: the choice from costs, what ends it, and where costs are kept."""
+"""How many candidates an open drafter has: which sizes are kept in hand, and what a pace makes of costs and counts."""
 
 import dataclasses
-import pathlib
+from collections.abc import Sequence
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from decoding import sizing
-from decoding.drafters.plain import Plain
+from decoding import costs, sizing
+from decoding.costs import Costs
+from decoding.drafter import Drafter
+from decoding.drafters.draft_model import DraftModel
+from decoding.drafters.eagle import Eagle
+from decoding.drafters.first_of import FirstOf
+from decoding.drafters.hydra import Hydra
+from decoding.drafters.oracle import Oracle
+from decoding.drafters.prompt_lookup import PromptLookup
 from decoding.drafters.registry import DRAFTERS, load_drafter, trained_drafters
 from decoding.drafters.token_recycling import TokenRecycling
-from decoding.sizing import Costs, Gain, Watch, best_size, chosen
-from decoding.stats import Counters
+from decoding.policies import Confidence, DySpec, Static
+from decoding.sizing import Pace, Running, Width, pace, widths
+from decoding.stats import Stats
+from decoding.tree_search import best_part
+from decoding.trees import Topology, chain
+from models.errors import UserError
 from models.formats.target import Target
 from models.formats.text_files import read_json
-from tests.decoding.drafter_cases import random_target
+from models.heads.eagle import EagleHeads
+from models.heads.hydra import HydraHeads
+from tests.decoding.drafter_cases import LOPSIDED, random_target
 
-SIZES = ((2, 1.3), (4, 1.5), (8, 1.7), (16, 1.8))
-FLAT = Costs(((1, 1.0), (16, 1.01)), 0.0)
-STEEP = Costs(((1, 1.0), (4, 2.5), (16, 8.0)), 0.0)
+SIZES = ((1, 1.4), (2, 1.7), (4, 1.9), (8, 2.1))
+FREE = Oracle(8).opened(SIZES)
+CHEAP = Costs(((1, 1.0), (4, 1.2), (8, 1.3), (16, 1.6)))
+STEEP = Costs(((1, 1.0), (4, 1.45), (8, 1.8), (16, 2.5)))
+NOWHERE = np.zeros(1, int)
+HOPELESS = Costs(((1, 1.0), (4, 4.0), (16, 16.0)))
 
 
 @pytest.fixture(scope="module")
@@ -28,43 +42,89 @@ def target() -> Target:
     return random_target(vocab_size=12, dtype=np.float32)
 
 
-@pytest.fixture(autouse=True)
-def _nothing_remembered(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    for name in ("_costs", "_seen"):
-        monkeypatch.setattr(sizing, name, {})
-
-
-def test_the_size_with_the_most_tokens_per_second_is_taken() -> None:
-    rng = np.random.default_rng(0)
-    for _ in range(200):
-        sizes = [0, *np.cumsum(rng.integers(1, 9, 4)).tolist()]
-        lengths = dict(zip(sizes, [1.0, *(1 + np.sort(rng.random(4))).tolist()], strict=True))
-        seconds = dict(zip(sizes, np.cumsum(rng.random(5) + 0.1).tolist(), strict=True))
-        best = best_size({size: lengths[size] for size in sizes[1:]}, seconds)
-        rates = {size: lengths[size] / seconds[size] for size in sizes}
-        assert rates[best] == max(rates.values())
-        # What becomes dearer is not taken for it.
-        dearer = {**seconds, **{size: 2 * seconds[size] for size in sizes if size != best}}
-        assert best_size(lengths, dearer) == best
-    assert best_size({4: 1.5, 8: 2.0}, {0: 1.0, 4: 1.5, 8: 2.0}) == 0, "what only breaks even is left"
-
-
-def test_costs_between_and_beyond_what_was_measured() -> None:
-    assert [STEEP.step(rows) for rows in (1, 2, 4, 10, 16, 28)] == pytest.approx([1, 1.5, 2.5, 5.25, 8, 13.5])
-    network = dataclasses.replace(FLAT, extra=0.5)
-    assert network.step(1) == 1.0 and network.step(16) == pytest.approx(1.51)
-    assert Costs(((1, 1.0),), 0.0).step(9) == 1.0
-    assert Costs(((1, 1.0), (4, 0.9)), 0.0).step(10) == 0.9, "noise makes no rows cheaper than free"
+def candidates(found: Sequence[Width]) -> list[int]:
+    return [width.drafter.max_nodes - 1 for width in found]
 
 
 def test_cheap_rows_buy_large_trees_and_dear_ones_none() -> None:
-    free = TokenRecycling().opened(SIZES)
-    fitted, length = chosen(free, FLAT)
-    assert (fitted.max_nodes, length) == (17, 1.8) and not fitted.open_sizes
-    assert chosen(free, STEEP) == (Plain(), 1.0)
-    middle, _ = chosen(free, Costs(((1, 1.0), (4, 1.05), (16, 1.5)), 0.0))
-    assert middle.max_depth and middle.max_nodes < 17
+    assert candidates(widths(FREE, CHEAP)) == [8, 2] and candidates(widths(FREE, STEEP)) == [2, 1]
+    assert widths(FREE, HOPELESS) == ()
+    # Four candidates lose as it is, and win if twice as many drafts are accepted.
+    late = Costs(((1, 1.0), (2, 2.5), (5, 2.5), (9, 9.0)))
+    assert candidates(widths(FREE, late)) == [4]
+    assert candidates(widths(FREE, dataclasses.replace(CHEAP, extra=((2, 1.0), (9, 1.0))))) == [8]
+
+
+def test_conditional_acceptance_is_that_of_the_length() -> None:
+    for depth, length in ((1, 1.4), (3, 1.9), (8, 2.1)):
+        chance = Width(Oracle(depth), length, 1.0).conditional
+        assert 1 + sum(chance**d for d in range(1, depth + 1)) == pytest.approx(length)
+
+
+def test_counts_by_depth_say_how_long_steps_of_every_width_will_be() -> None:
+    small, large = Width(Oracle(1), 1.5, 1.0), Width(Oracle(3), 1.9, 1.0)
+    running = Running(3)
+    assert [running.length(width) for width in (small, large)] == pytest.approx([1.5, 1.9])
+    # The first depth twice as often as expected, none below it: seen with the large one, believed of both.
+    running.add(large, np.array([1000, 0, 0]), 1000)
+    assert running.length(small) == pytest.approx(1 + 0.5 / large.conditional, abs=0.02)
+    assert 1.9 < running.length(large) < 2.05
+    shallow = Running(3)
+    shallow.add(small, np.array([0]), 1000)
+    assert shallow.length(large) < 1.01, "what is below a depth that is never reached is not expected either"
+    shallow.fade(100 * sizing.MEMORY)
+    assert shallow.length(large) == pytest.approx(1.9)
+
+
+def played(pace: Pace, batch: int, rates: Sequence[float], tokens: int) -> tuple[float, list[dict[int, int]]]:
+    """Speed-up by the costs, and steps by candidates, of texts whose drafts are accepted at one rate after another."""
+    rng = np.random.default_rng(0)
+    seconds, made, sizes = 0.0, 0.0, [dict[int, int]() for _ in rates]
+    while made < tokens * len(rates):
+        width, steps = pace.next()
+        depth, part = (width.drafter.max_depth if width else 0), int(made // tokens)
+        hit = np.cumprod(rng.random((steps, batch, depth)) < rates[part], axis=2)
+        committed, by_depth = steps + hit.sum(axis=(0, 2)), hit.sum(axis=0)
+        pace.count(width, [Stats(steps, int(n), a, NOWHERE) for n, a in zip(committed, by_depth, strict=True)])
+        made += committed.mean()
+        seconds += steps * (width.ratio if width else 1.0)
+        sizes[part][depth] = sizes[part].get(depth, 0) + steps
+    return made / seconds, sizes
+
+
+@pytest.mark.parametrize("batch", [1, 64])
+@pytest.mark.parametrize("measured", [CHEAP, STEEP], ids=["cheap", "steep"])
+def test_it_never_loses_and_follows_what_is_accepted(measured: Costs, batch: int) -> None:
+    large, _ = candidates(widths(FREE, measured))
+
+    def fresh() -> Pace:
+        return Pace(widths(FREE, measured), batch)
+
+    lost, (sizes,) = played(fresh(), batch, [0.0], 800)
+    assert 0.98 < lost < 1 and sizes[0] > 0.9 * 800
+    won, (sizes,) = played(fresh(), batch, [0.9], 800)
+    assert won > (4 if measured is CHEAP else 2) and sizes[large] == sum(sizes.values())
+    _, (bad, good) = played(fresh(), batch, [0.0, 0.9], 800)
+    assert bad[0] > 0.9 * 800 and good[large] > 0.5 * sum(good.values())
+    _, (good, bad) = played(fresh(), batch, [0.9, 0.0], 800)
+    assert good[large] > 0.9 * sum(good.values()) and bad[0] > 0.8 * sum(bad.values())
+
+
+def test_a_loss_is_bounded_whatever_is_expected() -> None:
+    sure = Pace([Width(Oracle(8), 8.9, 2.5)], 1)
+    rate, _ = played(sure, 1, [0.0], 400)
+    assert rate > 1 - sizing.SHARE - (sizing.START + 1.5) / 400
+    assert sure.account < sizing.TRIAL * 1.5, "it saves for the next trial"
+
+
+def test_a_pace_outlives_its_request(target: Target, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sizing, "_paces", {})
+    monkeypatch.setattr(costs, "measured", lambda *_: CHEAP)
+    first = pace(target, FREE, None, 1, True)
+    assert first is pace(target, FREE, None, 1, True)
+    assert first is not pace(target, FREE, None, 1, False) and first is not pace(target, FREE, None, 2, True)
+    monkeypatch.setattr(costs, "measured", lambda *_: HOPELESS)
+    assert pace(target, FREE, None, 3, True) is None
 
 
 def test_open_drafters_equal_others_and_close_when_they_are_changed() -> None:
@@ -89,56 +149,20 @@ def test_names_without_a_number_are_open(target: Target) -> None:
         assert lengths == sorted(lengths) and lengths[0] > 1
 
 
-def _counters(steps: int, committed: int) -> Counters:
-    zeros = Counters.zeros(2, 1, 2)
-    return dataclasses.replace(zeros, steps=jnp.array([steps, 0]), committed=jnp.array([committed, 0]))
-
-
-def test_a_tree_goes_on_while_it_pays() -> None:
-    good, bad = Watch(Gain(), 1.5, 1.2), Watch(Gain(), 1.5, 1.2)
-    for looks in range(1, 12):
-        assert good.pays(_counters(8 * looks, 12 * looks))
-    seen = next(looks for looks in range(1, 12) if not bad.pays(_counters(8 * looks, 8 * looks)))
-    assert seen == 2, "sixteen steps without an accepted token are enough"
-    assert not Watch(bad.gain, 1.5, 1.2).pays(_counters(1, 1)), "and are remembered"
-    assert good.steps == sizing.LAST_LOOK and Watch(Gain(), 2.0, 1.2).steps == sizing.FIRST_LOOK
-
-
-def test_what_was_seen_counts_in_the_next_request_and_fades(target: Target, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sizing, "measured", lambda *_: Costs(((1, 1.0), (16, 1.2)), 0.0))
-    free = TokenRecycling().opened(SIZES)
-
-    def request() -> sizing.Sized:
-        return sizing.sized(target, free, None, 1, True)
-
-    first = request()
-    assert first.watch is not None and not all(first.watch.pays(_counters(n, n)) for n in range(1, 99))
-    first.finish()
-    assert request().drafter == Plain() and sizing.sized(target, free, None, 1, False).watch is not None
-    tries = 0
-    while request().watch is None:
-        request().finish()
-        tries += 1
-    assert 3 < tries < 60
-
-
-def test_costs_are_measured_once_and_kept(target: Target, tmp_path: pathlib.Path, monkeypatch) -> None:
-    monkeypatch.setattr(sizing, "UNSTEADY", 1e9)
-    free = TokenRecycling().opened(((2, 1.5),))
-    costs = sizing.measured(target, free, None, 1)
-    assert [rows for rows, _ in costs.forward] == [1, 4] and costs.extra >= 0
-    assert min(seconds for _, seconds in costs.forward) > 0
-    (path,) = (tmp_path / "tandem" / "costs").iterdir()
-
-    monkeypatch.setattr(sizing, "_measure", lambda *_: FLAT)
-    assert sizing.measured(target, free, None, 1) == costs
-    sizing._costs.clear()
-    assert sizing.measured(target, free, None, 1) == costs, "from the file"
-    assert sizing.measured(target, free, None, 2) == FLAT, "another batch"
-    other = dataclasses.replace(target, params=jax.tree.map(lambda x: x + 1, target.params))
-    assert sizing.measured(other, free, None, 1) == FLAT, "other weights"
-    sizing._costs.clear()
-    path.write_text("{")
-    monkeypatch.setattr(sizing, "_measure", lambda *_: dataclasses.replace(FLAT, steady=False))
-    assert not sizing.measured(target, free, None, 1).steady, "a damaged file"
-    assert path.read_text() == "{", "what was measured beside other work is not kept"
+def test_any_drafter_that_takes_a_budget_can_be_opened(target: Target) -> None:
+    small = dataclasses.replace(target.config, num_layers=1, windows=(None,))
+    cases: list[tuple[Drafter, list[int]]] = [
+        (Hydra(HydraHeads(num_heads=3), LOPSIDED), [1, 3, 7]),
+        (Eagle(EagleHeads(), Static(LOPSIDED, "top")), [1, 3, 7]),
+        (Eagle(EagleHeads(), Confidence(top_k=3, depth=3, total=10)), [1, 3, 7]),
+        (DraftModel(small, Static(chain(3))), [1, 3]),
+        (DraftModel(small, DySpec(budget=8, depth=3, width=3, branch=4)), [1, 3, 7]),
+    ]
+    for drafter, expected in cases:
+        assert [size for size, _ in drafter.opened().open_sizes] == expected
+        parts = [drafter.with_budget(size) for size in expected]
+        assert [part.max_nodes - 1 for part in parts if part is not None] == expected
+    assert cases[0][0].with_budget(10) is None
+    assert best_part(LOPSIDED, 4) == Topology(((0,), (1,), (0, 0), (1, 0)))
+    with pytest.raises(UserError, match="first_of cannot be fitted"):
+        FirstOf((PromptLookup(), TokenRecycling())).opened()

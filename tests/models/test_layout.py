@@ -1,6 +1,7 @@
 """Who sees whom, against masks written out by hand."""
 
 import dataclasses
+import functools
 import math
 
 import jax.numpy as jnp
@@ -63,6 +64,8 @@ def test_orders_against_brute_force(rows: int) -> None:
 
             table.append((BlockCausal(size, phase), lambda i, j, block=block: block(j) <= block(i)))
             table.append((Blocks(size, phase), lambda i, j, block=block: block(j) == block(i)))
+            own = functools.partial(lambda i, j, block: block(j) == block(i) and j <= i, block=block)
+            table.append((Blocks(size, phase, causal=True), own))
     for order, sees in table:
         assert np.asarray(order.sees(rows)[0], int).tolist() == brute(rows, sees), order
 
@@ -123,6 +126,19 @@ def test_every_row_may_have_a_horizon_of_its_own() -> None:
     packed = dataclasses.replace(layout, since=jnp.array([[0, 1, 3], [4, 2, 0]]))
     seen = [[np.flatnonzero(row).tolist() for row in rows] for rows in packed.sees_prefix(6, None)]
     assert seen == [[[], [1], [3, 4]], [[], [2, 3], [0]]]
+
+
+def test_packed_documents_end_what_a_row_sees_of_the_prefix() -> None:
+    """Two documents in slots 0 to 2 and 3 to 7; positions restart, so windows need them said."""
+    layout = Layout(
+        jnp.array([[2, 3, 4]]),
+        jnp.array([[2, 6, 7]]),
+        Blocks(1),
+        since=jnp.array([[0, 3, 3]]),
+        prefix_positions=jnp.array([[0, 1, 2, 0, 1, 2, 3, 4]]),
+    )
+    assert [np.flatnonzero(row).tolist() for row in layout.sees_prefix(8, None)[0]] == [[0, 1], [3, 4, 5], [3, 4, 5, 6]]
+    assert [np.flatnonzero(row).tolist() for row in layout.sees_prefix(8, 2)[0]] == [[1], [5], [6]]
 
 
 def test_slots_and_positions_of_the_prefix_may_differ() -> None:

@@ -15,6 +15,11 @@ WIDTH, OUT = 96, 320
 def _small_is_large(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(linear, "LEAST_BYTES", 1024)
     monkeypatch.setattr(pages, "are_huge", lambda: True)
+    monkeypatch.setattr(linear, "MOST_ROWS", 8)
+    # Two rows or more are too little for two cores, unless in chunks.
+    monkeypatch.setattr(linear, "SHARE", 2**11)
+    monkeypatch.setattr(linear, "WORTH_WAKING", 0)
+    monkeypatch.setattr(linear, "_cores", lambda: 2)
 
 
 def _normal(*shape: int) -> jax.Array:
@@ -27,6 +32,7 @@ def test_blocks_multiply_as_the_whole_kernel_does() -> None:
     assert blocks.shape == (5, WIDTH, 64)
     np.testing.assert_array_equal(linear.whole(blocks), kernel)
     assert linear.in_blocks(blocks) is blocks
+    assert linear._chunks(blocks, 6) == 2
     inputs = [_normal(*shape) for shape in ((WIDTH,), (1, 1, WIDTH), (2, 3, WIDTH), (linear.MOST_ROWS + 1, WIDTH))]
 
     @jax.jit
@@ -37,6 +43,32 @@ def test_blocks_multiply_as_the_whole_kernel_does() -> None:
 
     for expected, got in both(inputs):
         np.testing.assert_allclose(got, expected, atol=1e-4)
+
+
+def test_products_are_cut_where_another_core_gains_from_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()
+    wide, narrow = jnp.zeros((48, 576, 64)), jnp.zeros((9, 576, 64))
+
+    def chunks(kernel):
+        return [linear._chunks(kernel, rows) for rows in (2, 8, 16, 32)]
+
+    monkeypatch.setattr(linear, "_cores", lambda: 2)
+    assert chunks(wide) == [1, 3, 2, 2]
+    assert chunks(narrow) == [1, 1, 1, 3]
+    monkeypatch.setattr(linear, "_cores", lambda: 8)
+    assert chunks(wide) == [1, 12, 6, 3]
+    monkeypatch.setattr(linear, "_cores", lambda: 1)
+    assert chunks(wide) == [1, 1, 1, 1]
+
+
+def test_products_of_a_row_are_bitwise_independent_of_its_neighbours(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()
+    monkeypatch.setattr(linear, "_cores", lambda: 2)
+    kernel, x, others = _normal(48, 576, 64), _normal(8, 576), _normal(1, 8, 576)[0]
+    product = jax.jit(linear.product)
+    mixed, order = jnp.where(jnp.arange(8)[:, None] % 3 == 0, x, others), np.arange(8)[::-1]
+    np.testing.assert_array_equal(product(mixed, kernel)[::3], product(x, kernel)[::3])
+    np.testing.assert_array_equal(product(x[order], kernel)[order], product(x, kernel))
 
 
 def test_scores_by_a_table_are_products_with_its_transpose() -> None:

@@ -62,17 +62,18 @@ def test_stacked_layers_keep_their_leading_axis_whole() -> None:
 
 
 def test_heads_follow_the_same_rules() -> None:
-    target = transformer.init(CONFIG, jax.random.key(0))
-    found = param_specs(HydraHeads(2, prefix=True).init(CONFIG, target, jax.random.key(1)))
+    heads = HydraHeads(2, prefix=True)
+    shapes = transformer.param_shapes(CONFIG), jax.eval_shape(lambda: jax.random.key(1))
+    found = param_specs(jax.eval_shape(lambda target, key: heads.init(CONFIG, target, key), *shapes))
     assert found["heads"][0]["vocab"]["kernel"] == P("fsdp", "tensor") and found["heads"][0]["vocab"]["bias"] == P()
     assert found["heads"][1]["blocks"][0]["residual"]["kernel"] == P("fsdp", None)
     assert found["prefix"]["block"]["attention"]["o"]["kernel"] == P("tensor", "fsdp")
 
 
 def test_eagle_follows_the_same_rules() -> None:
-    target = transformer.init(CONFIG, jax.random.key(0))
+    shapes = transformer.param_shapes(CONFIG), jax.eval_shape(lambda: jax.random.key(1))
     for heads in (EagleHeads(), Eagle3Heads(0, 1, 1, 8)):
-        found = specs(jax.eval_shape(lambda key, heads=heads: heads.init(CONFIG, target, key), jax.random.key(1)))
+        found = specs(jax.eval_shape(lambda target, key, heads=heads: heads.init(CONFIG, target, key), *shapes))
         found = {path.removesuffix("/0"): spec for path, spec in found.items()}
         for name in ("attention/q", "attention/k", "attention/v", "mlp/gate", "mlp/up"):
             assert found[f"layer/{name}/kernel"] == P("fsdp", "tensor")
@@ -134,9 +135,10 @@ from models import transformer
 from models.config import TransformerConfig
 from models.sharding import make_mesh, param_shardings
 from models.formats.target import Target
+from tests.noise import drawn
 
 config = TransformerConfig(vocab_size=18, width=8, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=4, mlp_width=12)
-params = jax.tree.map(lambda x: 20.0 * x, transformer.init(config, jax.random.key(0), jnp.float64))
+params = drawn(transformer.param_shapes(config, jnp.float64), 0.5)
 mesh = make_mesh(data=2, fsdp=2, tensor=2)
 places = param_shardings(mesh, params)
 assert places["head"]["kernel"].spec == P("fsdp", "tensor")
@@ -176,13 +178,14 @@ from models.config import TransformerConfig
 from models.heads.hydra import HydraHeads
 from models.sharding import fitted, make_mesh, param_shardings
 from models.formats.target import Target
+from tests.noise import drawn
 
 config = TransformerConfig(vocab_size=18, width=8, num_layers=2, num_heads=4, num_kv_heads=1, head_dim=4, mlp_width=12)
-params = jax.tree.map(lambda x: 20.0 * x, transformer.init(config, jax.random.key(0), jnp.float64))
+params = drawn(transformer.param_shapes(config, jnp.float64), 0.5)
 mesh = make_mesh(data=2, tensor=2, devices=jax.devices()[:4])
 assert fitted(mesh, P("data", "tensor"), (1, 4)).spec == P(None, "tensor")
 drafter = Hydra(HydraHeads(num_heads=2, prefix=True), chain(2))
-heads = drafter.heads.init(config, params, jax.random.key(1))
+heads = drawn(jax.eval_shape(lambda p: drafter.heads.init(config, p, jax.random.key(1)), params), 0.3, 1)
 for batch, spec in ((1, P(None, None, None, None)), (2, P("data", None, None, None))):
     buffer = drafter.init(config, batch, 32, jnp.float64, mesh)["cache"][0]["k"]
     assert buffer.sharding.spec == spec and len(buffer.sharding.device_set) == 4, buffer.sharding

@@ -15,12 +15,13 @@ T, N, K, D = 128, 2, 1, 128
 SEGMENTS = jnp.asarray([[1] * 50 + [2] * 70 + [0] * 8, [1] * 128])
 
 
-def test_only_whole_tiles_and_known_windows_fit() -> None:
+def test_only_whole_tiles_of_causal_texts_fit() -> None:
     layout = Layout.causal(2, T)
-    assert splash.fits(T, D, layout, None) and splash.fits(2 * T, D, layout, 20)
-    assert not splash.fits(T + 1, D, layout, None) and not splash.fits(T, 64, layout, None)
-    assert not splash.fits(T, D, layout, jnp.int32(20)), "the layers of a scan have their windows as data"
-    assert not splash.fits(T, D, dataclasses.replace(layout, order=BlockCausal(2)), None)
+    fits = [
+        splash.fits(jnp.zeros((2, rows, N, dim)), layout) for rows, dim in ((T, D), (T, 2 * D), (T + 1, D), (T, 64))
+    ]
+    assert fits == [True, True, False, False]
+    assert not splash.fits(jnp.zeros((2, T, N, D)), dataclasses.replace(layout, order=BlockCausal(2)))
 
 
 @pytest.mark.slow

@@ -213,6 +213,15 @@ def test_norms_of_eagle31(base: Path, tmp_path: Path) -> None:
     assert drafter.heads.fc_norm and drafter.heads.norm_output and not drafter.heads.norm_before_residual
 
 
+def test_p_eagle(base: Path, tmp_path: Path) -> None:
+    config = cases.EAGLE_CONFIG | {"num_hidden_layers": 3, "mask_token_id": 5}
+    source = cases.write(tmp_path / "e" / "model.safetensors", cases.p_eagle(load_target(base)), config).parent
+    record = convert_drafter("p_eagle", source, base, tmp_path / "out", "--policy", "static:tree=chain:5,draws=without")
+    assert record["method"] == record["provenance"]["format"] == "p_eagle"
+    drafter, params = load_drafter(tmp_path / "out", load_target(base))
+    assert drafter.max_depth == 5 and drafter.heads.num_layers == 3 and len(params["blocks"]) == 2
+
+
 def test_layers_of_eagle3(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     source = cases.write(tmp_path / "e.safetensors", cases.eagle3(None))
     record = convert_drafter("eagle3", source, base, tmp_path / "out", "--layers", "0,2,6")

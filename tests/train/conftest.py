@@ -51,6 +51,10 @@ def data_set(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
     return out
 
 
+SMALL_BLOCKS = {"target_layers": (0, 1), "num_layers": 1, "anchors": 32, "loop_prompts": 0}
+SMALL_SERIAL = {"block": 3, "rank": 4}
+
+
 def tiny_job(data_set: pathlib.Path, objective: dict[str, Any], **changes: Any) -> TrainConfig:
     """A config of a few short steps, sections updated by `changes`."""
     raw: dict[str, Any] = {
@@ -91,6 +95,17 @@ def job(data_set: pathlib.Path, target_directory: pathlib.Path) -> Callable[...,
         },
         "eagle": {"name": "eagle", "target": str(target_directory), "depth": 3, "loop_prompts": 0},
         "eagle3": {"name": "eagle3", "target": str(target_directory), "steps": 3, "loop_prompts": 0},
+        "p_eagle": {"name": "p_eagle", "target": str(target_directory), "depth": 3, "loop_prompts": 0},
+        "dflash": {**SMALL_BLOCKS, "name": "dflash", "target": str(target_directory), "block": 4},
+        "dspark": {**SMALL_BLOCKS, "name": "dspark", "target": str(target_directory), "block": 3, "rank": 4},
+        "domino": {
+            **SMALL_BLOCKS,
+            "name": "domino",
+            "target": str(target_directory),
+            "block": 3,
+            "rank": 4,
+            "state": 6,
+        },
         "falcon": {"name": "falcon", "target": str(target_directory), "depth": 3, "loop_prompts": 0},
         "several": {"name": "several", "target": str(target_directory)},
     }
@@ -130,15 +145,21 @@ def as_code() -> Callable[[TrainConfig], str]:
     return write
 
 
-@pytest.fixture
-def on_two_devices(run_python: Callable[..., str], monkeypatch: pytest.MonkeyPatch) -> Callable[[str], str]:
+@pytest.fixture(scope="module")
+def on_two_devices(run_on_devices: Callable[..., str]) -> Callable[[str], str]:
     """Runs code in a process with two CPU devices, and threads enough for collectives to wait for each other.
 
     XLA's CPU client runs independent collectives of a program in any order, each blocking a thread until the other
     device arrives; with one thread per core, two of them can wait for ever.
     """
-    monkeypatch.setenv("NPROC", "16")
-    return lambda code: run_python(code, devices=2)
+
+    def run(code: str) -> str:
+        __tracebackhide__ = True
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("NPROC", "16")
+            return run_on_devices(code, devices=2)
+
+    return run
 
 
 @pytest.fixture(scope="session")

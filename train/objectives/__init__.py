@@ -2,11 +2,14 @@
 
 from train.objectives.classifier import ImageClassifier
 from train.objectives.code_refiner import CodeRefiner
+from train.objectives.dflash import DFlashObjective
 from train.objectives.draft_heads import DraftHeads
+from train.objectives.dspark import DominoObjective, DSparkObjective
 from train.objectives.eagle import Eagle3Objective, EagleObjective
 from train.objectives.falcon import FalconObjective
 from train.objectives.lm import LM
 from train.objectives.objective import Objective
+from train.objectives.p_eagle import PEagleObjective
 from train.objectives.several import SeveralObjective
 from train.objectives.var import VARObjective
 from train.objectives.vqvae import VQVAEObjective
@@ -16,6 +19,10 @@ OBJECTIVES: dict[str, type[Objective]] = {
     "draft_heads": DraftHeads,
     "eagle": EagleObjective,
     "eagle3": Eagle3Objective,
+    "p_eagle": PEagleObjective,
+    "dflash": DFlashObjective,
+    "dspark": DSparkObjective,
+    "domino": DominoObjective,
     "falcon": FalconObjective,
     "several": SeveralObjective,
     "vqvae": VQVAEObjective,

@@ -43,11 +43,11 @@ if TYPE_CHECKING:  # Training steps are timed where TFDS is not installed.
     from train.data.texts import Documents
 
 
-class DraftObjective(Objective):
-    """Base of the objectives that make a drafter, of any kind that has parameters.
+class OnFrozenTarget(Objective):
+    """Base of the objectives that make a drafter, of any kind that has parameters, on a target that stays as it is.
 
     A subclass gives `Config`, whose objects have what `asks_of_config` names, `untrained(model)` being the drafter
-    without parameters, and `depth` and `guesses`.
+    without parameters, and `depth`, `loss_on` and `evaluate_on`.
 
     Attributes:
       drafter: the drafter without parameters.
@@ -84,26 +84,6 @@ class DraftObjective(Objective):
     @abc.abstractmethod
     def depth(self) -> int:
         """Guesses that evaluations look at."""
-
-    @abc.abstractmethod
-    def guesses(
-        self, params: Params, frozen: Params, batch: Batch, target: TargetFeatures, layout: Layout, key: Array | None
-    ) -> list[Guess]:
-        """The drafter at every position, or at some, depth by depth, with the true tokens as its path.
-
-        Args:
-          params: the drafter's, in the dtype of the target.
-          frozen: the target.
-          batch: as for `loss`.
-          target: its features on the batch, the drafter's taps among them.
-          layout: of the batch.
-          key: for noise and dropout; None, in evaluation, is without either.
-        """
-
-    def labels(self, batch: Batch, i: int, at: Int[Array, "B S"] | None = None) -> Labels:
-        """What guess i answers for, from the positions `at`, or from all."""
-        batch = {**batch, "mask": label_mask(batch, self._config.labels)}
-        return Labels(*(picked(values, at) for values in labels_at(batch, i + 2)))
 
     def check(self, length: int | None) -> None:
         """Also refuses guesses that can have no labels, and a drafter that the probe cannot give its chain."""
@@ -160,14 +140,11 @@ class DraftObjective(Objective):
         """All parameters of the drafter, as a drafter directory has them."""
         return trainable
 
-    def known(self, frozen: Params) -> Int[Array, "W"] | None:
-        """Tokens that the guesses' logits are of; None means all, in order."""
-        return None
-
     def loss(self, trainable: Params, frozen: Params, batch: Batch, key: Array, progress: Array | float):
-        """One term per depth: (sums, weights); metrics hold each depth's mean before its decay."""
+        """As for any objective."""
         return self.loss_on(self.read_target(frozen, batch), trainable, frozen, batch, key, progress)
 
+    @abc.abstractmethod
     def loss_on(
         self,
         target: TargetFeatures,
@@ -176,26 +153,17 @@ class DraftObjective(Objective):
         batch: Batch,
         key: Array,
         progress: Array | float,
-    ):
+    ) -> tuple[tuple[Array, Array], Sums]:
         """`loss`, given the target's features on the batch."""
-        guesses = self.teacher_forced(target, trainable, frozen, batch, key)
-        teacher = self.teacher(target, frozen, asked=False)
-        totals, weights = losses(guesses, teacher, self._config.weights, self.compute.devices)
-        decay = self._config.weights.decay ** jnp.arange(len(guesses), dtype=totals.dtype)
-        told = {f"loss_{i + 1}": pair for i, pair in enumerate(zip(totals, weights, strict=True))}
-        return (decay * totals, weights), told
 
     def evaluate(self, trainable: Params, frozen: Params, batch: Batch) -> Sums:
         """By depth: the loss; how often the first choice is the text's token (accuracy); how often it is the target's
         first choice there (agreement), which is what greedy verification would accept on this text."""
         return self.evaluate_on(self.read_target(frozen, batch), trainable, frozen, batch)
 
+    @abc.abstractmethod
     def evaluate_on(self, target: TargetFeatures, trainable: Params, frozen: Params, batch: Batch) -> Sums:
         """`evaluate`, given the target's features on the batch."""
-        guesses = self.teacher_forced(target, trainable, frozen, batch, None)
-        teacher = self.teacher(target, frozen, asked=True)
-        found = measures(guesses, teacher, self._config.weights, self.compute.devices)
-        return {f"{name}_{i + 1}": pair for i, of_depth in enumerate(found) for name, pair in of_depth.items()}
 
     def report(self, means: dict[str, float]) -> dict[str, float]:
         """The means, in the order of depth."""
@@ -241,6 +209,58 @@ class DraftObjective(Objective):
     def read_target(self, frozen: Params, batch: Batch) -> TargetFeatures:
         """The target's features on a batch: `target_taps`, and more where the batch carries more."""
         return target_features(self.model, frozen, batch, self.target_taps, self.compute.attention)
+
+
+class DraftObjective(OnFrozenTarget):
+    """Base of those whose drafter guesses depth by depth; a subclass gives `guesses` in place of the losses."""
+
+    @abc.abstractmethod
+    def guesses(
+        self, params: Params, frozen: Params, batch: Batch, target: TargetFeatures, layout: Layout, key: Array | None
+    ) -> list[Guess]:
+        """The drafter at every position, or at some, depth by depth, with the true tokens as its path.
+
+        Args:
+          params: the drafter's, in the dtype of the target.
+          frozen: the target.
+          batch: as for `loss`.
+          target: its features on the batch, the drafter's taps among them.
+          layout: of the batch.
+          key: for noise and dropout; None, in evaluation, is without either.
+        """
+
+    def labels(self, batch: Batch, i: int, at: Int[Array, "B S"] | None = None) -> Labels:
+        """What guess i answers for, from the positions `at`, or from all."""
+        batch = {**batch, "mask": label_mask(batch, self._config.labels)}
+        return Labels(*(picked(values, at) for values in labels_at(batch, i + 2)))
+
+    def known(self, frozen: Params) -> Int[Array, "W"] | None:
+        """Tokens that the guesses' logits are of; None means all, in order."""
+        return None
+
+    def loss_on(
+        self,
+        target: TargetFeatures,
+        trainable: Params,
+        frozen: Params,
+        batch: Batch,
+        key: Array,
+        progress: Array | float,
+    ):
+        """One term per depth: (sums, weights); metrics hold each depth's mean before its decay."""
+        guesses = self.teacher_forced(target, trainable, frozen, batch, key)
+        teacher = self.teacher(target, frozen, asked=False)
+        totals, weights = losses(guesses, teacher, self._config.weights, self.compute.devices)
+        decay = self._config.weights.decay ** jnp.arange(len(guesses), dtype=totals.dtype)
+        told = {f"loss_{i + 1}": pair for i, pair in enumerate(zip(totals, weights, strict=True))}
+        return (decay * totals, weights), told
+
+    def evaluate_on(self, target: TargetFeatures, trainable: Params, frozen: Params, batch: Batch) -> Sums:
+        """`evaluate`, given the target's features on the batch."""
+        guesses = self.teacher_forced(target, trainable, frozen, batch, None)
+        teacher = self.teacher(target, frozen, asked=True)
+        found = measures(guesses, teacher, self._config.weights, self.compute.devices)
+        return {f"{name}_{i + 1}": pair for i, of_depth in enumerate(found) for name, pair in of_depth.items()}
 
     def teacher_forced(
         self, target: TargetFeatures, trainable: Params, frozen: Params, batch: Batch, key: Array | None

@@ -179,8 +179,12 @@ class EagleObjective(DraftObjective):
         remat = self.compute.remat != "none"
         feature_BTH = self.heads.fuse(self.model, params, taps)
         outputs = unroll(self.heads, self.model, params, feature_BTH, embeddings, layout, remat)
-        read = Partial(functools.partial(_read, self.heads, self.model, frozen), self.heads.head_params(params))
+        read = self.read(params, frozen)
         return [Guess(hidden, None, self.labels(batch, k), read) for k, hidden in enumerate(outputs)]
+
+    def read(self, params, frozen) -> Partial:
+        """The vocabulary map of guesses."""
+        return Partial(functools.partial(_read, self.heads, self.model, frozen), self.heads.head_params(params))
 
 
 class Eagle3Objective(EagleObjective):

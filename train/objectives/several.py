@@ -24,7 +24,7 @@ from models.errors import UserError
 from models.formats.storage import new_directory, write_json
 from models.formats.tokenizer import Tokenizer
 from train.config import OptimizerConfig
-from train.objectives.drafting import DraftObjective
+from train.objectives.drafting import OnFrozenTarget
 from train.objectives.objective import Batch, Compute, Objective, Params, Sums
 from train.objectives.target_features import TargetFeatures, target_features
 
@@ -79,7 +79,7 @@ class SeveralConfig:
         return str(self.target)
 
     @functools.cached_property
-    def jobs(self) -> dict[str, tuple[type[DraftObjective], Any, OptimizerConfig | None]]:
+    def jobs(self) -> dict[str, tuple[type[OnFrozenTarget], Any, OptimizerConfig | None]]:
         """By name: class, section `objective` and optimizer of every member."""
         found = {}
         for name, raw in self.members.items():
@@ -106,7 +106,7 @@ class SeveralObjective(Objective):
     def __init__(self, config: SeveralConfig, tokenizer: Tokenizer):
         """`tokenizer` is the target's, and the data's. Raises UserError as the members do, with their names."""
         self._config = config
-        self.members: dict[str, DraftObjective] = {}
+        self.members: dict[str, OnFrozenTarget] = {}
         for name, (kind, section, _) in config.jobs.items():
             with _told_of(name):
                 self.members[name] = kind(section, tokenizer)
@@ -199,10 +199,10 @@ class SeveralObjective(Objective):
             write_json(partial / "members.json", {"members": list(self.members)})
 
 
-def _kind_of(section: Mapping[str, Any]) -> type[DraftObjective]:
+def _kind_of(section: Mapping[str, Any]) -> type[OnFrozenTarget]:
     from train.objectives import OBJECTIVES  # Which lists this one too.
 
-    kinds = {name: kind for name, kind in OBJECTIVES.items() if issubclass(kind, DraftObjective)}
+    kinds = {name: kind for name, kind in OBJECTIVES.items() if issubclass(kind, OnFrozenTarget)}
     if (name := section.get("name")) not in kinds:
         raise UserError(
             f"objective.name must be one of {', '.join(kinds)}, which make drafters, got {name!r}"

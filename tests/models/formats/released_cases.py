@@ -112,6 +112,17 @@ def eagle31(place: str = "layers.0.", norms: str = "fc_norm") -> Tensors:
     return renamed | draw(shapes.get(norms, {}))
 
 
+def p_eagle(base: Target, layers: int = 3, token: int = 5, own: bool = False) -> Tensors:
+    """P-EAGLE, whose embedding is the base's but for the mask token's row, or with `own` another."""
+    shapes: dict[str, tuple[int, ...]] = {"mask_hidden": (1, 1, 3 * H)}
+    for i in range(1, layers):
+        shapes |= llama_layer(f"layers.{i}.")
+        shapes |= {f"layers.{i}.{name}.weight": (H,) for name in ("input_layernorm", "post_attention_layernorm")}
+    table = np.array(embedding(base))
+    table[slice(None) if own else token] += np.ones((), table.dtype)
+    return eagle31(norms="") | draw(shapes, seed=1) | {"embed_tokens.weight": table}
+
+
 DRAFT_TOKENS = [0, 1, 3, 4, 7, 12, 13, 14, 20, 21, 30, 39]
 
 EAGLE_CONFIG: dict[str, Any] = {

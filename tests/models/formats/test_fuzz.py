@@ -118,6 +118,9 @@ def test_targets_with_odd_values(examples: int, tmp_path: Path) -> None:
     fuzz(EXAMPLES * examples, st.data(), check)
 
 
+P_EAGLE = cases.EAGLE_CONFIG | {"num_hidden_layers": 3, "mask_token_id": 5}
+
+
 @pytest.mark.parametrize("examples", FEW_OR_MANY)
 def test_heads(examples: int, tmp_path: Path) -> None:
     """Medusa, Hydra and EAGLE heads, in either format, with their config."""
@@ -131,6 +134,7 @@ def test_heads(examples: int, tmp_path: Path) -> None:
                     (released_heads.hydra, cases.hydra(base, 2, 2), {"hydra_num_heads": 2}),
                     (released_eagle.eagle, cases.eagle(base), cases.EAGLE_CONFIG),
                     (released_eagle.eagle3, cases.eagle3(cases.DRAFT_TOKENS), cases.EAGLE_CONFIG),
+                    (released_eagle.p_eagle, cases.p_eagle(base), P_EAGLE),
                     (released_eagle.eagle31, cases.eagle31(), cases.EAGLE_CONFIG | {"fc_norm": True}),
                 ]
             )

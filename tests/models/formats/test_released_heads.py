@@ -23,6 +23,7 @@ from models.formats.target import Target
 from models.heads.eagle import Eagle3Heads, EagleHeads
 from models.heads.hydra import HydraHeads
 from models.heads.medusa import MedusaHeads, vocab_kernel
+from models.heads.p_eagle import PEagleHeads
 from tests.models.formats import released_cases as cases
 from tests.models.formats.released_cases import DRAFT_TOKENS, EAGLE_CONFIG, H, Tensors, V, write, write_shards
 from tests.models.formats.torch_archives import write_torch
@@ -312,6 +313,55 @@ def test_eagle31_that_contradicts_itself(base: Target, tmp_path: Path, norms, co
     release = read_release(write(tmp_path / "m.safetensors", cases.eagle31(norms=norms), config))
     with pytest.raises(UserError, match=complaint):
         released_eagle.eagle31(release, base, None, meaning)
+
+
+# speculators' names, with an embedding that was trained, and those of a program that wrote no embedding at all.
+P_EAGLE = EAGLE_CONFIG | {"num_hidden_layers": 3}
+
+
+@pytest.mark.parametrize("own", [False, True, None], ids=["the base's embedding", "its own", "no embedding"])
+def test_p_eagle(base: Target, tmp_path: Path, own: bool | None) -> None:
+    tensors, config = cases.p_eagle(base, own=bool(own)), P_EAGLE | {"ptd_token_id": 5}
+    if own:
+        config = {"speculators_config": {}, "transformer_layer_config": P_EAGLE, "mask_token_id": 5}
+        config |= {"norm_before_residual": True, "norm_output": False}
+    table = tensors["embed_tokens.weight"] if own is not None else np.asarray(base.params["embed"]["embedding"])
+    if own is None:
+        del tensors["embed_tokens.weight"]
+    made = released_eagle.p_eagle(read_release(write(tmp_path / "m.safetensors", tensors, config)), base)
+    switches = {"norm_before_residual": bool(own), "num_layers": 3, "own_embedding": bool(own)}
+    assert made.heads == PEagleHeads(2, 3, 4, len(DRAFT_TOKENS), **switches)
+    assert made.detected["mask_token"] == 5 and made.compared == (own is False)
+    names = {
+        "fc/kernel": "fc.weight",
+        "input_norm/scale": "layers.0.input_layernorm.weight",
+        "hidden_norm/scale": "layers.0.hidden_norm.weight",
+        "norm/scale": "norm.weight",
+        "vocab/kernel": "lm_head.weight",
+    } | {f"layer/{path}": f"layers.0.{name}" for path, name in LAYER.items()}
+    for i in (1, 2):
+        further = {"attention_norm/scale": "input_layernorm.weight", **LAYER}
+        names |= {f"blocks/{i - 1}/{path}": f"layers.{i}.{name}" for path, name in further.items()}
+    given = {"mask_hidden": tensors["mask_hidden"].reshape(-1), "mask_embedding": table[5]}
+    given |= {"embed/embedding": table} if own else {}
+    check_places(made.params, tensors, names, draft_vocab=np.array(DRAFT_TOKENS, np.int32), **given)
+
+
+@pytest.mark.parametrize(
+    ("config", "complaint"),
+    [
+        ({}, "must name the mask token, as mask_token_id, ptd_token_id or pard_token"),
+        ({"mask_token_id": 5, "pard_token": 6}, "different mask tokens, mask_token_id = 5, pard_token = 6"),
+        ({"mask_token_id": 40}, "mask_token_id = 40, expected one of the base's tokens"),
+        ({"mask_token_id": 5, "num_hidden_layers": 4}, "num_layers = 4, expected 3"),
+        ({"mask_token_id": 5, "norm_output": False}, "may mean a head without a norm"),
+        ({"mask_token_id": 5, "fc_norm": True}, "there is no tensor fc_norm.0.weight"),
+    ],
+)
+def test_p_eagle_that_does_not_fit(base: Target, tmp_path: Path, config: dict, complaint: str) -> None:
+    release = read_release(write(tmp_path / "m.safetensors", cases.p_eagle(base), P_EAGLE | config))
+    with pytest.raises(UserError, match=complaint):
+        released_eagle.p_eagle(release, base)
 
 
 @pytest.mark.parametrize(

@@ -32,14 +32,15 @@ def correlate(x: np.ndarray, kernel: np.ndarray) -> np.ndarray:
 def test_it_is_the_sum_over_nine_neighbours(shape: tuple[int, int, int, int]) -> None:
     x, kernel = case(shape, 7, np.float64)
     with jax.enable_x64(True):
-        for function in (winograd, direct, convolve):
-            np.testing.assert_allclose(function(jnp.asarray(x), jnp.asarray(kernel)), correlate(x, kernel), atol=1e-13)
+        every = jax.jit(lambda x, kernel: [function(x, kernel) for function in (winograd, direct, convolve)])
+        for found in every(jnp.asarray(x), jnp.asarray(kernel)):
+            np.testing.assert_allclose(found, correlate(x, kernel), atol=1e-13)
 
 
 def test_float32_loses_little() -> None:
     x, kernel = case((2, 32, 32, 64), 64, np.float32)
     exact = correlate(x.astype(np.float64), kernel.astype(np.float64))
-    assert np.abs(winograd(jnp.asarray(x), jnp.asarray(kernel)) - exact).max() < 1e-5
+    assert np.abs(jax.jit(winograd)(jnp.asarray(x), jnp.asarray(kernel)) - exact).max() < 1e-5
 
 
 def test_slopes_are_those_of_the_convolution() -> None:
@@ -50,7 +51,7 @@ def test_slopes_are_those_of_the_convolution() -> None:
 
     with jax.enable_x64(True):
         given = jnp.asarray(x), jnp.asarray(kernel)
-        ours, theirs = (jax.grad(loss(function), argnums=(0, 1))(*given) for function in (winograd, direct))
+        ours, theirs = (jax.jit(jax.grad(loss(function), argnums=(0, 1)))(*given) for function in (winograd, direct))
     for one, other in zip(ours, theirs, strict=True):
         np.testing.assert_allclose(one, other, atol=1e-12)
 
@@ -74,7 +75,12 @@ def test_one_platform_compiles_one_way() -> None:
 
 
 def test_parameters_are_those_of_flax() -> None:
-    x = jnp.ones((1, 4, 4, 3))
-    ours, theirs = (module.init(jax.random.key(3), x) for module in (Conv3x3(5), nn.Conv(5, (3, 3))))
-    jax.tree.map(np.testing.assert_array_equal, ours, theirs)
-    np.testing.assert_allclose(Conv3x3(5).apply(ours, x), nn.Conv(5, (3, 3)).apply(ours, x), atol=1e-6)
+    @jax.jit
+    def both(key, x):
+        modules = Conv3x3(5), nn.Conv(5, (3, 3))
+        params = [module.init(key, x) for module in modules]
+        return params, [module.apply(params[0], x) for module in modules]
+
+    params, outputs = both(jax.random.key(3), jnp.ones((1, 4, 4, 3)))
+    jax.tree.map(np.testing.assert_array_equal, *params)
+    np.testing.assert_allclose(*outputs, atol=1e-6)

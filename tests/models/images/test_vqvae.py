@@ -73,10 +73,19 @@ def test_networks_match_the_reference(config: VQVAEConfig) -> None:
     assert np.abs(free[~inside]).min() >= 1
 
 
-@pytest.mark.usefixtures("x64")
-def test_networks_take_winograds_way_where_it_pays_with_the_same_slopes(monkeypatch: pytest.MonkeyPatch) -> None:
-    params = jax.tree.map(jnp.asarray, reference.random_vqvae(LARGE))
-    images = jnp.asarray(np.random.default_rng(5).uniform(-1, 1, (2, 32, 32, 3)))
+def slopes_of_large(params, images):
+    """The gradient of what LARGE makes of images, by path."""
+
+    def loss(params):
+        f_hat = vqvae.features(LARGE, params, images)
+        return jnp.mean(jnp.square(vqvae.reconstruct(LARGE, params, f_hat) - images))
+
+    return leaves_by_path(jax.grad(loss)(params))
+
+
+@pytest.fixture
+def winograds(monkeypatch: pytest.MonkeyPatch) -> set[tuple[int, ...]]:
+    """The shapes that go Winograd's way: of the input, and channels of the output."""
     taken, winograd = set(), convolution.winograd
 
     def noted(x, kernel):
@@ -84,21 +93,28 @@ def test_networks_take_winograds_way_where_it_pays_with_the_same_slopes(monkeypa
         return winograd(x, kernel)
 
     monkeypatch.setattr(convolution, "winograd", noted)
+    return taken
 
-    def gradient():
-        def loss(params, images):
-            f_hat = vqvae.features(LARGE, params, images)
-            return jnp.mean(jnp.square(vqvae.reconstruct(LARGE, params, f_hat) - images))
 
-        return leaves_by_path(jax.jit(jax.grad(loss))(params, images))
-
-    found = gradient()
+def test_networks_take_winograds_way_where_it_pays(winograds) -> None:
+    shapes = vqvae.param_shapes(LARGE), jax.ShapeDtypeStruct((2, 32, 32, 3), jnp.float32)
+    winograds.clear()
+    jax.eval_shape(slopes_of_large, *shapes)
     # All of full resolution: in, within a block, after doubling, into a narrower block, out.
-    assert taken == {(2, 32, 32, *widths) for widths in ((3, 6), (6, 6), (12, 12), (12, 6), (6, 3))}
-    taken.clear()
+    assert winograds == {(2, 32, 32, *widths) for widths in ((3, 6), (6, 6), (12, 12), (12, 6), (6, 3))}
+
+
+@pytest.mark.slow  # That the slopes of one convolution are the same, test_convolution.py shows.
+@pytest.mark.usefixtures("x64")
+def test_slopes_through_networks_are_the_same_either_way(winograds, monkeypatch: pytest.MonkeyPatch) -> None:
+    params = jax.tree.map(jnp.asarray, reference.random_vqvae(LARGE))
+    images = jnp.asarray(np.random.default_rng(5).uniform(-1, 1, (2, 32, 32, 3)))
+    found = jax.jit(slopes_of_large)(params, images)
+    assert winograds
+    winograds.clear()
     monkeypatch.setattr(convolution, "_FEWEST_PATCHES", 10**9)
-    expected = gradient()
-    assert not taken
+    expected = jax.jit(lambda params, images: slopes_of_large(params, images))(params, images)
+    assert not winograds
     for path, slope in expected.items():
         np.testing.assert_allclose(found[path], slope, rtol=1e-9, atol=1e-11, err_msg=path)
     assert all(

@@ -1,0 +1,189 @@
+"""DFlash's drafter, and JetSpec's: one pass fills a block of slots, and a policy makes a tree of what they say.
+
+The state is keys and values of the target's fused features, one row per layer and committed token: nothing of a block
+is kept. All levels of a tree are answered from the pass that `begin` runs, one distribution per slot, whatever the
+parents are; with DFlash2's selector, K candidates per slot whose scores depend on the parent's token.
+"""
+
+import dataclasses
+from typing import Any, ClassVar
+
+import jax.numpy as jnp
+from flax import struct
+from jaxtyping import Array, Float, Int
+
+from decoding.cache import commit, init_cache
+from decoding.drafter import TargetView
+from decoding.drafters.network_drafter import NetworkDrafter
+from decoding.policies import TreePolicy
+from decoding.policies.policy import Scores
+from decoding.sampling import best_logits, best_tokens
+from models import transformer
+from models.errors import UserError
+from models.heads.dflash import Anchors, DFlashHeads
+from models.transformer import Output, Params
+
+
+@struct.dataclass
+class Filled:
+    """Scratch of `Network`: what a block's D drafting slots say.
+
+    Attributes:
+      logits: of all tokens, or of the selector's candidates.
+      tokens: these; None without a selector.
+      hidden: what the selector's gate reads; None without.
+    """
+
+    logits: Float[Array, "B D W"]
+    tokens: Int[Array, "B D W"] | None = None
+    hidden: Float[Array, "B D H"] | None = None
+
+
+@struct.dataclass
+class Network:
+    """A block as a draft network (`decoding.policies.DraftNetwork`).
+
+    Attributes:
+      heads: shape of the network.
+      params: its parameters.
+      target: the target before this step.
+      state: of the drafter.
+    """
+
+    heads: DFlashHeads = struct.field(pytree_node=False)
+    params: Params
+    target: TargetView
+    state: dict[str, Any]
+
+    @property
+    def vocab_size(self) -> int:
+        """The target's."""
+        return self.target.config.vocab_size
+
+    def filled_block(self, root: Int[Array, "B"]) -> Float[Array, "B D H"]:
+        """The one pass: what the target's head reads of the drafting slots of a block that begins with the root."""
+        length_B1 = self.target.length[:, None]
+        inputs = self.heads.inputs(self.target.params, root[:, None])
+        layout = self.heads.layout(length_B1, length_B1)
+        hidden = self.heads.run(self.target.config, self.params, inputs, layout, self.state["context"])
+        return self.heads.drafting(hidden)[:, 0]
+
+    def begin(self, root, slots):
+        """The one pass; see `DraftNetwork`."""
+        heads, hidden_BDH = self.heads, self.filled_block(root)
+        logits_BDV = self.target.head(hidden_BDH)
+        filled = Filled(logits_BDV)
+        if heads.selector is not None:
+            filled = Filled(*best_logits(logits_BDV, heads.selector.candidates), hidden_BDH)
+        return self._after(filled, 0, root[:, None]), filled
+
+    def extend(self, scratch, level, at, tokens, parents, seen):
+        """Nothing is run; see `DraftNetwork`."""
+        return self._after(scratch, level, tokens), scratch
+
+    def _after(self, filled: Filled, slot: int, before: Int[Array, "B M"]) -> Scores:
+        logits_BW = filled.logits[:, slot]
+        if filled.tokens is None or filled.hidden is None:
+            return Scores(logits_BW[:, None], row=jnp.zeros((1, before.shape[1]), jnp.int32))
+        tokens_BW = filled.tokens[:, slot]
+        scores_BMW = self.heads.scores_after(self.params, logits_BW, tokens_BW, filled.hidden[:, slot], before)
+        return Scores(scores_BMW, tokens=jnp.broadcast_to(tokens_BW[:, None], scores_BMW.shape))
+
+
+@dataclasses.dataclass(frozen=True)
+class DFlash(NetworkDrafter):
+    """DFlash; JetSpec is the same with a causal block. Static policies say how a chain is drafted: of best tokens
+    (`top`, rule `point`), or drawn from the slots (`without`, which on a chain is one draw each).
+
+    Attributes:
+      heads: shape of the network.
+      policy: how its guesses make a tree.
+    """
+
+    heads: DFlashHeads
+    policy: TreePolicy
+    name: ClassVar[str] = "dflash"
+
+    @property
+    def taps(self) -> tuple[str, ...]:  # type: ignore[override]
+        return self.heads.taps
+
+    def outputs(self, config) -> int:
+        """Tokens that a slot's distribution is over."""
+        return self.heads.selector.candidates if self.heads.selector else config.vocab_size
+
+    def check(self, config):
+        self.heads.check(config)
+        self.policy.check(self.outputs(config))
+        if self.policy.max_depth > self.heads.depth:
+            raise UserError(
+                f"the draft tree is {self.policy.max_depth} deep, but a block of {self.heads.block} drafts "
+                f"{self.heads.depth} tokens"
+            )
+
+    def init_params(self, config, target, key):
+        return self.heads.init(config, target, key)
+
+    def for_decoding(self, params, mesh=None):
+        return self.heads.for_decoding(params, mesh)
+
+    def init(self, config, batch, capacity, dtype, mesh=None):
+        """`context`, a cache of the network's layers: at slot p what the target says of token p."""
+        return {"context": init_cache(self.heads.layer_config(config), batch, capacity, dtype, mesh=mesh)}
+
+    def ingest(self, params, target, state, rows):
+        fused_BRH = self.heads.fuse(target.config, params, rows.taps)
+        index_R = jnp.arange(fused_BRH.shape[1], dtype=jnp.int32)
+        # Rows that are not text leave zeros, so that the state is a function of the text alone, unused slots included.
+        true_BR = index_R < rows.count[:, None]
+        masks = {"k": true_BR[:, None, None, :], "v": true_BR[:, None, :, None]}
+        fresh = self.heads.context_rows(target.config, params, fused_BRH, rows.start.length[:, None] + index_R)
+        fresh = [{name: jnp.where(masks[name], row, 0) for name, row in layer.items()} for layer in fresh]
+        return {"context": commit(state["context"], fresh, None, rows.start.length)}
+
+    def probing(self):
+        policy = self.policy.probing()
+        tree = None if policy is None else policy.topology
+        if policy is None or tree is None or tree.max_depth <= self.heads.depth:
+            return super().probing()
+        return self.with_policy(dataclasses.replace(policy, tree=tree.down_to(self.heads.depth)))
+
+    def with_budget(self, candidates, acceptance=None):
+        fitted = super().with_budget(candidates, acceptance)
+        return None if fitted is None or fitted.max_depth > self.heads.depth else fitted
+
+    def network(self, params, target, state):
+        """A block behind the text."""
+        return Network(self.heads, params, target, state)
+
+    def teacher_forced(
+        self, config, target: Params, params: Params, tokens: Int[Array, "B T"], output: Output, depth: int
+    ) -> list[tuple[Float[Array, "B T H"], Int[Array, "B T"]]]:
+        """What the first `depth` slots are read off in blocks that begin everywhere in true texts, and the tokens
+        before them."""
+        batch, length = tokens.shape
+        index_BT = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), (batch, length))
+        context = self.heads.context_rows(config, params, self.heads.fuse(config, params, output.taps), index_BT)
+        padded = jnp.pad(tokens, ((0, 0), (0, depth)))
+        before = [padded[:, 1 + k : 1 + k + length] for k in range(depth)]
+        anchors = Anchors(before[0], index_BT + 1, index_BT + 1, jnp.zeros_like(index_BT))
+        hidden_BADH = self.heads.at_anchors(config, params, target, context, anchors, index_BT)
+        return [(hidden_BADH[:, :, k], before[k]) for k in range(depth)]
+
+    def ranked(
+        self,
+        config,
+        target: Params,
+        params: Params,
+        i: int,
+        hidden: tuple[Float[Array, "*B H"], Int[Array, "*B"]],
+        count: int,
+    ) -> Int[Array, "*B K"]:
+        """The `count` best guesses of slot i, best first."""
+        of_slot, before = hidden
+        logits = transformer.head(config, target, of_slot)
+        if self.heads.selector is None:
+            return best_tokens(logits, count)
+        best, tokens = best_logits(logits, self.heads.selector.candidates)
+        scores = self.heads.scores_after(params, best, tokens, of_slot, before[..., None])
+        return jnp.take_along_axis(tokens, best_tokens(scores[..., 0, :], count), axis=-1)

@@ -1,0 +1,71 @@
+"""How many slots of every row's chain are verified, from what a confidence head says of them (DSpark, section 4).
+
+c[r, k] is the probability that slot k of row r survives verification given that the slots before it did, and
+a[r, k] = c[r, 0] .. c[r, k] that it is reached and survives. A target forward over more rows takes longer, so a slot is
+worth verifying while it raises the tokens per second that are expected of the whole batch: with R rows and T tokens
+verified, theta = (R + sum of a over the admitted) * speed(T), speed being the steps per second of such forwards.
+
+Verification stays lossless only if the decision on slot k looks at nothing that token k or a later one had a say in. c
+is a function of the tokens before its slot, so these do:
+
+* `until`, the cut at the first slot below a threshold;
+* `admit`, which takes slots in the order of falling a and *stops at the first that does not pay*: along a row a falls,
+  so all that was looked at before slot k came before it;
+* `within`, the `budget` largest a, for a budget that comes from older steps (`best_budget`).
+
+`best_budget` of the same step does not: slot k + 1, whose confidence depends on token k, may pay for slot k. Nor does
+the probability of a drawn token itself, unless tokens are not drawn but the best.
+"""
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+
+def reach(confidence: Float[Array, "B D"]) -> Float[Array, "B D"]:
+    """a: how probably every slot is reached and survives."""
+    return jnp.cumprod(confidence, axis=1)
+
+
+def until(confidence: Float[Array, "B D"], threshold: Float[Array, ""] | float) -> Int[Array, "B"]:
+    """Slots before the first whose confidence is below the threshold."""
+    return jnp.sum(jnp.cumprod((confidence >= threshold).astype(jnp.int32), axis=1), axis=1, dtype=jnp.int32)
+
+
+def admit(reached: Float[Array, "B D"], speed: Float[Array, "S"]) -> Int[Array, "B"]:
+    """Slots of every row that are verified: greedily, until one does not pay.
+
+    Args:
+      reached: a.
+      speed: steps per second of forwards over 1, 2, .. S rows; larger ones are as fast as the last.
+    """
+    order, theta = _theta(reached, speed)
+    pays = jnp.cumprod((theta[1:] > theta[:-1]).astype(jnp.int32))
+    return _lengths(reached, order, jnp.sum(pays))
+
+
+def best_budget(reached: Float[Array, "B D"], speed: Float[Array, "S"]) -> Int[Array, ""]:
+    """Slots in all that are worth the most, however theta goes up and down; of an older step's a, or it is lossy."""
+    return jnp.argmax(_theta(reached, speed)[1]).astype(jnp.int32)
+
+
+def within(reached: Float[Array, "B D"], budget: Int[Array, ""]) -> Int[Array, "B"]:
+    """Slots of every row when the `budget` most probable ones of all are verified."""
+    return _lengths(reached, _order(reached), budget)
+
+
+def _order(reached):
+    """Slots by falling a, `[D * B]`; of equal ones the earlier slot comes first, so that none overtakes its elder."""
+    return jnp.argsort(-reached.T.ravel(), stable=True)
+
+
+def _theta(reached, speed):
+    batch = reached.shape[0]
+    order = _order(reached)
+    tokens = batch + jnp.arange(reached.size + 1)
+    gained = jnp.concatenate([jnp.zeros(1, reached.dtype), jnp.cumsum(reached.T.ravel()[order])])
+    return order, (batch + gained) * speed[jnp.minimum(tokens, len(speed)) - 1]
+
+
+def _lengths(reached, order, count):
+    rank = jnp.zeros(order.shape, jnp.int32).at[order].set(jnp.arange(len(order), dtype=jnp.int32))
+    return jnp.sum((rank < count).reshape(reached.T.shape), axis=0, dtype=jnp.int32)

@@ -1,0 +1,169 @@
+"""Which slots are verified: published numbers, brute force, and whether the text still follows the target."""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from decoding.calibration import calibration_error, sequential_temperatures
+from decoding.policies.admission import admit, best_budget, reach, until, within
+from decoding.sampling import Sampling, batch_sampling
+from decoding.trees import chain
+from decoding.verify import verify
+from eval.losslessness import SMALLEST_P, chi_square
+
+SPEED = np.array([1.0, 0.5, 0.45])  # Not concave: two slots may pay where one does not.
+
+
+def alone(confidence, speed):
+    """Of requests that are decoded by themselves: lengths by `admit`, and by the best budget of the same step."""
+
+    def one(confidence_D):
+        reached = reach(confidence_D[None])
+        return admit(reached, speed)[0], within(reached, best_budget(reached, speed))[0]
+
+    return jax.vmap(one)(confidence)
+
+
+def by_hand(reached: np.ndarray, speed: np.ndarray) -> tuple[list[int], int]:
+    """Lengths of `admit`, and `best_budget`."""
+    rows, slots = reached.shape
+    order = sorted(np.ndindex(rows, slots), key=lambda place: (-reached[place], place[1], place[0]))
+    lengths, total, best = [0] * rows, float(rows), rows * speed[rows - 1]
+    thetas, stopped = [best], False
+    for count, (row, slot) in enumerate(order, start=1):
+        total += reached[row, slot]
+        thetas.append(total * speed[min(rows + count, len(speed)) - 1])
+        stopped |= thetas[-1] <= thetas[-2]
+        if not stopped:
+            lengths[row] += 1
+    return lengths, int(np.argmax(thetas))
+
+
+def test_a_batch_against_a_plain_loop() -> None:
+    rng = np.random.default_rng(0)
+    shape = (3, 4)
+    program = jax.jit(lambda reached, speed: (admit(reached, speed), best_budget(reached, speed)))
+    lengths_seen = set()
+    for _ in range(40):
+        reached = np.cumprod(rng.choice([1.0, 0.9, 0.75, 0.5], shape), axis=1)
+        # Twice as slow at most for fifteen rows as for one.
+        speed = 1 / np.sort(rng.uniform(1, rng.choice([1.1, 2]), reached.size + 3))
+        lengths, budget = (np.asarray(x) for x in program(jnp.asarray(reached), jnp.asarray(speed)))
+        expected = by_hand(reached.astype(np.float32), speed.astype(np.float32))
+        assert (lengths.tolist(), int(budget)) == expected
+        lengths_seen |= set(lengths.tolist())
+    assert lengths_seen == {0, 1, 2, 3, 4}
+
+
+V, ROWS = 3, 2**16
+P = np.random.default_rng(1).dirichlet(np.ones(V), V + 1)  # First that of the root, then what follows each token.
+Q = np.random.default_rng(2).dirichlet(np.ones(V), V + 1)
+
+
+TOKENS = np.argmax(np.log(Q[0]) + np.random.default_rng(3).gumbel(size=(ROWS, V)), axis=1)
+TOKENS = np.stack(
+    [TOKENS, np.argmax(np.log(Q[1:])[TOKENS] + np.random.default_rng(4).gumbel(size=(ROWS, V)), axis=1)], axis=1
+).astype(np.int32)
+# The first slot's is always 0.8, the second's depends on the first token.
+CONFIDENCE = np.stack([np.full(ROWS, 0.8), np.where(TOKENS[:, 0] == 0, 0.9, 0.0)], axis=1)
+SOME = np.array([[0.9, 0.4, 0.9], [0.3, 0.9, 0.9], [0.9, 0.8, 0.5]])
+
+
+def texts(tokens, lengths, noise):
+    """Two tokens of every row: what verification of the first `lengths` slots leaves, continued from the target."""
+    path = jnp.stack([jnp.zeros_like(lengths), 1 + tokens[:, 0], 1 + tokens[:, 1]], axis=1)
+    tree = chain(2).fill(jnp.pad(tokens, ((0, 0), (1, 0))), "swor", jnp.asarray(Q, jnp.float32)[path[:, :2]])
+    tree = tree.replace(valid=jnp.arange(3) <= lengths[:, None])
+    keys = jax.vmap(jax.random.key)(jnp.arange(ROWS, dtype=jnp.uint32))
+    sampling = batch_sampling([Sampling(temperature=1.0)])
+    sampling = jax.tree.map(lambda x: jnp.broadcast_to(x, (ROWS,)), sampling)
+    logits = jnp.log(jnp.asarray(P, jnp.float32))
+    verdict = verify(tree, logits[path], sampling, keys, jnp.full(ROWS, 7), 2)
+    first = verdict.tokens[:, 0]
+    more = jnp.argmax(logits[1:][first] + noise, axis=1)
+    return jnp.stack([first, jnp.where(verdict.drafts > 0, verdict.tokens[:, 1], more)], axis=1)
+
+
+@functools.cache
+def found() -> dict[str, Any]:
+    """All that is computed on the device, in one program."""
+
+    def program(tokens, confidence, noise, speed):
+        q = jnp.asarray(Q)
+        drawn = jnp.stack([q[0][tokens[:, 0]], q[1:][tokens[:, 0], tokens[:, 1]]], axis=1)
+        stopped, anticipating = alone(confidence, jnp.array([1.0, 0.6, 0.45])), alone(confidence, speed)
+        lengths = {
+            "all": jnp.full(ROWS, 2),
+            "threshold": until(confidence, 0.5),
+            "early stop": stopped[0],
+            "old budget": within(reach(confidence), jnp.int32(1.3 * ROWS)),
+            "anticipating": anticipating[1],
+            "of the drawn token": until(drawn, 0.3),
+        }
+        strings = {way: texts(tokens, length, noise) for way, length in lengths.items()}
+        published = alone(jnp.array([[0.8, 0.9], [0.8, 0.0]]), speed)
+        cuts = until(jnp.asarray(SOME), 0.5), within(reach(jnp.asarray(SOME)), jnp.int32(4))
+        return {"lengths": lengths, "strings": strings, "published": published, "cuts": cuts}
+
+    noise = np.random.default_rng(5).gumbel(size=(ROWS, V)).astype(np.float32)
+    return jax.tree.map(np.asarray, jax.jit(program)(TOKENS, CONFIDENCE, noise, SPEED))
+
+
+def test_published_numbers() -> None:
+    """Paper, appendix A: theta is 1, then 0.9, then 1.134 or 0.81."""
+    stopped, anticipating = found()["published"]
+    assert stopped.tolist() == [0, 0]
+    assert anticipating.tolist() == [2, 0]
+
+
+def test_a_threshold_cuts_at_the_first_slot_below_it_and_a_budget_takes_the_most_probable() -> None:
+    """Of two equal ones, .9 * .4 and .9 * .8 * .5, the earlier slot."""
+    cut, taken = found()["cuts"]
+    assert cut.tolist() == [1, 0, 3]
+    assert taken.tolist() == [2, 0, 2]
+
+
+@pytest.mark.parametrize(
+    ("way", "lossless", "counts"),
+    [
+        ("all", True, {2}),
+        ("threshold", True, {1, 2}),
+        ("early stop", True, {1, 2}),
+        ("old budget", True, {1, 2}),
+        ("anticipating", False, {0, 2}),
+        ("of the drawn token", False, {0, 1, 2}),
+    ],
+)
+def test_text_follows_the_target_unless_a_cut_looked_ahead(way: str, lossless: bool, counts: set[int]) -> None:
+    assert set(found()["lengths"][way].tolist()) == counts
+    seen = np.zeros((V, V), int)
+    np.add.at(seen, tuple(found()["strings"][way].T), 1)
+    test = chi_square(seen, P[0][:, None] * P[1:])
+    assert test.p_value > SMALLEST_P if lossless else test.statistic > 1000, test
+
+
+def test_an_anticipating_budget_biases_as_published() -> None:
+    """Target (.7, .3), drafter (.5, .5), and a second slot that only token 0 promises: token 0 comes at .85."""
+    verified = found()["published"][1] > 0
+    kept = np.array([1.0, 0.6])  # Of token 0 and 1; what is rejected becomes token 0.
+    outcome = np.where(verified, [1.0, 1 - kept[1]], 0.7)
+    assert 0.5 * outcome.sum() == pytest.approx(0.85)
+
+
+def test_temperatures_make_products_mean_what_they_say() -> None:
+    """Logits that are too sure of themselves, by another factor in every slot."""
+    rng = np.random.default_rng(6)
+    true = rng.normal(1.0, 1.0, (20000, 3))
+    survived = np.cumprod(rng.uniform(size=true.shape) < 1 / (1 + np.exp(-true)), axis=1).astype(float)
+    logits = true * [2.0, 0.6, 3.0]
+    found = sequential_temperatures(logits, survived)
+    np.testing.assert_allclose(found, [2.0, 0.6, 3.0], rtol=0.15)
+
+    def error(logits: np.ndarray) -> float:
+        return calibration_error(np.prod(1 / (1 + np.exp(-logits)), axis=1), survived[:, 2])
+
+    assert error(logits / found) < 0.02 < error(logits)

@@ -1,0 +1,338 @@
+"""What objectives share whose drafter fills a block of tokens in one pass: DFlash, JetSpec, DSpark, Domino.
+
+A block begins at an *anchor*, the token x_a that would be pending, and sees the target's features of what precedes it
+in its document (`models/heads/dflash.py`). Of every row some positions are drawn as anchors, without replacement among
+those where the anchor and the token behind it are labels; slot i answers for x_{a+1+i} if that is a label of the same
+document, and its teacher is the target at a + i. With c the slots that count, and w their weights (`block_losses.py`),
+
+    loss = sum c w l / sum c w        and with D-PACE, whose weights say how much a slot is worth, sum c w l / sum c
+
+where l is a slot's loss. All slots of a block are read at once, and scores over the vocabulary exist of a piece of the
+anchors at a time (`pieces.py`).
+"""
+
+import abc
+import dataclasses
+import functools
+from typing import Any, ClassVar, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from decoding.sampling import argmax, top_k
+from models import schema, transformer
+from models.attention import Rows
+from models.config import TransformerConfig
+from models.heads.dflash import Anchors, DFlashHeads, dflash_layers
+from models.sharding import keep_batch
+from train.objectives import block_losses
+from train.objectives.block_losses import Terms
+from train.objectives.drafting import OnFrozenTarget, check_drafting
+from train.objectives.guess import Weights, first_choices, picked
+from train.objectives.objective import Batch, Params
+from train.objectives.pieces import pieces_of, separable_sums, summed
+from train.objectives.shift import label_mask
+from train.objectives.target_features import TargetFeatures, layout_of
+
+
+class Slots(NamedTuple):
+    """What is known of the D slots of A blocks.
+
+    Attributes:
+      tokens: the anchor, and the labels of the slots: a slot's true predecessor stands at its own index.
+      counted: slots that have a label.
+      scored: what the teacher's logits are read off.
+      choice: its first choice; None where nobody asks.
+    """
+
+    tokens: Int[Array, "B A D+1"]
+    counted: Bool[Array, "B A D"]
+    scored: Any
+    choice: Int[Array, "B A D"] | None = None
+
+    @property
+    def before(self) -> Int[Array, "B A D"]:
+        """True predecessors."""
+        return self.tokens[..., :-1]
+
+    @property
+    def labels(self) -> Int[Array, "B A D"]:
+        """What the slots answer for."""
+        return self.tokens[..., 1:]
+
+
+class BlockObjective(OnFrozenTarget):
+    """Base of these objectives. The config has, besides what every drafter's has, the fields of `check_blocks`.
+
+    A subclass may give `scores`, `choices` and `more_loss`, and `head_params`, what is trained through them.
+
+    Class attributes:
+      unbroken: a slot counts only while all before it in its block do.
+    """
+
+    unbroken: ClassVar[bool] = False
+
+    @property
+    def heads(self) -> DFlashHeads:
+        """The network that fills blocks."""
+        return self.drafter.heads
+
+    @property
+    def depth(self) -> int:
+        """Tokens that a block drafts."""
+        return self.heads.depth
+
+    def head_params(self, params: Params) -> Params:
+        """Of the drafter's parameters those that `scores` and `more_loss` read."""
+        return {}
+
+    def scores(
+        self, read: Params, frozen: Params, hidden: Float[Array, "*B D H"], before: Int[Array, "*B D"]
+    ) -> Float[Array, "*B D V"]:
+        """Logits of the slots of blocks, given true predecessors."""
+        return self.read_head(frozen, hidden)
+
+    def read_head(self, frozen: Params, hidden: Float[Array, "*B H"]) -> Float[Array, "*B V"]:
+        """The target's logits."""
+        return transformer.head(self.model, frozen, hidden)
+
+    def choices(
+        self,
+        read: Params,
+        logits: Float[Array, "*B D V"],
+        hidden: Float[Array, "*B D H"],
+        before: Int[Array, "*B D"],
+    ) -> Int[Array, "*B D"]:
+        """The first choice of every slot, given true predecessors."""
+        return argmax(logits)
+
+    def more_loss(
+        self,
+        read: Params,
+        frozen: Params,
+        hidden: Float[Array, "B A D H"],
+        logits: Float[Array, "B A D V"],
+        log_p: Float[Array, "B A D V"] | None,
+        slots: Slots,
+        progress: Array | float,
+    ) -> Float[Array, "B A D"] | float:
+        """A slot's loss besides the config's `terms`."""
+        return 0.0
+
+    @property
+    def _pace(self) -> Float[Array, "D"]:
+        return block_losses.exponential_decay(self.depth, self._config.pace)
+
+    def loss_on(self, target, trainable, frozen, batch, key, progress):
+        """One term."""
+        config = self._config
+        params, (hidden, slots) = self._filled(target, trainable, frozen, batch, key, asked=False)
+        read = self.head_params(params)
+        pieces = self._pieces(target, read, frozen, hidden, slots)
+        blend = self._blend(target, read, frozen, hidden, slots, pieces)
+
+        def score(_, read, hidden, slots, log_p):
+            logits, loss = self._slot_losses(read, frozen, hidden, slots, log_p, blend)
+            loss = loss + self.more_loss(read, frozen, hidden, logits, log_p, slots, progress)
+            return jnp.sum(loss * self._weights(logits, slots))
+
+        share = functools.partial(self._taught, target)
+        total = separable_sums(share, score, [read], [hidden], slots, pieces)[0]
+        counts = slots.counted if config.d_pace else slots.counted * self._pace
+        return (total, jnp.sum(counts).astype(total.dtype)), {}
+
+    def evaluate_on(self, target, trainable, frozen, batch):
+        """As `DraftObjective`'s; the slots of blocks are its depths."""
+        params, (hidden, slots) = self._filled(target, trainable, frozen, batch, None, asked=True)
+        read = self.head_params(params)
+        pieces = self._pieces(target, read, frozen, hidden, slots)
+        blend = self._blend(target, read, frozen, hidden, slots, pieces)
+
+        def measure(piece):
+            hidden, slots = piece
+            logits, loss = self._slot_losses(read, frozen, hidden, slots, self._taught(target, slots), blend)
+            choice = self.choices(read, logits, hidden, slots.before)
+            found = {"loss": loss, "accuracy": choice == slots.labels, "agreement": choice == slots.choice}
+            return {name: jnp.sum(x * slots.counted, axis=(0, 1)).astype(loss.dtype) for name, x in found.items()}
+
+        sums = summed(measure, (hidden, slots), pieces)
+        counts = jnp.sum(slots.counted, axis=(0, 1)).astype(sums["loss"].dtype)
+        return {f"{name}_{i + 1}": (of[i], counts[i]) for name, of in sums.items() for i in range(self.depth)}
+
+    def _filled(self, target: TargetFeatures, trainable, frozen, batch, key, asked: bool):
+        """The drafter's parameters, and what it makes of blocks at drawn anchors, with what is known of them."""
+        params = self.compute.cast(trainable)
+        mask = label_mask(batch, self._config.labels)
+        at, kept = drawn_anchors(batch, mask, self._config.anchors, jax.random.key(0) if key is None else key)
+        choice = first_choices(target.read, target.scored, self.compute.devices) if asked else None
+        slots = slots_at(batch, mask, at, kept, self.depth, target.scored, choice)
+        if self.unbroken:
+            slots = slots._replace(counted=block_losses.unbroken(slots.counted))
+        context = context_of(self.heads, self.model, params, target, batch)
+        where, positions = anchors_at(batch, at, kept)
+        hidden = self.heads.at_anchors(
+            self.model, params, frozen, context, where, positions, devices=self.compute.devices
+        )
+        return params, (keep_batch(hidden), slots)
+
+    def _slot_losses(self, read, frozen, hidden, slots: Slots, log_p, blend):
+        logits = keep_batch(self.scores(read, frozen, keep_batch(hidden), slots.before))
+        return logits, self.loss_of(logits, slots, log_p, blend)
+
+    def loss_of(
+        self,
+        logits: Float[Array, "B A D V"],
+        slots: Slots,
+        log_p: Float[Array, "B A D V"] | None,
+        blend: Float[Array, ""] | None = None,
+    ) -> Float[Array, "B A D"]:
+        """The config's `terms` of every slot."""
+        temperature = self._config.temperature
+        log_q = jax.nn.log_softmax(logits / temperature, axis=-1)
+        return temperature**2 * block_losses.slot_losses(self._config.terms, log_q, log_p, slots.labels, blend)
+
+    def _taught(self, target: TargetFeatures, slots: Slots):
+        """The teacher's log-probabilities, where they are asked for."""
+        if not self._config.terms.soft:
+            return None
+        return jax.nn.log_softmax(keep_batch(target.read(slots.scored)) / self._config.temperature, axis=-1)
+
+    def _weights(self, logits, slots: Slots) -> Float[Array, "B A D"]:
+        if not self._config.d_pace:
+            return slots.counted * self._pace
+        log_q = jax.nn.log_softmax(jax.lax.stop_gradient(logits), axis=-1)
+        return block_losses.d_pace(block_losses.of_label(log_q, slots.labels), slots.counted)
+
+    def _pieces(self, target: TargetFeatures, read, frozen, hidden, slots: Slots) -> int:
+        heads = [(lambda x: self.scores(read, frozen, *x), (hidden, slots.before))]
+        teachers = [(target.read, slots.scored)] if self._config.terms.soft else []
+        return pieces_of([*heads, *teachers], self.compute.devices)
+
+    def _blend(self, target, read, frozen, hidden, slots, pieces):
+        """Of KL in `hybrid` where one number serves a batch; None where every slot has its own."""
+        if not (self._config.terms.hybrid and self._config.hybrid_of == "batch"):
+            return None
+
+        def accepted(piece):
+            hidden, slots = piece
+            log_q = jax.nn.log_softmax(self.scores(read, frozen, hidden, slots.before), axis=-1)
+            alpha = block_losses.acceptance(log_q, self._taught(target, slots))
+            return jnp.sum(alpha * slots.counted)
+
+        alpha = summed(accepted, jax.lax.stop_gradient((hidden, slots)), pieces) / jnp.maximum(
+            jnp.sum(slots.counted), 1
+        )
+        return block_losses.hybrid_weight(alpha)
+
+
+def drawn_anchors(
+    batch: Batch, mask: Bool[Array, "B T"], count: int, key: Array
+) -> tuple[Int[Array, "B A"], Bool[Array, "B A"]]:
+    """Places of anchors, ascending, and which of them are: rows that have fewer are filled up.
+
+    An anchor is a label, as is the token behind it, and one at least stands before it in its document.
+
+    Args:
+      batch: `tokens` and `segments`, int [B, T].
+      mask: which tokens are labels.
+      count: how many of a row.
+      key: which.
+    """
+    segments = batch["segments"]
+    length = segments.shape[1]
+    same = (segments[:, 1:] == segments[:, :-1]) & (segments[:, 1:] > 0)
+    both = mask[:, :-1] & mask[:, 1:] & same
+    valid_BT = jnp.pad(both[:, 1:] & same[:, :-1], ((0, 0), (1, 1)))
+    noise_BT = jax.random.uniform(key, segments.shape)
+    chance_BA, at_BA = top_k(jnp.where(valid_BT, noise_BT, -1.0), min(count, length))
+    order_BA = jnp.sort(jnp.where(chance_BA >= 0, at_BA, length), axis=1)
+    return jnp.minimum(order_BA, length - 1).astype(jnp.int32), order_BA < length
+
+
+def slots_at(
+    batch: Batch,
+    mask: Bool[Array, "B T"],
+    at: Int[Array, "B A"],
+    kept: Bool[Array, "B A"],
+    depth: int,
+    scored: Any,
+    choice: Int[Array, "B T"] | None,
+) -> Slots:
+    """What is known of the slots of blocks at `at`; `scored` and `choice` are the teacher's on the whole text."""
+    tokens, segments = batch["tokens"], batch["segments"]
+    index_BAE = at[:, :, None] + jnp.arange(depth + 1, dtype=jnp.int32)
+    inside_BAE = index_BAE < tokens.shape[1]
+    index_BAE = jnp.minimum(index_BAE, tokens.shape[1] - 1)
+    same_BAE = picked(segments, index_BAE) == picked(segments, at)[:, :, None]
+    counted_BAE = kept[:, :, None] & inside_BAE & same_BAE & picked(mask, index_BAE)
+    taught = jax.tree.map(lambda leaf: picked(leaf, index_BAE[..., :-1]), (scored, choice))
+    return Slots(picked(tokens, index_BAE), counted_BAE[..., 1:], *taught)
+
+
+def anchors_at(batch: Batch, at: Int[Array, "B A"], kept: Bool[Array, "B A"]) -> tuple[Anchors, Int[Array, "B T"]]:
+    """Where blocks at `at` begin, and where all tokens stand; a dropped one sees nothing of the text."""
+    positions_BT = layout_of(batch).positions
+    positions_BA = picked(positions_BT, at)
+    horizon_BA = jnp.where(kept, at, 0)
+    return Anchors(picked(batch["tokens"], at), positions_BA, horizon_BA, at - positions_BA), positions_BT
+
+
+def context_of(heads: DFlashHeads, model: Any, params: Params, target: TargetFeatures, batch: Batch) -> list[Rows]:
+    """Keys and values of the text of a batch."""
+    fused = heads.fuse(model, params, target.taps)
+    return heads.context_rows(model, params, fused, layout_of(batch).positions)
+
+
+class BlockConfig(abc.ABC):
+    """What the configs share: the fields `terms`, `pace`, `d_pace`, `temperature`, `hybrid_of` and `anchors`, and those
+    that say which network is meant."""
+
+    terms: Terms
+    target: str | None
+    target_layers: tuple[int, ...] | None
+    taps: int
+    num_layers: int
+    block: int
+    mask_token: int | None
+    window: int | None
+
+    def network(self, model: TransformerConfig, **more: Any) -> DFlashHeads:
+        """For a target of that shape; `more` are its other fields. Raises UserError for one that does not fit."""
+        layers = self.target_layers or dflash_layers(model.num_layers, self.taps)
+        mask = model.vocab_size - 1 if self.mask_token is None else self.mask_token
+        heads = DFlashHeads(layers, mask, self.num_layers, self.block, self.window, **more)
+        heads.check(model)
+        return heads
+
+    @property
+    def weights(self) -> Weights:
+        """Of the loss's terms, as far as they say what is read of the target."""
+        return Weights(self.terms.hard, float(self.terms.soft), 0.0, 1.0)
+
+    @property
+    def base(self) -> str:
+        """The target."""
+        return str(self.target)
+
+
+def check_blocks(config: Any) -> None:
+    """Rules that the configs share. Raises UserError."""
+    check_drafting(config)
+    terms = dataclasses.asdict(config.terms)
+    for name, weight in terms.items():
+        schema.require(weight >= 0, f"objective.terms.{name} must not be negative", weight)
+    schema.require(any(terms.values()), "one of objective.terms must be positive", terms)
+    schema.require(config.taps >= 1, "objective.taps must be at least 1", config.taps)
+    schema.require(config.anchors >= 1, "objective.anchors must be at least 1", config.anchors)
+    schema.require(config.pace is None or config.pace > 0, "objective.pace must be positive", config.pace)
+    schema.require(config.temperature > 0, "objective.temperature must be positive", config.temperature)
+    others = [name for name, weight in terms.items() if weight and name != "forward_kl"]
+    schema.require(
+        config.temperature == 1 or not others, "objective.temperature is for objective.terms.forward_kl alone", others
+    )
+    soft = [name for name, weight in terms.items() if weight and name != "hard"]
+    schema.require(not (config.d_pace and soft), "objective.d_pace weighs objective.terms.hard alone", soft)
+    schema.require(
+        not config.d_pace or config.pace is None, "objective.d_pace takes the place of objective.pace", config.pace
+    )

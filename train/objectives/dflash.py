@@ -1,0 +1,119 @@
+"""DFlash and JetSpec on a frozen target: one network, whose blocks are bidirectional or causal, and losses to choose.
+
+Released DFlash networks learn the text's tokens, slots weighted by exp(-k/7) or by D-PACE; JetSpec's learn the target's
+distribution by forward KL, all slots alike (`configs/jetspec.py`). With DFlash2's selector each slot also has the
+cross-entropy of its label among the candidates, given the true token before it; slots whose label is not among them
+have none, and nothing of it reaches the network below.
+"""
+
+import dataclasses
+import functools
+from typing import ClassVar, Literal
+
+import jax
+import jax.numpy as jnp
+
+from decoding.drafters.dflash import DFlash
+from decoding.policies import Static
+from decoding.sampling import argmax, best_logits
+from decoding.trees import chain
+from models import schema
+from models.config import TransformerConfig
+from models.heads.dflash import Selector
+from train.objectives.block_losses import Terms
+from train.objectives.blocks import BlockConfig, BlockObjective, check_blocks
+
+
+@dataclasses.dataclass(frozen=True)
+class DFlashConfig(BlockConfig):
+    """The section `objective` of a DFlash job.
+
+    Attributes:
+      name: `dflash`.
+      target: directory of the target, which stays as it is.
+      target_layers: the layers whose incoming residual stream is read; None spreads `taps` over the target's depth.
+      taps: how many, where `target_layers` does not say.
+      num_layers: of the network.
+      block: rows of a block, the anchor's included.
+      mask_token: the token that fills a block; None is the target's last.
+      window: sliding window of the network; None is all.
+      causal: rows of a block see none behind them (JetSpec).
+      convolution: DFlash2's.
+      selector: DFlash2's.
+      terms: of a slot's loss, by weight: `hard`, `l1`, `forward_kl`, `nla`, `hybrid` (`block_losses.py`).
+      pace: slot k counts exp(-k / pace); None counts all alike.
+      d_pace: D-PACE's weights in its place.
+      temperature: of both distributions in `forward_kl`.
+      hybrid_of: whether `hybrid` is blended by every `slot`'s acceptance or by the `batch`'s mean.
+      selecting: weight of the selector's loss.
+      anchors: blocks per row.
+      labels: which tokens are learnt: `assistant`, those that the data set marks, or `all`.
+      loop_prompts: prompts from the valid split that every evaluation decodes, at most a batch; 0 is none.
+      loop_tokens: new tokens per such prompt; 0 decodes nothing.
+    """
+
+    reads: ClassVar[str] = "text"
+
+    name: Literal["dflash"]
+    target: str | None
+    target_layers: tuple[int, ...] | None = None
+    taps: int = 5
+    num_layers: int = 5
+    block: int = 16
+    mask_token: int | None = None
+    window: int | None = None
+    causal: bool = False
+    convolution: bool = False
+    selector: Selector | None = None
+    terms: Terms = dataclasses.field(default_factory=functools.partial(Terms, hard=1.0))
+    pace: float | None = None
+    d_pace: bool = False
+    temperature: float = 1.0
+    hybrid_of: Literal["slot", "batch"] = "slot"
+    selecting: float = 1.0
+    anchors: int = 512
+    labels: Literal["assistant", "all"] = "assistant"
+    loop_prompts: int = 4
+    loop_tokens: int = 64
+
+    def __post_init__(self):
+        check_blocks(self)
+        schema.require(self.selecting >= 0, "objective.selecting must not be negative", self.selecting)
+
+    def untrained(self, model: TransformerConfig) -> DFlash:
+        """The drafter without parameters."""
+        shape = {name: getattr(self, name) for name in ("causal", "convolution", "selector")}
+        heads = self.network(model, **shape)
+        return DFlash(heads, Static(chain(heads.depth), "top"))
+
+
+class DFlashObjective(BlockObjective):
+    """The `dflash` objective."""
+
+    Config: ClassVar[type] = DFlashConfig
+
+    def head_params(self, params):
+        """The selector."""
+        return {"selector": params["selector"]} if self.heads.selector else {}
+
+    def choices(self, read, logits, hidden, before):
+        """The selector's, where there is one."""
+        if not self.heads.selector:
+            return argmax(logits)
+        scores, tokens = self._selected(read, logits, hidden, before)
+        return jnp.take_along_axis(tokens, argmax(scores)[..., None], axis=-1)[..., 0]
+
+    def more_loss(self, read, frozen, hidden, logits, log_p, slots, progress):
+        """The selector's cross-entropy."""
+        if not self.heads.selector:
+            return 0.0
+        logits, hidden = jax.lax.stop_gradient((logits, hidden))
+        scores, tokens = self._selected(read, logits, hidden, slots.before)
+        label = tokens == slots.labels[..., None]
+        of_label = jnp.sum(jnp.where(label, jax.nn.log_softmax(scores, axis=-1), 0), axis=-1)
+        return -self._config.selecting * of_label
+
+    def _selected(self, read, logits, hidden, before):
+        """Scores of the candidates of every slot, and these."""
+        best, tokens = best_logits(logits, self.heads.selector.candidates)
+        return self.heads.scores_after(read, best, tokens, hidden, before[..., None])[..., 0, :], tokens

@@ -1,0 +1,194 @@
+"""DSpark and Domino on a frozen target: a block's network and the serial head that tells slots what stands before them.
+
+Both learn with the true tokens as predecessors. DSpark (`dspark`) brings the slots' distributions close to the
+target's, 0.1 CE + 0.9 |q - p|, and its confidence head learns by cross-entropy how much of q survives verification,
+1 - |q - p| / 2, which is taken as constant. Slot k counts exp(-k / 4), and only while all slots before it count.
+
+Domino (`domino`) learns the text's tokens. U are a slot's logits by themselves and U' those with what the head adds:
+
+    (1 - lambda) l(U') + lambda l(U),  lambda from 1 in a line to 0 once `decay` of the run is done
+
+so that the network first learns to do without the head.
+"""
+
+import dataclasses
+import functools
+from typing import ClassVar, Literal
+
+import jax
+import jax.numpy as jnp
+
+from decoding.drafters.dspark import DSpark
+from decoding.policies import Static
+from decoding.trees import chain
+from models import schema
+from models.config import TransformerConfig
+from models.heads.serial import SerialHead
+from train.objectives import block_losses
+from train.objectives.block_losses import Terms
+from train.objectives.blocks import BlockConfig, BlockObjective, check_blocks
+
+
+@dataclasses.dataclass(frozen=True)
+class DSparkConfig(BlockConfig):
+    """The section `objective` of a DSpark job.
+
+    Attributes:
+      name: `dspark`.
+      target: directory of the target, which stays as it is.
+      target_layers: the layers whose incoming residual stream is read; None spreads `taps` over the target's depth.
+      taps: how many, where `target_layers` does not say.
+      num_layers: of the network.
+      block: rows of a block, all of which draft a token.
+      mask_token: the token that fills a block; None is the target's last.
+      window: sliding window of the network; None is all.
+      head: the serial head: `vanilla`, `gated` or `rnn`.
+      rank: of it.
+      terms: of a slot's loss, by weight (`block_losses.py`).
+      pace: slot k counts exp(-k / pace); None counts all alike.
+      d_pace: D-PACE's weights in its place, for `terms.hard` alone.
+      hybrid_of: whether `hybrid` is blended by every `slot`'s acceptance or by the `batch`'s mean.
+      confident: weight of the confidence head's loss; 0 is without the head.
+      anchors: blocks per row.
+      labels: which tokens are learnt: `assistant`, those that the data set marks, or `all`.
+      loop_prompts: prompts from the valid split that every evaluation decodes, at most a batch; 0 is none.
+      loop_tokens: new tokens per such prompt; 0 decodes nothing.
+    """
+
+    reads: ClassVar[str] = "text"
+    temperature: ClassVar[float] = 1.0
+
+    name: Literal["dspark"]
+    target: str | None
+    target_layers: tuple[int, ...] | None = None
+    taps: int = 5
+    num_layers: int = 5
+    block: int = 7
+    mask_token: int | None = None
+    window: int | None = None
+    head: Literal["vanilla", "gated", "rnn"] = "vanilla"
+    rank: int = 256
+    terms: Terms = dataclasses.field(default_factory=functools.partial(Terms, hard=0.1, l1=0.9))
+    pace: float | None = 4.0
+    d_pace: bool = False
+    hybrid_of: Literal["slot", "batch"] = "slot"
+    confident: float = 1.0
+    anchors: int = 512
+    labels: Literal["assistant", "all"] = "assistant"
+    loop_prompts: int = 4
+    loop_tokens: int = 64
+
+    def __post_init__(self):
+        check_blocks(self)
+        schema.require(self.rank >= 1, "objective.rank must be at least 1", self.rank)
+        schema.require(self.confident >= 0, "objective.confident must not be negative", self.confident)
+        schema.require(
+            not self.confident or self.terms.soft,
+            "objective.confident needs the target's distribution: one of objective.terms but hard must be positive, or "
+            "objective.confident 0",
+            dataclasses.asdict(self.terms),
+        )
+
+    def untrained(self, model: TransformerConfig) -> DSpark:
+        """The drafter without parameters."""
+        serial = SerialHead(self.head, self.rank, confidence="both" if self.confident else "none")
+        return _chain(self, model, serial, shifted=True)
+
+
+@dataclasses.dataclass(frozen=True)
+class DominoConfig(BlockConfig):
+    """The section `objective` of a Domino job; what is not named here is as in `DSparkConfig`.
+
+    Attributes:
+      name: `domino`.
+      shifted: every row of a block drafts the token behind its own; else the anchor's drafts none.
+      state: width of the GRU's state.
+      plain: first slots that the head leaves as they are.
+      decay: share of the run after which U counts no more for itself.
+    """
+
+    reads: ClassVar[str] = "text"
+    temperature: ClassVar[float] = 1.0
+    hybrid_of: ClassVar[str] = "slot"
+
+    name: Literal["domino"]
+    target: str | None
+    target_layers: tuple[int, ...] | None = None
+    taps: int = 5
+    num_layers: int = 5
+    block: int = 16
+    mask_token: int | None = None
+    window: int | None = None
+    shifted: bool = True
+    rank: int = 256
+    state: int = 1024
+    plain: int = 1
+    terms: Terms = dataclasses.field(default_factory=functools.partial(Terms, hard=1.0))
+    pace: float | None = 7.0
+    d_pace: bool = False
+    decay: float = 0.5
+    anchors: int = 256
+    labels: Literal["assistant", "all"] = "assistant"
+    loop_prompts: int = 4
+    loop_tokens: int = 64
+
+    def __post_init__(self):
+        check_blocks(self)
+        for name in ("rank", "state"):
+            schema.require(getattr(self, name) >= 1, f"objective.{name} must be at least 1", getattr(self, name))
+        schema.require(self.plain >= 0, "objective.plain must not be negative", self.plain)
+        schema.require(0 < self.decay <= 1, "objective.decay must lie in 0..1, 0 excluded", self.decay)
+
+    def untrained(self, model: TransformerConfig) -> DSpark:
+        """The drafter without parameters."""
+        serial = SerialHead("gru", self.rank, self.state, self.plain, confidence="none")
+        return _chain(self, model, serial, shifted=self.shifted)
+
+
+def _chain(config: BlockConfig, model: TransformerConfig, serial: SerialHead, shifted: bool) -> DSpark:
+    heads = config.network(model, shifted=shifted)
+    return DSpark(heads, Static(chain(heads.depth)), serial)
+
+
+class SerialObjective(BlockObjective):
+    """What `dspark` and `domino` share: logits with what the serial head adds."""
+
+    def __init__(self, config, tokenizer):
+        """As `DraftObjective`."""
+        super().__init__(config, tokenizer)
+        self.serial = self.drafter.serial
+
+    def head_params(self, params):
+        """The serial head's."""
+        return params["serial"]
+
+    def scores(self, read, frozen, hidden, before):
+        """Of every slot, given its true predecessors."""
+        latent = self.serial.latents(read, hidden, self.serial.embed(read, frozen, before))
+        return self.read_head(frozen, hidden) + self.serial.scores(read, latent)
+
+
+class DSparkObjective(SerialObjective):
+    """The `dspark` objective."""
+
+    Config: ClassVar[type] = DSparkConfig
+    unbroken: ClassVar[bool] = True
+
+    def more_loss(self, read, frozen, hidden, logits, log_p, slots, progress):
+        """The confidence head's cross-entropy."""
+        if not self._config.confident:
+            return 0.0
+        survives = block_losses.acceptance(jax.nn.log_softmax(logits, axis=-1), log_p)
+        sure = self.serial.confidence_logit(read, hidden, self.serial.embed(read, frozen, slots.before))
+        return self._config.confident * block_losses.confidence_loss(sure, survives)
+
+
+class DominoObjective(SerialObjective):
+    """The `domino` objective."""
+
+    Config: ClassVar[type] = DominoConfig
+
+    def more_loss(self, read, frozen, hidden, logits, log_p, slots, progress):
+        """lambda (l(U) - l(U')), beside the l(U') that there is."""
+        share = jnp.maximum(1 - progress / self._config.decay, 0)
+        return share * (self.loss_of(self.read_head(frozen, hidden), slots, log_p) - self.loss_of(logits, slots, log_p))
