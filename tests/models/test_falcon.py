@@ -126,10 +126,14 @@ def test_blocks_of_one_pair_behind_eagles_map_are_eagle() -> None:
         np.testing.assert_allclose(found, wanted, rtol=0, atol=1e-12)
 
 
-KINDS = [FalconHeads(block=3), FalconHeads(block=2, layers=2, lstm_mode="recurrent")]
-
-
-@pytest.mark.parametrize("heads", KINDS, ids=["k=3", "k=2, two layers, recurrent"])
+@pytest.mark.parametrize(
+    "heads",
+    [
+        pytest.param(FalconHeads(block=3), marks=pytest.mark.slow),
+        FalconHeads(block=2, layers=2, lstm_mode="recurrent"),
+    ],
+    ids=["k=3", "k=2, two layers, recurrent"],
+)
 def test_drafts_everywhere_are_those_of_one_text_after_the_other(heads: FalconHeads) -> None:
     """A text that ends behind position p, its blocks lined up there, goes on with what the network put out k rows ago;
     all of it is run anew for every block. Beside it, two texts in one row draft as each alone."""
