@@ -133,9 +133,9 @@ class Network:
 
         exists_B1k1 = self._exists()[:, None, :, None]
         embedding = jnp.where(exists_B1k1, self.target.lookup(tokens_BMk), 0)
-        each = [x.reshape(batch * count, k, -1) for x in (of_parent(last.hidden), embedding)]
+        feature, embedding = (x.reshape(batch * count, k, -1) for x in (of_parent(last.hidden), embedding))
         before = None if last.states is None else of_parent(last.states).reshape(batch * count, 4, -1)
-        joined, states = self.heads.join(self.params, *each, before)
+        joined, states = self.heads.join(self.params, feature, embedding, before)
         above_BMp = jnp.concatenate([of_parent(last.above), above_BM[:, :, None]], axis=2)
 
         seen = []
@@ -263,15 +263,15 @@ class Falcon(NetworkDrafter):
             after = hidden[:, 0] if copies > 1 else None
             cache = commit(cache, _true_rows(fresh, part, exists_BT), None, copy * slots + first_B, after)
         kept_BR = new_B1 + jnp.arange(k - 1, dtype=jnp.int32)
-        after = {
+        kept = {
             "feature": last_feature(state["feature"], feature_BRH, rows.count),
             "read": jnp.take_along_axis(joined_BTH, kept_BR[:, :, None], axis=1),
             "cache": cache,
         }
         if states is None:
-            return after
+            return kept
         behind = jnp.concatenate([state["lstm"][:, None], states.astype(state["lstm"].dtype)], axis=1)
-        return {**after, "lstm": jnp.take_along_axis(behind, new_B1[:, :, None, None], axis=1)[:, 0]}
+        return {**kept, "lstm": jnp.take_along_axis(behind, new_B1[:, :, None, None], axis=1)[:, 0]}
 
     def network(self, params, target, state):
         """The network in the middle of the text."""

@@ -261,14 +261,15 @@ def guesses_everywhere(
         wide_ = jnp.pad(x, [(0, 0), (k - 1, blocks * k - length)] + [(0, 0)] * (x.ndim - 2))
         return jnp.concatenate([wide_[:, r : r + blocks * k] for r in range(k)])
 
+    segments = cut(segments)
     place = dataclasses.replace(
         layout,
         positions=cut(layout.positions),
         horizon=jnp.zeros((k * batch, 1), jnp.int32),
         order=BlockCausal(k),
-        segments=cut(segments),
+        segments=segments,
     )
-    last = place.segments.reshape(-1, blocks, k)
+    last = segments.reshape(-1, blocks, k)
     exists = (last == last[:, :, -1:]).reshape(-1, blocks * k, 1)
     outputs: list[Array] = []
     drafted: list[list[Rows]] = []
@@ -321,6 +322,7 @@ def _attend_own_block(
     window: None = None,
 ) -> Float[Array, "B T N*D"]:
     """`attend` for drafted blocks: `first` as the layout says, `between` and `rows` in the query's own block alone."""
+    assert layout.segments is not None, "what pads a text is a document of its own"
     B, T, N, D = q_BTND.shape
     K, C = rows["v"].shape[1], T // k
     dtype = wide(q_BTND.dtype)

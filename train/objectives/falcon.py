@@ -125,7 +125,7 @@ class FalconObjective(DraftObjective):
         return self._config.depth
 
     @property
-    def target_taps(self):
+    def target_taps(self) -> tuple[str, ...]:  # type: ignore[override]
         """Also the target's distribution, where it is asked what it would have chosen."""
         asks = self._config.hard > 0 or self._config.glancing != "off"
         return tuple(dict.fromkeys((*super().target_taps, *((LOGITS,) * asks))))
