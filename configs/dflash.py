@@ -53,7 +53,7 @@ def get_config(variant: str = "") -> ConfigDict:
         config.evaluation.update(every=1000, batches=8)
         config.checkpoint.every = 500
     if variant == "dflash2":
-        config.objective.update(convolution=True, selector={"rank": 256, "candidates": 16})
+        config.objective.update(convolution=True, candidates=16)
     if variant == "smoke":
         config.steps, config.batch_size, config.length = 20, 4, 128
         config.optimizer.warmup_steps = 2

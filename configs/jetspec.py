@@ -30,7 +30,7 @@ def get_config(variant: str = "") -> ConfigDict:
             "num_layers": 3,
             "block": 8,
             "causal": True,
-            "terms": {"hard": 0.0, "forward_kl": 1.0},
+            "terms": {"forward_kl": 1.0},
             "anchors": 64,
         }
     )

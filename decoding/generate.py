@@ -8,7 +8,7 @@ import dataclasses
 import numbers
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -134,11 +134,9 @@ def generate(
     mesh = mesh_of(params) if mesh is None else mesh
     drafter, drafter_params = drafter_and_params(drafter, drafter_params, target, mesh)
     batch = len(prompts := checked_prompts(prompts, target))
-    opened, pace = bool(drafter.open_sizes) and mesh is None and memory is None, None
-    if opened:
-        greedy = all(one.temperature == 0 for one in checked_sampling(sampling, batch))
-        pace = sizing.pace(target, drafter, drafter_params, batch, greedy)
-        drafter, drafter_params = (pace.widest.drafter, drafter_params) if pace else (Plain(), None)
+    opened = bool(drafter.open_sizes) and mesh is None and memory is None
+    pace = _pace(target, drafter, drafter_params, checked_sampling(sampling, batch)) if opened else None
+    drafter, drafter_params = _widest(drafter_params, pace) if opened else (drafter, drafter_params)
     limits = whole_per_row(max_new_tokens, batch, "max_new_tokens")
     stream_every = at_least_one(stream_every, "stream_every", " step")
     needed, padded = _check_lengths(config, prompts, limits, drafter)
@@ -154,14 +152,22 @@ def generate(
     with on_mesh(mesh):
         state, request = _prefill(models, request, _padded(prompts, padded), capacity, mesh, memory)
         paced = None if pace is None else Paced(models, request, pace)
-        state = state if paced is None else paced.compiled(state)
+        state = paced.compiled(state) if paced else state
         prefilled = time.perf_counter()
-        state = _run(models, state, request, reader, stream_every, mesh, paced)
+        state = _run(paced.segment if paced else _steps(models, request), state, reader, stream_every, mesh)
     seconds = prefilled - started, time.perf_counter() - prefilled
-    counts = [Stats.of(state.counters, row) if paced is None else paced.stats[row] for row in range(batch)]
-    # What an open drafter remembers fits one of its sizes only.
-    memory = None if opened else drafter.memory(state.drafter)
-    return _finished(target, prompts, state, counts, memory, seconds, reader.ended, stop_texts)
+    stats = paced.stats if paced else [Stats.of(state.counters, row) for row in range(batch)]
+    memory = None if opened else drafter.memory(state.drafter)  # An open one's fits one of its sizes only.
+    return _finished(target, prompts, state, stats, memory, seconds, reader.ended, stop_texts)
+
+
+def _pace(target, drafter: Drafter, params, settings: list[Sampling]) -> sizing.Pace | None:
+    return sizing.pace(target, drafter, params, len(settings), all(one.temperature == 0 for one in settings))
+
+
+def _widest(params, pace: sizing.Pace | None) -> tuple[Drafter, Any]:
+    """The size whose state serves all, and its parameters; plain decoding where no size pays."""
+    return (pace.widest.drafter, params) if pace else (Plain(), None)
 
 
 def _padded(prompts: list[list[int]], length: int) -> np.ndarray:
@@ -171,7 +177,11 @@ def _padded(prompts: list[list[int]], length: int) -> np.ndarray:
     return text
 
 
-def _run(models: loop.Models, state, request, reader: "_Reader", stream_every: int, mesh, paced: Paced | None):
+def _steps(models: loop.Models, request: Request) -> Callable[..., loop.DecodeState]:
+    return lambda state, steps: loop.run(models, state, request, np.int32(steps))
+
+
+def _run(step: Callable[..., loop.DecodeState], state, reader: "_Reader", stream_every: int, mesh):
     """The loop to its end, without a stop where nobody reads what it writes or asks what the next steps shall be."""
     every = stream_every if reader.watches else NEVER
     while True:
@@ -179,10 +189,7 @@ def _run(models: loop.Models, state, request, reader: "_Reader", stream_every: i
             state = reader.look(state, mesh)
         if bool(jnp.all(state.text.done)):
             return jax.block_until_ready(state)
-        if paced is None:
-            state = loop.run(models, state, request, np.int32(every))
-        else:
-            state = paced.segment(state, every)
+        state = step(state, every)
 
 
 def _finished(

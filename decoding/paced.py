@@ -41,12 +41,10 @@ class Paced:
             state = self._run(state, width, 0)
         return state
 
-    def segment(self, state: loop.DecodeState, most: int) -> loop.DecodeState:
+    def segment(self, state: loop.DecodeState, steps: int) -> loop.DecodeState:
         """The state after the next segment, of at most so many steps."""
-        width, steps = self._pace.next()
-        if self._over:
-            width, steps = None, most
-        state = self._run(state, width, min(steps, most))
+        width, most = (None, steps) if self._over else self._pace.next()
+        state = self._run(state, width, int(min(steps, most)))
         counted = [Stats.of(state.counters, row) for row in range(len(self.stats))]
         self.stats = [before + new for before, new in zip(self.stats, counted, strict=True)]
         self._pace.count(width, counted)

@@ -81,8 +81,9 @@ def attend(
     """
     if layout.attention in ("blocks", "fused"):
         assert sources == ALONE, "attention over whole texts has no other sources"
-        on_tpu, known = jax.default_backend() == "tpu", window is None or isinstance(window, int)
-        if layout.attention == "fused" and on_tpu and known and splash.fits(q_BTND, layout):
+        on_tpu = jax.default_backend() == "tpu"
+        fits = layout.attention == "fused" and on_tpu and splash.fits(q_BTND, layout)
+        if fits and (window is None or isinstance(window, int)):
             mixed_BTND = splash.attend_on_tpu(q_BTND, rows["k"], rows["v"], layout, scale, cap, window)
             return mixed_BTND.reshape(*q_BTND.shape[:2], -1)
         if layout.attention == "fused" and not on_tpu and cap is None and window is None:

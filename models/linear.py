@@ -14,7 +14,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from models import pages
 
@@ -27,6 +27,7 @@ ROWS_AT_ONCE = 5  # That a block is multiplied by while it is read once.
 WORTH_WAKING = 6e6  # Bytes read, over and over too, for which a second core gains more than it takes to wake it.
 
 Kernel = Float[Array | np.ndarray, "in out"] | Float[Array | np.ndarray, "N in block"]
+Table = Float[Array | np.ndarray, "out in"] | Float[Array | np.ndarray, "N in block"]
 
 
 class Linear(nn.Module):
@@ -62,7 +63,7 @@ def product(x: Float[Array, "*B in"], kernel: Kernel, dtype=None) -> Float[Array
     if count == 1:
         # Alone it would be multiplied by one thread, in no order that suits the blocks.
         rows = jnp.pad(rows, ((0, 1), (0, 0)))
-    y = _sum_of_chunks(rows, kernel, dtype)
+    y = _sum_of_chunks(rows, jnp.asarray(kernel), dtype)
     return y.swapaxes(0, 1).reshape(y.shape[1], -1)[:count].reshape(*x.shape[:-1], -1)
 
 
@@ -76,22 +77,25 @@ def _sum_of_chunks(rows: Float[Array, "R in"], kernel: Float[Array, "N in block"
 
 
 def _chunks(kernel: Float[Array, "N in block"], rows: int) -> int:
-    """Into how many chunks of inputs to cut a product, so that every core takes part in it; 1 where none is needed.
+    """Into how many chunks of inputs to cut a product; 1 leaves it whole.
 
     A matrix product in a batch is one core's whole, and so are as many of the batch as have `SHARE` bytes of results:
-    with few rows all of them. As a sum over chunks of its inputs a product is a batch of more and smaller ones.
+    with few rows all of them. As a sum over chunks of its inputs a product is a batch of more and smaller ones, in
+    which every core takes part. And with any sum in it the program does not write the rows down once for each block,
+    which two rows are not worth.
     """
     blocks, width, columns = kernel.shape
+    least = 1 if rows <= 2 or width % 2 else 2
     cores = _cores()
     # The first reading is bound by memory, which one core alone nearly exhausts.
     readings = -(-rows // ROWS_AT_ONCE) - 0.25
     if cores == 1 or kernel.size * kernel.dtype.itemsize * readings < WORTH_WAKING:
-        return 1
+        return least
     share = SHARE // (rows * columns * max(kernel.dtype.itemsize, 4))
     for chunks in range(2, width // LEAST_INPUTS + 1):
         if width % chunks == 0 and max(1, share // chunks) <= -(-blocks // cores):
             return chunks
-    return 1
+    return least
 
 
 @functools.cache
@@ -99,8 +103,10 @@ def _cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def product_with_rows(x: Float[Array, "*B in"], table: Float[Array, "out in"], dtype=None) -> Float[Array, "*B out"]:
+def product_with_rows(x: Float[Array, "*B in"], table: Table, dtype=None) -> Float[Array, "*B out"]:
     """Rows times the transpose of `table`, as scores of all tokens are of their embeddings."""
+    if table.ndim == 3:
+        return product(x, table, dtype)
     rows = x.reshape(-1, x.shape[-1])
     if jax.default_backend() != "cpu" or not 1 < len(rows) <= MOST_ROWS or not _is_large(table):
         return _plain("...i,oi->...o", x, table, dtype)
@@ -145,14 +151,34 @@ def _wide(dtype) -> jnp.dtype:
 
 def in_blocks(kernel: Kernel) -> Kernel:
     """A kernel as `product` reads it fastest on the default backend: in blocks, or as it is."""
-    if jax.default_backend() != "cpu" or kernel.ndim != 2 or kernel.shape[1] % BLOCK or not pages.are_huge():
-        return kernel
-    return kernel.reshape(kernel.shape[0], -1, BLOCK).swapaxes(0, 1) if _is_large(kernel) else kernel
+    return kernel.reshape(len(kernel), -1, BLOCK).swapaxes(0, 1) if _wins_by_blocks(kernel, axis=1) else kernel
+
+
+def table_in_blocks(table: Table) -> Table:
+    """A table of embeddings that is the transpose of a kernel too, as that kernel in blocks, or as it is."""
+    return table.reshape(-1, BLOCK, table.shape[1]).swapaxes(1, 2) if _wins_by_blocks(table, axis=0) else table
+
+
+def rows_of_table(table: Table, indices: Int[Array, "*B"]) -> Float[Array, "*B in"]:
+    """Rows of a table, in blocks or not."""
+    rows = table[indices] if table.ndim == 2 else table[indices // BLOCK, :, indices % BLOCK]
+    return jnp.asarray(rows)
+
+
+def whole_table(table: Table) -> Float[Array | np.ndarray, "out in"]:
+    """The inverse of `table_in_blocks`."""
+    return table if table.ndim == 2 else whole(table).T
 
 
 def whole(kernel: Kernel) -> Float[Array | np.ndarray, "in out"]:
     """The inverse of `in_blocks`."""
     return kernel if kernel.ndim == 2 else kernel.swapaxes(0, 1).reshape(kernel.shape[1], -1)
+
+
+def _wins_by_blocks(array: Array | np.ndarray, axis: int) -> bool:
+    if jax.default_backend() != "cpu" or array.ndim != 2 or array.shape[axis] % BLOCK:
+        return False
+    return _is_large(array) and pages.are_huge()
 
 
 def _is_large(array: Array | np.ndarray) -> bool:

@@ -27,7 +27,7 @@ ROWS = PartitionSpec("data")
 
 # Kernels are [in, out]: column-parallel products split `out` on `tensor`, the row-parallel ones after them split `in`.
 RULES: tuple[tuple[str, PartitionSpec], ...] = (
-    (r"embed/embedding$", PartitionSpec("tensor", "fsdp")),
+    (r"(embed/embedding|selector/(predecessor|successor))$", PartitionSpec("tensor", "fsdp")),
     (r"(head|vocab)/kernel$", PartitionSpec("fsdp", "tensor")),
     (r"attention/[qkv]/kernel$", PartitionSpec("fsdp", "tensor")),
     (r"attention/[qkv]/bias$", PartitionSpec("tensor")),

@@ -26,7 +26,17 @@ from models.attention import ALONE, Rows, Sources, StackedRows, softcap, wide
 from models.config import TransformerConfig
 from models.layers import Block, RMSNorm, call, joined_name, rope_angles
 from models.layout import Layout
-from models.linear import Kernel, in_blocks, product, product_with_rows, whole
+from models.linear import (
+    Kernel,
+    Table,
+    in_blocks,
+    product,
+    product_with_rows,
+    rows_of_table,
+    table_in_blocks,
+    whole,
+    whole_table,
+)
 from models.sharding import keep_batch, split_vocabulary
 
 Params = dict
@@ -107,15 +117,14 @@ def unstack_layers(params: Params) -> Params:
 def for_decoding(params: Params, mesh: Mesh | None = None) -> Params:
     """Parameters as decoding reads them: a list of layers, whose projections are joined where there is no mesh.
 
-    On CPU large kernels of layers are then in blocks (`models/linear.py`). Parameters that are in that form already
-    come back as they are.
+    On CPU large kernels are then in blocks (`models/linear.py`), a tied embedding's table too. Parameters that are in
+    that form already come back as they are.
     """
     if not isinstance(params["layers"], list):
         params = unstack_layers(params)
     if mesh is not None:
         return params
-    params = join_projections(params)
-    return {**params, "layers": map_kernels(in_blocks, params["layers"])}
+    return _map_tables(table_in_blocks, map_kernels(in_blocks, join_projections(params)))
 
 
 def map_kernels(function: Callable[[Kernel], Kernel], params: Any) -> Any:
@@ -125,6 +134,13 @@ def map_kernels(function: Callable[[Kernel], Kernel], params: Any) -> Any:
         return function(leaf) if path[-1] == jax.tree_util.DictKey("kernel") else leaf
 
     return jax.tree.map_with_path(mapped, params)
+
+
+def _map_tables(function: Callable[[Table], Table], params: Params) -> Params:
+    """Parameters after `function` was applied to an embedding that is the head as well."""
+    if "embed" not in params or "head" in params:
+        return params
+    return {**params, "embed": {"embedding": function(params["embed"]["embedding"])}}
 
 
 # Maps of the same input, which decoding on one device runs as one product.
@@ -153,7 +169,7 @@ def join_projections(params: Params) -> Params:
 
 def split_projections(config: TransformerConfig, params: Params) -> Params:
     """The inverse of `for_decoding` but for stacking; parameters that are not joined come back as they are."""
-    params = {**params, "layers": map_kernels(whole, params["layers"])}
+    params = _map_tables(whole_table, map_kernels(whole, params))
     query, key = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
     ends = {"attention": [query, query + key], "mlp": [config.mlp_width]}
 
@@ -179,7 +195,7 @@ def embed(config: TransformerConfig, params: Params, tokens: Int[Array, "*B"]) -
 
 def lookup(params: Params, tokens: Int[Array, "*B"]) -> Float[Array, "*B H"]:
     """Raw rows of the embedding table, which draft heads read: not scaled, whatever the family."""
-    return params["embed"]["embedding"][tokens]
+    return rows_of_table(params["embed"]["embedding"], tokens)
 
 
 def head(config: TransformerConfig, params: Params, hidden: Float[Array, "*B H"]) -> Float[Array, "*B V"]:

@@ -256,21 +256,29 @@ def fill_in(raw: "ConfigDict", objectives: Mapping[str, Any]) -> None:
         _fill_in(raw, TrainConfig, given)
 
 
-def _fill_in(raw: "ConfigDict", kind: type, given: Mapping[str, Any]) -> None:
+def _fill_in(raw: "ConfigDict", kind: type, given: Mapping[str, Any], default: Any = None) -> None:
+    """`default` is a `kind` with the defaults, where they are not those of the fields."""
     from ml_collections import ConfigDict, config_dict
 
     types = {**typing.get_type_hints(kind), **given}
     for field in dataclasses.fields(kind):
         annotation = schema.without_none(types[field.name])[0]
-        absent = field.name not in raw
+        absent, value = field.name not in raw, _default_of(field, default)
         if dataclasses.is_dataclass(annotation):
-            if absent and field.default is not dataclasses.MISSING:
+            if absent and value is not None and value is not dataclasses.MISSING:
                 raw[field.name] = ConfigDict()
             if isinstance(raw.get(field.name), ConfigDict):
-                _fill_in(raw[field.name], typing.cast(type, annotation), {})
-        elif absent and field.default is None:
+                # What a section leaves out of itself has the default of its field, as `parse` has it.
+                _fill_in(raw[field.name], typing.cast(type, annotation), {}, value if absent else None)
+        elif absent and value is None:
             written = typing.get_origin(annotation) or annotation
             if isinstance(written, type) and not issubclass(written, Mapping):
                 raw[field.name] = config_dict.placeholder(written)
-        elif absent and field.default is not dataclasses.MISSING:
-            raw[field.name] = field.default
+        elif absent and value is not dataclasses.MISSING:
+            raw[field.name] = value
+
+
+def _default_of(field: dataclasses.Field, default: Any) -> Any:
+    if default is not None:
+        return getattr(default, field.name)
+    return field.default if field.default_factory is dataclasses.MISSING else field.default_factory()

@@ -146,7 +146,7 @@ class DFlash(NetworkDrafter):
         tree = None if policy is None else policy.topology
         if policy is None or tree is None or tree.max_depth <= self.heads.depth:
             return super().probing()
-        return self.with_policy(dataclasses.replace(policy, tree=tree.down_to(self.heads.depth)))
+        return self.with_policy(dataclasses.replace(policy, tree=tree.down_to(self.heads.depth)))  # type: ignore[call-arg]
 
     def with_budget(self, candidates, acceptance=None):
         fitted = super().with_budget(candidates, acceptance)

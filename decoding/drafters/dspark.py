@@ -64,13 +64,13 @@ class Network(dflash.Network):
         if self.candidates is not None:
             logits, tokens = best_logits(logits, self.candidates)
         told = Told(logits, tokens, hidden_BDH, self.serial.begin((root.shape[0], slots), hidden_BDH.dtype))
-        return self._after(told, 0, 0, root[:, None], told.state[:, :1])
+        return self._behind(told, 0, 0, root[:, None], told.state[:, :1])
 
     def extend(self, scratch, level, at, tokens, parents, seen):
         """The serial head alone; see `DraftNetwork`."""
-        return self._after(scratch, level, at, tokens, jnp.take_along_axis(scratch.state, parents[:, :, None], axis=1))
+        return self._behind(scratch, level, at, tokens, jnp.take_along_axis(scratch.state, parents[:, :, None], axis=1))
 
-    def _after(self, told: Told, slot: int, at: int, tokens: Int[Array, "B M"], state: Float[Array, "B M s"]):
+    def _behind(self, told: Told, slot: int, at: int, tokens: Int[Array, "B M"], state: Float[Array, "B M s"]):
         """What slot `slot` says after each of M tokens, and the scratch with their states."""
         serial, params = self.serial, self.params["serial"]
         before = serial.embed(params, self.target.params, tokens)
@@ -86,7 +86,7 @@ class Network(dflash.Network):
         if serial.confidence != "none":
             sure = jax.nn.sigmoid(serial.confidence_logit(params, hidden, before))
         kept = jax.lax.dynamic_update_slice_in_dim(told.state, state.astype(told.state.dtype), at, axis=1)
-        return Scores(logits, tokens=offered, confidence=sure), told.replace(state=kept)
+        return Scores(logits, tokens=offered, confidence=sure), dataclasses.replace(told, state=kept)
 
 
 @dataclasses.dataclass(frozen=True)

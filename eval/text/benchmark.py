@@ -29,7 +29,6 @@ from typing import Any
 import numpy as np
 
 from decoding.drafter import Drafter
-from decoding.drafters.plain import Plain
 from decoding.drafters.registry import load_drafter
 from decoding.generate import Generation, bucket, generate, slots_needed
 from decoding.sampling import Sampling
@@ -64,13 +63,10 @@ class Contender:
     typical: Typical | None = None
 
     def of_size(self, candidates: int) -> "Contender":
-        """The same with so many candidates, perhaps none, if it is open."""
-        if not self.drafter.open_sizes:
-            return self
-        fitted = self.drafter.with_budget(candidates) if candidates else Plain()
+        """The same with so many candidates, if it is open."""
+        fitted = self.drafter.with_budget(candidates) if self.drafter.open_sizes else None
         # On a mesh an open drafter keeps the size that it was published with.
-        drafter = self.drafter if fitted is None else fitted
-        return dataclasses.replace(self, drafter=drafter, params=self.params if drafter.max_depth else None)
+        return self if fitted is None else dataclasses.replace(self, drafter=fitted)
 
 
 @dataclasses.dataclass
@@ -105,10 +101,11 @@ class Measured:
         first, *rest = (generation.stats[0] for generation in self.generations)
         return sum(rest, first)
 
-    def choose(self) -> Contender:
-        """The contender with the size that most steps had so far."""
+    def choose(self, plain: Contender) -> Contender:
+        """The contender with the size that most steps had so far; plain decoding where that is none."""
         sizes = self.stats.sizes
-        self.chosen = self.contender.of_size(max(sizes, key=sizes.__getitem__)) if sizes else self.contender
+        usual = max(sizes, key=sizes.__getitem__, default=0)
+        self.chosen = self.contender.of_size(usual) if usual else plain
         return self.chosen
 
     def begin(self) -> None:
@@ -199,13 +196,11 @@ def benchmark(
     middle = sorted(len(prompt.tokens) for prompt in prompts)[len(prompts) // 2]
     room = bucket(slots_needed(middle, max_new_tokens, deepest))
     scene = Scene(target.config, target.params, middle, room, batch)
-    measured = [Measured(contender, [], [], []) for contender in field]
-    timed: _Parts | None = None
+    measured, timed = [Measured(contender, [], [], []) for contender in field], None
     for repeat in range(repeats):
         _take_turns(measured, groups, repeat, decode, progress)
-        if repeat == 0 and measured[0].generations:
-            usual = [one.choose() for one in measured]
-            timed = _Parts(scene, usual, progress) if parts else None
+        if repeat == 0 and parts and groups:
+            timed = _Parts(scene, [one.choose(field[0]) for one in measured], progress)
         if timed is not None:
             timed.sample()
     if timed is not None:

@@ -216,7 +216,7 @@ def _causal(said: Mapping[str, Any], inner: Mapping[str, Any], window: int | Non
     if len(set(found.values())) > 1:
         told = " and ".join(f"{name} = {json.dumps(flag)}" for name, flag in found.items())
         raise UserError(f"{where} contradicts itself: {told}")
-    return next(iter(found.values()), window is not None)
+    return bool(next(iter(found.values()), window is not None))
 
 
 def _integer(said: Mapping[str, Any], key: str, where: str) -> int:

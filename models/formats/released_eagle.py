@@ -19,6 +19,7 @@ from models.formats.released_heads import ROTARY, Converted, assemble, check_cop
 from models.formats.target import Target
 from models.heads.eagle import EAGLE_31, Eagle3Heads, EagleHeads, LayerShape, eagle3_layers
 from models.heads.p_eagle import PEagleHeads
+from models.linear import whole_table
 
 # The entries of `config.json` that shape the one layer of an EAGLE network.
 _LAYER_KEYS = (
@@ -193,7 +194,7 @@ def p_eagle(release: Release, base: Target, layers: Sequence[int] | None = None)
 
 def _masks(release: Release, base: Target) -> tuple[dict[str, np.ndarray], bool]:
     """What masks read, the embedding where it is not the base's, and whether it was compared with that."""
-    width, table = base.config.width, np.asarray(base.params["embed"]["embedding"])
+    width, table = base.config.width, np.asarray(whole_table(base.params["embed"]["embedding"]))
     hidden = release.take("mask_hidden", (1, 1, 3 * width), f"a base of width {width}")
     given, token = {"mask_hidden": hidden.reshape(-1)}, _mask_token(release, base)
     if "embed_tokens.weight" not in release:

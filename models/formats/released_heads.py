@@ -26,6 +26,7 @@ from models.formats.target import Target
 from models.heads.eagle import LayerShape
 from models.heads.hydra import HydraHeads
 from models.heads.medusa import MedusaHeads, vocab_kernel
+from models.linear import whole_table
 from models.transformer import Params, split_projections
 
 # Buffers that follow from the configuration, at whatever depth.
@@ -204,7 +205,7 @@ def check_copy(release: Release, name: str, base: Target) -> bool:
     """
     if name not in release:
         return False
-    embedding = base.params["embed"]["embedding"]
+    embedding = whole_table(base.params["embed"]["embedding"])
     if not same(take(release, name, "", embedding.shape, base), embedding):
         raise UserError(
             f"{release.source} was made for another target: its {name} is not the embedding of the base {base.path}"

@@ -31,6 +31,7 @@ from models.formats.hf import load_config, load_params
 from models.formats.tokenizer import Tokenizer
 from models.formats.tokenizer_files import holds_tokenizer
 from models.layout import Layout
+from models.linear import whole_table
 from models.pages import in_huge_pages
 from models.sharding import param_shardings
 from models.transformer import Output, Params, for_decoding, forward, param_shapes
@@ -81,7 +82,7 @@ class Target:
         The embedding is hashed as bfloat16, so that a base loaded in float32 and in bfloat16 is the same base. Where
         several processes share the parameters, all of them must call this.
         """
-        embedding = self.params["embed"]["embedding"]
+        embedding = whole_table(self.params["embed"]["embedding"])
         if isinstance(embedding, jax.Array) and not embedding.is_fully_addressable:
             embedding = multihost_utils.process_allgather(embedding, tiled=True)
         embedding = np.asarray(embedding, dtype=jnp.bfloat16)

@@ -277,7 +277,7 @@ class Eagle3Heads(_Network):
         fc_key, layer_key = jax.random.split(key)
         width, kernel, layer = config.width, vocab_kernel(target), self.layer_config(config)
         scale = (jnp.zeros if layer.zero_centred_norm else jnp.ones)(width)
-        params = {
+        params: Params = {
             "fc": {"kernel": _draw(fc_key, (3 * width, width))},
             "input_norm": {"scale": scale},
             "hidden_norm": {"scale": scale},

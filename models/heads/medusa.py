@@ -14,7 +14,7 @@ from jaxtyping import Array, Float
 
 from models.config import TransformerConfig
 from models.layers import call
-from models.linear import wide_einsum
+from models.linear import whole, whole_table, wide_einsum
 from models.schema import require
 from models.sharding import split_vocabulary
 from models.transformer import Params
@@ -41,7 +41,9 @@ _torch_uniform = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
 
 def vocab_kernel(target: Params) -> Float[Array, "H V"]:
     """The target's output head as a kernel, transposed from the embedding when they are tied."""
-    return target["head"]["kernel"] if "head" in target else target["embed"]["embedding"].T
+    if "head" in target:
+        return jnp.asarray(whole(target["head"]["kernel"]))
+    return jnp.asarray(whole_table(target["embed"]["embedding"]).T)
 
 
 def check_counts(num_heads: int, num_layers: int) -> None:

@@ -137,8 +137,9 @@ class PEagleHeads(Eagle3Heads):
             rest = {name: part for name, part in params.items() if name != "attention_norm"}
             return call(draft_layer(own), rest, x, y_BTH, angles, layout, sources, mix)
 
-        layers = [(functools.partial(run, mix=mix), params), *((ordinary, each) for each in params["blocks"])]
-        hidden, rows = feature, []
+        layers: list[tuple[Callable, Params]] = [(functools.partial(run, mix=mix), params)]
+        layers += [(ordinary, each) for each in params["blocks"]]
+        hidden, rows = feature, list[Rows]()
         for k, (layer, of_layer) in enumerate(layers):
             layer = jax.checkpoint(layer) if remat else layer
             hidden, fresh = layer(of_layer, hidden, embedding, layout, sources.layer(k))
@@ -203,7 +204,8 @@ def sampled_rollouts(
     there_BC = jnp.ones((batch, rows), bool)
     number_BC = jax.random.uniform(key, (batch, rows))
     chain_BCE = jnp.zeros((batch, rows, 0), jnp.int32)
-    anchors, valid, chains, offset = [], [], [], 0
+    anchors, valid, chains = list[Array](), list[Array](), list[Array]()
+    offset = 0
     for d, size in enumerate(sizes):
         eligible_BC = there_BC & jnp.take_along_axis(counted[d], anchors_BC, axis=1)
         found_BC, index_BC = jax.lax.top_k(jnp.where(eligible_BC, number_BC, -1.0), size)
@@ -238,21 +240,23 @@ def _attend_in_rollouts(
     K, S = sources.prefix["v"].shape[1:3]
     k_BTKD, v_BTKD = rows["k"].transpose(0, 3, 1, 2), rows["v"].transpose(0, 2, 1, 3)
     pick = jax.vmap(lambda values, index: values[index])
+    slot_S = jnp.arange(S, dtype=jnp.int32)
 
     def piece(inputs):
-        q_BQND, chain_BQE, place = inputs
+        q_BQND, chain_BQE, horizon_BQ, since_BQ = inputs
         q_BQKGD = (q_BQND * scale).reshape(B, -1, K, N // K, D)
         at_BQE = jnp.maximum(chain_BQE, 0)
         s_BQKGS = wide_einsum("BQKGD,BKDS->BQKGS", q_BQKGD, sources.prefix["k"])
         s_BQKGE = wide_einsum("BQKGD,BQEKD->BQKGE", q_BQKGD, pick(k_BTKD, at_BQE))
-        seen = jnp.concatenate([place.sees_prefix(S, window), chain_BQE >= 0], axis=-1)[:, :, None, None]
+        seen_BQS = (slot_S >= since_BQ[:, :, None]) & (slot_S < horizon_BQ[:, :, None])
+        seen = jnp.concatenate([seen_BQS, chain_BQE >= 0], axis=-1)[:, :, None, None]
         scores = softcap(jnp.concatenate([s_BQKGS, s_BQKGE], axis=-1), cap)
         weights = jax.nn.softmax(jnp.where(seen, scores, jnp.finfo(scores.dtype).min), axis=-1).astype(q_BTND.dtype)
         mixed = wide_einsum("BQKGS,BKSD->BQKGD", weights[..., :S], sources.prefix["v"])
         mixed += wide_einsum("BQKGE,BQEKD->BQKGD", weights[..., S:], pick(v_BTKD, at_BQE))
         return mixed.astype(q_BTND.dtype).reshape(B, -1, N * D)
 
-    inputs = (q_BTND, chain_BTE, Layout(layout.positions, layout.horizon, since=layout.since))
+    inputs = (q_BTND, chain_BTE, layout.horizon, layout.since)
     count = min(-(-B * N * T * S // BLOCK), T)
     if count == 1:
         return piece(inputs)

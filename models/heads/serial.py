@@ -188,4 +188,4 @@ def _columns(kernel: Kernel, tokens: Int[Array, "*B K"]) -> Float[Array, "*B K r
     if kernel.ndim == 2:
         return jnp.moveaxis(jnp.take(kernel, tokens, axis=1), 0, -1)
     block = kernel.shape[2]
-    return kernel[tokens // block, :, tokens % block]
+    return jnp.asarray(kernel[tokens // block, :, tokens % block])

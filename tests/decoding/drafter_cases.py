@@ -5,6 +5,7 @@ below other children than the first too, and be small: the battery compiles ever
 """
 
 import dataclasses
+import functools
 import os
 from collections.abc import Callable
 from typing import Any
@@ -255,18 +256,25 @@ def read_by(drafter: Drafter, length: np.ndarray) -> np.ndarray:
 
 def _random(drafter, target: Target, key: Array) -> tuple[Drafter, Any]:
     """Fresh heads with noise on every parameter, so that no block is the identity that it starts as."""
-    return drafter, noisy(drafter.heads.init(target.config, target.params, key), 0.2, int(jax.random.key_data(key)[-1]))
+    fresh = jax.jit(functools.partial(drafter.heads.init, target.config))(target.params, key)
+    return drafter, noisy(fresh, 0.2, int(jax.random.key_data(key)[-1]))
 
 
 def random_target(
     *, vocab_size: int, width: int = 32, scale: float = 16.0, seed: int = 0, dtype=jnp.float64, **config
 ) -> Target:
-    """A tiny target whose weights are large enough (`scale` times the usual) for lively text."""
+    """A tiny target whose weights are large enough (`scale` times the usual) for lively text; made once each."""
     shape = dict(num_layers=2, num_heads=4, num_kv_heads=2, head_dim=8, mlp_width=3 * width // 2) | config
     shape = TransformerConfig(vocab_size=vocab_size, width=width, **shape)
+    return Target(shape, _random_params(shape, scale, seed, dtype, jax.config.jax_enable_x64))
+
+
+@functools.cache
+def _random_params(shape: TransformerConfig, scale: float, seed: int, dtype, wide: bool) -> Any:
+    """`wide` is the mode of JAX, which says what random numbers are drawn."""
     params = transformer.init(shape, jax.random.key(seed))
     params = jax.tree.map(lambda x: (x * (scale if x.ndim > 1 else 1)).astype(dtype), params)
-    return Target(shape, transformer.for_decoding(params))
+    return transformer.for_decoding(params)
 
 
 # A directory made by `scripts/stories.sh`, whose models then stand in for random ones in the battery.

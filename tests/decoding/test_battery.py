@@ -250,23 +250,29 @@ def test_branches_other_than_the_first_are_accepted(name: str) -> None:
 
 @each_drafter
 def test_every_node_scores_like_a_plain_forward_over_its_root_path(name: str) -> None:
-    paths, scores = [], []
+    paths, scores, checked = [], [], 0
     for step in steps(name)[0]:
         recorded = step.after.drafter
         for row in np.flatnonzero(~step.before.done):
             text = step.before.tokens[row, : step.before.length[row]].tolist()
-            for node, seen in enumerate(recorded["ancestors"][row]):
-                paths.append(text + recorded["tokens"][row, np.flatnonzero(seen)].tolist())
-                scores.append(recorded["logits"][row, node])
-    assert len(paths) > 25 * case(name)[0].max_nodes
-    for first in range(0, len(paths), 256):  # In pieces of one shape, for one program to serve every drafter.
-        part = paths[first : first + 256]
-        padded = np.zeros((256, 64), np.int32)
+            ancestors = recorded["ancestors"][row]
+            # The path to a leaf shows all nodes on it.
+            for leaf in np.flatnonzero(ancestors.sum(axis=0) == 1):
+                nodes = np.flatnonzero(ancestors[leaf])
+                for depth, node in enumerate(nodes):
+                    assert np.array_equal(np.flatnonzero(ancestors[node]), nodes[: depth + 1])
+                paths.append(text + recorded["tokens"][row, nodes].tolist())
+                scores.append(recorded["logits"][row, nodes])
+            checked += len(ancestors)
+    assert checked > 25 * case(name)[0].max_nodes
+    for first in range(0, len(paths), 128):  # In pieces of one shape, for one program to serve every drafter.
+        part = paths[first : first + 128]
+        padded = np.zeros((128, 48), np.int32)
         for row, path in enumerate(part):
             padded[row, : len(path)] = path
         logits = np.asarray(target().apply(padded).logits)
-        expected = logits[np.arange(len(part)), np.array([len(path) - 1 for path in part])]
-        np.testing.assert_allclose(np.array(scores[first : first + 256]), expected, rtol=0, atol=1e-9)
+        for row, path, found in zip(logits, part, scores[first : first + 128], strict=False):
+            np.testing.assert_allclose(found, row[len(path) - len(found) : len(path)], rtol=0, atol=1e-9)
 
 
 @each_drafter
@@ -350,7 +356,11 @@ def test_teacher_forced_replay_counts_the_same_hits(name: str, run) -> None:
     # Padded to the length of the longest run, for one program to serve both.
     replay = functools.partial(replay_acceptance, target(), drafter, generation=generation, prompts=PROMPTS)
     assert replay(params=params, length=CAPACITY).tolist() == counted
-    other = changed(lambda leaf: leaf + 0.1 * jnp.cos(jnp.arange(leaf.size)).reshape(leaf.shape), params)
+
+    def waves(leaf):
+        return np.asarray(leaf) + 0.1 * np.cos(np.arange(leaf.size)).reshape(leaf.shape)
+
+    other = changed(lambda leaf: jnp.asarray(waves(leaf), leaf.dtype), params)
     assert replay(params=other, length=CAPACITY).tolist() != counted
 
 
@@ -362,13 +372,17 @@ def test_heads_read_embeddings_that_are_not_scaled() -> None:
     counted = [stats.accepted_by_depth.tolist() for stats in generation.stats]
     assert replay_acceptance(scaled, drafter, params, PROMPTS, generation).tolist() == counted
 
-    root, feature = jnp.arange(12), jax.random.normal(jax.random.key(0), (12, scaled.config.width))
-    empty = Place.of_text(jnp.zeros(12, jnp.int32)), jnp.zeros((12, 1), jnp.int32)
-    view = TargetView(scaled.config, scaled.params, [], *empty, batch_sampling([Sampling()] * 12))
-    tree, _ = drafter.draft(drafter.for_decoding(params), view, {"feature": feature}, root, None)
-    path = scaled.params["embed"]["embedding"][root][:, None]
-    scores = drafter.heads.vocab(params, 0, drafter.heads.hidden(params, 0, feature, path))
-    children = np.asarray(tree.tokens)[:, drafter.ranked_tree.level(1)]
+    @jax.jit
+    def drafts_and_scores(root, feature):
+        empty = Place.of_text(jnp.zeros(12, jnp.int32)), jnp.zeros((12, 1), jnp.int32)
+        view = TargetView(scaled.config, scaled.params, [], *empty, batch_sampling([Sampling()] * 12))
+        tree, _ = drafter.draft(drafter.for_decoding(params), view, {"feature": feature}, root, None)
+        path = scaled.params["embed"]["embedding"][root][:, None]
+        return tree.tokens, drafter.heads.vocab(params, 0, drafter.heads.hidden(params, 0, feature, path))
+
+    feature = np.random.default_rng(0).normal(size=(12, scaled.config.width))
+    tokens, scores = map(np.asarray, drafts_and_scores(jnp.arange(12), jnp.asarray(feature)))
+    children = tokens[:, drafter.ranked_tree.level(1)]
     assert np.array_equal(children, np.argsort(-scores, axis=-1)[:, : children.shape[1]])
 
 

@@ -32,7 +32,7 @@ def test_costs_are_measured_once_and_kept(tmp_path: pathlib.Path, monkeypatch: p
     target: Target = random_target(vocab_size=12, dtype=np.float32)
     free = TokenRecycling().opened(((2, 1.5),))
     found = costs.measured(target, free, None, 1)
-    assert [rows for rows, _ in found.forward] == [1, 4] and [rows for rows, _ in found.extra] == [3]
+    assert [rows for rows, _ in found.forward] == [1, 5] and [rows for rows, _ in found.extra] == [3]
     assert min(seconds for _, seconds in found.forward) > 0 and found.extra[0][1] >= 0
     (path,) = (tmp_path / "tandem" / "costs").iterdir()
 

@@ -22,6 +22,14 @@ from models.errors import UserError
 
 VOCAB = 17
 
+# One program per call, where operation by operation each would be many.
+apply_sampling, draw, invert, target_probabilities = map(jax.jit, (apply_sampling, draw, invert, target_probabilities))
+
+
+def keys_of(seeds) -> jax.Array:
+    """One key per seed."""
+    return jax.vmap(jax.random.key)(jnp.asarray(seeds))
+
 
 def reference(logits: np.ndarray, s: Sampling) -> np.ndarray:
     """Probabilities after temperature, top-k, top-p, min-p, each on what the one before left, in loops."""
@@ -59,7 +67,8 @@ SETTINGS = [
 @pytest.mark.parametrize("seed", range(3))
 def test_sampling_matches_numpy(x64: None, seed: int) -> None:
     logits = 2 * np.random.default_rng(seed).normal(size=(len(SETTINGS), VOCAB))
-    ours = jax.nn.softmax(apply_sampling(jnp.array(logits), batch_sampling(SETTINGS)), axis=-1)
+    ours = np.exp(apply_sampling(jnp.array(logits), batch_sampling(SETTINGS)))
+    ours /= ours.sum(axis=-1, keepdims=True)
     theirs = np.stack([reference(row, setting) for row, setting in zip(logits, SETTINGS, strict=True)])
     # Settings travel as float32.
     np.testing.assert_allclose(ours, theirs, atol=1e-6)
@@ -87,7 +96,7 @@ DYADIC = np.log([0.25, 1.0, 0.25, 0.5])
 
 def kept(logits, settings: list[Sampling], dtype) -> list[list[int]]:
     """The tokens that each setting leaves of the same logits."""
-    rows = jnp.broadcast_to(jnp.asarray(logits, dtype), (len(settings), len(logits)))
+    rows = jnp.asarray(np.broadcast_to(np.asarray(logits, dtype), (len(settings), len(logits))))
     return [np.flatnonzero(row).tolist() for row in np.isfinite(apply_sampling(rows, batch_sampling(settings)))]
 
 
@@ -123,9 +132,9 @@ def test_top_p_stops_where_the_mass_is_reached(x64: None, dtype) -> None:
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.float64])
 def test_min_p_keeps_what_has_exactly_that_share_of_the_best(x64: None, dtype) -> None:
-    share = jnp.log(jnp.asarray(0.25, dtype))
+    share = np.asarray(jnp.log(jnp.asarray(0.25, dtype)))
     below = np.nextafter(share, np.asarray(-np.inf, dtype))
-    logits = [share, 0.0, below, -jnp.inf, 0.0]
+    logits = [share, 0.0, below, -np.inf, 0.0]
     settings = [Sampling(temperature=1.0, min_p=p) for p in (0.25, 0.0, 0.26, 0.999)]
     assert kept(logits, settings, dtype) == [[0, 1, 4], [0, 1, 2, 4], [1, 4], [1, 4]]
     # The best is that of the row, wherever it lies.
@@ -135,7 +144,7 @@ def test_min_p_keeps_what_has_exactly_that_share_of_the_best(x64: None, dtype) -
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.float64])
 def test_top_k_keeps_that_many_and_their_equals(x64: None, dtype) -> None:
-    logits = [2.0, -1.0, 3.0, 2.0, -1.0, 0.5, -jnp.inf]
+    logits = [2.0, -1.0, 3.0, 2.0, -1.0, 0.5, -np.inf]
     most = 2**31 - 1
     wanted = {1: [2], 2: [0, 2, 3], 3: [0, 2, 3], 4: [0, 2, 3, 5], 5: [0, 1, 2, 3, 4, 5], 6: [0, 1, 2, 3, 4, 5]}
     wanted |= {k: [0, 1, 2, 3, 4, 5] for k in (7, 8, 100, most, 0)}
@@ -174,44 +183,48 @@ def test_greedy_rows_ignore_sampling_and_keys() -> None:
     settings = [Sampling(), Sampling(temperature=1.0)]
     draws = []
     for seed in range(20):
-        keys = jax.vmap(jax.random.key)(jnp.array([seed, seed]))
+        keys = keys_of([seed, seed])
         draws.append(np.asarray(draw(logits, batch_sampling(settings), keys, jnp.array([5, 5]))))
     first, second = np.array(draws).T
     assert set(first) == {int(np.argmax(logits[0]))} and len(set(second)) > 3
 
 
 def test_draws_depend_on_key_and_position_only() -> None:
-    logits = jnp.zeros((4, 1000))
+    logits = np.zeros((4, 1000), np.float32)
     sampling = batch_sampling([Sampling(temperature=1.0)] * 4)
-    keys = jax.vmap(jax.random.key)(jnp.array([1, 1, 1, 2]))
-    drawn = draw(logits, sampling, keys, jnp.array([7, 7, 8, 7])).tolist()
+    drawn = draw(jnp.asarray(logits), sampling, keys_of([1, 1, 1, 2]), jnp.array([7, 7, 8, 7])).tolist()
     assert drawn[0] == drawn[1] and len(set(drawn)) == 3
-    alone = draw(logits[:1], batch_sampling([Sampling(temperature=1.0)]), keys[2:3], jnp.array([8]))
+    alone = draw(jnp.asarray(logits[:1]), batch_sampling([Sampling(temperature=1.0)]), keys_of([1]), jnp.array([8]))
     assert int(alone[0]) == drawn[2]
 
 
 def test_keys_of_drafts_are_nobody_elses() -> None:
     """Neither those that verification makes of a request's key for a position and its numbers, nor each other's."""
-    requests, positions = jax.vmap(jax.random.key)(jnp.arange(20)), jnp.arange(300)
 
-    def folded(keys, data):
-        return jax.vmap(jax.random.fold_in)(keys.ravel(), jnp.broadcast_to(data, keys.shape).ravel())
+    @jax.jit
+    def everyone():
+        requests, positions = jax.vmap(jax.random.key)(jnp.arange(20)), jnp.arange(300)
 
-    every = jnp.repeat(requests, len(positions))
-    of_position = folded(every, jnp.tile(positions, len(requests)))
-    of_drafts = draft_keys(every, jnp.tile(positions, len(requests)))
-    of_levels = [folded(of_drafts, jnp.asarray(level)) for level in range(3)]
-    apart = [requests, of_position, folded(of_position, jnp.asarray(1)), of_drafts, *of_levels]
-    data = np.concatenate([jax.random.key_data(keys) for keys in apart])
+        def folded(keys, data):
+            return jax.vmap(jax.random.fold_in)(keys.ravel(), jnp.broadcast_to(data, keys.shape).ravel())
+
+        every = jnp.repeat(requests, len(positions))
+        of_position = folded(every, jnp.tile(positions, len(requests)))
+        of_drafts = draft_keys(every, jnp.tile(positions, len(requests)))
+        of_levels = [folded(of_drafts, jnp.asarray(level)) for level in range(3)]
+        apart = [requests, of_position, folded(of_position, jnp.asarray(1)), of_drafts, *of_levels]
+        return jnp.concatenate([jax.random.key_data(keys) for keys in apart])
+
+    data = np.asarray(everyone())
     assert len(np.unique(data, axis=0)) == len(data) == 20 + 6 * 20 * 300
 
 
 def test_draw_follows_the_distribution(x64: None) -> None:
     logits = np.random.default_rng(3).normal(size=6)
     setting, samples = Sampling(temperature=0.8, top_p=0.9), 4000
-    keys = jax.vmap(jax.random.key)(jnp.arange(samples))
     sampling = batch_sampling([setting] * samples)
-    drawn = draw(jnp.broadcast_to(jnp.array(logits), (samples, 6)), sampling, keys, jnp.full(samples, 3))
+    rows, places = np.broadcast_to(logits, (samples, 6)), np.full(samples, 3)
+    drawn = draw(jnp.asarray(rows), sampling, keys_of(np.arange(samples)), jnp.asarray(places))
     p = reference(logits, setting)
     observed, expected = np.bincount(drawn, minlength=6), p * samples
     assert observed[p == 0].sum() == 0
@@ -227,23 +240,24 @@ def test_inversion_gives_each_place_its_share(x64: None) -> None:
     mass[128:140] = 0
     side = 200
     grid = (np.stack(np.meshgrid(*[np.arange(side)] * 2), axis=-1).reshape(-1, 2) + 0.5) / side
-    drawn = np.asarray(invert(jnp.broadcast_to(jnp.array(mass), (side**2, 150)), jnp.array(grid)))
+    drawn = np.asarray(invert(jnp.asarray(np.broadcast_to(mass, (side**2, 150))), jnp.array(grid)))
     share = np.bincount(drawn, minlength=150) / side**2
     assert share[mass == 0].sum() == 0 and (mass == 0).any()
     blocks = np.array([mass[start : start + 64].sum() for start in (0, 64, 128)]).repeat(64)[:150]
     # A grid tells each of the two shares, of the block and inside it, to one in `side`.
     allowed = (blocks / mass.sum() + mass / blocks + 1 / side) / side
     assert (np.abs(share - mass / mass.sum()) <= allowed).all()
-    ends = invert(jnp.broadcast_to(jnp.array(mass), (2, 150)), jnp.array([[0.0, 0.0], [1 - 1e-9, 1 - 1e-9]]))
+    ends = invert(jnp.asarray(np.stack([mass, mass])), jnp.array([[0.0, 0.0], [1 - 1e-9, 1 - 1e-9]]))
     assert ends.tolist() == [np.flatnonzero(mass)[0], np.flatnonzero(mass)[-1]]
 
 
 def test_inversion_finds_what_little_there_is() -> None:
     """Whatever a sum rounds to: one place with the smallest mass that float32 holds beside others with none."""
-    mass = jnp.zeros((3, 200)).at[jnp.arange(3), jnp.array([0, 77, 199])].set(jnp.finfo(jnp.float32).tiny)
+    mass = np.zeros((3, 200), np.float32)
+    mass[np.arange(3), [0, 77, 199]] = np.finfo(np.float32).tiny
     # 1, which no generator gives, is as if the sums had rounded so that nothing were past its share.
     for number in (0.0, 0.5, 1 - 2**-23, 1.0):
-        assert invert(mass, jnp.full((3, 2), number)).tolist() == [0, 77, 199]
+        assert invert(jnp.asarray(mass), jnp.asarray(np.full((3, 2), number, np.float32))).tolist() == [0, 77, 199]
 
 
 def test_inversion_takes_the_place_whose_share_begins_at_the_number() -> None:
@@ -314,26 +328,33 @@ def test_best_logits_are_those_of_a_stable_sort(x64: None, dtype) -> None:
 def test_best_tokens_takes_any_axes_before_the_last() -> None:
     x = np.random.default_rng(12).integers(-9, 9, (2, 3, 700)).astype(np.float32)
     wanted = np.argsort(-x, axis=-1, kind="stable")
-    for count in (1, 2, 4):
-        assert np.array_equal(best_tokens(jnp.asarray(x), count), wanted[..., :count])
-        assert np.array_equal(best_tokens(jnp.asarray(x[1, 2]), count), wanted[1, 2, :count])
-    assert best_tokens(jnp.array([0.0, 3.0, 1.0, 3.0]), 3).tolist() == [1, 3, 2]
+
+    @jax.jit
+    def found(x, row, few):
+        return [(best_tokens(x, count), best_tokens(row, count)) for count in (1, 2, 4)], best_tokens(few, 3)
+
+    answers, of_few = found(jnp.asarray(x), jnp.asarray(x[1, 2]), jnp.array([0.0, 3.0, 1.0, 3.0]))
+    for count, (of_all, of_row) in zip((1, 2, 4), answers, strict=True):
+        assert np.array_equal(of_all, wanted[..., :count]) and np.array_equal(of_row, wanted[1, 2, :count])
+    assert of_few.tolist() == [1, 3, 2]
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.float64, jnp.bfloat16, jnp.int32])
 def test_argmax_and_top_k_take_the_first_of_equals(x64: None, dtype) -> None:
     rng = np.random.default_rng(13)
-    for size in (1, 2, 65, 300):
-        x = rng.integers(-3, 4, (20, size))
-        assert np.array_equal(argmax(jnp.asarray(x, dtype)), np.argmax(x, axis=1))
-        values, places = top_k(jnp.asarray(x, dtype), min(size, 7))
-        order = np.argsort(-x, axis=1, kind="stable")[:, : min(size, 7)]
+    rows = [rng.integers(-3, 4, (20, size)) for size in (1, 2, 65, 300)]
+    ends = np.array([[-np.inf, -np.inf, 0.0], [-np.inf] * 3, [1.0, np.inf, np.inf]])
+
+    @jax.jit
+    def found(rows):
+        return [(argmax(x), top_k(x, min(x.shape[1], 7 if len(x) == 20 else 2))) for x in rows]
+
+    given = rows if dtype == jnp.int32 else [*rows, ends]
+    for x, (best, (values, places)) in zip(given, found([jnp.asarray(x, dtype) for x in given]), strict=True):
+        order = np.argsort(-x, axis=1, kind="stable")[:, : values.shape[1]]
+        assert np.array_equal(best, np.argmax(x, axis=1))
         assert places.dtype == jnp.int32 and np.array_equal(places, order)
         assert np.array_equal(values, np.take_along_axis(x, order, axis=1))
-    if dtype != jnp.int32:
-        ends = jnp.array([[-jnp.inf, -jnp.inf, 0.0], [-jnp.inf] * 3, [1.0, jnp.inf, jnp.inf]], dtype)
-        assert argmax(ends).tolist() == [2, 0, 1]
-        assert top_k(ends, 2)[1].tolist() == [[2, 0], [0, 1], [1, 2]]
 
 
 @pytest.mark.parametrize(

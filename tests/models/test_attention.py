@@ -17,16 +17,20 @@ from models.errors import UserError
 from models.formats.target import Target
 from models.layout import Layout, Tree
 from models.linear import wide_einsum
-from models.transformer import init
+from models.transformer import param_shapes
 from tests.decoding.drafter_cases import BUSHY, CASES
+from tests.noise import drawn
 
 B, K, N, D, S = 3, 2, 6, 8, 40
 LENGTHS = jnp.array([0, 17, S])
 
 
-def rows(key: int, slots: int) -> dict[str, jax.Array]:
-    k, v = jax.random.split(jax.random.key(key))
-    return {"k": jax.random.normal(k, (B, K, D, slots)), "v": jax.random.normal(v, (B, K, slots, D))}
+def normal(seed: int, *shape: int) -> jax.Array:
+    return jnp.asarray(np.random.default_rng(seed).normal(size=shape), jnp.float32)
+
+
+def rows(seed: int, slots: int) -> dict[str, jax.Array]:
+    return {"k": normal(seed, B, K, D, slots), "v": normal(seed + 100, B, K, slots, D)}
 
 
 # Of one kind of key source: keys [K, D, S], values [K, S, D], whether the tree lets row t see s [T, S], positions [S].
@@ -65,7 +69,7 @@ SCRATCH_SEEN = np.array([[1, 1, 0, 0]] * 2 + [[1, 0, 1, 0]] * 3, bool)
 def test_windows_caps_and_scratch_are_sums_over_pairs(window: int | None, cap: float | None, traced: bool) -> None:
     T, lengths = len(DEPTHS), np.array([1, 9, 11])
     places, scratch_places = (lengths[:, None] + depths for depths in (DEPTHS, SCRATCH_DEPTHS))
-    q = 3 * jax.random.normal(jax.random.key(4), (B, T, N, D))
+    q = 3 * normal(4, B, T, N, D)
     new, prefix, scratch = rows(0, T), rows(1, 11), rows(2, len(SCRATCH_DEPTHS))
     layout = Layout(
         jnp.asarray(places),
@@ -96,25 +100,29 @@ def test_split_attention_is_dense_attention(scratch_slots: int) -> None:
     scratch, extra = None, {}
     if scratch_slots:
         scratch = rows(2, scratch_slots)
-        seen = jax.random.bernoulli(jax.random.key(3), 0.5, (B, nodes, scratch_slots))
+        seen = normal(3, B, nodes, scratch_slots) > 0
         extra = dict(scratch_seen=seen, scratch_positions=jnp.zeros((B, scratch_slots), jnp.int32))
     positions = LENGTHS[:, None] + jnp.asarray(BUSHY.depth)
     dense = Layout(positions, LENGTHS[:, None], Tree(jnp.asarray(BUSHY.ancestors)[None]), **extra)
     split = dataclasses.replace(dense, attention="split")
-    q = 3 * jax.random.normal(jax.random.key(4), (B, nodes, N, D))
-    out = [attend(q, rows(0, nodes), Sources(rows(1, S), scratch), layout, scale=0.4) for layout in (dense, split)]
-    np.testing.assert_allclose(out[0], out[1], atol=2e-6)
+    q = 3 * normal(4, B, nodes, N, D)
     shorter = dataclasses.replace(split, horizon=(LENGTHS - jnp.array([0, 1, 1]))[:, None])
-    changed = attend(q, rows(0, nodes), Sources(rows(1, S), scratch), shorter, scale=0.4)
-    assert np.abs(changed - out[0])[1:].max() > 1e-3, "the length is what masks"
+
+    @jax.jit
+    def mixed(q, new, prefix, scratch, layouts):
+        return [attend(q, new, Sources(prefix, scratch), layout, scale=0.4) for layout in layouts]
+
+    given = q, rows(0, nodes), rows(1, S), scratch, (dense, split, shorter)
+    by_dense, by_split, changed = jax.device_get(mixed(*given))
+    np.testing.assert_allclose(by_dense, by_split, atol=2e-6)
+    assert np.abs(changed - by_dense)[1:].max() > 1e-3, "the length is what masks"
 
 
 CONFIG = TransformerConfig(vocab_size=40, width=32, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=8, mlp_width=48)
 
 
 def test_split_decoding_writes_the_same_text() -> None:
-    params = init(CONFIG, jax.random.key(0))
-    target = Target(CONFIG, jax.tree.map(lambda x: x * (6 if x.ndim > 1 else 1), params))
+    target = Target(CONFIG, drawn(param_shapes(CONFIG), 0.3))
     prompts = [[1, 2, 3], [4] * 20]
     drafter, drafter_params = CASES["hydra++"](target, jax.random.key(1))
     for more in ({}, dict(drafter=drafter, drafter_params=drafter_params)):
@@ -125,7 +133,7 @@ def test_split_decoding_writes_the_same_text() -> None:
 
 
 def test_what_split_attention_cannot_do_is_refused() -> None:
-    params = init(CONFIG, jax.random.key(0))
+    params = drawn(param_shapes(CONFIG), 0.3)
     for change in (dict(windows=(4, None)), dict(attention_softcap=30.0)):
         target = Target(dataclasses.replace(CONFIG, **change), params)
         with pytest.raises(UserError, match="'split' cannot serve a target with sliding windows or an attention soft"):

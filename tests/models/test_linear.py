@@ -54,11 +54,11 @@ def test_products_are_cut_where_another_core_gains_from_it(monkeypatch: pytest.M
 
     monkeypatch.setattr(linear, "_cores", lambda: 2)
     assert chunks(wide) == [1, 3, 2, 2]
-    assert chunks(narrow) == [1, 1, 1, 3]
+    assert chunks(narrow) == [1, 2, 2, 3]
     monkeypatch.setattr(linear, "_cores", lambda: 8)
     assert chunks(wide) == [1, 12, 6, 3]
     monkeypatch.setattr(linear, "_cores", lambda: 1)
-    assert chunks(wide) == [1, 1, 1, 1]
+    assert chunks(wide) == [1, 2, 2, 2]
 
 
 def test_products_of_a_row_are_bitwise_independent_of_its_neighbours(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -73,8 +73,14 @@ def test_products_of_a_row_are_bitwise_independent_of_its_neighbours(monkeypatch
 
 def test_scores_by_a_table_are_products_with_its_transpose() -> None:
     table, x = _normal(OUT, WIDTH), _normal(2, 3, WIDTH)
-    scores = jax.jit(lambda table, x: linear.product_with_rows(x, table, jnp.float32))(table, x)
-    np.testing.assert_allclose(scores, np.asarray(x) @ np.asarray(table).T, atol=1e-4)
+    blocks = linear.table_in_blocks(table)
+    assert blocks.shape == (5, WIDTH, 64) and linear.table_in_blocks(blocks) is blocks
+    np.testing.assert_array_equal(linear.whole_table(blocks), table)
+    tokens = jnp.array([[0, 63], [64, OUT - 1]])
+    np.testing.assert_array_equal(linear.rows_of_table(blocks, tokens), linear.rows_of_table(table, tokens))
+    scores = jax.jit(lambda tables, x: [linear.product_with_rows(x, table, jnp.float32) for table in tables])
+    for ours in scores([table, blocks], x):
+        np.testing.assert_allclose(ours, np.asarray(x) @ np.asarray(table).T, atol=1e-4)
 
 
 def test_kernels_stay_whole_where_blocks_win_nothing(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 
 from decoding.cache import commit, init_cache
-from models import transformer
+from models import linear, pages, transformer
 from models.attention import Sources, softcap
 from models.config import RopeScaling, TransformerConfig
+from models.heads.medusa import vocab_kernel
 from models.layers import apply_rope, rope_frequencies
 from models.layout import Blocks, Layout, Tree
 from tests.noise import noisy
@@ -79,6 +80,24 @@ def test_joined_projections_are_the_separate_ones(config: TransformerConfig) -> 
     back = transformer.split_projections(config, joined)
     close(back, params, atol=0)
     close(transformer.split_projections(config, params), params, atol=0)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_parameters_in_blocks_are_those_as_they_were(tied: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(linear, "LEAST_BYTES", 1024)
+    monkeypatch.setattr(pages, "are_huge", lambda: True)
+    config = dataclasses.replace(
+        LLAMA, vocab_size=128, width=32, mlp_width=64, num_layers=1, windows=(), tied_embeddings=tied
+    )
+    params = lively(config)
+    ours = transformer.for_decoding(params)
+    assert ours["layers"][0]["mlp"]["gate_up"]["kernel"].shape == (2, 32, 64)
+    assert (ours["embed"]["embedding"] if tied else ours["head"]["kernel"]).shape == (2, 32, 64)
+    whole, blocks = (forward(config, p, TOKENS, Layout.causal(2, 9)) for p in (params, ours))
+    close(blocks.logits, whole.logits)
+    close(transformer.split_projections(config, ours), params, atol=0)
+    assert jax.tree.all(jax.tree.map(lambda a, b: a is b, transformer.for_decoding(ours), ours))
+    np.testing.assert_array_equal(vocab_kernel(ours), vocab_kernel(params))
 
 
 @each_attention

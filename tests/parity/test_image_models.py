@@ -117,7 +117,15 @@ def save(path: Path, tensors: dict[str, np.ndarray]) -> Path:
 
 
 def wide(tree: dict) -> dict:
-    return jax.tree.map(lambda x: jnp.asarray(x, jnp.float64), tree)
+    return jax.tree.map(lambda x: jnp.asarray(np.asarray(x, np.float64)), tree)
+
+
+@jax.jit
+def through_vae(params, images, indices):
+    """Features, codes, what the peer's codes sum up to, and the image of that."""
+    summed = quantiser.accumulate(VAE, params, indices)
+    made = vqvae.features(VAE, params, images), vqvae.encode(VAE, params, images)
+    return *made, summed, vqvae.decode(VAE, params, summed)
 
 
 def test_tokenizer(tmp_path: Path) -> None:
@@ -127,16 +135,16 @@ def test_tokenizer(tmp_path: Path) -> None:
     images = rng.uniform(-1, 1, (2, 10, 10, 3))
     features = peer.features(torch.from_numpy(images).permute(0, 3, 1, 2))
     scale = float(features.std())
-    mine = vqvae.features(VAE, params, jnp.asarray(images))
-    np.testing.assert_allclose(mine, features.permute(0, 2, 3, 1), atol=1e-10 * scale)
     indices, f_hat = peer.encode(features, VAE.scales, (0, 1, 2, 3))
-    for found, expected in zip(vqvae.encode(VAE, params, jnp.asarray(images)), indices, strict=True):
+    given = jnp.asarray(images), [jnp.asarray(x.numpy()) for x in indices]
+    mine, codes, summed, image = through_vae(params, *given)
+    np.testing.assert_allclose(mine, features.permute(0, 2, 3, 1), atol=1e-10 * scale)
+    for found, expected in zip(codes, indices, strict=True):
         np.testing.assert_array_equal(found, expected)
-    summed = quantiser.accumulate(VAE, params, [jnp.asarray(x.numpy()) for x in indices])
     np.testing.assert_allclose(summed, f_hat.permute(0, 2, 3, 1), atol=1e-10 * scale)
     decoded = peer.decode(f_hat).permute(0, 2, 3, 1)
     assert 0.05 < (decoded.abs() < 1).double().mean() < 1
-    np.testing.assert_allclose(vqvae.decode(VAE, params, summed), decoded, atol=1e-9)
+    np.testing.assert_allclose(image, decoded, atol=1e-9)
 
 
 @pytest.mark.parametrize("shared", [False, True])
@@ -158,6 +166,6 @@ def test_ten_scales(tmp_path: Path) -> None:
     f = np.random.default_rng(0).normal(size=(2, 16, 16, 4))
     table = (0, 0, 1, 1, 1, 2, 2, 3, 3, 3)
     indices, f_hat = peer.encode(torch.from_numpy(f).permute(0, 3, 1, 2), SCHEDULES["256"], table)
-    f_hats, found = quantiser.quantise(config, params, jnp.asarray(f))
+    f_hats, found = jax.jit(quantiser.quantise, static_argnums=0)(config, params, jnp.asarray(f))
     assert all(map(np.array_equal, found, indices))
     np.testing.assert_allclose(f_hats[-1], f_hat.permute(0, 2, 3, 1), atol=1e-11)

@@ -5,6 +5,7 @@ import pathlib
 import subprocess
 import sys
 import typing
+from collections.abc import Iterable
 from typing import Any
 
 import pytest
@@ -151,15 +152,25 @@ def test_overrides_arrive(monkeypatch):
 CONFIGS = sorted(path for path in (ROOT / "configs").glob("*.py") if path.name != "__init__.py")
 
 
-def defaults_of(kind: type, prefix: str = "") -> dict[str, Any]:
-    """What sections hold where nothing is said, by dotted place; the objective's is `kind`'s business to bring."""
+def defaults_of(kind: type, prefix: str = "", said: Iterable[str] = (), held: Any = None) -> dict[str, Any]:
+    """What sections hold where nothing is said, by dotted place; the objective's is `kind`'s business to bring.
+
+    A section that is there by default may hold other values than one of which something is said.
+    """
     found: dict[str, Any] = {}
     hints = typing.get_type_hints(kind)
     for field in dataclasses.fields(kind):
+        place, default = f"{prefix}{field.name}", field.default
+        if held is not None:
+            default = getattr(held, field.name)
+        elif field.default_factory is not dataclasses.MISSING:
+            default = field.default_factory()
         if dataclasses.is_dataclass(hints[field.name]):
-            found |= defaults_of(hints[field.name], f"{prefix}{field.name}.")
-        elif field.default is not dataclasses.MISSING:
-            found[f"{prefix}{field.name}"] = field.default
+            within = default if dataclasses.is_dataclass(default) else None
+            touched = any(key.startswith(f"{place}.") for key in said)
+            found |= defaults_of(hints[field.name], f"{place}.", said, None if touched else within)
+        elif default is not dataclasses.MISSING:
+            found[place] = default
     return found
 
 
@@ -168,7 +179,7 @@ def test_a_config_says_only_what_differs_and_a_command_line_may_name_the_rest(pa
     raw = load_config(str(path))
     said = schema.flattened(raw.to_dict())
     kind = OBJECTIVES[raw.objective.name].Config
-    defaults = defaults_of(TrainConfig) | defaults_of(kind, "objective.")
+    defaults = defaults_of(TrainConfig, said=said) | defaults_of(kind, "objective.", said)
     # The sizes of a model are said whole; and where a job must go on from a directory, there is a place to name it.
     own = {key for key in defaults if key.startswith("objective.model")} | {"objective.init_from"}
     assert [key for key in said.keys() & defaults.keys() - own if said[key] == defaults[key]] == []

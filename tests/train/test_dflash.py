@@ -19,7 +19,7 @@ from train.objectives.blocks import drawn_anchors
 
 # JetSpec's loss, and DFlash2's network with D-PACE; the first with weights that fall as well.
 JETSPEC = {"causal": True, "terms": {"forward_kl": 2.0, "hard": 0.0}, "temperature": 2.0, "pace": 3.0}
-DFLASH2 = {"window": 5, "convolution": True, "selector": {"rank": 4, "candidates": 6}, "d_pace": True}
+DFLASH2 = {"window": 5, "convolution": True, "rank": 4, "candidates": 6, "d_pace": True}
 
 
 def log_softmax(logits):
@@ -171,6 +171,7 @@ def test_the_loop_accepts_exactly_what_the_training_forward_says(changes, draft_
         ({"temperature": 2.0}, "objective.temperature is for objective.terms.forward_kl alone, got ['hard']"),
         ({"d_pace": True, "terms": {"l1": 1.0}}, "objective.d_pace weighs objective.terms.hard alone, got ['l1']"),
         ({"d_pace": True, "pace": 4.0}, "objective.d_pace takes the place of objective.pace, got 4.0"),
+        ({"candidates": -1}, "objective.candidates must not be negative, got -1"),
         ({"taps": 0}, "objective.taps must be at least 1"),
         ({"masks": 3}, "unknown key objective.masks"),
     ],

@@ -39,7 +39,8 @@ class DFlashConfig(BlockConfig):
       window: sliding window of the network; None is all.
       causal: rows of a block see none behind them (JetSpec).
       convolution: DFlash2's.
-      selector: DFlash2's.
+      candidates: tokens of a slot among which DFlash2's selector chooses; 0 is without.
+      rank: of the selector's codebooks.
       terms: of a slot's loss, by weight: `hard`, `l1`, `forward_kl`, `nla`, `hybrid` (`block_losses.py`).
       pace: slot k counts exp(-k / pace); None counts all alike.
       d_pace: D-PACE's weights in its place.
@@ -64,7 +65,8 @@ class DFlashConfig(BlockConfig):
     window: int | None = None
     causal: bool = False
     convolution: bool = False
-    selector: Selector | None = None
+    candidates: int = 0
+    rank: int = 256
     terms: Terms = dataclasses.field(default_factory=functools.partial(Terms, hard=1.0))
     pace: float | None = None
     d_pace: bool = False
@@ -78,12 +80,13 @@ class DFlashConfig(BlockConfig):
 
     def __post_init__(self):
         check_blocks(self)
+        schema.require(self.candidates >= 0, "objective.candidates must not be negative", self.candidates)
         schema.require(self.selecting >= 0, "objective.selecting must not be negative", self.selecting)
 
     def untrained(self, model: TransformerConfig) -> DFlash:
         """The drafter without parameters."""
-        shape = {name: getattr(self, name) for name in ("causal", "convolution", "selector")}
-        heads = self.network(model, **shape)
+        selector = Selector(self.rank, self.candidates) if self.candidates else None
+        heads = self.network(model, causal=self.causal, convolution=self.convolution, selector=selector)
         return DFlash(heads, Static(chain(heads.depth), "top"))
 
 
@@ -115,5 +118,6 @@ class DFlashObjective(BlockObjective):
 
     def _selected(self, read, logits, hidden, before):
         """Scores of the candidates of every slot, and these."""
+        assert self.heads.selector is not None
         best, tokens = best_logits(logits, self.heads.selector.candidates)
         return self.heads.scores_after(read, best, tokens, hidden, before[..., None])[..., 0, :], tokens

@@ -44,6 +44,8 @@ class DSparkConfig(BlockConfig):
       window: sliding window of the network; None is all.
       head: the serial head: `vanilla`, `gated` or `rnn`.
       rank: of it.
+      candidates: tokens of a slot, its best by itself, that drafts score after its predecessor; None is all. Training
+        scores all.
       terms: of a slot's loss, by weight (`block_losses.py`).
       pace: slot k counts exp(-k / pace); None counts all alike.
       d_pace: D-PACE's weights in its place, for `terms.hard` alone.
@@ -68,6 +70,7 @@ class DSparkConfig(BlockConfig):
     window: int | None = None
     head: Literal["vanilla", "gated", "rnn"] = "vanilla"
     rank: int = 256
+    candidates: int | None = None
     terms: Terms = dataclasses.field(default_factory=functools.partial(Terms, hard=0.1, l1=0.9))
     pace: float | None = 4.0
     d_pace: bool = False
@@ -123,6 +126,7 @@ class DominoConfig(BlockConfig):
     rank: int = 256
     state: int = 1024
     plain: int = 1
+    candidates: int | None = None
     terms: Terms = dataclasses.field(default_factory=functools.partial(Terms, hard=1.0))
     pace: float | None = 7.0
     d_pace: bool = False
@@ -145,9 +149,9 @@ class DominoConfig(BlockConfig):
         return _chain(self, model, serial, shifted=self.shifted)
 
 
-def _chain(config: BlockConfig, model: TransformerConfig, serial: SerialHead, shifted: bool) -> DSpark:
+def _chain(config: DSparkConfig | DominoConfig, model: TransformerConfig, serial: SerialHead, shifted: bool) -> DSpark:
     heads = config.network(model, shifted=shifted)
-    return DSpark(heads, Static(chain(heads.depth)), serial)
+    return DSpark(heads, Static(chain(heads.depth)), serial, config.candidates)
 
 
 class SerialObjective(BlockObjective):

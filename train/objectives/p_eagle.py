@@ -111,9 +111,9 @@ class PEagleObjective(Eagle3Objective):
         """As many tokens as are learnt ahead."""
         return self._config.depth
 
-    def loss_on(self, target, trainable, frozen, batch, key):
+    def loss_on(self, target, trainable, frozen, batch, key, progress):
         """One term, in which every row of every depth weighs the same; metrics hold each depth's mean."""
-        (totals, weights), told = super().loss_on(target, trainable, frozen, batch, key)
+        (totals, weights), told = super().loss_on(target, trainable, frozen, batch, key, progress)
         return (jnp.sum(totals, keepdims=True), jnp.sum(weights, keepdims=True)), told
 
     def guesses(self, params, frozen, batch, target, layout, key):
@@ -127,12 +127,13 @@ class PEagleObjective(Eagle3Objective):
         found = [Guess(hidden, None, self.labels(batch, 0), read)]
         if self.depth == 1:
             return found
-        rollouts = every_rollout(*tokens.shape, self.depth - 1) if key is None else self.sampled(batch, key)
+        rows_of_text = len(tokens), tokens.shape[1]
+        rollouts = self.sampled(batch, key) if key is not None else every_rollout(*rows_of_text, self.depth - 1)
         deeper = heads.roll_out(self.model, params, rows, layout, rollouts, remat)
         for d, (hidden, at, there) in enumerate(zip(deeper, rollouts.anchors, rollouts.counted, strict=True), start=1):
-            at = None if key is None else at
-            labels = self.labels(batch, d, at)
-            found.append(Guess(hidden, at, Labels(labels.tokens, labels.counted & there), read))
+            places = None if key is None else at
+            labels = self.labels(batch, d, places)
+            found.append(Guess(hidden, places, Labels(labels.tokens, labels.counted & there), read))
         return found
 
     def sampled(self, batch: dict[str, Array], key: Array) -> Rollouts:

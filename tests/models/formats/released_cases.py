@@ -11,6 +11,7 @@ from safetensors.numpy import save_file
 
 from models import transformer
 from models.config import TransformerConfig
+from models.formats.storage import leaves_by_path
 from models.formats.target import Target
 from tests.models.formats.torch_archives import write_torch
 
@@ -167,3 +168,26 @@ def write_shards(directory: Path, tensors: Tensors, stem: str = "pytorch_model",
 def bfloat16(tensors: Tensors) -> Tensors:
     """The same, rounded."""
     return {name: value.astype(jnp.bfloat16) if value.dtype == np.float16 else value for name, value in tensors.items()}
+
+
+def check_places(params: transformer.Params, tensors: Tensors, names: dict[str, str], **given: np.ndarray) -> None:
+    """Every parameter holds the tensor that `names` has for its path, bit for bit, transposed where it is a kernel."""
+    leaves = leaves_by_path(params)
+    assert set(leaves) == set(names) | set(given)
+    for path, leaf in leaves.items():
+        expected = given[path] if path in given else tensors[names[path]]
+        expected = expected.T if path.endswith("kernel") and path in names else expected
+        assert leaf.dtype == expected.dtype, path
+        np.testing.assert_array_equal(leaf, expected, err_msg=path)
+
+
+LAYER = {
+    "attention/q/kernel": "self_attn.q_proj.weight",
+    "attention/k/kernel": "self_attn.k_proj.weight",
+    "attention/v/kernel": "self_attn.v_proj.weight",
+    "attention/o/kernel": "self_attn.o_proj.weight",
+    "mlp_norm/scale": "post_attention_layernorm.weight",
+    "mlp/gate/kernel": "mlp.gate_proj.weight",
+    "mlp/up/kernel": "mlp.up_proj.weight",
+    "mlp/down/kernel": "mlp.down_proj.weight",
+}

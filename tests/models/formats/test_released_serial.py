@@ -132,10 +132,10 @@ def test_both_by_command(base: Target, tmp_path: Path, capsys: pytest.CaptureFix
     [
         ({"markov_rank": 0}, "markov_rank must be an integer of at least 1, got 0"),
         ({"markov_head_type": "lstm"}, 'markov_head_type must be vanilla, gated or rnn, got "lstm"'),
-        ({"markov_head_type": "gated"}, "tensor markov_head.gate_proj.weight is missing"),
+        ({"markov_head_type": "gated"}, "tensor markov_head.gate_proj.bias is missing"),
         ({"confidence_head_with_markov": None}, "confidence_head_with_markov must be true or false, got null"),
         ({"enable_confidence_head": False}, "tensor confidence_head.proj.bias is unknown to DSpark"),
-        ({"markov_rank": R + 1}, "markov_head.markov_w1.weight has shape"),
+        ({"markov_rank": R + 1}, "confidence_head.proj.weight has shape [1, 21]"),
         ({"mask_token_id": None}, "mask_token_id must be an integer"),
         ({"rope_scaling": {"rope_type": "spiral", "factor": 2.0}}, "spiral"),
     ],
