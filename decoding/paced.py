@@ -75,10 +75,10 @@ class Paced:
         waiting = state.drafter
         self._taps = waiting.taps
         length, done = np.asarray(state.text.length), np.asarray(state.text.done)
-        room = state.text.tokens.shape[1] - self._idle.rows
-        if self._idle.drafter.ingests and np.any(~done & (length > room)):
-            self._over = True
-        if self._over or not self._idle.drafter.ingests:
+        crowded = bool(np.any(~done & (length > state.text.tokens.shape[1] - self._idle.rows)))
+        # Before the first step nothing waits.
+        self._over |= crowded and self._idle.drafter.ingests and steps > 0
+        if crowded or not self._idle.drafter.ingests:
             return dataclasses.replace(state, drafter=waiting.state)
         state = dataclasses.replace(state, drafter=None)
         request = dataclasses.replace(self._request, sampling=self._request.sampling.of_any_mode)

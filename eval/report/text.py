@@ -18,6 +18,7 @@ The results (keys marked ? may be absent or None; what needs them is then left o
       first_difference?           dict of anything printable: where the output first left the baseline's
       lossy?          bool, the drafter or its acceptance rule does not promise the target's output
       new_tokens?, steps?         int, over all prompts of one repeat
+      candidates?, steps_by_candidates?   int, usual number of candidates, and steps by that number
       distinct_token_share?       float, distinct over all tokens of a text, mean over texts: low where text repeats
                       itself, which makes it easy to draft
       accepted_by_depth?          per depth 1, 2, ...: int, steps that accepted a draft of this depth

@@ -77,6 +77,8 @@ def test_bare_names(target: Target) -> None:
 
 def test_combinations(saved: pathlib.Path, target: Target) -> None:
     heads, params = load_drafter(saved, target)
+    opened, _ = load_drafter(f"{saved}:auto", target)
+    assert opened == heads and [size for size, _ in opened.open_sizes] == [1, 3, 7] and not heads.open_sizes
     both, both_params = load_drafter(f"prompt_lookup+{saved}", target)
     assert both == FirstOf((PromptLookup(), heads)) and both_params[0] is None
     jax.tree.map(np.testing.assert_array_equal, both_params[1], params)

@@ -72,7 +72,8 @@ def told(target: Target, monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple
 
 
 # A batch of one writes its caches in another way; one drafter with a cache shows it.
-ROWS = [1, 4]
+QUICK = [("hydra++", 1), ("hydra++", 4), ("eagle3", 4), ("token_recycling", 4)]
+SLOW = [("eagle3", 1), ("token_recycling", 1), ("p_eagle", 4), ("dflash", 4), ("dspark", 4)]
 
 
 @functools.cache
@@ -89,14 +90,7 @@ def _settings(batch: int) -> dict:
     return dict(max_new_tokens=LIMITS[:batch], sampling=SAMPLINGS[:batch], seeds=[3, 1, 4, 1][:batch])
 
 
-@pytest.mark.parametrize(
-    ("name", "batch"),
-    [
-        pytest.param(name, batch, marks=[pytest.mark.slow] if batch == 1 and name != "hydra++" else [])
-        for name in ("hydra++", "eagle3", "token_recycling")
-        for batch in ROWS
-    ],
-)
+@pytest.mark.parametrize(("name", "batch"), [*QUICK, *(pytest.param(*case, marks=pytest.mark.slow) for case in SLOW)])
 def test_text_is_plain_decodings_through_every_switch(told, name: str, batch: int) -> None:
     turns = [(LARGE, 3), (0, 7), (SMALL, 2), (LARGE, 2), (0, 2), (SMALL, 5)]
     plain, before = _plain(batch), _programs()
@@ -129,6 +123,10 @@ def test_without_room_to_catch_up_the_rest_is_plain(told) -> None:
     made, script = told("hydra++", [(LARGE, 1), (0, 2)], PROMPTS[:1], max_new_tokens=100, sampling=SAMPLINGS[1])
     ends = [place for place, writer in enumerate(made.writers[0]) if writer]
     assert 60 < max(ends) <= 112 - sizing.SEGMENT + LARGE and script.counted[0] > script.counted[LARGE]
+    # Where there is none to begin with, drafts are made until the first pause.
+    crowded = PROMPTS[1] * 12
+    made, script = told("hydra++", [(LARGE, 4), (0, 1)], [crowded], max_new_tokens=20, sampling=SAMPLINGS[1])
+    assert script.counted[LARGE] == 4 and script.counted[0] == made.stats[0].steps - 4 > 0
 
 
 def test_costs_and_acceptance_choose_the_width_in_mid_text(target: Target, monkeypatch: pytest.MonkeyPatch) -> None:
