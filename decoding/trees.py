@@ -274,7 +274,25 @@ EAGLE_25 = from_child_counts(
     | {(0, 0, 0, 0): 2}
 )
 
-NAMED = {"mc_sim_7b_63": MC_SIM_7B_63, "eagle_25": EAGLE_25}
+
+def _of_digits(counts: str) -> Topology:
+    """A topology from words such as `02:1`, the parent's ranks and its number of children; `:20` is the root."""
+    pairs = (word.split(":") for word in counts.split())
+    return from_child_counts({tuple(map(int, parent)): int(count) for parent, count in pairs})
+
+
+# Published with Falcon for blocks of two, 8 and 4 levels deep; its list of the first names a path twice.
+FALCON_165 = _of_digits(
+    ":20 0:10 1:2 2:2 3:1 00:10 01:2 02:2 03:1 10:2 20:1 30:1 000:10 001:2 002:1 010:2 011:1 020:1 021:1 030:1 100:2 "
+    "200:1 300:1 0000:10 0001:2 0002:1 0010:1 0020:1 0100:1 0200:1 0300:1 1000:1 2000:1 3000:1 00000:9 00001:2 00002:1 "
+    "00010:1 00011:1 00020:1 00100:1 00200:1 01000:1 02000:1 03000:1 10000:1 20000:1 30000:1 000000:9 000001:2 "
+    "000002:1 000010:1 000100:1 001000:1 002000:1 010000:1 020000:1 030000:1 100000:1 200000:1 0000000:8 0000001:2 "
+    "0000002:1 0000010:1 0000011:1 0000020:1 0000100:1 0001000:1 0010000:1 0020000:1 0100000:1 0200000:1 0300000:1 "
+    "1000000:1 2000000:1"
+)
+FALCON_75 = _of_digits(":20 0:11 1:4 2:4 00:7 01:10 02:1 03:1 10:1 20:1 000:10 010:1 020:1 030:1 100:1 200:1")
+
+NAMED = {"mc_sim_7b_63": MC_SIM_7B_63, "eagle_25": EAGLE_25, "falcon_165": FALCON_165, "falcon_75": FALCON_75}
 
 
 def load_topology(spec: "str | Path | Iterable[Sequence[int]]", where: str = "tree") -> Topology:

@@ -13,7 +13,7 @@ from flax import struct
 from jaxtyping import Array, Float, Int
 
 from models import splash
-from models.layout import Layout
+from models.layout import Causal, Layout
 from models.linear import wide_einsum
 
 # One layer's keys `k` [B, K, D, S] and values `v` [B, K, S, D], of S cache slots or of S = T new rows.
@@ -180,7 +180,8 @@ def _library_kernel(q_BTND: Float[Array, "B T N D"], rows: Rows, layout: Layout,
     B, T, N, D = q_BTND.shape
     keys_BTKD, values_BTKD = rows["k"].transpose(0, 3, 1, 2), rows["v"].transpose(0, 2, 1, 3)
     kernel: Literal["cudnn", "xla"] = "cudnn" if jax.default_backend() == "gpu" else "xla"
-    seen_B1TT = None if layout.segments is None else layout.sees_rows(None)[:, None]
+    plain = layout.segments is None and isinstance(layout.order, Causal)
+    seen_B1TT = None if plain else layout.sees_rows(None)[:, None]
     mixed_BTND = jax.nn.dot_product_attention(
         q_BTND, keys_BTKD, values_BTKD, mask=seen_B1TT, scale=scale, is_causal=seen_B1TT is None, implementation=kernel
     )

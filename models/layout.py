@@ -146,12 +146,14 @@ class Layout:
         return seen if window is None else seen & self._near(self.positions, window)
 
     def sees_from(self, first: int | Int[Array, ""], count: int, window: int | Int[Array, ""] | None):
-        """`sees_rows` of `count` rows of a causal order from row `first` on; of what lies past the end, anything."""
-        assert isinstance(self.order, Causal), "only a causal order is cut into blocks"
+        """`sees_rows` of `count` rows from row `first` on, (block-)causal; of what lies past the end, anything."""
+        assert isinstance(self.order, Causal | BlockCausal), "only a causal order is cut into blocks"
+        size, phase = (1, 0) if isinstance(self.order, Causal) else (self.order.size, self.order.phase)
         rows = self.positions.shape[1]
         index_Q = first + jnp.arange(count, dtype=jnp.int32)
-        seen = (index_Q[:, None] >= jnp.arange(rows, dtype=jnp.int32))[None]
+        block_BT = _blocks(rows, size, phase)
         at_Q = jnp.minimum(index_Q, rows - 1)
+        seen = block_BT[:, at_Q, None] >= block_BT[:, None, :]
         if self.segments is not None:
             seen = seen & (self.segments[:, at_Q, None] == self.segments[:, None, :])
         if window is not None:

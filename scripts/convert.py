@@ -34,6 +34,7 @@ from decoding.drafters.dflash import DFlash
 from decoding.drafters.draft_model import DraftModel
 from decoding.drafters.dspark import DSpark
 from decoding.drafters.eagle import Eagle, Eagle3
+from decoding.drafters.falcon import Falcon
 from decoding.drafters.hydra import Hydra
 from decoding.drafters.medusa import Medusa
 from decoding.drafters.p_eagle import PEagle
@@ -45,7 +46,7 @@ from models.command_line import like
 from models.config import TransformerConfig
 from models.errors import UserError, exit_on_user_error
 from models.formats import image_models as image_files
-from models.formats import released_blocks, released_eagle, released_serial
+from models.formats import released_blocks, released_eagle, released_falcon, released_serial
 from models.formats import released_heads as released
 from models.formats.gguf import read_gguf
 from models.formats.hf import load_config, load_params, save_target
@@ -119,10 +120,11 @@ DRAFTERS: dict[str, DrafterFormat] = {
     "jetspec": DrafterFormat((), released_blocks.jetspec, lambda heads: DFlash(heads, Expanding(heads.depth))),
     "dspark": DrafterFormat((), released_serial.dspark, drawn_chain),
     "domino": DrafterFormat((), released_serial.domino, drawn_chain),
+    "falcon": DrafterFormat((), released_falcon.falcon, Falcon),
 }
 
 # Formats of drafters that a tree policy grows trees for.
-WITH_POLICY = ("model", "eagle", "eagle3", "eagle31", "p_eagle", "dflash", "jetspec", "dspark", "domino")
+WITH_POLICY = ("model", "eagle", "eagle3", "eagle31", "p_eagle", "dflash", "jetspec", "dspark", "domino", "falcon")
 
 # Format name -> reader of (source, schedule or None).
 IMAGES: dict[str, Callable[[Path, Sequence[int] | None], Converted]] = {

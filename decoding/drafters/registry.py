@@ -27,6 +27,7 @@ from decoding.drafters.draft_model import DraftModel
 from decoding.drafters.dspark import DSpark
 from decoding.drafters.eagle import Eagle, Eagle3
 from decoding.drafters.early_exit import EarlyExit
+from decoding.drafters.falcon import Falcon
 from decoding.drafters.first_of import FirstOf
 from decoding.drafters.hydra import Hydra
 from decoding.drafters.lookahead import Lookahead
@@ -65,6 +66,7 @@ DRAFTERS: dict[str, type[Drafter]] = {
     "p_eagle": PEagle,
     "dflash": DFlash,
     "dspark": DSpark,
+    "falcon": Falcon,
     "token_recycling": TokenRecycling,
     "prompt_lookup": PromptLookup,
     "lookahead": Lookahead,

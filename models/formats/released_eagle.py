@@ -6,6 +6,7 @@ As `models/formats/released_heads.py`, whose conventions hold here; what a layer
 import dataclasses
 import json
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -47,7 +48,7 @@ def eagle(release: Release, base: Target) -> Converted:
     Raises:
       UserError: a tensor is missing, misshapen, unknown, or differs from the base's; or does not fit `config.json`.
     """
-    layer, rope = _draft_layer(release, base, "layers.0.")
+    layer, rope = draft_layer(release, base, "layers.0.")
     bias = "fc.bias" in release
     if release.config.get("bias", bias) != bias:
         raise UserError(f"{release.source}: config.json says bias = {json.dumps(not bias)}, which fc does not fit")
@@ -117,7 +118,7 @@ def _eagle3(
     kind: str,
 ) -> Converted:
     """A network whose layer is at `place`, with these switches."""
-    layer, rope = _draft_layer(release, base, place)
+    layer, rope = draft_layer(release, base, place)
     low, middle, high = _read_layers(release, base, layers)
     given = _draft_vocabulary(release, base)
     heads = Eagle3Heads(low, middle, high, len(given["draft_vocab"]) if given else 0, layer, **switches)
@@ -169,7 +170,7 @@ def p_eagle(release: Release, base: Target, layers: Sequence[int] | None = None)
         raise UserError(
             f"{release.source}: layers must be named layers.0, layers.1, ..., there are {numbers or 'none'}"
         )
-    layer, rope = _draft_layer(release, base, "layers.0.", len(numbers))
+    layer, rope = draft_layer(release, base, "layers.0.", len(numbers))
     low, middle, high = _read_layers(release, base, layers)
     given = _draft_vocabulary(release, base)
     size = len(given["draft_vocab"]) if given else 0
@@ -294,10 +295,21 @@ def _norm_output(release: Release, said: Mapping[str, bool], meaning: str | None
     return {"norm_output": value} if meaning == "fed_back" else {"head_norm": value}
 
 
-def _draft_layer(
-    release: Release, base: Target, place: str, count: int = 1
+def draft_layer(
+    release: Release, base: Target, place: str, count: int = 1, fixed: Mapping[str, Any] = MappingProxyType({})
 ) -> tuple[LayerShape | None, dict[str, Any]]:
-    """The layer that `config.json` describes, None where it is the base's, and where RoPE came from."""
+    """The layer that `config.json` describes, None where it is the base's, and where RoPE came from.
+
+    Args:
+      release: its tensors.
+      base: the target it was trained on.
+      place: what names of its first layer begin with.
+      count: how many layers there are, all alike.
+      fixed: entries that have one value whatever `config.json` says.
+
+    Raises:
+      UserError: it does not fit the base, or is nothing that we compute.
+    """
     config = base.config
     if not release.config:
         if not _is_plain(config):
@@ -321,7 +333,7 @@ def _draft_layer(
         "intermediate_size": config.mlp_width,
     }
     said = {key: value for key, value in shape.items() if key in _LAYER_KEYS}
-    draft = config_from_hf({**sizes, **said}, where)
+    draft = config_from_hf({**sizes, **said, **fixed}, where)
     for field, wanted in {"width": config.width, "num_layers": count, "activation": "silu"}.items():
         if getattr(draft, field) != wanted:
             raise UserError(f"{where} implies {field} = {getattr(draft, field)}, expected {wanted} for this base")

@@ -22,6 +22,7 @@ from decoding.drafters.draft_model import DraftModel
 from decoding.drafters.dspark import DSpark
 from decoding.drafters.eagle import Eagle, Eagle3
 from decoding.drafters.early_exit import EarlyExit
+from decoding.drafters.falcon import Falcon
 from decoding.drafters.first_of import FirstOf
 from decoding.drafters.hydra import Hydra
 from decoding.drafters.lookahead import Lookahead
@@ -39,6 +40,7 @@ from models.config import TransformerConfig
 from models.formats.target import Target, load_target
 from models.heads.dflash import DFlashHeads, Selector
 from models.heads.eagle import Eagle3Heads, EagleHeads
+from models.heads.falcon import FalconHeads
 from models.heads.hydra import HydraHeads
 from models.heads.medusa import MedusaHeads
 from models.heads.p_eagle import PEagleHeads
@@ -123,7 +125,8 @@ def dspark(target: Target, key: Array) -> tuple[Drafter, Any]:
     """One pass for a block, a bigram for its branches; of a slot's tokens most are scored after the parent."""
     heads = DFlashHeads((0, 1), target.config.vocab_size - 1, num_layers=1, block=3, shifted=True)
     drafter = DSpark(heads, Static(LOPSIDED, "top"), SerialHead("vanilla", 4), min(8, target.config.vocab_size))
-    return drafter, noisy(drafter.init_params(target.config, target.params, key), 0.2)
+    init = jax.jit(drafter.init_params, static_argnums=0)
+    return drafter, noisy(init(target.config, target.params, key), 0.2)
 
 
 def eagle31(target: Target, key: Array) -> tuple[Drafter, Any]:
@@ -156,6 +159,17 @@ def jetspec(target: Target, key: Array) -> tuple[Drafter, Any]:
     """Causal blocks, and a tree whose topology is data."""
     heads = DFlashHeads((0, 1), 0, num_layers=1, block=4, causal=True)
     return _random(DFlash(heads, Expanding(depth=3, total=10, width=3)), target, key)
+
+
+def falcon(target: Target, key: Array) -> tuple[Drafter, Any]:
+    """Blocks of two on a tree that needs two passes, the second of which ends in its middle; one layer, one cache."""
+    return _random(Falcon(FalconHeads(block=2), Static(LOPSIDED, "top")), target, key)
+
+
+def falcon_recurrent(target: Target, key: Array) -> tuple[Drafter, Any]:
+    """Blocks of three, a cache for each way to cut a text into them, and an LSTM that remembers."""
+    heads = FalconHeads(block=3, layers=2, lstm_mode="recurrent")
+    return _random(Falcon(heads, Static(BUSHY, "top")), target, key)
 
 
 def draft_chain(target: Target, key: Array) -> tuple[Drafter, Any]:
@@ -207,6 +221,8 @@ CASES: dict[str, Callable[[Target, Array], tuple[Drafter, Any]]] = {
     "dflash": dflash,
     "dflash2": dflash2,
     "jetspec": jetspec,
+    "falcon": falcon,
+    "falcon recurrent": falcon_recurrent,
 }
 
 # What these add is shown elsewhere too: the network by another policy, the policy by tests/decoding/policies, its rule
@@ -221,6 +237,7 @@ VARIANTS = (
     "draft dyspec",
     "dflash2",
     "jetspec",
+    "falcon recurrent",
 )
 each_drafter = pytest.mark.parametrize(
     "name", [pytest.param(name, marks=[pytest.mark.slow] if name in VARIANTS else []) for name in CASES]

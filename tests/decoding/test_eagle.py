@@ -34,7 +34,7 @@ def test_sampled_children_are_lossless(name: str) -> None:
     target = random_target(vocab_size=6, scale=6.0)
     heads = EagleHeads() if name == "eagle" else Eagle3Heads(0, 1, 1, 3)
     drafter = {"eagle": Eagle, "eagle3": Eagle3}[name](heads, Static(LOPSIDED, "without"))
-    params = dict(drafter.init_params(target.config, target.params, jax.random.key(1)))
+    params = jax.jit(drafter.init_params, static_argnums=0)(target.config, target.params, jax.random.key(1))
     if name == "eagle3":
         params["draft_vocab"] = jnp.array([1, 2, 5], jnp.int32)
     settings = [Sampling(temperature=1.0), Sampling(temperature=1.3, top_p=0.9)]

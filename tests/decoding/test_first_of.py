@@ -94,9 +94,15 @@ def both() -> list:
 @pytest.mark.parametrize("sizes", [(3, 2), (1, 3)])
 def test_a_row_without_candidates_gets_the_second_tree(sizes: tuple[int, int]) -> None:
     drafter = FirstOf((Told(sizes[0]), Told(sizes[1])))
-    roots = jnp.array([7, 8], jnp.int32)
-    tree, drafted = drafter.draft(both(), view(2), [(), ()], roots, None)
-    assert drafted is None, "neither kept anything"
+    seen, guesses = view(2), both()
+
+    @jax.jit
+    def draft(roots):
+        tree, drafted = drafter.draft(guesses, seen, [(), ()], roots, None)
+        assert drafted is None, "neither kept anything"
+        return tree
+
+    tree = draft(jnp.array([7, 8], jnp.int32))
     assert drafter.max_nodes == 4 and drafter.max_depth == 3 and drafter.taps == ("pre_norm",)
     expected = [[7, *GUESSES[0][0][: sizes[0]]], [8, *GUESSES[1][1][: sizes[1]]]]
     for row, tokens in enumerate(expected):
@@ -108,7 +114,7 @@ def test_a_row_without_candidates_gets_the_second_tree(sizes: tuple[int, int]) -
         assert tree.children[row, :, 0].tolist() == [*range(1, len(tokens)), *[-1] * (5 - len(tokens))]
     # Padding hangs below the root: it sees the root and itself, and stands one place behind.
     assert tree.ancestors.diagonal(axis1=1, axis2=2).all() and tree.ancestors[:, :, 0].all()
-    padding = ~tree.valid & (jnp.arange(4) >= jnp.array([[sizes[0] + 1], [sizes[1] + 1]]))
+    padding = ~tree.valid & (np.arange(4) >= np.array([[sizes[0] + 1], [sizes[1] + 1]]))
     assert (tree.depth[padding] == 1).all() and (tree.ancestors.sum(axis=2)[padding] == 2).all()
 
 
@@ -156,12 +162,16 @@ def test_riders_of_both_reach_their_drafters() -> None:
     assert riders.tokens[0].tolist() == [1, 1, 2, 2, 2] and riders.positions[0].tolist() == [4, 5, 4, 5, 6]
     assert np.array_equal(riders.sees_riders, np.broadcast_to(np.eye(5, dtype=bool), (2, 5, 5)))
     assert np.array_equal(riders.sees_tree, np.broadcast_to(np.arange(3) == 0, (2, 5, 3)))
-    rows = jnp.arange(8.0)
+    rows = np.arange(8.0)
+
+    def filled(x, *shape):
+        return jnp.asarray(np.broadcast_to(x, shape))
+
     output = transformer.Output(
-        logits=jnp.broadcast_to(rows[:, None], (2, 8, 12)),
-        hidden=jnp.broadcast_to(rows[:, None], (2, 8, 4)),
-        taps={"pre_norm": jnp.broadcast_to(rows[:, None], (2, 8, 4))},
-        rows=[{"k": jnp.broadcast_to(rows, (2, 1, 4, 8)), "v": jnp.broadcast_to(rows[:, None], (2, 1, 8, 4))}],
+        logits=filled(rows[:, None], 2, 8, 12),
+        hidden=filled(rows[:, None], 2, 8, 4),
+        taps={"pre_norm": filled(rows[:, None], 2, 8, 4)},
+        rows=[{"k": filled(rows, 2, 1, 4, 8), "v": filled(rows[:, None], 2, 1, 8, 4)}],
     )
     drafter.observe(both(), target, state, tree, output, None, jnp.array([True, True]))
     for count, expected in ((2, [0, 1, 2, 3, 4]), (3, [0, 1, 2, 5, 6, 7])):

@@ -71,7 +71,7 @@ def test_chunked_prefill_is_whole_prefill(target: Target, name: str, monkeypatch
 
 def test_default_tree_is_lossless(target: Target) -> None:
     heads = MedusaHeads(num_heads=4)
-    params = heads.init(target.config, target.params, jax.random.key(0))
+    params = jax.jit(heads.init, static_argnums=0)(target.config, target.params, jax.random.key(0))
     drafted = generate(target, PROMPTS, drafter=Medusa(heads), drafter_params=params, max_new_tokens=60)
     assert Medusa(heads).tree is MC_SIM_7B_63
     assert drafted.tokens == generate(target, PROMPTS, max_new_tokens=60).tokens
@@ -239,7 +239,7 @@ def test_a_drafter_without_its_parameters_is_refused(target: Target) -> None:
 
 def test_parameters_of_another_drafter_are_refused(target: Target, drafter: dict) -> None:
     heads = MedusaHeads(3)
-    params = heads.init(target.config, target.params, jax.random.key(0))
+    params = jax.jit(heads.init, static_argnums=0)(target.config, target.params, jax.random.key(0))
     for complaint, arguments in (
         ("of the drafter hydra: heads/0/blocks/0/linear/kernel has shape", {**drafter, "drafter_params": params}),
         ("of the drafter token_recycling: token_recycling has none", {**drafter, "drafter": TokenRecycling(LOPSIDED)}),

@@ -94,11 +94,11 @@ def test_chains_that_begin_alike_share_their_nodes() -> None:
 def test_no_candidate_is_lost_to_its_twin() -> None:
     """The target goes along the second of two chains with the same first token."""
     chains = jnp.array([[[1, 2, 3], [1, 4, 5], [6, 4, 5]]], jnp.int32)
-    tree = merged_chains(jnp.array([0], jnp.int32), chains)
+    tree = jax.jit(merged_chains)(jnp.array([0], jnp.int32), chains)
     behind = {0: 1, 1: 4, 4: 5, 5: 7}
-    logits = jax.nn.one_hot(jnp.array([[behind.get(int(token), 0) for token in tree.tokens[0]]]), 8, dtype=jnp.float64)
-    keys = jax.vmap(jax.random.key)(jnp.arange(1))
-    verdict = verify(tree, logits, batch_sampling([Sampling()]), keys, jnp.array([5], jnp.int32), 3)
+    logits = jnp.asarray(np.eye(8)[[[behind.get(int(token), 0) for token in tree.tokens[0]]]])
+    keys, length = jax.vmap(jax.random.key)(jnp.arange(1)), jnp.array([5], jnp.int32)
+    verdict = jax.jit(verify, static_argnums=5)(tree, logits, batch_sampling([Sampling()]), keys, length, 3)
     assert verdict.tokens[0].tolist() == [1, 4, 5, 7] and int(verdict.drafts[0]) == 3
 
 

@@ -65,18 +65,24 @@ def call(function: str) -> str:
     return f"from tests.decoding import mesh_checks; mesh_checks.{function}"
 
 
+def decodes_alike(name: str, meshes: dict[str, Exchanges], run_on_devices) -> None:
+    lines = run_on_devices(call(f"decodes_alike({name!r}, *{[*meshes]})"), devices=8).splitlines()
+    assert dict(zip(meshes, map(json.loads, lines), strict=True)) == meshes
+
+
 # What these exchange is nearly all exchanged by the others too. They run with `-m slow`.
 LATER = ("eagle2", "lookahead", "prompt_lookup+hydra++")
 
 
 @pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] if n in LATER else []) for n in NEEDED])
 def test_meshes_decode_alike_and_exchange_no_more_than_needed(name: str, run_on_devices) -> None:
-    # Where tensor parallelism is alone nothing differs from where it is not, but for the agreements between rows.
     meshes = {"data=8": across_rows(name), "data=2,tensor=4": together(NEEDED[name], across_rows(name))}
-    if name in ("none", "hydra++"):
-        meshes["tensor=2"] = NEEDED[name]
-    lines = run_on_devices(call(f"decodes_alike({name!r}, *{[*meshes]})"), devices=8).splitlines()
-    assert dict(zip(meshes, map(json.loads, lines), strict=True)) == meshes
+    decodes_alike(name, meshes, run_on_devices)
+
+
+@pytest.mark.parametrize("name", ["none", pytest.param("hydra++", marks=pytest.mark.slow)])
+def test_tensor_parallelism_alone_exchanges_the_same_but_for_agreements_between_rows(name: str, run_on_devices) -> None:
+    decodes_alike(name, {"tensor=2": NEEDED[name]}, run_on_devices)
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """Prompt lookup against a search in plain Python, on periodic text, and where there is nothing to find."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -31,7 +32,7 @@ def test_match_is_that_of_a_plain_search(ngram: int, depth: int, vocab: int, sho
     rng = np.random.default_rng(ngram)
     text = rng.integers(0, vocab, (200, 36)).astype(np.int32)
     length = rng.integers(0, 36, 200).astype(np.int32)
-    found = find_match(jnp.array(text), jnp.array(length), ngram, depth, shortest)
+    found = jax.jit(find_match, static_argnums=(2, 3, 4))(jnp.array(text), jnp.array(length), ngram, depth, shortest)
     expected = [search(row[: end + 1].tolist(), ngram, depth, shortest) for row, end in zip(text, length, strict=True)]
     assert found.tolist() == expected
     assert -1 in expected and len(set(expected)) > 10
@@ -56,9 +57,15 @@ def drafted(drafter, text, length):
         pass
 
     view = View()
-    view.text, view.length = jnp.array(text, jnp.int32), jnp.array([length], jnp.int32)
+    view.length = jnp.array([length], jnp.int32)
     view.sampling = batch_sampling([Sampling()])
-    return drafter.draft(None, view, (), view.text[:, length], None)[0]
+
+    @jax.jit
+    def draft(text):
+        view.text = text
+        return drafter.draft(None, view, (), text[:, length], None)[0]
+
+    return draft(jnp.asarray(text, jnp.int32))
 
 
 def test_a_very_long_chain_is_credited_to_its_depths() -> None:

@@ -52,7 +52,8 @@ def case(name: str, dtype=jnp.float32) -> tuple[Drafter, Any]:
         return EarlyExit(1, Static(LOPSIDED, "without")), None
     with jax.enable_x64(dtype == jnp.float64):
         drafter = Hydra(HydraHeads(num_heads=3, prefix=True), LOPSIDED)
-        return drafter, drafter.init_params(target(dtype).config, target(dtype).params, jax.random.key(2))
+        init = jax.jit(drafter.init_params, static_argnums=0)
+        return drafter, init(target(dtype).config, target(dtype).params, jax.random.key(2))
 
 
 def decode(name: str, rows, dtype=jnp.float32, **settings) -> Generation:

@@ -11,6 +11,11 @@ from decoding.sampling import Sampling, batch_sampling, draw
 from decoding.trees import Topology
 from decoding.verify import Typical, verify, verify_typical
 
+# One program per shape, where operation by operation each would be many.
+draw = jax.jit(draw)
+run = jax.jit(verify, static_argnames="max_depth")
+run_typical = jax.jit(verify_typical, static_argnames=("rule", "max_depth"))
+
 TREE = Topology(((0,), (1,), (2,), (0, 0), (0, 1), (1, 0), (2, 0), (2, 1), (2, 1, 0), (1, 0, 0)))
 BATCH, VOCAB = 256, 5
 
@@ -40,7 +45,7 @@ def targets(logits: np.ndarray, arguments: dict) -> np.ndarray:
     """The target's own token after every node: `[B, N]`."""
     drawn = []
     for node in range(TREE.size):
-        positions = arguments["length"] + int(TREE.depth[node]) + 1
+        positions = jnp.asarray(np.asarray(arguments["length"]) + int(TREE.depth[node]) + 1)
         drawn.append(draw(jnp.array(logits[:, node]), arguments["sampling"], arguments["keys"], positions))
     return np.stack(drawn, axis=1)
 
@@ -63,7 +68,7 @@ def walk(tokens: np.ndarray, valid: np.ndarray, target: np.ndarray) -> tuple[lis
 def test_verify_walks_like_numpy(rule: str, temperature: float) -> None:
     tokens, logits, arguments = problem(0, temperature)
     target = targets(logits, arguments)
-    verdict = verify(TREE.fill(jnp.array(tokens), rule), jnp.array(logits), **arguments)
+    verdict = run(TREE.fill(jnp.array(tokens), rule), jnp.array(logits), **arguments)
     lengths = set()
     for row in range(BATCH):
         path, emitted = walk(tokens[row], np.ones(TREE.size, bool), target[row])
@@ -80,18 +85,18 @@ def test_invalid_nodes_are_never_accepted() -> None:
     valid = np.random.default_rng(5).random((BATCH, TREE.size)) < 0.6
     valid[:, 0] = True
     tree = TREE.fill(jnp.array(tokens), "point").replace(valid=jnp.array(valid))
-    verdict = verify(tree, jnp.array(logits), **arguments)
+    verdict = run(tree, jnp.array(logits), **arguments)
     target = targets(logits, arguments)
     expected = [len(walk(tokens[row], valid[row], target[row])[0]) - 1 for row in range(BATCH)]
     assert verdict.drafts.tolist() == expected
-    free = verify(TREE.fill(jnp.array(tokens), "point"), jnp.array(logits), **arguments)
+    free = run(TREE.fill(jnp.array(tokens), "point"), jnp.array(logits), **arguments)
     assert verdict.drafts.tolist() != free.drafts.tolist()
 
 
 def test_of_equal_match_children_the_first_is_taken() -> None:
     tokens, logits, arguments = problem(2, 0.0)
     tokens[:, [1, 2, 3]] = tokens[:, [1]]
-    verdict = verify(TREE.fill(jnp.array(tokens), "match"), jnp.array(logits), **arguments)
+    verdict = run(TREE.fill(jnp.array(tokens), "match"), jnp.array(logits), **arguments)
     assert set(np.asarray(verdict.path[:, 1]).tolist()) == {0, 1}
 
 
@@ -100,7 +105,7 @@ def test_padding_token_is_not_lucky() -> None:
     tokens, logits, arguments = problem(3, 0.0)
     tokens[:, 1:] = np.where(tokens[:, 1:] == 0, 1, tokens[:, 1:])
     logits[..., 0] = 100.0
-    verdict = verify(TREE.fill(jnp.array(tokens), "point"), jnp.array(logits), **arguments)
+    verdict = run(TREE.fill(jnp.array(tokens), "point"), jnp.array(logits), **arguments)
     assert not np.any(verdict.drafts) and not np.any(verdict.tokens[:, 0])
 
 
@@ -126,7 +131,7 @@ def typical_walk(tokens, logits, temperature, rule) -> tuple[int, float, list[in
 @pytest.mark.parametrize("rule", [Typical(), Typical(epsilon=0.4, delta=0.9)])
 def test_typical_matches_numpy(rule: Typical, temperature: float) -> None:
     tokens, logits, arguments = problem(4, temperature)
-    verdict = verify_typical(TREE.fill(jnp.array(tokens), "point"), jnp.array(logits), rule, **arguments)
+    verdict = run_typical(TREE.fill(jnp.array(tokens), "point"), jnp.array(logits), rule, **arguments)
     target = targets(logits, arguments)
     lengths = set()
     for row in range(BATCH):

@@ -45,7 +45,8 @@ def heads(target: Target, directory: pathlib.Path, label: str) -> Method:
 def small(target: Target) -> Method:
     """The target's shape with one layer, in random weights, as a draft model."""
     config = dataclasses.replace(target.config, num_layers=1)
-    params = jax.tree.map(lambda leaf: 4 * leaf, transformer.init(config, jax.random.key(5)))
+    init = jax.jit(lambda key: jax.tree.map(lambda leaf: 4 * leaf, transformer.init(config, key)))
+    params = init(jax.random.key(5))
     return Method("small", DraftModel(config), params, "top")
 
 

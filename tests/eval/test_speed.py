@@ -16,8 +16,8 @@ from eval import speed
 from eval.measure import bandwidth
 from eval.measure.timing import Timing
 from eval.peers import text as peer
-from models import transformer
 from models.transformer import param_shapes
+from tests.noise import drawn
 
 MEBIBYTE = 2**20
 
@@ -104,7 +104,7 @@ def test_derived_numbers_follow_their_definitions() -> None:
 def test_medians_are_compared_with_medians_and_best_rounds_with_best_rounds() -> None:
     timings = {"reduction": Timing(9.0, 4.0), "matvec": Timing(3.0, 2.0), "plain": Timing(1.0, 0.5)}
     config = speed.SHAPES["tiny"]
-    params = transformer.init(config, jax.random.key(0))
+    params = drawn(param_shapes(config), 0.02)
     maker = speed._Maker(config, params, print)
     found = speed._summarise(maker, ("bandwidth", "plain"), (), MEBIBYTE, timings)
     assert found["bandwidth_gb_per_s"] == pytest.approx(MEBIBYTE / 3e-3 / 1e9)

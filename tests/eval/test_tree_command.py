@@ -147,7 +147,7 @@ def test_command_takes_a_given_tree(target_directory, drafter_directories, tmp_p
 def test_a_tree_for_a_drafter_with_a_policy(target_directory, tmp_path, capsys) -> None:
     target = load_target(target_directory)
     drafter = Eagle(EagleHeads())
-    params = drafter.init_params(target.config, target.params, jax.random.key(0))
+    params = jax.jit(drafter.init_params, static_argnums=0)(target.config, target.params, jax.random.key(0))
     save_drafter(tmp_path / "eagle", drafter, params, target.fingerprint())
     (tmp_path / "tree.json").write_text("[[0], [1], [0, 0]]")
     arguments = ["--target", str(target_directory), "--drafter", str(tmp_path / "eagle"), "--write", "--tree"]

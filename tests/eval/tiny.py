@@ -41,7 +41,8 @@ def write_target(directory: pathlib.Path, seed: int = 0) -> pathlib.Path:
         bos_id=tokenizer.bos_id,
         eos_ids=tokenizer.eos_ids,
     )
-    params = jax.tree.map(lambda leaf: 4 * leaf, transformer.init(config, jax.random.key(seed)))
+    init = jax.jit(lambda key: jax.tree.map(lambda leaf: 4 * leaf, transformer.init(config, key)))
+    params = init(jax.random.key(seed))
     save_target(directory, config, params, tokenizer)
     return directory
 
@@ -50,6 +51,6 @@ def write_drafters(directory: pathlib.Path, target_directory: pathlib.Path) -> d
     """Directories of random Medusa and Hydra++ heads, by name."""
     target = load_target(target_directory)
     for name, drafter in DRAFTERS.items():
-        params = drafter.heads.init(target.config, target.params, jax.random.key(1))
+        params = jax.jit(drafter.heads.init, static_argnums=0)(target.config, target.params, jax.random.key(1))
         save_drafter(directory / name, dataclasses.replace(drafter), params, target.fingerprint())
     return {name: directory / name for name in DRAFTERS}

@@ -106,6 +106,7 @@ def job(data_set: pathlib.Path, target_directory: pathlib.Path) -> Callable[...,
             "rank": 4,
             "state": 6,
         },
+        "falcon": {"name": "falcon", "target": str(target_directory), "depth": 3, "loop_prompts": 0},
         "several": {"name": "several", "target": str(target_directory)},
     }
 

@@ -112,6 +112,7 @@ def test_pieces_are_the_whole_and_no_slope_needs_the_target(draft_setting, monke
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=2e-3, atol=1e-5), gradient, in_pieces)
 
 
+@pytest.mark.slow
 def test_hybrid_weight_of_a_batch_is_that_of_its_mean_acceptance(draft_setting):
     changes = {"hybrid_of": "batch", "terms": {"hybrid": 1.0}}
     objective, params, frozen, batch = draft_setting("dflash", **changes)

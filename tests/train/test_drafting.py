@@ -71,15 +71,20 @@ def test_guesses_from_some_positions_count_as_these_among_all(name, objective, d
 
 def test_choices_at_some_positions_are_compared_with_what_stands_there(draft_setting, monkeypatch):
     objective, params, frozen, batch = draft_setting("draft_heads")
-    target = objective.read_target(frozen, batch)
     at = jnp.array(ANCHORS)
 
-    def perfect(*_):
-        logits = [ahead(target.logits, i + 1) for i in range(2)]
-        return [picked(Guess(x, None, objective.labels(batch, i), lambda x: x), at) for i, x in enumerate(logits)]
+    @jax.jit
+    def evaluated(params, frozen, batch):
+        target = objective.read_target(frozen, batch)
 
-    monkeypatch.setattr(objective, "guesses", perfect)
-    sums = objective.evaluate(params, frozen, batch)
+        def perfect(*_):
+            logits = [ahead(target.logits, i + 1) for i in range(2)]
+            return [picked(Guess(x, None, objective.labels(batch, i), lambda x: x), at) for i, x in enumerate(logits)]
+
+        monkeypatch.setattr(objective, "guesses", perfect)
+        return objective.evaluate(params, frozen, batch)
+
+    sums = evaluated(params, frozen, batch)
     for i in range(2):
         agreed, weight = sums[f"agreement_{i + 1}"]
         assert float(agreed) == float(weight) > 2

@@ -6,6 +6,7 @@ from train.objectives.dflash import DFlashObjective
 from train.objectives.draft_heads import DraftHeads
 from train.objectives.dspark import DominoObjective, DSparkObjective
 from train.objectives.eagle import Eagle3Objective, EagleObjective
+from train.objectives.falcon import FalconObjective
 from train.objectives.lm import LM
 from train.objectives.objective import Objective
 from train.objectives.p_eagle import PEagleObjective
@@ -22,6 +23,7 @@ OBJECTIVES: dict[str, type[Objective]] = {
     "dflash": DFlashObjective,
     "dspark": DSparkObjective,
     "domino": DominoObjective,
+    "falcon": FalconObjective,
     "several": SeveralObjective,
     "vqvae": VQVAEObjective,
     "var": VARObjective,

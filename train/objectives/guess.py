@@ -4,7 +4,8 @@ Guess i of position p answers for a label, and is compared with its teacher, the
 
     hard * -log q(x) + soft * -sum_v t(v) log q(v) + feature * SmoothL1(g, h)
 
-with q the guess, x the label, t the teacher, g what the guess's vocabulary map reads and h the teacher's feature.
+with q the guess, in the soft term at a temperature of its own, x the label, t the teacher, g what the guess's
+vocabulary map reads and h the teacher's feature.
 Scores over the vocabulary, of guesses and of the teacher, exist of one piece of the text at a time (`pieces.py`), and
 what the teacher says there serves all guesses.
 """
@@ -26,12 +27,13 @@ from train.objectives.shift import ahead, behind, log_likelihood
 
 
 class Weights(NamedTuple):
-    """Weights of the loss's terms, and rho, by which guess i counts rho^i."""
+    """Weights of the loss's terms; rho, by which guess i counts rho^i; and the guess's temperature in the soft term."""
 
     hard: float
     soft: float
     feature: float
     decay: float
+    temperature: float = 1.0
 
 
 class Labels(NamedTuple):
@@ -190,8 +192,9 @@ def _loss(weights: Weights, logits, hidden, k: int, rows: _Rows, taught) -> Floa
     if weights.hard:
         loss_BS -= weights.hard * log_likelihood(logits, rows.tokens[k])
     if weights.soft:
-        expected_BS = jnp.sum(taught * logits, axis=-1)
-        loss_BS += weights.soft * (jax.nn.logsumexp(logits, axis=-1) - expected_BS)
+        tempered = logits / weights.temperature
+        expected_BS = jnp.sum(taught * tempered, axis=-1)
+        loss_BS += weights.soft * (jax.nn.logsumexp(tempered, axis=-1) - expected_BS)
     if weights.feature:
         loss_BS += weights.feature * jnp.mean(optax.huber_loss(hidden, rows.feature), axis=-1)
     return jnp.sum(loss_BS * rows.learnt[k])

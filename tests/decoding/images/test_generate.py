@@ -27,6 +27,9 @@ LABELS = [0, 3, 5, 2]
 GREEDY = Drawing(guidance=1.5, temperature=0.0)
 WARM = Drawing(guidance=2.0, top_k=9, top_p=0.8, temperature=1.2)
 
+# One program per shape, where operation by operation it would be many.
+draw_codes = jax.jit(scales.draw_codes, static_argnums=3)
+
 pytestmark = pytest.mark.usefixtures("x64", "structs_may_hold_shapes")
 
 
@@ -167,7 +170,8 @@ def test_codes_are_drawn_from_the_filtered_distribution(drawing: Drawing) -> Non
     # And what is drawn follows it: 2,000 draws of one row.
     keys = jax.vmap(jax.random.key)(jnp.arange(2000))
     many = Draws.of([drawing] * 2000, keys, 5)
-    index, vectors = scales.draw_codes(jnp.eye(150), jnp.broadcast_to(jnp.array(scores[:1]), (2000, 3, 150)), many, 2)
+    rows = jnp.asarray(np.broadcast_to(scores[:1], (2000, 3, 150)))
+    index, vectors = draw_codes(jnp.asarray(np.eye(150)), rows, many, 2)
     assert np.array_equal(np.argmax(vectors, axis=-1), index)
     for token in range(3):
         share = np.bincount(np.asarray(index[:, token]), minlength=150) / 2000
@@ -181,12 +185,18 @@ def test_smooth_pictures_mix_code_vectors(k: int) -> None:
     scores = np.random.default_rng(4).normal(size=(2, 3, 19))
     keys = jax.vmap(jax.random.key)(jnp.arange(2))
     draws = Draws.of([smooth] * 2, keys, 5)
-    index, weights = scales.draw_codes(jnp.eye(19), jnp.array(scores), draws, k)
-    plain, _ = scales.draw_codes(jnp.eye(19), jnp.array(scores), Draws.of([WARM] * 2, keys, 5), k)
+    given = jnp.asarray(np.eye(19)), jnp.array(scores)
+    index, weights = draw_codes(*given, draws, k)
+    plain, _ = draw_codes(*given, Draws.of([WARM] * 2, keys, 5), k)
     assert np.array_equal(index, plain)
     left = reference.filtered(scores, WARM.top_k, WARM.top_p)
-    own = [jax.random.split(jax.random.fold_in(key, k))[1] for key in keys]
-    noise = np.stack([jax.random.gumbel(key, (3, 19), jnp.float64) for key in own])
+
+    @jax.jit
+    def noise_of(keys):
+        own = [jax.random.split(jax.random.fold_in(key, k))[1] for key in keys]
+        return [jax.random.gumbel(key, (3, 19), jnp.float64) for key in own]
+
+    noise = np.stack(noise_of(keys))
     ratio = k / 4
     mixed = (left * (1 + ratio) + noise) / max(0.27 * (1 - 0.95 * ratio), 0.005)
     expected = np.exp(mixed - mixed.max(-1, keepdims=True))

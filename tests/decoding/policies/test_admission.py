@@ -76,7 +76,8 @@ SOME = np.array([[0.9, 0.4, 0.9], [0.3, 0.9, 0.9], [0.9, 0.8, 0.5]])
 def texts(tokens, lengths, noise):
     """Two tokens of every row: what verification of the first `lengths` slots leaves, continued from the target."""
     path = jnp.stack([jnp.zeros_like(lengths), 1 + tokens[:, 0], 1 + tokens[:, 1]], axis=1)
-    tree = chain(2).fill(jnp.pad(tokens, ((0, 0), (1, 0))), "swor", jnp.asarray(Q, jnp.float32)[path[:, :2]])
+    drawn_from = jnp.asarray(Q, jnp.float32)[path[:, :2]], np.arange(2, dtype=np.int32)[None]
+    tree = chain(2).fill(jnp.pad(tokens, ((0, 0), (1, 0))), "swor", *drawn_from)
     tree = tree.replace(valid=jnp.arange(3) <= lengths[:, None])
     keys = jax.vmap(jax.random.key)(jnp.arange(ROWS, dtype=jnp.uint32))
     sampling = batch_sampling([Sampling(temperature=1.0)])

@@ -18,6 +18,7 @@ from models.config import TransformerConfig
 from models.formats.hf import save_target
 from models.formats.tokenizer import Tokenizer
 from scripts.convert import main as convert_main
+from tests.noise import drawn
 
 CONFIG = TransformerConfig(
     vocab_size=270, width=32, num_layers=2, num_heads=2, num_kv_heads=1, head_dim=16, mlp_width=64, eos_ids=(1,)
@@ -30,11 +31,11 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tokenizer = Tokenizer.train(["a small text to make a tokenizer of\n"] * 3, 270)
     small = dataclasses.replace(CONFIG, width=16, num_layers=1, head_dim=8, mlp_width=32)
     for name, config in (("large", CONFIG), ("small", small)):
-        save_target(folder / name, config, transformer.init(config, jax.random.key(len(name))), tokenizer)
+        save_target(folder / name, config, drawn(transformer.param_shapes(config), 0.1, len(name)), tokenizer)
     other = Tokenizer.train(["another tokenizer entirely, of the same size\n"] * 3, 270)
-    save_target(folder / "foreign", small, transformer.init(small, jax.random.key(0)), other)
+    save_target(folder / "foreign", small, drawn(transformer.param_shapes(small), 0.1), other)
     fewer = dataclasses.replace(small, vocab_size=269)
-    save_target(folder / "fewer", fewer, transformer.init(fewer, jax.random.key(0)), None)
+    save_target(folder / "fewer", fewer, drawn(transformer.param_shapes(fewer), 0.1), None)
     return folder
 
 

@@ -18,6 +18,7 @@ from models import transformer
 from models.heads.hydra import HydraHeads
 from models.heads.medusa import MedusaHeads
 from tests.eval.tiny import TREE
+from tests.noise import drawn
 
 CONFIG = SHAPES["tiny"]
 PRODUCT = re.compile(r" dot\(| custom-call\(")
@@ -53,9 +54,9 @@ def test_invariant_work_stays_in_the_loop() -> None:
     ids=["medusa", "hydra++"],
 )
 def test_parts_of_a_step_stay_in_the_loop(drafter) -> None:
-    params = transformer.init(CONFIG, jax.random.key(0))
+    params = drawn(transformer.param_shapes(CONFIG), 0.1)
     scene = Scene.with_room(CONFIG, params, 20, drafter.max_depth)
-    heads = drafter.heads.init(CONFIG, params, jax.random.key(1))
+    heads = jax.jit(drafter.heads.init, static_argnums=0)(CONFIG, params, jax.random.key(1))
     parts = step_parts(scene, drafter, heads)
     assert set(parts) == {"draft", "choice", "forward", "verdict", "commit", "update", "step"}
     for name in ("draft", "forward"):
@@ -66,10 +67,11 @@ def test_parts_of_a_step_stay_in_the_loop(drafter) -> None:
 
 
 def test_rows_and_step_run_again_and_again() -> None:
-    params = transformer.init(CONFIG, jax.random.key(0))
+    params = drawn(transformer.param_shapes(CONFIG), 0.1)
     scene = Scene.with_room(CONFIG, params, 20, 3)
     drafter = Medusa(MedusaHeads(3), TREE)
-    step = Step(scene, drafter, drafter.heads.init(CONFIG, params, jax.random.key(1)))
+    heads = jax.jit(drafter.heads.init, static_argnums=0)(CONFIG, params, jax.random.key(1))
+    step = Step(scene, drafter, heads)
     for _ in range(3):
         assert step.sample() > 0
     # Every sample makes all its steps: neither the limit nor the cache ends it early.

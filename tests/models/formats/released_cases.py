@@ -14,6 +14,7 @@ from models.config import TransformerConfig
 from models.formats.storage import leaves_by_path
 from models.formats.target import Target
 from tests.models.formats.torch_archives import write_torch
+from tests.noise import drawn
 
 CONFIG = TransformerConfig(
     vocab_size=40, width=16, num_layers=7, num_heads=4, num_kv_heads=2, head_dim=4, mlp_width=24, rope_theta=500.0
@@ -25,8 +26,8 @@ Tensors = dict[str, np.ndarray]
 
 def random_base(seed: int = 0, config: TransformerConfig = CONFIG) -> Target:
     """A base for the drafters here."""
-    params = transformer.init(config, jax.random.key(seed))
-    return Target(config, transformer.for_decoding(params), path=Path("base"))
+    params = jax.jit(transformer.for_decoding)(drawn(transformer.param_shapes(config), 0.1, seed))
+    return Target(config, params, path=Path("base"))
 
 
 def embedding(base: Target, dtype=np.float16) -> np.ndarray:

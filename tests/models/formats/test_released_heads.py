@@ -174,9 +174,6 @@ def test_hydra_config_must_fit(base: Target, tmp_path: Path, key: str, value: ob
         released.hydra(release, base)
 
 
-# EAGLE
-
-
 # What does not fit
 
 ALL: dict[str, tuple[Callable, Callable[[Target], Tensors]]] = {

@@ -200,11 +200,15 @@ def test_hydra(base: Target, tmp_path: Path, dropout: bool, layers: int, prefix:
     assert made.detected == {"dropout_layout": dropout, **({"tied_blocks": True} if layers == 4 else {})}
     features, tokens = torch.randn(T, H), torch.randint(V, (T + 4,))
     embedded = np.asarray(base.params["embed"]["embedding"])[tokens.numpy()]
-    f = made.heads.features(base.config, made.params, jnp.asarray(features.numpy())[None], Layout.causal(1, T))[0]
-    for i in range(3):
-        path = jnp.stack([jnp.asarray(embedded[1 + j : 1 + j + T]) for j in range(i + 1)], axis=1)
-        hidden = made.heads.hidden(made.params, i, f, path)
-        check(made.heads.vocab(made.params, i, hidden), module(features, tokens, i))
+
+    @jax.jit
+    def every_head(params, features, embedded):
+        f = made.heads.features(base.config, params, features[None], Layout.causal(1, T))[0]
+        paths = [jnp.stack([embedded[1 + j : 1 + j + T] for j in range(i + 1)], axis=1) for i in range(3)]
+        return [made.heads.vocab(params, i, made.heads.hidden(params, i, f, path)) for i, path in enumerate(paths)]
+
+    for i, found in enumerate(every_head(made.params, jnp.asarray(features.numpy()), jnp.asarray(embedded))):
+        check(found, module(features, tokens, i))
 
 
 class Eagle(nn.Module):
@@ -243,11 +247,16 @@ def test_eagle(base: Target, tmp_path: Path, bias: bool, layer: TransformerConfi
     write_config(tmp_path, said)
     made = convert(released_eagle.eagle, module, tmp_path / "pytorch_model.bin", base)
     features, tokens = torch.randn(T, H), torch.randint(V, (T,))
-    feature = made.heads.fuse(base.config, made.params, {"post_norm": jnp.asarray(features.numpy())[None]})
-    embedded = base.params["embed"]["embedding"][jnp.asarray(tokens.numpy())][None]
-    out, _ = made.heads.run(base.config, made.params, feature, embedded, Layout.causal(1, T))
+
+    @jax.jit
+    def run(params, target, features, tokens):
+        feature = made.heads.fuse(base.config, params, {"post_norm": features[None]})
+        embedded = target["embed"]["embedding"][tokens][None]
+        out, _ = made.heads.run(base.config, params, feature, embedded, Layout.causal(1, T))
+        return out, made.heads.logits(base.config, params, target, out)
+
+    out, logits = run(made.params, base.params, jnp.asarray(features.numpy()), jnp.asarray(tokens.numpy()))
     check(out[0], module(features, tokens))
-    logits = made.heads.logits(base.config, made.params, base.params, out)
     head = torch.tensor(np.asarray(base.params["head"]["kernel"]))
     np.testing.assert_allclose(logits[0], (module(features, tokens) @ head).detach(), rtol=0, atol=2e-5)
 

@@ -68,9 +68,9 @@ def test_average_pools_do_not_count_their_padding() -> None:
 def test_the_last_block_pools_by_maximum(by_maximum: bool) -> None:
     x = np.random.default_rng(2).uniform(0, 1, (1, 3, 3, 4)).astype(np.float32)
     block = inception.BlockE(by_maximum)
-    params = block.init(jax.random.key(0), jnp.asarray(x))["params"]
+    params = jax.jit(block.init)(jax.random.key(0), jnp.asarray(x))["params"]
     unit = {name: np.asarray(leaf) for name, leaf in params["branch_pool"].items()}
-    got = np.asarray(call(block, params, jnp.asarray(x)))[0, ..., -192:]
+    got = np.asarray(jax.jit(lambda params, x: call(block, params, x))(params, jnp.asarray(x)))[0, ..., -192:]
     for row in range(3):
         for column in range(3):
             window = x[0, max(0, row - 1) : row + 2, max(0, column - 1) : column + 2].reshape(-1, 4)
@@ -108,7 +108,8 @@ def test_spatial_features_are_the_first_channels_of_6d(params: dict) -> None:
 
     def with_bias(block: str, channel: int):
         unit = params[block]["branch1x1"]
-        changed = {**unit, "bias": unit["bias"].at[channel].add(3.0)}
+        bias = np.asarray(unit["bias"]) + 3 * (np.arange(len(unit["bias"])) == channel)
+        changed = {**unit, "bias": jnp.asarray(bias, jnp.float32)}
         return spatial({**params, block: {**params[block], "branch1x1": changed}})
 
     moved = np.asarray(with_bias("Mixed_6d", 2) - plain).reshape(9, 7)

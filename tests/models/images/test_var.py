@@ -112,19 +112,19 @@ def test_narrow_kernels_keep_a_wide_stream() -> None:
 @each_config
 def test_initial_values_follow_the_published_scheme(config: VARConfig) -> None:
     config = dataclasses.replace(config, width=96, depth=2)
-    params = var.init(config, jax.random.key(0), gate=0.01)
+    params = jax.jit(functools.partial(var.init, config, gate=0.01))(jax.random.key(0))
     assert jax.tree.map(jnp.shape, params) == jax.tree.map(lambda x: x.shape, var.param_shapes(config))
     std = (3 * config.width) ** -0.5
     layer, branch = params["layers"][1], (2 * config.depth) ** -0.5
     factors = {1.0: layer["attention"]["qkv"], branch: layer["attention"]["out"], 0.02: params["head"]["vocab"]}
     for factor, dense in factors.items():
-        assert float(jnp.std(dense["kernel"])) == pytest.approx(factor * std, rel=0.05)
+        assert float(np.std(dense["kernel"])) == pytest.approx(factor * std, rel=0.05)
     made = layer["modulation"]
     rows = made["offset"].T if config.shared_modulation else made["kernel"]
-    halves = jnp.split(rows, [2 * rows.shape[1] // 6], axis=1)
+    halves = np.split(np.asarray(rows), [2 * rows.shape[1] // 6], axis=1)
     # Offsets have the std of an embedding, maps that of kernels.
     unit = config.width**-0.5 if config.shared_modulation else std
-    assert [float(jnp.std(half)) for half in halves] == pytest.approx([0.01 * unit, 0.5 * unit], rel=0.15)
+    assert [float(np.std(half)) for half in halves] == pytest.approx([0.01 * unit, 0.5 * unit], rel=0.15)
     if config.shared_modulation:
-        assert float(jnp.std(params["modulation"]["kernel"])) == pytest.approx(std, rel=0.05)
+        assert float(np.std(params["modulation"]["kernel"])) == pytest.approx(std, rel=0.05)
     assert float(jnp.exp(layer["attention"]["log_scale"][0])) == pytest.approx(4)
