@@ -3,6 +3,7 @@
 import dataclasses
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -65,7 +66,7 @@ class NetworkDrafter(Drafter):
                 found, scratch = network.extend(scratch, level, at, tokens, jnp.zeros_like(tokens), seen)
                 scores.append(found)
                 at += tokens.shape[1]
-            return scores
+            return jax.tree.leaves(scores)
 
         return {"network": CostPart(run, inputs)}
 
