@@ -218,7 +218,6 @@ POLICIES = {
         "beam": Table(StochasticBeam(width=3, depth=2)),
         "dyspec": Table(DySpec(budget=8, depth=3, width=3, branch=3)),
         "block 3x3": Block(Static(WIDE, "without")),
-        "block dyspec": Block(DySpec(budget=8, depth=3, width=3, branch=3)),
         "ranked as if drawn": RankedAsIfDrawn(Static(WIDE, "without")),
         "pruned by own probability": PrunedByOwnProbability(Static(WIDE, "without")),
     },

@@ -56,7 +56,7 @@ def counts(tree: Topology, steps: int, accepted: dict[tuple[int, ...], int]) -> 
     return Stats(steps, steps + int(by_node.sum()), by_depth, by_node)
 
 
-@pytest.mark.parametrize("budget", [8, 16, 32])
+@pytest.mark.parametrize("budget", [8, pytest.param(16, marks=pytest.mark.slow), 32])
 def test_every_drafter_gets_exactly_its_budget(target, drafter_directories, small, budget: int) -> None:
     def decode(drafter) -> Stats:
         tree = drafter.policy.tree if isinstance(drafter, DraftModel) else drafter.tree

@@ -59,7 +59,12 @@ def counted(batch, distance):
             yield b, p, label
 
 
-@pytest.mark.parametrize(("feature", "soft"), [(2.0, 0.0), (0.0, 0.5), (1.0, 0.1)])
+SLOW = pytest.mark.slow  # A term alone, where another case has both; a vocabulary like the target's.
+
+
+@pytest.mark.parametrize(
+    ("feature", "soft"), [pytest.param(2.0, 0.0, marks=SLOW), pytest.param(0.0, 0.5, marks=SLOW), (1.0, 0.1)]
+)
 def test_eagle_loss_equals_its_definition_row_by_row(feature, soft, draft_setting):
     objective, params, frozen, batch = draft_setting("eagle", feature=feature, soft=soft, noise=0.0)
     (sums, weights), _ = jax.jit(objective.loss)(params, frozen, batch, jax.random.key(0), 0.0)
@@ -103,7 +108,9 @@ def test_eagle3_loss_equals_its_definition_row_by_row(vocabulary, draft_setting)
     assert (skipped > 0) == bool(vocabulary)
 
 
-@pytest.mark.parametrize(("name", "changes"), [("eagle", {}), ("eagle3", {}), ("eagle3", {"vocabulary": 12})])
+@pytest.mark.parametrize(
+    ("name", "changes"), [("eagle", {}), pytest.param("eagle3", {}, marks=SLOW), ("eagle3", {"vocabulary": 12})]
+)
 def test_no_gradient_needs_the_target(name, changes, draft_setting):
     objective, params, frozen, batch = draft_setting(name, **changes)
 

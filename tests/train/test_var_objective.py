@@ -49,7 +49,7 @@ def taken(values, codes):
 
 
 @pytest.mark.usefixtures("x64")
-@pytest.mark.parametrize(("smoothing", "until"), [(0.0, 2), (0.2, None)])
+@pytest.mark.parametrize(("smoothing", "until"), [pytest.param(0.0, 2, marks=pytest.mark.slow), (0.2, None)])
 def test_the_loss_equals_its_definition(smoothing, until, image_setting):
     objective, params, frozen, batch = image_setting(
         "var", class_dropout=0.0, stochastic_depth=0.0, label_smoothing=smoothing, scales_until=until
