@@ -30,7 +30,6 @@ from decoding.stats import Stats
 from models.formats.target import Target
 
 TREES = 2  # Most widths beside none: each is a compilation.
-OUTLOOKS = (1.0, HOPE, 1 / HOPE)  # Drafts accepted over those expected, for which a width is kept in hand.
 MARGIN = 1.03  # What a tree must promise, over plain decoding or another tree, to take its place.
 WEIGHT = 4.0  # Drafts that what is expected at a depth is worth beside those that are counted.
 MEMORY = 64  # Steps in which what was counted fades to a third.
@@ -71,12 +70,16 @@ class Width:
         return min(1 + (self.length - 1) * share, 1 + self.drafter.max_depth) / self.ratio
 
 
-def widths(drafter: Drafter, measured: Costs) -> tuple[Width, ...]:
-    """The sizes of an open drafter that pay if acceptance is as expected, or far above or below it; perhaps none."""
+def widths(drafter: Drafter, measured: Costs, batch: int = 1) -> tuple[Width, ...]:
+    """The sizes of an open drafter that pay if acceptance is as expected, or far above or below it; perhaps none.
+
+    What many texts at once accept on average is closer to what is expected than what one of them does.
+    """
+    hope = 1 + (HOPE - 1) / batch**0.5
     fitted = ((drafter.with_budget(size), length) for size, length in drafter.open_sizes)
     every = [Width(one, length, measured.ratio(costs.rows_of(one))) for one, length in fitted if one is not None]
     found: list[Width] = []
-    for share in OUTLOOKS:
+    for share in (1.0, hope, 1 / hope):
         best = max(every, key=lambda width: width.rate(share))
         if best.rate(share) > MARGIN and best not in found:
             found.append(best)
@@ -166,7 +169,7 @@ def pace(target: Target, drafter: Drafter, params: Any, batch: int, greedy: bool
     """
     key = (costs.key_of(target, drafter, batch), drafter, greedy)
     if key not in _paces:
-        found = widths(drafter, costs.measured(target, drafter, params, batch))
+        found = widths(drafter, costs.measured(target, drafter, params, batch), batch)
         if not found:
             return None
         _paces[key] = Pace(found, batch)

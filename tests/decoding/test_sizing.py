@@ -52,6 +52,7 @@ def test_cheap_rows_buy_large_trees_and_dear_ones_none() -> None:
     # Four candidates lose as it is, and win if twice as many drafts are accepted.
     late = Costs(((1, 1.0), (2, 2.5), (5, 2.5), (9, 9.0)))
     assert candidates(widths(FREE, late)) == [4]
+    assert widths(FREE, late, batch=4) == (), "that four texts accept twice as many is not to be hoped for"
     assert candidates(widths(FREE, dataclasses.replace(CHEAP, extra=((2, 1.0), (9, 1.0))))) == [8]
 
 
