@@ -11,10 +11,9 @@ where l is a slot's loss. All slots of a block are read at once, and scores over
 anchors at a time (`pieces.py`).
 """
 
-import abc
 import dataclasses
 import functools
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -284,18 +283,46 @@ def context_of(heads: DFlashHeads, model: Any, params: Params, target: TargetFea
     return heads.context_rows(model, params, fused, layout_of(batch).positions)
 
 
-class BlockConfig(abc.ABC):
-    """What the configs share: the fields `terms`, `pace`, `d_pace`, `temperature`, `hybrid_of` and `anchors`, and those
-    that say which network is meant."""
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class BlockConfig:
+    """What the sections `objective` of these jobs share.
 
-    terms: Terms
+    Attributes:
+      target: directory of the target, which stays as it is.
+      target_layers: the layers whose incoming residual stream is read; None spreads `taps` over the target's depth.
+      taps: how many, where `target_layers` does not say.
+      num_layers: of the network.
+      block: rows of a block, the anchor's included.
+      mask_token: the token that fills a block; None is the target's last.
+      window: sliding window of the network; None is all.
+      terms: of a slot's loss, by weight: `hard`, `l1`, `forward_kl`, `nla`, `hybrid` (`block_losses.py`).
+      pace: slot k counts exp(-k / pace); None counts all alike.
+      d_pace: D-PACE's weights in its place, for `terms.hard` alone.
+      anchors: blocks per row.
+      labels: which tokens are learnt: `assistant`, those that the data set marks, or `all`.
+      loop_prompts: prompts from the valid split that every evaluation decodes, at most a batch; 0 is none.
+      loop_tokens: new tokens per such prompt; 0 decodes nothing.
+    """
+
+    reads: ClassVar[str] = "text"
+
     target: str | None
-    target_layers: tuple[int, ...] | None
-    taps: int
-    num_layers: int
-    block: int
-    mask_token: int | None
-    window: int | None
+    target_layers: tuple[int, ...] | None = None
+    taps: int = 5
+    num_layers: int = 5
+    block: int = 16
+    mask_token: int | None = None
+    window: int | None = None
+    terms: Terms = dataclasses.field(default_factory=functools.partial(Terms, hard=1.0))
+    pace: float | None = None
+    d_pace: bool = False
+    anchors: int = 512
+    labels: Literal["assistant", "all"] = "assistant"
+    loop_prompts: int = 4
+    loop_tokens: int = 64
+
+    def __post_init__(self):
+        check_blocks(self)
 
     def network(self, model: TransformerConfig, **more: Any) -> DFlashHeads:
         """For a target of that shape; `more` are its other fields. Raises UserError for one that does not fit."""

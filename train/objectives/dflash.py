@@ -7,7 +7,6 @@ have none, and nothing of it reaches the network below.
 """
 
 import dataclasses
-import functools
 from typing import ClassVar, Literal
 
 import jax
@@ -20,66 +19,35 @@ from decoding.trees import chain
 from models import schema
 from models.config import TransformerConfig
 from models.heads.dflash import Selector
-from train.objectives.block_losses import Terms
-from train.objectives.blocks import BlockConfig, BlockObjective, check_blocks
+from train.objectives.blocks import BlockConfig, BlockObjective
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class DFlashConfig(BlockConfig):
-    """The section `objective` of a DFlash job.
+    """The section `objective` of a DFlash job; the rest is `BlockConfig`'s.
 
     Attributes:
       name: `dflash`.
-      target: directory of the target, which stays as it is.
-      target_layers: the layers whose incoming residual stream is read; None spreads `taps` over the target's depth.
-      taps: how many, where `target_layers` does not say.
-      num_layers: of the network.
-      block: rows of a block, the anchor's included.
-      mask_token: the token that fills a block; None is the target's last.
-      window: sliding window of the network; None is all.
       causal: rows of a block see none behind them (JetSpec).
       convolution: DFlash2's.
       candidates: tokens of a slot among which DFlash2's selector chooses; 0 is without.
       rank: of the selector's codebooks.
-      terms: of a slot's loss, by weight: `hard`, `l1`, `forward_kl`, `nla`, `hybrid` (`block_losses.py`).
-      pace: slot k counts exp(-k / pace); None counts all alike.
-      d_pace: D-PACE's weights in its place.
       temperature: of both distributions in `forward_kl`.
       hybrid_of: whether `hybrid` is blended by every `slot`'s acceptance or by the `batch`'s mean.
       selecting: weight of the selector's loss.
-      anchors: blocks per row.
-      labels: which tokens are learnt: `assistant`, those that the data set marks, or `all`.
-      loop_prompts: prompts from the valid split that every evaluation decodes, at most a batch; 0 is none.
-      loop_tokens: new tokens per such prompt; 0 decodes nothing.
     """
 
-    reads: ClassVar[str] = "text"
-
     name: Literal["dflash"]
-    target: str | None
-    target_layers: tuple[int, ...] | None = None
-    taps: int = 5
-    num_layers: int = 5
-    block: int = 16
-    mask_token: int | None = None
-    window: int | None = None
     causal: bool = False
     convolution: bool = False
     candidates: int = 0
     rank: int = 256
-    terms: Terms = dataclasses.field(default_factory=functools.partial(Terms, hard=1.0))
-    pace: float | None = None
-    d_pace: bool = False
     temperature: float = 1.0
     hybrid_of: Literal["slot", "batch"] = "slot"
     selecting: float = 1.0
-    anchors: int = 512
-    labels: Literal["assistant", "all"] = "assistant"
-    loop_prompts: int = 4
-    loop_tokens: int = 64
 
     def __post_init__(self):
-        check_blocks(self)
+        super().__post_init__()
         schema.require(self.candidates >= 0, "objective.candidates must not be negative", self.candidates)
         schema.require(self.selecting >= 0, "objective.selecting must not be negative", self.selecting)
 

@@ -26,63 +26,37 @@ from models.config import TransformerConfig
 from models.heads.serial import SerialHead
 from train.objectives import block_losses
 from train.objectives.block_losses import Terms
-from train.objectives.blocks import BlockConfig, BlockObjective, check_blocks
+from train.objectives.blocks import BlockConfig, BlockObjective
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class DSparkConfig(BlockConfig):
-    """The section `objective` of a DSpark job.
+    """The section `objective` of a DSpark job, where all rows of a block draft; the rest is `BlockConfig`'s.
 
     Attributes:
       name: `dspark`.
-      target: directory of the target, which stays as it is.
-      target_layers: the layers whose incoming residual stream is read; None spreads `taps` over the target's depth.
-      taps: how many, where `target_layers` does not say.
-      num_layers: of the network.
-      block: rows of a block, all of which draft a token.
-      mask_token: the token that fills a block; None is the target's last.
-      window: sliding window of the network; None is all.
       head: the serial head: `vanilla`, `gated` or `rnn`.
       rank: of it.
       candidates: tokens of a slot, its best by itself, that drafts score after its predecessor; None is all. Training
         scores all.
-      terms: of a slot's loss, by weight (`block_losses.py`).
-      pace: slot k counts exp(-k / pace); None counts all alike.
-      d_pace: D-PACE's weights in its place, for `terms.hard` alone.
       hybrid_of: whether `hybrid` is blended by every `slot`'s acceptance or by the `batch`'s mean.
       confident: weight of the confidence head's loss; 0 is without the head.
-      anchors: blocks per row.
-      labels: which tokens are learnt: `assistant`, those that the data set marks, or `all`.
-      loop_prompts: prompts from the valid split that every evaluation decodes, at most a batch; 0 is none.
-      loop_tokens: new tokens per such prompt; 0 decodes nothing.
     """
 
-    reads: ClassVar[str] = "text"
     temperature: ClassVar[float] = 1.0
 
     name: Literal["dspark"]
-    target: str | None
-    target_layers: tuple[int, ...] | None = None
-    taps: int = 5
-    num_layers: int = 5
     block: int = 7
-    mask_token: int | None = None
-    window: int | None = None
     head: Literal["vanilla", "gated", "rnn"] = "vanilla"
     rank: int = 256
     candidates: int | None = None
     terms: Terms = dataclasses.field(default_factory=functools.partial(Terms, hard=0.1, l1=0.9))
     pace: float | None = 4.0
-    d_pace: bool = False
     hybrid_of: Literal["slot", "batch"] = "slot"
     confident: float = 1.0
-    anchors: int = 512
-    labels: Literal["assistant", "all"] = "assistant"
-    loop_prompts: int = 4
-    loop_tokens: int = 64
 
     def __post_init__(self):
-        check_blocks(self)
+        super().__post_init__()
         schema.require(self.rank >= 1, "objective.rank must be at least 1", self.rank)
         schema.require(self.confident >= 0, "objective.confident must not be negative", self.confident)
         schema.require(
@@ -98,9 +72,9 @@ class DSparkConfig(BlockConfig):
         return _chain(self, model, serial, shifted=True)
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class DominoConfig(BlockConfig):
-    """The section `objective` of a Domino job; what is not named here is as in `DSparkConfig`.
+    """The section `objective` of a Domino job; what is not named here is as in `DSparkConfig` and `BlockConfig`.
 
     Attributes:
       name: `domino`.
@@ -110,34 +84,21 @@ class DominoConfig(BlockConfig):
       decay: share of the run after which U counts no more for itself.
     """
 
-    reads: ClassVar[str] = "text"
     temperature: ClassVar[float] = 1.0
     hybrid_of: ClassVar[str] = "slot"
 
     name: Literal["domino"]
-    target: str | None
-    target_layers: tuple[int, ...] | None = None
-    taps: int = 5
-    num_layers: int = 5
-    block: int = 16
-    mask_token: int | None = None
-    window: int | None = None
     shifted: bool = True
     rank: int = 256
     state: int = 1024
     plain: int = 1
     candidates: int | None = None
-    terms: Terms = dataclasses.field(default_factory=functools.partial(Terms, hard=1.0))
     pace: float | None = 7.0
-    d_pace: bool = False
     decay: float = 0.5
     anchors: int = 256
-    labels: Literal["assistant", "all"] = "assistant"
-    loop_prompts: int = 4
-    loop_tokens: int = 64
 
     def __post_init__(self):
-        check_blocks(self)
+        super().__post_init__()
         for name in ("rank", "state"):
             schema.require(getattr(self, name) >= 1, f"objective.{name} must be at least 1", getattr(self, name))
         schema.require(self.plain >= 0, "objective.plain must not be negative", self.plain)
