@@ -18,12 +18,12 @@ expect falling losses and equal `loop` and `replay` shares.
 
 from ml_collections import ConfigDict, config_dict
 
-from configs import check_variant
+from configs import check_variant, dflash
 
 
 def get_config(variant: str = "") -> ConfigDict:
     check_variant(variant, "paper", "smoke")
-    config = ConfigDict()
+    config = dflash.get_config(variant)
     config.objective = ConfigDict(
         {
             "name": "dspark",
@@ -32,27 +32,9 @@ def get_config(variant: str = "") -> ConfigDict:
             "anchors": 64,
         }
     )
-    config.data = ConfigDict({"path": "data/python"})
-    config.steps = 400
-    config.batch_size = 16
-    config.length = 256
-    config.optimizer = ConfigDict({"name": "muon", "learning_rate": 5e-3, "warmup_steps": 20})
-    config.evaluation = ConfigDict({"every": 200, "batches": 16})
-    config.checkpoint = ConfigDict({"every": 100})
-
     if variant == "paper":
         config.objective.update(num_layers=5, anchors=512)
-        config.optimizer = ConfigDict(
-            {"name": "adamw", "learning_rate": 6e-4, "warmup_steps": 1000, "weight_decay": 0.0, "clip_norm": 1.0}
-        )
-        config.steps, config.batch_size, config.length = 25_000, 512, 4096
-        config.evaluation.update(every=1000, batches=8)
-        config.checkpoint.every = 500
+        config.batch_size, config.length = 512, 4096
     if variant == "smoke":
-        config.steps, config.batch_size, config.length = 20, 4, 128
-        config.optimizer.warmup_steps = 2
-        config.evaluation.update(every=10, batches=2)
-        config.checkpoint.every = 10
-        config.metrics = ConfigDict({"every": 5})
         config.objective.update(num_layers=1, anchors=16, rank=32, loop_tokens=32)
     return config
