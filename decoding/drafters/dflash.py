@@ -6,15 +6,14 @@ parents are; with DFlash2's selector, K candidates per slot whose scores depend 
 """
 
 import dataclasses
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import jax.numpy as jnp
 from flax import struct
 from jaxtyping import Array, Float, Int
 
 from decoding.cache import commit, init_cache
-from decoding.drafter import TargetView
-from decoding.drafters.network_drafter import NetworkDrafter
+from decoding.drafters.network_drafter import NetworkDrafter, TrainedNetwork
 from decoding.policies import TreePolicy
 from decoding.policies.policy import Scores
 from decoding.sampling import best_logits, best_tokens
@@ -40,25 +39,8 @@ class Filled:
 
 
 @struct.dataclass
-class Network:
-    """A block as a draft network (`decoding.policies.DraftNetwork`).
-
-    Attributes:
-      heads: shape of the network.
-      params: its parameters.
-      target: the target before this step.
-      state: of the drafter.
-    """
-
-    heads: DFlashHeads = struct.field(pytree_node=False)
-    params: Params
-    target: TargetView
-    state: dict[str, Any]
-
-    @property
-    def vocab_size(self) -> int:
-        """The target's."""
-        return self.target.config.vocab_size
+class Network(TrainedNetwork):
+    """A block as a draft network (`decoding.policies.DraftNetwork`)."""
 
     def filled_block(self, root: Int[Array, "B"]) -> Float[Array, "B D H"]:
         """The one pass: what the target's head reads of the drafting slots of a block that begins with the root."""

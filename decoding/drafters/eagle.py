@@ -8,7 +8,7 @@ features in place of the layer's own (EAGLE-1, section 3.1).
 
 import dataclasses
 import functools
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -16,9 +16,9 @@ from flax import struct
 from jaxtyping import Array, Bool, Float, Int
 
 from decoding.cache import commit, init_cache
-from decoding.drafter import TargetView, TrueRows
+from decoding.drafter import TrueRows
 from decoding.drafters.head_drafter import last_feature
-from decoding.drafters.network_drafter import NetworkDrafter
+from decoding.drafters.network_drafter import NetworkDrafter, TrainedNetwork
 from decoding.policies import Confidence, Scores, Static, TreePolicy
 from decoding.policies.scratch import Scratch
 from decoding.sampling import best_tokens
@@ -45,25 +45,8 @@ class Drafted:
 
 
 @struct.dataclass
-class Network:
-    """EAGLE's layer as a draft network (`decoding.policies.DraftNetwork`); a slot is the pair that ends in its token.
-
-    Attributes:
-      heads: shape of the network.
-      params: its parameters.
-      target: the target before this step.
-      state: of the drafter.
-    """
-
-    heads: EagleHeads | Eagle3Heads = struct.field(pytree_node=False)
-    params: Params
-    target: TargetView
-    state: dict[str, Any]
-
-    @property
-    def vocab_size(self) -> int:
-        """The target's."""
-        return self.target.config.vocab_size
+class Network(TrainedNetwork):
+    """EAGLE's layer as a draft network; a slot is the pair that ends in its token."""
 
     def begin(self, root, slots):
         """The true pair of the last committed feature and the root; see `DraftNetwork`."""

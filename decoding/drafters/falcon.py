@@ -15,16 +15,15 @@ their blocks are whole in every copy; what the LSTM made of them is kept for tha
 
 import dataclasses
 import functools
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import jax.numpy as jnp
 from flax import struct
 from jaxtyping import Array, Bool, Float, Int
 
 from decoding.cache import commit, init_cache
-from decoding.drafter import TargetView
 from decoding.drafters.head_drafter import last_feature
-from decoding.drafters.network_drafter import NetworkDrafter
+from decoding.drafters.network_drafter import NetworkDrafter, TrainedNetwork
 from decoding.policies import Scores, Static, TreePolicy
 from decoding.sampling import best_tokens
 from decoding.trees import FALCON_165
@@ -66,25 +65,8 @@ class Drafted:
 
 
 @struct.dataclass
-class Network:
-    """Falcon's network in the middle of a text (`decoding.policies.DraftNetwork`).
-
-    Attributes:
-      heads: shape of the network.
-      params: its parameters.
-      target: the target before this step.
-      state: of the drafter.
-    """
-
-    heads: FalconHeads = struct.field(pytree_node=False)
-    params: Params
-    target: TargetView
-    state: dict[str, Any]
-
-    @property
-    def vocab_size(self) -> int:
-        """The target's."""
-        return self.target.config.vocab_size
+class Network(TrainedNetwork):
+    """Falcon's network in the middle of a text (`decoding.policies.DraftNetwork`)."""
 
     def begin(self, root, slots):
         """The block of the last k true pairs; see `DraftNetwork`."""

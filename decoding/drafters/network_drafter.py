@@ -6,10 +6,34 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import struct
 
 from decoding.drafter import CostPart, Drafter, TargetView
 from decoding.policies import DraftNetwork, Static, TreePolicy
 from decoding.trees import Topology
+from models.transformer import Params
+
+
+@struct.dataclass
+class TrainedNetwork:
+    """A network with parameters of its own in the middle of a text (`decoding.policies.DraftNetwork`).
+
+    Attributes:
+      heads: shape of the network.
+      params: its parameters.
+      target: the target before this step.
+      state: of the drafter.
+    """
+
+    heads: Any = struct.field(pytree_node=False)
+    params: Params
+    target: TargetView
+    state: dict[str, Any]
+
+    @property
+    def vocab_size(self) -> int:
+        """The target's."""
+        return self.target.config.vocab_size
 
 
 class NetworkDrafter(Drafter):

@@ -7,16 +7,16 @@ alone, in every layer, and masks leave nothing behind.
 
 import dataclasses
 import functools
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import jax.numpy as jnp
 from flax import struct
 from jaxtyping import Array, Float, Int
 
 from decoding.cache import init_cache
-from decoding.drafter import TargetView
 from decoding.drafters.eagle import EagleDrafter, TruePairs
 from decoding.drafters.head_drafter import last_feature
+from decoding.drafters.network_drafter import TrainedNetwork
 from decoding.policies import Scores, Static, TreePolicy
 from decoding.trees import chain
 from models import transformer
@@ -30,27 +30,14 @@ DEPTH = 7  # Of the chain that it drafts unless told otherwise.
 
 
 @struct.dataclass
-class Network:
+class Network(TrainedNetwork):
     """The layers as a draft network (`decoding.policies.DraftNetwork`), whose scratch is what it says of every depth.
 
     Attributes:
-      heads: shape of the network.
       depth: levels of the tree.
-      params: parameters of the network.
-      target: the target before this step.
-      state: of the drafter.
     """
 
-    heads: PEagleHeads = struct.field(pytree_node=False)
     depth: int = struct.field(pytree_node=False)
-    params: Params
-    target: TargetView
-    state: dict[str, Any]
-
-    @property
-    def vocab_size(self) -> int:
-        """The target's."""
-        return self.target.config.vocab_size
 
     def begin(self, root, slots):
         """The one pass; see `DraftNetwork`."""
@@ -110,7 +97,7 @@ class PEagle(EagleDrafter):
 
     def network(self, params, target, state):
         """The layers in the middle of the text."""
-        return Network(self.heads, self.policy.max_depth, params, target, state)
+        return Network(self.heads, params, target, state, self.policy.max_depth)
 
     def teacher_forced(
         self, config, target: Params, params: Params, tokens: Int[Array, "B T"], output: Output, depth: int
