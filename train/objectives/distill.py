@@ -281,7 +281,7 @@ class DistillObjective(DraftModelObjective):
         config = self._config
         rows = self._rows(target, batch, "assistant" if self.refresh_every else config.labels)
         if config.divergence.drawn:
-            rows = rows._replace(uniform=jax.random.uniform(key, (*rows.labels.shape, 2)))
+            rows = rows._replace(uniform=jax.random.uniform(key, (*rows.counted.shape, 2)))
         (total,) = divergence_sums(
             config.divergence,
             [self.student(trainable, batch)],

@@ -82,7 +82,7 @@ def as_rows(
     """A batch of `length` tokens a row: every prompt with what was written behind it, of which what is `counted` is
     marked as label."""
     shape = (len(prompts), length)
-    batch = {
+    batch: HostBatch = {
         "tokens": np.zeros(shape, np.int32),
         "segments": np.zeros(shape, np.int32),
         "mask": np.zeros(shape, np.uint8),
