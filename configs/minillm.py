@@ -31,13 +31,14 @@ def get_config(variant: str = "") -> ConfigDict:
     )
     config.steps = 400
     config.optimizer = ConfigDict(
-        {"name": "adamw", "learning_rate": 1e-4, "warmup_steps": 20, "schedule": "constant", "final_fraction": 1.0}
+        {"learning_rate": 1e-4, "warmup_steps": 20, "schedule": "constant", "final_fraction": 1.0}
     )
     if variant == "paper":
         config.objective.update(labels="assistant", new_tokens=256)
         config.steps, config.batch_size, config.length = 5000, 256, 512
         config.optimizer.update(learning_rate=5e-6, warmup_steps=0)
     if variant == "smoke":
+        del config.objective.init_from
         config.objective.model = shape
         config.objective.update(new_tokens=16, loop_prompts=2, loop_tokens=16)
         config.steps, config.optimizer.warmup_steps, config.optimizer.learning_rate = 20, 2, 1e-2
