@@ -61,7 +61,7 @@ def blend(
         raise UserError(f"distributions are mixed over one vocabulary, but these models have {sizes} tokens")
     if not 0 <= share <= 1:
         raise UserError(f"the share of the second model must lie in 0..1, got {share}")
-    rows = bucket(room)
+    rows = bucket(room, smallest=16)
     padded = np.zeros((len(prompts), rows), np.int32)
     for row, prompt in enumerate(prompts):
         padded[row, : len(prompt)] = prompt

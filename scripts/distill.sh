@@ -2,8 +2,8 @@
 # Draft models distilled from a target, every divergence on every source of text, at equal budgets in one table: acceptance
 # by position, acceptance length and speed, greedily and at temperature 1, over several seeds.
 #
-#   bash scripts/distill.sh --target DIR --data DIR [--out DIR] [--student SIZES] [--steps N] [--seeds N]
-#       [--divergences NAMES] [--sources NAMES] [--tokens N] [--fresh]
+#   bash scripts/distill.sh --target DIR --data DIR [--out DIR] [--student SIZES] [--steps N] [--batch N]
+#       [--seeds N] [--divergences NAMES] [--sources NAMES] [--tokens N] [--fresh]
 #
 # A small model first learns the data set's text, and every other begins from it: undistilled, it goes on as it was; the
 # others learn for as many steps from what --divergences and --sources name (train/objectives/distill.py), and from
@@ -14,12 +14,12 @@
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/_job.sh"
 
-job_options 'bash scripts/distill.sh --target DIR --data DIR [--out DIR] [--student SIZES] [--steps N] [--seeds N]
-    [--divergences NAMES] [--sources NAMES] [--tokens N] [--fresh]' "$@"
+job_options 'bash scripts/distill.sh --target DIR --data DIR [--out DIR] [--student SIZES] [--steps N] [--batch N]
+    [--seeds N] [--divergences NAMES] [--sources NAMES] [--tokens N] [--fresh]' "$@"
 target=$(realpath "$target") data=$(realpath "$data")
 out=${out:-$ROOT/runs/distillation}
 student=${student:-width=32 head_dim=8 mlp_width=88 max_position=512}
-steps=${steps:-200} seeds=${seeds:-2} tokens=${tokens:-64}
+steps=${steps:-200} batch=${batch:-16} seeds=${seeds:-2} tokens=${tokens:-64}
 divergences=${divergences:-forward_kl,reverse_kl,jsd,tvd,tvd++,nla}
 sources=${sources:-dataset,teacher,student}
 job_begin .tandem-distillation start runs acceptance greedy sampled results
@@ -29,7 +29,7 @@ for size in $student; do
     shape+=("--config.objective.model.$size")
 done
 run train.main --config=configs/draft_model.py --config.data.path="$data" --config.steps=$((3 * steps)) \
-    --config.batch_size=16 --config.optimizer.warmup_steps=$((steps / 5)) "${shape[@]}" --workdir="$out/start"
+    --config.batch_size="$batch" --config.optimizer.warmup_steps=$((steps / 5)) "${shape[@]}" --workdir="$out/start"
 
 methods=() drafters=none
 taught() { # NAME CONFIG OPTION...: one run per seed, all of them for as many steps, batches and rows
@@ -38,7 +38,7 @@ taught() { # NAME CONFIG OPTION...: one run per seed, all of them for as many st
     for ((seed = 0; seed < seeds; seed++)); do
         run train.main --config="$config" --config.objective.target="$target" \
             --config.objective.init_from="$out/start/target" --config.data.path="$data" --config.steps="$steps" \
-            --config.batch_size=16 --config.seed="$seed" --config.optimizer.warmup_steps=$((steps / 10)) \
+            --config.batch_size="$batch" --config.seed="$seed" --config.optimizer.warmup_steps=$((steps / 10)) \
             --config.evaluation.every="$steps" --config.objective.loop_prompts=0 "$@" --workdir="$out/runs/$name-$seed"
         methods+=("$name#$seed=$out/runs/$name-$seed/drafter@chain")
     done

@@ -148,7 +148,7 @@ class MiniLLMObjective(DraftModelObjective):
         room = length - config.new_tokens
         rows = {name: np.zeros_like(values) for name, values in marked.items()}
         if prompts := openings(marked, room):
-            teacher, student = self.written_by(trainable, frozen)
+            teacher, student = self.writers(trainable, frozen)
             seeds = np.asarray(jax.random.bits(key, (len(prompts),)), np.uint32).tolist()
             made = blend(student, teacher, config.mix, prompts, config.new_tokens, seeds, room)
             rows = as_rows(prompts, made, [[True] * len(new) for new in made], length)
