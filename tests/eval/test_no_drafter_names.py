@@ -10,8 +10,8 @@ from decoding.drafters.registry import DRAFTERS
 from decoding.policies import POLICIES
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
-# The line-up lists what to time, the speed table takes a few for other questions, file formats belong to a method each, assisted generation is a draft model's,
-# and the accelerator's jobs train the heads that they list.
+# The line-up lists what to time, of which the speed table takes a few for other questions; file formats belong to a
+# method each, assisted generation is a draft model's, and the accelerator's jobs train the heads that they list.
 MAY_NAME = {"eval/measure/lineup.py", "eval/speed.py", "scripts/convert.py", "eval/assisted.py"}
 MAY_NAME |= {"scripts/accelerator/smollm2.py", "scripts/accelerator/chat_heads.py", "scripts/accelerator/steps.py"}
 CLASSES = {drafter.__name__ for drafter in (*DRAFTERS.values(), HeadDrafter, NetworkDrafter)}
