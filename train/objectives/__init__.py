@@ -6,6 +6,7 @@ from train.objectives.dflash import DFlashObjective
 from train.objectives.draft_heads import DraftHeads
 from train.objectives.dspark import DominoObjective, DSparkObjective
 from train.objectives.eagle import Eagle3Objective, EagleObjective
+from train.objectives.exits import Exits
 from train.objectives.falcon import FalconObjective
 from train.objectives.lm import LM
 from train.objectives.objective import Objective
@@ -16,6 +17,7 @@ from train.objectives.vqvae import VQVAEObjective
 
 OBJECTIVES: dict[str, type[Objective]] = {
     "lm": LM,
+    "exits": Exits,
     "draft_heads": DraftHeads,
     "eagle": EagleObjective,
     "eagle3": Eagle3Objective,
