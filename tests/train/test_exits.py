@@ -140,7 +140,7 @@ def test_evaluation_tells_what_the_last_exit_would_keep(found):
 @pytest.mark.parametrize(
     ("section", "complaint"),
     [
-        ({}, "objective.exits must be numbers of layers that rise"),
+        ({"soft": 1.0}, "objective.soft has no use"),
         ({"exits": (2, 1)}, "objective.exits must be numbers of layers that rise"),
         (
             {"exits": (1, 3)},

@@ -50,7 +50,7 @@ class ExitsConfig(LMConfig):
     """The section `objective` of a job that trains exits; `model`, `init_from` and `labels` are those of `lm`.
 
     Attributes:
-      exits: layers after which the network may end before its last, rising; its end is the last exit.
+      exits: layers after which the network may end before its last, rising, or none; its end is the last exit.
       layers: of `init_from`, how many of its first layers the network is made of; None is all.
       weights: of the exits, the last included; empty gives every exit its share of the layers.
       hard: weight of the text's own tokens.
@@ -72,7 +72,7 @@ class ExitsConfig(LMConfig):
     def __post_init__(self):
         super().__post_init__()
         rising = all(lo < hi for lo, hi in itertools.pairwise((0, *self.exits)))
-        schema.require(bool(self.exits) and rising, "objective.exits must be numbers of layers that rise", self.exits)
+        schema.require(rising, "objective.exits must be numbers of layers that rise", list(self.exits))
         count = len(self.exits) + 1
         if self.weights and (len(self.weights) != count or min(self.weights) <= 0):
             raise UserError(
@@ -81,6 +81,8 @@ class ExitsConfig(LMConfig):
             )
         for name in ("hard", "soft"):
             schema.require(getattr(self, name) >= 0, f"objective.{name} must not be negative", getattr(self, name))
+        if self.soft and not self.teachers and not self.exits:
+            raise UserError("objective.soft has no use with neither objective.exits nor objective.teachers")
         if not self.hard and (not self.soft or not self.teachers):
             raise UserError("with objective.hard at 0 the last exit learns nothing, unless objective.teachers teach it")
         if len(self.teachers) not in (0, 1, count):
@@ -141,7 +143,7 @@ class Exits(LM):
             self.model = dataclasses.replace(
                 self.model, num_layers=config.layers, windows=self.model.windows[: config.layers]
             )
-        if config.exits[-1] >= self.model.num_layers:
+        if max(config.exits, default=0) >= self.model.num_layers:
             raise UserError(
                 f"objective.exits must lie before the end of the network's {self.model.num_layers} layers, which is an "
                 f"exit anyway, got {list(config.exits)}"
