@@ -18,7 +18,7 @@ job_options "bash scripts/nested.sh --checkpoint FILE --tokenizer FILE --train F
 [--fresh]" "$@"
 steps=${steps:-800}
 out=${out:-$ROOT/runs/nested}
-job_begin .tandem-nested small data large nested one three one_long three_long early drafters results results_large \
+job_begin .tandem-nested small data large nested one three one_long three_long lens early drafters results results_large \
     results_early
 
 if [ ! -d "$out/small" ]; then
@@ -52,7 +52,9 @@ learn one nested $((steps / 2)) "${drafter[@]}" $shape.num_layers=1 "${alone[@]}
 learn three nested $((steps / 2)) "${drafter[@]}" $shape.num_layers=3 "${alone[@]}" --config.objective.teachers="('$large',)"
 learn one_long nested $steps "${drafter[@]}" $shape.num_layers=1 "${alone[@]}" --config.objective.teachers="('$small',)"
 learn three_long nested $steps "${drafter[@]}" $shape.num_layers=3 "${alone[@]}" --config.objective.teachers="('$large',)"
-learn early early_exit $((steps / 2)) --config.objective.init_from="$small" --config.objective.exits="(2,)"
+learn lens early_exit $((steps / 2)) --config.objective.target="$small" --config.objective.layers=2 \
+    --config.objective.labels=all
+learn early layer_skip $((steps / 2)) --config.objective.init_from="$small" --config.objective.exits="(2,)"
 
 # NAME MODEL BASE [OPTION...]: a drafter directory of a model.
 drafter_of() {
@@ -74,7 +76,8 @@ compare() {
 }
 at=$out/drafters
 compare results "$small" "nested, exit 1=$at/nested_1@chain" "one layer, half as long=$at/one@chain" \
-    "one layer=$at/one_long@chain" "early exit, 2 layers=early_exit:2@chain"
+    "one layer=$at/one_long@chain" "early exit, 2 layers=early_exit:2@chain" \
+    "early exit, 2 layers and a lens=$out/lens/drafter@chain"
 compare results_large "$large" "nested, exit 3=$at/nested_3@chain" "nested, exit 1 or 3=$at/nested_1_3@chain" \
     "nested, exit 1=$at/nested_1_of_large@chain" "three layers, half as long=$at/three@chain" \
     "three layers=$at/three_long@chain"

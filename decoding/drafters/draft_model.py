@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 
 import jax.numpy as jnp
 from flax import struct
-from jaxtyping import Array, Bool, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from decoding.cache import commit, init_cache
 from decoding.drafter import TargetView
@@ -143,7 +143,7 @@ class ModelNetwork:
     def begin(self, root, slots):
         """See `DraftNetwork`."""
         out, scratch = self.read_root(root, slots)
-        return Scores(out.logits[:, -1:], tokens=self.vocabulary), scratch
+        return Scores(self.logits(out)[:, -1:], tokens=self.vocabulary), scratch
 
     def read_root(self, root: Int[Array, "B"], slots: int) -> tuple[Output, Scratch]:
         """What the forward says of the unread rows and, behind them, the root; they are in the scratch."""
@@ -160,7 +160,11 @@ class ModelNetwork:
     def extend(self, scratch, level, at, tokens, parents, seen):
         """See `DraftNetwork`."""
         out, scratch = self.read_level(scratch, level, at, tokens, seen)
-        return Scores(out.logits, tokens=self.vocabulary), scratch
+        return Scores(self.logits(out), tokens=self.vocabulary), scratch
+
+    def logits(self, out: Output) -> Float[Array, "B T V"]:
+        """What the forward's rows say."""
+        return out.logits
 
     def read_level(
         self, scratch: Scratch, level: int, at: int, tokens: Int[Array, "B M"], seen: Bool[Array, "B M S"]

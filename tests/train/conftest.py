@@ -107,6 +107,7 @@ def job(data_set: pathlib.Path, target_directory: pathlib.Path) -> Callable[...,
             "state": 6,
         },
         "falcon": {"name": "falcon", "target": str(target_directory), "depth": 3, "loop_prompts": 0},
+        "early_exit": {"name": "early_exit", "target": str(target_directory), "layers": 1, "loop_prompts": 0},
         "several": {"name": "several", "target": str(target_directory)},
     }
 

@@ -6,6 +6,7 @@ from train.objectives.dflash import DFlashObjective
 from train.objectives.draft_heads import DraftHeads
 from train.objectives.dspark import DominoObjective, DSparkObjective
 from train.objectives.eagle import Eagle3Objective, EagleObjective
+from train.objectives.early_exit import EarlyExitObjective
 from train.objectives.exits import Exits
 from train.objectives.falcon import FalconObjective
 from train.objectives.lm import LM
@@ -26,6 +27,7 @@ OBJECTIVES: dict[str, type[Objective]] = {
     "dspark": DSparkObjective,
     "domino": DominoObjective,
     "falcon": FalconObjective,
+    "early_exit": EarlyExitObjective,
     "several": SeveralObjective,
     "vqvae": VQVAEObjective,
     "var": VARObjective,
