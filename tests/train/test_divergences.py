@@ -43,7 +43,7 @@ TEXT: dict[str, Any] = {
     "scored": drawn(6, B, S, V),
     "counted": np.random.default_rng(7).integers(0, 2, (B, S)).astype(bool),
     "labels": np.random.default_rng(8).integers(0, V, (B, S)),
-    "uniform": np.random.default_rng(9).uniform(size=(B, S)),
+    "uniform": np.random.default_rng(9).uniform(size=(B, S, 2)),
 }
 
 
@@ -105,7 +105,7 @@ def text_sums(text, n):
 @pytest.fixture(scope="module")
 def found() -> dict[str, Any]:
     with jax.enable_x64(True):
-        uniform = np.random.default_rng(0).uniform(size=DRAWS)
+        uniform = np.random.default_rng(0).uniform(size=(DRAWS, 2))
         return jax.tree.map(np.asarray, jax.jit(results)(*jax.tree.map(jnp.asarray, (X, Y, MASKED, TEXT, uniform))))
 
 

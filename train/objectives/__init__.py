@@ -3,6 +3,7 @@
 from train.objectives.classifier import ImageClassifier
 from train.objectives.code_refiner import CodeRefiner
 from train.objectives.dflash import DFlashObjective
+from train.objectives.distill import DistillObjective
 from train.objectives.draft_heads import DraftHeads
 from train.objectives.dspark import DominoObjective, DSparkObjective
 from train.objectives.eagle import Eagle3Objective, EagleObjective
@@ -10,6 +11,7 @@ from train.objectives.early_exit import EarlyExitObjective
 from train.objectives.exits import Exits
 from train.objectives.falcon import FalconObjective
 from train.objectives.lm import LM
+from train.objectives.minillm import MiniLLMObjective
 from train.objectives.objective import Objective
 from train.objectives.p_eagle import PEagleObjective
 from train.objectives.several import SeveralObjective
@@ -28,6 +30,8 @@ OBJECTIVES: dict[str, type[Objective]] = {
     "domino": DominoObjective,
     "falcon": FalconObjective,
     "early_exit": EarlyExitObjective,
+    "distill": DistillObjective,
+    "minillm": MiniLLMObjective,
     "several": SeveralObjective,
     "vqvae": VQVAEObjective,
     "var": VARObjective,

@@ -35,7 +35,7 @@ import jax.numpy as jnp
 from jax.tree_util import Partial
 from jaxtyping import Array, Bool, Float, Int
 
-from decoding.sampling import argmax
+from decoding.sampling import argmax, invert
 from models import schema
 from models.sharding import keep_batch
 from train.objectives.pieces import mapped, pieces_of, separable_sums, summed
@@ -183,12 +183,10 @@ def hybrid_weight(alpha: Float[Array, "*B"], decay: float = 3.0) -> Float[Array,
     return jnp.exp(-decay * jax.lax.stop_gradient(alpha))
 
 
-def drawn(log_q: Float[Array, "*B V"], uniform: Float[Array, "*B"]) -> Int[Array, "*B"]:
-    """A token of every row, drawn from q by a uniform number."""
-    below = jnp.cumsum(jnp.exp(log_q), axis=-1)
-    # What is left of 1 by rounding belongs to nobody.
-    below = below / below[..., -1:]
-    return jnp.sum(below <= uniform[..., None], axis=-1, dtype=jnp.int32)
+def drawn(log_q: Float[Array, "*B V"], uniform: Float[Array, "*B 2"]) -> Int[Array, "*B"]:
+    """A token of every row, drawn from q by two uniform numbers."""
+    mass = jnp.exp(log_q).reshape(-1, log_q.shape[-1])
+    return invert(mass, uniform.reshape(-1, 2)).reshape(log_q.shape[:-1])
 
 
 def rewards(log_q: Float[Array, "*B V"], log_p: Float[Array, "*B V"], tokens: Int[Array, "*B"]) -> Bool[Array, "*B"]:
@@ -223,14 +221,14 @@ class Rows(NamedTuple):
       counted: where.
       scored: arrays `[B, S, ...]` that the teacher's logits are made from.
       labels: tokens of the text; None where nobody asks.
-      uniform: a number in [0, 1) per row, for divergences that draw.
+      uniform: two numbers in [0, 1) per row, for divergences that draw.
       weight: of every row in the sums; None is 1.
     """
 
     counted: Bool[Array, "B S"]
     scored: Any
     labels: Int[Array, "B S"] | None = None
-    uniform: Float[Array, "B S"] | None = None
+    uniform: Float[Array, "B S 2"] | None = None
     weight: Float[Array, "B S"] | None = None
 
 

@@ -82,7 +82,7 @@ class EarlyExitObjective(DraftObjective):
         return 1
 
     @property
-    def target_taps(self):
+    def target_taps(self):  # type: ignore[override]
         """With the stream that leaves the first layers."""
         return (*super().target_taps, self._stream)
 
