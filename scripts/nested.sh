@@ -6,20 +6,20 @@
 #   bash scripts/nested.sh --checkpoint stories260K.bin --tokenizer tok512.bin --train train.txt --valid valid.txt
 #       [--steps N] [--out DIR] [--fresh]
 #
-# The first two files are llama2.c's; the others hold TinyStories, parted by lines <|endoftext|>. N (800) is how long the
-# nested drafter learns; the two others learn for N/2 steps each, as long in all, and for N. Then the small target's own
-# first layers learn to draft for it. About 12 minutes on two CPU cores. Every line that starts with $ is a command of its
-# own. Asking again reuses what is finished and continues what was interrupted; --fresh starts over. See
-# scripts/_venv.sh for TANDEM_VENV.
+# The first two files are llama2.c's; the others hold TinyStories, parted by lines <|endoftext|>. N (800) is how long
+# the nested drafter learns; the two others learn for N/2 steps each, as long in all, and for N. Then the small target's
+# own first layers learn to draft for it, through a lens and by going on with the target. About 12 minutes on two CPU
+# cores. Every line that starts with $ is a command of its own. Asking again reuses what is finished and continues what
+# was interrupted; --fresh starts over. See scripts/_venv.sh for TANDEM_VENV.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/_job.sh"
 
-job_options "bash scripts/nested.sh --checkpoint FILE --tokenizer FILE --train FILE --valid FILE [--steps N] [--out DIR] \
-[--fresh]" "$@"
+usage='--checkpoint FILE --tokenizer FILE --train FILE --valid FILE [--steps N] [--out DIR] [--fresh]'
+job_options "bash scripts/nested.sh $usage" "$@"
 steps=${steps:-800}
 out=${out:-$ROOT/runs/nested}
-job_begin .tandem-nested small data large nested one three one_long three_long lens early drafters results results_large \
-    results_early
+job_begin .tandem-nested small data large nested one three one_long three_long lens early drafters results \
+    results_large results_early
 
 if [ ! -d "$out/small" ]; then
     run scripts.convert --from llama2c --src "$checkpoint" --tokenizer "$tokenizer" --out "$out/small"
@@ -48,10 +48,13 @@ learn nested nested $steps "${drafter[@]}" $shape.num_layers=3 "--config.objecti
     --config.objective.teachers="('$small','$large')"
 # A network without an exit before its end is a drafter for one target.
 alone=(--config.objective.weights="(1.0,)" --config.objective.exits="()")
-learn one nested $((steps / 2)) "${drafter[@]}" $shape.num_layers=1 "${alone[@]}" --config.objective.teachers="('$small',)"
-learn three nested $((steps / 2)) "${drafter[@]}" $shape.num_layers=3 "${alone[@]}" --config.objective.teachers="('$large',)"
-learn one_long nested $steps "${drafter[@]}" $shape.num_layers=1 "${alone[@]}" --config.objective.teachers="('$small',)"
-learn three_long nested $steps "${drafter[@]}" $shape.num_layers=3 "${alone[@]}" --config.objective.teachers="('$large',)"
+for length in "" _long; do
+    n=$([ -n "$length" ] && echo "$steps" || echo $((steps / 2)))
+    learn one$length nested "$n" "${drafter[@]}" $shape.num_layers=1 "${alone[@]}" \
+        --config.objective.teachers="('$small',)"
+    learn three$length nested "$n" "${drafter[@]}" $shape.num_layers=3 "${alone[@]}" \
+        --config.objective.teachers="('$large',)"
+done
 learn lens early_exit $((steps / 2)) --config.objective.target="$small" --config.objective.layers=2 \
     --config.objective.labels=all
 learn early layer_skip $((steps / 2)) --config.objective.init_from="$small" --config.objective.exits="(2,)"
