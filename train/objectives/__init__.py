@@ -7,6 +7,8 @@ from train.objectives.distill import DistillObjective
 from train.objectives.draft_heads import DraftHeads
 from train.objectives.dspark import DominoObjective, DSparkObjective
 from train.objectives.eagle import Eagle3Objective, EagleObjective
+from train.objectives.early_exit import EarlyExitObjective
+from train.objectives.exits import Exits
 from train.objectives.falcon import FalconObjective
 from train.objectives.lm import LM
 from train.objectives.minillm import MiniLLMObjective
@@ -18,6 +20,7 @@ from train.objectives.vqvae import VQVAEObjective
 
 OBJECTIVES: dict[str, type[Objective]] = {
     "lm": LM,
+    "exits": Exits,
     "draft_heads": DraftHeads,
     "eagle": EagleObjective,
     "eagle3": Eagle3Objective,
@@ -26,6 +29,7 @@ OBJECTIVES: dict[str, type[Objective]] = {
     "dspark": DSparkObjective,
     "domino": DominoObjective,
     "falcon": FalconObjective,
+    "early_exit": EarlyExitObjective,
     "distill": DistillObjective,
     "minillm": MiniLLMObjective,
     "several": SeveralObjective,
