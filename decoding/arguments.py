@@ -62,6 +62,25 @@ def _checked_prompt(prompt: Any, row: int, target: Target) -> list[int]:
     return tokens
 
 
+def begin_token(target: Target) -> int:
+    """What the text of an encoder-decoder begins with. Raises UserError where nothing says it."""
+    if target.config.bos_id is None:
+        raise UserError(
+            f"{target.path or 'the target'} is an encoder-decoder and names no token that its texts begin with: "
+            "config.json needs bos_token_id"
+        )
+    return target.config.bos_id
+
+
+def check_encoded(config: TransformerConfig, prompts: list[list[int]] | None) -> None:
+    """Raises UserError for a prompt that is longer than an encoder's longest text."""
+    for row, prompt in enumerate(prompts or []):
+        if len(prompt) > config.max_position:
+            raise UserError(
+                f"prompt {row} has {len(prompt)} tokens, more than the target's encoder reads, {config.max_position}"
+            )
+
+
 def checked_stops(stop: Any) -> list[list[int]]:
     """Token sequences that end a text.
 

@@ -19,6 +19,8 @@ from jaxtyping import Array, Int
 from decoding import loop, sizing
 from decoding.arguments import (
     at_least_one,
+    begin_token,
+    check_encoded,
     check_kinds,
     checked_prompts,
     checked_sampling,
@@ -102,7 +104,8 @@ def generate(
 
     Args:
       target: the model whose text it is.
-      prompts: token ids, int lists or arrays, at least one id per prompt.
+      prompts: token ids, int lists or arrays, at least one id per prompt. An encoder-decoder's go to its encoder, which
+        runs once.
       drafter: the `Drafter` that proposes candidates, or the pair that `load_drafter` returns; None is plain decoding.
         An open one (`Drafter.opened`) has the number of candidates that pays here, perhaps none (`decoding/sizing.py`);
         on a mesh, and with `memory`, the published one.
@@ -134,11 +137,14 @@ def generate(
     mesh = mesh_of(params) if mesh is None else mesh
     drafter, drafter_params = drafter_and_params(drafter, drafter_params, target, mesh)
     batch = len(prompts := checked_prompts(prompts, target))
-    opened = bool(drafter.open_sizes) and mesh is None and memory is None
+    read, prompts = (prompts, [[begin_token(target)]] * batch) if config.encoder_layers else (None, prompts)
+    # What a step costs is measured on a decoder alone.
+    opened = bool(drafter.open_sizes) and mesh is None and memory is None and read is None
     pace = _pace(target, drafter, drafter_params, checked_sampling(sampling, batch)) if opened else None
     drafter, drafter_params = _widest(drafter_params, pace) if opened else (drafter, drafter_params)
     limits = whole_per_row(max_new_tokens, batch, "max_new_tokens")
     stream_every = at_least_one(stream_every, "stream_every", " step")
+    check_encoded(config, read)
     needed, padded = _check_lengths(config, prompts, limits, drafter)
     capacity = _capacity(capacity, max(needed, padded), drafter, config.max_position)
     stop, stop_texts = _stops(target, stop, stop_texts)
@@ -150,6 +156,7 @@ def generate(
     started = time.perf_counter()
     models = loop.Models(config, drafter, params, drafter.for_decoding(drafter_params, mesh))
     with on_mesh(mesh):
+        request = _encoded(models, request, read, mesh)
         state, request = _prefill(models, request, _padded(prompts, padded), capacity, mesh, memory)
         paced = None if pace is None else Paced(models, request, pace)
         state = paced.compiled(state) if paced else state
@@ -227,6 +234,16 @@ def _stops(target: Target, stop, stop_texts) -> tuple[list[list[int]], list[str]
         raise UserError("stop_texts need a tokenizer, which this target lacks: give token sequences as stop")
     specials, texts = split_stops(target.tokenizer, stop_texts)
     return stops + specials, texts
+
+
+def _encoded(models: loop.Models, request: Request, prompts: list[list[int]] | None, mesh) -> Request:
+    """The request with its prompts read by the target's encoder, where it has one."""
+    if prompts is None:
+        return request
+    lengths = [len(prompt) for prompt in prompts]
+    read = jnp.asarray(_padded(prompts, bucket(max(lengths), smallest=16))), jnp.asarray(np.array(lengths, np.int32))
+    read = read if mesh is None else place_rows(mesh, read)
+    return dataclasses.replace(request, memory=loop.encode_prompt(models.config, models.params, *read))
 
 
 def _prefill(models: loop.Models, request, text, capacity, mesh, memory):
@@ -314,6 +331,8 @@ def _capacity(asked: Any, needed: int, drafter: Drafter, context: int) -> int:
 
 
 def _chunk_sizes(length: int) -> list[int]:
+    if length == 1:
+        return [1]  # All that a decoder behind an encoder is given.
     whole, rest = divmod(length, PREFILL_CHUNK)
     return [PREFILL_CHUNK] * whole + ([bucket(rest, smallest=16)] if rest else [])
 

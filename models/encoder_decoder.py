@@ -1,7 +1,7 @@
 """Encoder-decoders: a text read once, in both directions, and a decoder that attends to it in every layer.
 
     memory = encode(config, params, tokens, lengths)
-    out = forward(config, params, inputs, memory.seen_in(layout), Sources(prefix, memory=memory.rows))
+    out = forward(config, params, inputs, *beside(memory, layout, prefix))
 
 The prompt goes to the encoder, and the decoder's own text begins with `config.bos_id`. What its layers read of the
 encoder's output, keys and values of their own, is computed once per prompt; a step of decoding costs what it costs a
@@ -9,12 +9,14 @@ decoder of that depth, whatever the prompt's length, but for the keys themselves
 Encoder"; their released code agrees with it).
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from flax import struct
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Int
 
-from models.attention import Rows, StackedRows
+from models.attention import Rows, Sources, StackedRows
 from models.config import TransformerConfig
 from models.layers import MemoryRows, call
 from models.layout import Layout
@@ -40,9 +42,12 @@ class Memory:
         """Which rows are text, for every row of the decoder."""
         return (jnp.arange(self.tokens.shape[1], dtype=jnp.int32) < self.lengths[:, None])[:, None]
 
-    def seen_in(self, layout: Layout) -> Layout:
-        """The layout of decoder rows that see it."""
-        return layout.replace(memory_seen=self.seen)
+
+def beside(memory: Memory | None, layout: Layout, prefix: Any = None, scratch: Any = None) -> tuple[Layout, Sources]:
+    """Layout and sources of rows that also see a memory, if there is one."""
+    if memory is None:
+        return layout, Sources(prefix, scratch)
+    return layout.replace(memory_seen=memory.seen), Sources(prefix, scratch, memory.rows)
 
 
 def encode(

@@ -207,7 +207,9 @@ def split_projections(config: TransformerConfig, params: Params) -> Params:
 
     def apart(layers):
         halves = _JOINED.items()
-        return [{**layer, **{name: split(layer[name], parts, ends[name]) for name, parts in halves}} for layer in layers]
+        return [
+            {**layer, **{name: split(layer[name], parts, ends[name]) for name, parts in halves}} for layer in layers
+        ]
 
     return _of_stacks(apart, params)
 

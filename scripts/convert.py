@@ -13,12 +13,12 @@ BF16, Q8_0, Q4_0, Q4_1, Q5_0, Q5_1, Q4_K, Q5_K and Q6_K; quantised weights becom
 
 `mu` is an encoder-decoder as "Return of the Encoder" releases it, one file of torch's; its tokenizer is a directory.
 
-A target directory loads with `models.load_target`, and all but encoder-decoders with transformers too. A drafter directory is for `--base`, the
-target directory that the drafter was trained on, and keeps what it was made from under `provenance`. Drafters come as
-one file or a directory, in safetensors or in torch's format, which is read without torch and without running anything
-in it. `model` makes a drafter of a whole target directory, a smaller model of the same vocabulary; `dflash`, `jetspec`,
-`dspark` and `domino` are networks that fill a block of tokens at once. `--policy` says how one of these or an EAGLE
-head grows its trees (`decoding/policies`).
+A target directory loads with `models.load_target`, and all but encoder-decoders with transformers too. A drafter
+directory is for `--base`, the target directory that the drafter was trained on. What a drafter or an encoder-decoder
+was made from is kept in its directory under `provenance`. Drafters come as one file or a directory, in safetensors or
+in torch's format, which is read without torch and without running anything in it. `model` makes a drafter of a whole
+target directory, a smaller model of the same vocabulary; `dflash`, `jetspec`, `dspark` and `domino` are networks that
+fill a block of tokens at once. `--policy` says how one of these or an EAGLE head grows its trees (`decoding/policies`).
 
 Image models are VAR's transformers (`var`), its tokenizer (`vae`) and CoDe's drafters and refiners (`code`), one file
 each. `--schedule`, `256`, `512` or the sides of the scales, says what their files do not; without it a transformer has
@@ -63,6 +63,7 @@ from models.formats.tokenizer_files import holds_tokenizer
 from models.images.config import SCHEDULES
 from models.transformer import Params
 
+
 class Checkpoint(NamedTuple):
     """A target that was read; `provenance` is kept in its directory."""
 
@@ -86,7 +87,7 @@ def from_gguf(source: Path, tokenizer: None) -> Checkpoint:
 def from_mu(source: Path, tokenizer: Path) -> Checkpoint:
     """Encoder-decoders of Return of the Encoder, with the directory of their tokenizer."""
     spoken = Tokenizer.load(tokenizer)
-    made = encoder_decoder(source, spoken)
+    made = encoder_decoder(source, spoken.eos_ids)
     check_vocabulary(made.config, spoken, source)
     return Checkpoint(made.config, made.params, spoken, made.provenance)
 

@@ -22,8 +22,8 @@ from decoding.place import Place
 from decoding.policies import Scores, Static, TreePolicy
 from decoding.policies.scratch import Scratch
 from models import transformer
-from models.attention import Sources
 from models.config import TransformerConfig
+from models.encoder_decoder import Memory, beside, encode
 from models.errors import UserError
 from models.layout import Layout
 from models.transformer import Cache, Params
@@ -48,6 +48,8 @@ class DraftModel(NetworkDrafter):
                 f"the draft model has a vocabulary of {self.model.vocab_size}, more than the target's "
                 f"{config.vocab_size}: scripts.convert --from model cuts it"
             )
+        if self.model.encoder_layers and not config.encoder_layers:
+            raise UserError("an encoder-decoder drafts for encoder-decoders alone, and the target is a decoder")
         self.policy.check(self.model.vocab_size)
 
     def init_params(self, config, target, key):
@@ -57,15 +59,27 @@ class DraftModel(NetworkDrafter):
         return transformer.for_decoding(params, mesh)
 
     def init(self, config, batch, capacity, dtype, mesh=None):
-        """The draft model's own cache."""
-        return {"cache": init_cache(self.model, batch, capacity, dtype, mesh=mesh)}
+        """The draft model's own cache; an encoder's part comes once the prompt is complete."""
+        return {"cache": init_cache(self.model, batch, capacity, dtype, mesh=mesh), "memory": None}
+
+    @property
+    def begins(self) -> bool:
+        return self.model.encoder_layers > 0
+
+    def begin(self, params, target, state):
+        """The prompt of an encoder-decoder, as the draft model's own encoder reads it."""
+        tokens = _known(self.model, target.memory.tokens)
+        return {**state, "memory": encode(self.model, params, tokens, target.memory.lengths)}
 
     def ingest(self, params, target, state, rows):
-        cache, length = state["cache"], rows.start.length
+        cache, memory, length = state["cache"], state["memory"], rows.start.length
+        if self.begins and rows.source == "prompt":
+            return state  # It is one token long, and the last one is read with the first draft.
         if rows.source != "own":
             layout = Layout.extend(length, rows.tokens.shape[1], rows.start.position)
-            out = transformer.forward(self.model, params, _known(self.model, rows.tokens), layout, Sources(cache))
-            return {"cache": commit(cache, out.rows, None, length, after=out.hidden[:, 0])}
+            tokens = _known(self.model, rows.tokens)
+            out = transformer.forward(self.model, params, tokens, *beside(memory, layout, cache))
+            return {**state, "cache": commit(cache, out.rows, None, length, after=out.hidden[:, 0])}
         # Row r of the text is the slot of node r - 1, and the first the token that was unread. What did not run lies
         # behind the accepted rows and is read next time.
         nodes = rows.nodes[:, :-1]
@@ -74,7 +88,7 @@ class DraftModel(NetworkDrafter):
         )
         unread = jnp.full((nodes.shape[0], 1), self.policy.slots, jnp.int32)
         taken = rows.drafted["scratch"].take(jnp.concatenate([unread, jnp.maximum(slots, 0)], axis=1))
-        return {"cache": commit(cache, taken, None, length - 1, after=rows.nodes[:, -1:])}
+        return {**state, "cache": commit(cache, taken, None, length - 1, after=rows.nodes[:, -1:])}
 
     def network(self, params, target, state):
         """The draft model in the middle of the text."""
@@ -83,7 +97,14 @@ class DraftModel(NetworkDrafter):
         size = self.model.vocab_size
         vocabulary = None if size == target.config.vocab_size else jnp.arange(size, dtype=jnp.int32)
         return ModelNetwork(
-            self.model, params, state["cache"], unread_at, unread, target.config.vocab_size, vocabulary=vocabulary
+            self.model,
+            params,
+            state["cache"],
+            unread_at,
+            unread,
+            target.config.vocab_size,
+            vocabulary=vocabulary,
+            memory=state["memory"],
         )
 
     def draft(self, params, target, state, root, keys):
@@ -104,6 +125,7 @@ class ModelNetwork:
       layers: how many run; None means all.
       vocab_size: V, of the target.
       vocabulary: target tokens of its outputs; None where they are all the target has.
+      memory: what an encoder of its own, or the target's, made of the prompt.
     """
 
     config: TransformerConfig = struct.field(pytree_node=False)
@@ -114,6 +136,7 @@ class ModelNetwork:
     vocab_size: int = struct.field(pytree_node=False)
     layers: int | None = struct.field(pytree_node=False, default=None)
     vocabulary: Int[Array, "W"] | None = None
+    memory: Memory | None = None
 
     def begin(self, root, slots):
         """See `DraftNetwork`."""
@@ -140,7 +163,8 @@ class ModelNetwork:
     def _forward(self, tokens, layout, scratch):
         layers = None if self.layers is None else (0, self.layers)
         known = _known(self.config, tokens)
-        return transformer.forward(self.config, self.params, known, layout, Sources(self.cache, scratch), layers)
+        seen = beside(self.memory, layout, self.cache, scratch)
+        return transformer.forward(self.config, self.params, known, *seen, layers)
 
 
 def _known(config: TransformerConfig, tokens: Int[Array, "B T"]) -> Int[Array, "B T"]:

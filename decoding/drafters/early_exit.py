@@ -51,4 +51,5 @@ class EarlyExit(NetworkDrafter):
             nothing,
             target.config.vocab_size,
             self.layers,
+            memory=target.memory,
         )

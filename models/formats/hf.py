@@ -172,7 +172,9 @@ def save_target(
     generation = {"bos_token_id": config.bos_id, "eos_token_id": eos_to_hf(config.eos_ids)}
     with new_directory(directory, "config.json", overwrite) as partial:
         _write_weights(partial, tensor_names(config), leaves, max_shard_bytes)
-        write_json(partial / "config.json", hf_config if provenance is None else {**hf_config, "provenance": provenance})
+        write_json(
+            partial / "config.json", hf_config if provenance is None else {**hf_config, "provenance": provenance}
+        )
         write_json(partial / "generation_config.json", {k: v for k, v in generation.items() if v is not None})
         if tokenizer is not None:
             tokenizer.save(partial)

@@ -21,7 +21,6 @@ from models.config import TransformerConfig
 from models.errors import UserError
 from models.formats.release import Release, digest
 from models.formats.storage import leaves_by_path
-from models.formats.tokenizer import Tokenizer
 from models.formats.torch_files import read_torch_file
 from models.formats.weights import as_stored
 from models.transformer import Params, param_shapes
@@ -68,12 +67,12 @@ class Imported:
     provenance: dict[str, Any]
 
 
-def encoder_decoder(source: Path, tokenizer: Tokenizer) -> Imported:
+def encoder_decoder(source: Path, eos_ids: tuple[int, ...]) -> Imported:
     """Reads a released file.
 
     Args:
       source: a `.pt` file as the release's trainer saves it.
-      tokenizer: of the release (Phi-3.5-mini's for the published one); its end tokens end texts.
+      eos_ids: what ends a text, for the release's tokenizer (Phi-3.5-mini's for the published one) to say.
 
     Raises:
       UserError: a tensor is missing, misshapen, unknown or not finite, or the file asks for what we do not compute.
@@ -84,7 +83,7 @@ def encoder_decoder(source: Path, tokenizer: Tokenizer) -> Imported:
         raise UserError(f"{source} is no released encoder-decoder: it has no entry 'model_state_dict'")
     facts = _facts(content.get("model_config"), source)
     release = Release(source, as_stored(state, source), {}, {source.name: digest(source)})
-    config = _config(facts, tokenizer, source)
+    config = _config(facts, eos_ids, source)
     shapes = param_shapes(config)
     leaves = [_take(release, path, shape.shape, config, facts) for path, shape in leaves_by_path(shapes).items()]
     params = jax.tree.unflatten(jax.tree.structure(shapes), leaves)
@@ -106,7 +105,7 @@ def _facts(given: Any, source: Path) -> dict[str, Any]:
             raise UserError(f"{source}: model_config has the key {str(name)[:60]!r}, which the release does not know")
         kind = type(_PUBLISHED[name])
         if type(value) is not kind and not (kind in (int, float) and type(value) in (int, float)):
-            raise UserError(f"{source}: model_config.{name} must be a {kind.__name__}, got {json.dumps(value)[:60]}")
+            raise UserError(f"{source}: model_config.{name} must be of type {kind.__name__}, got {json.dumps(value)[:60]}")
     if missing := sorted(set(_PUBLISHED) - set(given)):
         raise UserError(f"{source}: model_config lacks the key {missing[0]!r}")
     if given["rope_factor"] > 1:
@@ -121,7 +120,7 @@ def _facts(given: Any, source: Path) -> dict[str, Any]:
     return dict(given)
 
 
-def _config(facts: Mapping[str, Any], tokenizer: Tokenizer, source: Path) -> TransformerConfig:
+def _config(facts: Mapping[str, Any], eos_ids: tuple[int, ...], source: Path) -> TransformerConfig:
     try:
         return TransformerConfig(
             vocab_size=facts["vocab_size"],
@@ -143,7 +142,7 @@ def _config(facts: Mapping[str, Any], tokenizer: Tokenizer, source: Path) -> Tra
             mlp_bias=True,
             family="mu",
             bos_id=_BOS,
-            eos_ids=tokenizer.eos_ids,
+            eos_ids=eos_ids,
         )
     except ValueError as error:
         raise UserError(f"{source}: model_config: {error}") from None
@@ -181,6 +180,6 @@ def _in_layer(path: str) -> str:
 
 
 def grouped(config: TransformerConfig) -> np.ndarray:
-    """Where the release has the channel of queries that ours has at each place: its head g * K + k is ours k * G + g."""
+    """For each of our queries' channels its place in the release: head k * G + g of ours is its g * K + k."""
     heads = np.arange(config.num_heads).reshape(-1, config.num_kv_heads).T.reshape(-1)
     return (heads[:, None] * config.head_dim + np.arange(config.head_dim)).reshape(-1)
