@@ -3,6 +3,7 @@
 from train.objectives.classifier import ImageClassifier
 from train.objectives.code_refiner import CodeRefiner
 from train.objectives.dflash import DFlashObjective
+from train.objectives.distill import DistillObjective
 from train.objectives.draft_heads import DraftHeads
 from train.objectives.dspark import DominoObjective, DSparkObjective
 from train.objectives.eagle import Eagle3Objective, EagleObjective
@@ -24,6 +25,7 @@ OBJECTIVES: dict[str, type[Objective]] = {
     "dspark": DSparkObjective,
     "domino": DominoObjective,
     "falcon": FalconObjective,
+    "distill": DistillObjective,
     "several": SeveralObjective,
     "vqvae": VQVAEObjective,
     "var": VARObjective,

@@ -110,6 +110,8 @@ class SeveralObjective(Objective):
         for name, (kind, section, _) in config.jobs.items():
             with _told_of(name):
                 self.members[name] = kind(section, tokenizer)
+                if self.members[name].refresh_every:
+                    raise UserError("it learns from text that it writes as it goes on, and all learn from one text")
         self._first = next(iter(self.members.values()))
         self.model = self._first.model
         self.optimizers = {name: optimizer for name, (*_, optimizer) in config.jobs.items()}
