@@ -171,7 +171,9 @@ def benchmark(
     mine = processes.share(range(len(prompts)))
     groups = [mine[first : first + batch] for first in range(0, len(mine), batch)]
     longest = [max(len(prompts[index].tokens) for index in group) for group in groups]
-    capacities = [bucket(slots_needed(length, max_new_tokens, deepest)) for length in longest]
+    # What an encoder reads takes no slot.
+    before = [1] * len(longest) if target.config.encoder_layers else longest
+    capacities = [bucket(slots_needed(length, max_new_tokens, deepest)) for length in before]
 
     def decode(contender: Contender, number: int, limit: int = max_new_tokens) -> Generation:
         return generate(
@@ -194,8 +196,9 @@ def benchmark(
             progress(f"compiling {contender.path or contender.drafter.name}, bucket {count} of {len(buckets)}")
             decode(contender, number, min(WARM_UP_TOKENS, max_new_tokens))
     middle = sorted(len(prompt.tokens) for prompt in prompts)[len(prompts) // 2]
+    read, middle = (middle, max(1, max_new_tokens // 2)) if target.config.encoder_layers else (0, middle)
     room = bucket(slots_needed(middle, max_new_tokens, deepest))
-    scene = Scene(target.config, target.params, middle, room, batch)
+    scene = Scene(target.config, target.params, middle, room, batch, read=read)
     measured, timed = [Measured(contender, [], [], []) for contender in field], None
     for repeat in range(repeats):
         _take_turns(measured, groups, repeat, decode, progress)
@@ -360,7 +363,7 @@ def _first_difference(
             "baseline_token": base[shared] if shared < len(base) else None,
         }
         if sampling.temperature == 0:
-            logits = target.apply([[*prompt.tokens, *base[:shared]]]).logits[0, -1]
+            logits = target.next_scores(prompt.tokens, base[:shared])
             second, best = np.sort(np.asarray(logits))[-2:]
             place["top_2_margin"] = float(best - second)
         return place

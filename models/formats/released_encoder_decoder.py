@@ -105,7 +105,9 @@ def _facts(given: Any, source: Path) -> dict[str, Any]:
             raise UserError(f"{source}: model_config has the key {str(name)[:60]!r}, which the release does not know")
         kind = type(_PUBLISHED[name])
         if type(value) is not kind and not (kind in (int, float) and type(value) in (int, float)):
-            raise UserError(f"{source}: model_config.{name} must be of type {kind.__name__}, got {json.dumps(value)[:60]}")
+            raise UserError(
+                f"{source}: model_config.{name} must be of type {kind.__name__}, got {json.dumps(value)[:60]}"
+            )
     if missing := sorted(set(_PUBLISHED) - set(given)):
         raise UserError(f"{source}: model_config lacks the key {missing[0]!r}")
     if given["rope_factor"] > 1:

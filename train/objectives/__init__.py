@@ -7,6 +7,7 @@ from train.objectives.distill import DistillObjective
 from train.objectives.draft_heads import DraftHeads
 from train.objectives.dspark import DominoObjective, DSparkObjective
 from train.objectives.eagle import Eagle3Objective, EagleObjective
+from train.objectives.encoder_decoder import EncoderDecoder
 from train.objectives.falcon import FalconObjective
 from train.objectives.lm import LM
 from train.objectives.objective import Objective
@@ -17,6 +18,7 @@ from train.objectives.vqvae import VQVAEObjective
 
 OBJECTIVES: dict[str, type[Objective]] = {
     "lm": LM,
+    "encoder_decoder": EncoderDecoder,
     "draft_heads": DraftHeads,
     "eagle": EagleObjective,
     "eagle3": Eagle3Objective,
