@@ -62,23 +62,21 @@ def _checked_prompt(prompt: Any, row: int, target: Target) -> list[int]:
     return tokens
 
 
-def begin_token(target: Target) -> int:
-    """What the text of an encoder-decoder begins with. Raises UserError where nothing says it."""
-    if target.config.bos_id is None:
-        raise UserError(
-            f"{target.path or 'the target'} is an encoder-decoder and names no token that its texts begin with: "
-            "config.json needs bos_token_id"
-        )
-    return target.config.bos_id
+def behind_encoder(target: Target, prompts: list[list[int]]) -> tuple[list[list[int]] | None, list[list[int]]]:
+    """What an encoder reads, None where there is none, and what the decoder begins with.
 
-
-def check_encoded(config: TransformerConfig, prompts: list[list[int]] | None) -> None:
-    """Raises UserError for a prompt that is longer than an encoder's longest text."""
-    for row, prompt in enumerate(prompts or []):
-        if len(prompt) > config.max_position:
+    Raises:
+      UserError: nothing says what an encoder-decoder's texts begin with, or a prompt is longer than it reads.
+    """
+    if not target.config.encoder_layers:
+        return None, prompts
+    for row, prompt in enumerate(prompts):
+        if len(prompt) > target.config.max_position:
             raise UserError(
-                f"prompt {row} has {len(prompt)} tokens, more than the target's encoder reads, {config.max_position}"
+                f"prompt {row} has {len(prompt)} tokens, more than the target's encoder reads, "
+                f"{target.config.max_position}"
             )
+    return prompts, [target.opening(prompt) for prompt in prompts]
 
 
 def checked_stops(stop: Any) -> list[list[int]]:

@@ -62,17 +62,18 @@ def answer_loss(config, params, batch: dict[str, Array]) -> tuple[Float[Array, "
     if config.encoder_layers:
         memory = encode(config, params, batch["source"], batch["source_length"])
         text = batch["tokens"].at[:, 0].set(config.bos_id)
-        layout = Layout.causal(*text.shape, batch["segments"])
+        layout = Layout.causal(text.shape[0], text.shape[1], batch["segments"])
         logits = forward(config, params, text, *beside(memory, layout)).logits
     else:
         tokens, segments, first = joined(batch)
-        logits = forward(config, params, tokens, Layout.causal(*tokens.shape, segments)).logits[:, first:]
+        layout = Layout.causal(tokens.shape[0], tokens.shape[1], segments)
+        logits = forward(config, params, tokens, layout).logits[:, first:]
     return -jnp.sum(log_likelihood(logits, labels) * counted), jnp.sum(counted)
 
 
 def answer(target: Target, prompt: list[int], new_tokens: int) -> Generation:
     """Greedily, in a cache that fits the longest prompt of its kind."""
-    own = 1 if target.config.encoder_layers else bucket(len(prompt), 16)
+    own = bucket(len(target.opening(prompt)), 16)
     return generate(target, [prompt], max_new_tokens=new_tokens, capacity=bucket(slots_needed(own, new_tokens, 0)))
 
 

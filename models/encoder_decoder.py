@@ -9,6 +9,7 @@ decoder of that depth, whatever the prompt's length, but for the keys themselves
 Encoder"; their released code agrees with it).
 """
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -47,7 +48,7 @@ def beside(memory: Memory | None, layout: Layout, prefix: Any = None, scratch: A
     """Layout and sources of rows that also see a memory, if there is one."""
     if memory is None:
         return layout, Sources(prefix, scratch)
-    return layout.replace(memory_seen=memory.seen), Sources(prefix, scratch, memory.rows)
+    return dataclasses.replace(layout, memory_seen=memory.seen), Sources(prefix, scratch, memory.rows)
 
 
 def encode(

@@ -5,6 +5,7 @@ width. Matrix products run in the dtype of the parameters; norms, RoPE angles, s
 if the parameters are wider, in theirs.
 """
 
+import dataclasses
 import math
 from typing import Any
 
@@ -178,7 +179,7 @@ class Block(nn.Module):
             return RMSNorm(c.norm_eps, c.zero_centred_norm, name=name)(y)
 
         x = norm("attention_norm", x_BTH)
-        own = sources.replace(memory=None)
+        own = dataclasses.replace(sources, memory=None)
         mixed, rows = Attention(c, name="attention")(x, angles, layout, own, window)
         x_BTH = x_BTH + (norm("post_attention_norm", mixed) if c.post_norms else mixed)
         if sources.memory is not None:

@@ -12,6 +12,7 @@ grow with depth). Caches lie as the layers do.
      'encoder': {'layers', 'final_norm'} of an encoder-decoder (models/encoder_decoder.py)}
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -90,7 +91,8 @@ def _layer(config: TransformerConfig, key: Array) -> Params:
     layout, sources, of_memory = Layout.causal(1, 1), ALONE, {}
     if config.encoder_layers:
         memory, made = MemoryRows(config).init_with_output(key, x)
-        layout, sources = layout.replace(memory_seen=jnp.ones((1, 1, 1), bool)), Sources(memory=memory)
+        layout = dataclasses.replace(layout, memory_seen=jnp.ones((1, 1, 1), bool))
+        sources = Sources(memory=memory)
         of_memory = made["params"]
     made = Block(config).init(key, x, rope_angles(config, layout.positions), layout, sources)["params"]
     if of_memory:

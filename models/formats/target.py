@@ -82,10 +82,23 @@ class Target:
         """Logits of the token behind a prompt and what was written so far, by a forward over all of it."""
         if not self.config.encoder_layers:
             return self.apply([[*prompt, *text]]).logits[0, -1]
-        assert self.config.bos_id is not None
-        return _apply_behind(
-            self.config, self.params, self._checked([prompt]), self._checked([[self.config.bos_id, *text]])
-        )
+        read, own = self._checked([prompt]), self._checked([[*self.opening(prompt), *text]])
+        return _apply_behind(self.config, self.params, read, own)
+
+    def opening(self, prompt: Sequence[int]) -> list[int]:
+        """What stands before that which is written: the prompt, or where an encoder reads that the begin token.
+
+        Raises:
+          UserError: nothing says what an encoder-decoder's texts begin with.
+        """
+        if not self.config.encoder_layers:
+            return list(prompt)
+        if self.config.bos_id is None:
+            raise UserError(
+                f"{self.path or 'the target'} is an encoder-decoder and names no token that its texts begin with: "
+                "config.json needs bos_token_id"
+            )
+        return [self.config.bos_id]
 
     def refuse_encoder(self, why: str) -> None:
         """Raises UserError where this is an encoder-decoder, which ... (why)."""

@@ -26,7 +26,6 @@ if TYPE_CHECKING:  # Training steps are timed where Grain and TFDS are not insta
 
     from train.data import images
     from train.data import texts as data
-    from train.data.pairs import PairRows
 
 
 class Corpus(Protocol):
@@ -81,11 +80,11 @@ class TextCorpus:
         return dataclasses.replace(self, train=train, valid=valid)
 
     @functools.cached_property
-    def rows(self) -> "data.PackedRows | PairRows":
+    def rows(self) -> Any:
         """What is learnt from."""
         return self._rows_of(self.train)
 
-    def _rows_of(self, documents: "data.Documents") -> "data.PackedRows | PairRows":
+    def _rows_of(self, documents: "data.Documents") -> Any:
         from train.data import texts as data
 
         if self.source_length is None:
@@ -106,7 +105,7 @@ class TextCorpus:
         return in_order(self._held_out, batch_size, max_batches=max_batches, **_this_process())
 
     @functools.cached_property
-    def _held_out(self) -> "data.PackedRows | PairRows":
+    def _held_out(self) -> Any:
         return self._rows_of(self.valid)
 
 

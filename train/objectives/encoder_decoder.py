@@ -24,7 +24,6 @@ from jax.sharding import Mesh
 from jax.tree_util import Partial
 from jaxtyping import Array, Float, Int
 
-from decoding.arguments import begin_token
 from decoding.generate import bucket, generate, slots_needed
 from decoding.sampling import Sampling
 from models import processes, schema, transformer
@@ -55,6 +54,7 @@ class EncoderDecoderConfig(LMConfig):
       model: fields of `models.config.TransformerConfig`, `encoder_layers` among them, but those that the tokenizer
         decides and the family; or None.
       init_from: an encoder-decoder's target directory to go on from; or None. Exactly one of the two is given.
+      labels: as `lm` has it; a row being one answer, both mean the same.
       source_length: tokens of the longest prompt; `config.length` is that of the longest answer, one more.
       target: directory of the teacher, a decoder of the same tokenizer, which stays as it is; None learns from the text
         alone.
@@ -66,8 +66,6 @@ class EncoderDecoderConfig(LMConfig):
       top_k: tokens that it draws from; 0 is all.
       reuse: steps that learn from what was drawn once.
     """
-
-    labels: ClassVar[str] = "all"  # A row is one answer.
 
     name: Literal["encoder_decoder"]  # type: ignore[assignment]
     source_length: int = 1024
@@ -145,7 +143,7 @@ class EncoderDecoder(LM):
     def check(self, length):
         """Refuses rows that are longer than student or teacher read, and a model that names no token to begin with."""
         super().check(length)
-        begin_token(Target(self.model, {}))
+        Target(self.model, {}).opening([])
         longest = self._config.source_length
         if longest > self.model.max_position:
             raise UserError(
@@ -260,6 +258,7 @@ class EncoderDecoder(LM):
         return Student(self._decoded(params, memory, batch), Partial(read, transformer.head_params(params)))
 
     def _read_teacher(self, frozen: Params):
+        assert self.teacher is not None
         return functools.partial(_read, self.teacher, self._shared, frozen)
 
     @property
@@ -276,7 +275,7 @@ class EncoderDecoder(LM):
         """What the decoder's rows are compared with, place by place."""
         assert self.teacher is not None
         tokens, segments, first = joined(batch)
-        layout = Layout.causal(*tokens.shape, segments, self.compute.attention)
+        layout = Layout.causal(tokens.shape[0], tokens.shape[1], segments, self.compute.attention)
         hidden = transformer.forward(self.teacher, frozen, tokens, layout).hidden
         rows = self._labels(batch)
         return rows._replace(scored=hidden[:, first : first + batch["tokens"].shape[1]])
