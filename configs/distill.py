@@ -10,7 +10,6 @@ r"""Distils a draft model: a small transformer learns to agree with its target (
     --config.objective.source=student                 or dataset, teacher, mixed, served (train/objectives/distill.py)
     --config.objective.hard=1 --config.objective.soft=0    the text's own tokens: sequence-level distillation with
                                                       source=teacher, none at all with source=dataset
-    --config.objective.model=None --config.objective.init_from=DIR    from a target directory of the same tokenizer
 
 Expected time: about 5 min on two CPU cores with `source=dataset`; whoever writes text takes his time on top. Expected
 result: `alpha`, what verification keeps of a sampled draft, that rises with every evaluation, and a drafter directory
@@ -18,10 +17,12 @@ of about 1M parameters.
 
 * `:smollm2`: 15M parameters for SmolLM2-135M and its own tokenizer (49,152 tokens, a tied embedding of width 256),
   sized for an accelerator.
+* `:warm` begins from a target directory of the same tokenizer, `--config.objective.init_from=DIR`, such as one that
+  `configs/draft_model.py` makes, at a tenth of the rate; so do the next two.
 * `:paper`: GKD as TRL has it (Agarwal et al. 2024): half of the batches the student's own at temperature 0.9, 128 new
-  tokens, generalised JSD at 0.5. It begins from a fine-tuned student (`objective.init_from`).
+  tokens, generalised JSD at 0.5.
 * `:online`: the target serves eight prompts with the student as its drafter of five, then one update is made where
-  drafts were rejected (Liu et al. 2024). It begins from a student, too.
+  drafts were rejected (Liu et al. 2024).
 * `:smoke` takes 20 short steps on text that the student writes, within 1 min on two CPU cores for targets of up to 5M
   parameters; expect a falling loss.
 """
@@ -32,13 +33,12 @@ from configs import check_variant
 
 
 def get_config(variant: str = "") -> ConfigDict:
-    check_variant(variant, "smoke", "smollm2", "paper", "online")
+    check_variant(variant, "smoke", "smollm2", "warm", "paper", "online")
     config = ConfigDict()
     config.objective = ConfigDict(
         {
             "name": "distill",
             "target": config_dict.placeholder(str),
-            "init_from": config_dict.placeholder(str),
             "model": {
                 "width": 128,
                 "num_layers": 2,
@@ -66,8 +66,11 @@ def get_config(variant: str = "") -> ConfigDict:
         config.optimizer.update(learning_rate=3e-3, warmup_steps=100)
         config.evaluation.update(every=500, batches=8)
         config.checkpoint.every = 500
+    if variant in ("warm", "paper", "online"):
+        del config.objective.model
+        config.objective.init_from = config_dict.placeholder(str)
+        config.optimizer.learning_rate = 1e-3
     if variant in ("paper", "online"):
-        config.objective.model = None
         config.objective.labels = "assistant"
     if variant == "paper":
         config.objective.update(source="mixed", on_policy=0.5, sampling=0.9, new_tokens=128)

@@ -14,7 +14,7 @@ grow with depth). Caches lie as the layers do.
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -141,17 +141,21 @@ def _of_stacks(function: Callable[[Any], Any], params: Params) -> Params:
     return {**changed, "encoder": _of_stacks(function, params["encoder"])} if "encoder" in params else changed
 
 
-def for_decoding(params: Params, mesh: Mesh | None = None) -> Params:
+# Maps of the same input, which decoding on one device runs as one product.
+_JOINED = {"attention": ("q", "k", "v"), "mlp": ("gate", "up")}
+
+
+def for_decoding(params: Params, mesh: Mesh | None = None, joined: Collection[str] = tuple(_JOINED)) -> Params:
     """Parameters as decoding reads them: a list of layers, whose projections are joined where there is no mesh.
 
     On CPU large kernels are then in blocks (`models/linear.py`), a tied embedding's table too. Parameters that are in
-    that form already come back as they are.
+    that form already come back as they are. `joined` are the parts of a layer whose projections are.
     """
     if not isinstance(params["layers"], list):
         params = unstack_layers(params)
     if mesh is not None:
         return params
-    return _map_tables(table_in_blocks, map_kernels(in_blocks, join_projections(params)))
+    return _map_tables(table_in_blocks, map_kernels(in_blocks, join_projections(params, joined)))
 
 
 def map_kernels(function: Callable[[Kernel], Kernel], params: Any) -> Any:
@@ -170,11 +174,7 @@ def _map_tables(function: Callable[[Table], Table], params: Params) -> Params:
     return {**params, "embed": {"embedding": function(params["embed"]["embedding"])}}
 
 
-# Maps of the same input, which decoding on one device runs as one product.
-_JOINED = {"attention": ("q", "k", "v"), "mlp": ("gate", "up")}
-
-
-def join_projections(params: Params) -> Params:
+def join_projections(params: Params, joined: Collection[str] = tuple(_JOINED)) -> Params:
     """Layers whose q, k, v and gate, up kernels lie side by side in one kernel; the forward takes them either way.
 
     For one device: split over `tensor`, a joined kernel would put parts of q, k and v in the wrong places. What is
@@ -188,10 +188,10 @@ def join_projections(params: Params) -> Params:
         rest = {name: leaf for name, leaf in module.items() if name not in names}
         return {**rest, joined_name(names): jax.tree.map(lambda *leaves: jnp.concatenate(leaves, axis=-1), *parts)}
 
-    def joined(layers):
-        return [{**layer, **{name: join(layer[name], parts) for name, parts in _JOINED.items()}} for layer in layers]
+    def of(layers):
+        return [{**layer, **{name: join(layer[name], _JOINED[name]) for name in joined}} for layer in layers]
 
-    return _of_stacks(joined, params)
+    return _of_stacks(of, params)
 
 
 def split_projections(config: TransformerConfig, params: Params) -> Params:

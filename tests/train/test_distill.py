@@ -50,7 +50,7 @@ def both(objective, params, frozen, tokens):
     return [log_softmax(logits(model, params, jnp.asarray(tokens))) for model, params in models]
 
 
-def test_the_loss_is_its_definition_whatever_pads_the_rows(setting) -> None:
+def test_the_loss_is_its_definition_whatever_pads_the_rows_and_with_all_best_tokens_kept(setting) -> None:
     objective, params, frozen, batch = setting(
         labels="assistant", soft=0.7, hard=0.4, divergence={"name": "reverse_kl"}
     )
@@ -67,12 +67,20 @@ def test_the_loss_is_its_definition_whatever_pads_the_rows(setting) -> None:
         wide = {"tokens": np.where(segments > 0, tokens, filler), "segments": segments, "mask": mask}
         return {name: jnp.pad(jnp.asarray(x), ((0, 0), (0, more))) for name, x in wide.items()}
 
+    def kept(count):
+        """What `data.features_top_k` keeps, in float32."""
+        scores, places = jax.lax.top_k(jnp.asarray(log_p, jnp.float32), count)
+        return padded(0, 0) | {"target/top_tokens": places, "target/top_log_probabilities": scores}
+
     @jax.jit
     def results(params, batches):
         of = jax.value_and_grad(lambda p, b: objective.loss(p, frozen, b, KEY, 0.0)[0], has_aux=True)
         return [of(params, batch) for batch in batches]
 
-    (plain, slopes), (other, same) = results(params, [padded(0, 0), padded(5, 3)])
+    size = objective.model.vocab_size
+    (plain, slopes), (other, same), (every, all_of_it) = results(params, [padded(0, 0), padded(5, 3), kept(size)])
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4), all_of_it, slopes)
+    np.testing.assert_allclose(every[0], plain[0], rtol=1e-5)
     assert float(plain[1]) == counted.sum() == float(other[1])
     np.testing.assert_allclose(plain[0], loss[counted].sum(), rtol=1e-5)
     np.testing.assert_allclose(other[0], plain[0], rtol=1e-5)

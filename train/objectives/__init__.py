@@ -10,6 +10,7 @@ from train.objectives.eagle import Eagle3Objective, EagleObjective
 from train.objectives.encoder_decoder import EncoderDecoder
 from train.objectives.falcon import FalconObjective
 from train.objectives.lm import LM
+from train.objectives.minillm import MiniLLMObjective
 from train.objectives.objective import Objective
 from train.objectives.p_eagle import PEagleObjective
 from train.objectives.several import SeveralObjective
@@ -28,6 +29,7 @@ OBJECTIVES: dict[str, type[Objective]] = {
     "domino": DominoObjective,
     "falcon": FalconObjective,
     "distill": DistillObjective,
+    "minillm": MiniLLMObjective,
     "several": SeveralObjective,
     "vqvae": VQVAEObjective,
     "var": VARObjective,

@@ -30,21 +30,20 @@ from jax.tree_util import Partial
 from decoding.drafters.draft_model import DraftModel
 from decoding.policies import Static
 from decoding.trees import chain
-from models import processes, schema, transformer
+from models import schema, transformer
 from models.config import TransformerConfig
 from models.errors import UserError
 from models.formats.hf import load_config
 from models.formats.target import Target, load_target
 from models.formats.tokenizer import Tokenizer
-from models.sharding import mesh_of
 from train.objectives.divergences import Divergence, Rows, Student, divergence_measures, divergence_sums
 from train.objectives.drafting import OnFrozenTarget, check_drafting
 from train.objectives.guess import Weights
 from train.objectives.lm import FROM_TOKENIZER
-from train.objectives.objective import Batch, Compute, HostBatch, Params
+from train.objectives.objective import Batch, HostBatch, Params
 from train.objectives.shift import label_mask, labels_at
 from train.objectives.target_features import layout_of
-from train.objectives.written import as_rows, corrected, openings, write
+from train.objectives.written import Writer, as_rows, check_writing, corrected, openings, write
 
 _STUDENT = "student"  # In the base: what the student begins as.
 MEASURES = ("loss", "alpha", "agreement", "accuracy", "cross_entropy")
@@ -152,7 +151,8 @@ class DraftModelObjective(OnFrozenTarget):
     def __init__(self, config: Any, tokenizer: Tokenizer):
         """As `OnFrozenTarget`. Raises UserError, too, where student and teacher read different tokens."""
         super().__init__(config, tokenizer)
-        self._teacher: tuple[Params, Target] | None = None
+        self._teacher = Writer(self.model, self._tokenizer)
+        self._student = Writer(self.drafter.model, self._tokenizer)
         if config.init_from is not None:
             own = Tokenizer.load(config.init_from)
             if own.fingerprint != tokenizer.fingerprint:
@@ -182,13 +182,8 @@ class DraftModelObjective(OnFrozenTarget):
                 f"config.length ({length}) exceeds the student's longest sequence ({model.max_position}): set "
                 "objective.model.max_position"
             )
-        if self.refresh_every and length is not None and self._config.new_tokens >= length:
-            raise UserError(
-                f"objective.new_tokens ({self._config.new_tokens}) must be smaller than config.length ({length}), so "
-                "that there is room for prompts"
-            )
-        if self.refresh_every and processes.count() > 1:
-            raise UserError("text is written by one process: with several, make it first (scripts.continue_dataset)")
+        if self.refresh_every:
+            check_writing(self._config.new_tokens, length)
 
     @property
     def depth(self) -> int:
@@ -229,18 +224,9 @@ class DraftModelObjective(OnFrozenTarget):
         read = Partial(functools.partial(transformer.head, model), transformer.head_params(params))
         return Student(hidden, read)
 
-    def written_by(self, trainable: Params, frozen: Params) -> tuple[Target, Target]:
-        """(teacher, student) as decoders; what the former needs is made once."""
-        if self._teacher is None or self._teacher[0] is not frozen:
-            self._teacher = frozen, Target(self.model, _served(frozen, self.compute, mesh_of(frozen)), self._tokenizer)
-        student = _served(trainable, self.compute, mesh_of(trainable))
-        return self._teacher[1], Target(self.drafter.model, student, self._tokenizer)
-
-
-@functools.partial(jax.jit, static_argnames=("compute", "mesh"))
-def _served(params: Params, compute: Compute, mesh: Mesh | None) -> Params:
-    """Parameters as decoding reads them, made by one program."""
-    return transformer.for_decoding(compute.cast(params), mesh)
+    def writers(self, trainable: Params, frozen: Params) -> tuple[Target, Target]:
+        """(teacher, student), ready to decode."""
+        return self._teacher.of(frozen, self.compute), self._student.of(trainable, self.compute)
 
 
 class DistillObjective(DraftModelObjective):
@@ -264,7 +250,7 @@ class DistillObjective(DraftModelObjective):
         room = length - config.new_tokens
         if who == "dataset" or not (prompts := openings(marked, room)):
             return marked
-        teacher, student = self.written_by(trainable, frozen)
+        teacher, student = self.writers(trainable, frozen)
         drafter = self.drafter, student.params
         if who == _STUDENT:
             made = write(student, prompts, config.new_tokens, room, config.sampling, draws)
@@ -281,7 +267,7 @@ class DistillObjective(DraftModelObjective):
         config = self._config
         rows = self._rows(target, batch, "assistant" if self.refresh_every else config.labels)
         if config.divergence.drawn:
-            rows = rows._replace(uniform=jax.random.uniform(key, (*rows.labels.shape, 2)))
+            rows = rows._replace(uniform=jax.random.uniform(key, (*rows.counted.shape, 2)))
         (total,) = divergence_sums(
             config.divergence,
             [self.student(trainable, batch)],

@@ -6,16 +6,56 @@ written stands behind them, row by row, and it alone is marked as label. Who wri
 come from the step's key, so that a run that is interrupted writes the same text again.
 """
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
 from decoding.generate import Generation, bucket, generate, slots_needed
 from decoding.sampling import Sampling
+from models import processes, transformer
+from models.config import TransformerConfig
+from models.errors import UserError
 from models.formats.target import Target
-from train.objectives.objective import HostBatch
+from models.formats.tokenizer import Tokenizer
+from models.sharding import mesh_of
+from train.objectives.objective import Compute, HostBatch, Params
+
+
+class Writer:
+    """A model that writes, from parameters as training has them; what decoding wants of frozen ones is made once."""
+
+    def __init__(self, model: TransformerConfig, tokenizer: Tokenizer):
+        """Of that shape and tokenizer."""
+        self._model, self._tokenizer = model, tokenizer
+        self._made: tuple[Params, Target] | None = None
+
+    def of(self, params: Params, compute: Compute) -> Target:
+        """The model ready to decode, in the dtype of the computation."""
+        if self._made is None or self._made[0] is not params:
+            served = _served(params, compute, mesh_of(params))
+            self._made = params, Target(self._model, served, self._tokenizer)
+        return self._made[1]
+
+
+@functools.partial(jax.jit, static_argnames=("compute", "mesh"))
+def _served(params: Params, compute: Compute, mesh: Mesh | None) -> Params:
+    """Parameters as decoding reads them, made by one program."""
+    return transformer.for_decoding(compute.cast(params), mesh)
+
+
+def check_writing(new_tokens: int, length: int | None) -> None:
+    """Whether rows of `length` tokens have room for prompts, and one process does all. Raises UserError."""
+    if length is not None and new_tokens >= length:
+        raise UserError(
+            f"objective.new_tokens ({new_tokens}) must be smaller than config.length ({length}), so that there is room "
+            "for prompts"
+        )
+    if processes.count() > 1:
+        raise UserError("text is written by one process: with several, make it first (scripts.continue_dataset)")
 
 
 def openings(batch: HostBatch, room: int) -> list[list[int]]:
@@ -82,7 +122,7 @@ def as_rows(
     """A batch of `length` tokens a row: every prompt with what was written behind it, of which what is `counted` is
     marked as label."""
     shape = (len(prompts), length)
-    batch = {
+    batch: HostBatch = {
         "tokens": np.zeros(shape, np.int32),
         "segments": np.zeros(shape, np.int32),
         "mask": np.zeros(shape, np.uint8),
