@@ -23,8 +23,8 @@ from decoding.place import Place
 from decoding.policies import Scores, Static, TreePolicy
 from decoding.policies.scratch import Scratch
 from models import transformer
-from models.attention import Sources
 from models.config import TransformerConfig
+from models.encoder_decoder import Memory, beside, encode
 from models.errors import UserError
 from models.layout import Layout
 from models.transformer import Cache, Output, Params
@@ -54,6 +54,8 @@ class DraftModel(NetworkDrafter):
                 f"the draft model has a vocabulary of {self.model.vocab_size}, more than the target's "
                 f"{config.vocab_size}: scripts.convert --from model cuts it"
             )
+        if self.model.encoder_layers and not config.encoder_layers:
+            raise UserError("an encoder-decoder drafts for encoder-decoders alone, and the target is a decoder")
         self.policy.check(self.model.vocab_size)
 
     def init_params(self, config, target, key):
@@ -63,15 +65,27 @@ class DraftModel(NetworkDrafter):
         return transformer.for_decoding(params, mesh)
 
     def init(self, config, batch, capacity, dtype, mesh=None):
-        """The draft model's own cache."""
-        return {"cache": init_cache(self.running, batch, capacity, dtype, mesh=mesh)}
+        """The draft model's own cache; an encoder's part comes once the prompt is complete."""
+        return {"cache": init_cache(self.running, batch, capacity, dtype, mesh=mesh), "memory": None}
+
+    @property
+    def begins(self) -> bool:
+        return self.model.encoder_layers > 0
+
+    def begin(self, params, target, state):
+        """The prompt of an encoder-decoder, as the draft model's own encoder reads it."""
+        tokens = _known(self.model, target.memory.tokens)
+        return {**state, "memory": encode(self.model, params, tokens, target.memory.lengths)}
 
     def ingest(self, params, target, state, rows):
-        cache, length = state["cache"], rows.start.length
+        cache, memory, length = state["cache"], state["memory"], rows.start.length
+        if self.begins and rows.source == "prompt":
+            return state  # It is one token long, and the last one is read with the first draft.
         if rows.source != "own":
             layout = Layout.extend(length, rows.tokens.shape[1], rows.start.position)
-            out = transformer.forward(self.running, params, _known(self.model, rows.tokens), layout, Sources(cache))
-            return {"cache": commit(cache, out.rows, None, length, after=out.hidden[:, 0])}
+            tokens = _known(self.model, rows.tokens)
+            out = transformer.forward(self.running, params, tokens, *beside(memory, layout, cache))
+            return {**state, "cache": commit(cache, out.rows, None, length, after=out.hidden[:, 0])}
         # Row r of the text is the slot of node r - 1, and the first the token that was unread. What did not run lies
         # behind the accepted rows and is read next time.
         nodes = rows.nodes[:, :-1]
@@ -82,7 +96,8 @@ class DraftModel(NetworkDrafter):
         slots = jnp.concatenate([unread, jnp.maximum(slots, 0)], axis=1)
         begins = Place(length - 1, rows.start.slots - 1)
         taken, after = self.rows_in(slots, rows.drafted["scratch"], params, cache, begins)
-        return {"cache": commit(cache, taken, None, length - 1, rows.nodes[:, -1:] if after is None else after)}
+        after = rows.nodes[:, -1:] if after is None else after
+        return {**state, "cache": commit(cache, taken, None, length - 1, after)}
 
     def rows_in(
         self, slots: Int[Array, "B R"], scratch: Any, params: Params, cache: Cache, begins: Place
@@ -109,6 +124,7 @@ class DraftModel(NetworkDrafter):
             unread=jnp.take_along_axis(target.text, target.length[:, None] - 1, axis=1),
             vocab_size=target.config.vocab_size,
             vocabulary=None if size == target.config.vocab_size else jnp.arange(size, dtype=jnp.int32),
+            memory=state["memory"],
         )
 
     def draft(self, params, target, state, root, keys):
@@ -129,6 +145,7 @@ class ModelNetwork:
       layers: how many run; None means all.
       vocab_size: V, of the target.
       vocabulary: target tokens of its outputs; None where they are all the target has.
+      memory: what an encoder of its own, or the target's, made of the prompt.
     """
 
     config: TransformerConfig = struct.field(pytree_node=False)
@@ -139,6 +156,7 @@ class ModelNetwork:
     vocab_size: int = struct.field(pytree_node=False)
     layers: int | None = struct.field(pytree_node=False, default=None)
     vocabulary: Int[Array, "W"] | None = None
+    memory: Memory | None = None
 
     def begin(self, root, slots):
         """See `DraftNetwork`."""
@@ -180,8 +198,9 @@ class ModelNetwork:
 
     def _forward(self, tokens, layout, scratch):
         layers = None if self.layers is None else (0, self.layers)
-        known, sources = _known(self.config, tokens), Sources(self.cache, scratch)
-        return transformer.forward(self.config, self.params, known, layout, sources, layers, ("pre_norm",))
+        known = _known(self.config, tokens)
+        seen = beside(self.memory, layout, self.cache, scratch)
+        return transformer.forward(self.config, self.params, known, *seen, layers, ("pre_norm",))
 
 
 def _known(config: TransformerConfig, tokens: Int[Array, "B T"]) -> Int[Array, "B T"]:

@@ -56,6 +56,7 @@ class EarlyExit(NetworkDrafter):
             unread=jnp.zeros((target.length.shape[0], 0), jnp.int32),
             vocab_size=target.config.vocab_size,
             layers=self.layers,
+            memory=target.memory,
         )
         return LensNetwork(**place, lens=params) if self.lens else ModelNetwork(**place)
 

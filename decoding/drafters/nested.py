@@ -59,6 +59,11 @@ class Nested(DraftModel):
                 f"the last, got {list(self.thresholds)}"
             )
 
+    def check(self, config):
+        if self.model.encoder_layers:
+            raise UserError(f"{self.name} has exits of a decoder, and this model is an encoder-decoder")
+        super().check(config)
+
     @property
     def layers(self) -> tuple[int, ...]:
         """The exits."""

@@ -8,6 +8,7 @@ from train.objectives.draft_heads import DraftHeads
 from train.objectives.dspark import DominoObjective, DSparkObjective
 from train.objectives.eagle import Eagle3Objective, EagleObjective
 from train.objectives.early_exit import EarlyExitObjective
+from train.objectives.encoder_decoder import EncoderDecoder
 from train.objectives.exits import Exits
 from train.objectives.falcon import FalconObjective
 from train.objectives.lm import LM
@@ -21,6 +22,7 @@ from train.objectives.vqvae import VQVAEObjective
 OBJECTIVES: dict[str, type[Objective]] = {
     "lm": LM,
     "exits": Exits,
+    "encoder_decoder": EncoderDecoder,
     "draft_heads": DraftHeads,
     "eagle": EagleObjective,
     "eagle3": Eagle3Objective,
