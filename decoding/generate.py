@@ -26,6 +26,7 @@ from decoding.arguments import (
     drafter_and_params,
     whole_per_row,
 )
+from decoding.augment import NEVER, Augment, Schedule
 from decoding.drafter import Drafter
 from decoding.drafters.plain import Plain
 from decoding.paced import Paced
@@ -38,7 +39,6 @@ from models.formats.target import Target
 from models.sharding import check_placed, mesh_of, on_mesh, place_rows
 
 PREFILL_CHUNK = 512
-NEVER = 2**31 - 1  # Steps between looks where nobody looks.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,6 +54,8 @@ class Generation:
       prefill_seconds: reading the prompts and choosing the first tokens.
       decode_seconds: the loop.
       memory: what the drafter keeps for the next request; None for most drafters, and for open ones.
+      augmentations: how often a coprocessor answered, over all rows.
+      augment_seconds: what that took, the target's reading of the latents included; a part of the other two.
     """
 
     tokens: list[list[int]]
@@ -63,6 +65,8 @@ class Generation:
     decode_seconds: float
     memory: Any = None
     texts: list[str] = dataclasses.field(default_factory=list)
+    augmentations: int = 0
+    augment_seconds: float = 0.0
 
 
 def bucket(size: int, smallest: int = 64) -> int:
@@ -73,10 +77,12 @@ def bucket(size: int, smallest: int = 64) -> int:
     return -(-size // step) * step
 
 
-def slots_needed(prompt_length: int, max_new_tokens: int, max_depth: int) -> int:
-    """Cache slots that a request takes: its text with the rows of one last draft, or its padded prompt if longer."""
+def slots_needed(prompt_length: int, max_new_tokens: int, max_depth: int, augment: Augment | None = None) -> int:
+    """Cache slots that a request takes: its text and latents with the rows of one last draft, or its padded prompt if
+    longer."""
     # The last step starts one token before the limit and writes a full path.
-    return max(prompt_length + max_new_tokens + max_depth + 1, sum(_chunk_sizes(prompt_length)))
+    latents = augment.slots(max_new_tokens) if augment else 0
+    return max(prompt_length + max_new_tokens + latents + max_depth + 1, sum(_chunk_sizes(prompt_length)))
 
 
 def generate(
@@ -97,6 +103,7 @@ def generate(
     mesh=None,
     memory=None,
     attention: str = "dense",
+    augment: Augment | None = None,
 ) -> Generation:
     """Decodes a batch of prompts; ragged lengths are fine. Arguments may be anything and are checked (`arguments.py`).
 
@@ -124,12 +131,14 @@ def generate(
       attention: how the target reads its cache: `dense`, or `split`, with the library's attention for the prefix
         (`models/attention.py`; neither sliding windows nor soft caps). Measure before choosing.
       memory: `Generation.memory` of an earlier request of the same batch size, for drafters that learn as they go.
+      augment: a coprocessor whose latents go into the cache beside the text (`decoding/augment.py`). They take no part
+        of `max_new_tokens`, and whoever drafts, the text is that of the augmented target.
 
     Raises:
       UserError: an argument of another kind, an empty prompt, a token outside the vocabulary, a request that fits no
         context or cache, parameters of another drafter or off the mesh; or scores of the target that are not finite.
     """
-    check_kinds(target, mesh, typical, on_tokens)
+    check_kinds(target, mesh, typical, on_tokens, augment)
     config, params = target.config, target.params
     mesh = mesh_of(params) if mesh is None else mesh
     drafter, drafter_params = drafter_and_params(drafter, drafter_params, target, mesh)
@@ -139,10 +148,12 @@ def generate(
     drafter, drafter_params = _widest(drafter_params, pace) if opened else (drafter, drafter_params)
     limits = whole_per_row(max_new_tokens, batch, "max_new_tokens")
     stream_every = at_least_one(stream_every, "stream_every", " step")
-    needed, padded = _check_lengths(config, prompts, limits, drafter)
+    needed, padded = _check_lengths(config, prompts, limits, drafter, augment)
     capacity = _capacity(capacity, max(needed, padded), drafter, config.max_position)
     stop, stop_texts = _stops(target, stop, stop_texts)
     _check_mesh(mesh, target, drafter_params, batch)
+    if augment is not None:
+        augment.check(config, mesh)
     request = _make_request(config, prompts, limits, seeds, sampling, stop, attention, typical)
     reader = _Reader(target, prompts, stop_texts, on_tokens)
     drafter.rule(request.sampling.greedy)  # Refuses what cannot be verified, before anything is computed.
@@ -150,15 +161,17 @@ def generate(
     started = time.perf_counter()
     models = loop.Models(config, drafter, params, drafter.for_decoding(drafter_params, mesh))
     with on_mesh(mesh):
-        state, request = _prefill(models, request, _padded(prompts, padded), capacity, mesh, memory)
+        request = request if mesh is None else place_rows(mesh, request)
+        schedule = Schedule(models, request, augment, stop, mesh)
+        state = _prefill(models, request, _padded(prompts, padded), capacity, mesh, memory, schedule)
         paced = None if pace is None else Paced(models, request, pace)
         state = paced.compiled(state) if paced else state
         prefilled = time.perf_counter()
-        state = _run(paced.segment if paced else _steps(models, request), state, reader, stream_every, mesh)
+        state = _run(paced.segment if paced else _steps(models), state, reader, stream_every, mesh, schedule)
     seconds = prefilled - started, time.perf_counter() - prefilled
     stats = paced.stats if paced else [Stats.of(state.counters, row) for row in range(batch)]
     memory = None if opened else drafter.memory(state.drafter)  # An open one's fits one of its sizes only.
-    return _finished(target, prompts, state, stats, memory, seconds, reader.ended, stop_texts)
+    return _finished(target, prompts, state, stats, memory, seconds, reader.ended, stop_texts, schedule)
 
 
 def _pace(target, drafter: Drafter, params, settings: list[Sampling]) -> sizing.Pace | None:
@@ -177,23 +190,26 @@ def _padded(prompts: list[list[int]], length: int) -> np.ndarray:
     return text
 
 
-def _steps(models: loop.Models, request: Request) -> Callable[..., loop.DecodeState]:
-    return lambda state, steps: loop.run(models, state, request, np.int32(steps))
+def _steps(models: loop.Models) -> Callable[..., loop.DecodeState]:
+    return lambda state, steps, request: loop.run(models, state, request, np.int32(steps))
 
 
-def _run(step: Callable[..., loop.DecodeState], state, reader: "_Reader", stream_every: int, mesh):
+def _run(step: Callable[..., loop.DecodeState], state, reader: "_Reader", stream_every: int, mesh, schedule: Schedule):
     """The loop to its end, without a stop where nobody reads what it writes or asks what the next steps shall be."""
     every = stream_every if reader.watches else NEVER
     while True:
         if reader.watches:
             state = reader.look(state, mesh)
-        if bool(jnp.all(state.text.done)):
+        if not bool(jnp.all(state.text.done)):
+            state = step(state, every, schedule.request)
+        elif (due := schedule.due(state, reader.ended)).any():
+            state = schedule.resume(state, due)
+        else:
             return jax.block_until_ready(state)
-        state = step(state, every)
 
 
 def _finished(
-    target, prompts, state, stats: list[Stats], memory, seconds, ended: dict[int, int], stop_texts
+    target, prompts, state, stats: list[Stats], memory, seconds, ended: dict[int, int], stop_texts, schedule: Schedule
 ) -> Generation:
     tokens, writers, lengths = (np.asarray(x) for x in (state.text.tokens, state.text.writers, state.text.length))
     span = [slice(len(prompt), ended.get(row, int(lengths[row]) + 1)) for row, prompt in enumerate(prompts)]
@@ -208,11 +224,13 @@ def _finished(
     return Generation(
         tokens=made,
         writers=by,
-        stats=[one.cut(by[row]) if row in ended else one for row, one in enumerate(stats)],
+        stats=[one.cut(schedule.runs(by[row])) if row in ended else one for row, one in enumerate(stats)],
         prefill_seconds=seconds[0],
         decode_seconds=seconds[1],
         memory=memory,
         texts=texts,
+        augmentations=schedule.calls,
+        augment_seconds=schedule.seconds,
     )
 
 
@@ -229,11 +247,11 @@ def _stops(target: Target, stop, stop_texts) -> tuple[list[list[int]], list[str]
     return stops + specials, texts
 
 
-def _prefill(models: loop.Models, request, text, capacity, mesh, memory):
-    """The state in which the prompts are read and the first tokens chosen, and the request beside it."""
+def _prefill(models: loop.Models, request, text, capacity, mesh, memory, schedule: Schedule) -> loop.DecodeState:
+    """The state in which the prompts are read and the first tokens chosen."""
     config, drafter, batch = models.config, models.drafter, len(text)
     dtype = models.params["embed"]["embedding"].dtype
-    state = loop.init_state(config, drafter, batch, capacity, dtype, mesh=mesh)
+    state = schedule.room(loop.init_state(config, drafter, batch, capacity, dtype, mesh=mesh))
     if memory is not None:
         # Copied, and through the host: the loop donates its state, the caller may want to begin from this memory again,
         # and it may come from another mesh.
@@ -242,10 +260,10 @@ def _prefill(models: loop.Models, request, text, capacity, mesh, memory):
         state = dataclasses.replace(state, drafter=recalled if mesh is None else place_rows(mesh, recalled))
     hidden, chunks = jnp.zeros((batch, config.width), dtype), _chunks(text)
     if mesh is not None:
-        hidden, chunks, request = place_rows(mesh, (hidden, chunks, request))
+        hidden, chunks = place_rows(mesh, (hidden, chunks))
     for chunk in chunks:
         state, hidden = loop.read_prompt(models, state, hidden, request, jnp.asarray(chunk))
-    return jax.block_until_ready(loop.begin(models, state, hidden, request)), request
+    return jax.block_until_ready(schedule.begin(state, hidden))
 
 
 def _check_mesh(mesh, target, drafter_params, batch) -> None:
@@ -281,18 +299,20 @@ def _make_request(config, prompts, limits, seeds, sampling, stop, attention, typ
     )
 
 
-def _check_lengths(config, prompts, limits, drafter) -> tuple[int, int]:
+def _check_lengths(config, prompts, limits, drafter, augment) -> tuple[int, int]:
     """Cache slots that decoding needs, and those that the padded prompt chunks need."""
     if min(limits) < 1:
         raise UserError(f"max_new_tokens must be at least 1, got {min(limits)}")
     for row, (prompt, limit) in enumerate(zip(prompts, limits, strict=True)):
-        if len(prompt) + limit > config.max_position:
+        latents = augment.positions(limit) if augment else 0
+        if len(prompt) + limit + latents > config.max_position:
+            beside = f" beside {latents} latents" if latents else ""
             raise UserError(
-                f"prompt {row} has {len(prompt)} tokens and {limit} new ones were asked for, more than the target's "
-                f"context of {config.max_position}"
+                f"prompt {row} has {len(prompt)} tokens and {limit} new ones were asked for{beside}, more than the "
+                f"target's context of {config.max_position}"
             )
     depth, sizes = drafter.max_depth, {(len(prompt), limit) for prompt, limit in zip(prompts, limits, strict=True)}
-    needed = max(slots_needed(length, limit, depth) for length, limit in sizes)
+    needed = max(slots_needed(length, limit, depth, augment) for length, limit in sizes)
     return needed, sum(_chunk_sizes(max(map(len, prompts))))
 
 

@@ -61,10 +61,15 @@ class DraftModel(NetworkDrafter):
         return {"cache": init_cache(self.model, batch, capacity, dtype, mesh=mesh)}
 
     def ingest(self, params, target, state, rows):
-        cache, length = state["cache"], rows.start.length
+        cache, start, tokens = state["cache"], rows.start, rows.tokens
+        if rows.source == "target":
+            # The last token of its own trees is still unread.
+            unread = jnp.take_along_axis(target.text, start.length[:, None] - 1, axis=1)
+            start, tokens = start.back(1), jnp.concatenate([unread, tokens], axis=1)
+        length = start.length
         if rows.source != "own":
-            layout = Layout.extend(length, rows.tokens.shape[1], rows.start.position)
-            out = transformer.forward(self.model, params, _known(self.model, rows.tokens), layout, Sources(cache))
+            layout = Layout.extend(length, tokens.shape[1], start.position)
+            out = transformer.forward(self.model, params, _known(self.model, tokens), layout, Sources(cache))
             return {"cache": commit(cache, out.rows, None, length, after=out.hidden[:, 0])}
         # Row r of the text is the slot of node r - 1, and the first the token that was unread. What did not run lies
         # behind the accepted rows and is read next time.
@@ -79,11 +84,16 @@ class DraftModel(NetworkDrafter):
     def network(self, params, target, state):
         """The draft model in the middle of the text."""
         unread = jnp.take_along_axis(target.text, target.length[:, None] - 1, axis=1)
-        unread_at = Place(target.length - 1, target.place.slots - 1)
         size = self.model.vocab_size
         vocabulary = None if size == target.config.vocab_size else jnp.arange(size, dtype=jnp.int32)
         return ModelNetwork(
-            self.model, params, state["cache"], unread_at, unread, target.config.vocab_size, vocabulary=vocabulary
+            self.model,
+            params,
+            state["cache"],
+            target.place.back(1),
+            unread,
+            target.config.vocab_size,
+            vocabulary=vocabulary,
         )
 
     def draft(self, params, target, state, root, keys):

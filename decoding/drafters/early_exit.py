@@ -43,11 +43,13 @@ class EarlyExit(NetworkDrafter):
     def network(self, params, target, state):
         """The first layers in the middle of the text."""
         nothing = jnp.zeros((target.length.shape[0], 0), jnp.int32)
+        # The cache is the target's own, in which there is more than text.
+        place = dataclasses.replace(target.place, length=target.place.slots)
         return ModelNetwork(
             target.config,
             target.params,
             target.cache,
-            target.place,
+            place,
             nothing,
             target.config.vocab_size,
             self.layers,
