@@ -144,7 +144,7 @@ def _map_tables(function: Callable[[Table], Table], params: Params) -> Params:
 
 
 # Maps of the same input, which decoding on one device runs as one product.
-_JOINED = {"attention": ("q", "k", "v"), "mlp": ("gate", "up")}
+JOINED = {"attention": ("q", "k", "v"), "mlp": ("gate", "up")}
 
 
 def join_projections(params: Params) -> Params:
@@ -162,7 +162,7 @@ def join_projections(params: Params) -> Params:
         return {**rest, joined_name(names): jax.tree.map(lambda *leaves: jnp.concatenate(leaves, axis=-1), *parts)}
 
     layers = [
-        {**layer, **{name: join(layer[name], parts) for name, parts in _JOINED.items()}} for layer in params["layers"]
+        {**layer, **{name: join(layer[name], parts) for name, parts in JOINED.items()}} for layer in params["layers"]
     ]
     return {**params, "layers": layers}
 
@@ -181,7 +181,7 @@ def split_projections(config: TransformerConfig, params: Params) -> Params:
         return {**rest, **{name: {kind: leaf[i] for kind, leaf in leaves.items()} for i, name in enumerate(names)}}
 
     layers = [
-        {**layer, **{name: split(layer[name], parts, ends[name]) for name, parts in _JOINED.items()}}
+        {**layer, **{name: split(layer[name], parts, ends[name]) for name, parts in JOINED.items()}}
         for layer in params["layers"]
     ]
     return {**params, "layers": layers}
