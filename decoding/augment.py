@@ -15,6 +15,7 @@ import functools
 import itertools
 import time
 from collections.abc import Collection, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -24,6 +25,7 @@ from jaxtyping import Array, Bool, Float
 
 from decoding import loop
 from decoding.cache import commit
+from decoding.coprocessors import Coprocessor, load_coprocessor
 from decoding.place import Place
 from decoding.request import Request
 from decoding.sampling import draw
@@ -33,6 +35,7 @@ from models.attention import Sources
 from models.config import TransformerConfig
 from models.coprocessor import CoprocessorConfig, Points
 from models.errors import UserError
+from models.formats.target import Target
 from models.layout import Layout
 from models.sharding import check_placed, keep_rows, place_rows
 from models.transformer import Cache, Params, forward, head
@@ -45,20 +48,22 @@ class Augment:
     """Whose latents, and where.
 
     Attributes:
-      coprocessor: its static part.
-      params: its parameters, as `models.coprocessor.for_decoding` leaves them.
+      coprocessor: what it is, and its parameters, as `load_coprocessor` returns them.
       every: tokens of text from one point to the next, of which the first lies at the end of the prompt; None is that
         one alone.
       lag: latents come so many tokens behind the text that the coprocessor has read, as where it works beside the
         target and is late.
     """
 
-    coprocessor: CoprocessorConfig
-    params: Any
+    coprocessor: Coprocessor
     every: int | None = None
     lag: int = 0
 
     def __post_init__(self):
+        if not isinstance(self.coprocessor, Coprocessor):
+            raise UserError(
+                f"augment needs a coprocessor, as load_coprocessor returns it, got a {type(self.coprocessor).__name__}"
+            )
         for name, value, least in (("every", self.every, 1), ("lag", self.lag, 0)):
             whole = isinstance(value, int | np.integer) and not isinstance(value, bool)
             if not (value is None and name == "every") and not (whole and value >= least):
@@ -68,7 +73,7 @@ class Augment:
                 f"augment needs a lag below the {self.every} tokens between two points, got {self.lag}: latents would "
                 "come after those of the next point"
             )
-        if self.every is not None and self.coprocessor.needs_features:
+        if self.every is not None and self.coprocessor.config.needs_features:
             raise UserError(
                 "a coprocessor that reads the features of the last layer answers once, at the end of the prompt: leave "
                 "out every"
@@ -82,11 +87,16 @@ class Augment:
 
     def slots(self, new_tokens: int) -> int:
         """Cache slots that latents take in a row of so many new tokens."""
-        return self.calls(new_tokens) * self.coprocessor.num_latents
+        return self.calls(new_tokens) * self.coprocessor.config.num_latents
 
     def positions(self, new_tokens: int) -> int:
         """Positions that they take."""
-        return self.calls(new_tokens) * self.coprocessor.shift
+        return self.calls(new_tokens) * self.coprocessor.config.shift
+
+    @classmethod
+    def load(cls, directory: str | Path, target: Target, every: int | None = None, lag: int = 0) -> "Augment":
+        """With the coprocessor in a directory. Raises UserError as `load_coprocessor` does."""
+        return cls(load_coprocessor(directory, target), every, lag)
 
     @property
     def first_pause(self) -> int | None:
@@ -95,17 +105,17 @@ class Augment:
 
     def check(self, config: TransformerConfig, mesh) -> None:
         """Raises UserError where a target of that shape, or a mesh, cannot have such latents."""
-        if not self.coprocessor.shift and any(config.windows):
+        if not self.coprocessor.config.shift and any(config.windows):
             raise UserError(
                 "latents that hold the position of the text before them need a target without sliding windows: use a "
                 "coprocessor with positions 'advance'"
             )
-        found = self.params["soft"]["embedding"].shape
-        expected = (self.coprocessor.num_latents, config.width)
+        found = self.coprocessor.params["soft"]["embedding"].shape
+        expected = (self.coprocessor.config.num_latents, config.width)
         if tuple(found) != expected:
             raise UserError(f"the coprocessor's soft tokens are {list(found)}, this target needs {list(expected)}")
         if mesh is not None:
-            check_placed(mesh, self.params, "the coprocessor's parameters")
+            check_placed(mesh, self.coprocessor.params, "the coprocessor's parameters")
 
 
 class Schedule:
@@ -113,7 +123,7 @@ class Schedule:
 
     Attributes:
       request: what is asked of the loop: to stop at every row's next point, if that comes before its end.
-      calls: points met so far, of all rows.
+      calls: int `[B]`, points met so far.
       seconds: what they took: the pending token's reading, the coprocessor, and the target's reading of its latents.
     """
 
@@ -125,12 +135,12 @@ class Schedule:
         self._stops = [list(stop) for stop in stops]
         self._prompt, self._limit = np.asarray(request.prompt_length), np.asarray(request.limit)
         self._points = np.full_like(self._prompt, NEVER) if augment is None else self._prompt + augment.lag
-        self.calls, self.seconds = 0, 0.0
+        self.calls, self.seconds = np.zeros_like(self._prompt), 0.0
         self.request = self._until_points()
 
     def room(self, state: loop.DecodeState) -> loop.DecodeState:
         """An empty state that counts what latents hold."""
-        if self._augment is None or self._augment.coprocessor.shift:
+        if self._augment is None or self._augment.coprocessor.config.shift:
             return state
         return dataclasses.replace(state, held=self._placed(np.zeros(len(self._prompt), np.int32)))
 
@@ -178,16 +188,16 @@ class Schedule:
     def _answered(self, augment: Augment, state: loop.DecodeState, due: np.ndarray) -> loop.DecodeState:
         """The state behind latents, with the next root chosen from the last of them."""
         models = self._models
-        self.calls += int(due.sum())
+        self.calls = self.calls + due
         self._points = np.where(due, self._points + augment.every if augment.every else NEVER, self._points)
         self.request = self._until_points()
         any_mode = self._whole.sampling.of_any_mode
         cache, text, place = _read_latents(
             models.config,
-            augment.coprocessor,
+            augment.coprocessor.config,
             (augment.every or 0, augment.lag),
             models.params,
-            augment.params,
+            augment.coprocessor.params,
             state.cache,
             state.text,
             state.place,

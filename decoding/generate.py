@@ -54,7 +54,7 @@ class Generation:
       prefill_seconds: reading the prompts and choosing the first tokens.
       decode_seconds: the loop.
       memory: what the drafter keeps for the next request; None for most drafters, and for open ones.
-      augmentations: how often a coprocessor answered, over all rows.
+      augmentations: per prompt, how often a coprocessor answered.
       augment_seconds: what that took, the target's reading of the latents included; a part of the other two.
     """
 
@@ -65,7 +65,7 @@ class Generation:
     decode_seconds: float
     memory: Any = None
     texts: list[str] = dataclasses.field(default_factory=list)
-    augmentations: int = 0
+    augmentations: list[int] = dataclasses.field(default_factory=list)
     augment_seconds: float = 0.0
 
 
@@ -229,7 +229,7 @@ def _finished(
         decode_seconds=seconds[1],
         memory=memory,
         texts=texts,
-        augmentations=schedule.calls,
+        augmentations=schedule.calls.tolist(),
         augment_seconds=schedule.seconds,
     )
 

@@ -93,7 +93,7 @@ class Stats:
         Counts of single nodes stay: no text tells which branch of a tree it came from.
 
         Args:
-          runs: who wrote each token that is left, in runs of steps, between tokens that no step chose, such as the first.
+          runs: who wrote each token that is left, in runs of steps between tokens that no step chose, as the first.
         """
         by = np.concatenate([np.zeros(0, np.int64), *runs]).astype(np.int64)
         depths = np.arange(1, len(self.accepted_by_depth) + 1)

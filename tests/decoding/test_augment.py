@@ -3,7 +3,6 @@
 That drafters are lossless on top of it is the battery's to show (test_battery.py).
 """
 
-import dataclasses
 import functools
 from typing import Any
 
@@ -15,12 +14,10 @@ import pytest
 from decoding import generate as module
 from decoding.augment import Augment
 from decoding.cache import SLOTS
-from decoding.generate import Generation, generate, slots_needed
-from decoding.sampling import Sampling
+from decoding.coprocessors import Coprocessor
+from decoding.generate import Generation, generate
 from models import coprocessor, transformer
-from models.attention import Sources
 from models.coprocessor import CoprocessorConfig, Points
-from models.errors import UserError
 from models.formats.target import Target
 from models.layout import Layout
 from tests.decoding.drafter_cases import random_target
@@ -46,7 +43,7 @@ def augment(every: int | None = None, lag: int = 0, **flags: Any) -> Augment:
     with jax.enable_x64(True):
         init = jax.jit(coprocessor.init_params, static_argnums=(0, 1))
         params = noisy(init(config, target().config, target().params, jax.random.key(5)), 0.5)
-        return Augment(config, coprocessor.for_decoding(config, params), every, lag)
+        return Augment(Coprocessor(config, coprocessor.for_decoding(config, params)), every, lag)
 
 
 @jax.jit
@@ -65,7 +62,7 @@ def dense(prompt: list[int], new: list[int], with_latents: Augment):
 
     Each point's latents are made from the rows of such a forward over what comes before.
     """
-    config, params, text = with_latents.coprocessor, target().params, [*prompt, *new]
+    (config, own), params, text = with_latents.coprocessor, target().params, [*prompt, *new]
     inputs = np.zeros((1, SIZE, target().config.width))
     positions, is_text, before = np.zeros((1, SIZE), np.int32), np.zeros((1, SIZE), bool), []
     size, position = 0, -1
@@ -79,7 +76,7 @@ def dense(prompt: list[int], new: list[int], with_latents: Augment):
         if index in points:
             read = size - with_latents.lag
             where = Points(*(jnp.full((1, 1), at, jnp.int32) for at in (position - with_latents.lag, read)))
-            z = answer(config, with_latents.params, params, forward().rows, where, jnp.asarray(is_text))
+            z = answer(config, own, params, forward().rows, where, jnp.asarray(is_text))
             at = slice(size, size + config.num_latents)
             inputs[:, at], positions[:, at] = z[:, 0], config.latent_positions(where.positions + with_latents.lag)[:, 0]
             size, position = at.stop, position + config.shift
