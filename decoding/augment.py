@@ -98,11 +98,6 @@ class Augment:
         """With the coprocessor in a directory. Raises UserError as `load_coprocessor` does."""
         return cls(load_coprocessor(directory, target), every, lag)
 
-    @property
-    def first_pause(self) -> int | None:
-        """New tokens at which the loop first stops for latents; None where it never does."""
-        return self.lag or self.every
-
     def check(self, config: TransformerConfig, mesh) -> None:
         """Raises UserError where a target of that shape, or a mesh, cannot have such latents."""
         if not self.coprocessor.config.shift and any(config.windows):
@@ -116,6 +111,11 @@ class Augment:
             raise UserError(f"the coprocessor's soft tokens are {list(found)}, this target needs {list(expected)}")
         if mesh is not None:
             check_placed(mesh, self.coprocessor.params, "the coprocessor's parameters")
+
+
+def first_pause(augment: Augment | None) -> int:
+    """New tokens after which the loop first stops for latents; 0 where it never does."""
+    return 0 if augment is None else augment.lag or augment.every or 0
 
 
 class Schedule:
@@ -180,9 +180,9 @@ class Schedule:
 
     def runs(self, writers: Sequence[int]) -> list[Sequence[int]]:
         """Who wrote a row's new tokens, in runs between those that the prompt or latents, and no step, chose."""
-        first = self._augment.first_pause if self._augment else None
         every = self._augment.every if self._augment else None
-        cuts = [0, *range(first or NEVER, len(writers), every or NEVER), len(writers)]
+        first = first_pause(self._augment) or NEVER
+        cuts = [0, *range(first, len(writers), every or NEVER), len(writers)]
         return [writers[first + 1 : last] for first, last in itertools.pairwise(cuts)]
 
     def _answered(self, augment: Augment, state: loop.DecodeState, due: np.ndarray) -> loop.DecodeState:

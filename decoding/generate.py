@@ -131,16 +131,14 @@ def generate(
       attention: how the target reads its cache: `dense`, or `split`, with the library's attention for the prefix
         (`models/attention.py`; neither sliding windows nor soft caps). Measure before choosing.
       memory: `Generation.memory` of an earlier request of the same batch size, for drafters that learn as they go.
-      augment: a coprocessor whose latents go into the cache beside the text (`decoding/augment.py`). They take no part
-        of `max_new_tokens`, and whoever drafts, the text is that of the augmented target.
+      augment: a coprocessor whose latents go into the cache beside the text, which becomes the augmented target's.
 
     Raises:
       UserError: an argument of another kind, an empty prompt, a token outside the vocabulary, a request that fits no
         context or cache, parameters of another drafter or off the mesh; or scores of the target that are not finite.
     """
     check_kinds(target, mesh, typical, on_tokens, augment)
-    config, params = target.config, target.params
-    mesh = mesh_of(params) if mesh is None else mesh
+    config, mesh = target.config, mesh_of(target.params) if mesh is None else mesh
     drafter, drafter_params = drafter_and_params(drafter, drafter_params, target, mesh)
     batch = len(prompts := checked_prompts(prompts, target))
     opened = bool(drafter.open_sizes) and mesh is None and memory is None
@@ -151,17 +149,13 @@ def generate(
     needed, padded = _check_lengths(config, prompts, limits, drafter, augment)
     capacity = _capacity(capacity, max(needed, padded), drafter, config.max_position)
     stop, stop_texts = _stops(target, stop, stop_texts)
-    _check_mesh(mesh, target, drafter_params, batch)
-    if augment is not None:
-        augment.check(config, mesh)
-    request = _make_request(config, prompts, limits, seeds, sampling, stop, attention, typical)
+    _check_mesh(mesh, target, drafter_params, batch, augment)
+    request = _make_request(config, prompts, limits, seeds, sampling, stop, attention, typical, mesh)
     reader = _Reader(target, prompts, stop_texts, on_tokens)
     drafter.rule(request.sampling.greedy)  # Refuses what cannot be verified, before anything is computed.
-
     started = time.perf_counter()
-    models = loop.Models(config, drafter, params, drafter.for_decoding(drafter_params, mesh))
+    models = loop.Models(config, drafter, target.params, drafter.for_decoding(drafter_params, mesh))
     with on_mesh(mesh):
-        request = request if mesh is None else place_rows(mesh, request)
         schedule = Schedule(models, request, augment, stop, mesh)
         state = _prefill(models, request, _padded(prompts, padded), capacity, mesh, memory, schedule)
         paced = None if pace is None else Paced(models, request, pace)
@@ -169,9 +163,8 @@ def generate(
         prefilled = time.perf_counter()
         state = _run(paced.segment if paced else _steps(models), state, reader, stream_every, mesh, schedule)
     seconds = prefilled - started, time.perf_counter() - prefilled
-    stats = paced.stats if paced else [Stats.of(state.counters, row) for row in range(batch)]
     memory = None if opened else drafter.memory(state.drafter)  # An open one's fits one of its sizes only.
-    return _finished(target, prompts, state, stats, memory, seconds, reader.ended, stop_texts, schedule)
+    return _finished(target, prompts, state, paced, memory, seconds, reader.ended, stop_texts, schedule)
 
 
 def _pace(target, drafter: Drafter, params, settings: list[Sampling]) -> sizing.Pace | None:
@@ -209,7 +202,7 @@ def _run(step: Callable[..., loop.DecodeState], state, reader: "_Reader", stream
 
 
 def _finished(
-    target, prompts, state, stats: list[Stats], memory, seconds, ended: dict[int, int], stop_texts, schedule: Schedule
+    target, prompts, state, paced: Paced | None, memory, seconds, ended: dict[int, int], stop_texts, schedule: Schedule
 ) -> Generation:
     tokens, writers, lengths = (np.asarray(x) for x in (state.text.tokens, state.text.writers, state.text.length))
     span = [slice(len(prompt), ended.get(row, int(lengths[row]) + 1)) for row, prompt in enumerate(prompts)]
@@ -217,6 +210,7 @@ def _finished(
     by = [writers[row, s].tolist() for row, s in enumerate(span)]
     for row, new in enumerate(made):
         _refuse_broken(new, target.config.vocab_size, row, len(prompts[row]))
+    stats = paced.stats if paced else [Stats.of(state.counters, row) for row in range(len(prompts))]
     texts = []
     if target.tokenizer is not None:
         pairs = zip(prompts, made, strict=True)
@@ -266,7 +260,9 @@ def _prefill(models: loop.Models, request, text, capacity, mesh, memory, schedul
     return jax.block_until_ready(schedule.begin(state, hidden))
 
 
-def _check_mesh(mesh, target, drafter_params, batch) -> None:
+def _check_mesh(mesh, target, drafter_params, batch, augment) -> None:
+    if augment is not None:
+        augment.check(target.config, mesh)
     if mesh is None:
         return
     check_placed(mesh, target.params, "the target's parameters")
@@ -278,7 +274,7 @@ def _check_mesh(mesh, target, drafter_params, batch) -> None:
             warnings.warn(f"{size} {what} do not divide over {where}: each device there works on all", stacklevel=3)
 
 
-def _make_request(config, prompts, limits, seeds, sampling, stop, attention, typical) -> Request:
+def _make_request(config, prompts, limits, seeds, sampling, stop, attention, typical, mesh) -> Request:
     batch, lengths = len(prompts), np.array([len(prompt) for prompt in prompts], np.int32)
     if attention not in ("dense", "split"):
         raise UserError(f"attention must be 'dense' or 'split', got {attention!r}")
@@ -288,7 +284,7 @@ def _make_request(config, prompts, limits, seeds, sampling, stop, attention, typ
     seeds = whole_per_row([seeds + row for row in range(batch)] if counted else seeds, batch, "seeds")
     if min(seeds) < 0 or max(seeds) >= 2**32:
         raise UserError(f"seeds must be in [0, 2^32), got {min(seeds) if min(seeds) < 0 else max(seeds)}")
-    return Request(
+    request = Request(
         prompt_length=jnp.asarray(lengths),
         limit=jnp.asarray(lengths + np.array(limits, np.int32)),
         stops=_pack_stops(stop, batch),
@@ -297,6 +293,7 @@ def _make_request(config, prompts, limits, seeds, sampling, stop, attention, typ
         attention=attention,
         typical=typical,
     )
+    return request if mesh is None else place_rows(mesh, request)
 
 
 def _check_lengths(config, prompts, limits, drafter, augment) -> tuple[int, int]:

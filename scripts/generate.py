@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
-from decoding.augment import Augment
+from decoding.augment import Augment, first_pause
 from decoding.drafter import Drafter
 from decoding.drafters.registry import load_drafter, split_names
 from decoding.generate import Generation, bucket, generate, slots_needed
@@ -133,8 +133,7 @@ def stream(
         "augment": augment,
     }
     # The stream would wait in its middle for the compiler, and the rate would tell how long that took.
-    first = 2 + ((augment.first_pause or 0) if augment else 0)
-    generate(target, [tokens], max_new_tokens=min(first, max_new_tokens), **options)
+    generate(target, [tokens], max_new_tokens=min(2 + first_pause(augment), max_new_tokens), **options)
     return generate(target, [tokens], max_new_tokens=max_new_tokens, on_tokens=on_tokens, **options)
 
 
