@@ -108,6 +108,13 @@ def job(data_set: pathlib.Path, target_directory: pathlib.Path) -> Callable[...,
         },
         "falcon": {"name": "falcon", "target": str(target_directory), "depth": 3, "loop_prompts": 0},
         "several": {"name": "several", "target": str(target_directory)},
+        "coprocessor": {
+            "name": "coprocessor",
+            "target": str(target_directory),
+            "coprocessor": {"num_latents": 3},
+            "places": 5,
+            "ahead": 4,
+        },
     }
 
     def make(name: str, objective: dict[str, Any] | None = None, **changes: Any) -> TrainConfig:

@@ -2,6 +2,7 @@
 
 from train.objectives.classifier import ImageClassifier
 from train.objectives.code_refiner import CodeRefiner
+from train.objectives.coprocessor import CoprocessorObjective
 from train.objectives.dflash import DFlashObjective
 from train.objectives.draft_heads import DraftHeads
 from train.objectives.dspark import DominoObjective, DSparkObjective
@@ -25,6 +26,7 @@ OBJECTIVES: dict[str, type[Objective]] = {
     "domino": DominoObjective,
     "falcon": FalconObjective,
     "several": SeveralObjective,
+    "coprocessor": CoprocessorObjective,
     "vqvae": VQVAEObjective,
     "var": VARObjective,
     "code_refiner": CodeRefiner,
