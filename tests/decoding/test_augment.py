@@ -3,6 +3,7 @@
 That drafters are lossless on top of it is the battery's to show (test_battery.py).
 """
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -12,12 +13,14 @@ import numpy as np
 import pytest
 
 from decoding import generate as module
-from decoding.augment import Augment
+from decoding.augment import Augment, Schedule
 from decoding.cache import SLOTS
 from decoding.coprocessors import Coprocessor
 from decoding.generate import Generation, generate
+from decoding.request import Request
 from models import coprocessor, transformer
 from models.coprocessor import CoprocessorConfig, Points
+from models.errors import UserError
 from models.formats.target import Target
 from models.layout import Layout
 from tests.decoding.drafter_cases import random_target
@@ -117,3 +120,69 @@ def test_engine_is_one_long_forward(every, lag, flags, monkeypatch) -> None:
                 np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-9)
         changed += new != generate(target(), [prompt], max_new_tokens=NEW[row], capacity=SIZE).tokens[0]
     assert changed, "latents that change nothing prove nothing"
+
+
+def test_streams_and_stops_are_those_of_the_text() -> None:
+    """Of a text whose second run of tokens is cut by a stop, and a third by the limit; rows end at different points."""
+    arguments = dict(augment=augment(5, 0), capacity=SIZE)
+    whole = generate(target(), PROMPTS, max_new_tokens=NEW, **arguments)
+    assert whole.augmentations == [-(-new // 5) for new in NEW]
+    calls: list[tuple[int, list[int]]] = []
+    told = lambda row, tokens, writers: calls.append((row, tokens))  # noqa: E731
+    stop = whole.tokens[0][5:8]
+    made = generate(target(), PROMPTS, max_new_tokens=NEW, stop=[stop], stream_every=2, on_tokens=told, **arguments)
+    for row, (new, plain) in enumerate(zip(made.tokens, whole.tokens, strict=True)):
+        ends = (end for end in range(3, len(plain) + 1) if plain[end - 3 : end] == stop)
+        assert new == plain[: next(ends, len(plain))]
+        assert [token for at, tokens in calls for token in tokens if at == row] == new
+    assert len(made.tokens[0]) <= 8 < NEW[0]
+    # A point lies behind the last token of a run: what ends there is over, not continued from latents.
+    at_point = generate(target(), PROMPTS, max_new_tokens=NEW, stop=[whole.tokens[2][2:5]], **arguments)
+    assert len(at_point.tokens[2]) <= 5
+
+
+def test_a_text_is_counted_in_runs_between_points() -> None:
+    prompt = jnp.zeros(1, jnp.int32)
+    request = Request(prompt, prompt + 9, prompt[None, None], prompt, None)
+    for every, lag, expected in (
+        (None, 0, [[1, 2, 3, 4, 5, 6, 7]]),
+        (None, 2, [[1], [3, 4, 5, 6, 7]]),
+        (3, 0, [[1, 2], [4, 5], [7]]),
+        (3, 2, [[1], [3, 4], [6, 7]]),
+    ):
+        assert Schedule(None, request, augment(every, lag), [], None).runs([*range(8)]) == expected
+        assert augment(every, lag).calls(8) == len(expected) - bool(lag)
+    assert Schedule(None, request, None, [], None).runs([*range(3)]) == [[1, 2]]
+
+
+def test_what_does_not_fit_is_one_sentence() -> None:
+    plain = augment()
+    for arguments, message in (
+        (dict(every=0), "augment needs every of at least 1, got 0"),
+        (dict(lag=-1), "augment needs lag of at least 0, got -1"),
+        (dict(every=3, lag=3), "lag below the 3 tokens between two points"),
+    ):
+        with pytest.raises(UserError, match=message):
+            Augment(plain.coprocessor, **arguments)
+    with pytest.raises(UserError, match="needs a coprocessor, as load_coprocessor returns it, got a dict"):
+        Augment({})  # type: ignore[arg-type]
+    last_layer = Coprocessor(CoprocessorConfig(reads="last_layer"), {})
+    with pytest.raises(UserError, match="answers once, at the end of the prompt"):
+        Augment(last_layer, every=4)
+    windowed = dataclasses.replace(target(), config=dataclasses.replace(target().config, windows=(4, None)))
+    hold = augment(6, 2, positions="hold")
+    wide = Augment(Coprocessor(plain.coprocessor.config, {"soft": {"embedding": jnp.zeros((3, 8))}}))
+    for model, latents, more, message in (
+        (target(), {}, {}, "augment must be an? Augment or None"),
+        (windowed, hold, {}, "need a target without sliding windows"),
+        (target(), wide, {}, r"soft tokens are \[3, 8\], this target needs \[3, 32\]"),
+        (
+            target(),
+            augment(5),
+            dict(max_new_tokens=2000),
+            "asked for beside 1200 latents, more than",
+        ),
+        (target(), plain, dict(capacity=24), "a cache of 24 slots is too small: the request needs 25"),
+    ):
+        with pytest.raises(UserError, match=message):
+            generate(model, [[1] * 7], augment=latents, **{"max_new_tokens": 14, **more})
