@@ -60,10 +60,6 @@ class Augment:
     lag: int = 0
 
     def __post_init__(self):
-        if not isinstance(self.coprocessor, Coprocessor):
-            raise UserError(
-                f"augment needs a coprocessor, as load_coprocessor returns it, got a {type(self.coprocessor).__name__}"
-            )
         for name, value, least in (("every", self.every, 1), ("lag", self.lag, 0)):
             whole = isinstance(value, int | np.integer) and not isinstance(value, bool)
             if not (value is None and name == "every") and not (whole and value >= least):
@@ -118,10 +114,18 @@ def first_pause(augment: Augment | None) -> int:
     return 0 if augment is None else augment.lag or augment.every or 0
 
 
+def step_runs(augment: Augment | None, writers: Sequence[int]) -> list[Sequence[int]]:
+    """Who wrote a text's new tokens, in runs between those that the prompt or latents, and no step, chose."""
+    every = augment.every if augment else None
+    points = range(first_pause(augment) or NEVER, len(writers), every or NEVER)
+    return [writers[first + 1 : last] for first, last in itertools.pairwise([0, *points, len(writers)])]
+
+
 class Schedule:
     """When the loop stops for latents, of one batch; never where there are none.
 
     Attributes:
+      augment: whose latents, and where; None is nowhere.
       request: what is asked of the loop: to stop at every row's next point, if that comes before its end.
       calls: int `[B]`, points met so far.
       seconds: what they took: the pending token's reading, the coprocessor, and the target's reading of its latents.
@@ -131,7 +135,7 @@ class Schedule:
         self, models: loop.Models, request: Request, augment: Augment | None, stops: Sequence[Sequence[int]], mesh
     ):
         """Of a request for all of the text, which `stops` end."""
-        self._models, self._whole, self._augment, self._mesh = models, request, augment, mesh
+        self._models, self._whole, self.augment, self._mesh = models, request, augment, mesh
         self._stops = [list(stop) for stop in stops]
         self._prompt, self._limit = np.asarray(request.prompt_length), np.asarray(request.limit)
         self._points = np.full_like(self._prompt, NEVER) if augment is None else self._prompt + augment.lag
@@ -140,22 +144,22 @@ class Schedule:
 
     def room(self, state: loop.DecodeState) -> loop.DecodeState:
         """An empty state that counts what latents hold."""
-        if self._augment is None or self._augment.coprocessor.config.shift:
+        if self.augment is None or self.augment.coprocessor.config.shift:
             return state
         return dataclasses.replace(state, held=self._placed(np.zeros(len(self._prompt), np.int32)))
 
     def begin(self, state: loop.DecodeState, hidden: Float[Array, "B H"]) -> loop.DecodeState:
         """The state that has read the prompts, with the first token chosen, from latents where these are not late."""
-        if self._augment is None or self._augment.lag:
+        if self.augment is None or self.augment.lag:
             return loop.begin(self._models, state, hidden, self.request)
         state, started = jax.block_until_ready(state), time.perf_counter()
-        state = self._answered(self._augment, state, np.ones(len(self._points), bool))
+        state = self._answered(self.augment, state, np.ones(len(self._points), bool))
         self.seconds += time.perf_counter() - started
         return loop.begun(self._models, state, self.request)
 
     def due(self, state: loop.DecodeState, ended: Collection[int]) -> np.ndarray:
         """`[B]`: of rows that all stand still, those that do so at a point; `ended` ones have met a stop text."""
-        if self._augment is None:
+        if self.augment is None:
             return np.zeros(len(self._points), bool)
         tokens, length = np.asarray(state.text.tokens), np.asarray(state.text.length)
         due = (length + 1 == self._points) & (self._points < self._limit)
@@ -166,7 +170,7 @@ class Schedule:
 
     def resume(self, state: loop.DecodeState, due: np.ndarray) -> loop.DecodeState:
         """The state in which rows that are `due` have read their pending token and latents, and may go on."""
-        assert self._augment is not None
+        assert self.augment is not None
         started = time.perf_counter()
         length = np.asarray(state.text.length)
         pending = np.take_along_axis(np.asarray(state.text.tokens), length[:, None], axis=1)
@@ -174,16 +178,9 @@ class Schedule:
         pending, hidden, ends = self._placed((pending, hidden, (length + due).astype(np.int32)))
         request = dataclasses.replace(self._whole, prompt_length=ends)
         state, _ = loop.read_prompt(self._models, state, hidden, request, pending, "target")
-        state = self._answered(self._augment, state, due)
+        state = self._answered(self.augment, state, due)
         self.seconds += time.perf_counter() - started
         return state
-
-    def runs(self, writers: Sequence[int]) -> list[Sequence[int]]:
-        """Who wrote a row's new tokens, in runs between those that the prompt or latents, and no step, chose."""
-        every = self._augment.every if self._augment else None
-        first = first_pause(self._augment) or NEVER
-        cuts = [0, *range(first, len(writers), every or NEVER), len(writers)]
-        return [writers[first + 1 : last] for first, last in itertools.pairwise(cuts)]
 
     def _answered(self, augment: Augment, state: loop.DecodeState, due: np.ndarray) -> loop.DecodeState:
         """The state behind latents, with the next root chosen from the last of them."""
@@ -209,7 +206,7 @@ class Schedule:
 
     def _until_points(self) -> Request:
         """The request, of which the loop does all up to every row's next point."""
-        if self._augment is None:
+        if self.augment is None:
             return self._whole
         return dataclasses.replace(self._whole, limit=self._placed(np.minimum(self._limit, self._points)))
 

@@ -26,7 +26,7 @@ from decoding.arguments import (
     drafter_and_params,
     whole_per_row,
 )
-from decoding.augment import NEVER, Augment, Schedule
+from decoding.augment import NEVER, Augment, Schedule, step_runs
 from decoding.drafter import Drafter
 from decoding.drafters.plain import Plain
 from decoding.paced import Paced
@@ -103,7 +103,7 @@ def generate(
     mesh=None,
     memory=None,
     attention: str = "dense",
-    augment: Augment | None = None,
+    augment: Any = None,
 ) -> Generation:
     """Decodes a batch of prompts; ragged lengths are fine. Arguments may be anything and are checked (`arguments.py`).
 
@@ -218,7 +218,7 @@ def _finished(
     return Generation(
         tokens=made,
         writers=by,
-        stats=[one.cut(schedule.runs(by[row])) if row in ended else one for row, one in enumerate(stats)],
+        stats=[one.cut(step_runs(schedule.augment, by[row])) if row in ended else one for row, one in enumerate(stats)],
         prefill_seconds=seconds[0],
         decode_seconds=seconds[1],
         memory=memory,

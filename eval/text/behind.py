@@ -119,7 +119,10 @@ class ByOffset:
             return np.expm1(nll / np.where(count, count, np.nan))
 
         resampled = ratio(difference[picks].sum(axis=1), self.count[picks].sum(axis=1))
-        interval = np.nanquantile(resampled, [0.025, 0.975], axis=0).T
+        # A row alone may hold no token so far ahead; where none does, there is no interval.
+        known = self.count.sum(axis=0) > 0
+        interval = np.full((len(known), 2), np.nan)
+        interval[known] = np.nanquantile(resampled[:, known], [0.025, 0.975], axis=0).T
         return ratio(difference.sum(axis=0), self.count.sum(axis=0)), interval
 
 

@@ -13,11 +13,10 @@ import numpy as np
 import pytest
 
 from decoding import generate as module
-from decoding.augment import Augment, Schedule
+from decoding.augment import Augment, step_runs
 from decoding.cache import SLOTS
 from decoding.coprocessors import Coprocessor
 from decoding.generate import Generation, generate
-from decoding.request import Request
 from models import coprocessor, transformer
 from models.coprocessor import CoprocessorConfig, Points
 from models.errors import UserError
@@ -142,17 +141,15 @@ def test_streams_and_stops_are_those_of_the_text() -> None:
 
 
 def test_a_text_is_counted_in_runs_between_points() -> None:
-    prompt = jnp.zeros(1, jnp.int32)
-    request = Request(prompt, prompt + 9, prompt[None, None], prompt, None)
     for every, lag, expected in (
         (None, 0, [[1, 2, 3, 4, 5, 6, 7]]),
         (None, 2, [[1], [3, 4, 5, 6, 7]]),
         (3, 0, [[1, 2], [4, 5], [7]]),
         (3, 2, [[1], [3, 4], [6, 7]]),
     ):
-        assert Schedule(None, request, augment(every, lag), [], None).runs([*range(8)]) == expected
+        assert step_runs(augment(every, lag), [*range(8)]) == expected
         assert augment(every, lag).calls(8) == len(expected) - bool(lag)
-    assert Schedule(None, request, None, [], None).runs([*range(3)]) == [[1, 2]]
+    assert step_runs(None, [*range(3)]) == [[1, 2]]
 
 
 def test_what_does_not_fit_is_one_sentence() -> None:
@@ -164,8 +161,6 @@ def test_what_does_not_fit_is_one_sentence() -> None:
     ):
         with pytest.raises(UserError, match=message):
             Augment(plain.coprocessor, **arguments)
-    with pytest.raises(UserError, match="needs a coprocessor, as load_coprocessor returns it, got a dict"):
-        Augment({})  # type: ignore[arg-type]
     last_layer = Coprocessor(CoprocessorConfig(reads="last_layer"), {})
     with pytest.raises(UserError, match="answers once, at the end of the prompt"):
         Augment(last_layer, every=4)

@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+import warnings
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +19,8 @@ from models.errors import UserError
 from models.formats.target import Target, load_target
 from tests.eval.tiny import write_target
 from tests.noise import noisy
+
+ROWS, LENGTH, AHEAD = 4, 64, 8  # Of all that is scored here: one program for each contender.
 
 
 def test_wilson_interval_is_that_of_the_tables() -> None:
@@ -101,7 +104,9 @@ def test_change_is_paired_by_token() -> None:
     count[:, 2] = 0
     base = behind.ByOffset(rng.uniform(5, 20, (6, 3)), count)
     better = behind.ByOffset(base.nll - 5 * np.log(2), count)
-    change, interval = better.change(base)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        change, interval = better.change(base)
     np.testing.assert_allclose(change[:2], -0.5)
     np.testing.assert_allclose(interval[:2], -0.5)
     assert np.isnan(change[2]) and np.isnan(base.perplexity[2])
@@ -114,7 +119,7 @@ def test_ticks_lie_on_both_sides_of_zero() -> None:
 
 @pytest.fixture(scope="module")
 def target(tmp_path_factory: pytest.TempPathFactory) -> Target:
-    return load_target(write_target(tmp_path_factory.mktemp("target")))
+    return load_target(write_target(tmp_path_factory.mktemp("quality") / "target"))
 
 
 @pytest.fixture(scope="module")
@@ -127,21 +132,18 @@ def network(target: Target) -> Coprocessor:
 
 
 def test_likelihoods_are_those_of_plain_forwards(target: Target) -> None:
-    """Two documents in a row, the second row padded."""
-    rng = np.random.default_rng(0)
-    tokens = rng.integers(1, 250, (2, 24))
-    segments = np.array([[1] * 10 + [2] * 14, [1] * 20 + [0] * 4])
-    at = np.array([[3, 8, 12], [0, 17, 22]])
-    found, there = behind.scored(target, None, tokens, segments, at, 4)
+    """Two documents in a row, padding behind them."""
+    tokens = np.random.default_rng(0).integers(1, 250, (ROWS, LENGTH))
+    segments = np.tile([1] * 30 + [2] * 24 + [0] * (LENGTH - 54), (ROWS, 1))
+    at = np.array([[3], [27], [50], [60]])
+    found, there = behind.scored(target, None, tokens, segments, at, AHEAD)
     logp = jax.nn.log_softmax(target.apply(tokens, jnp.asarray(segments, jnp.int32)).logits)
-    for row, column in np.ndindex(2, 3):
-        for offset in range(4):
-            place = at[row, column] + 1 + offset
-            same = place < 24 and segments[row, place] == segments[row, at[row, column]] > 0
-            assert there[row, column, offset] == same
-            if same:
-                expected = logp[row, place - 1, tokens[row, place]]
-                np.testing.assert_allclose(found[row, column, offset], expected, atol=1e-4)
+    for row, offset in np.ndindex(ROWS, AHEAD):
+        place = int(at[row, 0]) + 1 + offset
+        assert there[row, 0, offset] == (place < LENGTH and segments[row, place] == segments[row, at[row, 0]] > 0)
+        if there[row, 0, offset]:
+            np.testing.assert_allclose(found[row, 0, offset], logp[row, place - 1, tokens[row, place]], atol=1e-4)
+    assert there.sum(axis=(1, 2)).tolist() == [8, 2, 3, 0]
 
 
 def test_the_command_measures_what_is_asked_for(
@@ -156,15 +158,15 @@ def test_the_command_measures_what_is_asked_for(
     out = tmp_path / "out"
     arguments = [
         *("--target", target.path, "--coprocessors", target.path / "coprocessor", "--out", out),
-        *("--text", text, "--rows", 4, "--length", 32, "--points", 3, "--ahead", 4),
-        *("--problems", solved, "--shots", 1, "--max_new_tokens", 8, "--batch", 4, "--choices", choices),
+        *("--text", text, "--rows", ROWS, "--length", LENGTH, "--points", 1, "--ahead", AHEAD),
+        *("--problems", solved, "--shots", 1, "--max_new_tokens", 8, "--batch", ROWS, "--choices", choices),
     ]
     quality.main(list(map(str, arguments)))
     told = capsys.readouterr().out
     results = json.loads((out / "results.json").read_text())
     assert [one["label"] for one in results["contenders"]] == ["target", "lora 2"]
     base, changed = results["perplexity"]["runs"]
-    assert len(base["perplexity"]) == len(changed["change"]) == 4 and "change" not in base
+    assert len(base["perplexity"]) == len(changed["change"]) == AHEAD and "change" not in base
     ratio = np.array(changed["perplexity"]) / np.array(base["perplexity"]) - 1
     np.testing.assert_allclose(changed["change"], ratio, rtol=1e-6)
     assert results["problems"]["questions"] == 3 and results["problems"]["runs"][1]["augmentation_ms"] > 0
