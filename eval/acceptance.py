@@ -14,7 +14,8 @@ Prompts are the beginnings of a data set's documents, or the first turns of a fi
 (`eval/text/prompts.py`), of which every other one calibrates.
 
 A method is LABEL=SPEC[@POLICY]: SPEC is a drafter directory or the name of a drafter without parameters, and POLICY
-says how its tree grows where there is more than one way.
+says how its tree grows where there is more than one way: by a name of `decoding/policies/published.py`, or written out,
+`slots:depth=7` for instance; its size is the budget's.
 """
 
 import dataclasses
@@ -28,7 +29,6 @@ import numpy as np
 from decoding.drafter import Drafter
 from decoding.drafters.registry import load_drafter
 from decoding.generate import Generation
-from decoding.policies.published import PUBLISHED
 from decoding.sampling import Sampling
 from decoding.spread import generate_together
 from decoding.stats import Stats
@@ -37,7 +37,7 @@ from eval.measure.progress import Progress
 from eval.report.acceptance import print_table, write_report
 from eval.report.page import keep_results, write_results
 from eval.text.benchmark import ratio_interval
-from eval.text.budget import Fitter
+from eval.text.budget import Fitter, parse_growth
 from eval.text.prompts import Prompt, document_prompts, encode_questions, read_questions
 from eval.text.results import describe_target
 from models import command_line, processes
@@ -58,7 +58,7 @@ class Method:
       label: what people call it.
       drafter: its static part; tree and depth are fitted to each budget.
       params: its parameters.
-      policy: how its tree grows, one of `decoding.policies.published.PUBLISHED`, or "" for the drafter's only way.
+      policy: how its tree grows (`eval.text.budget.parse_growth`), or "" for the drafter's only way.
       path: the directory it came from.
     """
 
@@ -73,14 +73,14 @@ def parse_method(text: str, target: Target) -> Method:
     """A method from LABEL=SPEC[@POLICY].
 
     Raises:
-      UserError: another form, an unknown policy, or a drafter that cannot be loaded.
+      UserError: another form, a policy that is not one, or a drafter that cannot be loaded.
     """
     label, _, rest = text.partition("=")
     spec, _, policy = rest.partition("@")
     if not label or not spec:
         raise UserError(f"a method is written LABEL=DRAFTER or LABEL=DRAFTER@POLICY, got {text!r}")
-    if policy and policy not in PUBLISHED:
-        raise UserError(f"{text!r} asks for the policy {policy!r}; known are {', '.join(PUBLISHED)}")
+    if policy:
+        parse_growth(policy)
     drafter, params = load_drafter(spec, target)
     return Method(label, drafter, params, policy, spec if params is not None else None)
 

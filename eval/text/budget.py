@@ -13,10 +13,23 @@ import functools
 from collections.abc import Callable
 
 from decoding.drafter import Drafter
+from decoding.policies import POLICIES, parse_policy
+from decoding.policies.policy import TreePolicy
 from decoding.policies.published import PUBLISHED
 from decoding.stats import Stats
 from decoding.tree_search import Acceptance
 from models.errors import UserError
+
+
+def parse_growth(text: str) -> TreePolicy:
+    """How a tree grows, whatever its size: by the name of its paper, or written out as for `--policy`.
+
+    Raises:
+      UserError: neither.
+    """
+    if text in PUBLISHED or text.partition(":")[0] in POLICIES:
+        return PUBLISHED.get(text) or parse_policy(text)
+    raise UserError(f"there is no policy {text!r}; known are {', '.join(PUBLISHED)}, and {', '.join(POLICIES)}")
 
 
 class Fitter:
@@ -27,7 +40,7 @@ class Fitter:
 
         Args:
           drafter: to be fitted.
-          policy: for drafters that have a policy one of `PUBLISHED`; "" for all others.
+          policy: for drafters that have a policy what `parse_growth` reads; "" for all others.
           decode: decodes the calibration prompts with a drafter.
 
         Raises:
@@ -35,11 +48,11 @@ class Fitter:
         """
         if drafter.tree_policy is not None and not policy:
             raise UserError(
-                f"which policy makes the trees of {drafter.name}? Say @POLICY, one of {', '.join(PUBLISHED)}"
+                f"which policy makes the trees of {drafter.name}? Say @POLICY, {', '.join(PUBLISHED)} for instance"
             )
         if policy and drafter.tree_policy is None:
             raise UserError(f"{drafter.name} has one way to grow its tree, so @{policy} has no meaning for it")
-        self._drafter = drafter.with_policy(PUBLISHED[policy]) if policy else drafter
+        self._drafter = drafter.with_policy(parse_growth(policy)) if policy else drafter
         self._decode = decode
 
     def fit(self, budget: int) -> Drafter | None:

@@ -5,16 +5,16 @@
     python -m scripts.accelerator.smollm2 --rehearse --out DIR [--minutes 2] [--cache DIR]
 
     1. greedy        the target goes on from "The capital of France is"
-    2. chats         scripts.continue_dataset: the target's own prompts and answers
-    3. train         EAGLE-3 twice (Muon, AdamW), Hydra++ and Medusa, side by side on one device
-    4. acceptance    eval.acceptance of each, side by side, at 8, 16 and 32 candidates, greedily and at 0.7
+    2. chats         scripts.continue_dataset: the target's own prompts and answers, unless --chats holds them
+    3. train         the --heads (`chat_heads.py`), side by side on one device
+    4. acceptance    eval.acceptance of each and of all its trees, side by side, greedily and at 0.7
     5. decode        eval.main: wall-clock beside plain decoding, alone on the device
     6. speed         eval.speed on the target's shape
 
 `OUT/parts.json` says what became of every part; `OUT/back`, or `--back`, holds what is worth carrying away, in a few
-small files: the EAGLE-3 drafters in bfloat16, the chats as uint16, and all results and logs in one archive. A part that
-fails or runs out of time stops none that does not need it. This process never touches the device; the parts share it,
-so that one compiles while others compute, without reserving its memory.
+small files: the heads in 4 bits (`unpack.py` makes drafters of them), the chats as uint16, and all results and logs in
+one archive. A part that fails or runs out of time stops none that does not need it. This process never touches the
+device; the parts share it, so that one compiles while others compute, without reserving its memory.
 """
 
 import argparse
@@ -23,43 +23,35 @@ import json
 import os
 import shutil
 import tarfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import ml_dtypes
 import numpy as np
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import save_file
 
 from models import command_line
-from models.command_line import at_least
+from models.command_line import at_least, listed
 from models.config import TransformerConfig
 from models.errors import UserError, exit_on_user_error
 from models.formats.hf import load_config, save_target
 from models.formats.storage import leaves_by_path
 from models.formats.tokenizer import Tokenizer
 from models.transformer import param_shapes
+from scripts.accelerator.chat_heads import HEADS, check_heads, methods
 from scripts.accelerator.job import Job, Part, end_when_told
+from scripts.pack_drafter import packed
 from train.data.text_building import write_dataset
 from train.data.texts import Document, open_split
 
-# Config, the key of its draft vocabulary, and what differs from it.
-TRAINING: dict[str, tuple[str, str | None, dict[str, Any]]] = {
-    "eagle3": ("eagle3.py", "objective.vocabulary", {"optimizer.learning_rate": 4e-3}),
-    "eagle3_adamw": (
-        "eagle3.py",
-        "objective.vocabulary",
-        {"optimizer.name": "adamw", "optimizer.learning_rate": 1e-3, "optimizer.weight_decay": 0.01},
-    ),
-    "hydra_pp": ("hydra_pp.py", None, {}),
-    "medusa": ("medusa.py", None, {"optimizer.learning_rate": 4e-3}),
-}
 TIMED = ("eagle3", "hydra_pp")  # Heads whose wall-clock is measured.
 WARM_UP = 0.04  # Share of the steps.
 TIMED_STEPS = 30  # Enough to tell how long a step takes.
 KEPT = (".json", ".jsonl", ".html", ".log")
 BIGGEST_FILE = 15 * 2**20
+BIGGEST_HEAD = 24 * 2**20  # Whole vocabulary maps are more.
 
 
 def training(
@@ -75,8 +67,8 @@ def training(
       rehearsed: heads to compile and time alone; none means to train all.
     """
     parts = []
-    for name in rehearsed or TRAINING:
-        config, vocabulary, changes = TRAINING[name]
+    for name in rehearsed or args.heads:
+        head = HEADS[name]
         workdir = args.out / "rehearsal" / name if rehearsed else args.out / name
         steps = args.steps
         # Another number of steps is another program, so that a little too long is better than one that fits.
@@ -95,10 +87,11 @@ def training(
             "checkpoint.every": TIMED_STEPS - 10 if rehearsed else steps,
             "checkpoint.keep": 1,
             "metrics.every": 10,
-            **({vocabulary: args.vocabulary} if vocabulary else {}),
-            **changes,
+            "precision": args.precision,
+            **({"objective.vocabulary": args.vocabulary} if head.vocabulary else {}),
+            **head.changes,
         }
-        command = ["train.main", f"--config=configs/{config}", f"--workdir={workdir}"]
+        command = ["train.main", f"--config=configs/{head.config}", f"--workdir={workdir}"]
         command += [f"--config.{key}={value}" for key, value in options.items()]
         metrics = workdir / "metrics.jsonl"
         done = functools.partial(_timed if rehearsed else _never, metrics)
@@ -124,17 +117,19 @@ def step_seconds(metrics: Path) -> float | None:
 
 
 def acceptance(args: argparse.Namespace, target: Path) -> list[Part]:
-    """One part per drafter and temperature, because each compiles a program per budget; greedy ones first."""
+    """One part per tree and temperature, because each compiles a program per budget; greedy ones first."""
     common = ["eval.acceptance", "--target", str(target), "--prompts", str(args.questions), "--chat"]
     common += ["--num_prompts", str(args.num_prompts), "--max_new_tokens", str(args.new_tokens)]
-    common += ["--budgets", args.budgets]
     parts = []
-    for temperature in ("0", "0.7"):
-        for name in TRAINING:
-            method = f"{name}={args.out / name / 'drafter'}" + ("@confidence" if name.startswith("eagle") else "")
-            label = f"acceptance_{name}_{temperature}"
-            own = ["--out", str(args.out / label), "--methods", method, "--temperatures", temperature]
-            parts.append(Part(label, [*common, *own], args.out / name / "drafter" / "drafter.json"))
+    for temperature, budgets in (("0", args.budgets), ("0.7", args.sampled_budgets)):
+        for name in args.heads:
+            for method in methods(name, args.out):
+                label = "_".join(
+                    ["acceptance", method.partition("=")[0].replace(", ", "_").replace(" ", "_"), temperature]
+                )
+                own = ["--out", str(args.out / label), "--methods", method, "--temperatures", temperature]
+                command = [*common, "--budgets", budgets, *own]
+                parts.append(Part(label, command, args.out / name / "drafter" / "drafter.json"))
     return parts
 
 
@@ -217,11 +212,9 @@ def pack(args: argparse.Namespace) -> None:
     """What is worth carrying away, in files below the limit of a small transfer."""
     back = args.back
     back.mkdir(parents=True, exist_ok=True)
-    for name in TRAINING:
-        directory = args.out / name / "drafter"
-        if name.startswith("eagle3") and (directory / "drafter.json").exists() and not list(back.glob(f"{name}-*")):
-            pack_drafter(directory, back, name)
-            shutil.copy(directory / "drafter.json", args.out / f"{name}-drafter.json")
+    made = [name for name in args.heads if (args.out / name / "drafter" / "drafter.json").exists()]
+    if made and not list(back.glob("heads-*")):
+        pack_heads({name: args.out / name / "drafter" for name in made}, back)
     if (args.out / "chats" / "manifest.json").exists() and not list(back.glob("chats*")):
         pack_chats(args.out / "chats", back)
         shutil.copy(args.out / "chats" / "manifest.json", args.out / "chats-manifest.json")
@@ -239,17 +232,26 @@ def pack(args: argparse.Namespace) -> None:
     os.replace(back / ".results", back / "results.tar.gz")
 
 
-def pack_drafter(directory: Path, back: Path, name: str) -> None:
-    """Its parameters in bfloat16, in as many files as the limit asks for, and its record."""
+def pack_heads(directories: Mapping[str, Path], back: Path) -> None:
+    """Heads that are small enough, kernels in integers of 4 bits and the rest in bfloat16, several to a file: the
+    tensor K of the drafter N is called N/K. `unpack.py` makes drafter directories of them."""
     parts: list[dict[str, np.ndarray]] = [{}]
-    for path in sorted(directory.glob("*.safetensors")):
-        for key, tensor in load_file(path).items():
-            small = tensor.astype(ml_dtypes.bfloat16) if tensor.dtype == np.float32 else tensor
-            if sum(other.nbytes for other in parts[-1].values()) + small.nbytes > BIGGEST_FILE:
+    for name, directory in directories.items():
+        tensors = {f"{name}/{key}": narrow(tensor) for key, tensor in packed(directory, 4, 32).items()}
+        if (size := sum(tensor.nbytes for tensor in tensors.values())) > BIGGEST_HEAD:
+            print(f"{name} stays here: it takes {size / 2**20:.0f} MiB", flush=True)
+            continue
+        for key, tensor in tensors.items():
+            if sum(other.nbytes for other in parts[-1].values()) + tensor.nbytes > BIGGEST_FILE:
                 parts.append({})
-            parts[-1][key] = small
+            parts[-1][key] = tensor
     for number, tensors in enumerate(parts):
-        save_file(tensors, back / f"{name}-{number}.safetensors", metadata={"format": "pt"})
+        save_file(tensors, back / f"heads-{number}.safetensors", metadata={"format": "pt"})
+
+
+def narrow(tensor: np.ndarray) -> np.ndarray:
+    """float32 in bfloat16, anything else as it is."""
+    return tensor.astype(ml_dtypes.bfloat16) if tensor.dtype == np.float32 else tensor
 
 
 def pack_chats(directory: Path, back: Path) -> None:
@@ -271,7 +273,7 @@ def note_timings(args: argparse.Namespace) -> dict[str, float]:
     """Seconds per step of all rehearsals so far, those of earlier calls with this cache among them."""
     path = args.cache / "step_seconds.json"
     known = json.loads(path.read_text()) if path.exists() else {}
-    found = {name: step_seconds(args.out / "rehearsal" / name / "metrics.jsonl") for name in TRAINING}
+    found = {name: step_seconds(args.out / "rehearsal" / name / "metrics.jsonl") for name in HEADS}
     known |= {name: seconds for name, seconds in found.items() if seconds}
     args.cache.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(known) + "\n")
@@ -281,7 +283,7 @@ def note_timings(args: argparse.Namespace) -> dict[str, float]:
 
 def everything(args: argparse.Namespace, job: Job) -> None:
     """All parts."""
-    target, chats = args.target, args.out / "chats"
+    target, chats = args.target, args.chats or args.out / "chats"
     prompt = "The capital of France is"
     greedy = ["scripts.generate", "--target", str(target), "--prompt", prompt, "--max_new_tokens", "48"]
     write = ["scripts.continue_dataset", "--target", str(target), "--out", str(chats), "--documents", "1000000"]
@@ -289,10 +291,11 @@ def everything(args: argparse.Namespace, job: Job) -> None:
     write += ["--rows", str(args.rows), "--new_tokens", str(args.chat_tokens), "--temperature", "0,0.5,0.8"]
     write += ["--prompt_temperature", "0.9"]
     known = note_timings(args)
-    missing = [name for name in TRAINING if name not in known]
+    missing = [name for name in args.heads if name not in known]
     # Compiling takes processors, decoding the device.
     early = training(args, *rehearsal(args), {}, missing) if missing else []
-    job.run([Part("greedy", greedy), Part("chats", write), *early], 60 * args.chat_minutes + 100)
+    first = [] if args.chats else [Part("greedy", greedy), Part("chats", write)]
+    job.run([*first, *early], 60 * args.chat_minutes + 100)
     if not (chats / "manifest.json").exists():
         # Its finished rounds are kept, and by now its programs are compiled.
         job.run([Part("chats_again", write)], 60 * args.chat_minutes + 100)
@@ -315,7 +318,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = _parser().parse_args(argv)
     if not args.rehearse and args.target is None:
         raise UserError("give --target, the directory of the target, or --rehearse")
-    for path in (args.target, args.questions):
+    check_heads(args.heads)
+    for path in (args.target, args.questions, args.chats):
         if path is not None and not path.exists():
             raise UserError(f"there is no {path}")
     args.out.mkdir(parents=True, exist_ok=True)
@@ -327,7 +331,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     # The parts have the environment as it was; this process must not take the device's memory from them.
     jax.config.update("jax_platforms", "cpu")
     if args.rehearse:
-        job.run([*training(args, *rehearsal(args), {}, tuple(TRAINING)), *others_rehearsed(args)], job.left)
+        job.run([*training(args, *rehearsal(args), {}, args.heads), *others_rehearsed(args)], job.left)
         note_timings(args)
     else:
         everything(args, job)
@@ -347,6 +351,8 @@ def _parser() -> argparse.ArgumentParser:
         "--rehearse", action="store_true", help="compile and time training steps, try the rest in small"
     )
     parser.add_argument("--shape", choices=["smollm2", "tiny"], default="smollm2", help="of a rehearsal's target")
+    parser.add_argument("--heads", type=listed, default="eagle3,hydra_pp,medusa", help=f"some of {', '.join(HEADS)}")
+    parser.add_argument("--chats", type=Path, help="a data set of chats of the target, where they are written already")
     parser.add_argument("--chat_minutes", type=float, default=1.5, help="of writing chats")
     parser.add_argument("--chat_tokens", type=at_least(1), default=640, help="most tokens of an answer")
     parser.add_argument("--valid_documents", type=at_least(1), default=256, help="chats held out")
@@ -356,11 +362,13 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--acceptance_seconds", type=float, default=110.0, help="that acceptance may take")
     parser.add_argument("--batch_size", type=at_least(1), default=8, help="rows of a training step")
     parser.add_argument("--length", type=at_least(2), default=512, help="tokens of a row")
+    parser.add_argument("--precision", choices=["auto", "bfloat16", "float32"], default="auto", help="of training")
     parser.add_argument("--vocabulary", type=at_least(1), default=8192, help="EAGLE-3's draft vocabulary")
     parser.add_argument("--num_prompts", type=at_least(1), default=48, help="questions measured for acceptance")
     parser.add_argument("--decode_prompts", type=at_least(1), default=12, help="questions timed")
     parser.add_argument("--new_tokens", type=at_least(1), default=128, help="tokens of each answer measured")
-    parser.add_argument("--budgets", default="8,16,32", help="candidates besides the root")
+    parser.add_argument("--budgets", default="8,16,32", help="candidates besides the root, greedily")
+    parser.add_argument("--sampled_budgets", default="8,16,32", help="the same at a temperature of 0.7")
     return parser
 
 

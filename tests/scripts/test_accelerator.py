@@ -1,21 +1,26 @@
 """Parts run side by side within their limits, what fails stops nothing else, what comes back is small and whole."""
 
 import argparse
+import contextlib
 import importlib.util
 import json
 import tarfile
 import types
+from collections.abc import Iterator
 from pathlib import Path
 
-import ml_dtypes
 import numpy as np
 import pytest
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import save_file
 
 from decoding.stats import Counters, Stats
+from eval.text.budget import parse_growth
+from models.formats.scaled import read_scaled, whole_tensors
+from models.formats.storage import FLOATS, open_tensors
 from scripts.accelerator import __main__ as everything
-from scripts.accelerator import correctness
+from scripts.accelerator import correctness, unpack
 from scripts.accelerator import smollm2 as accelerator
+from scripts.accelerator.chat_heads import HEADS
 from scripts.accelerator.job import QUICK, Job, Part
 from scripts.accelerator.parts import PARTS, Sizes
 
@@ -71,7 +76,7 @@ def test_steps_fit_the_time_where_it_is_known(tmp_path: Path) -> None:
     args = arguments(tmp_path, "--steps", "1000", "--train_seconds", "100")
     measured = {"eagle3": 0.05, "hydra_pp": 0.12, "medusa": 0.5}
     parts = {part.name: steps_of(part) for part in accelerator.training(args, Path("t"), Path("d"), measured)}
-    assert parts == {"eagle3": 1000, "eagle3_adamw": 1000, "hydra_pp": 1000, "medusa": 200}
+    assert parts == {"eagle3": 1000, "hydra_pp": 1000, "medusa": 200}
     (rehearsed,) = accelerator.training(args, Path("t"), Path("d"), {}, ["medusa"])
     assert rehearsed.name == "rehearse_medusa" and steps_of(rehearsed) == 1000 and not rehearsed.done()
     metrics = tmp_path / "rehearsal" / "medusa" / "metrics.jsonl"
@@ -84,28 +89,68 @@ def test_steps_fit_the_time_where_it_is_known(tmp_path: Path) -> None:
 
 def test_what_comes_back_is_small_and_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(accelerator, "BIGGEST_FILE", 3000)
+    monkeypatch.setattr(accelerator, "BIGGEST_HEAD", 6000)
     args = arguments(tmp_path)
-    drafter = tmp_path / "eagle3" / "drafter"
-    drafter.mkdir(parents=True)
-    tensors = {name: np.arange(600, dtype=np.float32) for name in "abc"} | {"ids": np.arange(5, dtype=np.int32)}
-    save_file(tensors, drafter / "model.safetensors")
-    (drafter / "drafter.json").write_text("{}")
+    rng = np.random.default_rng(0)
+    made = {}
+    for name, tokens in (("eagle3", 600), ("medusa", 10_000)):
+        (drafter := tmp_path / name / "drafter").mkdir(parents=True)
+        made[name] = {
+            "fc.kernel": rng.standard_normal((64, 32), np.float32),
+            "table": rng.standard_normal(tokens, np.float32),
+            "ids": np.arange(5, dtype=np.int32),
+        }
+        save_file(made[name], drafter / "model.safetensors")
+        (drafter / "drafter.json").write_text("{}")
     (tmp_path / "eagle3.log").write_text("trained\n")
     accelerator.pack(args)
     names = sorted(path.name for path in args.back.iterdir())
-    assert names == ["eagle3-0.safetensors", "eagle3-1.safetensors", "results.tar.gz"]
-    found = load_file(args.back / names[0]) | load_file(args.back / names[1])
-    assert {name: tensor.dtype for name, tensor in found.items()} == {
-        **dict.fromkeys("abc", np.dtype(ml_dtypes.bfloat16)),
-        "ids": np.dtype(np.int32),
-    }
+    assert names == ["heads-0.safetensors", "results.tar.gz"], "what is large stays"
     with tarfile.open(args.back / "results.tar.gz") as archive:
-        assert {"eagle3.log", "eagle3-drafter.json", "eagle3/drafter/drafter.json"} <= set(archive.getnames())
+        assert {"eagle3.log", "eagle3/drafter/drafter.json"} <= set(archive.getnames())
+
+    unpack.main(["--back", str(args.back), "--out", str(tmp_path / "heads")])
+    with open_drafter(tmp_path / "heads" / "eagle3") as found:
+        assert found.keys() == made["eagle3"].keys()
+        for key, tensor in made["eagle3"].items():
+            tolerance = {"fc.kernel": 0.5, "table": 0.02, "ids": 0.0}[key]
+            np.testing.assert_allclose(found[key].astype(np.float32), tensor, atol=tolerance)
+    with pytest.raises(SystemExit):
+        unpack.main(["--back", str(tmp_path), "--out", str(tmp_path / "more")])
+
+
+@contextlib.contextmanager
+def open_drafter(directory: Path) -> Iterator[dict[str, np.ndarray]]:
+    """Its parameters as they are read."""
+    with contextlib.ExitStack() as stack:
+        files = open_tensors(directory, stack)
+        yield {name: np.asarray(read_scaled(files, name, directory, (*FLOATS, "I32"))) for name in whole_tensors(files)}
+
+
+def test_every_head_is_measured_with_every_tree_of_its_own(tmp_path: Path) -> None:
+    for head in HEADS.values():
+        assert (Path("configs") / head.config).exists()
+        for policy in filter(None, head.trees.values()):
+            parse_growth(policy)
+    args = arguments(tmp_path, "--heads", "dflash,medusa", "--sampled_budgets", "7")
+    parts = accelerator.acceptance(args, Path("t"))
+    assert [part.name for part in parts] == [
+        f"acceptance_{name}_{temperature}"
+        for temperature in ("0", "0.7")
+        for name in ("dflash_chain", "dflash_tree", "medusa")
+    ]
+    assert f"dflash_tree={tmp_path}/dflash/drafter@slots:depth=7" in parts[1].command
+    assert [part.command[part.command.index("--budgets") + 1] for part in parts[2:4]] == ["8,16,32", "7"]
 
 
 @pytest.mark.parametrize(
     ("more", "message"),
-    [([], "give --target"), (["--target", "nowhere"], "there is no nowhere"), (["--rehearse"], "is not empty")],
+    [
+        ([], "give --target"),
+        (["--target", "nowhere"], "there is no nowhere"),
+        (["--rehearse"], "is not empty"),
+        (["--rehearse", "--heads", "medusa,hydra_ppp"], "there is no head 'hydra_ppp', only eagle3, "),
+    ],
 )
 def test_mistakes_are_one_sentence(tmp_path: Path, capsys, more: list[str], message: str) -> None:
     (tmp_path / "something").touch()

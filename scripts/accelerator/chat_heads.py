@@ -1,0 +1,76 @@
+"""The heads that `smollm2.py` trains and compares: what each differs in from its own config, and by which trees.
+
+All learn from the same chats in as many steps of as many tokens. A head that is measured with several trees is trained
+once.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from models.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class Head:
+    """One drafter.
+
+    Attributes:
+      config: its file in `configs/`.
+      changes: what differs from it.
+      trees: of each way to grow its tree the name and the policy, as `eval.acceptance` takes it.
+      vocabulary: whether it has a draft vocabulary.
+    """
+
+    config: str
+    changes: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    trees: Mapping[str, str] = dataclasses.field(default_factory=lambda: {"": ""})
+    vocabulary: bool = False
+
+
+_MUON = {"optimizer.learning_rate": 4e-3}
+_BLOCKS = {"optimizer.learning_rate": 3e-3, "objective.anchors": 128}
+# The paper's 2 x 2 is with and without glancing, with the tree of several passes and with a chain.
+_FALCON = {"tree": "top", "chain": "chain"}
+
+HEADS: dict[str, Head] = {
+    "eagle3": Head("eagle3.py", _MUON, {"": "confidence"}, vocabulary=True),
+    "eagle3_adamw": Head(
+        "eagle3.py",
+        {"optimizer.name": "adamw", "optimizer.learning_rate": 1e-3, "optimizer.weight_decay": 0.01},
+        {"": "confidence"},
+        vocabulary=True,
+    ),
+    "hydra_pp": Head("hydra_pp.py"),
+    "medusa": Head("medusa.py", _MUON),
+    "falcon": Head("falcon.py", _MUON, _FALCON),
+    "falcon_unglanced": Head("falcon.py", {**_MUON, "objective.glancing": "off"}, _FALCON),
+    "falcon_3": Head("falcon.py", {**_MUON, "objective.block": 3}, {"tree": "top"}),
+    "dflash": Head("dflash.py", _BLOCKS, {"chain": "chain", "tree": "slots:depth=7"}),
+    "dspark": Head(
+        "dspark.py",
+        {**_BLOCKS, "objective.rank": 128, "objective.candidates": 16},
+        {
+            "chain": "chain",
+            "scheduled": "scheduled:threshold=0.3,draws=top",
+            "lattice": "confidence:top_k=4,depth=7",
+        },
+    ),
+    "jetspec": Head("jetspec.py", _BLOCKS, {"tree": "accum_logp:depth=7", "best_tree": "slots:depth=7"}),
+}
+
+
+def check_heads(names: list[str]) -> None:
+    """Raises UserError where a name is none of these."""
+    if unknown := [name for name in names if name not in HEADS]:
+        raise UserError(f"there is no head {unknown[0]!r}, only {', '.join(HEADS)}")
+
+
+def methods(name: str, out: Path) -> list[str]:
+    """A trained head's rows of the table of `eval.acceptance`, one for each of its trees."""
+    rows = []
+    for tree, policy in HEADS[name].trees.items():
+        label = f"{name}_{tree}" if tree else name
+        rows.append(f"{label}={out / name / 'drafter'}" + (f"@{policy}" if policy else ""))
+    return rows
