@@ -12,7 +12,7 @@ grow with depth). Caches lie as the layers do.
 """
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -114,17 +114,21 @@ def unstack_layers(params: Params) -> Params:
     return {**params, "layers": [jax.tree.map(lambda leaf, i=i: leaf[i], stacked) for i in range(count)]}
 
 
-def for_decoding(params: Params, mesh: Mesh | None = None) -> Params:
+# Maps of the same input, which decoding on one device runs as one product.
+JOINED = {"attention": ("q", "k", "v"), "mlp": ("gate", "up")}
+
+
+def for_decoding(params: Params, mesh: Mesh | None = None, joined: Collection[str] = tuple(JOINED)) -> Params:
     """Parameters as decoding reads them: a list of layers, whose projections are joined where there is no mesh.
 
     On CPU large kernels are then in blocks (`models/linear.py`), a tied embedding's table too. Parameters that are in
-    that form already come back as they are.
+    that form already come back as they are. `joined` are the parts of a layer whose projections are.
     """
     if not isinstance(params["layers"], list):
         params = unstack_layers(params)
     if mesh is not None:
         return params
-    return _map_tables(table_in_blocks, map_kernels(in_blocks, join_projections(params)))
+    return _map_tables(table_in_blocks, map_kernels(in_blocks, join_projections(params, joined)))
 
 
 def map_kernels(function: Callable[[Kernel], Kernel], params: Any) -> Any:
@@ -143,11 +147,7 @@ def _map_tables(function: Callable[[Table], Table], params: Params) -> Params:
     return {**params, "embed": {"embedding": function(params["embed"]["embedding"])}}
 
 
-# Maps of the same input, which decoding on one device runs as one product.
-JOINED = {"attention": ("q", "k", "v"), "mlp": ("gate", "up")}
-
-
-def join_projections(params: Params) -> Params:
+def join_projections(params: Params, joined: Collection[str] = tuple(JOINED)) -> Params:
     """Layers whose q, k, v and gate, up kernels lie side by side in one kernel; the forward takes them either way.
 
     For one device: split over `tensor`, a joined kernel would put parts of q, k and v in the wrong places. What is
@@ -161,9 +161,7 @@ def join_projections(params: Params) -> Params:
         rest = {name: leaf for name, leaf in module.items() if name not in names}
         return {**rest, joined_name(names): jax.tree.map(lambda *leaves: jnp.concatenate(leaves, axis=-1), *parts)}
 
-    layers = [
-        {**layer, **{name: join(layer[name], parts) for name, parts in JOINED.items()}} for layer in params["layers"]
-    ]
+    layers = [{**layer, **{name: join(layer[name], JOINED[name]) for name in joined}} for layer in params["layers"]]
     return {**params, "layers": layers}
 
 
