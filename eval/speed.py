@@ -43,23 +43,15 @@ import jax
 import jax.numpy as jnp
 
 from decoding.drafter import Drafter
-from decoding.drafters.draft_model import DraftModel
-from decoding.drafters.eagle import Eagle
-from decoding.drafters.early_exit import EarlyExit
-from decoding.drafters.hydra import Hydra
-from decoding.drafters.lookahead import Lookahead
-from decoding.drafters.medusa import Medusa
 from decoding.drafters.oracle import Oracle
 from decoding.drafters.plain import Plain
-from decoding.drafters.prompt_lookup import PromptLookup
-from decoding.drafters.token_recycling import TokenRecycling
 from decoding.generate import bucket
-from decoding.policies import Confidence, Static, StochasticBeam
 from decoding.sampling import Sampling
 from eval.images.speed import describe as describe_images
 from eval.images.speed import run_images
 from eval.measure.bandwidth import bandwidth_block, block_side, bytes_per_token, matrix_vector, reduction
 from eval.measure.environment import describe_environment
+from eval.measure.lineup import DRAFTERS
 from eval.measure.parts import Scene, Step, network_ms, rows_forward, step_parts
 from eval.measure.progress import Progress
 from eval.measure.replay import Replay, efficiency
@@ -72,9 +64,6 @@ from models.command_line import add_distributed, add_overwrite, at_least, keep_f
 from models.config import TransformerConfig
 from models.errors import UserError, exit_on_user_error
 from models.formats.hf import load_config
-from models.heads.eagle import EagleHeads
-from models.heads.hydra import HydraHeads
-from models.heads.medusa import MedusaHeads
 from models.pages import in_huge_pages
 from models.transformer import for_decoding, init
 
@@ -164,30 +153,6 @@ class Scale:
                 raise UserError(f"--{name} must be numbers of at least 1, got {', '.join(map(str, given)) or 'none'}")
         if self.nodes[0] != 1:
             raise UserError(f"--nodes must begin with 1, plain decoding, got {self.nodes[0]}")
-
-
-def draft_shape(target: TransformerConfig) -> TransformerConfig:
-    """A draft model for a target of that shape: a third of its width, two layers."""
-    heads = max(1, target.num_heads // 3)
-    width = heads * target.head_dim
-    return dataclasses.replace(
-        target, width=width, num_layers=2, num_heads=heads, num_kv_heads=heads, mlp_width=8 * width // 3
-    )
-
-
-# As published; each for a target of the given shape.
-DRAFTERS: dict[str, Callable[[TransformerConfig], Drafter]] = {
-    "medusa": lambda target: Medusa(MedusaHeads()),
-    "hydra": lambda target: Hydra(HydraHeads()),
-    "hydra++": lambda target: Hydra(HydraHeads(num_layers=4, prefix=True)),
-    "eagle2": lambda target: Eagle(EagleHeads(), Confidence()),
-    "token_recycling": lambda target: TokenRecycling(),
-    "prompt_lookup": lambda target: PromptLookup(),
-    "lookahead": lambda target: Lookahead(),
-    "draft_model": lambda target: DraftModel(draft_shape(target), Static()),
-    "rsd-s": lambda target: DraftModel(draft_shape(target), StochasticBeam()),
-    "early_exit": lambda target: EarlyExit(max(1, target.num_layers // 6), Static()),
-}
 
 
 def run(

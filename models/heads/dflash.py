@@ -234,9 +234,7 @@ class DFlashHeads:
         """Parameters as decoding reads them; queries, keys and values stay apart, for the context has no queries."""
         if mesh is not None:
             return params
-        attention = [transformer.map_kernels(in_blocks, layer["attention"]) for layer in params["layers"]]
-        joined = transformer.for_decoding({"layers": params["layers"]})["layers"]
-        layers = [{**layer, "attention": apart} for layer, apart in zip(joined, attention, strict=True)]
+        layers = transformer.for_decoding({"layers": params["layers"]}, joined=("mlp",))["layers"]
         rest = {name: part for name, part in params.items() if name != "layers"}
         return {**transformer.map_kernels(in_blocks, rest), "layers": layers}
 

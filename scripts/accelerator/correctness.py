@@ -23,8 +23,8 @@ from decoding.generate import generate
 from decoding.sampling import Sampling
 from eval.losslessness import check_losslessness, tiny_target
 from eval.measure.environment import describe_environment
+from eval.measure.lineup import DRAFTERS
 from eval.report.files import write_json
-from eval.speed import DRAFTERS
 from models import command_line
 from models.command_line import at_least, listed, numbers
 from models.errors import UserError, exit_on_user_error

@@ -8,7 +8,7 @@ import argparse
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 
-from eval.speed import DRAFTERS
+from eval.measure.lineup import DRAFTERS
 from scripts.accelerator.job import Part
 from scripts.accelerator.steps import JOBS
 

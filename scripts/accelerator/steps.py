@@ -23,7 +23,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from eval.images.speed import PEAK_PRODUCTS, PEAK_SIDE, peak_part
+from eval.images.speed import peak_flop, peak_part
 from eval.measure.environment import describe_environment
 from eval.measure.timing import Part, summary
 from eval.report.files import write_json
@@ -196,7 +196,7 @@ def _peak(rounds: int) -> float:
     """Floating-point operations a second of large products."""
     part: Part = peak_part(jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16)
     part.sample()
-    return PEAK_PRODUCTS * 2 * PEAK_SIDE**3 / min(part.sample() for _ in range(rounds))
+    return peak_flop() / min(part.sample() for _ in range(rounds))
 
 
 @exit_on_user_error

@@ -19,6 +19,7 @@ from decoding.drafters.prompt_lookup import PromptLookup
 from decoding.drafters.registry import build, load_drafter, save_drafter, split_names, write_tree
 from decoding.drafters.token_recycling import TokenRecycling
 from decoding.trees import chain
+from models import linear, pages
 from models.errors import UserError
 from models.formats import beside
 from models.formats.target import Target
@@ -54,7 +55,7 @@ def edit(directory: pathlib.Path, change: Callable[[dict], object]) -> None:
 
 
 @pytest.mark.parametrize("name", WITH_PARAMETERS)
-def test_round_trip(name: str, target: Target, tmp_path: pathlib.Path) -> None:
+def test_round_trip(name: str, target: Target, tmp_path: pathlib.Path, monkeypatch) -> None:
     drafter, params = CASES[name](target, jax.random.key(0))
     save_drafter(tmp_path / "heads", drafter, params, target.fingerprint())
     loaded, loaded_params = load_drafter(tmp_path / "heads", target)
@@ -67,6 +68,13 @@ def test_round_trip(name: str, target: Target, tmp_path: pathlib.Path) -> None:
     record = json.loads((tmp_path / "heads" / "drafter.json").read_text())
     assert record["base"] == target.fingerprint()
     assert build(drafter.to_record(), "here") == drafter
+
+    # What is made for decoding stays as it is, where some kernels lie in blocks and others do not too.
+    monkeypatch.setattr(linear, "BLOCK", 16)
+    monkeypatch.setattr(linear, "_is_large", lambda array: True)
+    monkeypatch.setattr(pages, "are_huge", lambda: True)
+    once = jax.eval_shape(drafter.for_decoding, params)
+    assert jax.eval_shape(drafter.for_decoding, once) == once
 
 
 def test_bare_names(target: Target) -> None:

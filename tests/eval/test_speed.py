@@ -14,6 +14,7 @@ from decoding.policies import Static
 from decoding.trees import chain
 from eval import speed
 from eval.measure import bandwidth
+from eval.measure.lineup import DRAFTERS, draft_shape
 from eval.measure.timing import Timing
 from eval.peers import text as peer
 from models.transformer import param_shapes
@@ -28,7 +29,7 @@ def results() -> dict:
     # Trees as small as they can be: how they are timed does not depend on their size.
     table = {
         "token_recycling": lambda target: TokenRecycling(chain(2)),
-        "draft_model": lambda target: DraftModel(speed.draft_shape(target), Static(chain(2))),
+        "draft_model": lambda target: DraftModel(draft_shape(target), Static(chain(2))),
     }
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(speed, "DRAFTERS", table)
@@ -71,10 +72,11 @@ def test_keys(results: dict) -> None:
 
 
 def test_published_drafters_have_their_published_trees() -> None:
-    nodes = {name: make(speed.SHAPES["tiny"]).max_nodes for name, make in speed.DRAFTERS.items()}
+    nodes = {name: make(speed.SHAPES["tiny"]).max_nodes for name, make in DRAFTERS.items()}
     assert nodes == {
         **{"medusa": 64, "hydra": 64, "hydra++": 64, "eagle2": 60, "token_recycling": 81, "prompt_lookup": 11},
         **{"lookahead": 29, "draft_model": 5, "rsd-s": 17, "early_exit": 5},
+        **{"falcon": 166, "dflash": 16, "dflash-tree": 60, "dspark": 8, "dspark-lattice": 60},
     }
 
 

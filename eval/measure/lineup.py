@@ -1,0 +1,61 @@
+"""Drafters to time, as published, with random parameters for a target of any shape."""
+
+import dataclasses
+from collections.abc import Callable
+
+from decoding.drafter import Drafter
+from decoding.drafters.dflash import DFlash
+from decoding.drafters.draft_model import DraftModel
+from decoding.drafters.dspark import DSpark
+from decoding.drafters.eagle import Eagle
+from decoding.drafters.early_exit import EarlyExit
+from decoding.drafters.falcon import Falcon
+from decoding.drafters.hydra import Hydra
+from decoding.drafters.lookahead import Lookahead
+from decoding.drafters.medusa import Medusa
+from decoding.drafters.prompt_lookup import PromptLookup
+from decoding.drafters.token_recycling import TokenRecycling
+from decoding.policies import Confidence, Slots, Static, StochasticBeam
+from decoding.trees import chain
+from models.config import TransformerConfig
+from models.heads.dflash import DFlashHeads, dflash_layers
+from models.heads.eagle import EagleHeads
+from models.heads.hydra import HydraHeads
+from models.heads.medusa import MedusaHeads
+
+
+def draft_shape(target: TransformerConfig) -> TransformerConfig:
+    """A draft model for a target of that shape: a third of its width, two layers."""
+    heads = max(1, target.num_heads // 3)
+    width = heads * target.head_dim
+    return dataclasses.replace(
+        target, width=width, num_layers=2, num_heads=heads, num_kv_heads=heads, mlp_width=8 * width // 3
+    )
+
+
+# As published; each for a target of the given shape.
+DRAFTERS: dict[str, Callable[[TransformerConfig], Drafter]] = {
+    "medusa": lambda target: Medusa(MedusaHeads()),
+    "hydra": lambda target: Hydra(HydraHeads()),
+    "hydra++": lambda target: Hydra(HydraHeads(num_layers=4, prefix=True)),
+    "eagle2": lambda target: Eagle(EagleHeads(), Confidence()),
+    "token_recycling": lambda target: TokenRecycling(),
+    "prompt_lookup": lambda target: PromptLookup(),
+    "lookahead": lambda target: Lookahead(),
+    "draft_model": lambda target: DraftModel(draft_shape(target), Static()),
+    "rsd-s": lambda target: DraftModel(draft_shape(target), StochasticBeam()),
+    "early_exit": lambda target: EarlyExit(max(1, target.num_layers // 6), Static()),
+    "falcon": lambda target: Falcon(),
+    "dflash": lambda target: DFlash(_block(target, 16), Static(chain(15), "top")),
+    "dflash-tree": lambda target: DFlash(_block(target, 16), Slots(depth=15, total=60)),
+    "dspark": lambda target: DSpark(_block(target, 7, shifted=True), Static(chain(7)), candidates=16),
+    "dspark-lattice": lambda target: DSpark(
+        _block(target, 7, shifted=True), Confidence(top_k=4, depth=7, total=60), candidates=16
+    ),
+}
+
+
+def _block(target: TransformerConfig, size: int, shifted: bool = False) -> DFlashHeads:
+    """Five layers that read five of the target's."""
+    layers = dflash_layers(target.num_layers, 5)
+    return DFlashHeads(layers, target.vocab_size - 1, num_layers=5, block=size, shifted=shifted)
