@@ -40,7 +40,7 @@ from decoding.policies import TreePolicy, read_policy
 from decoding.trees import Topology
 from models import schema
 from models.errors import UserError
-from models.formats.beside import check_base, read_params, save_beside
+from models.formats.beside import check_base, read_beside, save_beside
 from models.formats.storage import write_json
 from models.formats.target import Target
 from models.formats.text_files import read_json
@@ -147,7 +147,7 @@ def load_drafter(spec: str | Path, target: Target, mesh: Mesh | None = None) -> 
     drafter.check(target.config)
     shapes = jax.eval_shape(functools.partial(drafter.init_params, target.config), target.params, jax.random.key(0))
     mesh = mesh_of(target.params) if mesh is None else mesh
-    params = read_params(directory, "drafter.json", shapes, mesh, lambda name: _present_name(name, record))
+    params = read_beside(directory, "drafter.json", shapes, mesh, lambda name: _present_name(name, record))
     if carried:
         drafter = _of_size(drafter, argument, record, name)
     return drafter, in_huge_pages(drafter.for_decoding(params, mesh))

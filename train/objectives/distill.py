@@ -35,7 +35,7 @@ from decoding.trees import chain
 from models import schema, transformer
 from models.config import TransformerConfig
 from models.errors import UserError
-from models.formats.beside import read_params
+from models.formats.beside import read_beside
 from models.formats.hf import load_config
 from models.formats.target import Target, load_target
 from models.formats.text_files import read_json
@@ -221,7 +221,7 @@ class DraftModelObjective(OnFrozenTarget):
             return {}
         directory = self._config.init_from
         if _record_of(directory):
-            params = read_params(Path(directory), "drafter.json", transformer.param_shapes(self.drafter.model), mesh)
+            params = read_beside(Path(directory), "drafter.json", transformer.param_shapes(self.drafter.model), mesh)
         else:
             params = load_target(directory, dtype=jnp.float32, mesh=mesh).params
         return {_STUDENT: transformer.stack_layers(params)}

@@ -29,7 +29,7 @@ class BesideFrozenTarget(Objective):
         self.model = load_config(config.base)
         if self.model.encoder_layers:
             raise UserError(
-                f"objective.target ({config.base}) is an encoder-decoder: a {self.product} is trained on a decoder"
+                f"objective.target ({config.base}) is an encoder-decoder: {self.product}s are trained on decoders"
             )
         check_vocabulary(self.model, tokenizer, config.base)
         self.fingerprint: dict[str, int | str | None] = {}
