@@ -143,7 +143,8 @@ def _charts(results: Results, colors: Mapping[str, str]) -> list[Drawing]:
             points = [Point(at, value, (low, high)) for at, value, (low, high) in every if value is not None]
             curves.append(Curve(run["label"], points, colors[run["label"]]))
         ends = [end for curve in curves for point in curve.points for end in (point.spread or ())]
-        y = Axis("", "{:+.1%}".format, signed_ticks(min(ends, default=0), max(ends, default=0)))
+        ticks = signed_ticks(min(ends, default=0), max(ends, default=0))
+        y = Axis("", ("{:+.0%}" if ticks[-1] - ticks[0] > 0.1 else "{:+.1%}").format, ticks, "{:+.2%}".format)
         x = Axis("offset", "{:g}".format, [at for at in SHOWN if at <= found["offsets"][-1]])
         drawings.append(Drawing.of(title, chart(curves, title, x, y)))
     asked = [(results["problems"], "last")] if results.get("problems") else []

@@ -12,9 +12,9 @@ from typing import Any
 
 import numpy as np
 
-from decoding.augment import Augment
+from decoding.augment import Augment, first_pause
 from decoding.coprocessors import Coprocessor
-from decoding.generate import bucket, generate, slots_needed
+from decoding.generate import Generation, bucket, generate, slots_needed
 from eval.text.behind import scored
 from eval.text.prompts import spread
 from models.errors import UserError
@@ -172,23 +172,21 @@ def exact_match(
     room = bucket(slots_needed(longest, max_new_tokens, 0, augment))
     answers: list[str] = []
     seconds, calls = 0.0, 0
+
+    def write(some: list[list[int]], limit: int) -> Generation:
+        stops = () if chat else (NEXT,)
+        return generate(target, some, max_new_tokens=limit, stop_texts=stops, capacity=room, augment=augment)
+
+    if augment is not None:  # Or the time of latents would be the compiler's.
+        write(prompts[:1] * min(batch, len(prompts)), min(2 + first_pause(augment), max_new_tokens))
     for first in range(0, len(prompts), batch):
         progress(f"question {first + 1} of {len(prompts)}")
         some = prompts[first : first + batch]
         # A last batch that is smaller would be one more compilation.
         padded = some + some[:1] * (min(batch, len(prompts)) - len(some))
-        made = generate(
-            target,
-            padded,
-            max_new_tokens=max_new_tokens,
-            stop_texts=() if chat else (NEXT,),
-            capacity=room,
-            augment=augment,
-        )
+        made = write(padded, max_new_tokens)
         answers += [text.removesuffix(NEXT).strip() for text in made.texts[: len(some)]]
-        # The first batch waits for the compiler.
-        if first or len(prompts) <= batch:
-            seconds, calls = seconds + made.augment_seconds, calls + sum(made.augmentations)
+        seconds, calls = seconds + made.augment_seconds, calls + sum(made.augmentations)
     right = {
         name: [number_in(text, marked) == problem.number for text, problem in zip(answers, problems, strict=True)]
         for name, marked in (("marked", True), ("last", False))
