@@ -163,6 +163,12 @@ class MiniLLMObjective(DraftModelObjective):
             **{f"{_WRITTEN}{name}": np.where(counted, x, 0).astype(np.float32) for name, x in told.items()},
         }
 
+    def refreshed(self, length):
+        """Tokens, and what is known of them."""
+        dtypes = {"tokens": np.int32, "segments": np.int32, "mask": np.uint8}
+        dtypes |= dict.fromkeys(("old", "weight", "advantage"), np.float32)
+        return {f"{_WRITTEN}{name}": ((length,), np.dtype(dtype)) for name, dtype in dtypes.items()}
+
     def loss_on(self, target, trainable, frozen, batch, key, progress):
         """Two terms: over what was written, and over the data set's text."""
         config = self._config

@@ -182,6 +182,10 @@ class Objective(abc.ABC):
         """
         return {}
 
+    def refreshed(self, length: int | None) -> dict[str, tuple[tuple[int, ...], Any]]:
+        """Shape per row and dtype of what `refresh` adds to a batch whose rows have so many tokens, by name."""
+        return {}
+
     @abc.abstractmethod
     def loss(
         self, trainable: Params, frozen: Params | None, batch: Batch, key: Array, progress: Float[Array, ""]
