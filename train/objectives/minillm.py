@@ -66,7 +66,6 @@ class MiniLLMConfig:
     """
 
     reads: ClassVar[str] = "text"
-    sampling: ClassVar[float] = 1.0
 
     name: Literal["minillm"]
     target: str | None
@@ -82,6 +81,7 @@ class MiniLLMConfig:
     new_tokens: int = 128
     draft: int = 4
     reuse: int = 4
+    teacher_mesh: str | None = None
     labels: Literal["assistant", "all"] = "all"
     loop_prompts: int = 4
     loop_tokens: int = 64
