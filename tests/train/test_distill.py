@@ -167,9 +167,8 @@ def test_a_teacher_on_a_mesh_of_its_own_teaches_the_same(job, as_code, on_two_de
     own = {"source": "served", "labels": "all", "sampling": 0.0}
     trainer.train(job("distill", objective=own, steps=3), tmp_path / "one")
     config = job("distill", objective={**own, "teacher_mesh": "tensor=2"}, steps=3)
-    on_two_devices(
-        f"{as_code(config)}import pathlib\nfrom train import trainer\ntrainer.train(config, pathlib.Path({str(tmp_path / 'two')!r}))\n"
-    )
+    run = "import pathlib\nfrom train import trainer\ntrainer.train(config, pathlib.Path({!r}))\n"
+    on_two_devices(as_code(config) + run.format(str(tmp_path / "two")))
     losses = []
     for name in ("one", "two"):
         told = [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]

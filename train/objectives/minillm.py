@@ -165,9 +165,10 @@ class MiniLLMObjective(DraftModelObjective):
 
     def refreshed(self, length):
         """Tokens, and what is known of them."""
-        dtypes = {"tokens": np.int32, "segments": np.int32, "mask": np.uint8}
-        dtypes |= dict.fromkeys(("old", "weight", "advantage"), np.float32)
-        return {f"{_WRITTEN}{name}": ((length,), np.dtype(dtype)) for name, dtype in dtypes.items()}
+        whole, real = np.dtype(np.int32), np.dtype(np.float32)
+        dtypes = {"tokens": whole, "segments": whole, "mask": np.dtype(np.uint8)}
+        dtypes |= {"old": real, "weight": real, "advantage": real}
+        return {f"{_WRITTEN}{name}": ((length,), dtype) for name, dtype in dtypes.items()}
 
     def loss_on(self, target, trainable, frozen, batch, key, progress):
         """Two terms: over what was written, and over the data set's text."""
