@@ -32,6 +32,7 @@ from decoding.drafters.first_of import FirstOf
 from decoding.drafters.hydra import Hydra
 from decoding.drafters.lookahead import Lookahead
 from decoding.drafters.medusa import Medusa
+from decoding.drafters.nested import Nested
 from decoding.drafters.oracle import Oracle
 from decoding.drafters.p_eagle import PEagle
 from decoding.drafters.plain import Plain
@@ -67,6 +68,7 @@ DRAFTERS: dict[str, type[Drafter]] = {
     "dflash": DFlash,
     "dspark": DSpark,
     "falcon": Falcon,
+    "nested": Nested,
     "token_recycling": TokenRecycling,
     "prompt_lookup": PromptLookup,
     "lookahead": Lookahead,

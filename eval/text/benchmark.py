@@ -171,7 +171,8 @@ def benchmark(
     mine = processes.share(range(len(prompts)))
     groups = [mine[first : first + batch] for first in range(0, len(mine), batch)]
     longest = [max(len(prompts[index].tokens) for index in group) for group in groups]
-    capacities = [bucket(slots_needed(length, max_new_tokens, deepest)) for length in longest]
+    before = [max(len(target.opening(prompts[index].tokens)) for index in group) for group in groups]
+    capacities = [bucket(slots_needed(length, max_new_tokens, deepest)) for length in before]
 
     def decode(contender: Contender, number: int, limit: int = max_new_tokens) -> Generation:
         return generate(
@@ -193,9 +194,7 @@ def benchmark(
         for contender in field:
             progress(f"compiling {contender.path or contender.drafter.name}, bucket {count} of {len(buckets)}")
             decode(contender, number, min(WARM_UP_TOKENS, max_new_tokens))
-    middle = sorted(len(prompt.tokens) for prompt in prompts)[len(prompts) // 2]
-    room = bucket(slots_needed(middle, max_new_tokens, deepest))
-    scene = Scene(target.config, target.params, middle, room, batch)
+    scene = _scene(target, prompts, max_new_tokens, deepest, batch)
     measured, timed = [Measured(contender, [], [], []) for contender in field], None
     for repeat in range(repeats):
         _take_turns(measured, groups, repeat, decode, progress)
@@ -210,6 +209,14 @@ def benchmark(
     if not measured[0].stats.steps:
         raise UserError("plain decoding ends every text with its first token, so there is no speed to measure")
     return [_run(target, one, measured[0], prompts, sampling) for one in measured]
+
+
+def _scene(target: Target, prompts: Sequence[Prompt], new_tokens: int, deepest: int, batch: int) -> Scene:
+    """Texts as long as the middle prompt; behind an encoder, which reads the prompt, as half of what is written."""
+    middle = sorted(len(prompt.tokens) for prompt in prompts)[len(prompts) // 2]
+    read, length = (middle, max(1, new_tokens // 2)) if target.config.encoder_layers else (0, middle)
+    room = bucket(slots_needed(length, new_tokens, deepest))
+    return Scene(target.config, target.params, length, room, batch, read=read)
 
 
 def _take_turns(measured: Sequence[Measured], groups: Sequence[Sequence[int]], repeat: int, decode, progress) -> None:
@@ -360,7 +367,7 @@ def _first_difference(
             "baseline_token": base[shared] if shared < len(base) else None,
         }
         if sampling.temperature == 0:
-            logits = target.apply([[*prompt.tokens, *base[:shared]]]).logits[0, -1]
+            logits = target.next_scores(prompt.tokens, base[:shared])
             second, best = np.sort(np.asarray(logits))[-2:]
             place["top_2_margin"] = float(best - second)
         return place

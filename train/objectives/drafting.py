@@ -61,6 +61,8 @@ class OnFrozenTarget(Objective):
         """`tokenizer` is the target's, and the data's. Raises UserError for a missing or broken target."""
         self._config, self._tokenizer = config, tokenizer
         self.model = load_config(config.base)
+        if self.model.encoder_layers:
+            raise UserError(f"objective.target ({config.base}) is an encoder-decoder: drafters are trained on decoders")
         self.drafter = config.untrained(self.model)
         self.drafter.check(self.model)
         check_vocabulary(self.model, tokenizer, config.base)

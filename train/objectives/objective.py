@@ -76,7 +76,8 @@ class Objective(abc.ABC):
     Attributes:
       Config: the dataclass of the config's section `objective`. Its field `name` is the name in `OBJECTIVES`; its class
         variable `reads` is `text`, and then its property `base` is the directory of the target that the job starts
-        from, or None; or `images`, and then its property `image_size` is their side.
+        from, or None, and `source_length`, if it has one, tells tokens of prompts that lie apart from their answers;
+        or `images`, and then its property `image_size` is their side.
       product: what training makes, `target` or `drafter` for instance; the directory of that name in the workdir
         receives it.
       model: shape of the model that is trained, or that heads are trained on.
