@@ -17,8 +17,9 @@ of about 1M parameters.
 
 * `:smollm2`: 15M parameters for SmolLM2-135M and its own tokenizer (49,152 tokens, a tied embedding of width 256),
   sized for an accelerator.
-* `:warm` begins from a target directory of the same tokenizer, `--config.objective.init_from=DIR`, such as one that
-  `configs/draft_model.py` makes, at a tenth of the rate; so do the next two.
+* `:warm` begins from a directory, `--config.objective.init_from=DIR`, at a tenth of the rate: a small target of the
+  same tokenizer (`configs/draft_model.py`), or a draft model, perhaps one for what this target was fine-tuned from. So
+  do the next two.
 * `:paper`: GKD as TRL has it (Agarwal et al. 2024): half of the batches the student's own at temperature 0.9, 128 new
   tokens, generalised JSD at 0.5.
 * `:online`: the target serves eight prompts with the student as its drafter of five, then one update is made where

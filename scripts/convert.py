@@ -5,6 +5,7 @@
     python -m scripts.convert --from mu --src model.pt --tokenizer Phi-3.5-mini-instruct --out mu
     python -m scripts.convert --from eagle3 --src EAGLE3-LLaMA3-8B --base Meta-Llama-3-8B-Instruct --out eagle3
     python -m scripts.convert --from model --src small/target --base large/target --policy static:tree=chain:4 --out d
+    python -m scripts.convert --from model --src nested/target --base large/target --exits 2,4 --thresholds 0.8 --out d
     python -m scripts.convert --from vae --src vae_ch160v4096z32.pth --out vae
     python -m scripts.convert --from var --src var_d36.pth --schedule 512 --out var-d36
 
@@ -17,8 +18,10 @@ A target directory loads with `models.load_target`, and all but encoder-decoders
 directory is for `--base`, the target directory that the drafter was trained on. What a drafter or an encoder-decoder
 was made from is kept in its directory under `provenance`. Drafters come as one file or a directory, in safetensors or
 in torch's format, which is read without torch and without running anything in it. `model` makes a drafter of a whole
-target directory, a smaller model of the same vocabulary; `dflash`, `jetspec`, `dspark` and `domino` are networks that
-fill a block of tokens at once. `--policy` says how one of these or an EAGLE head grows its trees (`decoding/policies`).
+target directory, a smaller model of the same vocabulary; with `--exits` one that ends after so many layers, after the
+first where it is sure by `--thresholds` (`decoding/drafters/nested.py`). `dflash`, `jetspec`, `dspark` and `domino` are
+networks that fill a block of tokens at once. `--policy` says how one of these, a model or an EAGLE head grows its trees
+(`decoding/policies`).
 
 Image models are VAR's transformers (`var`), its tokenizer (`vae`) and CoDe's drafters and refiners (`code`), one file
 each. `--schedule`, `256`, `512` or the sides of the scales, says what their files do not; without it a transformer has
@@ -40,12 +43,13 @@ from decoding.drafters.eagle import Eagle, Eagle3
 from decoding.drafters.falcon import Falcon
 from decoding.drafters.hydra import Hydra
 from decoding.drafters.medusa import Medusa
+from decoding.drafters.nested import Nested
 from decoding.drafters.p_eagle import PEagle
 from decoding.drafters.registry import save_drafter
 from decoding.policies import Expanding, Static, parse_policy
 from decoding.trees import MC_SIM_7B_63, Topology, chain
 from models import command_line, load_target
-from models.command_line import like
+from models.command_line import like, numbers
 from models.config import TransformerConfig
 from models.errors import UserError, exit_on_user_error
 from models.formats import image_models as image_files
@@ -170,11 +174,15 @@ def convert_model(args: argparse.Namespace) -> str:
     params = load_params(config, args.src, base.params["embed"]["embedding"].dtype)
     if config.vocab_size > size:
         config, params = cut_vocabulary(config, params, size)
-    drafter = DraftModel(config, args.policy) if args.policy else DraftModel(config)
+    policy = args.policy or Static()
+    drafter: Drafter = DraftModel(config, policy)
+    if args.exits:
+        drafter = Nested(config, policy, tuple(args.exits), tuple(args.thresholds or ()))
     drafter.check(base.config)
     save_drafter(args.out, drafter, params, base.fingerprint(), overwrite=args.overwrite)
     shape = f"{config.num_layers} layers, width {config.width}, vocabulary {size} of {base.config.vocab_size}"
-    return f"a draft model of {shape} for {args.base}"
+    ends = f", which ends after {facts(args.exits)}," if args.exits else ""
+    return f"a draft model of {shape}{ends} for {args.base}"
 
 
 def common_vocabulary(source: Path, config: TransformerConfig, base: Target) -> int:
@@ -285,6 +293,8 @@ def check_options(args: argparse.Namespace) -> None:
         ("--layers", args.layers, args.format in ("eagle3", "eagle31", "p_eagle")),
         ("--norm_output", args.norm_output, args.format == "eagle31"),
         ("--policy", args.policy, args.format in WITH_POLICY),
+        ("--exits", args.exits, args.format == "model"),
+        ("--thresholds", args.thresholds, args.format == "model" and args.exits is not None),
         ("--schedule", args.schedule, image),
     ):
         if value is not None and not known:
@@ -321,6 +331,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         "--growth",
         metavar="KIND[:NAME=VALUE,...]",
         help="how a model, an EAGLE head or a block grows its trees",
+    )
+    parser.add_argument("--exits", type=numbers(int), metavar="N[,N,...]", help="layers after which a model may end")
+    parser.add_argument(
+        "--thresholds",
+        type=numbers(float),
+        metavar="P[,P,...]",
+        help="of each exit but the last, the largest probability from which on its guess is taken",
     )
     parser.add_argument(
         "--schedule",

@@ -32,6 +32,7 @@ from decoding.drafters.first_of import FirstOf
 from decoding.drafters.hydra import Hydra
 from decoding.drafters.lookahead import Lookahead
 from decoding.drafters.medusa import Medusa
+from decoding.drafters.nested import Nested
 from decoding.drafters.oracle import Oracle
 from decoding.drafters.p_eagle import PEagle
 from decoding.drafters.plain import Plain
@@ -67,6 +68,7 @@ DRAFTERS: dict[str, type[Drafter]] = {
     "dflash": DFlash,
     "dspark": DSpark,
     "falcon": Falcon,
+    "nested": Nested,
     "token_recycling": TokenRecycling,
     "prompt_lookup": PromptLookup,
     "lookahead": Lookahead,
@@ -158,8 +160,26 @@ def load_drafter(spec: str | Path, target: Target, mesh: Mesh | None = None) -> 
     _check_base(directory, record.get("base"), target)
     drafter.check(target.config)
     shapes = jax.eval_shape(functools.partial(drafter.init_params, target.config), target.params, jax.random.key(0))
-    wanted = {path.replace("/", "."): shape for path, shape in leaves_by_path(shapes).items()}
     mesh = mesh_of(target.params) if mesh is None else mesh
+    params = read_params(directory, record, shapes, mesh)
+    if carried:
+        drafter = _of_size(drafter, argument, record, name)
+    return drafter, in_huge_pages(drafter.for_decoding(params, mesh))
+
+
+def read_params(directory: Path, record: dict, shapes: typing.Any, mesh: Mesh | None = None) -> typing.Any:
+    """The parameters in a drafter directory, whatever its base.
+
+    Args:
+      directory: it.
+      record: its `drafter.json`.
+      shapes: a tree of `ShapeDtypeStruct`s, as `init_params` would make it.
+      mesh: shards them over it; None is the default device.
+
+    Raises:
+      UserError: a tensor is missing, unknown or of another shape.
+    """
+    wanted = {path.replace("/", "."): shape for path, shape in leaves_by_path(shapes).items()}
     places = [None] * len(wanted) if mesh is None else jax.tree.leaves(param_shardings(mesh, shapes))
     with contextlib.ExitStack() as stack:
         files = open_tensors(directory, stack) if wanted else {}
@@ -176,10 +196,7 @@ def load_drafter(spec: str | Path, target: Target, mesh: Mesh | None = None) -> 
                     f"{directory}: tensor {name} has shape {list(host.shape)}, drafter.json implies {list(shape.shape)}"
                 )
             leaves.append(place_tensor(np.asarray(host, dtype=shape.dtype), place))
-    params = jax.tree.unflatten(jax.tree.structure(shapes), leaves)
-    if carried:
-        drafter = _of_size(drafter, argument, record, name)
-    return drafter, in_huge_pages(drafter.for_decoding(params, mesh))
+    return jax.tree.unflatten(jax.tree.structure(shapes), leaves)
 
 
 def _of_size(drafter: Drafter, candidates: str, record: dict, name: str) -> Drafter:

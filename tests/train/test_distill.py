@@ -22,7 +22,6 @@ from tests.noise import noisy
 from tests.train.conftest import STUDENT
 from train import trainer
 from train.data.corpus import open_corpus
-from train.objectives.drafting import OnFrozenTarget
 
 KEY = jax.random.key(7)
 
@@ -163,11 +162,16 @@ def test_a_killed_run_writes_the_same_text_again(job, die_at, tmp_path) -> None:
     assert whole == killed
 
 
-def test_a_student_may_begin_as_a_target_of_the_same_tokenizer(setting, target_directory, tmp_path) -> None:
-    objective, _, _, _ = setting(model=None, init_from=str(target_directory))
-    assert isinstance(objective, OnFrozenTarget) and objective.base["student"]
-    loaded = load_target(target_directory, dtype=jnp.float32, mesh=None)
-    assert objective.drafter.model == loaded.config
+def test_a_student_may_begin_as_a_target_or_a_draft_model_of_the_same_tokenizer(
+    setting, target_directory, tmp_path
+) -> None:
+    objective, *_ = setting(model=None, init_from=str(target_directory))
+    assert objective.drafter.model == load_target(target_directory).config
+    first, params, frozen, _ = setting()
+    first.export(tmp_path / "drafter", params, frozen)
+    again, _, base, _ = setting(model=None, init_from=str(tmp_path / "drafter"))
+    assert again.drafter == first.drafter
+    jax.tree.map(np.testing.assert_array_equal, again.init(KEY, base), params)
     other = tmp_path / "other"
     other.mkdir()
     for file in target_directory.iterdir():

@@ -7,7 +7,9 @@ from train.objectives.distill import DistillObjective
 from train.objectives.draft_heads import DraftHeads
 from train.objectives.dspark import DominoObjective, DSparkObjective
 from train.objectives.eagle import Eagle3Objective, EagleObjective
+from train.objectives.early_exit import EarlyExitObjective
 from train.objectives.encoder_decoder import EncoderDecoder
+from train.objectives.exits import Exits
 from train.objectives.falcon import FalconObjective
 from train.objectives.lm import LM
 from train.objectives.minillm import MiniLLMObjective
@@ -19,6 +21,7 @@ from train.objectives.vqvae import VQVAEObjective
 
 OBJECTIVES: dict[str, type[Objective]] = {
     "lm": LM,
+    "exits": Exits,
     "encoder_decoder": EncoderDecoder,
     "draft_heads": DraftHeads,
     "eagle": EagleObjective,
@@ -28,6 +31,7 @@ OBJECTIVES: dict[str, type[Objective]] = {
     "dspark": DSparkObjective,
     "domino": DominoObjective,
     "falcon": FalconObjective,
+    "early_exit": EarlyExitObjective,
     "distill": DistillObjective,
     "minillm": MiniLLMObjective,
     "several": SeveralObjective,

@@ -19,6 +19,7 @@ label (`shift.py`, distance 1), and with means over labels
 import dataclasses
 import functools
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import jax
@@ -28,6 +29,7 @@ from jax.sharding import Mesh
 from jax.tree_util import Partial
 
 from decoding.drafters.draft_model import DraftModel
+from decoding.drafters.registry import build, read_params
 from decoding.policies import Static
 from decoding.trees import chain
 from models import schema, transformer
@@ -35,6 +37,7 @@ from models.config import TransformerConfig
 from models.errors import UserError
 from models.formats.hf import load_config
 from models.formats.target import Target, load_target
+from models.formats.text_files import read_json
 from models.formats.tokenizer import Tokenizer
 from train.objectives.divergences import Divergence, Rows, Student, divergence_measures, divergence_sums
 from train.objectives.drafting import OnFrozenTarget, check_drafting
@@ -57,7 +60,8 @@ class DistillConfig:
       name: `distill`.
       target: directory of the target, the teacher, which stays as it is.
       model: fields of the student's `models.config.TransformerConfig` but those that the tokenizer decides; or None.
-      init_from: a target directory to begin from, of the same tokenizer; or None. Exactly one of the two is given.
+      init_from: what to begin from: a target directory of the same tokenizer, or the directory of a draft model for
+        this target, or for what it was fine-tuned from; or None. Exactly one of the two is given.
       divergence: which (`divergences.py`): its name, `beta`, `skew` and `temperature`.
       soft: weight of the divergence.
       hard: weight of the cross-entropy with the text.
@@ -133,11 +137,25 @@ def check_distilling(config: Any) -> None:
 def student_of(config: Any, model: TransformerConfig) -> DraftModel:
     """The draft model of a target of that shape that a config's `model`, `init_from` and `draft` describe."""
     if config.init_from is not None:
-        shape = load_config(config.init_from)
+        record = _record_of(config.init_from)
+        shape = load_config(config.init_from) if record is None else _draft_model(config.init_from, record).model
     else:
         facts = {name: getattr(model, name) for name in FROM_TOKENIZER}
         shape = schema.parse(TransformerConfig, {**config.model, **facts}, "objective.model")
     return DraftModel(shape, Static(chain(config.draft)))
+
+
+def _record_of(directory: str) -> dict | None:
+    """The record of a drafter directory; None for any other."""
+    path = Path(directory) / "drafter.json"
+    return read_json(path) if path.is_file() else None
+
+
+def _draft_model(directory: str, record: dict) -> DraftModel:
+    drafter = build(record, f"{directory}/drafter.json")
+    if not isinstance(drafter, DraftModel):
+        raise UserError(f"objective.init_from ({directory}) must be a draft model, but is a drafter {drafter.name}")
+    return drafter
 
 
 class DraftModelObjective(OnFrozenTarget):
@@ -154,10 +172,11 @@ class DraftModelObjective(OnFrozenTarget):
         self._teacher = Writer(self.model, self._tokenizer)
         self._student = Writer(self.drafter.model, self._tokenizer)
         if config.init_from is not None:
-            own = Tokenizer.load(config.init_from)
-            if own.fingerprint != tokenizer.fingerprint:
+            record = _record_of(config.init_from)
+            own = Tokenizer.load(config.init_from).fingerprint if record is None else record["base"]["tokenizer"]
+            if own != tokenizer.fingerprint:
                 raise UserError(
-                    f"objective.init_from ({config.init_from}) has another tokenizer ({own.fingerprint}) than "
+                    f"objective.init_from ({config.init_from}) has another tokenizer ({own}) than "
                     f"objective.target ({config.base}: {tokenizer.fingerprint}): their tokens cannot be compared"
                 )
 
@@ -199,7 +218,11 @@ class DraftModelObjective(OnFrozenTarget):
         """What the student begins as."""
         if self._config.init_from is None:
             return {}
-        params = load_target(self._config.init_from, dtype=jnp.float32, mesh=mesh).params
+        directory = self._config.init_from
+        if record := _record_of(directory):
+            params = read_params(Path(directory), record, transformer.param_shapes(self.drafter.model), mesh)
+        else:
+            params = load_target(directory, dtype=jnp.float32, mesh=mesh).params
         return {_STUDENT: transformer.stack_layers(params)}
 
     def frozen_part(self, base: Params) -> Params:
