@@ -274,7 +274,7 @@ def _check_mesh(mesh, target, drafter_params, batch, augment) -> None:
             warnings.warn(f"{size} {what} do not divide over {where}: each device there works on all", stacklevel=3)
 
 
-def _make_request(config, prompts, limits, seeds, sampling, stop, attention, typical, mesh) -> Request:
+def _make_request(config, prompts, limits, seeds, sampling, stop, attention, typical, mesh=None) -> Request:
     batch, lengths = len(prompts), np.array([len(prompt) for prompt in prompts], np.int32)
     if attention not in ("dense", "split"):
         raise UserError(f"attention must be 'dense' or 'split', got {attention!r}")

@@ -302,7 +302,7 @@ def _run(target: Target, one: Measured, baseline: Measured, prompts: Sequence[Pr
         "decode_seconds": statistics.median(map(sum, one.decode_seconds)),
         "categories": _categories(one, baseline, prompts),
     }
-    if calls := sum(generation.augmentations[0] for generation in one.generations):
+    if calls := sum(sum(generation.augmentations) for generation in one.generations):
         seconds = sum(generation.augment_seconds for generation in one.generations)
         run |= {"augmentations": calls, "augmentation_ms": 1e3 * seconds / calls}
     if one.drafter.num_heads and not one.mixed:

@@ -123,7 +123,7 @@ def entry() -> dict:
     baseline = measured("none", 10, [[1.0, 2.0], [1.0, 2.0], [10.0, 20.0]], [[0.1, 0.1]] * 3, {"forward": 1.5})
     seconds, prefill = [[0.5, 0.5], [0.25, 0.5], [5.0, 5.0]], [[0.1, 0.2], [0.3, 0.4], [0.1, 0.1]]
     parts = {"draft": 6.0, "choice": 2.0, "forward": 2.0}
-    return module._run(None, measured("drafter", 5, seconds, prefill, parts), baseline, prompts, Sampling())
+    return module._run(None, measured("drafter", 5, seconds, prefill, parts), baseline, prompts, True)
 
 
 def test_speed_is_the_median_over_repeats_of_means_over_questions(entry) -> None:
@@ -152,7 +152,7 @@ def test_lengths_of_steps_are_told_by_category_and_per_turn() -> None:
     ]
     drafter = types.SimpleNamespace(name="drafter", num_heads=0, max_depth=2, max_nodes=3)
     one = Measured(Contender(drafter), made, [[1.0] * 4], [[1.0] * 4])
-    entry = module._run(None, one, one, prompts, Sampling())
+    entry = module._run(None, one, one, prompts, True)
     assert entry["acceptance_length"] == 2 and entry["acceptance_length_per_turn"] == pytest.approx((5 / 3 + 3 + 2) / 3)
     qa, math = entry["categories"]["qa"], entry["categories"]["math"]
     assert qa["acceptance_length"] == 2 and qa["acceptance_length_per_turn"] == pytest.approx((5 / 3 + 3) / 2)
