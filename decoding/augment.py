@@ -62,7 +62,9 @@ class Augment:
     def __post_init__(self):
         for name, value, least in (("every", self.every, 1), ("lag", self.lag, 0)):
             whole = isinstance(value, int | np.integer) and not isinstance(value, bool)
-            if not (value is None and name == "every") and not (whole and value >= least):
+            if value is None and name == "every":
+                continue
+            if value is None or not whole or value < least:
                 raise UserError(f"augment needs {name} of at least {least}, got {value!r}")
         if self.every is not None and self.lag >= self.every:
             raise UserError(

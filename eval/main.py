@@ -148,7 +148,10 @@ def run(config: DecodeConfig) -> dict[str, Any]:
             progress=progress,
         )
         runs = measure()
-        on_latents = None if augment is None else measure(augment=augment, parts=False)
+        augmented = None
+        if augment is not None:
+            runs_on_latents = measure(augment=augment, parts=False)
+            augmented = {**schema.resolved(augment.coprocessor.config), "runs": runs_on_latents}
         for entry, accuracy in zip(runs, quality["head_accuracy"], strict=True):
             entry["head_accuracy"] = accuracy
         progress("writing the report")
@@ -160,7 +163,7 @@ def run(config: DecodeConfig) -> dict[str, Any]:
             "averages": "tokens/s: mean over questions, median over repeats; acceptance length: over all steps, "
             "and per turn: mean over texts",
             "runs": runs,
-            "augmented": on_latents and {**schema.resolved(augment.coprocessor.config), "runs": on_latents},
+            "augmented": augmented,
             "samples": samples(target, contenders, shown, config.max_new_tokens, **options),
         }
         write_results(results, write_report, config.out)

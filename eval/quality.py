@@ -106,7 +106,9 @@ def perplexity(args, target: Target, field: Sequence[Contender], progress) -> di
 
 def _plain(values: np.ndarray) -> list:
     """As JSON has them; None where there is no number."""
-    return np.where(np.isnan(values), None, values.astype(object)).tolist()
+    if values.ndim > 1:
+        return [_plain(row) for row in values]
+    return [None if np.isnan(value) else float(value) for value in values]
 
 
 def shares(

@@ -74,7 +74,7 @@ def likelihoods_behind(
         read = out.rows
         if network.needs_features:
             read = coprocessor.read_features(network, network_params, config, params, out.hidden, layout)
-        seen = {"prefix_positions": layout.positions, "attention": "blocks"}
+        seen: dict[str, Any] = {"prefix_positions": layout.positions, "attention": "blocks"}
         z = coprocessor.latents(network, network_params, config, params, read, points, **seen)
         behind = coprocessor.augmented(network, config, params, out.rows, points, z, labels_BMA[..., :-1], **seen)
         hidden = behind[:, :, network.num_latents - 1 :]

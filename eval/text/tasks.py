@@ -72,7 +72,8 @@ def read_problems(path: str | Path) -> list[Problem]:
     problems = []
     for _, where, row in records(path):
         record = fields_of(row, where)
-        question, answer = record.get("question"), record.get("answer")
+        question: Any = record.get("question")
+        answer: Any = record.get("answer")
         number = number_in(answer, marked=True) if isinstance(answer, str) else None
         if not isinstance(question, str) or number is None:
             raise UserError(f"{where} must have a text 'question' and a text 'answer' that ends with '#### N'")
@@ -93,7 +94,8 @@ def read_choices(path: str | Path) -> list[Choice]:
 
 
 def _choice(record: Mapping[str, Any], where: str) -> Choice:
-    question, choices = record.get("question"), record.get("choices")
+    question: Any = record.get("question")
+    choices: Any = record.get("choices")
     answer = record.get("answer", record.get("answerKey"))
     labels: Any = None
     if isinstance(choices, dict):
