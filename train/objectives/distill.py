@@ -29,12 +29,13 @@ from jax.sharding import Mesh
 from jax.tree_util import Partial
 
 from decoding.drafters.draft_model import DraftModel
-from decoding.drafters.registry import build, read_params
+from decoding.drafters.registry import build
 from decoding.policies import Static
 from decoding.trees import chain
 from models import schema, transformer
 from models.config import TransformerConfig
 from models.errors import UserError
+from models.formats.beside import read_beside
 from models.formats.hf import load_config
 from models.formats.target import Target, load_target
 from models.formats.text_files import read_json
@@ -239,8 +240,8 @@ class DraftModelObjective(OnFrozenTarget):
         if self._config.init_from is None:
             return {}
         directory = self._config.init_from
-        if record := _record_of(directory):
-            params = read_params(Path(directory), record, transformer.param_shapes(self.drafter.model), mesh)
+        if _record_of(directory):
+            params = read_beside(Path(directory), "drafter.json", transformer.param_shapes(self.drafter.model), mesh)
         else:
             params = load_target(directory, dtype=jnp.float32, mesh=mesh).params
         return {_STUDENT: transformer.stack_layers(params)}
