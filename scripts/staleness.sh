@@ -14,6 +14,7 @@ source "$(dirname "${BASH_SOURCE[0]}")/_job.sh"
 
 usage='--target DIR --drafter DIR --data DIR [--rounds N] [--steps N] [--out DIR] [--fresh]'
 job_options "bash scripts/staleness.sh $usage" "$@"
+target=$(realpath "$target") drafter=$(realpath "$drafter") data=$(realpath "$data")
 out=${out:-$ROOT/runs/staleness}
 rounds=${rounds:-3}
 steps=${steps:-60}
