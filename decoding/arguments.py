@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from decoding.augment import Augment
 from decoding.drafter import Drafter
 from decoding.drafters.plain import Plain
 from decoding.sampling import Sampling
@@ -143,11 +144,11 @@ def at_least_one(value: Any, name: str, unit: str = "") -> int:
     return int(value)
 
 
-def check_kinds(target: Any, mesh: Any, typical: Any, on_tokens: Any) -> None:
+def check_kinds(target: Any, mesh: Any, typical: Any, on_tokens: Any, augment: Any) -> None:
     """Raises UserError where there is no target, or one of the others is neither None nor of its kind."""
     if not isinstance(target, Target):
         raise UserError(f"target must be a Target, as load_target returns it, got a {type(target).__name__}")
-    for name, value, kind in (("mesh", mesh, Mesh), ("typical", typical, Typical)):
+    for name, value, kind in (("mesh", mesh, Mesh), ("typical", typical, Typical), ("augment", augment, Augment)):
         if value is not None and not isinstance(value, kind):
             raise UserError(f"{name} must be a {kind.__name__} or None, got {_described(value)}")
     if on_tokens is not None and not callable(on_tokens):

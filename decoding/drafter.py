@@ -88,7 +88,8 @@ class TrueRows:
       start: where `tokens[:, 0]` stands.
       count: how many are text; 0 leaves the row's state unchanged.
       taps: the features named in `Drafter.taps`, `[B, R, H]` each.
-      source: where the text is from: the `prompt`, the drafter's `own` tree, or the tree of an `other` drafter.
+      source: where the text is from: the `prompt`, the drafter's `own` tree, the tree of an `other` drafter, or the
+        `target` alone, while this drafter was not asked.
       nodes: of its own tree, the node that each row was, the root first.
       drafted: what `draft` kept beside that tree; None where it kept nothing.
     """
@@ -97,7 +98,7 @@ class TrueRows:
     start: Place
     count: Int[Array, "B"]
     taps: dict[str, Float[Array, "B R H"]]
-    source: Literal["prompt", "own", "other"] = struct.field(pytree_node=False)
+    source: Literal["prompt", "own", "other", "target"] = struct.field(pytree_node=False)
     nodes: Int[Array, "B R"] | None = None
     drafted: Any = None
 

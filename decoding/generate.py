@@ -27,6 +27,7 @@ from decoding.arguments import (
     drafter_and_params,
     whole_per_row,
 )
+from decoding.augment import NEVER, Augment, Schedule, step_runs
 from decoding.drafter import Drafter
 from decoding.drafters.plain import Plain
 from decoding.paced import Paced
@@ -39,7 +40,6 @@ from models.formats.target import Target
 from models.sharding import check_placed, mesh_of, on_mesh, place_rows
 
 PREFILL_CHUNK = 512
-NEVER = 2**31 - 1  # Steps between looks where nobody looks.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,6 +55,8 @@ class Generation:
       prefill_seconds: reading the prompts and choosing the first tokens.
       decode_seconds: the loop.
       memory: what the drafter keeps for the next request; None for most drafters, and for open ones.
+      augmentations: per prompt, how often a coprocessor answered.
+      augment_seconds: what that took, the target's reading of the latents included; a part of the other two.
     """
 
     tokens: list[list[int]]
@@ -64,6 +66,8 @@ class Generation:
     decode_seconds: float
     memory: Any = None
     texts: list[str] = dataclasses.field(default_factory=list)
+    augmentations: list[int] = dataclasses.field(default_factory=list)
+    augment_seconds: float = 0.0
 
 
 def bucket(size: int, smallest: int = 64) -> int:
@@ -74,10 +78,12 @@ def bucket(size: int, smallest: int = 64) -> int:
     return -(-size // step) * step
 
 
-def slots_needed(prompt_length: int, max_new_tokens: int, max_depth: int) -> int:
-    """Cache slots that a request takes: its text with the rows of one last draft, or its padded prompt if longer."""
+def slots_needed(prompt_length: int, max_new_tokens: int, max_depth: int, augment: Augment | None = None) -> int:
+    """Cache slots that a request takes: its text and latents with the rows of one last draft, or its padded prompt if
+    longer."""
     # The last step starts one token before the limit and writes a full path.
-    return max(prompt_length + max_new_tokens + max_depth + 1, sum(_chunk_sizes(prompt_length)))
+    latents = augment.slots(max_new_tokens) if augment else 0
+    return max(prompt_length + max_new_tokens + latents + max_depth + 1, sum(_chunk_sizes(prompt_length)))
 
 
 def generate(
@@ -98,6 +104,7 @@ def generate(
     mesh=None,
     memory=None,
     attention: str = "dense",
+    augment: Any = None,
 ) -> Generation:
     """Decodes a batch of prompts; ragged lengths are fine. Arguments may be anything and are checked (`arguments.py`).
 
@@ -124,14 +131,14 @@ def generate(
       attention: how the target reads its cache: `dense`, or `split`, with the library's attention for the prefix
         (`models/attention.py`; neither sliding windows nor soft caps). Measure before choosing.
       memory: `Generation.memory` of an earlier request of the same batch size, for drafters that learn as they go.
+      augment: a coprocessor whose latents go into the cache beside the text, which becomes the augmented target's.
 
     Raises:
       UserError: an argument of another kind, an empty prompt, a token outside the vocabulary, a request that fits no
         context or cache, parameters of another drafter or off the mesh; or scores of the target that are not finite.
     """
-    check_kinds(target, mesh, typical, on_tokens)
-    config, params = target.config, target.params
-    mesh = mesh_of(params) if mesh is None else mesh
+    check_kinds(target, mesh, typical, on_tokens, augment)
+    config, mesh = target.config, mesh_of(target.params) if mesh is None else mesh
     drafter, drafter_params = drafter_and_params(drafter, drafter_params, target, mesh)
     read, prompts = behind_encoder(target, checked_prompts(prompts, target))
     batch = len(prompts)
@@ -139,27 +146,26 @@ def generate(
     pace = _pace(target, drafter, drafter_params, checked_sampling(sampling, batch)) if opened else None
     drafter, drafter_params = _widest(drafter_params, pace) if opened else (drafter, drafter_params)
     limits = whole_per_row(max_new_tokens, batch, "max_new_tokens")
-    stream_every = at_least_one(stream_every, "stream_every", " step")
-    needed, padded = _check_lengths(config, prompts, limits, drafter)
+    needed, padded = _check_lengths(config, prompts, limits, drafter, augment)
     capacity = _capacity(capacity, max(needed, padded), drafter, config.max_position)
     stop, stop_texts = _stops(target, stop, stop_texts)
-    _check_mesh(mesh, target, drafter_params, batch)
-    request = _make_request(config, prompts, limits, seeds, sampling, stop, attention, typical)
-    reader = _Reader(target, prompts, stop_texts, on_tokens)
+    _check_mesh(mesh, target, drafter_params, batch, augment)
+    request = _make_request(config, prompts, limits, seeds, sampling, stop, attention, typical, mesh)
+    reader = _Reader(target, prompts, stop_texts, on_tokens, stream_every)
     drafter.rule(request.sampling.greedy)  # Refuses what cannot be verified, before anything is computed.
-
     started = time.perf_counter()
-    models = loop.Models(config, drafter, params, drafter.for_decoding(drafter_params, mesh))
+    models = loop.Models(config, drafter, target.params, drafter.for_decoding(drafter_params, mesh))
     with on_mesh(mesh):
-        state, request = _prefill(models, request, _padded(prompts, padded), capacity, mesh, memory, read)
+        request = _encoded(models, request, read, mesh)
+        schedule = Schedule(models, request, augment, stop, mesh)
+        state = _prefill(models, request, _padded(prompts, padded), capacity, mesh, memory, schedule)
         paced = None if pace is None else Paced(models, request, pace)
         state = paced.compiled(state) if paced else state
         prefilled = time.perf_counter()
-        state = _run(paced.segment if paced else _steps(models, request), state, reader, stream_every, mesh)
+        state = _run(paced.segment if paced else _steps(models), state, reader, mesh, schedule)
     seconds = prefilled - started, time.perf_counter() - prefilled
-    stats = paced.stats if paced else [Stats.of(state.counters, row) for row in range(batch)]
     memory = None if opened else drafter.memory(state.drafter)  # An open one's fits one of its sizes only.
-    return _finished(target, prompts, state, stats, memory, seconds, reader.ended, stop_texts)
+    return _finished(target, prompts, state, paced, memory, seconds, reader.ended, stop_texts, schedule)
 
 
 def _pace(target, drafter: Drafter, params, settings: list[Sampling]) -> sizing.Pace | None:
@@ -178,23 +184,25 @@ def _padded(prompts: list[list[int]], length: int) -> np.ndarray:
     return text
 
 
-def _steps(models: loop.Models, request: Request) -> Callable[..., loop.DecodeState]:
-    return lambda state, steps: loop.run(models, state, request, np.int32(steps))
+def _steps(models: loop.Models) -> Callable[..., loop.DecodeState]:
+    return lambda state, steps, request: loop.run(models, state, request, np.int32(steps))
 
 
-def _run(step: Callable[..., loop.DecodeState], state, reader: "_Reader", stream_every: int, mesh):
+def _run(step: Callable[..., loop.DecodeState], state, reader: "_Reader", mesh, schedule: Schedule):
     """The loop to its end, without a stop where nobody reads what it writes or asks what the next steps shall be."""
-    every = stream_every if reader.watches else NEVER
     while True:
         if reader.watches:
             state = reader.look(state, mesh)
-        if bool(jnp.all(state.text.done)):
+        if not bool(jnp.all(state.text.done)):
+            state = step(state, reader.every, schedule.request)
+        elif (due := schedule.due(state, reader.ended)).any():
+            state = schedule.resume(state, due)
+        else:
             return jax.block_until_ready(state)
-        state = step(state, every)
 
 
 def _finished(
-    target, prompts, state, stats: list[Stats], memory, seconds, ended: dict[int, int], stop_texts
+    target, prompts, state, paced: Paced | None, memory, seconds, ended: dict[int, int], stop_texts, schedule: Schedule
 ) -> Generation:
     tokens, writers, lengths = (np.asarray(x) for x in (state.text.tokens, state.text.writers, state.text.length))
     span = [slice(len(prompt), ended.get(row, int(lengths[row]) + 1)) for row, prompt in enumerate(prompts)]
@@ -202,6 +210,7 @@ def _finished(
     by = [writers[row, s].tolist() for row, s in enumerate(span)]
     for row, new in enumerate(made):
         _refuse_broken(new, target.config.vocab_size, row, len(prompts[row]))
+    stats = paced.stats if paced else [Stats.of(state.counters, row) for row in range(len(prompts))]
     texts = []
     if target.tokenizer is not None:
         pairs = zip(prompts, made, strict=True)
@@ -209,11 +218,13 @@ def _finished(
     return Generation(
         tokens=made,
         writers=by,
-        stats=[one.cut(by[row]) if row in ended else one for row, one in enumerate(stats)],
+        stats=[one.cut(step_runs(schedule.augment, by[row])) if row in ended else one for row, one in enumerate(stats)],
         prefill_seconds=seconds[0],
         decode_seconds=seconds[1],
         memory=memory,
         texts=texts,
+        augmentations=schedule.calls.tolist(),
+        augment_seconds=schedule.seconds,
     )
 
 
@@ -240,15 +251,11 @@ def _encoded(models: loop.Models, request: Request, prompts: list[list[int]] | N
     return dataclasses.replace(request, memory=loop.encode_prompt(models.config, models.params, *read))
 
 
-def _prefill(models: loop.Models, request, text, capacity, mesh, memory, read):
-    """The state in which the prompts are read and the first tokens chosen, and the request beside it.
-
-    What an encoder has to `read` is then part of the request.
-    """
-    request = _encoded(models, request, read, mesh)
+def _prefill(models: loop.Models, request, text, capacity, mesh, memory, schedule: Schedule) -> loop.DecodeState:
+    """The state in which the prompts are read and the first tokens chosen."""
     config, drafter, batch = models.config, models.drafter, len(text)
     dtype = models.params["embed"]["embedding"].dtype
-    state = loop.init_state(config, drafter, batch, capacity, dtype, mesh=mesh)
+    state = schedule.room(loop.init_state(config, drafter, batch, capacity, dtype, mesh=mesh))
     if memory is not None:
         # Copied, and through the host: the loop donates its state, the caller may want to begin from this memory again,
         # and it may come from another mesh.
@@ -257,13 +264,15 @@ def _prefill(models: loop.Models, request, text, capacity, mesh, memory, read):
         state = dataclasses.replace(state, drafter=recalled if mesh is None else place_rows(mesh, recalled))
     hidden, chunks = jnp.zeros((batch, config.width), dtype), _chunks(text)
     if mesh is not None:
-        hidden, chunks, request = place_rows(mesh, (hidden, chunks, request))
+        hidden, chunks = place_rows(mesh, (hidden, chunks))
     for chunk in chunks:
         state, hidden = loop.read_prompt(models, state, hidden, request, jnp.asarray(chunk))
-    return jax.block_until_ready(loop.begin(models, state, hidden, request)), request
+    return jax.block_until_ready(schedule.begin(state, hidden))
 
 
-def _check_mesh(mesh, target, drafter_params, batch) -> None:
+def _check_mesh(mesh, target, drafter_params, batch, augment) -> None:
+    if augment is not None:
+        augment.check(target.config, mesh)
     if mesh is None:
         return
     check_placed(mesh, target.params, "the target's parameters")
@@ -275,7 +284,7 @@ def _check_mesh(mesh, target, drafter_params, batch) -> None:
             warnings.warn(f"{size} {what} do not divide over {where}: each device there works on all", stacklevel=3)
 
 
-def _make_request(config, prompts, limits, seeds, sampling, stop, attention, typical) -> Request:
+def _make_request(config, prompts, limits, seeds, sampling, stop, attention, typical, mesh) -> Request:
     batch, lengths = len(prompts), np.array([len(prompt) for prompt in prompts], np.int32)
     if attention not in ("dense", "split"):
         raise UserError(f"attention must be 'dense' or 'split', got {attention!r}")
@@ -285,7 +294,7 @@ def _make_request(config, prompts, limits, seeds, sampling, stop, attention, typ
     seeds = whole_per_row([seeds + row for row in range(batch)] if counted else seeds, batch, "seeds")
     if min(seeds) < 0 or max(seeds) >= 2**32:
         raise UserError(f"seeds must be in [0, 2^32), got {min(seeds) if min(seeds) < 0 else max(seeds)}")
-    return Request(
+    request = Request(
         prompt_length=jnp.asarray(lengths),
         limit=jnp.asarray(lengths + np.array(limits, np.int32)),
         stops=_pack_stops(stop, batch),
@@ -294,20 +303,23 @@ def _make_request(config, prompts, limits, seeds, sampling, stop, attention, typ
         attention=attention,
         typical=typical,
     )
+    return request if mesh is None else place_rows(mesh, request)
 
 
-def _check_lengths(config, prompts, limits, drafter) -> tuple[int, int]:
+def _check_lengths(config, prompts, limits, drafter, augment) -> tuple[int, int]:
     """Cache slots that decoding needs, and those that the padded prompt chunks need."""
     if min(limits) < 1:
         raise UserError(f"max_new_tokens must be at least 1, got {min(limits)}")
     for row, (prompt, limit) in enumerate(zip(prompts, limits, strict=True)):
-        if len(prompt) + limit > config.max_position:
+        latents = augment.positions(limit) if augment else 0
+        if len(prompt) + limit + latents > config.max_position:
+            beside = f" beside {latents} latents" if latents else ""
             raise UserError(
-                f"prompt {row} has {len(prompt)} tokens and {limit} new ones were asked for, more than the target's "
-                f"context of {config.max_position}"
+                f"prompt {row} has {len(prompt)} tokens and {limit} new ones were asked for{beside}, more than the "
+                f"target's context of {config.max_position}"
             )
     depth, sizes = drafter.max_depth, {(len(prompt), limit) for prompt, limit in zip(prompts, limits, strict=True)}
-    needed = max(slots_needed(length, limit, depth) for length, limit in sizes)
+    needed = max(slots_needed(length, limit, depth, augment) for length, limit in sizes)
     return needed, sum(_chunk_sizes(max(map(len, prompts))))
 
 
@@ -354,15 +366,22 @@ def _pack_stops(stops: Sequence[Sequence[int]], batch: int) -> Int[Array, "B K L
 
 
 class _Reader:
-    """Reads a text while it grows: hands new tokens on, and ends rows where a stop text is complete."""
+    """Reads a text while it grows: hands new tokens on, and ends rows where a stop text is complete.
 
-    def __init__(self, target: Target, prompts: list[list[int]], stop_texts: Sequence[str], on_tokens):
+    Attributes:
+      every: steps from one look to the next.
+      ended: places behind the stop texts that rows have met.
+    """
+
+    def __init__(self, target: Target, prompts: list[list[int]], stop_texts: Sequence[str], on_tokens, every: Any):
+        steps = at_least_one(every, "stream_every", " step")
         self._vocab_size, self._on_tokens = target.config.vocab_size, on_tokens
         self._texts = None
         if stop_texts and target.tokenizer is not None:
             self._texts = [Continuation(target.tokenizer, prompt, stop_texts) for prompt in prompts]
         self._read = [len(prompt) for prompt in prompts]
         self.ended: dict[int, int] = {}
+        self.every = steps if self.watches else NEVER
 
     @property
     def watches(self) -> bool:

@@ -18,7 +18,7 @@ but not yet read by the target.
 
 import dataclasses
 import functools
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -54,6 +54,7 @@ class DecodeState:
       cache: the target's keys and values.
       drafter: the drafter's own state.
       counters: what the statistics are made of.
+      held: slots without a position of their own (`decoding.place.Place`); None where no latents hold theirs.
     """
 
     text: Text
@@ -61,11 +62,12 @@ class DecodeState:
     cache: Cache
     drafter: Any
     counters: Counters
+    held: Int32[Array, "B"] | None = None
 
     @property
     def place(self) -> Place:
         """Where each row stands."""
-        return Place(self.text.length, self.slots)
+        return Place(self.text.length, self.slots, self.held)
 
 
 @struct.dataclass
@@ -113,8 +115,11 @@ def read_prompt(
     hidden: Float[Array, "B H"],
     request: Request,
     tokens: Int[Array, "B T"],
+    source: Literal["prompt", "target"] = "prompt",
 ) -> tuple[DecodeState, Float[Array, "B H"]]:
     """Reads the next T prompt tokens of every row that still has any, and lets the drafter ingest them.
+
+    With the source `target` it is a text that has been decoded so far, and is read on as if it were a prompt.
 
     Returns:
       The state, and per row the post-norm feature of its last prompt token read so far.
@@ -138,7 +143,7 @@ def read_prompt(
     text = dataclasses.replace(state.text, tokens=written, length=after.length)
     state = dataclasses.replace(state, text=text, slots=after.slots, cache=cache)
     if drafter.ingests:
-        rows = TrueRows(tokens, start, count, taps, "prompt")
+        rows = TrueRows(tokens, start, count, taps, source)
         view = models.view(state, dataclasses.replace(request, sampling=request.sampling.of_any_mode))
         made = _ingest(drafter, models.drafter_params, view, state.drafter, rows)
         state = dataclasses.replace(state, drafter=made)
@@ -147,11 +152,16 @@ def read_prompt(
 
 def begin(models: Models, state: DecodeState, hidden: Float[Array, "B H"], request: Request) -> DecodeState:
     """Chooses the first root from the prompt's last feature, and tells the drafter that the prompt is complete."""
-    request = dataclasses.replace(request, sampling=request.sampling.of_any_mode, attention="dense", typical=None)
-    asked = dataclasses.replace(request, memory=None)
+    any_mode = request.sampling.of_any_mode
+    asked = dataclasses.replace(request, sampling=any_mode, attention="dense", typical=None, memory=None)
     state = dataclasses.replace(state, text=_choose_first(models.config, models.params, state.text, hidden, asked))
+    return begun(models, state, request)
+
+
+def begun(models: Models, state: DecodeState, request: Request) -> DecodeState:
+    """Tells the drafter that the prompt is complete, and its root chosen."""
     if models.drafter.begins:
-        view = models.view(state, request)
+        view = models.view(state, dataclasses.replace(request, sampling=request.sampling.of_any_mode))
         made = _begin(models.drafter, models.drafter_params, view, state.drafter)
         state = dataclasses.replace(state, drafter=made)
     return state

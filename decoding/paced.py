@@ -41,8 +41,9 @@ class Paced:
             state = self._run(state, width, 0)
         return state
 
-    def segment(self, state: loop.DecodeState, steps: int) -> loop.DecodeState:
-        """The state after the next segment, of at most so many steps."""
+    def segment(self, state: loop.DecodeState, steps: int, request: Request) -> loop.DecodeState:
+        """The state after the next segment, of at most so many steps, of a request that may end earlier than before."""
+        self._request = request
         width, most = (None, steps) if self._over else self._pace.next()
         state = self._run(state, width, int(min(steps, most)))
         counted = [Stats.of(state.counters, row) for row in range(len(self.stats))]
@@ -69,7 +70,7 @@ class Paced:
     def _idly(self, models: loop.Models, state: loop.DecodeState, steps: int) -> loop.DecodeState:
         """Steps without a draft, after which the drafter has caught up; unless the cache has no room, once for all."""
         # Copies: the loop donates its state, and no buffer twice.
-        start = Place(*(jnp.asarray(np.array(x)) for x in (state.text.length, state.slots)))
+        start = jax.tree.map(lambda x: jnp.asarray(np.array(x)), state.place)
         waiting = Waiting(state.drafter, start, self._buffers(models, len(state.slots)))
         state = loop.run(models, dataclasses.replace(state, drafter=waiting), self._request, np.int32(steps))
         waiting = state.drafter

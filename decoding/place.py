@@ -5,6 +5,8 @@ occupies the cache without being text (latents, prompt embeddings) takes slots a
 asks this struct; nothing else assumes that they agree.
 """
 
+import dataclasses
+
 from flax import struct
 from jaxtyping import Array, Int
 
@@ -16,10 +18,13 @@ class Place:
     Attributes:
       length: committed tokens of text; the root has this index. Draws are keyed by it.
       slots: cache slots in use, which the next rows go behind.
+      held: how many of them have no position of their own (latents that stand where the text before them ends); None is
+        none.
     """
 
     length: Int[Array, "B"]
     slots: Int[Array, "B"]
+    held: Int[Array, "B"] | None = None
 
     @classmethod
     def of_text(cls, length: Int[Array, "B"]) -> "Place":
@@ -29,7 +34,7 @@ class Place:
     @property
     def position(self) -> Int[Array, "B"]:
         """Of the root, and of whatever is fed next."""
-        return self.slots
+        return self.slots if self.held is None else self.slots - self.held
 
     def positions(self, ahead: Int[Array, "#B R"]) -> Int[Array, "B R"]:
         """Of rows that stand `ahead` places behind the committed ones; 0 is the root's."""
@@ -37,4 +42,13 @@ class Place:
 
     def after(self, count: Int[Array, "B"]) -> "Place":
         """The place `count` tokens of text further on."""
-        return Place(self.length + count, self.slots + count)
+        return dataclasses.replace(self, length=self.length + count, slots=self.slots + count)
+
+    def back(self, count: int) -> "Place":
+        """The place `count` tokens of text before, with nothing but text in between."""
+        return dataclasses.replace(self, length=self.length - count, slots=self.slots - count)
+
+    def behind_latents(self, count: Int[Array, "B"]) -> "Place":
+        """The place behind so many latents, which hold their position where anything holds one."""
+        held = None if self.held is None else self.held + count
+        return Place(self.length, self.slots + count, held)

@@ -87,18 +87,18 @@ class Stats:
             {counters.nodes.shape[1] - 1: steps},
         )
 
-    def cut(self, writers: Sequence[int]) -> "Stats":
+    def cut(self, runs: Sequence[Sequence[int]]) -> "Stats":
         """Of a text that was ended before its last steps: the counts of the steps that made what is left.
 
         Counts of single nodes stay: no text tells which branch of a tree it came from.
 
         Args:
-          writers: who wrote each token that is left, the one that prefill chose first.
+          runs: who wrote each token that is left, in runs of steps between tokens that no step chose, as the first.
         """
-        by = np.asarray(writers[1:], np.int64)
+        by = np.concatenate([np.zeros(0, np.int64), *runs]).astype(np.int64)
         depths = np.arange(1, len(self.accepted_by_depth) + 1)
         # Every step but one that was cut short ends with a token of the target.
-        steps = int(np.sum(by == 0)) + bool(len(by) and by[-1])
+        steps = int(np.sum(by == 0)) + sum(bool(len(run) and run[-1]) for run in runs)
         return dataclasses.replace(
             self, steps=steps, committed=len(by), accepted_by_depth=np.sum(by[:, None] == depths, axis=0)
         )

@@ -7,19 +7,21 @@ Prints the table of runs and writes `results.json` and `report.html` to `--confi
 """
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 from typing import Any, Literal
 
 from absl import app, flags, logging
 from ml_collections import config_flags
 
+from decoding.augment import Augment
 from decoding.drafters.registry import load_drafter, split_names
 from decoding.generate import generate
 from decoding.sampling import Sampling
 from decoding.verify import Typical
 from eval.measure.progress import Progress
 from eval.report.page import keep_results, write_results
-from eval.report.text import print_categories, print_table, write_report
+from eval.report.text import print_augmented, print_categories, print_table, write_report
 from eval.text.benchmark import Contender, benchmark
 from eval.text.metrics import head_accuracy, perplexity, rows_of_text
 from eval.text.prompts import (
@@ -73,6 +75,9 @@ class DecodeConfig:
       rows: how many rows, the first ones.
       samples: prompts whose continuation the report shows.
       mesh: devices of each process that share its work, such as `tensor=4`; None is one device.
+      augment: a coprocessor directory: everything is decoded once more with its latents in the cache.
+      augment_every: tokens of text from latents to the next; None is once, at the end of the prompt.
+      augment_lag: latents come so many tokens late.
     """
 
     target: str | None = None
@@ -97,6 +102,9 @@ class DecodeConfig:
     rows: int = 64
     samples: int = 2
     mesh: str | None = None
+    augment: str | None = None
+    augment_every: int | None = None
+    augment_lag: int = 0
 
     def __post_init__(self):
         if self.target is None:
@@ -106,6 +114,8 @@ class DecodeConfig:
             require(getattr(self, name) >= 1, f"{name} must be at least 1", getattr(self, name))
         require(self.length >= 2, "length must be at least 2", self.length)
         require(self.samples >= 0, "samples must not be negative", self.samples)
+        if self.augment is None and (self.augment_every or self.augment_lag):
+            raise UserError("augment_every and augment_lag are about latents: give augment, a coprocessor directory")
 
 
 def run(config: DecodeConfig) -> dict[str, Any]:
@@ -122,9 +132,11 @@ def run(config: DecodeConfig) -> dict[str, Any]:
         progress(f"loading {config.target}")
         target = load_target(str(config.target), mesh=parse_mesh(config.mesh) if config.mesh else None)
         contenders = _contenders(config, target)
+        augment = _augment(config, target)
         prompts = _prompts(config, target, progress)
         quality = _quality(config, target, contenders)
-        runs = benchmark(
+        measure = functools.partial(
+            benchmark,
             target,
             contenders,
             prompts,
@@ -135,6 +147,11 @@ def run(config: DecodeConfig) -> dict[str, Any]:
             batch=config.batch,
             progress=progress,
         )
+        runs = measure()
+        augmented = None
+        if augment is not None:
+            about = schema.resolved(augment.coprocessor.config)
+            augmented = {**about, "runs": measure(augment=augment, parts=False)}
         for entry, accuracy in zip(runs, quality["head_accuracy"], strict=True):
             entry["head_accuracy"] = accuracy
         progress("writing the report")
@@ -146,11 +163,13 @@ def run(config: DecodeConfig) -> dict[str, Any]:
             "averages": "tokens/s: mean over questions, median over repeats; acceptance length: over all steps, "
             "and per turn: mean over texts",
             "runs": runs,
+            "augmented": augmented,
             "samples": samples(target, contenders, shown, config.max_new_tokens, **options),
         }
         write_results(results, write_report, config.out)
     print_table(results)
     print_categories(results)
+    print_augmented(results)
     print(f"\nwrote {config.out}/results.json and {config.out}/report.html")
     return results
 
@@ -165,6 +184,12 @@ def _contenders(config: DecodeConfig, target: Target) -> list[Contender]:
         plain = drafter.max_depth == 0
         contenders.append(Contender(drafter, params, None if plain else name, None if plain else typical))
     return contenders
+
+
+def _augment(config: DecodeConfig, target: Target) -> Augment | None:
+    if config.augment is None:
+        return None
+    return Augment.load(config.augment, target, config.augment_every, config.augment_lag)
 
 
 def _prompts(config: DecodeConfig, target: Target, progress: Progress) -> list[Prompt]:

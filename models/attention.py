@@ -13,7 +13,7 @@ from flax import struct
 from jaxtyping import Array, Float, Int
 
 from models import splash
-from models.layout import Causal, Layout
+from models.layout import Blocks, Causal, Layout
 from models.linear import wide_einsum
 
 # One layer's keys `k` [B, K, D, S] and values `v` [B, K, S, D], of S cache slots or of S = T new rows.
@@ -71,7 +71,8 @@ def attend(
     """Softmax attention over the new rows, unless they are None, and all other sources, under one normaliser.
 
     With `layout.attention` "blocks" or "fused", which are for whole texts, no scores of all rows with all exist: blocks
-    of rows take turns, or with "fused" the library's kernel of the device does it where it can.
+    of rows take turns, or with "fused" the library's kernel of the device does it where it can. Rows whose order is
+    `Blocks` have a prefix there, too, and blocks take turns at it.
 
     With "split" the prefix is left to `jax.nn.dot_product_attention`, masked by length, and its
     result is merged with that of the other rows by their log-sum-exp: the same sums in another order. It has neither
@@ -82,6 +83,9 @@ def attend(
     two forms in which XLA multiplies a cache as it is; any other is transposed or packed anew at every step.
     """
     if rows is not None and layout.attention in ("blocks", "fused"):
+        if isinstance(layout.order, Blocks):
+            assert sources.scratch is None and sources.memory is None, "attention of blocks has a prefix alone"
+            return attend_by_block(q_BTND, rows, sources.prefix, layout, scale=scale, cap=cap, window=window)
         assert sources == ALONE, "attention over whole texts has no other sources"
         on_tpu = jax.default_backend() == "tpu"
         fits = layout.attention == "fused" and on_tpu and splash.fits(q_BTND, layout)
@@ -178,6 +182,85 @@ def attend_in_blocks(
     found = jax.lax.map(lambda piece: jax.checkpoint(block)(*piece), (starts, pieces))
     mixed, residual = (jnp.moveaxis(x, 0, 1).reshape(B, -1, x.shape[-1])[:, :T] for x in found)
     return mixed, residual
+
+
+def attend_by_block(
+    q_BTND: Float[Array, "B T N D"],
+    rows: Rows,
+    prefix: Rows,
+    layout: Layout,
+    *,
+    scale: float,
+    cap: float | None = None,
+    window: int | Int[Array, ""] | None = None,
+) -> Float[Array, "B T N*D"]:
+    """Attention of many `Blocks` of rows, each over itself and over what it sees of a prefix that all share.
+
+    A block has no scores with rows of others. Those with the prefix exist of some blocks at a time, are computed again
+    for their slopes, and the two results are merged by the log-sum-exp of their scores.
+    """
+    order = layout.order
+    assert isinstance(order, Blocks) and isinstance(order.phase, int) and order.phase == 0, "blocks begin with row 0"
+    B, T, N, D = q_BTND.shape
+    K, size = rows["v"].shape[1], order.size
+    count, dtype = T // size, wide(q_BTND.dtype)
+    q_BKTGD = (q_BTND * scale).reshape(B, T, K, N // K, D).transpose(0, 2, 1, 3, 4)
+
+    def softmax(s, seen):
+        """Weights over the last axis, and the log-sum-exp."""
+        s = jnp.where(seen, softcap(s, cap), jnp.finfo(dtype).min)
+        top = jax.lax.stop_gradient(jnp.max(s, axis=-1, keepdims=True))
+        e = jnp.exp(s - top)
+        total = jnp.sum(e, axis=-1, keepdims=True)
+        return (e / total).astype(q_BTND.dtype), top + jnp.log(total)
+
+    def over_prefix(piece):
+        q_BKRGD, layout = piece
+        seen_BR = layout.sees_prefix(prefix["k"].shape[3], window)
+        p, residual = softmax(wide_einsum("BKRGD,BKDS->BKRGS", q_BKRGD, prefix["k"]), seen_BR[:, None, :, None])
+        return wide_einsum("BKRGS,BKSD->BKRGD", p, prefix["v"]), residual
+
+    position_BMQ = layout.positions.reshape(B, count, size)
+    seen_BMQS = order.inside
+    if window is not None:
+        seen_BMQS = seen_BMQS & (position_BMQ[..., :, None] - position_BMQ[..., None, :] < window)
+    keys_BKDMS, values_BKMSD = (rows["k"].reshape(B, K, D, count, size), rows["v"].reshape(B, K, count, size, D))
+    q_BKMQGD = q_BKTGD.reshape(B, K, count, size, -1, D)
+    s_BKMQGS = wide_einsum("BKMQGD,BKDMS->BKMQGS", q_BKMQGD, keys_BKDMS)
+    seen = jnp.broadcast_to(seen_BMQS, (B, count, size, size))[:, None, :, :, None]
+    p, own_residual = softmax(s_BKMQGS, seen)
+    own = wide_einsum("BKMQGS,BKMSD->BKMQGD", p, values_BKMSD).reshape(B, K, T, -1, D)
+    other, residual = _by_turns(over_prefix, q_BKTGD, layout, size, prefix["k"].shape[3])
+    weight = jax.nn.sigmoid(residual - own_residual.reshape(residual.shape))
+    mixed_BKTGD = own + weight * (other - own)
+    return mixed_BKTGD.transpose(0, 2, 1, 3, 4).reshape(B, T, N * D).astype(q_BTND.dtype)
+
+
+def _by_turns(function: Any, q_BKTGD: Float[Array, "B K T G D"], layout: Layout, size: int, slots: int) -> Any:
+    """`function` of queries and their layout, of as many blocks of `size` rows at a time as have `BLOCK` scores.
+
+    What it returns has an axis of rows where the queries have theirs.
+    """
+    B, K, T, G, _ = q_BKTGD.shape
+    per_row = {name: getattr(layout, name) for name in ("positions", "horizon", "since")}
+    per_row = {name: None if x is None else jnp.broadcast_to(x, (B, T)) for name, x in per_row.items()}
+    count = T // size
+    turns = min(-(-B * K * G * T * slots // BLOCK), count)
+    if turns == 1:
+        return function((q_BKTGD, dataclasses.replace(layout, **per_row)))
+    length = -(-count // turns) * size
+
+    def cut(x, axis):
+        padding = [(0, -T % length if i == axis else 0) for i in range(x.ndim)]
+        shape = (*x.shape[:axis], -1, length, *x.shape[axis + 1 :])
+        return jnp.moveaxis(jnp.pad(x, padding).reshape(shape), axis, 0)
+
+    def turn(piece):
+        q_BKRGD, per_row = piece
+        return function((q_BKRGD, dataclasses.replace(layout, **per_row)))
+
+    found = jax.lax.map(jax.checkpoint(turn), (cut(q_BKTGD, 2), jax.tree.map(lambda x: cut(x, 1), per_row)))
+    return jax.tree.map(lambda x: jnp.moveaxis(x, 0, 2).reshape(B, K, -1, G, x.shape[-1])[:, :, :T], found)
 
 
 def _library_kernel(q_BTND: Float[Array, "B T N D"], rows: Rows, layout: Layout, scale: float):

@@ -12,6 +12,8 @@ Slots and positions are different numbers. Row `i` of a draft tree would occupy 
 `position + depth(i)`; positions, never slots, reach RoPE and windows. Attention derives from this the masks it needs.
 """
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 from flax import struct
@@ -66,17 +68,27 @@ class Blocks:
       size: rows of a block.
       phase: rows that the first block lacks (`BlockCausal`).
       causal: rows see none after them.
+      together: but the first so many of a block see each other; not where there is a phase.
     """
 
     size: int = struct.field(pytree_node=False)
     phase: int | Int[Array, "*B"] = 0
     causal: bool = struct.field(pytree_node=False, default=False)
+    together: int = struct.field(pytree_node=False, default=0)
 
     def sees(self, rows: int) -> Bool[Array, "#B T T"]:
         """`[b, i, j]`: new row i sees new row j."""
         block_BT = _blocks(rows, self.size, self.phase)
         seen = block_BT[:, None, :] == block_BT[:, :, None]
-        return seen & CAUSAL.sees(rows) if self.causal else seen
+        if not self.causal:
+            return seen
+        among = (jnp.arange(rows) % self.size < self.together)[None, None, :]
+        return seen & (CAUSAL.sees(rows) | among)
+
+    @property
+    def inside(self) -> Bool[Array, "k k"]:
+        """`sees` of the rows of one block."""
+        return dataclasses.replace(self, phase=0).sees(self.size)[0]
 
 
 def _blocks(rows: int, size: int, phase: int | Int[Array, "*B"]) -> Int[Array, "#B T"]:
@@ -95,14 +107,15 @@ class Layout:
       positions: place of each new row in its text, from 0.
       horizon: cache slots that a new row sees, counted from slot 0; `[B, 1]` where all rows see the same.
       since: the first slot that it sees, where the cache holds packed documents; None is slot 0.
+      prefix_seen: slots of the cache that any row may see at all; None is all.
       order: who sees whom among the new rows, each itself included.
       segments: packed documents, 1, 2, ...; 0 is padding; None means one document per row.
       scratch_seen: `[b, i, r]` says that new row i sees row r of the scratch; None when there is no scratch.
       scratch_positions: where those rows stand.
       memory_seen: `[b, i, m]` says that new row i sees row m of the memory; None when there is no memory.
       prefix_positions: where the tokens in the cache's slots stand; None where slot and position agree.
-      attention: "dense"; "split", which leaves the prefix to the library's attention; or for whole texts "blocks" or
-        "fused", which keep no scores of all rows with all (`models/attention.py`).
+      attention: "dense"; "split", which leaves the prefix to the library's attention; or for whole texts, and for many
+        `Blocks` over a prefix, "blocks" or "fused", which keep no scores of all rows with all (`models/attention.py`).
     """
 
     positions: Int[Array, "B T"]
@@ -114,6 +127,7 @@ class Layout:
     memory_seen: Bool[Array, "B #T M"] | None = None
     prefix_positions: Int[Array, "B S"] | None = None
     since: Int[Array, "B #T"] | None = None
+    prefix_seen: Bool[Array, "#B S"] | None = None
     attention: str = struct.field(pytree_node=False, default="dense")
 
     @classmethod
@@ -192,6 +206,8 @@ class Layout:
         seen = slot_S < self.horizon[:, :, None]
         if self.since is not None:
             seen = seen & (slot_S >= self.since[:, :, None])
+        if self.prefix_seen is not None:
+            seen = seen & self.prefix_seen[:, None, :]
         if window is None:
             return seen
         return seen & self._near(slot_S[None] if self.prefix_positions is None else self.prefix_positions, window)

@@ -31,7 +31,7 @@ Table = Float[Array | np.ndarray, "out in"] | Float[Array | np.ndarray, "N in bl
 
 
 class Linear(nn.Module):
-    """`nn.Dense`, whose kernel may also be in blocks (`in_blocks`).
+    """`nn.Dense`, whose kernel may also be in blocks (`in_blocks`), and have a low-rank map beside it: `lora`, {a, b}.
 
     Attributes:
       features: outputs.
@@ -49,6 +49,9 @@ class Linear(nn.Module):
         bias = self.param("bias", nn.initializers.zeros, (self.features,)) if self.use_bias else None
         x, kernel, bias = nn.dtypes.promote_dtype(x, kernel, bias)
         y = product(x, kernel)
+        lora: Any = self.get_variable("params", "lora")
+        if lora is not None:
+            y = y + product(product(x, lora["a"].astype(x.dtype)), lora["b"].astype(x.dtype))
         return y if bias is None else y + bias
 
 

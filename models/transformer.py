@@ -142,10 +142,10 @@ def _of_stacks(function: Callable[[Any], Any], params: Params) -> Params:
 
 
 # Maps of the same input, which decoding on one device runs as one product.
-_JOINED = {"attention": ("q", "k", "v"), "mlp": ("gate", "up")}
+JOINED = {"attention": ("q", "k", "v"), "mlp": ("gate", "up")}
 
 
-def for_decoding(params: Params, mesh: Mesh | None = None, joined: Collection[str] = tuple(_JOINED)) -> Params:
+def for_decoding(params: Params, mesh: Mesh | None = None, joined: Collection[str] = tuple(JOINED)) -> Params:
     """Parameters as decoding reads them: a list of layers, whose projections are joined where there is no mesh.
 
     On CPU large kernels are then in blocks (`models/linear.py`), a tied embedding's table too. Parameters that are in
@@ -174,7 +174,7 @@ def _map_tables(function: Callable[[Table], Table], params: Params) -> Params:
     return {**params, "embed": {"embedding": function(params["embed"]["embedding"])}}
 
 
-def join_projections(params: Params, joined: Collection[str] = tuple(_JOINED)) -> Params:
+def join_projections(params: Params, joined: Collection[str] = tuple(JOINED)) -> Params:
     """Layers whose q, k, v and gate, up kernels lie side by side in one kernel; the forward takes them either way.
 
     For one device: split over `tensor`, a joined kernel would put parts of q, k and v in the wrong places. What is
@@ -189,7 +189,7 @@ def join_projections(params: Params, joined: Collection[str] = tuple(_JOINED)) -
         return {**rest, joined_name(names): jax.tree.map(lambda *leaves: jnp.concatenate(leaves, axis=-1), *parts)}
 
     def of(layers):
-        return [{**layer, **{name: join(layer[name], _JOINED[name]) for name in joined}} for layer in layers]
+        return [{**layer, **{name: join(layer[name], JOINED[name]) for name in joined}} for layer in layers]
 
     return _of_stacks(of, params)
 
@@ -208,7 +208,7 @@ def split_projections(config: TransformerConfig, params: Params) -> Params:
         return {**rest, **{name: {kind: leaf[i] for kind, leaf in leaves.items()} for i, name in enumerate(names)}}
 
     def apart(layers):
-        halves = _JOINED.items()
+        halves = JOINED.items()
         return [
             {**layer, **{name: split(layer[name], parts, ends[name]) for name, parts in halves}} for layer in layers
         ]

@@ -2,10 +2,11 @@
 
     python -m scripts.generate --target DIR [--drafter DIR] --prompt TEXT [--temperature 0.8] [--max_new_tokens 128]
     python -m scripts.generate --target DIR --drafter none,token_recycling,DIR --prompt TEXT
+    python -m scripts.generate --target DIR --augment DIR [--augment_every N] [--augment_lag N] --prompt TEXT
 
 The last line tells how it went: tokens, target forwards, acceptance length, tokens per second. On a terminal, text that
 a drafter wrote is coloured, the deeper its draft the brighter. Several drafters write the text one after the other, and
-each is compared with the first.
+each is compared with the first. With `--augment` a coprocessor's latents lie in the cache beside the text.
 """
 
 import argparse
@@ -14,6 +15,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
+from decoding.augment import Augment, first_pause
 from decoding.drafter import Drafter
 from decoding.drafters.registry import load_drafter, split_names
 from decoding.generate import Generation, bucket, generate, slots_needed
@@ -70,7 +72,11 @@ def rate(made: Generation) -> float:
 
 def statistics_line(made: Generation) -> str:
     """What the last line says: counts of the loop, tokens per second of its steps, and prefill."""
-    return f"{made.stats[0].line()}, {rate(made):.1f} tokens/s, prefill {1e3 * made.prefill_seconds:.1f} ms"
+    latents = ""
+    if made.augmentations[0]:
+        each = 1e3 * made.augment_seconds / made.augmentations[0]
+        latents = f", latents {made.augmentations[0]} times {each:.1f} ms"
+    return f"{made.stats[0].line()}, {rate(made):.1f} tokens/s, prefill {1e3 * made.prefill_seconds:.1f} ms{latents}"
 
 
 def comparison(made: Generation, first: Generation, name: str) -> str:
@@ -90,6 +96,7 @@ def stream(
     seed: int,
     stop: Sequence[str],
     typical: bool,
+    augment: Augment | None = None,
 ) -> Generation:
     """Decodes once for compilation, briefly, and then for the reader.
 
@@ -103,13 +110,14 @@ def stream(
       seed: of the draws.
       stop: texts that end the output, beside the target's end tokens.
       typical: lossy typical acceptance.
+      augment: whose latents go into the cache.
 
     Raises:
       UserError: a request that does not fit the context.
     """
     before = len(target.opening(tokens))
     room = target.config.max_position - before
-    if max_new_tokens > room:
+    if augment is None and max_new_tokens > room:
         raise UserError(
             f"--max_new_tokens must be at most {max(room, 0)}, which a prompt of {before} tokens leaves of the "
             f"target's context of {target.config.max_position}, got {max_new_tokens}"
@@ -122,10 +130,11 @@ def stream(
         "seeds": seed,
         "stop_texts": stop,
         "typical": Typical() if typical else None,
-        "capacity": bucket(slots_needed(before, max_new_tokens, proposer.max_depth)),
+        "capacity": bucket(slots_needed(before, max_new_tokens, proposer.max_depth, augment)),
+        "augment": augment,
     }
     # The stream would wait in its middle for the compiler, and the rate would tell how long that took.
-    generate(target, [tokens], max_new_tokens=min(2, max_new_tokens), **options)
+    generate(target, [tokens], max_new_tokens=min(2 + first_pause(augment), max_new_tokens), **options)
     return generate(target, [tokens], max_new_tokens=max_new_tokens, on_tokens=on_tokens, **options)
 
 
@@ -154,6 +163,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     if not names:
         raise UserError("--drafter must name at least one, such as none")
     drafters = [load_drafter(name, target) for name in names]
+    augment = Augment.load(args.augment, target, args.augment_every, args.augment_lag) if args.augment else None
+    if augment is None and (args.augment_every or args.augment_lag):
+        raise UserError("--augment_every and --augment_lag are about latents: give --augment too")
     first: Generation | None = None
     for name, drafter in zip(names, drafters, strict=True):
         if len(names) > 1:
@@ -171,6 +183,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             seed=args.seed,
             stop=args.stop,
             typical=args.typical,
+            augment=augment,
         )
         writer.finish()
         compared = comparison(made, first, names[0]) if first else ""
@@ -203,6 +216,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--seed", type=int, default=0, help="of the draws when the temperature is above 0")
     parser.add_argument("--stop", action="append", default=[], metavar="TEXT", help=_STOP)
     parser.add_argument("--typical", action="store_true", help="lossy typical acceptance of drafts")
+    parser.add_argument("--augment", metavar="DIR", help="coprocessor directory, whose latents go into the cache")
+    parser.add_argument("--augment_every", type=at_least(1), help="again after so many tokens (default: once)")
+    parser.add_argument("--augment_lag", type=at_least(0), default=0, help="latents come so many tokens late")
     parser.add_argument("--mesh", help="devices that share the work, such as tensor=4 (default: one device)")
     add_distributed(parser)
     parser.add_argument("--color", action=argparse.BooleanOptionalAction, help="colour drafts (default: on a terminal)")

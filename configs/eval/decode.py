@@ -44,6 +44,9 @@ def get_config(variant: str = "") -> ConfigDict:
     config.rows = 64
     config.samples = 2
     config.mesh = config_dict.placeholder(str)
+    config.augment = config_dict.placeholder(str)
+    config.augment_every = config_dict.placeholder(int)
+    config.augment_lag = 0
 
     if variant == "quickstart":
         config.num_prompts, config.max_new_tokens, config.rows = 24, 64, 16

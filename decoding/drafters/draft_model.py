@@ -78,13 +78,18 @@ class DraftModel(NetworkDrafter):
         return {**state, "memory": encode(self.model, params, tokens, target.memory.lengths)}
 
     def ingest(self, params, target, state, rows):
-        cache, memory, length = state["cache"], state["memory"], rows.start.length
+        cache, memory, start, tokens = state["cache"], state["memory"], rows.start, rows.tokens
         if self.begins and rows.source == "prompt":
             return state  # It is one token long, and the last one is read with the first draft.
+        if rows.source == "target":
+            # The last token of its own trees is still unread.
+            unread = jnp.take_along_axis(target.text, start.length[:, None] - 1, axis=1)
+            start, tokens = start.back(1), jnp.concatenate([unread, tokens], axis=1)
+        length = start.length
         if rows.source != "own":
-            layout = Layout.extend(length, rows.tokens.shape[1], rows.start.position)
-            tokens = _known(self.model, rows.tokens)
-            out = transformer.forward(self.running, params, tokens, *beside(memory, layout, cache))
+            layout = Layout.extend(length, tokens.shape[1], start.position)
+            seen = beside(memory, layout, cache)
+            out = transformer.forward(self.running, params, _known(self.model, tokens), *seen)
             return {**state, "cache": commit(cache, out.rows, None, length, after=out.hidden[:, 0])}
         # Row r of the text is the slot of node r - 1, and the first the token that was unread. What did not run lies
         # behind the accepted rows and is read next time.
@@ -94,8 +99,7 @@ class DraftModel(NetworkDrafter):
         )
         unread = jnp.full((nodes.shape[0], 1), self.policy.slots, jnp.int32)
         slots = jnp.concatenate([unread, jnp.maximum(slots, 0)], axis=1)
-        begins = Place(length - 1, rows.start.slots - 1)
-        taken, after = self.rows_in(slots, rows.drafted["scratch"], params, cache, begins)
+        taken, after = self.rows_in(slots, rows.drafted["scratch"], params, cache, start.back(1))
         after = rows.nodes[:, -1:] if after is None else after
         return {**state, "cache": commit(cache, taken, None, length - 1, after)}
 
@@ -120,7 +124,7 @@ class DraftModel(NetworkDrafter):
             config=self.running,
             params=params,
             cache=state["cache"],
-            place=Place(target.length - 1, target.place.slots - 1),
+            place=target.place.back(1),
             unread=jnp.take_along_axis(target.text, target.length[:, None] - 1, axis=1),
             vocab_size=target.config.vocab_size,
             vocabulary=None if size == target.config.vocab_size else jnp.arange(size, dtype=jnp.int32),

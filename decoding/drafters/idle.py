@@ -76,5 +76,5 @@ class Idle(Plain):
         place_BR = waiting.start.length[:, None] + jnp.arange(self.rows, dtype=jnp.int32)
         tokens_BR = jnp.take_along_axis(target.text, jnp.minimum(place_BR, target.text.shape[1] - 1), axis=1)
         count = target.length - waiting.start.length
-        rows = TrueRows(tokens_BR, waiting.start, count, waiting.taps, "other")
+        rows = TrueRows(tokens_BR, waiting.start, count, waiting.taps, "target")
         return self.drafter.ingest(params, target, waiting.state, rows)

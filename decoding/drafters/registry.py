@@ -11,14 +11,12 @@ before it find nothing. Alone and without a number a name leaves open how many c
 This file is all that knows drafters by name: it parses, loads and saves them.
 """
 
-import contextlib
 import dataclasses
 import functools
 import typing
 from pathlib import Path
 
 import jax
-import numpy as np
 from jax.sharding import Mesh
 
 from decoding.drafter import Drafter
@@ -42,20 +40,12 @@ from decoding.policies import TreePolicy, read_policy
 from decoding.trees import Topology
 from models import schema
 from models.errors import UserError
-from models.formats.scaled import read_scaled, whole_tensors
-from models.formats.storage import (
-    FLOATS,
-    leaves_by_path,
-    new_directory,
-    open_tensors,
-    place_tensor,
-    save_tensors,
-    write_json,
-)
+from models.formats.beside import check_base, read_beside, save_beside
+from models.formats.storage import write_json
 from models.formats.target import Target
 from models.formats.text_files import read_json
 from models.pages import in_huge_pages
-from models.sharding import mesh_of, param_shardings
+from models.sharding import mesh_of
 
 DRAFTERS: dict[str, type[Drafter]] = {
     "none": Plain,
@@ -111,12 +101,8 @@ def save_drafter(
       overwrite: replace a drafter directory that is already there.
       provenance: what it was made from, for people; kept in `drafter.json`, and nothing depends on it.
     """
-    tensors = {path.replace("/", "."): np.ascontiguousarray(leaf) for path, leaf in leaves_by_path(params).items()}
-    with new_directory(directory, "drafter.json", overwrite) as partial:
-        if tensors:
-            save_tensors(partial / "model.safetensors", tensors)
-        origin = {} if provenance is None else {"provenance": provenance}
-        write_json(partial / "drafter.json", {**drafter.to_record(), "base": base, **origin})
+    origin = {} if provenance is None else {"provenance": provenance}
+    save_beside(directory, "drafter.json", {**drafter.to_record(), "base": base, **origin}, params, overwrite)
 
 
 def load_drafter(spec: str | Path, target: Target, mesh: Mesh | None = None) -> tuple[Drafter, typing.Any]:
@@ -157,46 +143,14 @@ def load_drafter(spec: str | Path, target: Target, mesh: Mesh | None = None) -> 
         )
     record = read_json(directory / "drafter.json")
     drafter = build(record, str(directory / "drafter.json"))
-    _check_base(directory, record.get("base"), target)
+    check_base(directory / "drafter.json", record, target)
     drafter.check(target.config)
     shapes = jax.eval_shape(functools.partial(drafter.init_params, target.config), target.params, jax.random.key(0))
     mesh = mesh_of(target.params) if mesh is None else mesh
-    params = read_params(directory, record, shapes, mesh)
+    params = read_beside(directory, "drafter.json", shapes, mesh, lambda name: _present_name(name, record))
     if carried:
         drafter = _of_size(drafter, argument, record, name)
     return drafter, in_huge_pages(drafter.for_decoding(params, mesh))
-
-
-def read_params(directory: Path, record: dict, shapes: typing.Any, mesh: Mesh | None = None) -> typing.Any:
-    """The parameters in a drafter directory, whatever its base.
-
-    Args:
-      directory: it.
-      record: its `drafter.json`.
-      shapes: a tree of `ShapeDtypeStruct`s, as `init_params` would make it.
-      mesh: shards them over it; None is the default device.
-
-    Raises:
-      UserError: a tensor is missing, unknown or of another shape.
-    """
-    wanted = {path.replace("/", "."): shape for path, shape in leaves_by_path(shapes).items()}
-    places = [None] * len(wanted) if mesh is None else jax.tree.leaves(param_shardings(mesh, shapes))
-    with contextlib.ExitStack() as stack:
-        files = open_tensors(directory, stack) if wanted else {}
-        stored = {_present_name(name, record): name for name in whole_tensors(files)}
-        if wrong := sorted(set(stored) ^ set(wanted)):
-            complaint = "is missing" if wrong[0] in wanted else "is unknown to its drafter.json"
-            raise UserError(f"{directory}: tensor {wrong[0]} {complaint}")
-        leaves = []
-        for (name, shape), place in zip(wanted.items(), places, strict=True):
-            kinds = ("I32",) if np.issubdtype(shape.dtype, np.integer) else FLOATS
-            host = read_scaled(files, stored[name], directory, kinds)
-            if host.shape != shape.shape:
-                raise UserError(
-                    f"{directory}: tensor {name} has shape {list(host.shape)}, drafter.json implies {list(shape.shape)}"
-                )
-            leaves.append(place_tensor(np.asarray(host, dtype=shape.dtype), place))
-    return jax.tree.unflatten(jax.tree.structure(shapes), leaves)
 
 
 def _of_size(drafter: Drafter, candidates: str, record: dict, name: str) -> Drafter:
@@ -306,18 +260,3 @@ def _immutable(value: typing.Any) -> typing.Any:
     if isinstance(value, dict):
         return {key: _immutable(item) for key, item in value.items()}
     return tuple(map(_immutable, value)) if isinstance(value, list) else value
-
-
-def _check_base(directory: Path, base: typing.Any, target: Target) -> None:
-    present = target.fingerprint()
-    if not isinstance(base, dict) or set(base) != set(present):
-        raise UserError(
-            f"{directory / 'drafter.json'} does not name its base: expected 'base' with {', '.join(present)}"
-        )
-    for key, was in base.items():
-        if present[key] != was:
-            what = {"tokenizer": "tokenizer hash", "embedding": "embedding hash"}.get(key, key)
-            raise UserError(
-                f"{directory} was made for another target: its base had {what} {was}, "
-                f"{target.path or 'this target'} has {present[key]}"
-            )

@@ -29,6 +29,8 @@ The results (keys marked ? may be absent or None; what needs them is then left o
                        visits?: int per path (steps that accepted its parent)}
       categories?     name -> {speedup, acceptance_length, acceptance_length_per_turn?, tokens_per_second?, turns?,
                                steps?, accepted_by_depth?, accepted_histogram?}, as of the run
+    augmented?        {kind, num_latents, runs: as above, the same drafters in the same order where latents of a
+                      coprocessor lay in the cache of all, with augmentations and augmentation_ms (of each)}
     samples?          list of {prompt: str, drafter: str, path?: str, pieces: list of [text, writer]} with one piece per
                       token; its writer is 0 for the target, d >= 1 for an accepted draft of depth d
 """
@@ -115,6 +117,36 @@ def print_categories(results: Results, file: TextIO | None = None) -> None:
         ]
         print(file=file)
         print_columns([["category", *table["labels"]], *rows], file, ruled=True)
+
+
+def print_augmented(results: Results, file: TextIO | None = None) -> None:
+    """Prints what latents change, below an empty line; nothing where there were none."""
+    if table := _augmented(results, _entries(results)):
+        print(f"\n{table['title']}", file=file)
+        print_columns([table["heads"], *(cells for _, cells in table["rows"])], file, ruled=True)
+
+
+def _augmented(results: Results, entries: Sequence[Entry]) -> dict[str, Any] | None:
+    """Every drafter without and with latents of a coprocessor in the cache."""
+    made = results.get("augmented")
+    if not made:
+        return None
+    rows = []
+    for entry, run in zip(entries, made["runs"], strict=True):
+        before = entry.run["acceptance_length"]
+        cells = [
+            entry.label,
+            f"{run['tokens_per_second']:,.1f}",
+            f"{run['speedup']:.2f}x",
+            f"{before:.2f}",
+            f"{run['acceptance_length']:.2f}",
+            {True: "yes", False: "no"}[run["identical_to_baseline"]],
+            str(run.get("augmentations", 0)),
+            f"{run['augmentation_ms']:.1f}" if run.get("augmentation_ms") else "",
+        ]
+        rows.append((entry, cells))
+    heads = ["drafter", "tokens/s", "speed-up", "without", "acceptance length", "identical", "augmentations", "ms each"]
+    return {"title": f"with {made['num_latents']} latents ({made['kind']})", "heads": heads, "rows": rows}
 
 
 def _entries(results: Results) -> list[Entry]:
@@ -252,6 +284,7 @@ def _view(results: Results) -> dict[str, Any]:
             if (accuracy := entry.run.get("head_accuracy"))
         ],
         "categories": _categories(drafting),
+        "augmented": _augmented(results, entries),
         "lengths": [_lengths(entry) for entry in drafting if _has_steps(entry)],
         **_samples(results.get("samples") or [], {(e.run["drafter"], e.run.get("path")): e.label for e in entries}),
     }

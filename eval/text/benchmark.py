@@ -28,6 +28,7 @@ from typing import Any
 
 import numpy as np
 
+from decoding.augment import Augment, first_pause
 from decoding.drafter import Drafter
 from decoding.drafters.registry import load_drafter
 from decoding.generate import Generation, bucket, generate, slots_needed
@@ -142,6 +143,7 @@ def benchmark(
     seed: int = 0,
     batch: int = 1,
     parts: bool = True,
+    augment: Augment | None = None,
     progress: Callable[[str], None] = lambda line: None,
 ) -> list[dict[str, Any]]:
     """Runs the benchmark.
@@ -154,6 +156,7 @@ def benchmark(
       sampling, seed: the same for all contenders; the seed is of the first prompt, the others count up from it.
       batch: prompts that are decoded together.
       parts: also time the parts of a step alone, for draft share and loop efficiency.
+      augment: whose latents lie in the cache of all contenders, plain decoding's too.
       progress: told what is being done, one line at a time.
 
     Returns:
@@ -162,17 +165,14 @@ def benchmark(
     Raises:
       UserError: no prompts, one that does not fit the target's context, or targets that end every text at once.
     """
-    if not prompts:
-        raise UserError("there is no prompt to decode")
-    if repeats < 1:
-        raise UserError(f"repeats must be at least 1, got {repeats}")
+    _check(prompts, repeats)
     field = [Contender(*load_drafter("none", target)), *(c for c in contenders if c.drafter.max_depth)]
     deepest = max(contender.drafter.max_depth for contender in field)
     mine = processes.share(range(len(prompts)))
     groups = [mine[first : first + batch] for first in range(0, len(mine), batch)]
     longest = [max(len(prompts[index].tokens) for index in group) for group in groups]
     before = [max(len(target.opening(prompts[index].tokens)) for index in group) for group in groups]
-    capacities = [bucket(slots_needed(length, max_new_tokens, deepest)) for length in before]
+    capacities = [bucket(slots_needed(length, max_new_tokens, deepest, augment)) for length in before]
 
     def decode(contender: Contender, number: int, limit: int = max_new_tokens) -> Generation:
         return generate(
@@ -185,6 +185,7 @@ def benchmark(
             seeds=[seed + index for index in groups[number]],
             typical=contender.typical,
             capacity=capacities[number],
+            augment=augment,
         )
 
     # Groups that need a compilation each, by number.
@@ -193,7 +194,7 @@ def benchmark(
     for count, number in enumerate(buckets, 1):
         for contender in field:
             progress(f"compiling {contender.path or contender.drafter.name}, bucket {count} of {len(buckets)}")
-            decode(contender, number, min(WARM_UP_TOKENS, max_new_tokens))
+            decode(contender, number, min(WARM_UP_TOKENS + first_pause(augment), max_new_tokens))
     scene = _scene(target, prompts, max_new_tokens, deepest, batch)
     measured, timed = [Measured(contender, [], [], []) for contender in field], None
     for repeat in range(repeats):
@@ -208,7 +209,15 @@ def benchmark(
         one.gather()
     if not measured[0].stats.steps:
         raise UserError("plain decoding ends every text with its first token, so there is no speed to measure")
-    return [_run(target, one, measured[0], prompts, sampling) for one in measured]
+    comparable = sampling.temperature == 0 and augment is None
+    return [_run(target, one, measured[0], prompts, comparable) for one in measured]
+
+
+def _check(prompts: Sequence[Prompt], repeats: int) -> None:
+    if not prompts:
+        raise UserError("there is no prompt to decode")
+    if repeats < 1:
+        raise UserError(f"repeats must be at least 1, got {repeats}")
 
 
 def _scene(target: Target, prompts: Sequence[Prompt], new_tokens: int, deepest: int, batch: int) -> Scene:
@@ -233,9 +242,10 @@ def _take_turns(measured: Sequence[Measured], groups: Sequence[Sequence[int]], r
 
 def _of_row(generation: Generation, row: int) -> Generation:
     """What became of one prompt of a batch, with its share of the seconds."""
-    rows: dict[str, Any] = {name: [getattr(generation, name)[row]] for name in ("tokens", "writers", "stats")}
-    count = len(generation.tokens)
-    seconds = {name: getattr(generation, name) / count for name in ("prefill_seconds", "decode_seconds")}
+    lists = ("tokens", "writers", "stats", "augmentations")
+    shared = ("prefill_seconds", "decode_seconds", "augment_seconds")
+    rows: dict[str, Any] = {name: [getattr(generation, name)[row]] for name in lists}
+    seconds = {name: getattr(generation, name) / len(generation.tokens) for name in shared}
     return dataclasses.replace(generation, texts=generation.texts[row : row + 1], memory=None, **rows, **seconds)
 
 
@@ -266,15 +276,13 @@ class _Parts:
             one.parts = {name: summary(samples) for name, samples in seconds.items()}
 
 
-def _run(
-    target: Target, one: Measured, baseline: Measured, prompts: Sequence[Prompt], sampling: Sampling
-) -> dict[str, Any]:
+def _run(target: Target, one: Measured, baseline: Measured, prompts: Sequence[Prompt], greedy: bool) -> dict[str, Any]:
     """An entry of `runs`."""
     stats = one.stats
     rates, base_rates = _question_rates(one, prompts), _question_rates(baseline, prompts)
     tokens_per_second = _headline(rates)
     speedup = tokens_per_second / _headline(base_rates)
-    difference = _first_difference(target, one, baseline, prompts, sampling)
+    difference = _first_difference(target, one, baseline, prompts, greedy)
     run = {
         "drafter": one.contender.drafter.name,
         "path": one.contender.path,
@@ -301,6 +309,9 @@ def _run(
         "decode_seconds": statistics.median(map(sum, one.decode_seconds)),
         "categories": _categories(one, baseline, prompts),
     }
+    if calls := sum(sum(generation.augmentations) for generation in one.generations):
+        seconds = sum(generation.augment_seconds for generation in one.generations)
+        run |= {"augmentations": calls, "augmentation_ms": 1e3 * seconds / calls}
     if one.drafter.num_heads and not one.mixed:
         run["tree"] = _tree(one.drafter.ranked_tree, stats)
     if one.parts:
@@ -351,9 +362,9 @@ def ratio_interval(numerator: np.ndarray, denominator: np.ndarray) -> list[float
 
 
 def _first_difference(
-    target: Target, one: Measured, baseline: Measured, prompts: Sequence[Prompt], sampling: Sampling
+    target: Target, one: Measured, baseline: Measured, prompts: Sequence[Prompt], greedy: bool
 ) -> dict[str, Any] | None:
-    """Where a text first leaves the baseline's, and how close the target's two best scores are there."""
+    """Where a text first leaves the baseline's, and if `greedy` how close the target's two best scores are there."""
     for prompt, mine, theirs in zip(prompts, one.generations, baseline.generations, strict=True):
         ours, base = mine.tokens[0], theirs.tokens[0]
         if ours == base:
@@ -366,7 +377,7 @@ def _first_difference(
             "token": ours[shared] if shared < len(ours) else None,
             "baseline_token": base[shared] if shared < len(base) else None,
         }
-        if sampling.temperature == 0:
+        if greedy:
             logits = target.next_scores(prompt.tokens, base[:shared])
             second, best = np.sort(np.asarray(logits))[-2:]
             place["top_2_margin"] = float(best - second)

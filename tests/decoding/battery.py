@@ -10,12 +10,17 @@ import numpy as np
 import pytest
 
 from decoding import loop
+from decoding.augment import Augment
+from decoding.coprocessors import Coprocessor
 from decoding.drafter import Drafter
 from decoding.generate import Generation, generate
 from decoding.request import Request
 from decoding.sampling import Sampling
+from models import coprocessor
+from models.coprocessor import CoprocessorConfig
 from models.formats.target import Target
 from tests.decoding.drafter_cases import WARM, Recorder, battery_case, battery_target
+from tests.noise import noisy
 
 PROMPTS = [[1, 2, 3], [4, 5, 6, 7, 8, 9, 10], [11], [0, 3, 3, 7, 1]]
 CAPACITY = 520
@@ -111,6 +116,24 @@ def steps(name: str) -> tuple[list[Step], Request]:
         generation = decode(name, max_new_tokens=[30, 25, 33, 9], stream_every=1, on_tokens=lambda *_: None)
     assert generation.tokens[0] == long_run("none").tokens[0][:30]
     return seen, requests[0]
+
+
+@functools.cache
+def latents() -> Augment:
+    """A coprocessor of three latents at every eleventh token, two tokens late."""
+    config = CoprocessorConfig("lora", num_latents=3, rank=2)
+    with jax.enable_x64(True):
+        init = jax.jit(coprocessor.init_params, static_argnums=(0, 1))
+        params = noisy(init(config, target().config, target().params, jax.random.key(5)), 0.5)
+        return Augment(Coprocessor(config, coprocessor.for_decoding(config, params)), every=11, lag=2)
+
+
+@functools.cache
+def augmented_run(name: str, sampled: bool = False) -> Generation:
+    """On a cache with latents."""
+    settings = dict(sampling=SAMPLINGS, seeds=[3, 1, 4, 1]) if sampled else {}
+    with jax.enable_x64(True):
+        return decode(name, max_new_tokens=[60, 45, 64, 39], augment=latents(), **settings)
 
 
 @functools.cache

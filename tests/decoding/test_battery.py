@@ -38,6 +38,7 @@ from tests.decoding.battery import (
     CAPACITY,
     PROMPTS,
     SAMPLINGS,
+    augmented_run,
     blank,
     case,
     decode,
@@ -52,6 +53,7 @@ from tests.decoding.battery import (
 )
 from tests.decoding.compiled_text import HOST, inside_loops, shapes_for_arrays, whole_copies
 from tests.decoding.drafter_cases import (
+    CASES,
     LOPSIDED,
     Oracle,
     each_drafter,
@@ -178,6 +180,26 @@ def test_sampled_output_is_that_of_the_seed(name: str) -> None:
     assert all(len(set(tokens)) > 3 for tokens in generation.tokens)
     if case(name)[0].max_depth:
         assert sum(generation.stats[1:], generation.stats[0]).acceptance_length > 1.05
+
+
+# And the same where latents of a coprocessor lie in the cache beside the text: each of the others is like one of these.
+ON_LATENTS = ("hydra++", "token_recycling", "eagle3", "dflash")
+augmented = pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[] if name in ON_LATENTS else [pytest.mark.slow]) for name in CASES]
+)
+
+
+@augmented
+def test_latents_leave_drafts_lossless(name: str) -> None:
+    drafter, _ = case(name)
+    made, plain = augmented_run(name), augmented_run("none")
+    assert made.tokens == plain.tokens and made.augmentations == plain.augmentations == [6, 4, 6, 4]
+    assert plain.tokens[0] != long_run("none").tokens[0][:60], "latents that change nothing prove nothing"
+    sampled = augmented_run(name, sampled=True)
+    if drafter.rule(greedy=False) not in SAMPLED_RULES:
+        assert sampled.tokens == augmented_run("none", sampled=True).tokens
+    for stats in made.stats:
+        assert stats.steps < stats.committed or not drafter.max_depth
 
 
 # 3. Garbage is exact, the truth is accepted, wherever it stands.

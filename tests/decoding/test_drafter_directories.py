@@ -21,6 +21,7 @@ from decoding.drafters.token_recycling import TokenRecycling
 from decoding.trees import chain
 from models import linear, pages
 from models.errors import UserError
+from models.formats import beside
 from models.formats.target import Target
 from models.formats.tokenizer import Tokenizer
 from tests.decoding.drafter_cases import CASES, LOPSIDED, random_target
@@ -152,7 +153,7 @@ def test_full_disk_leaves_nothing(
         path.write_bytes(b"half")
         raise OSError(errno.ENOSPC, "No space left on device", str(path))
 
-    monkeypatch.setattr(drafters, fails, full)
+    monkeypatch.setattr(beside, fails, full)
     with pytest.raises(OSError, match="No space left"):
         save_drafter(tmp_path / "heads", *new, target.fingerprint(), overwrite=True)
     assert [path.name for path in tmp_path.iterdir()] == (["heads"] if present else [])

@@ -15,7 +15,7 @@ from models.attention import Sources, attend
 from models.config import TransformerConfig
 from models.errors import UserError
 from models.formats.target import Target
-from models.layout import Layout, Tree
+from models.layout import Blocks, Layout, Tree
 from models.linear import wide_einsum
 from models.transformer import param_shapes
 from tests.decoding.drafter_cases import BUSHY, CASES
@@ -168,6 +168,36 @@ def test_attention_in_blocks_is_dense_attention(window: int | None, cap: float |
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-12), blocks, dense)
     for found in fused:  # The library's softmax is float32, whatever its inputs are.
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), found, dense)
+
+
+@pytest.mark.parametrize("window, cap", [(None, None), (4, 2.0)])
+def test_blocks_over_a_prefix_are_one_softmax(window: int | None, cap: float | None, x64, monkeypatch) -> None:
+    """Merged by log-sum-exp, some blocks at a time; one sees nothing of the prefix."""
+    blocks, size, slots = 5, 3, 11
+    rng = np.random.default_rng(0)
+
+    def some(*shape: int) -> jax.Array:
+        return jnp.asarray(rng.normal(size=shape))
+
+    q_BTND, new, prefix = (
+        some(2, blocks * size, 4, 6),
+        *({"k": some(2, 2, 6, n), "v": some(2, 2, n, 6)} for n in (blocks * size, slots)),
+    )
+    horizon = jnp.repeat(jnp.array([[1, 4, 5, 0, 11], [2, 3, 7, 9, 10]]), size, axis=1)
+    positions = horizon + jnp.tile(jnp.arange(size), blocks)
+    layout = Layout(positions, horizon, Blocks(size, causal=True, together=2), since=horizon // 2)
+
+    @jax.jit
+    def both(q_BTND, new, prefix):
+        def of(attention):
+            named = dataclasses.replace(layout, attention=attention)
+            return attend(q_BTND, new, Sources(prefix), named, scale=0.7, cap=cap, window=window)
+
+        return of("dense"), of("blocks")
+
+    monkeypatch.setattr(models.attention, "BLOCK", 2 * 4 * 2 * size * slots)
+    dense, merged = both(q_BTND, new, prefix)
+    np.testing.assert_allclose(merged, dense, rtol=0, atol=4e-15)
 
 
 def test_products_of_narrow_factors_have_narrow_slopes() -> None:

@@ -75,6 +75,20 @@ def test_blocks_of_one_are_causal_order_and_each_row_alone() -> None:
     assert np.array_equal(Blocks(1).sees(5)[0], np.eye(5, dtype=bool))
 
 
+def test_the_first_rows_of_a_block_may_see_each_other() -> None:
+    """Latents, two of a block of three, and a token behind them."""
+    order = Blocks(3, causal=True, together=2)
+    block = [[1, 1, 0], [1, 1, 0], [1, 1, 1]]
+    assert np.asarray(order.inside, int).tolist() == block
+    assert np.array_equal(order.sees(6)[0], np.kron(np.eye(2), block))
+
+
+def test_slots_may_be_hidden_from_all() -> None:
+    hidden = jnp.array([[True, False, True, True]])
+    layout = Layout(jnp.array([[9, 9]]), jnp.array([[2, 3]]), prefix_seen=hidden, since=jnp.array([[0, 1]]))
+    assert np.asarray(layout.sees_prefix(4, None), int).tolist() == [[[1, 0, 0, 0], [0, 0, 1, 0]]]
+
+
 def test_a_relaxed_causal_mask_by_hand() -> None:
     """Two rows to a block; with a phase of 1 the first block has one row."""
     assert np.asarray(BlockCausal(2).sees(5)[0], int).tolist() == [

@@ -113,6 +113,13 @@ def job(data_set: pathlib.Path, target_directory: pathlib.Path) -> Callable[...,
         "several": {"name": "several", "target": str(target_directory)},
         "distill": {**SMALL_STUDENT, "name": "distill", "target": str(target_directory)},
         "minillm": {**SMALL_STUDENT, "name": "minillm", "reuse": 2, "target": str(target_directory)},
+        "coprocessor": {
+            "name": "coprocessor",
+            "target": str(target_directory),
+            "coprocessor": {"num_latents": 3},
+            "places": 5,
+            "ahead": 4,
+        },
     }
 
     def make(name: str, objective: dict[str, Any] | None = None, **changes: Any) -> TrainConfig:

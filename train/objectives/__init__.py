@@ -2,6 +2,7 @@
 
 from train.objectives.classifier import ImageClassifier
 from train.objectives.code_refiner import CodeRefiner
+from train.objectives.coprocessor import CoprocessorObjective
 from train.objectives.dflash import DFlashObjective
 from train.objectives.distill import DistillObjective
 from train.objectives.draft_heads import DraftHeads
@@ -35,6 +36,7 @@ OBJECTIVES: dict[str, type[Objective]] = {
     "distill": DistillObjective,
     "minillm": MiniLLMObjective,
     "several": SeveralObjective,
+    "coprocessor": CoprocessorObjective,
     "vqvae": VQVAEObjective,
     "var": VARObjective,
     "code_refiner": CodeRefiner,

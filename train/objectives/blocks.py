@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from decoding.sampling import argmax, top_k
+from decoding.sampling import argmax
 from models import schema, transformer
 from models.attention import Rows
 from models.config import TransformerConfig
@@ -28,7 +28,7 @@ from models.sharding import keep_batch
 from train.objectives import block_losses, divergences
 from train.objectives.block_losses import Terms
 from train.objectives.drafting import OnFrozenTarget, check_drafting
-from train.objectives.guess import Weights, first_choices, picked
+from train.objectives.guess import Weights, drawn_places, first_choices, picked
 from train.objectives.objective import Batch, Params
 from train.objectives.pieces import pieces_of, separable_sums, summed
 from train.objectives.shift import label_mask
@@ -239,14 +239,10 @@ def drawn_anchors(
       key: which.
     """
     segments = batch["segments"]
-    length = segments.shape[1]
     same = (segments[:, 1:] == segments[:, :-1]) & (segments[:, 1:] > 0)
     both = mask[:, :-1] & mask[:, 1:] & same
     valid_BT = jnp.pad(both[:, 1:] & same[:, :-1], ((0, 0), (1, 1)))
-    noise_BT = jax.random.uniform(key, segments.shape)
-    chance_BA, at_BA = top_k(jnp.where(valid_BT, noise_BT, -1.0), min(count, length))
-    order_BA = jnp.sort(jnp.where(chance_BA >= 0, at_BA, length), axis=1)
-    return jnp.minimum(order_BA, length - 1).astype(jnp.int32), order_BA < length
+    return drawn_places(valid_BT, count, key)
 
 
 def slots_at(

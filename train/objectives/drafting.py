@@ -30,12 +30,12 @@ from decoding.replay import is_replayable, replay_acceptance
 from decoding.trees import chain
 from models import processes, schema, transformer
 from models.errors import UserError
-from models.formats.hf import load_config
-from models.formats.target import Target, check_vocabulary, load_target
+from models.formats.target import Target
 from models.formats.tokenizer import Tokenizer
 from models.layout import Layout
+from train.objectives.frozen_target import BesideFrozenTarget
 from train.objectives.guess import Guess, Labels, Teacher, first_choices, losses, measures, picked
-from train.objectives.objective import Batch, Compute, Objective, Params, Sums
+from train.objectives.objective import Batch, Compute, Params, Sums
 from train.objectives.shift import label_mask, labels_at
 from train.objectives.target_features import LOGITS, TargetFeatures, layout_of, target_features
 
@@ -43,7 +43,7 @@ if TYPE_CHECKING:  # Training steps are timed where TFDS is not installed.
     from train.data.texts import Documents
 
 
-class OnFrozenTarget(Objective):
+class OnFrozenTarget(BesideFrozenTarget):
     """Base of the objectives that make a drafter, of any kind that has parameters, on a target that stays as it is.
 
     A subclass gives `Config`, whose objects have what `asks_of_config` names, `untrained(model)` being the drafter
@@ -51,7 +51,6 @@ class OnFrozenTarget(Objective):
 
     Attributes:
       drafter: the drafter without parameters.
-      fingerprint: of the target, once it is loaded.
     """
 
     product: ClassVar[str] = "drafter"
@@ -59,21 +58,10 @@ class OnFrozenTarget(Objective):
 
     def __init__(self, config: Any, tokenizer: Tokenizer):
         """`tokenizer` is the target's, and the data's. Raises UserError for a missing or broken target."""
-        self._config, self._tokenizer = config, tokenizer
-        self.model = load_config(config.base)
-        if self.model.encoder_layers:
-            raise UserError(f"objective.target ({config.base}) is an encoder-decoder: drafters are trained on decoders")
+        super().__init__(config, tokenizer)
         self.drafter = config.untrained(self.model)
         self.drafter.check(self.model)
-        check_vocabulary(self.model, tokenizer, config.base)
-        self.fingerprint: dict[str, int | str | None] = {}
         self.prepare(Compute())
-
-    def prepare(self, compute: Compute) -> None:
-        """Also decides the dtype of the target, whose layers are stacked: a scan compiles at once, however deep."""
-        super().prepare(compute)
-        shapes = transformer.param_shapes(self.model, compute.dtype)
-        self.base: Params = jax.eval_shape(transformer.stack_layers, shapes)
 
     @property
     def target_taps(self) -> tuple[str, ...]:  # type: ignore[override]
@@ -114,21 +102,9 @@ class OnFrozenTarget(Objective):
                 f"labels: the longest to learn from has {longest}"
             )
 
-    @property
-    def inputs(self) -> Mapping[str, str | None]:
-        """The target."""
-        return {"objective.target": self._config.base}
-
     def load_base(self, mesh: Mesh) -> Params:
         """The target, in the dtype of the computation, and what belongs to it."""
         return {**self.load_target(mesh), **self.beside_target(mesh)}
-
-    def load_target(self, mesh: Mesh) -> Params:
-        """The target's part of the base."""
-        target = load_target(self._config.base, dtype=self.compute.dtype, mesh=mesh)
-        # Now, while every process takes part: no single one may be able to read the whole embedding at the export.
-        self.fingerprint = target.fingerprint()
-        return transformer.stack_layers(target.params)
 
     def beside_target(self, mesh: Mesh) -> Params:
         """The rest of the base."""

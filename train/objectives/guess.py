@@ -20,7 +20,7 @@ import optax
 from jax.tree_util import Partial
 from jaxtyping import Array, Bool, Float, Int
 
-from decoding.sampling import argmax
+from decoding.sampling import argmax, top_k
 from models.sharding import keep_batch
 from train.objectives.divergences import Divergence
 from train.objectives.pieces import mapped, pieces_of, separable_sums, summed
@@ -211,3 +211,13 @@ def _loss(weights: Weights, logits, hidden, k: int, rows: _Rows, taught) -> Floa
 def picked(values: Array, at: Int[Array, "B S"] | None) -> Array:
     """`values[b, at[b, s]]`, along axis 1; all of them for None."""
     return values if at is None else jax.vmap(lambda row, places: row[places])(values, at)
+
+
+def drawn_places(valid: Bool[Array, "B T"], count: int, key: Array) -> tuple[Int[Array, "B A"], Bool[Array, "B A"]]:
+    """Some of the valid places of every row without replacement, ascending, and which of them are: rows that have
+    fewer than `count` are filled up."""
+    length = valid.shape[1]
+    noise_BT = jax.random.uniform(key, valid.shape)
+    chance_BA, at_BA = top_k(jnp.where(valid, noise_BT, -1.0), min(count, length))
+    order_BA = jnp.sort(jnp.where(chance_BA >= 0, at_BA, length), axis=1)
+    return jnp.minimum(order_BA, length - 1).astype(jnp.int32), order_BA < length

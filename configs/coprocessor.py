@@ -1,0 +1,82 @@
+r"""Trains a coprocessor on a frozen target: latents, made from its KV cache, that better what it says next
+(arXiv 2412.17747).
+
+    python -m train.main --config=configs/coprocessor.py --config.objective.target=runs/lm/target \
+        --workdir=runs/coprocessor
+
+With S tokens to a row, M places, N latents and A tokens ahead of each, a step costs about as much as S + 3 M N +
+2 M (N + A - 1) tokens forward, where an ordinary step costs 3 S: 1.7 times one with the numbers of this file. Expected
+time: half an hour on two CPU cores for a 3M-parameter target. Expected result: a coprocessor directory,
+runs/coprocessor/coprocessor. The loss comes down from far above the target's own, and `valid/change_1` to
+`valid/change_16`, by how many percent perplexity is above the target's at every offset, are below zero at the end,
+offset 1 the last of them to get there.
+
+Kinds: `full` is a copy of the target; `configs/coprocessor.py:lora` shares its weights and learns low-rank adapters
+beside them; with `--config.objective.coprocessor.kind=` also `scratch`, and the two baselines, `pause` and `soft`,
+whose soft tokens alone are learnt. `configs/coprocessor.py:paper` has the published sizes: 64 latents, 128 places of 16
+tokens in rows of 2,048; rates and schedule were not published.
+
+`configs/coprocessor.py:bytes` is for a small target over bytes, within 10 min on two CPU cores.
+`configs/coprocessor.py:smollm2` is `lora` for SmolLM2-135M-Instruct, on one accelerator: layers are computed again for
+gradients, and chats are learnt as any other text.
+
+`configs/coprocessor.py:smoke` takes 20 short steps, within 1 min on two CPU cores for targets of up to 10M parameters;
+expect a falling loss.
+"""
+
+from ml_collections import ConfigDict, config_dict
+
+from configs import check_variant
+
+
+def get_config(variant: str = "") -> ConfigDict:
+    check_variant(variant, "lora", "paper", "bytes", "smollm2", "smoke")
+    config = ConfigDict()
+    config.objective = ConfigDict(
+        {
+            "name": "coprocessor",
+            "target": config_dict.placeholder(str),
+            "coprocessor": {"kind": "full", "num_latents": 8},
+            "places": 16,
+            "ahead": 16,
+            "soft": {"learning_rate": 1e-3, "warmup_steps": 20},
+        }
+    )
+    config.data = ConfigDict({"path": "data/python"})
+    config.steps = 2000
+    config.batch_size = 16
+    config.length = 256
+    config.optimizer = ConfigDict({"learning_rate": 3e-4, "warmup_steps": 20, "clip_norm": 1.0})
+    config.evaluation = ConfigDict({"every": 500, "batches": 16})
+    config.checkpoint = ConfigDict({"every": 500})
+
+    if variant in ("lora", "smollm2"):
+        config.objective.coprocessor.update(kind="lora", rank=64)
+        config.optimizer.learning_rate = 1e-3
+    if variant == "paper":
+        config.objective.coprocessor.num_latents = 64
+        config.objective.update(places=128, ahead=16)
+        config.steps, config.batch_size, config.length = 100_000, 1024, 2048
+        config.optimizer.update(learning_rate=5e-5, warmup_steps=1000)
+        config.objective.soft.warmup_steps = 1000
+        config.evaluation.every, config.checkpoint.every = 5000, 1000
+        config.remat = "layers"
+    if variant == "bytes":
+        config.objective.coprocessor.num_latents = 4
+        config.objective.update(places=16, ahead=8)
+        config.length = 128
+        config.optimizer.learning_rate = config.objective.soft.learning_rate = 1.5e-3
+    if variant == "smollm2":
+        config.objective.coprocessor.num_latents = 16
+        config.objective.update(places=32, ahead=16)
+        config.length, config.steps, config.remat = 512, 3000, "layers"
+        config.optimizer.update(learning_rate=5e-4, warmup_steps=50)
+    if variant == "smoke":
+        config.steps, config.batch_size, config.length = 20, 4, 128
+        config.objective.update(places=8, ahead=4)
+        config.objective.coprocessor.num_latents = 4
+        config.optimizer.warmup_steps = config.objective.soft.warmup_steps = 2
+        config.evaluation.update(every=10, batches=2)
+        config.checkpoint.every = 10
+        config.metrics = ConfigDict({"every": 5})
+    return config

@@ -1,0 +1,249 @@
+"""How good a target is, alone and with coprocessors: perplexity behind latents, answers that match, right choices.
+
+    python -m eval.quality --target DIR --out DIR [--coprocessors DIR,DIR] [--data DIR [--split valid] | --text FILE]
+        [--problems FILE [--shots 8] [--examples FILE]] [--choices FILE ...]
+
+What is asked for is measured, of the target as it is first and then with each coprocessor; the baselines (`pause`,
+`soft`) are directories like the others. Nothing here needs a coprocessor.
+
+- `--data` or `--text`: perplexity by offset, 1 to `--ahead` tokens behind points spread evenly over rows of text. At
+  every point latents stand and true tokens follow; what is reported is the change against the target as it is, on the
+  same tokens.
+- `--problems`: GSM8K's form, questions whose answers end with `#### N`. Answers are written greedily behind solved
+  examples; right is the number behind `####` (*marked*), or, where an answer has no such mark, the last one (*last*).
+- `--choices`: multiple choice. The likeliest choice is taken, by the sum of its tokens' log-likelihoods (*plain*) and
+  by that over its bytes (*normalised*).
+
+Intervals are 95%: Wilson's of shares, bootstrap over rows of text of perplexity. Writes `results.json` and
+`report.html`.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from decoding.augment import Augment
+from decoding.coprocessors import Coprocessor, load_coprocessor
+from eval.measure.progress import Progress
+from eval.report.page import keep_results, write_results
+from eval.report.quality import print_tables, write_report
+from eval.text.behind import by_offset
+from eval.text.metrics import rows_of_text
+from eval.text.results import describe_target
+from eval.text.tasks import exact_match, likeliest, read_choices, read_problems, split_shots
+from models import command_line, processes
+from models.command_line import add_distributed, add_overwrite, at_least, listed
+from models.errors import UserError, exit_on_user_error
+from models.formats.target import Target, load_target
+
+BASE = "target"
+SAMPLES = 3  # Answers that the report shows.
+_NOT_RECORDED = ("out", "overwrite", "distributed")
+
+
+class Contender(NamedTuple):
+    """The target as it is, or with a coprocessor, and what people call it."""
+
+    label: str
+    network: Coprocessor | None = None
+    path: str | None = None
+
+
+def contenders(target: Target, directories: Sequence[str]) -> list[Contender]:
+    """The target as it is, then with each coprocessor.
+
+    Raises:
+      UserError: no such directory, or a coprocessor of another target.
+    """
+    loaded = [load_coprocessor(directory, target) for directory in directories]
+    labels = [f"{network.config.kind} {network.config.num_latents}" for network in loaded]
+    made = [Contender(BASE)]
+    for label, network, path in zip(labels, loaded, directories, strict=True):
+        place = "/".join(part for part in Path(path).parts[-2:] if part != "coprocessor")
+        made.append(Contender(f"{label} ({place})" if labels.count(label) > 1 else label, network, path))
+    return made
+
+
+def wilson(right: Sequence[bool]) -> dict[str, Any]:
+    """Right answers, their share, and its 95% interval (Wilson 1927)."""
+    total, correct, z = len(right), int(sum(right)), 1.959964
+    share = correct / total
+    middle = (share + z * z / (2 * total)) / (1 + z * z / total)
+    half = z * (share * (1 - share) / total + z * z / (4 * total * total)) ** 0.5 / (1 + z * z / total)
+    return {"correct": correct, "share": share, "interval": [max(0.0, middle - half), min(1.0, middle + half)]}
+
+
+def against(right: Sequence[bool], base: Sequence[bool]) -> dict[str, Any]:
+    """How much larger a share is than the base's on the same questions, with its 95% bootstrap interval."""
+    gain = np.asarray(right, float) - np.asarray(base, float)
+    means = gain[np.random.default_rng(0).integers(0, len(gain), (1000, len(gain)))].mean(axis=1)
+    return {"gain": float(gain.mean()), "gain_interval": np.quantile(means, [0.025, 0.975]).tolist()}
+
+
+def perplexity(args, target: Target, field: Sequence[Contender], progress) -> dict[str, Any]:
+    """The entry `perplexity` of the results (`eval/report/quality.py` gives the keys)."""
+    room = target.config.max_position - max((one.network.config.shift for one in field if one.network), default=0)
+    if args.length > room:
+        raise UserError(f"--length must be at most {room}, which latents leave of the context, got {args.length}")
+    data = None if args.text else args.data
+    batches = rows_of_text(target, data, args.split, args.text, args.length, args.rows)
+    made, base = [], None
+    for one in field:
+        progress(f"perplexity, {one.label}")
+        found = by_offset(target, one.network, batches, args.points, args.ahead)
+        base = base or found
+        change, interval = found.change(base)
+        run = {"label": one.label, "perplexity": _plain(found.perplexity)}
+        if one.network is not None:
+            run |= {"change": _plain(change), "change_interval": _plain(interval)}
+        made.append(run)
+    assert base is not None
+    return {"offsets": list(range(1, args.ahead + 1)), "tokens": base.count.sum(axis=0).tolist(), "runs": made}
+
+
+def _plain(values: np.ndarray) -> list:
+    """As JSON has them; None where there is no number."""
+    plain = values.astype(object)
+    plain[np.isnan(values)] = None
+    return plain.tolist()
+
+
+def shares(
+    field: Sequence[Contender], ask: Callable[[Contender], Mapping[str, Any]], names: Sequence[str]
+) -> list[dict]:
+    """Per contender, what was right by each of several counts; and whatever else it answered."""
+    made, base = [], None
+    for one in field:
+        found = ask(one)
+        base = base or found
+        run: dict[str, Any] = {"label": one.label}
+        for name in names:
+            run[name] = wilson(found[name]) | ({} if one.network is None else against(found[name], base[name]))
+        made.append(run | {name: value for name, value in found.items() if name not in names})
+    return made
+
+
+def problems(args, target: Target, field: Sequence[Contender], progress) -> dict[str, Any]:
+    """The entry `problems`."""
+    examples = read_problems(args.examples) if args.examples else None
+    shots, asked = split_shots(read_problems(args.problems), examples, args.shots, args.num)
+
+    def ask(one: Contender) -> dict[str, Any]:
+        augment = None if one.network is None else Augment(one.network, args.augment_every, args.augment_lag)
+        return exact_match(
+            target,
+            asked,
+            shots,
+            augment,
+            chat=args.chat,
+            max_new_tokens=args.max_new_tokens,
+            batch=args.batch,
+            progress=lambda line: progress(f"{one.label}, {line}"),
+        )
+
+    runs = shares(field, ask, ("marked", "last"))
+    samples = [
+        {
+            "question": problem.question,
+            "number": problem.number,
+            "answers": [[run["label"], run["answers"][i]] for run in runs],
+        }
+        for i, problem in enumerate(asked[:SAMPLES])
+    ]
+    kept = [{name: value for name, value in run.items() if name != "answers"} for run in runs]
+    return {"file": args.problems, "questions": len(asked), "shots": len(shots), "runs": kept, "samples": samples}
+
+
+def choices(args, path: str, target: Target, field: Sequence[Contender], progress) -> dict[str, Any]:
+    """An entry of `choices`."""
+    shots, asked = split_shots(read_choices(path), None, args.choice_shots, args.num)
+
+    def ask(one: Contender) -> dict[str, Any]:
+        told = lambda line: progress(f"{Path(path).name}, {one.label}, {line}")  # noqa: E731
+        return likeliest(target, asked, shots, one.network, batch=args.batch, progress=told)
+
+    chance = float(np.mean([1 / len(one.choices) for one in asked]))
+    runs = shares(field, ask, ("plain", "normalised"))
+    return {"file": path, "questions": len(asked), "shots": len(shots), "chance": chance, "runs": runs}
+
+
+def _describe(one: Contender) -> dict[str, Any]:
+    if one.network is None:
+        return {"label": one.label}
+    own = sum(leaf.size for leaf in jax.tree.leaves(one.network.params))
+    config = one.network.config
+    return {
+        "label": one.label,
+        "path": one.path,
+        "kind": config.kind,
+        "num_latents": config.num_latents,
+        "positions": config.positions,
+        "parameters": own,
+    }
+
+
+@exit_on_user_error
+def main(argv: Sequence[str] | None = None) -> None:
+    """The command; see the module's docstring."""
+    args = _parser().parse_args(argv)
+    if not (args.data or args.text or args.problems or args.choices):
+        raise UserError("what to measure? Give --data or --text, --problems, or --choices")
+    processes.start(args.distributed)
+    keep_results(args.out, args.overwrite)
+    with Progress() as progress:
+        progress(f"loading {args.target}")
+        target = load_target(args.target)
+        if target.tokenizer is None and (args.problems or args.choices):
+            raise UserError(f"{args.target} has no tokenizer, which questions need")
+        if args.choices:
+            target.refuse_encoder("answers --problems alone")
+        field = contenders(target, args.coprocessors)
+        results: dict[str, Any] = {
+            "config": {name: value for name, value in vars(args).items() if name not in _NOT_RECORDED},
+            "target": describe_target(target),
+            "contenders": [_describe(one) for one in field],
+        }
+        if args.data or args.text:
+            results["perplexity"] = perplexity(args, target, field, progress)
+        if args.problems:
+            results["problems"] = problems(args, target, field, progress)
+        if args.choices:
+            results["choices"] = [choices(args, path, target, field, progress) for path in args.choices]
+        write_results(results, write_report, args.out)
+    print_tables(results)
+    print(f"\nwrote {args.out}/results.json and {args.out}/report.html")
+
+
+def _parser():
+    parser = command_line.parser("eval.quality", __doc__)
+    parser.add_argument("--target", required=True, help="target directory")
+    parser.add_argument("--coprocessors", type=listed, default=[], metavar="DIR,...", help="coprocessor directories")
+    parser.add_argument("--data", help="data set directory, or tfds:NAME, for perplexity")
+    parser.add_argument("--split", default="valid", help="its split")
+    parser.add_argument("--text", help="text file to measure perplexity on instead")
+    parser.add_argument("--length", type=at_least(2), default=256, help="tokens per row of text")
+    parser.add_argument("--rows", type=at_least(1), default=64, help="rows of text")
+    parser.add_argument("--points", type=at_least(1), default=32, help="points per row, spread evenly")
+    parser.add_argument("--ahead", type=at_least(1), default=32, help="offsets behind a point")
+    parser.add_argument("--problems", metavar="FILE", help="questions whose answers end with '#### N' (GSM8K)")
+    parser.add_argument("--examples", metavar="FILE", help="solved ones to show (default: the first of --problems)")
+    parser.add_argument("--shots", type=at_least(0), default=8, help="how many of them")
+    parser.add_argument("--chat", action="store_true", help="put problems in the tokenizer's chat template")
+    parser.add_argument("--max_new_tokens", type=at_least(1), default=256, help="most tokens of an answer")
+    parser.add_argument("--choices", type=listed, default=[], metavar="FILE,...", help="multiple-choice questions")
+    parser.add_argument("--choice_shots", type=at_least(0), default=0, help="the first so many of a file are shown")
+    parser.add_argument("--num", type=at_least(1), help="questions of each file, spread evenly (default: all)")
+    parser.add_argument("--batch", type=at_least(1), default=8, help="questions or choices at a time")
+    parser.add_argument("--augment_every", type=at_least(1), help="latents again after so many tokens (default: once)")
+    parser.add_argument("--augment_lag", type=at_least(0), default=0, help="latents come so many tokens late")
+    parser.add_argument("--out", required=True, help="directory for results.json and report.html")
+    add_overwrite(parser)
+    add_distributed(parser)
+    return parser
+
+
+if __name__ == "__main__":
+    main()

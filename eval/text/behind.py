@@ -1,0 +1,148 @@
+"""What a target says of the tokens behind points of a text: as it is, or with a coprocessor's latents at each point.
+
+The two see the same true tokens, so that they may be compared token by token. At a point behind token p, offset a is
+the token p + a; with latents, offset 1 is read off the last of them.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int
+
+from decoding.coprocessors import Coprocessor
+from models import coprocessor
+from models.coprocessor import CoprocessorConfig, Points
+from models.errors import UserError
+from models.formats.target import Target
+from models.layout import Layout
+from models.transformer import forward, head
+from train.objectives.shift import log_likelihood
+
+if TYPE_CHECKING:
+    from train.data.texts import Batch
+
+RESAMPLES = 1000
+
+
+@functools.partial(jax.jit, static_argnames=("config", "network", "ahead"))
+def likelihoods_behind(
+    config,
+    network: CoprocessorConfig | None,
+    ahead: int,
+    params,
+    network_params: Any,
+    tokens: Int[Array, "B T"],
+    segments: Int[Array, "B T"],
+    at: Int[Array, "B M"],
+) -> tuple[Float[Array, "B M A"], Bool[Array, "B M A"]]:
+    """Log-likelihoods of the tokens at offsets 1 to `ahead` behind tokens `at`, and which of them there are.
+
+    Args:
+      config: shape of the target.
+      network: what the coprocessor is; None is the target as it is.
+      ahead: A.
+      params: of the target.
+      network_params: of the coprocessor, beside them.
+      tokens: texts.
+      segments: their documents, from 1; 0 is padding.
+      at: the points.
+    """
+    batch, length = tokens.shape
+    layout = Layout.causal(batch, length, segments)
+    out = forward(config, params, tokens, layout)
+    place_BMA = at[..., None] + 1 + jnp.arange(ahead, dtype=jnp.int32)
+
+    def of(values_BT, place):
+        taken = jnp.take_along_axis(values_BT, jnp.minimum(place, length - 1).reshape(batch, -1), axis=1)
+        return taken.reshape(place.shape)
+
+    document_BM = of(segments, at)
+    labels_BMA = of(tokens, place_BMA)
+    same_BMA = (of(segments, place_BMA) == document_BM[..., None]) & (document_BM > 0)[..., None]
+    counts_BMA = same_BMA & (place_BMA < length)
+    if network is None:
+        rows = jnp.minimum(place_BMA - 1, length - 1).reshape(batch, -1, 1)
+        hidden = jnp.take_along_axis(out.hidden, rows, axis=1).reshape(*place_BMA.shape, -1)
+    else:
+        position_BM = of(layout.positions, at)
+        points = Points(position_BM, at + 1, at - position_BM)
+        read = out.rows
+        if network.needs_features:
+            read = coprocessor.read_features(network, network_params, config, params, out.hidden, layout)
+        seen: dict[str, Any] = {"prefix_positions": layout.positions, "attention": "blocks"}
+        z = coprocessor.latents(network, network_params, config, params, read, points, **seen)
+        behind = coprocessor.augmented(network, config, params, out.rows, points, z, labels_BMA[..., :-1], **seen)
+        hidden = behind[:, :, network.num_latents - 1 :]
+
+    # Of one point at a time: the logits of all would be the largest array by far.
+    def of_point(of_one):
+        hidden_BAH, labels_BA = of_one
+        return log_likelihood(head(config, params, hidden_BAH), labels_BA)
+
+    found = jax.lax.map(of_point, (hidden.swapaxes(0, 1), labels_BMA.swapaxes(0, 1)))
+    return found.swapaxes(0, 1), counts_BMA
+
+
+def scored(
+    target: Target, network: Coprocessor | None, tokens: np.ndarray, segments: np.ndarray, at: np.ndarray, ahead: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """`likelihoods_behind` of a target and a coprocessor, or the target as it is, on the host."""
+    config, params = network or (None, None)
+    arrays = (jnp.asarray(values, jnp.int32) for values in (tokens, segments, at))
+    found = likelihoods_behind(target.config, config, ahead, target.params, params, *arrays)
+    return np.asarray(found[0]), np.asarray(found[1])
+
+
+@dataclasses.dataclass(frozen=True)
+class ByOffset:
+    """Sums over points, per row of text and offset: `nll` `[R, A]` and how many tokens, `count` `[R, A]`."""
+
+    nll: np.ndarray
+    count: np.ndarray
+
+    @property
+    def perplexity(self) -> np.ndarray:
+        """`[A]`; nan where no token counts."""
+        return np.exp(self.nll.sum(axis=0) / np.where(self.count.sum(axis=0), self.count.sum(axis=0), np.nan))
+
+    def change(self, base: "ByOffset") -> tuple[np.ndarray, np.ndarray]:
+        """Perplexity over the base's, less 1 `[A]`, and its 95% bootstrap interval over the choice of rows `[A, 2]`."""
+        picks = np.random.default_rng(0).integers(0, len(self.nll), (RESAMPLES, len(self.nll)))
+        difference = self.nll - base.nll
+
+        def ratio(nll, count):
+            return np.expm1(nll / np.where(count, count, np.nan))
+
+        resampled = ratio(difference[picks].sum(axis=1), self.count[picks].sum(axis=1))
+        # A row alone may hold no token so far ahead; where none does, there is no interval.
+        known = self.count.sum(axis=0) > 0
+        interval = np.full((len(known), 2), np.nan)
+        interval[known] = np.nanquantile(resampled[:, known], [0.025, 0.975], axis=0).T
+        return ratio(difference.sum(axis=0), self.count.sum(axis=0)), interval
+
+
+def by_offset(
+    target: Target, network: Coprocessor | None, batches: "Sequence[Batch]", points: int, ahead: int
+) -> ByOffset:
+    """Likelihoods behind `points` places spread evenly over every row of text.
+
+    Raises:
+      UserError: rows too short for any token to count.
+    """
+    sums, counts = [], []
+    for batch in batches:
+        rows, length = batch["tokens"].shape
+        places = np.unique(np.linspace(0, length - 2, min(points, length - 1)).astype(np.int32))
+        at = np.broadcast_to(places, (rows, len(places)))
+        likelihood, there = scored(target, network, batch["tokens"], batch["segments"], at, ahead)
+        sums.append(-np.where(there, likelihood, 0).astype(np.float64).sum(axis=1))
+        counts.append(there.sum(axis=1))
+    found = ByOffset(np.concatenate(sums), np.concatenate(counts))
+    if not found.count.sum():
+        raise UserError("there is no token to predict: the rows to measure on are empty")
+    return found

@@ -1,0 +1,185 @@
+"""Decoding with an augmented cache is what the target says of one long sequence, text and latents in their order.
+
+That drafters are lossless on top of it is the battery's to show (test_battery.py).
+"""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from decoding import generate as module
+from decoding.augment import Augment, step_runs
+from decoding.cache import SLOTS
+from decoding.coprocessors import Coprocessor
+from decoding.generate import Generation, generate
+from models import coprocessor, transformer
+from models.coprocessor import CoprocessorConfig, Points
+from models.errors import UserError
+from models.formats.target import Target
+from models.layout import Layout
+from tests.decoding.drafter_cases import random_target
+from tests.noise import noisy
+
+pytestmark = pytest.mark.usefixtures("x64")
+
+PROMPTS = [[1, 2, 3], [4, 5, 6, 7, 8, 9, 10], [11]]
+NEW = [22, 17, 30]
+SIZE = 64  # Rows of the long sequence, and slots of the cache.
+
+
+@functools.cache
+def target() -> Target:
+    with jax.enable_x64(True):
+        return random_target(vocab_size=12)
+
+
+@functools.cache
+def augment(every: int | None = None, lag: int = 0, **flags: Any) -> Augment:
+    """A coprocessor that is no copy of the target, whose latents matter."""
+    config = CoprocessorConfig(**{"kind": "lora", "rank": 2, "num_latents": 3, **flags})
+    with jax.enable_x64(True):
+        init = jax.jit(coprocessor.init_params, static_argnums=(0, 1))
+        params = noisy(init(config, target().config, target().params, jax.random.key(5)), 0.5)
+        return Augment(Coprocessor(config, coprocessor.for_decoding(config, params)), every, lag)
+
+
+@jax.jit
+def whole(params, inputs, positions):
+    layout = Layout(positions, jnp.zeros((1, 1), jnp.int32))
+    return transformer.forward(target().config, params, inputs, layout)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def answer(config, params, target_params, rows, points, seen):
+    return coprocessor.latents(config, params, target().config, target_params, rows, points, prefix_seen=seen)
+
+
+def dense(prompt: list[int], new: list[int], with_latents: Augment):
+    """Logits before every new token, and all keys and values, of the sequence in one causal forward.
+
+    Each point's latents are made from the rows of such a forward over what comes before.
+    """
+    (config, own), params, text = with_latents.coprocessor, target().params, [*prompt, *new]
+    inputs = np.zeros((1, SIZE, target().config.width))
+    positions, is_text, before = np.zeros((1, SIZE), np.int32), np.zeros((1, SIZE), bool), []
+    size, position = 0, -1
+    points = {len(prompt) + with_latents.lag + i * (with_latents.every or 0) for i in range(len(new))}
+    points = points if with_latents.every else {len(prompt) + with_latents.lag}
+
+    def forward():
+        return whole(params, jnp.asarray(inputs), jnp.asarray(positions))
+
+    for index, token in enumerate(text):
+        if index in points:
+            read = size - with_latents.lag
+            where = Points(*(jnp.full((1, 1), at, jnp.int32) for at in (position - with_latents.lag, read)))
+            z = answer(config, own, params, forward().rows, where, jnp.asarray(is_text))
+            at = slice(size, size + config.num_latents)
+            inputs[:, at], positions[:, at] = z[:, 0], config.latent_positions(where.positions + with_latents.lag)[:, 0]
+            size, position = at.stop, position + config.shift
+        before.append(size - 1)
+        inputs[:, size] = params["embed"]["embedding"][token]
+        size, position = size + 1, position + 1
+        positions[:, size - 1], is_text[:, size - 1] = position, True
+    out = forward()
+    return np.asarray(out.logits[0])[before[len(prompt) :]], out.rows, size
+
+
+def augmented(with_latents: Augment, monkeypatch: pytest.MonkeyPatch, **settings) -> tuple[Generation, Any]:
+    """What `generate` makes, and the state that it ended in."""
+    kept, finished = [], module._finished
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "_finished", lambda *args: kept.append(args[2]) or finished(*args))
+        made = generate(target(), PROMPTS, augment=with_latents, capacity=SIZE, **{"max_new_tokens": NEW, **settings})
+    return made, kept[0]
+
+
+@pytest.mark.parametrize(
+    ("every", "lag", "flags"),
+    [(None, 0, {}), (5, 0, {}), (6, 2, {"positions": "hold"}), (None, 3, {"kind": "pause", "positions": "hold"})],
+)
+def test_engine_is_one_long_forward(every, lag, flags, monkeypatch) -> None:
+    made, state = augmented(augment(every, lag, **flags), monkeypatch)
+    changed = 0
+    for row, (prompt, new) in enumerate(zip(PROMPTS, made.tokens, strict=True)):
+        assert len(new) == NEW[row]
+        logits, rows, size = dense(prompt, new, augment(every, lag, **flags))
+        assert np.argmax(logits, axis=-1).tolist() == new
+        assert int(state.slots[row]) == size - 1, "the last token is never read"
+        for layer, expected in zip(state.cache, rows, strict=True):
+            for kind, axis in SLOTS.items():
+                ours, theirs = (
+                    np.asarray(x[kind])[i].take(range(size - 1), axis - 1) for x, i in ((layer, row), (expected, 0))
+                )
+                np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-9)
+        changed += new != generate(target(), [prompt], max_new_tokens=NEW[row], capacity=SIZE).tokens[0]
+    assert changed, "latents that change nothing prove nothing"
+
+
+def test_streams_and_stops_are_those_of_the_text() -> None:
+    """Of a text whose second run of tokens is cut by a stop, and a third by the limit; rows end at different points."""
+    arguments = dict(augment=augment(5, 0), capacity=SIZE)
+    whole = generate(target(), PROMPTS, max_new_tokens=NEW, **arguments)
+    assert whole.augmentations == [-(-new // 5) for new in NEW]
+    calls: list[tuple[int, list[int]]] = []
+    told = lambda row, tokens, writers: calls.append((row, tokens))  # noqa: E731
+    stop = whole.tokens[0][5:8]
+    made = generate(target(), PROMPTS, max_new_tokens=NEW, stop=[stop], stream_every=2, on_tokens=told, **arguments)
+    for row, (new, plain) in enumerate(zip(made.tokens, whole.tokens, strict=True)):
+        ends = (end for end in range(3, len(plain) + 1) if plain[end - 3 : end] == stop)
+        assert new == plain[: next(ends, len(plain))]
+        assert [token for at, tokens in calls for token in tokens if at == row] == new
+    assert len(made.tokens[0]) <= 8 < NEW[0]
+    # A point lies behind the last token of a run: what ends there is over, not continued from latents.
+    at_point = generate(target(), PROMPTS, max_new_tokens=NEW, stop=[whole.tokens[2][2:5]], **arguments)
+    assert len(at_point.tokens[2]) <= 5
+
+
+def test_a_text_is_counted_in_runs_between_points() -> None:
+    for every, lag, expected in (
+        (None, 0, [[1, 2, 3, 4, 5, 6, 7]]),
+        (None, 2, [[1], [3, 4, 5, 6, 7]]),
+        (3, 0, [[1, 2], [4, 5], [7]]),
+        (3, 2, [[1], [3, 4], [6, 7]]),
+    ):
+        assert step_runs(augment(every, lag), [*range(8)]) == expected
+        assert augment(every, lag).calls(8) == len(expected) - bool(lag)
+    assert step_runs(None, [*range(3)]) == [[1, 2]]
+
+
+def test_what_does_not_fit_is_one_sentence() -> None:
+    plain = augment()
+    for arguments, message in (
+        (dict(every=0), "augment needs every of at least 1, got 0"),
+        (dict(lag=-1), "augment needs lag of at least 0, got -1"),
+        (dict(every=3, lag=3), "lag below the 3 tokens between two points"),
+    ):
+        with pytest.raises(UserError, match=message):
+            Augment(plain.coprocessor, **arguments)
+    last_layer = Coprocessor(CoprocessorConfig(reads="last_layer"), {})
+    with pytest.raises(UserError, match="answers once, at the end of the prompt"):
+        Augment(last_layer, every=4)
+    windowed = dataclasses.replace(target(), config=dataclasses.replace(target().config, windows=(4, None)))
+    encoding = dataclasses.replace(target().config, family="mu", encoder_layers=1, bos_id=0)
+    hold = augment(6, 2, positions="hold")
+    wide = Augment(Coprocessor(plain.coprocessor.config, {"soft": {"embedding": jnp.zeros((3, 8))}}))
+    for model, latents, more, message in (
+        (target(), {}, {}, "augment must be an? Augment or None"),
+        (windowed, hold, {}, "need a target without sliding windows"),
+        (dataclasses.replace(target(), config=encoding), hold, {}, "and the target is an encoder-decoder"),
+        (target(), wide, {}, r"soft tokens are \[3, 8\], this target needs \[3, 32\]"),
+        (
+            target(),
+            augment(5),
+            dict(max_new_tokens=2000),
+            "asked for beside 1200 latents, more than",
+        ),
+        (target(), plain, dict(capacity=24), "a cache of 24 slots is too small: the request needs 25"),
+    ):
+        with pytest.raises(UserError, match=message):
+            generate(model, [[1] * 7], augment=latents, **{"max_new_tokens": 14, **more})

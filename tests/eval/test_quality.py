@@ -1,0 +1,179 @@
+"""`eval.quality`: what it reads, what it counts, and that all of it is about the same tokens."""
+
+import json
+import pathlib
+import warnings
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from decoding.coprocessors import Coprocessor, save_coprocessor
+from eval import quality
+from eval.report.quality import signed_ticks
+from eval.text import behind, tasks
+from models import coprocessor
+from models.coprocessor import CoprocessorConfig
+from models.errors import UserError
+from models.formats.target import Target, load_target
+from tests.eval.tiny import write_target
+from tests.noise import noisy
+
+ROWS, LENGTH, AHEAD = 4, 64, 8  # Of all that is scored here: one program for each contender.
+
+
+def test_wilson_interval_is_that_of_the_tables() -> None:
+    found = quality.wilson([True] * 8 + [False] * 2)
+    assert found["correct"] == 8 and found["share"] == 0.8
+    np.testing.assert_allclose(found["interval"], [0.4902, 0.9433], atol=1e-4)
+    assert quality.wilson([False] * 3)["interval"][0] == 0.0
+
+
+def test_gain_is_over_the_same_questions() -> None:
+    found = quality.against([True, True, False], [False, True, False])
+    assert found["gain"] == pytest.approx(1 / 3)
+    low, high = found["gain_interval"]
+    assert 0 <= low <= 1 / 3 <= high <= 1
+    assert quality.against([True, False], [True, False])["gain_interval"] == [0, 0]
+
+
+@pytest.mark.parametrize(
+    ("text", "marked", "last"),
+    [
+        ("so 3 + 4 = 7\n#### 7", "7", "7"),
+        ("#### $1,234.50 and 9", "1234.5", "1234.5"),
+        ("it costs 12 dollars, or 1,000.", None, "1000"),
+        ("#### none", None, None),
+        ("#### -3.0", "-3", "-3"),
+        ("nothing", None, None),
+    ],
+)
+def test_numbers_of_answers(text: str, marked: str | None, last: str | None) -> None:
+    assert tasks.number_in(text, marked=True) == marked
+    assert tasks.number_in(text, marked=False) == last
+
+
+def write(path: pathlib.Path, *rows: object) -> pathlib.Path:
+    path.write_text("\n".join(map(json.dumps, rows)))
+    return path
+
+
+def test_choices_come_in_several_shapes(tmp_path: pathlib.Path) -> None:
+    arc = {"text": ["x", "y"], "label": ["1", "2"]}
+    file = write(
+        tmp_path / "c.jsonl",
+        {"question": "a", "choices": ["x", "y", "z"], "answer": 2},
+        {"question": "b", "choices": arc, "answerKey": "2"},
+        {"question": "c", "choices": ["x", "y"], "answer": "B"},
+        {"question": "d", "choices": ["x", "y"], "answer": "y"},
+    )
+    assert [one.answer for one in tasks.read_choices(file)] == [2, 1, 1, 1]
+
+
+@pytest.mark.parametrize(
+    ("read", "row", "message"),
+    [
+        (
+            tasks.read_choices,
+            {"question": "a", "choices": ["x"], "answer": 0},
+            "line 1 must have a text",
+        ),
+        (tasks.read_choices, {"question": "a", "choices": ["x", "y"], "answer": 2}, "from 0 to 1.* got 2"),
+        (tasks.read_choices, {"question": "a", "choices": ["x", "y"]}, "got None"),
+        (tasks.read_problems, {"question": "a", "answer": "7"}, "ends with '#### N'"),
+        (tasks.read_problems, {"question": "a"}, "line 1 must have"),
+    ],
+)
+def test_other_records_are_one_sentence(read, row, message: str, tmp_path: pathlib.Path) -> None:
+    with pytest.raises(UserError, match=message):
+        read(write(tmp_path / "x.jsonl", row))
+
+
+def test_shots_are_not_asked() -> None:
+    items = list(range(10))
+    assert tasks.split_shots(items, None, 2, 4) == ([0, 1], [2, 4, 6, 8])
+    assert tasks.split_shots(items, [7, 8], 1, None) == ([7], items)
+    with pytest.raises(UserError, match="10 shots and a question to ask need more than the 10 records"):
+        tasks.split_shots(items, None, 10, None)
+
+
+def test_change_is_paired_by_token() -> None:
+    rng = np.random.default_rng(0)
+    count = np.full((6, 3), 5)
+    count[:, 2] = 0
+    base = behind.ByOffset(rng.uniform(5, 20, (6, 3)), count)
+    better = behind.ByOffset(base.nll - 5 * np.log(2), count)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        change, interval = better.change(base)
+    np.testing.assert_allclose(change[:2], -0.5)
+    np.testing.assert_allclose(interval[:2], -0.5)
+    assert np.isnan(change[2]) and np.isnan(base.perplexity[2])
+
+
+def test_ticks_lie_on_both_sides_of_zero() -> None:
+    ticks = signed_ticks(-0.034, 0.012)
+    assert ticks[0] <= -0.034 and ticks[-1] >= 0.012 and 0 in ticks and 3 <= len(ticks) <= 10
+
+
+@pytest.fixture(scope="module")
+def target(tmp_path_factory: pytest.TempPathFactory) -> Target:
+    return load_target(write_target(tmp_path_factory.mktemp("quality") / "target"))
+
+
+@pytest.fixture(scope="module")
+def network(target: Target) -> Coprocessor:
+    config = CoprocessorConfig("lora", num_latents=2, rank=2)
+    init = jax.jit(coprocessor.init_params, static_argnums=(0, 1))
+    params = noisy(init(config, target.config, target.params, jax.random.key(1)), 0.1)
+    save_coprocessor(target.path / "coprocessor", config, params, target.fingerprint())
+    return Coprocessor(config, coprocessor.for_decoding(config, params))
+
+
+def test_likelihoods_are_those_of_plain_forwards(target: Target) -> None:
+    """Two documents in a row, padding behind them."""
+    tokens = np.random.default_rng(0).integers(1, 250, (ROWS, LENGTH))
+    segments = np.tile([1] * 30 + [2] * 24 + [0] * (LENGTH - 54), (ROWS, 1))
+    at = np.array([[3], [27], [50], [60]])
+    found, there = behind.scored(target, None, tokens, segments, at, AHEAD)
+    logp = jax.nn.log_softmax(target.apply(tokens, jnp.asarray(segments, jnp.int32)).logits)
+    for row, offset in np.ndindex(ROWS, AHEAD):
+        place = int(at[row, 0]) + 1 + offset
+        assert there[row, 0, offset] == (place < LENGTH and segments[row, place] == segments[row, at[row, 0]] > 0)
+        if there[row, 0, offset]:
+            np.testing.assert_allclose(found[row, 0, offset], logp[row, place - 1, tokens[row, place]], atol=1e-4)
+    assert there.sum(axis=(1, 2)).tolist() == [8, 2, 3, 0]
+
+
+def test_the_command_measures_what_is_asked_for(
+    target: Target, network: Coprocessor, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = tmp_path / "t.txt"
+    text.write_text("def f(x):\n    return x + 1\n" * 40)
+    solved = write(tmp_path / "p.jsonl", *({"question": f"{n} + 1?", "answer": f"#### {n + 1}"} for n in range(4)))
+    choices = write(
+        tmp_path / "c.jsonl", *({"question": "x?", "choices": ["a b", "c"], "answer": i % 2} for i in range(3))
+    )
+    out = tmp_path / "out"
+    arguments = [
+        *("--target", target.path, "--coprocessors", target.path / "coprocessor", "--out", out),
+        *("--text", text, "--rows", ROWS, "--length", LENGTH, "--points", 1, "--ahead", AHEAD),
+        *("--problems", solved, "--shots", 1, "--max_new_tokens", 8, "--batch", ROWS, "--choices", choices),
+    ]
+    quality.main(list(map(str, arguments)))
+    told = capsys.readouterr().out
+    results = json.loads((out / "results.json").read_text())
+    assert [one["label"] for one in results["contenders"]] == ["target", "lora 2"]
+    base, changed = results["perplexity"]["runs"]
+    assert len(base["perplexity"]) == len(changed["change"]) == AHEAD and "change" not in base
+    ratio = np.array(changed["perplexity"]) / np.array(base["perplexity"]) - 1
+    np.testing.assert_allclose(changed["change"], ratio, rtol=1e-6)
+    assert results["problems"]["questions"] == 3 and results["problems"]["runs"][1]["augmentation_ms"] > 0
+    (one,) = results["choices"]
+    assert one["chance"] == 0.5 and {run["label"] for run in one["runs"]} == {"target", "lora 2"}
+    page = (out / "report.html").read_text()
+    assert "lora 2" in page and "<svg" in page and "lora 2" in told
+    with pytest.raises(SystemExit):
+        quality.main(["--target", str(target.path), "--out", str(tmp_path / "no")])
+    assert "what to measure? Give --data or --text, --problems, or --choices" in capsys.readouterr().err

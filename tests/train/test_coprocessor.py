@@ -1,0 +1,364 @@
+"""Many augmentation points at once against one at a time, decoded from a cache of its own; what is learnt and what is
+not; files, evaluations and devices."""
+
+import dataclasses
+import functools
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from decoding.cache import commit, init_cache
+from decoding.coprocessors import load_coprocessor
+from models import attention, coprocessor, transformer
+from models.attention import Sources
+from models.errors import UserError
+from models.formats.target import load_target
+from models.formats.tokenizer import Tokenizer
+from models.layout import BlockCausal, Causal, Layout
+from tests.noise import drawn
+from train import trainer
+from train.objectives import pieces
+from train.objectives.coprocessor import CoprocessorObjective, places_at
+from train.objectives.objective import Compute
+
+LENGTH = 20
+# Rows of (documents' lengths); what is left of a row is padding.
+ROWS = [(9, 11), (2, 5, 7)]
+# Scores that exist at once, so that two of five points do.
+TURNS = 2 * 2 * 2 * 6 * LENGTH
+AT = [[1, 3, 5, 12, 19], [0, 3, 6, 8, 13]]
+
+FLAGS = {
+    "full": {"kind": "full"},
+    "lora": {
+        "kind": "lora",
+        "rank": 2,
+        "lora_scale": 2.0,
+        "positions": "hold",
+        "latent_attn": "bidirectional",
+        "suffix_attn": "bidirectional",
+        "z_scale": "match_rms",
+        "z_tap": "pre_norm",
+        "max_lag": 2,
+    },
+}
+
+
+@pytest.fixture
+def batch():
+    """Packed documents of random tokens."""
+    rng = np.random.default_rng(0)
+    segments = np.zeros((len(ROWS), LENGTH), np.int32)
+    for row, lengths in zip(segments, ROWS, strict=True):
+        row[: sum(lengths)] = np.repeat(np.arange(1, len(lengths) + 1), lengths)
+    tokens = np.where(segments > 0, rng.integers(0, 280, segments.shape), 0).astype(np.int32)
+    return {name: jnp.asarray(x) for name, x in {"tokens": tokens, "segments": segments, "mask": segments > 0}.items()}
+
+
+@pytest.fixture
+def setting(job, batch):
+    """`setting("lora")`: objective, random coprocessor, frozen target, a batch and places in it, all float64.
+
+    The target's second layer has a window, its scores a cap.
+    """
+
+    def make(name):
+        config = job("coprocessor", objective={"coprocessor": {"num_latents": 3, **FLAGS[name]}})
+        objective = CoprocessorObjective(config.objective, Tokenizer.load(config.objective.target))
+        objective.model = dataclasses.replace(objective.model, windows=(None, 4), attention_softcap=3.0)
+        shapes = jax.eval_shape(objective.init, jax.random.key(0), objective.base)
+        params, frozen = (drawn(as_float64(tree), 0.3) for tree in (shapes, objective.base))
+        lag = jnp.asarray([[1, 2, 0, 2, 1], [0, 1, 2, 0, 1]], jnp.int32) * bool(FLAGS[name].get("max_lag"))
+        kept = jnp.ones((2, 5), bool).at[1, 3].set(False)
+        places = places_at(batch, batch["segments"] > 0, jnp.asarray(AT, jnp.int32), kept, lag, 4)
+        return objective, params, frozen, batch, places
+
+    return make
+
+
+def as_float64(shapes):
+    """Shapes of parameters, wider."""
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, jnp.float64), shapes)
+
+
+def one_at_a_time(objective, params, frozen, batch, places):
+    """Latents, and what the head reads behind them: every point a text of its own, cut off there, its latents and then
+    its tokens put into its cache one after the other."""
+    model, config = objective.model, objective._config.coprocessor
+    number, count = config.num_latents, places.at.size
+    segments = np.asarray(batch["segments"])
+    texts, lengths = np.zeros((count, LENGTH), np.int32), np.zeros(count, np.int32)
+    for r, (b, q) in enumerate((b, q) for b, row in enumerate(np.asarray(places.at)) for q in row):
+        first = int(np.argmax(segments[b] == segments[b, q]))
+        lengths[r] = q + 1 - first
+        texts[r, : lengths[r]] = np.asarray(batch["tokens"])[b, first : q + 1]
+    lag = places.lag.reshape(-1)
+    beyond = jnp.arange(number) + 1 if config.positions == "advance" else jnp.zeros(number, jnp.int32)
+    shift = number if config.positions == "advance" else 0
+
+    def order(kind):
+        return BlockCausal(number) if kind == "bidirectional" else Causal()
+
+    @jax.jit
+    def run(params, frozen, texts, lengths, known):
+        target, own = transformer.unstack_layers(frozen), dict(params["network"])
+        for name in ("layers", "adapters"):
+            if name in own:
+                own[name] = transformer.unstack_layers({"layers": own[name]})["layers"]
+        read = coprocessor.network(config, {"network": own}, target)
+        forward = functools.partial(transformer.forward, model)
+        prompt = forward(target, texts, Layout.causal(*texts.shape))
+        cache = commit(init_cache(model, count, 2 * LENGTH, jnp.float64), prompt.rows, None, jnp.zeros_like(lengths))
+        soft = jnp.broadcast_to(params["soft"]["embedding"], (count, number, model.width))
+        snapshot = (lengths - lag)[:, None]
+        layout = Layout(snapshot - 1 + beyond, snapshot, order(config.latent_attn))
+        z = forward(read, soft, layout, Sources(cache), taps=(config.z_tap,)).taps[config.z_tap]
+        if config.z_scale == "match_rms":
+            z = z / jnp.sqrt(jnp.mean(z**2, axis=-1, keepdims=True)) * params["network"]["latent"]["scale"]
+        layout = Layout(lengths[:, None] - 1 + beyond, lengths[:, None], order(config.suffix_attn))
+        out = forward(target, z, layout, Sources(cache))
+        cache, found = commit(cache, out.rows, None, lengths), [out.hidden[:, -1]]
+        for i in range(known.shape[1]):
+            slots = lengths + number + i
+            layout = Layout.extend(slots, 1, first=lengths + shift + i)
+            out = forward(target, known[:, i : i + 1], layout, Sources(cache))
+            cache = commit(cache, out.rows, None, slots)
+            found.append(out.hidden[:, 0])
+        return z, jnp.stack(found, axis=1)
+
+    known = places.labels[..., :-1].reshape(count, -1)
+    found = run(params, frozen, jnp.asarray(texts), jnp.asarray(lengths), known)
+    return [x.reshape(*places.at.shape, *x.shape[1:]) for x in found]
+
+
+def compare(packed, alone, places):
+    """Of the places that are."""
+    kept, counted = np.asarray(places.kept), np.asarray(places.counted)
+    for ours, theirs, told in ((packed.latents, alone[0], kept), (packed.hidden, alone[1], counted)):
+        np.testing.assert_allclose(np.asarray(ours)[told], np.asarray(theirs)[told], rtol=0, atol=1e-12)
+    assert counted.sum() > 15 and not counted[:, -1].all()
+
+
+def test_packed_points_are_what_decoding_one_at_a_time_finds_and_see_no_others(x64, setting, monkeypatch):
+    objective, params, frozen, batch, places = setting("full")
+    # Some points take turns.
+    monkeypatch.setattr(attention, "BLOCK", TURNS)
+    passes, kept = jax.jit(objective.passes), np.asarray(places.kept)
+    packed = passes(params, frozen, batch, places)
+    compare(packed, one_at_a_time(objective, params, frozen, batch, places), places)
+
+    # What stands behind a point does not reach its latents, nor does another document or another point.
+    late = {**batch, "tokens": batch["tokens"].at[:, 8:].add(1)}
+    moved = np.any(np.asarray(passes(params, frozen, late, places).latents != packed.latents), axis=(2, 3))
+    np.testing.assert_array_equal(moved, (np.asarray(AT) >= 8) & kept)
+    early = {**batch, "tokens": batch["tokens"].at[0, :9].add(1).at[1, :2].add(1)}
+    moved = np.any(np.asarray(passes(params, frozen, early, places).latents != packed.latents), axis=(2, 3))
+    np.testing.assert_array_equal(moved, [[1, 1, 1, 0, 0], [1, 0, 0, 0, 0]])
+    others = places._replace(at=places.at.at[:, 1].set(2), labels=places.labels.at[:, 1].add(1))
+    again = passes(params, frozen, batch, others)
+    for ours, theirs in ((again.latents, packed.latents), (again.hidden, packed.hidden)):
+        same = np.all(np.asarray(ours == theirs), axis=(2, 3))
+        np.testing.assert_array_equal(same, [[True, False, True, True, True]] * 2)
+
+
+def test_slopes_reach_all_that_is_learnt_and_nothing_of_the_target(x64, setting, monkeypatch):
+    objective, params, frozen, batch, places = setting("lora")
+
+    def slopes(compute):
+        objective.prepare(compute)
+
+        def loss(params, frozen):
+            total, weight = objective.loss_at(places, params, frozen, batch)
+            return total / weight, objective.passes(params, frozen, batch, places)
+
+        return jax.device_get(jax.jit(jax.value_and_grad(loss, (0, 1), has_aux=True))(params, frozen))
+
+    (value, passes), (learnt, of_target) = slopes(Compute("float32"))
+    compare(passes, one_at_a_time(objective, params, frozen, batch, places), places)
+    assert all(not np.any(leaf) for leaf in jax.tree.leaves(of_target))
+    assert not np.any(learnt["network"].pop("latent")["scale"])
+    assert all(np.any(leaf, axis=tuple(range(1, leaf.ndim))).all() for leaf in jax.tree.leaves(learnt))
+    # In pieces, and computed again, it is the same.
+    monkeypatch.setattr(attention, "BLOCK", TURNS)
+    monkeypatch.setattr(pieces, "SCORES", 2 * 2 * 4 * 280)
+    (again, _), (in_pieces, _) = slopes(Compute("float32", remat="layers"))
+    assert value == pytest.approx(again, rel=1e-12)
+    del in_pieces["network"]["latent"]
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-8, atol=1e-13), learnt, in_pieces)
+
+
+def test_a_fresh_copy_continues_the_text_and_no_latents_change_nothing(x64, setting, batch):
+    objective, params, frozen, _, _ = setting("full")
+    model = objective.model
+    tokens = jnp.asarray([[5, 9, 2]])
+    soft = {"embedding": transformer.embed(model, frozen, tokens[0])}
+
+    @jax.jit
+    def run(frozen, params, text):
+        """Around the fifth token of a text."""
+        alone = transformer.forward(model, frozen, text, Layout.causal(1, LENGTH))
+        points, found = coprocessor.Points(jnp.asarray([[4]]), jnp.asarray([[5]])), []
+        for kind in ("full", "lora", "soft"):
+            config = coprocessor.CoprocessorConfig(kind=kind, num_latents=3, rank=2)
+            fresh = {**coprocessor.init_params(config, model, frozen, jax.random.key(0)), "soft": soft}
+            found.append(coprocessor.latents(config, fresh, model, frozen, alone.rows, points))
+        none = coprocessor.augmented(config, model, frozen, alone.rows, points, found[0][:, :, :0], text[:, None, 5:9])
+        read = transformer.forward(model, frozen, jnp.concatenate([text[:, :5], tokens], axis=1), Layout.causal(1, 8))
+
+        # And one that reads features of the text: as if these and the soft tokens were a text of its own.
+        config = coprocessor.CoprocessorConfig(num_latents=3, reads="last_layer")
+        rows = coprocessor.read_features(config, params, model, frozen, alone.hidden, Layout.causal(1, LENGTH))
+        own = coprocessor.latents(config, params, model, frozen, rows, points)
+        inputs = jnp.concatenate([alone.hidden[:, :5], params["soft"]["embedding"][None]], axis=1)
+        whole = transformer.forward(model, {**frozen, **params["network"]}, inputs, Layout.causal(1, 8))
+        return found, read.hidden[:, 5:], (none[:, 0], alone.hidden[:, 5:9]), (own[:, 0], whole.hidden[:, 5:])
+
+    found, read, *pairs = run(frozen, params, batch["tokens"][1:])
+    for ours, theirs in [*((z[0], read) for z in found), *pairs]:
+        np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-13)
+
+
+def test_evaluation_compares_the_same_labels_with_and_without_latents(x64, setting):
+    objective, params, frozen, batch, _ = setting("full")
+    objective._config = dataclasses.replace(objective._config, places=LENGTH)
+
+    @jax.jit
+    def run(params, frozen, batch):
+        """All places, read in the plain way."""
+        places = objective.places(batch, None)
+        passes = objective.passes(params, frozen, batch, places)
+        layout = Layout.causal(2, LENGTH, batch["segments"], objective.compute.attention)
+        same = passes.of_text == transformer.forward(objective.model, frozen, batch["tokens"], layout).hidden
+        logits = [transformer.head(objective.model, frozen, x) for x in (passes.hidden, passes.of_text)]
+        scores = [jax.nn.log_softmax(x) for x in logits]
+        return places, same, scores, objective.evaluate(params, frozen, batch)
+
+    places, same, (augmented, alone), sums = jax.device_get(run(params, frozen, batch))
+    assert np.all(same)
+    # Every token but the last of its document is a place, and nothing behind its document or the row counts.
+    segments = np.asarray(batch["segments"])
+    expected = {q for q in range(LENGTH - 1) if segments[1, q] == segments[1, q + 1] > 0}
+    assert set(places.at[1][places.kept[1]].tolist()) == expected
+    total = {name: np.zeros(4) for name in ("loss", "base")}
+    count = np.zeros(4)
+    for b, m in zip(*np.nonzero(places.kept), strict=True):
+        for a in range(4):
+            q = places.at[b, m] + 1 + a
+            if q < LENGTH and segments[b, q] == segments[b, places.at[b, m]]:
+                token = int(batch["tokens"][b, q])
+                count[a] += 1
+                total["loss"][a] -= augmented[b, m, a, token]
+                total["base"][a] -= alone[b, q - 1, token]
+    for name, of in total.items():
+        for a in range(4):
+            np.testing.assert_allclose(sums[f"{name}_{a + 1}"], (of[a], count[a]), rtol=1e-10)
+    shown = objective.report({name: value / weight for name, (value, weight) in sums.items()})
+    assert shown["perplexity_2"] == pytest.approx(np.exp(total["loss"][1] / count[1]))
+    gain = np.exp((total["loss"] - total["base"]) / count) - 1
+    assert [shown[f"change_{a + 1}"] for a in range(4)] == pytest.approx(100 * gain)
+
+    # Padding changes nothing, and lags stay inside of documents.
+    longer = {name: jnp.pad(x, ((0, 0), (0, 12))) for name, x in batch.items()}
+    late = dataclasses.replace(objective._config.coprocessor, max_lag=2)
+
+    @jax.jit
+    def padded(params, frozen, batch):
+        loss = objective.loss_at(objective.places(batch, None), params, frozen, batch)
+        objective._config = dataclasses.replace(objective._config, coprocessor=late)
+        return loss, objective.places(batch, jax.random.key(1))
+
+    (loss, weight), places = jax.device_get(padded(params, frozen, longer))
+    np.testing.assert_allclose((loss, weight), (total["loss"].sum(), count.sum()), rtol=1e-10)
+    position = np.concatenate([np.arange(length) for length in ROWS[0]])[places.at[0][places.kept[0]]]
+    assert set(places.lag[places.kept].tolist()) == {0, 1, 2}
+    assert np.all(places.lag[0][places.kept[0]] <= position)
+
+
+ON_TWO_DEVICES = """
+import pathlib
+import jax
+from jax.sharding import NamedSharding, PartitionSpec
+from models import sharding
+from train import trainer
+from train.data.corpus import open_corpus
+
+trainer.train(config, pathlib.Path({workdir!r}))
+plan = trainer.make_plan(config, open_corpus(config).facts)
+batch = next(open_corpus(config).batches(4, 0))
+batch = {{name: x[:1] for name, x in batch.items()}}
+frozen = plan.objective.load_base(plan.mesh)
+params = jax.jit(plan.objective.init)(jax.random.key(0), frozen)
+places = plan.objective.places(batch, jax.random.key(0))
+with sharding.on_mesh(plan.mesh):
+    for spec in (PartitionSpec(), PartitionSpec(None, "data")):
+        split = jax.device_put(places, NamedSharding(plan.mesh, spec))
+        total, weight = jax.jit(plan.objective.loss_at)(split, params, frozen, batch)
+        print(float(total / weight))
+"""
+
+
+def test_a_run_leaves_the_target_as_it_was_and_two_devices_learn_the_same(
+    job, as_code, on_two_devices, tmp_path, monkeypatch
+):
+    settings = {"soft": {"learning_rate": 0.05}, "places": 6, "coprocessor": {"kind": "lora"}}
+    config, two = (job("coprocessor", steps=2, objective=settings, mesh={"data": count}) for count in (1, 2))
+    seen = []
+
+    def first_state(plan, restored, original=trainer.first_state):
+        state, frozen = original(plan, restored)
+        seen.append((frozen, jax.tree.map(np.array, frozen)))
+        return state, frozen
+
+    monkeypatch.setattr(trainer, "first_state", first_state)
+    trainer.train(config, tmp_path / "one")
+    ((frozen, before),) = seen
+    assert all(jax.tree.leaves(jax.tree.map(lambda x, y: np.asarray(x).tobytes() == y.tobytes(), frozen, before)))
+    target = load_target(config.objective.target)
+    directory = tmp_path / "one" / "coprocessor"
+    loaded = load_coprocessor(directory, target)
+    assert loaded.config == config.objective.coprocessor
+    assert loaded.params["network"]["adapters"][1]["attention"]["q_k_v"]["a"].shape == (16, 3 * 64)
+    with pytest.raises(UserError, match="was made for another target: its base had tokenizer hash"):
+        load_coprocessor(directory, dataclasses.replace(target, tokenizer=None))
+    with pytest.raises(UserError, match="is no coprocessor directory: there is no"):
+        load_coprocessor(tmp_path, target)
+
+    said = on_two_devices(as_code(two) + ON_TWO_DEVICES.format(workdir=str(tmp_path / "two")))
+    whole, split = map(float, said.split()[-2:])
+    assert whole == pytest.approx(split, rel=1e-5)
+    ours, theirs = (numbers(tmp_path / name / "metrics.jsonl") for name in ("one", "two"))
+    assert len(ours) == 3 and "valid/change_4" in ours[-1]
+    for one, other in zip(ours, theirs, strict=True):
+        assert one == pytest.approx(other, rel=1e-3, abs=1e-4)
+
+
+def numbers(path):
+    """Of every line of metrics those that are of the training, not of the machine."""
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    kept = ("loss", "gradient_norm")
+    return [{name: x for name, x in line.items() if name in kept or name.startswith("valid/")} for line in lines]
+
+
+@pytest.mark.parametrize(
+    "objective, words",
+    [
+        ({"target": None}, "objective.target must be the directory of the target to serve, got None"),
+        ({"places": 0}, "objective.places must be at least 1, got 0"),
+        ({"ahead": 0}, "objective.ahead must be at least 1, got 0"),
+        ({"coprocessor": {"num_latents": 0}}, "num_latents must be at least 1, got 0"),
+        ({"coprocessor": {"kind": "lorra"}}, "objective.coprocessor.kind must be one of 'full', 'scratch', 'lora'"),
+        ({"coprocessor": {"latents": 3}}, "unknown key objective.coprocessor.latents"),
+    ],
+)
+def test_a_wrong_objective_gets_one_sentence(objective, words, job):
+    with pytest.raises(UserError) as caught:
+        job("coprocessor", objective=objective)
+    assert words in str(caught.value)
+
+
+def test_rows_too_short_for_what_is_ahead_are_refused(job, tmp_path):
+    with pytest.raises(UserError, match=r"config\.length must be at least 33, got 32"):
+        trainer.train(job("coprocessor", objective={"ahead": 32}), tmp_path / "run")
