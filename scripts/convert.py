@@ -49,7 +49,7 @@ from decoding.drafters.hydra import Hydra
 from decoding.drafters.medusa import Medusa
 from decoding.drafters.nested import Nested
 from decoding.drafters.p_eagle import PEagle
-from decoding.drafters.registry import build, read_params, save_drafter
+from decoding.drafters.registry import build, save_drafter
 from decoding.policies import Expanding, Static, parse_policy
 from decoding.trees import MC_SIM_7B_63, Topology, chain
 from models import command_line, load_target
@@ -59,6 +59,7 @@ from models.errors import UserError, exit_on_user_error
 from models.formats import image_models as image_files
 from models.formats import released_blocks, released_eagle, released_falcon, released_serial
 from models.formats import released_heads as released
+from models.formats.beside import read_beside
 from models.formats.gguf import read_gguf
 from models.formats.hf import load_config, load_params, save_target
 from models.formats.llama2c import read_llama2c, read_llama2c_tokenizer
@@ -226,7 +227,7 @@ def move_drafter(args: argparse.Namespace) -> str:
     if was != now:
         raise UserError(f"{args.src} was made for another tokenizer ({was}) than that of {args.base} ({now})")
     shapes = jax.eval_shape(functools.partial(drafter.init_params, base.config), base.params, jax.random.key(0))
-    params = read_params(args.src, record, shapes)
+    params = read_beside(args.src, "drafter.json", shapes, None)
     save_drafter(args.out, drafter, params, base.fingerprint(), overwrite=args.overwrite)
     return f"the {drafter.name} of {args.src} for {args.base}"
 
