@@ -5,20 +5,21 @@ r"""Trains a coprocessor on a frozen target: latents, made from its KV cache, th
         --workdir=runs/coprocessor
 
 With S tokens to a row, M places, N latents and A tokens ahead of each, a step costs about as much as S + 3 M N +
-2 M (N + A - 1) tokens forward, where an ordinary step costs 3 S: 1.7 times one with the numbers of this file. Expected
-time: half an hour on two CPU cores for a 3M-parameter target. Expected result: a coprocessor directory,
+2 M (N + A - 1) tokens forward, where an ordinary step costs 3 S: 1.8 times one with the numbers of this file. Expected
+time: 1 to 2 h on two CPU cores for a 3M-parameter target. Expected result: a coprocessor directory,
 runs/coprocessor/coprocessor. The loss comes down from far above the target's own, and `valid/change_1` to
-`valid/change_16`, by how many percent perplexity is above the target's at every offset, are below zero at the end,
-offset 1 the last of them to get there.
+`valid/change_16`, by how many percent perplexity is above the target's at every offset, fall; below zero they get
+after thousands of steps, offset 1 as the last of them.
 
 Kinds: `full` is a copy of the target; `configs/coprocessor.py:lora` shares its weights and learns low-rank adapters
 beside them; with `--config.objective.coprocessor.kind=` also `scratch`, and the two baselines, `pause` and `soft`,
 whose soft tokens alone are learnt. `configs/coprocessor.py:paper` has the published sizes: 64 latents, 128 places of 16
 tokens in rows of 2,048; rates and schedule were not published.
 
-`configs/coprocessor.py:bytes` is for a small target over bytes, within 10 min on two CPU cores.
-`configs/coprocessor.py:smollm2` is `lora` for SmolLM2-135M-Instruct, on one accelerator: layers are computed again for
-gradients, and chats are learnt as any other text.
+`configs/coprocessor.py:bytes` is for a small target over bytes, about 15 min on two CPU cores for one of 0.3M
+parameters.
+`configs/coprocessor.py:smollm2` is `lora` for SmolLM2-135M-Instruct, on one accelerator; chats are learnt as any other
+text.
 
 `configs/coprocessor.py:smoke` takes 20 short steps, within 1 min on two CPU cores for targets of up to 10M parameters;
 expect a falling loss.
@@ -69,7 +70,7 @@ def get_config(variant: str = "") -> ConfigDict:
     if variant == "smollm2":
         config.objective.coprocessor.num_latents = 16
         config.objective.update(places=32, ahead=16)
-        config.length, config.steps, config.remat = 512, 3000, "layers"
+        config.length, config.steps, config.remat = 512, 3000, "products"
         config.optimizer.update(learning_rate=5e-4, warmup_steps=50)
     if variant == "smoke":
         config.steps, config.batch_size, config.length = 20, 4, 128
