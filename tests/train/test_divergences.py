@@ -74,13 +74,18 @@ def results(x, y, masked, text, uniform) -> dict[str, Any]:
     )
     found["advantages"] = divergences.standardised(found["rewards"], tokens > 0)
     found["text"] = {n: text_sums(text, n) for n in (1, 4)}
-    rows = Rows(jnp.asarray(SOME)[None], masked[None], text["labels"][:1, :R], text["uniform"][1:, :R])
-    found["drawn tokens"] = divergences.drawn(log_q[None], rows.uniform)
+    rows = Rows(
+        jnp.asarray(SOME)[None],
+        masked[None],
+        text["labels"][:1, :R],
+        jnp.asarray(np.random.default_rng(10).uniform(size=(1, R, 2))),
+    )
+    found["drawn tokens"] = divergences.drawn(jax.nn.log_softmax(x / 8)[None], rows.uniform)
     found["drawn slope"] = jax.grad(
         lambda x: divergence_sums(
             Divergence("tvd++"), [Student(x, Partial(lambda x: x))], lambda x: x, rows, soft=0.7, hard=0.0
         )[0]
-    )(x[None])
+    )(x[None] / 8)
     return found
 
 
@@ -120,12 +125,12 @@ def found() -> dict[str, Any]:
 def test_a_drawn_divergence_is_learnt_by_its_policy_gradient(found) -> None:
     """-A(y) (e_y - q) of rows that count and whose teacher has a token at all: the last one has none."""
     counted = SOME & (np.arange(R) < R - 1)
-    tokens, p = found["drawn tokens"][0], softmax(MASKED[: R - 1])
-    kept = np.append(np.take_along_axis(p > Q[: R - 1], tokens[: R - 1, None], 1)[:, 0], False)
+    tokens, q, p = found["drawn tokens"][0], softmax(X / 8), softmax(MASKED[: R - 1])
+    kept = np.append(np.take_along_axis(p > q[: R - 1], tokens[: R - 1, None], 1)[:, 0], False)
     centred = np.where(counted, kept - kept[counted].mean(), 0)
     advantage = centred / (np.sqrt(np.mean(centred[counted] ** 2)) + 1e-8)
     assert np.ptp(advantage) > 1
-    expected = -0.7 * advantage[:, None] * (np.eye(V)[tokens] - Q)
+    expected = -0.7 * advantage[:, None] * (np.eye(V)[tokens] - q)
     np.testing.assert_allclose(found["drawn slope"][0], expected, atol=1e-12)
 
 
