@@ -34,12 +34,12 @@ from models.formats.hf import load_config
 from models.formats.target import Target, load_target
 from models.formats.tokenizer import Tokenizer
 from models.layout import Layout
-from models.sharding import mesh_of
 from train.objectives.divergences import Divergence, Rows, Student, divergence_measures, divergence_sums
 from train.objectives.lm import LM, LMConfig
 from train.objectives.objective import Batch, Params, Sums
 from train.objectives.shift import labels_at
 from train.objectives.target_features import layout_of
+from train.objectives.written import Writer
 
 _WRITTEN = "written"  # In a batch: what the student wrote, and beside it what of it is text.
 _BESIDE = "written_segments"
@@ -118,7 +118,7 @@ class EncoderDecoder(LM):
     def __init__(self, config: EncoderDecoderConfig, tokenizer: Tokenizer):
         """As `LM`. Raises UserError, too, for a teacher that is none, or reads other tokens."""
         super().__init__(config, tokenizer)
-        self._student, self.teacher = self.base, None
+        self._student, self.teacher, self._writer = self.base, None, Writer(self.model, tokenizer)
         if config.target is None:
             return
         self.teacher = load_config(config.target)
@@ -187,9 +187,8 @@ class EncoderDecoder(LM):
     def refresh(self, trainable, frozen, batch, key):
         """Answers that the student draws to the batch's prompts."""
         length, rows = batch["tokens"].shape[1], zip(batch["source"], batch["source_length"], strict=True)
-        params = jax.jit(transformer.for_decoding, static_argnums=1)(self.compute.cast(trainable), mesh_of(trainable))
         made = generate(
-            Target(self.model, params, self._tokenizer),
+            self._writer.of(trainable, self.compute),
             [source[:count].tolist() for source, count in rows],
             max_new_tokens=length - 1,
             sampling=Sampling(self._config.sampling, top_k=self._config.top_k),
@@ -200,6 +199,10 @@ class EncoderDecoder(LM):
         for row, new in enumerate(made.tokens):
             written[row, 1 : 1 + len(new)], segments[row, : 1 + len(new)] = new, 1
         return {_WRITTEN: written, _BESIDE: segments}
+
+    def refreshed(self, length):
+        """What the student wrote, where it writes."""
+        return dict.fromkeys((_WRITTEN, _BESIDE) if self.refresh_every else (), ((length,), np.dtype(np.int32)))
 
     def loss(self, trainable: Params, frozen: Params | None, batch: Batch, key: Array, progress: Array | float):
         """One term per weight: without a teacher cross-entropy; with one divergence, and cross-entropy beside it."""
