@@ -37,9 +37,8 @@ def get_config(variant: str = "") -> ConfigDict:
         {
             "name": "coprocessor",
             "target": config_dict.placeholder(str),
-            "coprocessor": {"kind": "full", "num_latents": 8},
+            "coprocessor": {},
             "places": 16,
-            "ahead": 16,
             "soft": {"learning_rate": 1e-3, "warmup_steps": 20},
         }
     )
@@ -47,16 +46,16 @@ def get_config(variant: str = "") -> ConfigDict:
     config.steps = 2000
     config.batch_size = 16
     config.length = 256
-    config.optimizer = ConfigDict({"learning_rate": 3e-4, "warmup_steps": 20, "clip_norm": 1.0})
+    config.optimizer = ConfigDict({"learning_rate": 3e-4, "warmup_steps": 20})
     config.evaluation = ConfigDict({"every": 500, "batches": 16})
     config.checkpoint = ConfigDict({"every": 500})
 
     if variant in ("lora", "smollm2"):
-        config.objective.coprocessor.update(kind="lora", rank=64)
+        config.objective.coprocessor.kind = "lora"
         config.optimizer.learning_rate = 1e-3
     if variant == "paper":
         config.objective.coprocessor.num_latents = 64
-        config.objective.update(places=128, ahead=16)
+        config.objective.places = 128
         config.steps, config.batch_size, config.length = 100_000, 1024, 2048
         config.optimizer.update(learning_rate=5e-5, warmup_steps=1000)
         config.objective.soft.warmup_steps = 1000
@@ -64,12 +63,12 @@ def get_config(variant: str = "") -> ConfigDict:
         config.remat = "layers"
     if variant == "bytes":
         config.objective.coprocessor.num_latents = 4
-        config.objective.update(places=16, ahead=8)
+        config.objective.ahead = 8
         config.length = 128
         config.optimizer.learning_rate = config.objective.soft.learning_rate = 1.5e-3
     if variant == "smollm2":
         config.objective.coprocessor.num_latents = 16
-        config.objective.update(places=32, ahead=16)
+        del config.objective.places
         config.length, config.steps, config.remat = 512, 3000, "products"
         config.optimizer.update(learning_rate=5e-4, warmup_steps=50)
     if variant == "smoke":

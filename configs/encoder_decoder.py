@@ -24,7 +24,7 @@ result: a perplexity on held-out answers that falls with every evaluation; of `:
 a falling loss.
 """
 
-from ml_collections import ConfigDict, config_dict
+from ml_collections import ConfigDict
 
 from configs import check_variant
 
@@ -35,8 +35,6 @@ def get_config(variant: str = "") -> ConfigDict:
     config.objective = ConfigDict(
         {
             "name": "encoder_decoder",
-            "target": config_dict.placeholder(str),
-            "init_from": config_dict.placeholder(str),
             "source_length": 256,
             "model": {
                 "width": 256,

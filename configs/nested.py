@@ -12,7 +12,7 @@ exits is nearly as good as a network of its own (docs/methods.md).
 
 `configs/nested.py:warm` begins from a directory, --config.objective.init_from=DIR, at a tenth of the rate: from a
 target's first layers, as S2D does from 12 of Vicuna-7B's with exits after 6 and 9 (--config.objective.layers=12
---config.objective.exits="(6,9)"), or from a drafter's network that is to follow its target (scripts/staleness.sh).
+--config.objective.exits="(6,9)").
 
 `configs/nested.py:smoke` takes 40 steps on a tiny shape, within 1 min on two CPU cores; expect losses that fall.
 """

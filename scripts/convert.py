@@ -6,6 +6,7 @@
     python -m scripts.convert --from eagle3 --src EAGLE3-LLaMA3-8B --base Meta-Llama-3-8B-Instruct --out eagle3
     python -m scripts.convert --from model --src small/target --base large/target --policy static:tree=chain:4 --out d
     python -m scripts.convert --from model --src nested/target --base large/target --exits 2,4 --thresholds 0.8 --out d
+    python -m scripts.convert --from drafter --src d --base fine-tuned/target --out d2
     python -m scripts.convert --from vae --src vae_ch160v4096z32.pth --out vae
     python -m scripts.convert --from var --src var_d36.pth --schedule 512 --out var-d36
 
@@ -30,10 +31,13 @@ the published schedule of its length, and the tokenizer that for 256 pixels.
 
 import argparse
 import dataclasses
+import functools
 import itertools
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, cast
+
+import jax
 
 from decoding.drafter import Drafter
 from decoding.drafters.dflash import DFlash
@@ -45,7 +49,7 @@ from decoding.drafters.hydra import Hydra
 from decoding.drafters.medusa import Medusa
 from decoding.drafters.nested import Nested
 from decoding.drafters.p_eagle import PEagle
-from decoding.drafters.registry import save_drafter
+from decoding.drafters.registry import build, save_drafter
 from decoding.policies import Expanding, Static, parse_policy
 from decoding.trees import MC_SIM_7B_63, Topology, chain
 from models import command_line, load_target
@@ -55,6 +59,7 @@ from models.errors import UserError, exit_on_user_error
 from models.formats import image_models as image_files
 from models.formats import released_blocks, released_eagle, released_falcon, released_serial
 from models.formats import released_heads as released
+from models.formats.beside import read_beside
 from models.formats.gguf import read_gguf
 from models.formats.hf import load_config, load_params, save_target
 from models.formats.llama2c import read_llama2c, read_llama2c_tokenizer
@@ -62,6 +67,7 @@ from models.formats.release import Release, read_release
 from models.formats.released_encoder_decoder import encoder_decoder
 from models.formats.released_images import Converted, read_vae, read_var
 from models.formats.target import Target, check_vocabulary
+from models.formats.text_files import read_json
 from models.formats.tokenizer import Tokenizer
 from models.formats.tokenizer_files import holds_tokenizer
 from models.images.config import SCHEDULES
@@ -212,6 +218,20 @@ def common_vocabulary(source: Path, config: TransformerConfig, base: Target) -> 
     return size
 
 
+def move_drafter(args: argparse.Namespace) -> str:
+    """Writes a drafter directory as it is, but for another target; returns what was made, for a person."""
+    base, record = load_target(args.base), read_json(args.src / "drafter.json")
+    drafter = build(record, str(args.src / "drafter.json"))
+    drafter.check(base.config)
+    was, now = (record.get("base") or {}).get("tokenizer"), base.fingerprint()["tokenizer"]
+    if was != now:
+        raise UserError(f"{args.src} was made for another tokenizer ({was}) than that of {args.base} ({now})")
+    shapes = jax.eval_shape(functools.partial(drafter.init_params, base.config), base.params, jax.random.key(0))
+    params = read_beside(args.src, "drafter.json", shapes, None)
+    save_drafter(args.out, drafter, params, base.fingerprint(), overwrite=args.overwrite)
+    return f"the {drafter.name} of {args.src} for {args.base}"
+
+
 def cut_vocabulary(config: TransformerConfig, params: Params, size: int) -> tuple[TransformerConfig, Params]:
     """The model with the first `size` tokens of its vocabulary."""
     params = {**params, "embed": {"embedding": params["embed"]["embedding"][:size]}}
@@ -310,7 +330,7 @@ def check_options(args: argparse.Namespace) -> None:
 def main(argv: Sequence[str] | None = None) -> None:
     """The command; see the module's docstring."""
     parser = command_line.parser("scripts.convert", __doc__)
-    formats = [*TARGETS, *DRAFTERS, "model", *IMAGES]
+    formats = [*TARGETS, *DRAFTERS, "model", "drafter", *IMAGES]
     parser.add_argument("--from", dest="format", required=True, choices=formats, help="format of the source")
     parser.add_argument("--src", type=Path, required=True, help="checkpoint, or file or directory of released weights")
     parser.add_argument("--tokenizer", type=Path, help="tokenizer file of llama2c, or directory of mu")
@@ -350,7 +370,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
     check_options(args)
     args.policy = parse_policy(args.policy) if args.policy else None
-    converters = {"model": convert_model, **dict.fromkeys(TARGETS, convert_target)}
+    converters = {"model": convert_model, "drafter": move_drafter, **dict.fromkeys(TARGETS, convert_target)}
     converters |= dict.fromkeys(DRAFTERS, convert_drafter) | dict.fromkeys(IMAGES, convert_image_model)
     made = converters[args.format](args)
     print(f"wrote {args.out}: {made}")

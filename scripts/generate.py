@@ -73,9 +73,8 @@ def rate(made: Generation) -> float:
 def statistics_line(made: Generation) -> str:
     """What the last line says: counts of the loop, tokens per second of its steps, and prefill."""
     latents = ""
-    if made.augmentations[0]:
-        each = 1e3 * made.augment_seconds / made.augmentations[0]
-        latents = f", latents {made.augmentations[0]} times {each:.1f} ms"
+    if calls := sum(made.augmentations):
+        latents = f", latents {calls} times {1e3 * made.augment_seconds / calls:.1f} ms"
     return f"{made.stats[0].line()}, {rate(made):.1f} tokens/s, prefill {1e3 * made.prefill_seconds:.1f} ms{latents}"
 
 

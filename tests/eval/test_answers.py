@@ -1,8 +1,10 @@
 """Comparing answers: the score of words, and a decoder and an encoder-decoder side by side."""
 
+import functools
 import json
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -12,6 +14,7 @@ from models import transformer
 from models.config import TransformerConfig
 from models.formats.hf import save_target
 from models.formats.tokenizer import Tokenizer
+from models.layout import Layout
 from scripts import build_dataset, openings
 from tests.noise import drawn
 from train.data.pairs import PairRows
@@ -24,6 +27,11 @@ STORIES = [
     for what in ("cold", "nice")
 ]
 SHAPE = dict(width=16, num_layers=1, num_heads=2, num_kv_heads=1, head_dim=8, mlp_width=16, tied_embeddings=True)
+
+
+@functools.partial(jax.jit, static_argnames="config")
+def alone(config, params, tokens):
+    return transformer.forward(config, params, tokens, Layout.causal(*tokens.shape)).logits
 
 
 @pytest.mark.parametrize(
@@ -68,9 +76,8 @@ def test_targets_of_both_kinds_are_compared(tmp_path: Path, capsys: pytest.Captu
     for row in (rows[index] for index in range(len(rows))):
         prompt = row["source"][: row["source_length"]]
         text = np.concatenate([prompt, row["tokens"][row["mask"] > 0]])
-        padded = np.pad(text, (0, 96 - len(text)))[None]
-        layout = transformer.Layout.causal(1, 96)
-        scores = np.asarray(transformer.forward(config, params, jnp.asarray(padded), layout).logits, np.float64)[0]
+        padded = jnp.asarray(np.pad(text, (0, 96 - len(text)))[None])
+        scores = np.asarray(alone(config, params, padded), np.float64)[0]
         scores = scores - np.log(np.sum(np.exp(scores), axis=-1, keepdims=True))
         places = np.arange(len(prompt) - 1, len(text) - 1)
         total, count = total - scores[places, text[places + 1]].sum(), count + len(places)

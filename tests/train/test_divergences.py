@@ -36,6 +36,7 @@ Q, P = softmax(X), softmax(Y)
 LOG_Q, LOG_P = np.log(Q), np.log(P)
 # The last row has no token at all.
 MASKED = np.where(np.array([[False] * 5 + [True] * 2] * (R - 1) + [[True] * V]), -np.inf, Y)
+SOME = np.array([True, False, True, True, True, True])
 B, S = 2, 9
 TEXT: dict[str, Any] = {
     "hidden": [drawn(2, B, S, H), drawn(3, B, S, H)],
@@ -73,6 +74,13 @@ def results(x, y, masked, text, uniform) -> dict[str, Any]:
     )
     found["advantages"] = divergences.standardised(found["rewards"], tokens > 0)
     found["text"] = {n: text_sums(text, n) for n in (1, 4)}
+    rows = Rows(jnp.asarray(SOME)[None], masked[None], text["labels"][:1, :R], text["uniform"][1:, :R])
+    found["drawn tokens"] = divergences.drawn(log_q[None], rows.uniform)
+    found["drawn slope"] = jax.grad(
+        lambda x: divergence_sums(
+            Divergence("tvd++"), [Student(x, Partial(lambda x: x))], lambda x: x, rows, soft=0.7, hard=0.0
+        )[0]
+    )(x[None])
     return found
 
 
@@ -107,6 +115,18 @@ def found() -> dict[str, Any]:
     with jax.enable_x64(True):
         uniform = np.random.default_rng(0).uniform(size=(DRAWS, 2))
         return jax.tree.map(np.asarray, jax.jit(results)(*jax.tree.map(jnp.asarray, (X, Y, MASKED, TEXT, uniform))))
+
+
+def test_a_drawn_divergence_is_learnt_by_its_policy_gradient(found) -> None:
+    """-A(y) (e_y - q) of rows that count and whose teacher has a token at all: the last one has none."""
+    counted = SOME & (np.arange(R) < R - 1)
+    tokens, p = found["drawn tokens"][0], softmax(MASKED[: R - 1])
+    kept = np.append(np.take_along_axis(p > Q[: R - 1], tokens[: R - 1, None], 1)[:, 0], False)
+    centred = np.where(counted, kept - kept[counted].mean(), 0)
+    advantage = centred / (np.sqrt(np.mean(centred[counted] ** 2)) + 1e-8)
+    assert np.ptp(advantage) > 1
+    expected = -0.7 * advantage[:, None] * (np.eye(V)[tokens] - Q)
+    np.testing.assert_allclose(found["drawn slope"][0], expected, atol=1e-12)
 
 
 def expected_values() -> dict[str, np.ndarray]:

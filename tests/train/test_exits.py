@@ -16,11 +16,12 @@ from decoding.trees import chain
 from models import transformer
 from models.config import TransformerConfig
 from models.errors import UserError
+from models.formats.hf import save_target
 from models.formats.target import load_target
 from models.formats.tokenizer import Tokenizer
 from models.layout import Layout
 from scripts import convert
-from tests.noise import drawn
+from tests.noise import drawn, noisy
 from tests.train.conftest import SHAPE, tiny_job
 from train import trainer
 from train.objectives.divergences import Divergence
@@ -175,6 +176,16 @@ def test_a_target_teaches_its_own_first_layers_which_then_draft_for_it(data_set,
     assert "which ends after 1,2, for" in capsys.readouterr().out
     drafter, params = load_drafter(tmp_path / "nested", load_target(target_directory))
     assert drafter == Nested(drafter.model, Static(chain(2)), (1, 2), (0.5,)) and len(params["layers"]) == 2
+
+    trained = load_target(tmp_path / "target")
+    save_target(tmp_path / "tuned", trained.config, noisy(trained.params, 0.1), trained.tokenizer)
+    tuned = load_target(tmp_path / "tuned")
+    with pytest.raises(UserError, match="was made for another target"):
+        load_drafter(tmp_path / "nested", tuned)
+    moved = ["--from", "drafter", "--src", str(tmp_path / "nested"), "--out", str(tmp_path / "moved")]
+    convert.main([*moved, "--base", str(tmp_path / "tuned")])
+    again, same = load_drafter(tmp_path / "moved", tuned)
+    assert again == drafter and jax.tree.all(jax.tree.map(np.array_equal, same, params))
 
 
 def test_a_teacher_of_other_tokens_is_refused(target_directory, tokenizer, tmp_path):

@@ -73,7 +73,8 @@ class DistillConfig:
       new_tokens: that are written behind each prompt; the rest of a row is for the prompt.
       sampling: temperature of what is written; 0 is greedy.
       draft: tokens that the student drafts in a row: where it serves, and as the drafter that is made.
-      speculate: the teacher writes with the student as its drafter, which changes its speed alone.
+      speculate: the teacher writes with the student as its drafter: other draws of the same distribution, and greedily
+        the same text.
       reuse: steps that learn from what was written once.
       teacher_mesh: how the target is split over the same devices, such as `tensor=8`; None is as `config.mesh` says, by
         which the student is.
@@ -158,7 +159,8 @@ def _record_of(directory: str) -> dict | None:
 
 def _draft_model(directory: str, record: dict) -> DraftModel:
     drafter = build(record, f"{directory}/drafter.json")
-    if not isinstance(drafter, DraftModel):
+    # One with exits is a draft model too, but what learns here is all of its layers, and none of its exits.
+    if type(drafter) is not DraftModel:
         raise UserError(f"objective.init_from ({directory}) must be a draft model, but is a drafter {drafter.name}")
     return drafter
 

@@ -320,10 +320,11 @@ def _advantages(divergence, student, teacher, rows, pieces):
         log_q = divergence.log_probabilities(_read(student.read, hidden))
         log_p = divergence.log_probabilities(_read(teacher, rows.scored))
         tokens = drawn(log_q, rows.uniform)
-        return jnp.stack([tokens, rewards(log_q, log_p, tokens).astype(jnp.int32)], axis=-1)
+        kept, possible = rewards(log_q, log_p, tokens), jnp.any(log_p > -jnp.inf, axis=-1)
+        return jnp.stack([tokens, kept.astype(jnp.int32), possible.astype(jnp.int32)], axis=-1)
 
     found = mapped(draw, jax.lax.stop_gradient((student.hidden, rows)), pieces)
-    return found[..., 0], standardised(found[..., 1] > 0, rows.counted)
+    return found[..., 0], standardised(found[..., 1] > 0, rows.counted & (found[..., 2] > 0))
 
 
 def _pieces(students, teacher, rows: Rows, devices: int) -> int:

@@ -206,7 +206,7 @@ class Exits(LM):
         """One term per exit; metrics hold each exit's mean before its weight."""
         config, students, rows = self._config, self.students(trainable, batch), self._rows(batch)
         if config.divergence.drawn:
-            rows = rows._replace(uniform=jax.random.uniform(key, rows.counted.shape))
+            rows = rows._replace(uniform=jax.random.uniform(key, (*rows.counted.shape, 2)))
         sums: dict[int, Array] = {}
         for lesson in self.lessons(students, frozen, batch):
             found = divergence_sums(
