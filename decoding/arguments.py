@@ -63,6 +63,23 @@ def _checked_prompt(prompt: Any, row: int, target: Target) -> list[int]:
     return tokens
 
 
+def behind_encoder(target: Target, prompts: list[list[int]]) -> tuple[list[list[int]] | None, list[list[int]]]:
+    """What an encoder reads, None where there is none, and what the decoder begins with.
+
+    Raises:
+      UserError: nothing says what an encoder-decoder's texts begin with, or a prompt is longer than it reads.
+    """
+    if not target.config.encoder_layers:
+        return None, prompts
+    for row, prompt in enumerate(prompts):
+        if len(prompt) > target.config.max_position:
+            raise UserError(
+                f"prompt {row} has {len(prompt)} tokens, more than the target's encoder reads, "
+                f"{target.config.max_position}"
+            )
+    return prompts, [target.opening(prompt) for prompt in prompts]
+
+
 def checked_stops(stop: Any) -> list[list[int]]:
     """Token sequences that end a text.
 

@@ -98,6 +98,10 @@ class Augment:
 
     def check(self, config: TransformerConfig, mesh) -> None:
         """Raises UserError where a target of that shape, or a mesh, cannot have such latents."""
+        if config.encoder_layers:
+            raise UserError(
+                "latents need a target without an encoder, whose cache holds no prompt that they could follow"
+            )
         if not self.coprocessor.config.shift and any(config.windows):
             raise UserError(
                 "latents that hold the position of the text before them need a target without sliding windows: use a "

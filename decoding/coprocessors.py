@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 from models import coprocessor, schema
 from models.coprocessor import CoprocessorConfig
 from models.errors import UserError
-from models.formats.beside import check_base, read_params, save_beside
+from models.formats.beside import check_base, read_beside, save_beside
 from models.formats.target import Target
 from models.formats.text_files import read_json
 from models.pages import in_huge_pages
@@ -70,5 +70,5 @@ def load_coprocessor(directory: str | Path, target: Target, mesh: Mesh | None = 
     fresh = functools.partial(coprocessor.init_params, config, target.config)
     shapes = jax.eval_shape(fresh, target.params, jax.random.key(0))
     mesh = mesh_of(target.params) if mesh is None else mesh
-    params = read_params(path.parent, RECORD, shapes, mesh)
+    params = read_beside(path.parent, RECORD, shapes, mesh)
     return Coprocessor(config, in_huge_pages(coprocessor.for_decoding(config, params, mesh)))

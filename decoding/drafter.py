@@ -14,6 +14,7 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any, ClassVar, Literal, NamedTuple, cast
 
+import jax.numpy as jnp
 from flax import struct
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int
@@ -26,6 +27,7 @@ from decoding.trees import TokenTree, Topology
 from decoding.verify import Verdict
 from models import schema, transformer
 from models.config import TransformerConfig
+from models.encoder_decoder import Memory
 from models.errors import UserError
 from models.transformer import Cache, Output, Params
 
@@ -41,6 +43,7 @@ class TargetView:
       place: how much that is.
       text: its tokens, in the first `length` places, then the root; what follows is padding.
       sampling: sampling parameters, for drafters that sample.
+      memory: the prompt of an encoder-decoder, whose `text` begins behind it.
     """
 
     config: TransformerConfig = struct.field(pytree_node=False)
@@ -49,11 +52,23 @@ class TargetView:
     place: Place
     text: Int[Array, "B C"]
     sampling: SamplingParameters
+    memory: Memory | None = None
 
     @property
     def length(self) -> Int[Array, "B"]:
         """Committed tokens of text; the root has this index."""
         return self.place.length
+
+    def all_text(self) -> tuple[Int[Array, "B _"], Int[Array, "B"]]:
+        """All that the target has read and the root behind it, and the index of the root: of an encoder-decoder its
+        prompt, then its text."""
+        if self.memory is None:
+            return self.text, self.length
+        before, own = self.memory.tokens, self.text
+        place = jnp.arange(before.shape[1] + own.shape[1], dtype=jnp.int32) - self.memory.lengths[:, None]
+        behind = jnp.take_along_axis(own, jnp.clip(place, 0, own.shape[1] - 1), axis=1)
+        padded = jnp.pad(before, ((0, 0), (0, own.shape[1])))
+        return jnp.where(place < 0, padded, behind), self.memory.lengths + self.length
 
     def lookup(self, tokens: Int[Array, "*B"]) -> Float[Array, "*B H"]:
         """Raw rows of the target's embedding table, without the scale that some families put on their inputs."""

@@ -19,6 +19,7 @@ from jaxtyping import Array, Int
 from decoding import loop, sizing
 from decoding.arguments import (
     at_least_one,
+    behind_encoder,
     check_kinds,
     checked_prompts,
     checked_sampling,
@@ -109,7 +110,7 @@ def generate(
 
     Args:
       target: the model whose text it is.
-      prompts: token ids, int lists or arrays, at least one id per prompt.
+      prompts: token ids, int lists or arrays, at least one id per prompt. An encoder, if there is one, reads them.
       drafter: the `Drafter` that proposes candidates, or the pair that `load_drafter` returns; None is plain decoding.
         An open one (`Drafter.opened`) has the number of candidates that pays here, perhaps none (`decoding/sizing.py`);
         on a mesh, and with `memory`, the published one.
@@ -126,8 +127,7 @@ def generate(
       capacity: cache slots per row; by default the smallest bucket that fits.
       stream_every: steps between calls of `on_tokens` and between looks for `stop_texts`.
       on_tokens: called with (row, new tokens, their writers) as text is committed.
-      mesh: devices that share the work: the batch is split over `data`, heads and vocabulary over `tensor`. None is the
-        mesh that the target was loaded on, or one device.
+      mesh: devices that share the work, batch on `data`, heads and vocabulary on `tensor`. None is the target's own.
       attention: how the target reads its cache: `dense`, or `split`, with the library's attention for the prefix
         (`models/attention.py`; neither sliding windows nor soft caps). Measure before choosing.
       memory: `Generation.memory` of an earlier request of the same batch size, for drafters that learn as they go.
@@ -140,22 +140,23 @@ def generate(
     check_kinds(target, mesh, typical, on_tokens, augment)
     config, mesh = target.config, mesh_of(target.params) if mesh is None else mesh
     drafter, drafter_params = drafter_and_params(drafter, drafter_params, target, mesh)
-    batch = len(prompts := checked_prompts(prompts, target))
-    opened = bool(drafter.open_sizes) and mesh is None and memory is None
-    pace = _pace(target, drafter, drafter_params, checked_sampling(sampling, batch)) if opened else None
+    read, prompts = behind_encoder(target, checked_prompts(prompts, target))
+    opened = bool(drafter.open_sizes) and mesh is None and memory is None and read is None
+    pace = _pace(target, drafter, drafter_params, checked_sampling(sampling, len(prompts))) if opened else None
     drafter, drafter_params = _widest(drafter_params, pace) if opened else (drafter, drafter_params)
-    limits = whole_per_row(max_new_tokens, batch, "max_new_tokens")
+    limits = whole_per_row(max_new_tokens, len(prompts), "max_new_tokens")
     stream_every = at_least_one(stream_every, "stream_every", " step")
     needed, padded = _check_lengths(config, prompts, limits, drafter, augment)
     capacity = _capacity(capacity, max(needed, padded), drafter, config.max_position)
     stop, stop_texts = _stops(target, stop, stop_texts)
-    _check_mesh(mesh, target, drafter_params, batch, augment)
+    _check_mesh(mesh, target, drafter_params, len(prompts), augment)
     request = _make_request(config, prompts, limits, seeds, sampling, stop, attention, typical, mesh)
     reader = _Reader(target, prompts, stop_texts, on_tokens)
     drafter.rule(request.sampling.greedy)  # Refuses what cannot be verified, before anything is computed.
     started = time.perf_counter()
     models = loop.Models(config, drafter, target.params, drafter.for_decoding(drafter_params, mesh))
     with on_mesh(mesh):
+        request = _encoded(models, request, read, mesh)
         schedule = Schedule(models, request, augment, stop, mesh)
         state = _prefill(models, request, _padded(prompts, padded), capacity, mesh, memory, schedule)
         paced = None if pace is None else Paced(models, request, pace)
@@ -239,6 +240,16 @@ def _stops(target: Target, stop, stop_texts) -> tuple[list[list[int]], list[str]
         raise UserError("stop_texts need a tokenizer, which this target lacks: give token sequences as stop")
     specials, texts = split_stops(target.tokenizer, stop_texts)
     return stops + specials, texts
+
+
+def _encoded(models: loop.Models, request: Request, prompts: list[list[int]] | None, mesh) -> Request:
+    """The request with its prompts read by the target's encoder, where it has one."""
+    if prompts is None:
+        return request
+    lengths = [len(prompt) for prompt in prompts]
+    read = jnp.asarray(_padded(prompts, bucket(max(lengths), smallest=16))), jnp.asarray(np.array(lengths, np.int32))
+    read = read if mesh is None else place_rows(mesh, read)
+    return dataclasses.replace(request, memory=loop.encode_prompt(models.config, models.params, *read))
 
 
 def _prefill(models: loop.Models, request, text, capacity, mesh, memory, schedule: Schedule) -> loop.DecodeState:
@@ -331,6 +342,8 @@ def _capacity(asked: Any, needed: int, drafter: Drafter, context: int) -> int:
 
 
 def _chunk_sizes(length: int) -> list[int]:
+    if length == 1:
+        return [1]  # All that a decoder behind an encoder is given.
     whole, rest = divmod(length, PREFILL_CHUNK)
     return [PREFILL_CHUNK] * whole + ([bucket(rest, smallest=16)] if rest else [])
 

@@ -37,8 +37,8 @@ from decoding.stats import Counters
 from decoding.text import Text, emit
 from decoding.trees import TokenTree
 from decoding.verify import Verdict
-from models.attention import Sources
 from models.config import TransformerConfig
+from models.encoder_decoder import Memory, beside, encode
 from models.layout import Layout, Tree
 from models.sharding import keep_rows, place_rows
 from models.transformer import Cache, Output, Params, forward, head
@@ -81,7 +81,8 @@ class Models:
 
     def view(self, state: DecodeState, request: Request) -> TargetView:
         """The target as the drafter may see it."""
-        return TargetView(self.config, self.params, state.cache, state.place, state.text.tokens, request.sampling)
+        tokens, memory = state.text.tokens, request.memory
+        return TargetView(self.config, self.params, state.cache, state.place, tokens, request.sampling, memory)
 
 
 def init_state(config, drafter: Drafter, batch: int, capacity: int, dtype, prompts=None, mesh=None) -> DecodeState:
@@ -136,6 +137,7 @@ def read_prompt(
         hidden,
         request.prompt_length,
         tokens,
+        request.memory,
     )
     after = start.after(count)
     text = dataclasses.replace(state.text, tokens=written, length=after.length)
@@ -151,7 +153,8 @@ def read_prompt(
 def begin(models: Models, state: DecodeState, hidden: Float[Array, "B H"], request: Request) -> DecodeState:
     """Chooses the first root from the prompt's last feature, and tells the drafter that the prompt is complete."""
     request = dataclasses.replace(request, sampling=request.sampling.of_any_mode, attention="dense", typical=None)
-    state = dataclasses.replace(state, text=_choose_first(models.config, models.params, state.text, hidden, request))
+    asked = dataclasses.replace(request, memory=None)
+    state = dataclasses.replace(state, text=_choose_first(models.config, models.params, state.text, hidden, asked))
     return begun(models, state, request)
 
 
@@ -164,13 +167,19 @@ def begun(models: Models, state: DecodeState, request: Request) -> DecodeState:
     return state
 
 
+@functools.partial(jax.jit, static_argnames=("config",))
+def encode_prompt(config, params: Params, tokens: Int[Array, "B M"], lengths: Int[Array, "B"]) -> Memory:
+    """The prompts of an encoder-decoder, read once."""
+    return keep_rows(encode(config, params, tokens, lengths))
+
+
 @functools.partial(jax.jit, static_argnames=("config", "taps", "attention"), donate_argnames=("cache", "hidden"))
-def _read_chunk(config, taps, attention, params, cache, text, start: Place, hidden, prompt_length, tokens):
+def _read_chunk(config, taps, attention, params, cache, text, start: Place, hidden, prompt_length, tokens, memory):
     """The target on one chunk of prompts: cache, text, how much was text, taps, and the newest last feature."""
     rows = tokens.shape[1]
     count = jnp.clip(prompt_length - start.length, 0, rows)
     layout = Layout.extend(start.slots, rows, start.position, attention)
-    out = forward(config, params, tokens, layout, Sources(cache), taps=taps)
+    out = forward(config, params, tokens, *beside(memory, layout, cache), taps=taps)
     cache = commit_rows(cache, out.rows, None, start.slots, after=out.hidden[:, 0])
     place = jnp.arange(text.shape[1], dtype=jnp.int32) - start.length[:, None]
     fresh = jnp.take_along_axis(tokens, jnp.clip(place, 0, rows - 1), axis=1)
@@ -256,7 +265,8 @@ def read(models: Models, state: DecodeState, request: Request, tree: TokenTree) 
     riders = models.drafter.riders(models.drafter_params, view, state.drafter, tree)
     tokens, layout = verify_rows(tree, riders, state.place)
     layout = dataclasses.replace(layout, attention=request.attention)
-    return forward(models.config, models.params, tokens, layout, Sources(state.cache), taps=models.drafter.taps)
+    seen = beside(request.memory, layout, state.cache)
+    return forward(models.config, models.params, tokens, *seen, taps=models.drafter.taps)
 
 
 @jax.named_scope("judge")

@@ -1,4 +1,4 @@
-"""Attention of new rows over several sources of keys: the rows themselves, the committed prefix, a draft's scratch.
+"""Attention of new rows over several sources of keys: themselves, the committed prefix, a draft's scratch, a memory.
 
 Letters as in `models/layers.py`, and R = T * G, the new rows of all query heads of a key head.
 """
@@ -32,10 +32,12 @@ class Sources:
     Attributes:
       prefix: the committed text, in the slots of the KV cache.
       scratch: rows that earlier forwards of the same draft computed.
+      memory: another text, as an encoder has read it; a block's cross-attention reads it, under a softmax of its own.
     """
 
     prefix: Any = None
     scratch: Any = None
+    memory: Any = None
 
     def layer(self, k: int) -> "Sources":
         """What layer k of a list of layers attends to."""
@@ -58,7 +60,7 @@ def softcap(x: Float[Array, "*shape"], cap: float | None) -> Float[Array, "*shap
 
 def attend(
     q_BTND: Float[Array, "B T N D"],
-    rows: Rows,
+    rows: Rows | None,
     sources: Sources,
     layout: Layout,
     *,
@@ -66,7 +68,7 @@ def attend(
     cap: float | None = None,
     window: int | Int[Array, ""] | None = None,
 ) -> Float[Array, "B T N*D"]:
-    """Softmax attention over the new rows and all other sources, under one normaliser.
+    """Softmax attention over the new rows, unless they are None, and all other sources, under one normaliser.
 
     With `layout.attention` "blocks" or "fused", which are for whole texts, no scores of all rows with all exist: blocks
     of rows take turns, or with "fused" the library's kernel of the device does it where it can. Rows whose order is
@@ -81,9 +83,9 @@ def attend(
     two forms in which XLA multiplies a cache as it is; any other is transposed or packed anew at every step.
     """
     if layout.attention in ("blocks", "fused") and isinstance(layout.order, Blocks):
-        assert sources.scratch is None, "attention of blocks has no scratch"
+        assert rows is not None and sources.scratch is None, "attention of blocks has rows, and no scratch"
         return attend_by_block(q_BTND, rows, sources.prefix, layout, scale=scale, cap=cap, window=window)
-    if layout.attention in ("blocks", "fused"):
+    if rows is not None and layout.attention in ("blocks", "fused"):
         assert sources == ALONE, "attention over whole texts has no other sources"
         on_tpu = jax.default_backend() == "tpu"
         fits = layout.attention == "fused" and on_tpu and splash.fits(q_BTND, layout)
@@ -93,8 +95,23 @@ def attend(
         if layout.attention == "fused" and not on_tpu and cap is None and window is None:
             return _library_kernel(q_BTND, rows, layout, scale)
         return attend_in_blocks(q_BTND, rows, layout, scale=scale, cap=cap, window=window)[0].astype(q_BTND.dtype)
+    prefix, scratch, memory = sources.prefix, sources.scratch, sources.memory
+    split = prefix is not None and layout.attention == "split"
+    dense, seen = [], []
+    if rows is not None:
+        dense.append(rows)
+        seen.append(layout.sees_rows(window))
+    if scratch is not None:
+        dense.append(scratch)
+        seen.append(layout.sees_scratch(window))
+    if prefix is not None and not split:
+        dense.append(prefix)
+        seen.append(layout.sees_prefix(prefix["k"].shape[3], window))
+    if memory is not None:
+        dense.append(memory)
+        seen.append(layout.sees_memory())
     B, T, N, D = q_BTND.shape
-    K = rows["v"].shape[1]
+    K = dense[0]["v"].shape[1]
     dtype = wide(q_BTND.dtype)
     q_BKRD = (q_BTND * scale).reshape(B, T, K, N // K, D).transpose(0, 2, 1, 3, 4).reshape(B, K, -1, D)
 
@@ -103,15 +120,6 @@ def attend(
         s_BKTGS = softcap(s_BKRS, cap).reshape(B, K, T, N // K, -1)
         return jnp.where(seen_BTS[:, None, :, None], s_BKTGS, jnp.finfo(dtype).min)
 
-    prefix, scratch = sources.prefix, sources.scratch
-    dense, seen = [rows], [layout.sees_rows(window)]
-    if scratch is not None:
-        dense.append(scratch)
-        seen.append(layout.sees_scratch(window))
-    split = prefix is not None and layout.attention == "split"
-    if prefix is not None and not split:
-        dense.append(prefix)
-        seen.append(layout.sees_prefix(prefix["k"].shape[3], window))
     s = [scores(source["k"], mask) for source, mask in zip(dense, seen, strict=True)]
     top = functools.reduce(jnp.maximum, [jnp.max(x, axis=-1, keepdims=True) for x in s])
     e = [jnp.exp(x - top) for x in s]

@@ -1,12 +1,13 @@
 """The shape of a Llama-family transformer: every number that decides its parameters and its forward.
 
-One frozen, hashable record serves Llama 1-3.x, Vicuna, Mistral, Qwen2, Qwen3 and Gemma-2. Families differ in data here,
-never in code paths named after them; `models/formats/hf.py` maps Hugging Face's `config.json` to this record and back.
+One frozen, hashable record serves Llama 1-3.x, Vicuna, Mistral, Qwen2, Qwen3, Gemma-2 and encoder-decoders. Families
+differ in data here, never in code paths named after them; `models/formats/hf.py` maps Hugging Face's `config.json` to
+this record and back.
 """
 
 import dataclasses
 
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma2")
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "mu")
 
 
 _MOST_LAYERS = 1000  # They are made one by one.
@@ -59,7 +60,11 @@ class TransformerConfig:
       logit_softcap: the same on the output logits (Gemma-2).
       post_norms: RMSNorms also after attention and after the MLP (Gemma-2).
       zero_centred_norm: norms multiply by 1 + scale (Gemma).
-      activation: gate nonlinearity, `silu` or `gelu_tanh` (Gemma).
+      activation: the MLP's nonlinearity, `silu` or `gelu_tanh` (Gemma).
+      gated_mlp: the MLP is down(act(gate(x)) * up(x)); without, down(act(up(x))).
+      mlp_bias: biases on the MLP's maps.
+      encoder_layers: of an encoder-decoder (family `mu`), the blocks that read the prompt, in both directions; the
+        `num_layers` of the decoder then begin with `bos_id` and attend to what they made of it. 0 is a decoder alone.
       query_scale: factor on q.k; None means 1/sqrt(D).
       family: which `config.json` family an export declares.
       bos_id: token that begins a text, or None.
@@ -88,6 +93,9 @@ class TransformerConfig:
     post_norms: bool = False
     zero_centred_norm: bool = False
     activation: str = "silu"
+    gated_mlp: bool = True
+    mlp_bias: bool = False
+    encoder_layers: int = 0
     query_scale: float | None = None
     family: str = "llama"
     bos_id: int | None = None
@@ -97,8 +105,17 @@ class TransformerConfig:
         for name in ("vocab_size", "width", "num_layers", "num_heads", "num_kv_heads", "head_dim", "mlp_width"):
             if getattr(self, name) < 1:
                 raise ValueError(f"model.{name} must be at least 1, got {getattr(self, name)}")
-        if self.num_layers > _MOST_LAYERS:
-            raise ValueError(f"model.num_layers must be at most {_MOST_LAYERS}, got {self.num_layers}")
+        for name in ("num_layers", "encoder_layers"):
+            if getattr(self, name) > _MOST_LAYERS:
+                raise ValueError(f"model.{name} must be at most {_MOST_LAYERS}, got {getattr(self, name)}")
+        if self.encoder_layers < 0 or (self.encoder_layers > 0) != (self.family == "mu"):
+            raise ValueError(
+                f"model.encoder_layers must be at least 1 where model.family is 'mu', and 0 elsewhere: it is "
+                f"{self.encoder_layers}, and the family {self.family!r}"
+            )
+        for name in ("windows", "qk_norm", "post_norms", "attention_softcap"):
+            if self.encoder_layers and getattr(self, name):
+                raise ValueError(f"model.{name} is not for an encoder-decoder, got {getattr(self, name)}")
         if self.num_heads % self.num_kv_heads:
             raise ValueError(
                 f"model.num_heads ({self.num_heads}) must be a multiple of model.num_kv_heads ({self.num_kv_heads})"
@@ -113,6 +130,13 @@ class TransformerConfig:
             raise ValueError(f"model.activation must be 'silu' or 'gelu_tanh', got {self.activation!r}")
         if self.family not in FAMILIES:
             raise ValueError(f"model.family must be one of {', '.join(FAMILIES)}, got {self.family!r}")
+
+    @property
+    def encoder(self) -> "TransformerConfig | None":
+        """The shape of the encoder's blocks, where there is one."""
+        if not self.encoder_layers:
+            return None
+        return dataclasses.replace(self, family="llama", num_layers=self.encoder_layers, encoder_layers=0)
 
     def window(self, layer: int) -> int | None:
         """The sliding window of `layer` in tokens, or None."""

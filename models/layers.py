@@ -5,6 +5,7 @@ width. Matrix products run in the dtype of the parameters; norms, RoPE angles, s
 if the parameters are wider, in theirs.
 """
 
+import dataclasses
 import math
 from typing import Any
 
@@ -14,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from models.attention import ALONE, Rows, attend, wide
+from models.attention import ALONE, Rows, Sources, attend, wide
 from models.config import RopeScaling, TransformerConfig
 from models.linear import Linear
 
@@ -113,22 +114,59 @@ class Attention(nn.Module):
         return Linear(c.width, use_bias=c.output_bias, name="o")(mixed), rows
 
 
+class CrossAttention(nn.Module):
+    """Attention of a decoder's rows over a memory; its keys are not rotated, and neither are queries."""
+
+    config: TransformerConfig
+
+    @nn.compact
+    def __call__(self, x_BTH, layout, memory):
+        """Returns the attention output `[B, T, H]`; `memory` is the layer's, as `MemoryRows` made it."""
+        c = self.config
+        q = Linear(c.num_heads * c.head_dim, use_bias=c.qkv_bias, name="q")(x_BTH)
+        q = q.reshape(*x_BTH.shape[:2], -1, c.head_dim)
+        scale = c.head_dim**-0.5 if c.query_scale is None else c.query_scale
+        mixed = attend(q, None, Sources(memory=memory), layout, scale=scale)
+        return Linear(c.width, use_bias=c.output_bias, name="o")(mixed)
+
+
+class MemoryRows(nn.Module):
+    """Keys and values that a decoder's layer makes of an encoder's output; the parameters `k` and `v` of
+    `CrossAttention`'s, computed once per text instead of at every step."""
+
+    config: TransformerConfig
+
+    @nn.compact
+    def __call__(self, encoded_BMH: Float[Array, "B M H"]) -> Rows:
+        c = self.config
+        width = c.num_kv_heads * c.head_dim
+        k, v = (Linear(width, use_bias=c.qkv_bias, name=name)(encoded_BMH) for name in ("k", "v"))
+        k, v = (x.reshape(*x.shape[:2], -1, c.head_dim) for x in (k, v))
+        return {"k": k.transpose(0, 2, 3, 1), "v": v.transpose(0, 2, 1, 3)}
+
+
 class MLP(nn.Module):
-    """down(act(gate(x)) * up(x)): SwiGLU, or GeGLU for Gemma."""
+    """down(act(gate(x)) * up(x)): SwiGLU, or GeGLU for Gemma; without a gate down(act(up(x)))."""
 
     width: int
     hidden: int
     activation: str = "silu"
+    gated: bool = True
+    use_bias: bool = False
 
     @nn.compact
     def __call__(self, x):
         act = nn.silu if self.activation == "silu" else lambda y: nn.gelu(y, approximate=True)
-        gate, up = joined_or_apart(self, ("gate", "up"), [self.hidden] * 2, False, x)
-        return Linear(self.width, use_bias=False, name="down")(act(gate) * up)
+        if self.gated:
+            gate, up = joined_or_apart(self, ("gate", "up"), [self.hidden] * 2, self.use_bias, x)
+            wider = act(gate) * up
+        else:
+            wider = act(Linear(self.hidden, use_bias=self.use_bias, name="up")(x))
+        return Linear(self.width, use_bias=self.use_bias, name="down")(wider)
 
 
 class Block(nn.Module):
-    """One pre-norm residual block; Gemma-2 also norms what each half adds."""
+    """One pre-norm residual block; Gemma-2 also norms what each half adds, a decoder's reads a memory between them."""
 
     config: TransformerConfig
 
@@ -141,7 +179,12 @@ class Block(nn.Module):
             return RMSNorm(c.norm_eps, c.zero_centred_norm, name=name)(y)
 
         x = norm("attention_norm", x_BTH)
-        mixed, rows = Attention(c, name="attention")(x, angles, layout, sources, window)
+        own = dataclasses.replace(sources, memory=None)
+        mixed, rows = Attention(c, name="attention")(x, angles, layout, own, window)
         x_BTH = x_BTH + (norm("post_attention_norm", mixed) if c.post_norms else mixed)
-        wider = MLP(c.width, c.mlp_width, c.activation, name="mlp")(norm("mlp_norm", x_BTH))
+        if sources.memory is not None:
+            x = norm("cross_attention_norm", x_BTH)
+            x_BTH = x_BTH + CrossAttention(c, name="cross_attention")(x, layout, sources.memory)
+        mlp = MLP(c.width, c.mlp_width, c.activation, c.gated_mlp, c.mlp_bias, name="mlp")
+        wider = mlp(norm("mlp_norm", x_BTH))
         return x_BTH + (norm("post_mlp_norm", wider) if c.post_norms else wider), rows

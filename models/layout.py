@@ -5,7 +5,8 @@ sliding windows use), perhaps a segment (packed training documents do not see ea
 rows in one of a few *orders*: causal, the ancestors of a draft tree, block-causal, or bidirectional inside blocks.
 Beside the new rows lie other sources of keys (`models.attention.Sources`). The *prefix* is the KV cache, of which a new
 row sees the slots below its *horizon*: the same for all rows in decoding, another for each where rows are packed that
-continue different beginnings of a text. The *scratch* holds rows that an earlier forward of the same draft computed.
+continue different beginnings of a text. The *scratch* holds rows that an earlier forward of the same draft computed,
+and the *memory* those of another text, which an encoder has read.
 
 Slots and positions are different numbers. Row `i` of a draft tree would occupy slot `slots + i` but stands at position
 `position + depth(i)`; positions, never slots, reach RoPE and windows. Attention derives from this the masks it needs.
@@ -111,6 +112,7 @@ class Layout:
       segments: packed documents, 1, 2, ...; 0 is padding; None means one document per row.
       scratch_seen: `[b, i, r]` says that new row i sees row r of the scratch; None when there is no scratch.
       scratch_positions: where those rows stand.
+      memory_seen: `[b, i, m]` says that new row i sees row m of the memory; None when there is no memory.
       prefix_positions: where the tokens in the cache's slots stand; None where slot and position agree.
       attention: "dense"; "split", which leaves the prefix to the library's attention; or for whole texts, and for many
         `Blocks` over a prefix, "blocks" or "fused", which keep no scores of all rows with all (`models/attention.py`).
@@ -122,6 +124,7 @@ class Layout:
     segments: Int[Array, "B T"] | None = None
     scratch_seen: Bool[Array, "#B T R"] | None = None
     scratch_positions: Int[Array, "B R"] | None = None
+    memory_seen: Bool[Array, "B #T M"] | None = None
     prefix_positions: Int[Array, "B S"] | None = None
     since: Int[Array, "B #T"] | None = None
     prefix_seen: Bool[Array, "#B S"] | None = None
@@ -152,6 +155,19 @@ class Layout:
         first = slots if first is None else first
         return cls(first[:, None] + jnp.arange(rows, dtype=jnp.int32), slots[:, None], attention=attention)
 
+    @classmethod
+    def encoder(cls, lengths: Int[Array, "B"], rows: int, attention: str = "dense") -> "Layout":
+        """Texts of `lengths` tokens, each padded to `rows`, whose rows see all of their text, before and behind.
+
+        Positions count from the middle of each text, as in Return of the Encoder: a rotation of queries and keys by
+        one more angle changes no score, and angles half as large are rounded less.
+        """
+        index_T = jnp.arange(rows, dtype=jnp.int32)
+        positions_BT = index_T - ((lengths - 1) // 2)[:, None]
+        segments_BT = (index_T < lengths[:, None]).astype(jnp.int32)
+        nothing = jnp.zeros((len(lengths), 1), jnp.int32)
+        return cls(positions_BT, nothing, BlockCausal(rows), segments_BT, attention=attention)
+
     def sees_rows(self, window: int | Int[Array, ""] | None) -> Bool[Array, "#B T T"]:
         """`[b, i, j]`: new row i attends to new row j."""
         seen = self.order.sees(self.positions.shape[1])
@@ -178,6 +194,11 @@ class Layout:
         """`[b, i, r]`: new row i attends to row r of the scratch."""
         assert self.scratch_seen is not None and self.scratch_positions is not None
         return self.scratch_seen if window is None else self.scratch_seen & self._near(self.scratch_positions, window)
+
+    def sees_memory(self) -> Bool[Array, "B #T M"]:
+        """`[b, i, m]`: new row i attends to row m of the memory."""
+        assert self.memory_seen is not None
+        return self.memory_seen
 
     def sees_prefix(self, capacity: int, window: int | Int[Array, ""] | None) -> Bool[Array, "B #T S"]:
         """`[b, i, s]`: new row i attends to cache slot s."""

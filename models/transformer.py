@@ -8,9 +8,11 @@ Parameters are plain nested dicts in one of two layouts: a *list* of layers (dec
 inside a token loop on CPU) or one *stacked* layer tree with a leading axis, scanned (training; compile time does not
 grow with depth). Caches lie as the layers do.
 
-    {'embed': {'embedding'}, 'layers': [...] or {...}, 'final_norm': {'scale'}, 'head': {'kernel'} unless tied}
+    {'embed': {'embedding'}, 'layers': [...] or {...}, 'final_norm': {'scale'}, 'head': {'kernel'} unless tied,
+     'encoder': {'layers', 'final_norm'} of an encoder-decoder (models/encoder_decoder.py)}
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable, Collection, Sequence
 from typing import Any
@@ -24,7 +26,7 @@ from jaxtyping import Array, Float, Int
 
 from models.attention import ALONE, Rows, Sources, StackedRows, softcap, wide
 from models.config import TransformerConfig
-from models.layers import Block, RMSNorm, call, joined_name, rope_angles
+from models.layers import Block, MemoryRows, RMSNorm, call, joined_name, rope_angles
 from models.layout import Layout
 from models.linear import (
     Kernel,
@@ -63,23 +65,39 @@ class Output:
 
 def init(config: TransformerConfig, key: Array, dtype=jnp.float32) -> Params:
     """Random parameters, layers as a list: kernels of std 1/sqrt(fan-in), residual outputs further by 1/sqrt(2 L)."""
-    block = Block(config)
-    x = jnp.zeros((1, 1, config.width), jnp.float32)
-    layout = Layout.causal(1, 1)
-    shapes = jax.eval_shape(
-        lambda k: block.init(k, x, rope_angles(config, layout.positions), layout)["params"], jax.random.key(0)
-    )
     embed_key, head_key, *layer_keys = jax.random.split(key, config.num_layers + 2)
     draw = nn.initializers.normal(0.02)
-    norm = (jnp.zeros if config.zero_centred_norm else jnp.ones)((config.width,), dtype)
     params = {
         "embed": {"embedding": draw(embed_key, (config.vocab_size, config.width), dtype)},
-        "layers": [_init_layer(config, shapes, k, dtype) for k in layer_keys],
-        "final_norm": {"scale": norm},
+        **_init_stack(config, layer_keys, dtype),
     }
     if not config.tied_embeddings:
         params["head"] = {"kernel": draw(head_key, (config.width, config.vocab_size), dtype)}
+    if config.encoder is not None:
+        keys = jax.random.split(jax.random.fold_in(key, 1), config.encoder_layers)
+        params["encoder"] = _init_stack(config.encoder, list(keys), dtype)
     return params
+
+
+def _init_stack(config: TransformerConfig, keys: Sequence[Array], dtype) -> Params:
+    shapes = jax.eval_shape(functools.partial(_layer, config), jax.random.key(0))
+    norm = (jnp.zeros if config.zero_centred_norm else jnp.ones)((config.width,), dtype)
+    return {"layers": [_init_layer(config, shapes, key, dtype) for key in keys], "final_norm": {"scale": norm}}
+
+
+def _layer(config: TransformerConfig, key: Array) -> Params:
+    """One layer as Linen initialises it, with what makes a memory's rows where it reads one."""
+    x = jnp.zeros((1, 1, config.width), jnp.float32)
+    layout, sources, of_memory = Layout.causal(1, 1), ALONE, {}
+    if config.encoder_layers:
+        memory, made = MemoryRows(config).init_with_output(key, x)
+        layout = dataclasses.replace(layout, memory_seen=jnp.ones((1, 1, 1), bool))
+        sources = Sources(memory=memory)
+        of_memory = made["params"]
+    made = Block(config).init(key, x, rope_angles(config, layout.positions), layout, sources)["params"]
+    if of_memory:
+        made = {**made, "cross_attention": {**made["cross_attention"], **of_memory}}
+    return made
 
 
 def _init_layer(config: TransformerConfig, shapes: Params, key: Array, dtype) -> Params:
@@ -104,14 +122,23 @@ def param_shapes(config: TransformerConfig, dtype=jnp.float32) -> Params:
 
 def stack_layers(params: Params) -> Params:
     """List of layers -> one layer tree with a leading layer axis (the training layout)."""
-    return {**params, "layers": jax.tree.map(lambda *leaves: jnp.stack(leaves), *params["layers"])}
+    return _of_stacks(lambda layers: jax.tree.map(lambda *leaves: jnp.stack(leaves), *layers), params)
 
 
 def unstack_layers(params: Params) -> Params:
     """The inverse of `stack_layers`; done once, outside any loop."""
-    stacked = params["layers"]
-    count = jax.tree.leaves(stacked)[0].shape[0]
-    return {**params, "layers": [jax.tree.map(lambda leaf, i=i: leaf[i], stacked) for i in range(count)]}
+
+    def unstack(stacked):
+        count = jax.tree.leaves(stacked)[0].shape[0]
+        return [jax.tree.map(lambda leaf, i=i: leaf[i], stacked) for i in range(count)]
+
+    return _of_stacks(unstack, params)
+
+
+def _of_stacks(function: Callable[[Any], Any], params: Params) -> Params:
+    """Parameters after `function` was applied to the layers, and to those of an encoder."""
+    changed = {**params, "layers": function(params["layers"])}
+    return {**changed, "encoder": _of_stacks(function, params["encoder"])} if "encoder" in params else changed
 
 
 # Maps of the same input, which decoding on one device runs as one product.
@@ -155,14 +182,16 @@ def join_projections(params: Params, joined: Collection[str] = tuple(JOINED)) ->
     """
 
     def join(module, names):
-        if joined_name(names) in module:
+        if joined_name(names) in module or names[0] not in module:
             return module
         parts = [module[name] for name in names]
         rest = {name: leaf for name, leaf in module.items() if name not in names}
         return {**rest, joined_name(names): jax.tree.map(lambda *leaves: jnp.concatenate(leaves, axis=-1), *parts)}
 
-    layers = [{**layer, **{name: join(layer[name], JOINED[name]) for name in joined}} for layer in params["layers"]]
-    return {**params, "layers": layers}
+    def of(layers):
+        return [{**layer, **{name: join(layer[name], JOINED[name]) for name in joined}} for layer in layers]
+
+    return _of_stacks(of, params)
 
 
 def split_projections(config: TransformerConfig, params: Params) -> Params:
@@ -178,11 +207,13 @@ def split_projections(config: TransformerConfig, params: Params) -> Params:
         leaves = {kind: jnp.split(leaf, ends, axis=-1) for kind, leaf in module[joined_name(names)].items()}
         return {**rest, **{name: {kind: leaf[i] for kind, leaf in leaves.items()} for i, name in enumerate(names)}}
 
-    layers = [
-        {**layer, **{name: split(layer[name], parts, ends[name]) for name, parts in JOINED.items()}}
-        for layer in params["layers"]
-    ]
-    return {**params, "layers": layers}
+    def apart(layers):
+        halves = JOINED.items()
+        return [
+            {**layer, **{name: split(layer[name], parts, ends[name]) for name, parts in halves}} for layer in layers
+        ]
+
+    return _of_stacks(apart, params)
 
 
 def embed(config: TransformerConfig, params: Params, tokens: Int[Array, "*B"]) -> Float[Array, "*B H"]:
@@ -242,8 +273,11 @@ def forward(
         parameters (`products`), or all inside a layer (`layers`).
 
     Raises:
-      ValueError: a tap that does not exist, or a slice of stacked layers.
+      ValueError: a tap that does not exist, a slice of stacked layers, or the decoder of an encoder-decoder without its
+        memory.
     """
+    if config.encoder_layers and sources.memory is None:
+        raise ValueError("the decoder of an encoder-decoder reads a memory (models/encoder_decoder.py)")
     lo, hi = layers or (0, config.num_layers)
     inner = [int(tap.removeprefix("layer:")) for tap in taps if tap.startswith("layer:")]
     known = {"pre_norm", "post_norm", *(f"layer:{k}" for k in range(lo, hi))}

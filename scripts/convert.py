@@ -2,20 +2,26 @@
 
     python -m scripts.convert --from llama2c --src stories260K.bin --tokenizer tok512.bin --out stories260K
     python -m scripts.convert --from gguf --src SmolLM2-135M-Instruct.Q4_1.gguf --out smollm2
+    python -m scripts.convert --from mu --src model.pt --tokenizer Phi-3.5-mini-instruct --out mu
     python -m scripts.convert --from eagle3 --src EAGLE3-LLaMA3-8B --base Meta-Llama-3-8B-Instruct --out eagle3
     python -m scripts.convert --from model --src small/target --base large/target --policy static:tree=chain:4 --out d
+    python -m scripts.convert --from model --src nested/target --base large/target --exits 2,4 --thresholds 0.8 --out d
     python -m scripts.convert --from vae --src vae_ch160v4096z32.pth --out vae
     python -m scripts.convert --from var --src var_d36.pth --schedule 512 --out var-d36
 
 A GGUF file may be of the architectures llama (Mistral's too), qwen2, qwen3 and gemma2 and hold any mixture of F32, F16,
 BF16, Q8_0, Q4_0, Q4_1, Q5_0, Q5_1, Q4_K, Q5_K and Q6_K; quantised weights become float32.
 
-A target directory loads with `models.load_target` and with transformers. A drafter directory is for `--base`, the
-target directory that the drafter was trained on, and keeps what it was made from under `provenance`. Drafters come as
-one file or a directory, in safetensors or in torch's format, which is read without torch and without running anything
-in it. `model` makes a drafter of a whole target directory, a smaller model of the same vocabulary; `dflash`, `jetspec`,
-`dspark` and `domino` are networks that fill a block of tokens at once. `--policy` says how one of these or an EAGLE
-head grows its trees (`decoding/policies`).
+`mu` is an encoder-decoder as "Return of the Encoder" releases it, one file of torch's; its tokenizer is a directory.
+
+A target directory loads with `models.load_target`, and all but encoder-decoders with transformers too. A drafter
+directory is for `--base`, the target directory that the drafter was trained on. What a drafter or an encoder-decoder
+was made from is kept in its directory under `provenance`. Drafters come as one file or a directory, in safetensors or
+in torch's format, which is read without torch and without running anything in it. `model` makes a drafter of a whole
+target directory, a smaller model of the same vocabulary; with `--exits` one that ends after so many layers, after the
+first where it is sure by `--thresholds` (`decoding/drafters/nested.py`). `dflash`, `jetspec`, `dspark` and `domino` are
+networks that fill a block of tokens at once. `--policy` says how one of these, a model or an EAGLE head grows its trees
+(`decoding/policies`).
 
 Image models are VAR's transformers (`var`), its tokenizer (`vae`) and CoDe's drafters and refiners (`code`), one file
 each. `--schedule`, `256`, `512` or the sides of the scales, says what their files do not; without it a transformer has
@@ -27,7 +33,7 @@ import dataclasses
 import itertools
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 from decoding.drafter import Drafter
 from decoding.drafters.dflash import DFlash
@@ -37,12 +43,13 @@ from decoding.drafters.eagle import Eagle, Eagle3
 from decoding.drafters.falcon import Falcon
 from decoding.drafters.hydra import Hydra
 from decoding.drafters.medusa import Medusa
+from decoding.drafters.nested import Nested
 from decoding.drafters.p_eagle import PEagle
 from decoding.drafters.registry import save_drafter
 from decoding.policies import Expanding, Static, parse_policy
 from decoding.trees import MC_SIM_7B_63, Topology, chain
 from models import command_line, load_target
-from models.command_line import like
+from models.command_line import like, numbers
 from models.config import TransformerConfig
 from models.errors import UserError, exit_on_user_error
 from models.formats import image_models as image_files
@@ -52,25 +59,41 @@ from models.formats.gguf import read_gguf
 from models.formats.hf import load_config, load_params, save_target
 from models.formats.llama2c import read_llama2c, read_llama2c_tokenizer
 from models.formats.release import Release, read_release
+from models.formats.released_encoder_decoder import encoder_decoder
 from models.formats.released_images import Converted, read_vae, read_var
-from models.formats.target import Target
+from models.formats.target import Target, check_vocabulary
 from models.formats.tokenizer import Tokenizer
 from models.formats.tokenizer_files import holds_tokenizer
 from models.images.config import SCHEDULES
 from models.transformer import Params
 
-Checkpoint = tuple[TransformerConfig, Params, Tokenizer]
+
+class Checkpoint(NamedTuple):
+    """A target that was read; `provenance` is kept in its directory."""
+
+    config: TransformerConfig
+    params: Params
+    tokenizer: Tokenizer
+    provenance: dict[str, Any] | None = None
 
 
 def from_llama2c(source: Path, tokenizer: Path) -> Checkpoint:
     """llama2.c `.bin` files, version 0 or Q8_0 version 2, with their `tokenizer.bin`."""
     config, params = read_llama2c(source)
-    return config, params, read_llama2c_tokenizer(tokenizer, config.vocab_size)
+    return Checkpoint(config, params, read_llama2c_tokenizer(tokenizer, config.vocab_size))
 
 
 def from_gguf(source: Path, tokenizer: None) -> Checkpoint:
     """GGUF files, which hold their tokenizer."""
-    return read_gguf(source)
+    return Checkpoint(*read_gguf(source))
+
+
+def from_mu(source: Path, tokenizer: Path) -> Checkpoint:
+    """Encoder-decoders of Return of the Encoder, with the directory of their tokenizer."""
+    spoken = Tokenizer.load(tokenizer)
+    made = encoder_decoder(source, spoken.eos_ids)
+    check_vocabulary(made.config, spoken, source)
+    return Checkpoint(made.config, made.params, spoken, made.provenance)
 
 
 def drawn_chain(heads: released_serial.SerialBlock) -> DSpark:
@@ -98,8 +121,10 @@ class DrafterFormat:
     drafter: Callable[[Any], Drafter]
 
 
-# Format name -> reader of (source, tokenizer file or None).
-TARGETS: dict[str, Callable[..., Checkpoint]] = {"gguf": from_gguf, "llama2c": from_llama2c}
+# Format name -> reader of (source, tokenizer file or directory, or None).
+TARGETS: dict[str, Callable[..., Checkpoint]] = {"gguf": from_gguf, "llama2c": from_llama2c, "mu": from_mu}
+# Formats of targets that bring no tokenizer.
+SPEECHLESS = ("llama2c", "mu")
 
 DRAFTERS: dict[str, DrafterFormat] = {
     "medusa": DrafterFormat(
@@ -136,9 +161,10 @@ IMAGES: dict[str, Callable[[Path, Sequence[int] | None], Converted]] = {
 
 def convert_target(args: argparse.Namespace) -> str:
     """Writes a target directory; returns what was made, for a person."""
-    config, params, tokenizer = TARGETS[args.format](args.src, args.tokenizer)
-    save_target(args.out, config, params, tokenizer, overwrite=args.overwrite)
-    return f"{config.family}, {config.num_layers} layers, width {config.width}, vocabulary {config.vocab_size}"
+    config, params, tokenizer, provenance = TARGETS[args.format](args.src, args.tokenizer)
+    save_target(args.out, config, params, tokenizer, overwrite=args.overwrite, provenance=provenance)
+    layers = f"{config.encoder_layers} and {config.num_layers}" if config.encoder_layers else f"{config.num_layers}"
+    return f"{config.family}, {layers} layers, width {config.width}, vocabulary {config.vocab_size}"
 
 
 def convert_model(args: argparse.Namespace) -> str:
@@ -148,11 +174,15 @@ def convert_model(args: argparse.Namespace) -> str:
     params = load_params(config, args.src, base.params["embed"]["embedding"].dtype)
     if config.vocab_size > size:
         config, params = cut_vocabulary(config, params, size)
-    drafter = DraftModel(config, args.policy) if args.policy else DraftModel(config)
+    policy = args.policy or Static()
+    drafter: Drafter = DraftModel(config, policy)
+    if args.exits:
+        drafter = Nested(config, policy, tuple(args.exits), tuple(args.thresholds or ()))
     drafter.check(base.config)
     save_drafter(args.out, drafter, params, base.fingerprint(), overwrite=args.overwrite)
     shape = f"{config.num_layers} layers, width {config.width}, vocabulary {size} of {base.config.vocab_size}"
-    return f"a draft model of {shape} for {args.base}"
+    ends = f", which ends after {facts(args.exits)}," if args.exits else ""
+    return f"a draft model of {shape}{ends} for {args.base}"
 
 
 def common_vocabulary(source: Path, config: TransformerConfig, base: Target) -> int:
@@ -259,15 +289,17 @@ def check_options(args: argparse.Namespace) -> None:
         raise UserError(f"--from {args.format} needs --base, the directory of the target that it drafts for")
     for option, value, known in (
         ("--base", args.base, drafter),
-        ("--tokenizer", args.tokenizer, args.format == "llama2c"),
+        ("--tokenizer", args.tokenizer, args.format in SPEECHLESS),
         ("--layers", args.layers, args.format in ("eagle3", "eagle31", "p_eagle")),
         ("--norm_output", args.norm_output, args.format == "eagle31"),
         ("--policy", args.policy, args.format in WITH_POLICY),
+        ("--exits", args.exits, args.format == "model"),
+        ("--thresholds", args.thresholds, args.format == "model" and args.exits is not None),
         ("--schedule", args.schedule, image),
     ):
         if value is not None and not known:
             raise UserError(f"--from {args.format} has no use for {option}")
-    if args.format == "llama2c" and args.tokenizer is None:
+    if args.format in SPEECHLESS and args.tokenizer is None:
         raise UserError(f"--from {args.format} needs --tokenizer, without which the target could read no text")
     # Said before the work, which takes minutes for large models; what writes the directory holds to it again.
     if args.out.exists() and not args.overwrite:
@@ -281,7 +313,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     formats = [*TARGETS, *DRAFTERS, "model", *IMAGES]
     parser.add_argument("--from", dest="format", required=True, choices=formats, help="format of the source")
     parser.add_argument("--src", type=Path, required=True, help="checkpoint, or file or directory of released weights")
-    parser.add_argument("--tokenizer", type=Path, help="tokenizer file of a llama2c checkpoint")
+    parser.add_argument("--tokenizer", type=Path, help="tokenizer file of llama2c, or directory of mu")
     parser.add_argument("--base", type=Path, help="directory of the target that a released drafter was trained on")
     parser.add_argument(
         "--layers",
@@ -299,6 +331,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         "--growth",
         metavar="KIND[:NAME=VALUE,...]",
         help="how a model, an EAGLE head or a block grows its trees",
+    )
+    parser.add_argument("--exits", type=numbers(int), metavar="N[,N,...]", help="layers after which a model may end")
+    parser.add_argument(
+        "--thresholds",
+        type=numbers(float),
+        metavar="P[,P,...]",
+        help="of each exit but the last, the largest probability from which on its guess is taken",
     )
     parser.add_argument(
         "--schedule",

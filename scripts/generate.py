@@ -114,10 +114,11 @@ def stream(
     Raises:
       UserError: a request that does not fit the context.
     """
-    room = target.config.max_position - len(tokens)
+    before = len(target.opening(tokens))
+    room = target.config.max_position - before
     if augment is None and max_new_tokens > room:
         raise UserError(
-            f"--max_new_tokens must be at most {max(room, 0)}, which a prompt of {len(tokens)} tokens leaves of the "
+            f"--max_new_tokens must be at most {max(room, 0)}, which a prompt of {before} tokens leaves of the "
             f"target's context of {target.config.max_position}, got {max_new_tokens}"
         )
     proposer, params = drafter
@@ -128,7 +129,7 @@ def stream(
         "seeds": seed,
         "stop_texts": stop,
         "typical": Typical() if typical else None,
-        "capacity": bucket(slots_needed(len(tokens), max_new_tokens, proposer.max_depth, augment)),
+        "capacity": bucket(slots_needed(before, max_new_tokens, proposer.max_depth, augment)),
         "augment": augment,
     }
     # The stream would wait in its middle for the compiler, and the rate would tell how long that took.
@@ -168,8 +169,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     for name, drafter in zip(names, drafters, strict=True):
         if len(names) > 1:
             print(("\n" if first else "") + f"{name}:", flush=True)
-        behind = Continuation(tokenizer, tokens, split_stops(tokenizer, args.stop)[1])
-        writer = TextStream(behind, sys.stdout, color, opening="" if args.chat else text)
+        behind = Continuation(tokenizer, target.opening(tokens), split_stops(tokenizer, args.stop)[1])
+        apart = args.chat or target.config.encoder_layers
+        writer = TextStream(behind, sys.stdout, color, opening="" if apart else text)
         made = stream(
             target,
             tokens,

@@ -123,6 +123,7 @@ def make_plan(config: TrainConfig, facts: Any) -> Plan:
     if config.length is not None and config.length > objective.model.max_position:
         longest = objective.model.max_position
         raise UserError(f"config.length ({config.length}) exceeds the longest sequence of the model ({longest})")
+    check_refreshed(config, objective)
     sections = optimizers(config, objective)
     for name, section in sections.items():
         section.check_fits(config.steps, f"{name}: optimizer")
@@ -130,6 +131,19 @@ def make_plan(config: TrainConfig, facts: Any) -> Plan:
     optimizer = rules[""] if "" in rules else apart(rules)
     state = jax.eval_shape(functools.partial(init_state, config, objective, optimizer), objective.base)
     return Plan(config, mesh, objective, optimizer, _place(mesh, state), _place(mesh, objective.base))
+
+
+def check_refreshed(config: TrainConfig, objective: Objective) -> None:
+    """Raises UserError where a job writes text as it goes on, and could not resume in the middle of it."""
+    if not (every := objective.refresh_every):
+        return
+    if config.checkpoint.every % every:
+        raise UserError(
+            f"checkpoint.every ({config.checkpoint.every}) must be a multiple of the {every} steps that learn from one "
+            "text, which no checkpoint holds"
+        )
+    if config.data.features is not None:
+        raise UserError("data.features must be None: this job learns from text that it writes as it goes on")
 
 
 def optimizers(config: TrainConfig, objective: Objective) -> dict[str, OptimizerConfig]:
@@ -357,10 +371,13 @@ def loop(
     every line up to the step it restores and drops the lines beyond.
     """
     config = plan.config
-    update = None
+    update, made = None, {}
     for step in range(start + 1, config.steps + 1):
         with report.timed("data"):
-            batch = to_devices(plan, next(batches))
+            read = next(batches)
+            if plan.objective.refresh_every and (step - 1) % plan.objective.refresh_every == 0:
+                made = plan.objective.refresh(state["params"], frozen, read, refresh_key(state))
+            batch = to_devices(plan, {**read, **made})
         if update is None:
             with report.timed("compile"):
                 update = compiled_step(plan, state, frozen, batch, report.say)
@@ -380,6 +397,12 @@ def loop(
                     raise NotFinite(f"after step {step} {wrong} holds NaN or infinite values")
                 checkpoints.save(step, state, batches.get_state())
     return state
+
+
+def refresh_key(state: State) -> jax.Array:
+    """For what an objective draws on the host before the next step; the step's own draws never use it."""
+    key = jax.random.fold_in(jax.random.wrap_key_data(state["key"]), state["step"])
+    return jax.random.fold_in(key, 2)
 
 
 def on_mesh(mesh: Mesh) -> contextlib.AbstractContextManager:

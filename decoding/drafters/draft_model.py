@@ -10,23 +10,24 @@ and the root: the cache of a text of `length` tokens is read up to `length - 1`.
 """
 
 import dataclasses
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import jax.numpy as jnp
 from flax import struct
-from jaxtyping import Array, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from decoding.cache import commit, init_cache
+from decoding.drafter import TargetView
 from decoding.drafters.network_drafter import NetworkDrafter
 from decoding.place import Place
 from decoding.policies import Scores, Static, TreePolicy
 from decoding.policies.scratch import Scratch
 from models import transformer
-from models.attention import Sources
 from models.config import TransformerConfig
+from models.encoder_decoder import Memory, beside, encode
 from models.errors import UserError
 from models.layout import Layout
-from models.transformer import Cache, Params
+from models.transformer import Cache, Output, Params
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,12 +43,19 @@ class DraftModel(NetworkDrafter):
     policy: TreePolicy = dataclasses.field(default_factory=Static)
     name: ClassVar[str] = "draft_model"
 
+    @property
+    def running(self) -> TransformerConfig:
+        """The shape of what runs."""
+        return self.model
+
     def check(self, config):
         if self.model.vocab_size > config.vocab_size:
             raise UserError(
                 f"the draft model has a vocabulary of {self.model.vocab_size}, more than the target's "
                 f"{config.vocab_size}: scripts.convert --from model cuts it"
             )
+        if self.model.encoder_layers and not config.encoder_layers:
+            raise UserError("an encoder-decoder drafts for encoder-decoders alone, and the target is a decoder")
         self.policy.check(self.model.vocab_size)
 
     def init_params(self, config, target, key):
@@ -57,11 +65,22 @@ class DraftModel(NetworkDrafter):
         return transformer.for_decoding(params, mesh)
 
     def init(self, config, batch, capacity, dtype, mesh=None):
-        """The draft model's own cache."""
-        return {"cache": init_cache(self.model, batch, capacity, dtype, mesh=mesh)}
+        """The draft model's own cache; an encoder's part comes once the prompt is complete."""
+        return {"cache": init_cache(self.running, batch, capacity, dtype, mesh=mesh), "memory": None}
+
+    @property
+    def begins(self) -> bool:
+        return self.model.encoder_layers > 0
+
+    def begin(self, params, target, state):
+        """The prompt of an encoder-decoder, as the draft model's own encoder reads it."""
+        tokens = _known(self.model, target.memory.tokens)
+        return {**state, "memory": encode(self.model, params, tokens, target.memory.lengths)}
 
     def ingest(self, params, target, state, rows):
-        cache, start, tokens = state["cache"], rows.start, rows.tokens
+        cache, memory, start, tokens = state["cache"], state["memory"], rows.start, rows.tokens
+        if self.begins and rows.source == "prompt":
+            return state  # It is one token long, and the last one is read with the first draft.
         if rows.source == "target":
             # The last token of its own trees is still unread.
             unread = jnp.take_along_axis(target.text, start.length[:, None] - 1, axis=1)
@@ -69,8 +88,9 @@ class DraftModel(NetworkDrafter):
         length = start.length
         if rows.source != "own":
             layout = Layout.extend(length, tokens.shape[1], start.position)
-            out = transformer.forward(self.model, params, _known(self.model, tokens), layout, Sources(cache))
-            return {"cache": commit(cache, out.rows, None, length, after=out.hidden[:, 0])}
+            known = _known(self.model, tokens)
+            out = transformer.forward(self.running, params, known, *beside(memory, layout, cache))
+            return {**state, "cache": commit(cache, out.rows, None, length, after=out.hidden[:, 0])}
         # Row r of the text is the slot of node r - 1, and the first the token that was unread. What did not run lies
         # behind the accepted rows and is read next time.
         nodes = rows.nodes[:, :-1]
@@ -78,22 +98,38 @@ class DraftModel(NetworkDrafter):
             jnp.broadcast_to(rows.drafted["slot_of_node"], (nodes.shape[0], self.max_nodes)), nodes, 1
         )
         unread = jnp.full((nodes.shape[0], 1), self.policy.slots, jnp.int32)
-        taken = rows.drafted["scratch"].take(jnp.concatenate([unread, jnp.maximum(slots, 0)], axis=1))
-        return {"cache": commit(cache, taken, None, length - 1, after=rows.nodes[:, -1:])}
+        slots = jnp.concatenate([unread, jnp.maximum(slots, 0)], axis=1)
+        begins = start.back(1)
+        taken, after = self.rows_in(slots, rows.drafted["scratch"], params, cache, begins)
+        after = rows.nodes[:, -1:] if after is None else after
+        return {**state, "cache": commit(cache, taken, None, length - 1, after)}
+
+    def rows_in(
+        self, slots: Int[Array, "B R"], scratch: Any, params: Params, cache: Cache, begins: Place
+    ) -> tuple[Cache, Array | None]:
+        """Keys and values of what ran in the named slots of a draft's scratch, which is text from `begins` on.
+
+        Returns:
+          The rows of every layer, and what could only be computed after the cache was read, where it was.
+        """
+        return scratch.take(slots), None
 
     def network(self, params, target, state):
         """The draft model in the middle of the text."""
-        unread = jnp.take_along_axis(target.text, target.length[:, None] - 1, axis=1)
+        return ModelNetwork(**self.place_of_network(params, target, state))
+
+    def place_of_network(self, params: Params, target: TargetView, state: Any) -> dict[str, Any]:
+        """What any network of this model is given: fields of `ModelNetwork`."""
         size = self.model.vocab_size
-        vocabulary = None if size == target.config.vocab_size else jnp.arange(size, dtype=jnp.int32)
-        return ModelNetwork(
-            self.model,
-            params,
-            state["cache"],
-            target.place.back(1),
-            unread,
-            target.config.vocab_size,
-            vocabulary=vocabulary,
+        return dict(
+            config=self.running,
+            params=params,
+            cache=state["cache"],
+            place=target.place.back(1),
+            unread=jnp.take_along_axis(target.text, target.length[:, None] - 1, axis=1),
+            vocab_size=target.config.vocab_size,
+            vocabulary=None if size == target.config.vocab_size else jnp.arange(size, dtype=jnp.int32),
+            memory=state["memory"],
         )
 
     def draft(self, params, target, state, root, keys):
@@ -114,6 +150,7 @@ class ModelNetwork:
       layers: how many run; None means all.
       vocab_size: V, of the target.
       vocabulary: target tokens of its outputs; None where they are all the target has.
+      memory: what an encoder of its own, or the target's, made of the prompt.
     """
 
     config: TransformerConfig = struct.field(pytree_node=False)
@@ -124,9 +161,15 @@ class ModelNetwork:
     vocab_size: int = struct.field(pytree_node=False)
     layers: int | None = struct.field(pytree_node=False, default=None)
     vocabulary: Int[Array, "W"] | None = None
+    memory: Memory | None = None
 
     def begin(self, root, slots):
         """See `DraftNetwork`."""
+        out, scratch = self.read_root(root, slots)
+        return Scores(self.logits(out)[:, -1:], tokens=self.vocabulary), scratch
+
+    def read_root(self, root: Int[Array, "B"], slots: int) -> tuple[Output, Scratch]:
+        """What the forward says of the unread rows and, behind them, the root; they are in the scratch."""
         batch, unread = self.unread.shape
         layout = Layout.extend(self.place.length, unread + 1, self.place.position)
         out = self._forward(jnp.concatenate([self.unread, root[:, None]], axis=1), layout, None)
@@ -135,22 +178,34 @@ class ModelNetwork:
         # The root goes first and the text before it last.
         scratch = scratch.write(_cut(out.rows, slice(0, unread)), layout.positions[:, :unread], slots)
         scratch = scratch.write(_cut(out.rows, slice(unread, None)), layout.positions[:, unread:], 0)
-        return Scores(out.logits[:, -1:], tokens=self.vocabulary), scratch
+        return out, scratch
 
     def extend(self, scratch, level, at, tokens, parents, seen):
         """See `DraftNetwork`."""
+        out, scratch = self.read_level(scratch, level, at, tokens, seen)
+        return Scores(self.logits(out), tokens=self.vocabulary), scratch
+
+    def logits(self, out: Output) -> Float[Array, "B T V"]:
+        """What the forward's rows say."""
+        return out.logits
+
+    def read_level(
+        self, scratch: Scratch, level: int, at: int, tokens: Int[Array, "B M"], seen: Bool[Array, "B M S"]
+    ) -> tuple[Output, Scratch]:
+        """What the forward says of a level's rows, which are in the scratch then."""
         unread = self.unread.shape[1]
         positions = self.place.positions(jnp.full(tokens.shape, unread + level, jnp.int32))
         layout = scratch.layout(
             positions, self.place.length, jnp.pad(seen, ((0, 0), (0, 0), (0, unread)), constant_values=True)
         )
         out = self._forward(tokens, layout, scratch.rows)
-        return Scores(out.logits, tokens=self.vocabulary), scratch.write(out.rows, positions, at)
+        return out, scratch.write(out.rows, positions, at)
 
     def _forward(self, tokens, layout, scratch):
         layers = None if self.layers is None else (0, self.layers)
         known = _known(self.config, tokens)
-        return transformer.forward(self.config, self.params, known, layout, Sources(self.cache, scratch), layers)
+        seen = beside(self.memory, layout, self.cache, scratch)
+        return transformer.forward(self.config, self.params, known, *seen, layers, ("pre_norm",))
 
 
 def _known(config: TransformerConfig, tokens: Int[Array, "B T"]) -> Int[Array, "B T"]:

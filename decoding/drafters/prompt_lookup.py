@@ -66,10 +66,11 @@ class PromptLookup(Drafter):
             raise UserError(f"{self.name} needs ngram of at least shortest ({self.shortest}), got {self.ngram}")
 
     def draft(self, params, target, state, root, keys):
-        match_B = find_match(target.text, target.length, self.ngram, self.depth, self.shortest)
+        text_BC, length_B = target.all_text()
+        match_B = find_match(text_BC, length_B, self.ngram, self.depth, self.shortest)
         place_BN = match_B[:, None] + jnp.arange(self.max_nodes, dtype=jnp.int32)
-        known_BN = (match_B[:, None] >= 0) & (place_BN <= target.length[:, None])
-        copied_BN = jnp.take_along_axis(target.text, jnp.where(known_BN, place_BN, 0), axis=1)
+        known_BN = (match_B[:, None] >= 0) & (place_BN <= length_B[:, None])
+        copied_BN = jnp.take_along_axis(text_BC, jnp.where(known_BN, place_BN, 0), axis=1)
         # The match ends with a copy of the root, so node 0 needs no care but for rows without a match.
         tree = chain(self.depth).fill(copied_BN.at[:, 0].set(root), self.rule(target.sampling.greedy))
         return dataclasses.replace(tree, valid=known_BN.at[:, 0].set(True)), None

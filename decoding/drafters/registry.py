@@ -30,6 +30,7 @@ from decoding.drafters.first_of import FirstOf
 from decoding.drafters.hydra import Hydra
 from decoding.drafters.lookahead import Lookahead
 from decoding.drafters.medusa import Medusa
+from decoding.drafters.nested import Nested
 from decoding.drafters.oracle import Oracle
 from decoding.drafters.p_eagle import PEagle
 from decoding.drafters.plain import Plain
@@ -39,7 +40,7 @@ from decoding.policies import TreePolicy, read_policy
 from decoding.trees import Topology
 from models import schema
 from models.errors import UserError
-from models.formats.beside import check_base, read_params, save_beside
+from models.formats.beside import check_base, read_beside, save_beside
 from models.formats.storage import write_json
 from models.formats.target import Target
 from models.formats.text_files import read_json
@@ -57,6 +58,7 @@ DRAFTERS: dict[str, type[Drafter]] = {
     "dflash": DFlash,
     "dspark": DSpark,
     "falcon": Falcon,
+    "nested": Nested,
     "token_recycling": TokenRecycling,
     "prompt_lookup": PromptLookup,
     "lookahead": Lookahead,
@@ -145,10 +147,25 @@ def load_drafter(spec: str | Path, target: Target, mesh: Mesh | None = None) -> 
     drafter.check(target.config)
     shapes = jax.eval_shape(functools.partial(drafter.init_params, target.config), target.params, jax.random.key(0))
     mesh = mesh_of(target.params) if mesh is None else mesh
-    params = read_params(directory, "drafter.json", shapes, mesh, lambda name: _present_name(name, record))
+    params = read_params(directory, record, shapes, mesh)
     if carried:
         drafter = _of_size(drafter, argument, record, name)
     return drafter, in_huge_pages(drafter.for_decoding(params, mesh))
+
+
+def read_params(directory: Path, record: dict, shapes: typing.Any, mesh: Mesh | None = None) -> typing.Any:
+    """The parameters in a drafter directory, whatever its base.
+
+    Args:
+      directory: it.
+      record: its `drafter.json`.
+      shapes: a tree of `ShapeDtypeStruct`s, as `init_params` would make it.
+      mesh: shards them over it; None is the default device.
+
+    Raises:
+      UserError: a tensor is missing, unknown or of another shape.
+    """
+    return read_beside(directory, "drafter.json", shapes, mesh, lambda name: _present_name(name, record))
 
 
 def _of_size(drafter: Drafter, candidates: str, record: dict, name: str) -> Drafter:

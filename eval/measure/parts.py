@@ -11,6 +11,7 @@ candidates are accepted only through the verdict, which looks at one more node f
 """
 
 import dataclasses
+import functools
 import time
 from typing import Any, cast
 
@@ -26,8 +27,8 @@ from decoding.generate import bucket
 from decoding.request import Request
 from decoding.sampling import Sampling, batch_sampling
 from eval.measure.timing import Part, Timed, Timing
-from models.attention import Sources
 from models.config import TransformerConfig
+from models.encoder_decoder import Memory, beside
 from models.layout import Layout
 from models.transformer import Params, forward
 
@@ -37,7 +38,8 @@ GREEDY = Sampling()
 
 @dataclasses.dataclass(frozen=True)
 class Scene:
-    """Texts in mid-decode: `batch` rows of `length` committed tokens in a cache of `capacity` slots."""
+    """Texts in mid-decode: `batch` rows of `length` committed tokens in a cache of `capacity` slots; those of an
+    encoder-decoder behind prompts of `read` tokens."""
 
     config: TransformerConfig
     params: Params
@@ -45,6 +47,7 @@ class Scene:
     capacity: int
     batch: int = 1
     sampling: Sampling = GREEDY
+    read: int = 0
 
     @classmethod
     def with_room(
@@ -75,13 +78,27 @@ class Scene:
             stops=jnp.full((self.batch, 1, 1), -1, jnp.int32),
             keys=jax.vmap(jax.random.key)(jnp.arange(self.batch, dtype=jnp.uint32)),
             sampling=jax.tree.map(jnp.asarray, batch_sampling([self.sampling] * self.batch)),
+            memory=self.memory,
         )
 
-    def state(self, drafter: Drafter) -> loop.DecodeState:
+    @functools.cached_property
+    def memory(self) -> Memory | None:
+        """The prompts, where an encoder reads them."""
+        if not self.read:
+            return None
+        lengths = jnp.full(self.batch, self.read, jnp.int32)
+        return loop.encode_prompt(self.config, self.params, jnp.asarray(self.tokens(self.read)), lengths)
+
+    def state(self, drafter: Drafter, drafter_params: Any = None) -> loop.DecodeState:
         """The loop's carry."""
         text = self.tokens(self.capacity)
         state = loop.init_state(self.config, drafter, self.batch, self.capacity, self.dtype, text)
-        return _at(state, self.lengths)
+        state = _at(state, self.lengths)
+        if self.memory is None or not drafter.begins:
+            return state
+        models = self.models(drafter, drafter_params)
+        made = drafter.begin(models.drafter_params, models.view(state, self.request()), state.drafter)
+        return dataclasses.replace(state, drafter=made)
 
     def models(self, drafter: Drafter, drafter_params: Any) -> loop.Models:
         """The target and a drafter."""
@@ -100,10 +117,10 @@ def rows_forward(scene: Scene, rows: int) -> Part:
     length = scene.lengths
 
     def run(fixed, tokens):
-        params, cache, length = fixed
-        return forward(scene.config, params, tokens, Layout.extend(length, rows), Sources(cache)).logits
+        params, cache, length, memory = fixed
+        return forward(scene.config, params, tokens, *beside(memory, Layout.extend(length, rows), cache)).logits
 
-    return Part.of(run, (scene.params, cache, length), scene.tokens(rows))
+    return Part.of(run, (scene.params, cache, length, scene.memory), scene.tokens(rows))
 
 
 def draft_part(scene: Scene, drafter: Drafter, drafter_params: Any) -> Part:
@@ -114,7 +131,7 @@ def draft_part(scene: Scene, drafter: Drafter, drafter_params: Any) -> Part:
 
 def _drafting(scene: Scene, drafter: Drafter, drafter_params: Any):
     """`loop.draft` as a function of (fixed, varying), and these arguments: what is large, and what changes."""
-    request, state = scene.request(), scene.state(drafter)
+    request, state = scene.request(), scene.state(drafter, drafter_params)
 
     def draft(fixed, varying):
         models, state = fixed
@@ -148,7 +165,7 @@ def step_parts(scene: Scene, drafter: Drafter, drafter_params: Any) -> dict[str,
     These are the five functions of `decoding/loop.py`. What tells the drafter's networks from the rest of `draft`,
     `choice` or `network`, is there too where the drafter has networks.
     """
-    state, request = scene.state(drafter), scene.request()
+    state, request = scene.state(drafter, drafter_params), scene.request()
     draft, fixed, varying = _drafting(scene, drafter, drafter_params)
     models, without = fixed
     tree, kept = jax.jit(draft)(fixed, varying)
@@ -211,7 +228,7 @@ class Step:
     def __init__(self, scene: Scene, drafter: Drafter, drafter_params: Any, steps: int = STEPS_PER_SAMPLE):
         """The loop of `drafter` on `scene`, whose cache must have room for a sample (`Scene.with_room`)."""
         self._models = scene.models(drafter, drafter_params)
-        self._state, self._request = scene.state(drafter), scene.request(drafter.max_depth)
+        self._state, self._request = scene.state(drafter, drafter_params), scene.request(drafter.max_depth)
         self._lengths, self._steps = scene.lengths, steps
         self.first_seconds: float | None = None
         self._sampled = False

@@ -171,7 +171,8 @@ def benchmark(
     mine = processes.share(range(len(prompts)))
     groups = [mine[first : first + batch] for first in range(0, len(mine), batch)]
     longest = [max(len(prompts[index].tokens) for index in group) for group in groups]
-    capacities = [bucket(slots_needed(length, max_new_tokens, deepest, augment)) for length in longest]
+    before = [max(len(target.opening(prompts[index].tokens)) for index in group) for group in groups]
+    capacities = [bucket(slots_needed(length, max_new_tokens, deepest, augment)) for length in before]
 
     def decode(contender: Contender, number: int, limit: int = max_new_tokens) -> Generation:
         return generate(
@@ -194,9 +195,7 @@ def benchmark(
         for contender in field:
             progress(f"compiling {contender.path or contender.drafter.name}, bucket {count} of {len(buckets)}")
             decode(contender, number, min(WARM_UP_TOKENS + first_pause(augment), max_new_tokens))
-    middle = sorted(len(prompt.tokens) for prompt in prompts)[len(prompts) // 2]
-    room = bucket(slots_needed(middle, max_new_tokens, deepest))
-    scene = Scene(target.config, target.params, middle, room, batch)
+    scene = _scene(target, prompts, max_new_tokens, deepest, batch)
     measured, timed = [Measured(contender, [], [], []) for contender in field], None
     for repeat in range(repeats):
         _take_turns(measured, groups, repeat, decode, progress)
@@ -219,6 +218,14 @@ def _check(prompts: Sequence[Prompt], repeats: int) -> None:
         raise UserError("there is no prompt to decode")
     if repeats < 1:
         raise UserError(f"repeats must be at least 1, got {repeats}")
+
+
+def _scene(target: Target, prompts: Sequence[Prompt], new_tokens: int, deepest: int, batch: int) -> Scene:
+    """Texts as long as the middle prompt; behind an encoder, which reads the prompt, as half of what is written."""
+    middle = sorted(len(prompt.tokens) for prompt in prompts)[len(prompts) // 2]
+    read, length = (middle, max(1, new_tokens // 2)) if target.config.encoder_layers else (0, middle)
+    room = bucket(slots_needed(length, new_tokens, deepest))
+    return Scene(target.config, target.params, length, room, batch, read=read)
 
 
 def _take_turns(measured: Sequence[Measured], groups: Sequence[Sequence[int]], repeat: int, decode, progress) -> None:
@@ -371,7 +378,7 @@ def _first_difference(
             "baseline_token": base[shared] if shared < len(base) else None,
         }
         if greedy:
-            logits = target.apply([[*prompt.tokens, *base[:shared]]]).logits[0, -1]
+            logits = target.next_scores(prompt.tokens, base[:shared])
             second, best = np.sort(np.asarray(logits))[-2:]
             place["top_2_margin"] = float(best - second)
         return place

@@ -68,6 +68,7 @@ def rows_of_text(
     from train.data.order import in_order
     from train.data.texts import PackedRows, open_split
 
+    target.refuse_encoder("is measured on answers behind their prompts, by its training's evaluations")
     if (data is None) == (text is None):
         raise UserError("give either a data set or a text file to measure on")
     if length > target.config.max_position:

@@ -45,7 +45,7 @@ def save_beside(directory: str | Path, name: str, record: dict[str, Any], params
         write_json(partial / name, record)
 
 
-def read_params(
+def read_beside(
     directory: Path, name: str, shapes: Any, mesh: Mesh | None, renamed: Callable[[str], str] = lambda tensor: tensor
 ) -> Any:
     """The parameters in a directory.

@@ -58,6 +58,15 @@ _LAYER_TENSORS = {
     "mlp/gate/kernel": "mlp.gate_proj.weight",
     "mlp/up/kernel": "mlp.up_proj.weight",
     "mlp/down/kernel": "mlp.down_proj.weight",
+    "mlp/gate/bias": "mlp.gate_proj.bias",
+    "mlp/up/bias": "mlp.up_proj.bias",
+    "mlp/down/bias": "mlp.down_proj.bias",
+    "cross_attention_norm/scale": "cross_attention_layernorm.weight",
+    **{
+        f"cross_attention/{ours}/{kind}": f"cross_attn.{ours}_proj.{theirs}"
+        for ours in "qkvo"
+        for kind, theirs in (("kernel", "weight"), ("bias", "bias"))
+    },
 }
 # With norms on both sides of each half (Gemma-2) one name changes its meaning.
 _POST_NORM_TENSORS = {
@@ -79,11 +88,13 @@ def tensor_names(config: TransformerConfig) -> dict[str, str]:
     per_layer = {**_LAYER_TENSORS, **(_POST_NORM_TENSORS if config.post_norms else {})}
     names = {}
     for path in leaves_by_path(param_shapes(config)):
-        if path.startswith("layers/"):
-            _, layer, rest = path.split("/", 2)
-            names[path] = f"model.layers.{layer}.{per_layer[rest]}"
+        part = path.removeprefix("encoder/")
+        within = "model." if part == path else "model.encoder."
+        if part.startswith("layers/"):
+            _, layer, rest = part.split("/", 2)
+            names[path] = f"{within}layers.{layer}.{per_layer[rest]}"
         else:
-            names[path] = _TENSORS[path]
+            names[path] = _TENSORS[part].replace("model.", within)
     return names
 
 
@@ -133,8 +144,11 @@ def save_target(
     *,
     overwrite: bool = False,
     max_shard_bytes: int = 5 * 10**9,
+    provenance: Mapping[str, Any] | None = None,
 ) -> None:
     """Writes a directory that `load_target` and transformers both load; reading it back is bit-equal.
+
+    Encoder-decoders (family `mu`) are the exception: transformers has no class for them.
 
     Args:
       directory: to be made. It appears only when it is complete.
@@ -143,6 +157,7 @@ def save_target(
       tokenizer: saved beside the weights when given.
       overwrite: replace a target directory that is already there.
       max_shard_bytes: weights beyond this many bytes go to several files with an index.
+      provenance: what it was made from, kept in `config.json`, where nothing reads it.
 
     Raises:
       UserError: the directory exists, the family cannot express the config, or `params` does not fit it.
@@ -157,7 +172,9 @@ def save_target(
     generation = {"bos_token_id": config.bos_id, "eos_token_id": eos_to_hf(config.eos_ids)}
     with new_directory(directory, "config.json", overwrite) as partial:
         _write_weights(partial, tensor_names(config), leaves, max_shard_bytes)
-        write_json(partial / "config.json", hf_config)
+        write_json(
+            partial / "config.json", hf_config if provenance is None else {**hf_config, "provenance": provenance}
+        )
         write_json(partial / "generation_config.json", {k: v for k, v in generation.items() if v is not None})
         if tokenizer is not None:
             tokenizer.save(partial)

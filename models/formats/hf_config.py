@@ -21,6 +21,7 @@ ARCHITECTURES = {
     "qwen2": "Qwen2ForCausalLM",
     "qwen3": "Qwen3ForCausalLM",
     "gemma2": "Gemma2ForCausalLM",
+    "mu": "MuForConditionalGeneration",  # Ours: transformers has none.
 }
 
 _LARGEST, _MOST = 2**31 - 1, 10_000  # of a size, and of things that are counted one by one
@@ -58,6 +59,7 @@ _ABSENT: dict[str, dict[str, Any]] = {
         "bos_token_id": 2,
         "eos_token_id": 1,
     },
+    "mu": {"hidden_act": "gelu_pytorch_tanh", "attention_bias": True, "mlp_bias": True, "gated_mlp": False},
 }
 
 _ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
@@ -109,7 +111,7 @@ def config_from_hf(raw: Mapping[str, Any], where: str = "config.json") -> Transf
             "it was before"
         )
     for key, harmless in _HARMLESS.items():
-        if raw.get(key) not in harmless:
+        if raw.get(key) not in harmless and key not in _ABSENT[family]:
             raise UserError(f"{where}: {key} = {json.dumps(raw[key])} is not supported")
     keys = _Keys({**_COMMON, **_ABSENT[family], **raw}, where)
     num_heads, num_layers = (
@@ -131,6 +133,12 @@ def config_from_hf(raw: Mapping[str, Any], where: str = "config.json") -> Transf
             attention_softcap=keys.number("attn_logit_softcapping", optional=True),
             logit_softcap=keys.number("final_logit_softcapping", optional=True),
             query_scale=_query_scale(keys.number("query_pre_attn_scalar"), head_dim),
+        )
+    elif family == "mu":
+        extra = dict(
+            encoder_layers=keys.integer("num_encoder_layers", most=_MOST),
+            gated_mlp=keys.boolean("gated_mlp"),
+            mlp_bias=keys.boolean("mlp_bias"),
         )
     else:
         extra = dict(qk_norm=family == "qwen3")
@@ -290,7 +298,7 @@ def _rope(raw: Mapping[str, Any], keys: _Keys, where: str) -> tuple[float, RopeS
 
 def _windows(family: str, keys: _Keys, where: str) -> tuple[int | None, ...]:
     layers = range(keys.integer("num_hidden_layers"))
-    if family == "llama" or (family in ("qwen2", "qwen3") and not keys.boolean("use_sliding_window")):
+    if family in ("llama", "mu") or (family in ("qwen2", "qwen3") and not keys.boolean("use_sliding_window")):
         window = None
     else:
         window = keys.integer("sliding_window", optional=True)
@@ -338,9 +346,12 @@ def _family_keys(config: TransformerConfig) -> dict[str, Any]:
     """The keys that only some families know."""
     out: dict[str, Any] = {}
     window = next((w for w in config.windows if w is not None), None)
-    if config.family in ("llama", "qwen3", "gemma2"):
+    if config.family in ("llama", "qwen3", "gemma2", "mu"):
         out["attention_bias"] = config.qkv_bias
-    if config.family == "llama":
+    if config.family == "mu":
+        out |= {"is_encoder_decoder": True, "num_encoder_layers": config.encoder_layers}
+        out |= {"gated_mlp": config.gated_mlp, "mlp_bias": config.mlp_bias}
+    elif config.family == "llama":
         out["mlp_bias"] = False
     else:
         out["sliding_window"] = window

@@ -23,9 +23,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
-from jaxtyping import Array, Int
+from jaxtyping import Array, Float, Int
 
 from models.config import TransformerConfig
+from models.encoder_decoder import beside, encode
 from models.errors import UserError
 from models.formats.hf import load_config, load_params
 from models.formats.tokenizer import Tokenizer
@@ -70,11 +71,39 @@ class Target:
           taps: features to return: `pre_norm`, `post_norm`, `layer:k`.
 
         Raises:
-          UserError: rows of different lengths, or ids outside the vocabulary.
+          UserError: rows of different lengths, ids outside the vocabulary, or an encoder-decoder.
         """
+        self.refuse_encoder("scores texts behind their prompts, not texts alone")
         if not isinstance(tokens, jax.Array):
             tokens = self._checked(tokens)
         return _apply(self.config, self.params, tokens, segments, layers, tuple(taps))
+
+    def next_scores(self, prompt: Sequence[int], text: Sequence[int]) -> Float[Array, "V"]:
+        """Logits of the token behind a prompt and what was written so far, by a forward over all of it."""
+        if not self.config.encoder_layers:
+            return self.apply([[*prompt, *text]]).logits[0, -1]
+        read, own = self._checked([prompt]), self._checked([[*self.opening(prompt), *text]])
+        return _apply_behind(self.config, self.params, read, own)
+
+    def opening(self, prompt: Sequence[int]) -> list[int]:
+        """What stands before that which is written: the prompt, or where an encoder reads that the begin token.
+
+        Raises:
+          UserError: nothing says what an encoder-decoder's texts begin with.
+        """
+        if not self.config.encoder_layers:
+            return list(prompt)
+        if self.config.bos_id is None:
+            raise UserError(
+                f"{self.path or 'the target'} is an encoder-decoder and names no token that its texts begin with: "
+                "config.json needs bos_token_id"
+            )
+        return [self.config.bos_id]
+
+    def refuse_encoder(self, why: str) -> None:
+        """Raises UserError where this is an encoder-decoder, which ... (why)."""
+        if self.config.encoder_layers:
+            raise UserError(f"{self.path or 'the target'} is an encoder-decoder, which {why}")
 
     def fingerprint(self) -> dict[str, int | str | None]:
         """What a drafter remembers of its base: sizes, vocabulary, and hashes of the embedding and the tokenizer.
@@ -111,6 +140,12 @@ class Target:
 def _apply(config, params, tokens, segments, layers, taps):
     batch, length = tokens.shape
     return forward(config, params, tokens, Layout.causal(batch, length, segments), layers=layers, taps=taps)
+
+
+@functools.partial(jax.jit, static_argnames=("config",))
+def _apply_behind(config, params, prompt, text):
+    memory = encode(config, params, prompt, jnp.full(1, prompt.shape[1], jnp.int32))
+    return forward(config, params, text, *beside(memory, Layout.causal(*text.shape))).logits[0, -1]
 
 
 def load_target(directory: str | Path, dtype=None, mesh: Mesh | None = None) -> Target:

@@ -27,13 +27,14 @@ from decoding.drafters.first_of import FirstOf
 from decoding.drafters.hydra import Hydra
 from decoding.drafters.lookahead import Lookahead
 from decoding.drafters.medusa import Medusa
+from decoding.drafters.nested import Nested
 from decoding.drafters.network_drafter import NetworkDrafter
 from decoding.drafters.p_eagle import PEagle
 from decoding.drafters.plain import Plain
 from decoding.drafters.prompt_lookup import PromptLookup
 from decoding.drafters.registry import load_drafter
 from decoding.drafters.token_recycling import TokenRecycling
-from decoding.policies import Confidence, DySpec, Expanding, Static, StochasticBeam, TreePolicy
+from decoding.policies import Confidence, DySpec, Expanding, Scheduled, Static, StochasticBeam, TreePolicy
 from decoding.trees import Topology, chain, from_child_counts
 from models import transformer
 from models.config import TransformerConfig
@@ -193,6 +194,16 @@ def _draft_model(target: Target, policy: TreePolicy) -> tuple[Drafter, Any]:
     return DraftModel(small, policy), transformer.split_projections(small, first)
 
 
+def nested(target: Target, key: Array) -> tuple[Drafter, Any]:
+    """The target's own layers, the last of them with noise: a candidate ends behind the first where that is sure, and
+    the chain where the last is not either."""
+    params = transformer.split_projections(target.config, target.params)
+    *layers, last = params["layers"]
+    policy = Scheduled(depth=2, threshold=0.2)
+    exits = target.config.num_layers - 1, target.config.num_layers
+    return Nested(target.config, policy, exits, (0.6,)), {**params, "layers": [*layers, noisy(last, 0.2)]}
+
+
 def early_exit(target: Target, key: Array) -> tuple[Drafter, Any]:
     """The first of the target's two layers."""
     return EarlyExit(1, Static(LOPSIDED, "top")), None
@@ -211,6 +222,7 @@ CASES: dict[str, Callable[[Target, Array], tuple[Drafter, Any]]] = {
     "draft chain": draft_chain,
     "draft rsd-s": draft_beam,
     "draft dyspec": draft_dyspec,
+    "nested": nested,
     "eagle": eagle,
     "eagle2": eagle2,
     "eagle3": eagle3,
@@ -315,6 +327,9 @@ def _with_trained(name: str, drafter: Drafter, params: Any, target: Target) -> t
         return drafter, None
     folder = "draft_model" if isinstance(drafter, DraftModel) else f"{_TRAINED_AS.get(name, name)}/drafter"
     trained, params = load_drafter(f"{TRAINED}/{folder}", target)
+    if isinstance(drafter, DraftModel):
+        exits = {"exits": (1, trained.model.num_layers)} if isinstance(drafter, Nested) else {}
+        return dataclasses.replace(drafter, model=trained.model, **exits), params
     kept = "policy" if isinstance(drafter, NetworkDrafter) else "tree"
     return dataclasses.replace(trained, **{kept: getattr(drafter, kept)}), params  # type: ignore[type-var]
 

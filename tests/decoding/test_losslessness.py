@@ -313,7 +313,7 @@ def test_it_is_the_product_of_conditionals() -> None:
 
 # One of each rule; trees that are data are above. For all others the battery compares longer texts with plain
 # decoding's, token for token, in programs that it has anyway; here they run with `-m slow`.
-BY_DEFAULT = ("draft chain", "eagle")
+BY_DEFAULT = ("nested", "eagle")
 
 
 @pytest.mark.parametrize(

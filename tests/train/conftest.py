@@ -52,6 +52,8 @@ def data_set(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
 
 
 SMALL_BLOCKS = {"target_layers": (0, 1), "num_layers": 1, "anchors": 32, "loop_prompts": 0}
+STUDENT = {**SHAPE, "num_layers": 1, "mlp_width": 16}
+SMALL_STUDENT = {"model": STUDENT, "draft": 2, "new_tokens": 12, "loop_prompts": 0}
 SMALL_SERIAL = {"block": 3, "rank": 4}
 
 
@@ -107,6 +109,7 @@ def job(data_set: pathlib.Path, target_directory: pathlib.Path) -> Callable[...,
             "state": 6,
         },
         "falcon": {"name": "falcon", "target": str(target_directory), "depth": 3, "loop_prompts": 0},
+        "early_exit": {"name": "early_exit", "target": str(target_directory), "layers": 1, "loop_prompts": 0},
         "several": {"name": "several", "target": str(target_directory)},
         "coprocessor": {
             "name": "coprocessor",
@@ -115,6 +118,8 @@ def job(data_set: pathlib.Path, target_directory: pathlib.Path) -> Callable[...,
             "places": 5,
             "ahead": 4,
         },
+        "distill": {**SMALL_STUDENT, "name": "distill", "target": str(target_directory)},
+        "minillm": {**SMALL_STUDENT, "name": "minillm", "reuse": 2, "target": str(target_directory)},
     }
 
     def make(name: str, objective: dict[str, Any] | None = None, **changes: Any) -> TrainConfig:

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from train.objectives import block_losses
+from train.objectives import block_losses, divergences
 from train.objectives.block_losses import Terms, slot_losses
 
 S, V = 5, 5  # As many slots as tokens, so that every token is the label of one slot.
@@ -27,16 +27,16 @@ Q, P = drawn(0, 1.0), drawn(1, 2.0)
 
 
 def results(q, p, likely, counted) -> dict[str, Any]:
-    labels, weight = jnp.arange(V), block_losses.hybrid_weight(block_losses.acceptance(q, p))
+    labels, weight = jnp.arange(V), divergences.hybrid_weight(divergences.acceptance(q, p))
     one_hot = jnp.log(jnp.eye(V))
 
     def total(term, x, of=p):
         return jnp.sum(slot_losses(Terms(**{term: 1.0}), jax.nn.log_softmax(x), of, labels, weight))
 
-    found: dict[str, Any] = {"alpha": block_losses.acceptance(q, p), "weight": weight}
+    found: dict[str, Any] = {"alpha": divergences.acceptance(q, p), "weight": weight}
     found |= {name: slot_losses(Terms(**{name: 1.0}), q, p, labels) for name in TERMS}
     found["all"] = slot_losses(Terms(1, 2, 3, 4, 5), q, p, labels)
-    found["one weight"] = block_losses.hybrid(q, p, jnp.float64(0.3))
+    found["one weight"] = divergences.hybrid(q, p, jnp.float64(0.3))
     steps = 1e-6 * jnp.eye(S * V).reshape(-1, S, V)
     for name in TERMS:
         found[f"slope {name}"] = jax.grad(lambda x, name=name: total(name, x))(q)
@@ -44,7 +44,7 @@ def results(q, p, likely, counted) -> dict[str, Any]:
         found[f"differences {name}"] = ((rises - falls) / 2e-6).reshape(S, V)
     for name in ("nla", "forward_kl"):
         found[f"one-hot {name}"] = jax.value_and_grad(lambda x, name=name: total(name, x, one_hot))(q)
-    found["disjoint"] = block_losses.nla(one_hot[:1], one_hot[1:2])
+    found["disjoint"] = divergences.nla(one_hot[:1], one_hot[1:2])
     survives = jnp.exp(q[0])
     logit = jnp.log(survives / (1 - survives))
     found["confidence"] = jax.value_and_grad(lambda x: jnp.sum(block_losses.confidence_loss(x, survives)))(logit)

@@ -18,7 +18,8 @@ from tests.noise import drawn
 from train import trainer
 from train.checkpoint import restore
 from train.data.corpus import open_corpus
-from train.objectives.block_losses import Terms, acceptance, slot_losses
+from train.objectives.block_losses import Terms, slot_losses
+from train.objectives.divergences import acceptance
 
 DEPTH, TERMS = 3, Terms(hard=0.1, l1=0.9)
 CASES = {

@@ -13,6 +13,7 @@ from tests.train.conftest import SHAPE
 from train import trainer
 from train.data.corpus import open_corpus
 from train.objectives import guess, pieces
+from train.objectives.divergences import Divergence
 from train.objectives.guess import Guess, Labels, Teacher, Weights, losses, measures
 
 B, S, H, V, W = 2, 7, 4, 11, 5
@@ -71,6 +72,17 @@ def defined(guesses, teacher, weights):
     return jnp.stack(found)
 
 
+def entropies(guesses, teacher):
+    """The teacher's, over the rows that count."""
+    t = jax.nn.softmax(teacher.read(teacher.scored))
+    entropy, found = -jnp.sum(t * jnp.log(t), axis=-1), []
+    for i, (_, at, labels, _) in enumerate(guesses):
+        places = jnp.broadcast_to(jnp.arange(S), (B, S)) if at is None else at
+        seat, rows = jnp.minimum(places + i + 1, S - 1), jnp.arange(B)[:, None]
+        found.append(jnp.sum(entropy[rows, seat] * (labels.counted & teacher.learnt[rows, seat])))
+    return jnp.stack(found)
+
+
 @pytest.mark.usefixtures("x64")
 def test_losses_and_their_slopes_are_those_of_the_whole_text(monkeypatch):
     trained, guesses, teacher = setting()
@@ -84,6 +96,11 @@ def test_losses_and_their_slopes_are_those_of_the_whole_text(monkeypatch):
             "defined": slopes(lambda trained: defined(guesses(trained), teacher, weights)),
             **{f"{n}": slopes(lambda trained, n=n: by_pieces(trained, n)[0]) for n in (1, 3)},
             "measured": [measured(n) for n in (1, 3)],
+            "diverging": [
+                losses(guesses(trained), teacher, Weights(0.0, 1.0, 0.0, 1.0, divergence=of))[0]
+                for of in (Divergence("forward_kl"), Divergence("tvd"))
+            ],
+            "crossed": losses(guesses(trained), teacher, Weights(0.0, 1.0, 0.0, 1.0))[0],
             "choices": [guess.first_choices(lambda x: x @ jnp.eye(H, V), teacher.scored)],
         }
 
@@ -101,6 +118,12 @@ def test_losses_and_their_slopes_are_those_of_the_whole_text(monkeypatch):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-12), *found["measured"])
     for i, depth in enumerate(found["measured"][1]):
         np.testing.assert_allclose(depth["loss"][0], found["defined"][0][1][i], atol=1e-12)
+    # Forward KL is the cross-entropy less the teacher's own.
+    forward, variation = found["diverging"]
+    less = defined(guesses(trained), teacher, Weights(0.0, 1.0, 0.0, 1.0)) - entropies(guesses(trained), teacher)
+    np.testing.assert_allclose(forward, less, atol=1e-12)
+    np.testing.assert_allclose(found["crossed"] - forward, entropies(guesses(trained), teacher), atol=1e-12)
+    assert all(0 <= tv <= np.sum(of.labels.counted) for tv, of in zip(variation, guesses(trained), strict=True))
     np.testing.assert_array_equal(found["choices"][0], np.argmax(teacher.scored @ np.eye(H, V), axis=-1))
 
 

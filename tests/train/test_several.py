@@ -12,6 +12,7 @@ from decoding.drafters.registry import load_drafter
 from models import schema
 from models.errors import UserError
 from models.formats.target import load_target
+from tests.train.conftest import STUDENT
 from train import dry_run, trainer
 from train.data.corpus import open_corpus
 from train.data.features import files_in
@@ -231,3 +232,20 @@ def test_features_that_cannot_be_kept_are_refused(name, changes, words, job):
 def test_a_warm_up_of_ones_own_must_be_shorter_than_the_run(several):
     with pytest.raises(UserError, match=r"^hydra: optimizer\.warmup_steps \(1\) must be smaller than steps \(1\)$"):
         dry_run.describe(several({"hydra": HYDRA}, steps=1, optimizer={"warmup_steps": 0}))
+
+
+def test_members_may_learn_from_what_the_target_writes(job, target_directory):
+    members = {"medusa": {"objective": MEDUSA}}
+    own = {"members": members, "source": "teacher", "sampling": 0.0, "new_tokens": 12}
+    config = job("several", objective=own)
+    corpus = open_corpus(config)
+    plan = trainer.make_plan(config, corpus.facts)
+    frozen = plan.objective.load_base(plan.mesh)
+    rows = plan.objective.refresh(None, frozen, next(corpus.batches(4, 0)), jax.random.key(0))
+    choice = np.argmax(load_target(target_directory).apply(rows["tokens"]).logits, axis=-1)[:, :-1]
+    labels = rows["mask"][:, 1:].astype(bool)
+    assert labels.sum() >= 20
+    np.testing.assert_array_equal(choice[labels], rows["tokens"][:, 1:][labels])
+    with pytest.raises(UserError, match="writes as it goes on"):
+        distilled = {"name": "distill", "model": STUDENT, "source": "student"}
+        trainer.make_plan(job("several", objective={"members": {"own": {"objective": distilled}}}), corpus.facts)

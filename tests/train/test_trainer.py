@@ -81,6 +81,26 @@ def test_draft_heads_resume_bitwise_with_noise_and_dropout(job, tmp_path, die_at
     assert weights(tmp_path / "whole" / "drafter") == weights(tmp_path / "broken" / "drafter")
 
 
+def test_what_an_objective_makes_between_steps_serves_as_many_as_it_says_and_is_made_again(
+    data_set, monkeypatch, tmp_path, die_at
+):
+    def refresh(self, trainable, frozen, batch, key):
+        drawn = np.asarray(jax.random.randint(key, batch["tokens"].shape, 0, 100), np.int32)
+        return {"tokens": drawn + int(trainable["numbers"][0] * 1000)}
+
+    monkeypatch.setitem(OBJECTIVES, "least", type("Drawing", (Least,), {"refresh_every": 2, "refresh": refresh}))
+    config = least_config(data_set, steps=6, checkpoint={"every": 4})
+    trainer.train(config, tmp_path / "whole")
+    with die_at(6):
+        trainer.train(config, tmp_path / "broken")
+    trainer.train(config, tmp_path / "broken")
+    assert lines(tmp_path / "whole") == lines(tmp_path / "broken")
+    tokens = [line["tokens"] for line in lines(tmp_path / "whole") if "tokens" in line]
+    assert tokens[::2] == tokens[1::2] and len(set(tokens)) == 3
+    with pytest.raises(UserError, match="must be a multiple of the 2 steps"):
+        trainer.train(least_config(data_set, checkpoint={"every": 3}), tmp_path / "odd")
+
+
 @pytest.mark.slow
 def test_a_real_kill(data_set, tmp_path):
     def command(workdir):

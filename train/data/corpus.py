@@ -7,6 +7,7 @@ brought to the size that the objective's model has.
 """
 
 import dataclasses
+import functools
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -61,6 +62,7 @@ class TextCorpus:
       train: documents to learn from.
       valid: documents held out.
       length: tokens per row of a batch.
+      source_length: where prompts lie apart from answers (`train/data/pairs.py`), tokens of a prompt; else None.
       features: the rows to learn from with a target's features beside them, where these are kept on disk.
     """
 
@@ -68,6 +70,7 @@ class TextCorpus:
     train: "data.Documents"
     valid: "data.Documents"
     length: int
+    source_length: int | None = None
     features: FeatureRows | None = None
 
     def within(self, vocab_size: int, config: DataConfig) -> "TextCorpus":
@@ -76,26 +79,34 @@ class TextCorpus:
         valid = self.valid.within(vocab_size, f"{config.path}, split {config.valid_split}")
         return dataclasses.replace(self, train=train, valid=valid)
 
-    @property
-    def rows(self) -> "data.PackedRows":
-        """What is learnt from, packed."""
+    @functools.cached_property
+    def rows(self) -> Any:
+        """What is learnt from."""
+        return self._rows_of(self.train)
+
+    def _rows_of(self, documents: "data.Documents") -> Any:
         from train.data import texts as data
 
-        return data.PackedRows(self.train, self.length)
+        if self.source_length is None:
+            return data.PackedRows(documents, self.length)
+        from train.data.pairs import PairRows
+
+        return PairRows(documents, self.source_length, self.length)
 
     def batches(self, batch_size: int, seed: int) -> "grain.DatasetIterator":
-        """Batches of packed rows."""
+        """Batches of rows."""
         if self.features is None:
             return shuffled(self.rows, batch_size, seed, **_this_process())
         # A batch may be of half a gigabyte.
         return shuffled(self.features, batch_size, seed, **_this_process(), ahead=4)
 
     def validation(self, batch_size: int, max_batches: int | None) -> Iterator[dict[str, np.ndarray]]:
-        """Batches of packed rows."""
-        from train.data import texts as data
+        """Batches of rows."""
+        return in_order(self._held_out, batch_size, max_batches=max_batches, **_this_process())
 
-        rows = data.PackedRows(self.valid, self.length)
-        return in_order(rows, batch_size, max_batches=max_batches, **_this_process())
+    @functools.cached_property
+    def _held_out(self) -> Any:
+        return self._rows_of(self.valid)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -131,7 +142,8 @@ def open_corpus(config: TrainConfig) -> Corpus:
     if config.objective.reads == "images":
         return _open_images(config.data, config.objective.image_size)
     assert config.length is not None
-    return _open_texts(config.data, config.objective.base, config.length)
+    source_length = getattr(config.objective, "source_length", None)
+    return _open_texts(config.data, config.objective.base, config.length, source_length)
 
 
 def _open_images(config: DataConfig, size: int) -> ImageCorpus:
@@ -144,7 +156,7 @@ def _open_images(config: DataConfig, size: int) -> ImageCorpus:
     return ImageCorpus(train.classes, train, valid)
 
 
-def _open_texts(config: DataConfig, base: str | None, length: int) -> TextCorpus:
+def _open_texts(config: DataConfig, base: str | None, length: int, source_length: int | None) -> TextCorpus:
     from train.data import texts as data
 
     raw = config.path.startswith(data.CATALOGUE_PREFIX)
@@ -169,7 +181,7 @@ def _open_texts(config: DataConfig, base: str | None, length: int) -> TextCorpus
     # The template that wrote the chats goes with what learns from them, whichever its base had.
     if train.manifest.get("chat_template"):
         tokenizer = tokenizer.with_chat_template(train.manifest["chat_template"])
-    return TextCorpus(tokenizer, train, valid, length)
+    return TextCorpus(tokenizer, train, valid, length, source_length)
 
 
 def _this_process() -> dict[str, int]:

@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-_LEAST_ALPHA = 1e-5
+from train.objectives.divergences import forward_kl, hybrid, l1, nla
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,40 +78,6 @@ def of_label(log_q: Float[Array, "*B V"], labels: Int[Array, "*B"]) -> Float[Arr
     """log q(label), picked by comparison, whose slopes are no scatter (`shift.log_likelihood`)."""
     vocabulary = jnp.arange(log_q.shape[-1], dtype=labels.dtype)
     return jnp.sum(jnp.where(labels[..., None] == vocabulary, log_q, 0), axis=-1)
-
-
-def acceptance(log_q: Float[Array, "*B V"], log_p: Float[Array, "*B V"]) -> Float[Array, "*B"]:
-    """alpha, the chance that a token drawn from q survives verification against p."""
-    return jnp.sum(jnp.minimum(jnp.exp(log_q), jnp.exp(log_p)), axis=-1)
-
-
-def l1(log_q: Float[Array, "*B V"], log_p: Float[Array, "*B V"]) -> Float[Array, "*B"]:
-    """sum |q - p|, twice the total variation."""
-    return jnp.sum(jnp.abs(jnp.exp(log_q) - jnp.exp(log_p)), axis=-1)
-
-
-def forward_kl(log_q: Float[Array, "*B V"], log_p: Float[Array, "*B V"]) -> Float[Array, "*B"]:
-    """KL(p || q); tokens that p cannot draw add nothing."""
-    p = jnp.exp(log_p)
-    return jnp.sum(p * (jnp.where(p > 0, log_p, 0) - jnp.where(p > 0, log_q, 0)), axis=-1)
-
-
-def nla(log_q: Float[Array, "*B V"], log_p: Float[Array, "*B V"]) -> Float[Array, "*B"]:
-    """Negative log-acceptance."""
-    return -jnp.log(jnp.maximum(acceptance(log_q, log_p), _LEAST_ALPHA))
-
-
-def hybrid(
-    log_q: Float[Array, "*B V"], log_p: Float[Array, "*B V"], weight: Float[Array, "*#B"] | None = None
-) -> Float[Array, "*B"]:
-    """KL where little is accepted, total variation where much is; `weight` is that of KL, None each slot's own."""
-    weight = hybrid_weight(acceptance(log_q, log_p)) if weight is None else weight
-    return weight * forward_kl(log_q, log_p) + (1 - weight) * l1(log_q, log_p) / 2
-
-
-def hybrid_weight(alpha: Float[Array, "*B"], decay: float = 3.0) -> Float[Array, "*B"]:
-    """Of KL, at an acceptance of a slot or at the mean one of a batch; taken as constant."""
-    return jnp.exp(-decay * jax.lax.stop_gradient(alpha))
 
 
 def confidence_loss(logit: Float[Array, "*B"], survives: Float[Array, "*B"]) -> Float[Array, "*B"]:

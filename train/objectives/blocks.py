@@ -25,7 +25,7 @@ from models.attention import Rows
 from models.config import TransformerConfig
 from models.heads.dflash import Anchors, DFlashHeads, dflash_layers
 from models.sharding import keep_batch
-from train.objectives import block_losses
+from train.objectives import block_losses, divergences
 from train.objectives.block_losses import Terms
 from train.objectives.drafting import OnFrozenTarget, check_drafting
 from train.objectives.guess import Weights, drawn_places, first_choices, picked
@@ -216,13 +216,13 @@ class BlockObjective(OnFrozenTarget):
         def accepted(piece):
             hidden, slots = piece
             log_q = jax.nn.log_softmax(self.scores(read, frozen, hidden, slots.before), axis=-1)
-            alpha = block_losses.acceptance(log_q, self._taught(target, slots))
+            alpha = divergences.acceptance(log_q, self._taught(target, slots))
             return jnp.sum(alpha * slots.counted)
 
         alpha = summed(accepted, jax.lax.stop_gradient((hidden, slots)), pieces) / jnp.maximum(
             jnp.sum(slots.counted), 1
         )
-        return block_losses.hybrid_weight(alpha)
+        return divergences.hybrid_weight(alpha)
 
 
 def drawn_anchors(

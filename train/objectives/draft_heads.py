@@ -19,6 +19,7 @@ from decoding.trees import MC_SIM_7B_63
 from models import schema, transformer
 from models.config import TransformerConfig
 from models.errors import UserError
+from train.objectives.divergences import Divergence
 from train.objectives.drafting import DraftObjective
 from train.objectives.guess import Guess, Weights
 from train.objectives.shift import ahead
@@ -36,6 +37,7 @@ class DraftHeadsConfig:
       hard: weight of the cross-entropy with the text.
       soft: weight of the cross-entropy with the target's distribution.
       feature: weight of the smooth L1 distance to the target's feature.
+      divergence: what `soft` weighs: the `cross_entropy`, or one of `divergences.py` with its default numbers.
       head_decay: rho; 1 weighs all heads alike, Medusa's later recipe has 0.8.
       labels: which tokens are learnt: `assistant`, those that the data set marks, or `all`.
       noise: alpha of the uniform noise on embeddings and, but for Hydra++, features, alpha / sqrt(length * H)
@@ -54,6 +56,7 @@ class DraftHeadsConfig:
     hard: float = 1.0
     soft: float = 0.0
     feature: float = 0.0
+    divergence: Literal["cross_entropy", "forward_kl", "reverse_kl", "jsd", "tvd", "nla", "hybrid"] = "cross_entropy"
     head_decay: float = 1.0
     labels: Literal["assistant", "all"] = "assistant"
     noise: float = 0.0
@@ -73,7 +76,8 @@ class DraftHeadsConfig:
     @property
     def weights(self) -> Weights:
         """Of the loss's terms."""
-        return Weights(self.hard, self.soft, self.feature, self.head_decay)
+        divergence = None if self.divergence == "cross_entropy" else Divergence(self.divergence)
+        return Weights(self.hard, self.soft, self.feature, self.head_decay, divergence=divergence)
 
     @property
     def base(self) -> str:

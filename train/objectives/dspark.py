@@ -24,7 +24,7 @@ from decoding.trees import chain
 from models import schema
 from models.config import TransformerConfig
 from models.heads.serial import SerialHead
-from train.objectives import block_losses
+from train.objectives import block_losses, divergences
 from train.objectives.block_losses import Terms
 from train.objectives.blocks import BlockConfig, BlockObjective
 
@@ -143,7 +143,7 @@ class DSparkObjective(SerialObjective):
         """The confidence head's cross-entropy."""
         if not self._config.confident:
             return 0.0
-        survives = block_losses.acceptance(jax.nn.log_softmax(logits, axis=-1), log_p)
+        survives = divergences.acceptance(jax.nn.log_softmax(logits, axis=-1), log_p)
         sure = self.serial.confidence_logit(read, hidden, self.serial.embed(read, frozen, slots.before))
         return self._config.confident * block_losses.confidence_loss(sure, survives)
 

@@ -7,6 +7,7 @@ import jax
 from jax.sharding import Mesh
 
 from models import transformer
+from models.errors import UserError
 from models.formats.hf import load_config
 from models.formats.target import check_vocabulary, load_target
 from models.formats.tokenizer import Tokenizer
@@ -26,6 +27,10 @@ class BesideFrozenTarget(Objective):
         """`tokenizer` is the target's, and the data's. Raises UserError for a missing or broken target."""
         self._config, self._tokenizer = config, tokenizer
         self.model = load_config(config.base)
+        if self.model.encoder_layers:
+            raise UserError(
+                f"objective.target ({config.base}) is an encoder-decoder: {self.product}s are trained on decoders"
+            )
         check_vocabulary(self.model, tokenizer, config.base)
         self.fingerprint: dict[str, int | str | None] = {}
 

@@ -22,18 +22,21 @@ from jaxtyping import Array, Bool, Float, Int
 
 from decoding.sampling import argmax, top_k
 from models.sharding import keep_batch
+from train.objectives.divergences import Divergence
 from train.objectives.pieces import mapped, pieces_of, separable_sums, summed
 from train.objectives.shift import ahead, behind, log_likelihood
 
 
 class Weights(NamedTuple):
-    """Weights of the loss's terms; rho, by which guess i counts rho^i; and the guess's temperature in the soft term."""
+    """Weights of the loss's terms; rho, by which guess i counts rho^i; and the guess's temperature in the soft term,
+    or another divergence in its place, none of those that draw."""
 
     hard: float
     soft: float
     feature: float
     decay: float
     temperature: float = 1.0
+    divergence: Divergence | None = None
 
 
 class Labels(NamedTuple):
@@ -182,8 +185,11 @@ def _read(read: Callable[[Any], Array], hidden: Any) -> Float[Array, "B S W"]:
 
 
 def _taught(teacher: Teacher | None, weights: Weights, rows: _Rows) -> Float[Array, "B S W"] | None:
-    """The teacher's distributions, where they are asked for."""
-    return jax.nn.softmax(_read(teacher.read, rows.scored), axis=-1) if teacher is not None and weights.soft else None
+    """The teacher's distributions, where they are asked for; for a divergence their logarithms."""
+    if teacher is None or not weights.soft:
+        return None
+    scores = _read(teacher.read, rows.scored)
+    return weights.divergence.log_probabilities(scores) if weights.divergence else jax.nn.softmax(scores, axis=-1)
 
 
 def _loss(weights: Weights, logits, hidden, k: int, rows: _Rows, taught) -> Float[Array, ""]:
@@ -191,7 +197,9 @@ def _loss(weights: Weights, logits, hidden, k: int, rows: _Rows, taught) -> Floa
     loss_BS = jnp.zeros(logits.shape[:-1], logits.dtype)
     if weights.hard:
         loss_BS -= weights.hard * log_likelihood(logits, rows.tokens[k])
-    if weights.soft:
+    if weights.soft and weights.divergence:
+        loss_BS += weights.soft * weights.divergence.between(weights.divergence.log_probabilities(logits), taught)
+    elif weights.soft:
         tempered = logits / weights.temperature
         expected_BS = jnp.sum(taught * tempered, axis=-1)
         loss_BS += weights.soft * (jax.nn.logsumexp(tempered, axis=-1) - expected_BS)

@@ -14,7 +14,7 @@ from typing import Any, ClassVar, Literal
 import jax.numpy as jnp
 from jax.sharding import Mesh
 from jax.tree_util import Partial
-from jaxtyping import Array
+from jaxtyping import Array, Float
 
 from models import schema, transformer
 from models.config import TransformerConfig
@@ -72,10 +72,15 @@ class LMConfig:
 
 
 class LM(Objective):
-    """The `lm` objective."""
+    """The `lm` objective.
+
+    Class attributes:
+      encodes: whether its models have an encoder.
+    """
 
     Config: ClassVar[type] = LMConfig
     product: ClassVar[str] = "target"
+    encodes: ClassVar[bool] = False
 
     def __init__(self, config: LMConfig, tokenizer: Tokenizer):
         """`tokenizer` is the data's, and the base's where there is one. Raises UserError for a broken `init_from`."""
@@ -86,6 +91,9 @@ class LM(Objective):
             self.model = load_config(config.init_from)
             check_vocabulary(self.model, tokenizer, config.init_from)
             self.base = transformer.param_shapes(self.model, jnp.float32)
+        if (self.model.encoder_layers > 0) != self.encodes:
+            which = ("a decoder", "lm") if self.encodes else ("an encoder-decoder", "encoder_decoder")
+            raise UserError(f"the model is {which[0]}, which the objective {which[1]} trains, not {config.name}")
 
     @property
     def inputs(self) -> Mapping[str, str | None]:
@@ -126,13 +134,14 @@ class LM(Objective):
     def _guess(self, params, batch) -> Guess:
         """The next token at every position."""
         params = self.compute.cast(params)
-        tokens_BT = batch["tokens"]
         labels = Labels(*labels_at({**batch, "mask": label_mask(batch, self._config.labels)}, 1))
+        read = Partial(functools.partial(_read, self.model), transformer.head_params(params))
+        return Guess(self.hidden(params, batch), None, labels, read)
+
+    def hidden(self, params: Params, batch: Batch) -> Float[Array, "B T H"]:
+        """What the head reads, at every position."""
         layout = layout_of(batch, self.compute.attention)
-        hidden_BTH = transformer.forward(self.model, params, tokens_BT, layout, remat=self.compute.remat).hidden
-        return Guess(
-            hidden_BTH, None, labels, Partial(functools.partial(_read, self.model), transformer.head_params(params))
-        )
+        return transformer.forward(self.model, params, batch["tokens"], layout, remat=self.compute.remat).hidden
 
 
 def _read(model, params, hidden):

@@ -18,6 +18,7 @@ from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
@@ -26,6 +27,7 @@ from train.config import OptimizerConfig
 
 Params = Any  # nested dicts (and lists) of arrays
 Batch = dict[str, Array]
+HostBatch = dict[str, np.ndarray]
 # name -> (sum, weight); an evaluation may also sum arrays, such as counts of what was used.
 Sums = dict[str, tuple[Float[Array, "..."], Float[Array, ""]]]
 # Nested as parameters are, as far down as something was replaced: for a leaf a bool array that broadcasts to it, for
@@ -74,7 +76,8 @@ class Objective(abc.ABC):
     Attributes:
       Config: the dataclass of the config's section `objective`. Its field `name` is the name in `OBJECTIVES`; its class
         variable `reads` is `text`, and then its property `base` is the directory of the target that the job starts
-        from, or None; or `images`, and then its property `image_size` is their side.
+        from, or None, and `source_length`, if it has one, tells tokens of prompts that lie apart from their answers;
+        or `images`, and then its property `image_size` is their side.
       product: what training makes, `target` or `drafter` for instance; the directory of that name in the workdir
         receives it.
       model: shape of the model that is trained, or that heads are trained on.
@@ -84,6 +87,7 @@ class Objective(abc.ABC):
         where there are some, what `read_target` returns may be kept on disk.
       optimizers: top-level keys of the trainables that are updated each for itself, by an optimizer of its own or, for
         None, by one like the job's; empty where one updates all.
+      refresh_every: steps that learn from what one call of `refresh` made; 0 never calls it.
       asks_of_config: names that a `Config` must have besides `name`, `reads` and what goes with that.
     """
 
@@ -94,6 +98,7 @@ class Objective(abc.ABC):
     compute: Compute = Compute()
     target_taps: tuple[str, ...] = ()
     optimizers: Mapping[str, OptimizerConfig | None] = MappingProxyType({})
+    refresh_every: int = 0
     asks_of_config: ClassVar[tuple[str, ...]] = ()
 
     @abc.abstractmethod
@@ -160,6 +165,23 @@ class Objective(abc.ABC):
     @abc.abstractmethod
     def init(self, key: Array, base: Params | None) -> Params:
         """Trainable parameters, as a pure function (it is jitted and evaluated for shapes alone)."""
+
+    def refresh(self, trainable: Params, frozen: Params | None, batch: HostBatch, key: Array) -> HostBatch:
+        """What the steps that follow learn from besides what their batches hold, or in its place: text of their own.
+
+        On the host, between batch and step, so it may decode, and keep arrays for that; nothing that it keeps outlives
+        the run: one that goes on from a checkpoint calls it anew, with the same arguments.
+
+        Args:
+          trainable: as the step finds it.
+          frozen: what is not.
+          batch: this process's rows, as the corpus makes them.
+          key: of the step, for draws.
+
+        Returns:
+          Arrays by name, of as many rows.
+        """
+        return {}
 
     @abc.abstractmethod
     def loss(

@@ -6,6 +6,9 @@ A member is what a job of its own would be: an objective with its section of the
 key, its own noise, gradient norm and optimizer. So each ends where its own job would, given the same seed, data and
 steps; only rounding differs, because the programs do. Parameters, metrics and exported directories go by the members'
 names. Any objective that makes a drafter of a target can be a member.
+
+With `source` `teacher` all learn from text that the target writes as training goes on (`written.py`): what it adds to a
+prompt is what members learn whose labels are `assistant`.
 """
 
 import contextlib
@@ -25,8 +28,9 @@ from models.formats.storage import new_directory, write_json
 from models.formats.tokenizer import Tokenizer
 from train.config import OptimizerConfig
 from train.objectives.drafting import OnFrozenTarget
-from train.objectives.objective import Batch, Compute, Objective, Params, Sums
+from train.objectives.objective import Batch, Compute, HostBatch, Objective, Params, Sums
 from train.objectives.target_features import TargetFeatures, target_features
+from train.objectives.written import Writer, as_rows, check_writing, openings, write
 
 if TYPE_CHECKING:  # Training steps are timed where TFDS is not installed.
     from train.data.texts import Documents
@@ -58,6 +62,10 @@ class SeveralConfig:
       name: `several`.
       target: directory of the target, which stays as it is.
       members: name -> the fields of a `Member`; a name becomes a directory.
+      source: whose text is learnt from: the `dataset`'s, or what the `teacher` writes behind its prompts.
+      new_tokens: that it writes behind each; the rest of a row is for the prompt.
+      sampling: the temperature of that; 0 is greedy.
+      reuse: steps that learn from what was written once.
     """
 
     reads: ClassVar[str] = "text"
@@ -65,8 +73,15 @@ class SeveralConfig:
     name: Literal["several"]
     target: str | None
     members: Mapping[str, Any]
+    source: Literal["dataset", "teacher"] = "dataset"
+    new_tokens: int = 128
+    sampling: float = 1.0
+    reuse: int = 1
 
     def __post_init__(self):
+        for name in ("new_tokens", "reuse"):
+            schema.require(getattr(self, name) >= 1, f"objective.{name} must be at least 1", getattr(self, name))
+        schema.require(self.sampling >= 0, "objective.sampling must not be negative", self.sampling)
         schema.require(
             self.target is not None, "objective.target must be the directory of the target to draft for", self.target
         )
@@ -110,8 +125,11 @@ class SeveralObjective(Objective):
         for name, (kind, section, _) in config.jobs.items():
             with _told_of(name):
                 self.members[name] = kind(section, tokenizer)
+                if self.members[name].refresh_every:
+                    raise UserError("it learns from text that it writes as it goes on, and all learn from one text")
         self._first = next(iter(self.members.values()))
         self.model = self._first.model
+        self._writer = Writer(self.model, tokenizer)
         self.optimizers = {name: optimizer for name, (*_, optimizer) in config.jobs.items()}
         self.target_taps = tuple(dict.fromkeys(tap for one in self.members.values() for tap in one.target_taps))
         self.prepare(Compute())
@@ -126,8 +144,25 @@ class SeveralObjective(Objective):
         beside = {name: {key: leaf for key, leaf in of if key not in target} for name, of in of_members.items()}
         self.base = {"target": target, "beside": beside}
 
+    @property
+    def refresh_every(self) -> int:  # type: ignore[override]
+        """Text is written for so many steps."""
+        return self._config.reuse if self._config.source == "teacher" else 0
+
+    def refresh(self, trainable: Params, frozen: Params, batch: HostBatch, key: Array) -> HostBatch:
+        """What the target writes behind the batch's prompts."""
+        config, length = self._config, batch["tokens"].shape[1]
+        room = length - config.new_tokens
+        if not (prompts := openings(batch, room)):
+            return batch
+        target = self._writer.of(frozen["target"], self.compute)
+        made = write(target, prompts, config.new_tokens, room, config.sampling, key).tokens
+        return as_rows(prompts, made, [[True] * len(new) for new in made], length)
+
     def check(self, length: int | None) -> None:
         """As every member does."""
+        if self.refresh_every:
+            check_writing(self._config.new_tokens, length)
         for name, member in self.members.items():
             with _told_of(name):
                 member.check(length)

@@ -1,0 +1,116 @@
+"""One table of several training runs per method: acceptance by position, acceptance length and speed, over their seeds.
+
+    python -m eval.seeds --acceptance DIR --speed DIR DIR --out DIR
+
+Reads what `eval.acceptance` wrote of methods called LABEL#SEED, and what `eval.main` wrote of the same drafters, one
+directory per temperature. By method and temperature: alpha by position, the share of steps that accept a draft of this
+depth once they accepted the depth above, pooled over seeds; acceptance length and, of the seeds that were timed,
+speed-up, means over seeds. Intervals are 95%: Student's over the seeds where there are several, else over prompts.
+"""
+
+import collections
+import statistics
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from scipy import stats
+
+from eval.report.files import write_json
+from eval.report.page import RESULTS, keep_results, print_columns
+from models import command_line
+from models.command_line import add_overwrite
+from models.errors import UserError, exit_on_user_error
+from models.formats.text_files import read_json
+
+
+def summary(acceptance: Mapping[str, Any], speeds: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """One entry per method and temperature, methods in their order.
+
+    Args:
+      acceptance: results of `eval.acceptance`, labels LABEL#SEED, one budget.
+      speeds: results of `eval.main`, of one temperature each; the drafters that they time are found by their path.
+
+    Raises:
+      UserError: several budgets, whose rows would be mixed.
+    """
+    budgets = sorted({cell["budget"] for cell in acceptance["cells"]})
+    if len(budgets) != 1:
+        raise UserError(f"seeds are put together at one budget, but the acceptance was measured at {budgets}")
+    paths = {method["label"]: method["path"] for method in acceptance["methods"]}
+    rates = {
+        (run["path"], speed["config"]["sampling"]["temperature"]): run["speedup"]
+        for speed in speeds
+        for run in speed["runs"]
+    }
+    groups: dict[tuple[str, float], list[Mapping[str, Any]]] = collections.defaultdict(list)
+    for cell in acceptance["cells"]:
+        groups[cell["method"].partition("#")[0], cell["temperature"]].append(cell)
+    return [_entry(name, temperature, cells, paths, rates) for (name, temperature), cells in groups.items()]
+
+
+def _entry(name: str, temperature: float, cells, paths, rates) -> dict[str, Any]:
+    lengths = [cell["acceptance_length"] for cell in cells]
+    timed = [(paths[cell["method"]], temperature) for cell in cells]
+    found = [rates[key] for key in timed if key in rates]
+    accepted = [sum(depth) for depth in zip(*(cell["accepted_by_depth"] for cell in cells), strict=True)]
+    reached = [sum(cell["steps"] for cell in cells), *accepted[:-1]]
+    interval = cells[0]["acceptance_length_interval"] if len(cells) == 1 else _interval(lengths)
+    return {
+        "method": name,
+        "temperature": temperature,
+        "seeds": len(cells),
+        "alpha": [hits / number if number else None for hits, number in zip(accepted, reached, strict=True)],
+        "acceptance_length": statistics.fmean(lengths),
+        "acceptance_length_interval": interval,
+        "acceptance_lengths": lengths,
+        "speedup": statistics.fmean(found) if found else None,
+        "speedups": found,
+    }
+
+
+def _interval(values: Sequence[float]) -> list[float]:
+    """95%, of the mean."""
+    half = stats.t.ppf(0.975, len(values) - 1) * statistics.stdev(values) / len(values) ** 0.5
+    return [statistics.fmean(values) - half, statistics.fmean(values) + half]
+
+
+def table(entries: Sequence[Mapping[str, Any]]) -> list[list[str]]:
+    """Rows of texts, a heading first."""
+    rows = [["method", "T", "alpha by position", "acceptance length", "95%", "speed-up"]]
+    for entry in entries:
+        low, high = entry["acceptance_length_interval"] or (float("nan"), float("nan"))
+        rows.append(
+            [
+                entry["method"],
+                f"{entry['temperature']:g}",
+                " ".join("-" if share is None else f"{share:.3f}" for share in entry["alpha"]),
+                f"{entry['acceptance_length']:.3f}",
+                f"{low:.3f} to {high:.3f}",
+                "-" if entry["speedup"] is None else f"{entry['speedup']:.2f}",
+            ]
+        )
+    return rows
+
+
+@exit_on_user_error
+def main(argv: Sequence[str] | None = None) -> None:
+    """The command; see the module's docstring."""
+    parser = command_line.parser("eval.seeds", __doc__)
+    parser.add_argument("--acceptance", required=True, help="directory that eval.acceptance wrote")
+    parser.add_argument("--speed", nargs="*", default=[], help="directories that eval.main wrote")
+    parser.add_argument("--out", required=True, help="directory for results.json")
+    add_overwrite(parser)
+    args = parser.parse_args(argv)
+    keep_results(args.out, args.overwrite)
+    acceptance, *speeds = (read_json(Path(place) / RESULTS) for place in (args.acceptance, *args.speed))
+    entries = summary(acceptance, speeds)
+    Path(args.out).mkdir(parents=True, exist_ok=True)
+    of = {"environment": acceptance["environment"], "target": acceptance["target"], "entries": entries}
+    write_json(of, Path(args.out) / RESULTS)
+    print_columns(table(entries))
+    print(f"\nwrote {args.out}/{RESULTS}")
+
+
+if __name__ == "__main__":
+    main()

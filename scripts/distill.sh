@@ -1,0 +1,73 @@
+#!/usr/bin/env bash
+# Draft models distilled from a target, every divergence on every source of text, at equal budgets in one table: acceptance
+# by position, acceptance length and speed, greedily and at temperature 1, over several seeds.
+#
+#   bash scripts/distill.sh --target DIR --data DIR [--out DIR] [--student SIZES] [--steps N] [--batch N]
+#       [--seeds N] [--divergences NAMES] [--sources NAMES] [--tokens N] [--fresh]
+#
+# A small model first learns the data set's text, and every other begins from it: undistilled, it goes on as it was; the
+# others learn for as many steps from what --divergences and --sources name (train/objectives/distill.py), and from
+# sequence-level distillation, online distillation and MiniLLM. SIZES are fields of the student's shape, such as
+# "width=32 head_dim=8 mlp_width=88". About an hour on two CPU cores for stories260K and the defaults. Every
+# line that starts with $ is a command of its own. Asking again reuses what is finished and continues what was interrupted;
+# --fresh starts over. See scripts/_venv.sh for TANDEM_VENV.
+set -euo pipefail
+source "$(dirname "${BASH_SOURCE[0]}")/_job.sh"
+
+job_options 'bash scripts/distill.sh --target DIR --data DIR [--out DIR] [--student SIZES] [--steps N] [--batch N]
+    [--seeds N] [--divergences NAMES] [--sources NAMES] [--tokens N] [--fresh]' "$@"
+target=$(realpath "$target") data=$(realpath "$data")
+out=${out:-$ROOT/runs/distillation}
+student=${student:-width=32 head_dim=8 mlp_width=88 max_position=512}
+steps=${steps:-200} batch=${batch:-16} seeds=${seeds:-2} tokens=${tokens:-64}
+divergences=${divergences:-forward_kl,reverse_kl,jsd,tvd,tvd++,nla}
+sources=${sources:-dataset,teacher,student}
+job_begin .tandem-distillation start runs acceptance greedy sampled results
+
+shape=()
+for size in $student; do
+    shape+=("--config.objective.model.$size")
+done
+run train.main --config=configs/draft_model.py --config.data.path="$data" --config.steps=$((3 * steps)) \
+    --config.batch_size="$batch" --config.optimizer.warmup_steps=$((steps / 5)) "${shape[@]}" --workdir="$out/start"
+
+methods=() drafters=none
+taught() { # NAME CONFIG OPTION...: one run per seed, all of them for as many steps, batches and rows
+    local name=$1 config=$2 seed
+    shift 2
+    for ((seed = 0; seed < seeds; seed++)); do
+        run train.main --config="$config" --config.objective.target="$target" \
+            --config.objective.init_from="$out/start/target" --config.data.path="$data" --config.steps="$steps" \
+            --config.batch_size="$batch" --config.seed="$seed" --config.optimizer.warmup_steps=$((steps / 10)) \
+            --config.evaluation.every="$steps" --config.objective.loop_prompts=0 "$@" --workdir="$out/runs/$name-$seed"
+        methods+=("$name#$seed=$out/runs/$name-$seed/drafter@chain")
+    done
+    drafters+=,$out/runs/$name-0/drafter  # What a step costs is the same for every seed.
+}
+taught undistilled configs/distill.py:warm --config.objective.hard=1 --config.objective.soft=0
+for source in ${sources//,/ }; do
+    for divergence in ${divergences//,/ }; do
+        taught "$divergence/$source" configs/distill.py:warm --config.objective.divergence.name="$divergence" \
+            --config.objective.source="$source" --config.objective.new_tokens="$tokens"
+    done
+done
+taught sequence configs/distill.py:warm --config.objective.hard=1 --config.objective.soft=0 \
+    --config.objective.source=teacher --config.objective.new_tokens="$tokens"
+taught online configs/distill.py:warm --config.objective.source=served --config.objective.new_tokens="$tokens"
+taught minillm configs/minillm.py --config.objective.new_tokens="$tokens" --config.optimizer.learning_rate=1e-3
+
+job_finished comparison
+if [ ! -e "$out/acceptance/results.json" ]; then
+    run eval.acceptance --target "$target" --data "$data" --budgets 4 --num_prompts 100 --out "$out/acceptance" \
+        --methods "${methods[@]}"
+fi
+for temperature in 0 1; do
+    place=$out/$([ $temperature = 0 ] && echo greedy || echo sampled)
+    if [ ! -e "$place/results.json" ]; then
+        run eval.main --config=configs/eval/decode.py --config.target="$target" --config.drafters="$drafters" \
+            --config.data="$data" --config.num_prompts=4 --config.rows=4 --config.samples=0 \
+            --config.sampling.temperature="$temperature" --config.out="$place"
+    fi
+done
+run eval.seeds --acceptance "$out/acceptance" --speed "$out/greedy" "$out/sampled" --out "$out/results"
+job_end

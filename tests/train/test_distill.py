@@ -1,0 +1,204 @@
+"""Distillation of draft models: the loss by its definition, whose text it learns from, and what it refuses."""
+
+import functools
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from decoding.drafters.draft_model import DraftModel
+from decoding.generate import generate
+from decoding.policies import Static
+from decoding.sampling import Sampling
+from decoding.trees import chain
+from models import transformer
+from models.config import TransformerConfig
+from models.errors import UserError
+from models.formats.target import Target, load_target
+from models.layout import Layout
+from tests.noise import noisy
+from tests.train.conftest import STUDENT
+from train import trainer
+from train.data.corpus import open_corpus
+
+KEY = jax.random.key(7)
+
+
+@pytest.fixture
+def setting(draft_setting):
+    """`setting(source="student")`: objective, student, frozen target, one batch."""
+    return functools.partial(draft_setting, "distill")
+
+
+def log_softmax(x):
+    x = np.asarray(x, np.float64)
+    x = x - x.max(axis=-1, keepdims=True)
+    return x - np.log(np.sum(np.exp(x), axis=-1, keepdims=True))
+
+
+@functools.partial(jax.jit, static_argnames="model")
+def logits(model, params, tokens):
+    return transformer.forward(model, params, tokens, Layout.causal(*tokens.shape)).logits
+
+
+def both(objective, params, frozen, tokens):
+    """Log-probabilities of student and teacher on texts."""
+    models = ((objective.drafter.model, params), (objective.model, frozen))
+    return [log_softmax(logits(model, params, jnp.asarray(tokens))) for model, params in models]
+
+
+def test_the_loss_is_its_definition_whatever_pads_the_rows_and_with_all_best_tokens_kept(setting) -> None:
+    objective, params, frozen, batch = setting(
+        labels="assistant", soft=0.7, hard=0.4, divergence={"name": "reverse_kl"}
+    )
+    tokens = np.asarray(batch["tokens"])
+    segments = np.ones_like(tokens)
+    segments[:, 20:], segments[0, 12:] = 0, 0
+    mask = np.asarray(batch["mask"])
+    log_q, log_p = both(objective, params, frozen, tokens)
+    q, counted = np.exp(log_q), mask[:, 1:].astype(bool) & (segments[:, 1:] > 0)
+    loss = 0.7 * np.sum(q * (log_q - log_p), axis=-1)[:, :-1]
+    loss -= 0.4 * np.take_along_axis(log_q[:, :-1], tokens[:, 1:, None], axis=-1)[..., 0]
+
+    def padded(more, filler):
+        wide = {"tokens": np.where(segments > 0, tokens, filler), "segments": segments, "mask": mask}
+        return {name: jnp.pad(jnp.asarray(x), ((0, 0), (0, more))) for name, x in wide.items()}
+
+    def kept(count):
+        """What `data.features_top_k` keeps, in float32."""
+        scores, places = jax.lax.top_k(jnp.asarray(log_p, jnp.float32), count)
+        return padded(0, 0) | {"target/top_tokens": places, "target/top_log_probabilities": scores}
+
+    @jax.jit
+    def results(params, batches):
+        of = jax.value_and_grad(lambda p, b: objective.loss(p, frozen, b, KEY, 0.0)[0], has_aux=True)
+        return [of(params, batch) for batch in batches]
+
+    size = objective.model.vocab_size
+    (plain, slopes), (other, same), (every, all_of_it) = results(params, [padded(0, 0), padded(5, 3), kept(size)])
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4), all_of_it, slopes)
+    np.testing.assert_allclose(every[0], plain[0], rtol=1e-5)
+    assert float(plain[1]) == counted.sum() == float(other[1])
+    np.testing.assert_allclose(plain[0], loss[counted].sum(), rtol=1e-5)
+    np.testing.assert_allclose(other[0], plain[0], rtol=1e-5)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4), same, slopes)
+
+
+def test_teacher_and_student_write_as_they_decode_and_the_same_key_writes_the_same(setting) -> None:
+    """Greedily, every label is its writer's first choice behind a prompt of the batch."""
+    for number, source in enumerate(("student", "teacher")):
+        objective, params, frozen, batch = setting(source=source, sampling=0.0, labels="all")
+        host = {name: np.asarray(values) for name, values in batch.items()}
+        rows = objective.refresh(params, frozen, host, KEY)
+        choice = np.argmax(both(objective, params, frozen, rows["tokens"])[number], axis=-1)
+        labels = rows["mask"][:, 1:].astype(bool)
+        assert rows["tokens"].shape == host["tokens"].shape and labels.sum() >= 4 * 6
+        np.testing.assert_array_equal(choice[:, :-1][labels], rows["tokens"][:, 1:][labels])
+        begins = rows["mask"].argmax(axis=1)
+        assert all((rows["tokens"][i, : begins[i]] == host["tokens"][i, : begins[i]]).all() for i in range(1))
+    objective, params, frozen, _ = setting(source="student", labels="all")
+    first, again, other = (objective.refresh(params, frozen, host, key) for key in (KEY, KEY, jax.random.key(8)))
+    jax.tree.map(np.testing.assert_array_equal, first, again)
+    assert (first["tokens"] != other["tokens"]).any()
+
+
+def test_served_text_is_learnt_where_the_rejected_draft_was_made(setting) -> None:
+    """One place before the corrected token the student's choice is another; of what it drafted and kept, its own."""
+    objective, params, frozen, batch = setting(source="served", sampling=0.0, labels="all", new_tokens=20)
+    host = {name: np.asarray(values) for name, values in batch.items()}
+    rows = objective.refresh(params, frozen, host, KEY)
+    choice = np.argmax(both(objective, params, frozen, rows["tokens"])[0], axis=-1)[:, :-1]
+    corrected, right = rows["mask"][:, 1:].astype(bool), choice == rows["tokens"][:, 1:]
+    assert corrected.sum() >= 20 and not right[corrected].any()
+
+
+def test_batches_are_mixed_by_the_key(setting) -> None:
+    for share, own in ((0.0, False), (1.0, True)):
+        objective, params, frozen, batch = setting(source="mixed", on_policy=share, labels="all")
+        host = {name: np.asarray(values) for name, values in batch.items()}
+        rows = objective.refresh(params, frozen, host, KEY)
+        assert (rows["tokens"] != host["tokens"]).any() == own
+        np.testing.assert_array_equal(rows["mask"].astype(bool) <= (rows["segments"] > 0), True)
+
+
+def test_the_loop_keeps_first_drafts_as_often_as_distributions_overlap(target_directory) -> None:
+    """Sampled: steps that keep their first draft, against the sum over all steps of sum_v min(p, q)."""
+    target = load_target(target_directory)
+    shape = {**STUDENT, "vocab_size": target.config.vocab_size, "bos_id": None, "eos_ids": ()}
+    drafter = DraftModel(TransformerConfig(**shape), Static(chain(1)))
+    params = noisy(jax.jit(functools.partial(drafter.init_params, target.config))(target.params, KEY), 0.5)
+    prompts = [[5 + row, 6] for row in range(16)]
+    made = generate(
+        target,
+        prompts,
+        drafter=(drafter, params),
+        max_new_tokens=60,
+        sampling=Sampling(1.0),
+        stop=[],
+    )
+    tokens = jnp.asarray([[*prompt, *new] for prompt, new in zip(prompts, made.tokens, strict=True)])
+    log_p = log_softmax(target.apply(tokens).logits)
+    log_q = log_softmax(Target(drafter.model, params).apply(tokens).logits)
+    alpha = np.exp(np.minimum(log_p, log_q)).sum(axis=-1)
+    # A step begins at every token of the target's but the last, which nothing follows.
+    roots = [(row, 2 + i) for row, writers in enumerate(made.writers) for i, w in enumerate(writers[:-1]) if w == 0]
+    chances = np.array([alpha[root] for root in roots])
+    stats = sum(made.stats[1:], made.stats[0])
+    assert stats.steps == len(roots) > 500
+    assert abs(stats.accepted_by_depth[0] - chances.sum()) < 4 * np.sqrt(np.sum(chances * (1 - chances)))
+    assert 0.1 < chances.mean() < 0.9
+
+
+@pytest.mark.slow
+def test_a_killed_run_writes_the_same_text_again(job, die_at, tmp_path) -> None:
+    config = job("distill", objective={"source": "mixed", "reuse": 2, "labels": "all"}, steps=6)
+    trainer.train(config, tmp_path / "whole")
+    with die_at(3):
+        trainer.train(config, tmp_path / "killed")
+    trainer.train(config, tmp_path / "killed")
+    whole, killed = ((tmp_path / name / "drafter/model.safetensors").read_bytes() for name in ("whole", "killed"))
+    assert whole == killed
+
+
+def test_a_student_may_begin_as_a_target_or_a_draft_model_of_the_same_tokenizer(
+    setting, target_directory, tmp_path
+) -> None:
+    objective, *_ = setting(model=None, init_from=str(target_directory))
+    assert objective.drafter.model == load_target(target_directory).config
+    first, params, frozen, _ = setting()
+    first.export(tmp_path / "drafter", params, frozen)
+    again, _, base, _ = setting(model=None, init_from=str(tmp_path / "drafter"))
+    assert again.drafter == first.drafter
+    jax.tree.map(np.testing.assert_array_equal, again.init(KEY, base), params)
+    other = tmp_path / "other"
+    other.mkdir()
+    for file in target_directory.iterdir():
+        (other / file.name).write_bytes(file.read_bytes())
+    definition = json.loads((other / "tokenizer.json").read_text())
+    definition["model"]["merges"].pop()
+    (other / "tokenizer.json").write_text(json.dumps(definition))
+    with pytest.raises(UserError, match="another tokenizer"):
+        setting(model=None, init_from=str(other))
+
+
+def test_what_cannot_be_done_is_refused(job) -> None:
+    def plan(**changes):
+        config = job("distill", **changes)
+        return trainer.make_plan(config, open_corpus(config).facts)
+
+    with pytest.raises(UserError, match="either objective"):
+        job("distill", objective={"init_from": "somewhere"})
+    with pytest.raises(UserError, match="vocab_size is the target's"):
+        job("distill", objective={"model": {**STUDENT, "vocab_size": 3}})
+    with pytest.raises(UserError, match="both 0"):
+        job("distill", objective={"soft": 0.0})
+    with pytest.raises(UserError, match=r"divergence\.beta"):
+        job("distill", objective={"divergence": {"name": "jsd", "beta": 2.0}})
+    with pytest.raises(UserError, match=r"new_tokens \(32\) must be smaller"):
+        plan(objective={"source": "student", "new_tokens": 32})
+    with pytest.raises(UserError, match=r"checkpoint\.every \(2\) must be a multiple of the 3 steps"):
+        plan(objective={"source": "student", "reuse": 3})
+    with pytest.raises(UserError, match=r"data\.features must be None"):
+        plan(objective={"source": "student"}, data={"features": "somewhere"})

@@ -1,0 +1,100 @@
+"""MiniLLM: rewards to advantages, the policy gradient by its definition, and what a student and its teacher write."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.tree_util import Partial
+
+from decoding.blend import blend
+from decoding.generate import generate
+from decoding.sampling import Sampling
+from models.errors import UserError
+from models.formats.target import Target, load_target
+from tests.noise import noisy
+from train.objectives.divergences import Student
+from train.objectives.minillm import MiniLLMConfig, _Written, advantages, policy_sums
+
+V = 7
+CONFIG = MiniLLMConfig("minillm", "somewhere", model={}, single=0.3, clip=0.2)
+
+
+def test_advantages_are_discounted_means_of_what_remains_and_padding_takes_no_part() -> None:
+    reward = np.array([[9.0, 1.0, 2.0, 4.0, 9.0], [3.0, 0.0, 9.0, 9.0, 9.0]])
+    counted = np.array([[False, True, True, True, False], [True, True, False, False, False]])
+    returns = np.array([(1 + 0.5 * 2 + 0.25 * 4) / 3, (2 + 0.5 * 4) / 2, 4.0, 3.0 / 2, 0.0])
+    expected = (returns - returns.mean()) / returns.std(ddof=1)
+    np.testing.assert_allclose(advantages(reward, counted, 0.5)[counted], expected, rtol=1e-6)
+    assert not advantages(reward, counted, 0.5)[~counted].any()
+    assert not advantages(reward, np.zeros_like(counted), 0.5).any()
+
+
+def test_the_loss_is_the_clipped_policy_gradient_and_the_exact_next_step() -> None:
+    rng = np.random.default_rng(0)
+    x, y = rng.normal(size=(2, 4, V)), rng.normal(size=(2, 4, V))
+    log_q, log_p = (z - np.log(np.exp(z).sum(axis=-1, keepdims=True)) for z in (x, y))
+    labels, counted = rng.integers(0, V, (2, 4)), np.array([[True] * 4, [True, True, False, False]])
+    likely = np.take_along_axis(log_q, labels[..., None], axis=-1)[..., 0]
+    # Ratios below, inside and above what is not clipped.
+    ratio = np.array([[0.5, 0.9, 1.1, 1.5], [1.0, 1.6, 1.0, 1.0]])
+    weight = np.full((2, 4), 0.8)
+    advantage = rng.normal(size=(2, 4))
+    rows = _Written(counted, y, labels, likely - np.log(ratio / weight), weight, advantage)
+
+    @jax.jit
+    def found(x, rows):
+        student = lambda x: Student(x, Partial(lambda z: z))  # noqa: E731
+        return jax.value_and_grad(lambda x: policy_sums(CONFIG, student(x), lambda z: z, rows))(x)
+
+    value, slope = found(jnp.asarray(x, jnp.float32), jax.tree.map(jnp.asarray, rows))
+    q = np.exp(log_q)
+    step = np.sum(q * (log_q - log_p), axis=-1)
+    near = np.clip(ratio, 0.8, 1.2)
+    loss = np.maximum(-advantage * ratio, -advantage * near) + 0.3 * step
+    assert float(value) == pytest.approx(loss[counted].sum(), rel=1e-4)
+    free = -advantage * ratio >= -advantage * near
+    policy = np.where(free, -advantage * ratio, 0)[..., None] * (np.eye(V)[labels] - q)
+    exact = policy + 0.3 * q * (log_q - log_p - step[..., None])
+    np.testing.assert_allclose(slope, np.where(counted[..., None], exact, 0), atol=1e-5)
+
+
+def test_a_mixture_of_one_model_alone_is_what_it_writes_and_between_them_lies_their_mean(target_directory) -> None:
+    teacher = load_target(target_directory)
+    student = Target(teacher.config, noisy(teacher.params, 0.5), teacher.tokenizer)
+    prompts, rows = [[5, 6], [7, 8, 9], [5, 6, 7, 8]], 100
+    many = prompts + [[5, 6]] * (rows - len(prompts))
+    for share, model in ((0.0, student), (1.0, teacher)):
+        made = blend(student, teacher, share, many, 6, range(rows), room=16)
+        alone = generate(model, prompts, max_new_tokens=6, sampling=Sampling(1.0), seeds=[0, 1, 2])
+        assert made[:3] == alone.tokens
+    tokens = [
+        new[0]
+        for first in range(0, 2000, rows)
+        for new in blend(student, teacher, 0.3, many, 6, range(first, first + rows), room=16)[3:]
+    ]
+    count = len(tokens)
+    logits = [np.asarray(model.apply([[5, 6]]).logits)[0, -1].astype(np.float64) for model in (student, teacher)]
+    q, p = (np.exp(x - x.max()) / np.exp(x - x.max()).sum() for x in logits)
+    mixed = 0.7 * q + 0.3 * p
+    frequency = np.bincount(tokens, minlength=len(mixed)) / count
+    likely = mixed > 0.01
+    error = (frequency - mixed) / np.sqrt(mixed / count)
+    assert np.abs(error[likely]).max() < 4.5 and np.abs(q - p)[likely].max() > 0.05
+    with pytest.raises(UserError, match=r"lie in 0\.\.1"):
+        blend(student, teacher, 1.5, prompts, 4, [0, 1, 2], room=16)
+
+
+def test_the_first_step_stands_at_a_ratio_of_student_over_mixture(draft_setting) -> None:
+    """Of the parameters that wrote the text, what the step makes of its tokens is what the batch tells."""
+    objective, params, frozen, batch = draft_setting("minillm", pretrain=0.0, single=0.0, clip=1e6)
+    host = {name: np.asarray(values) for name, values in batch.items()}
+    made = objective.refresh(params, frozen, host, jax.random.key(0))
+    again = objective.refresh(params, frozen, host, jax.random.key(0))
+    jax.tree.map(np.testing.assert_array_equal, made, again)
+    (sums, weights), _ = jax.jit(objective.loss)(params, frozen, {**batch, **made}, jax.random.key(0), 0.0)
+    told = {name.removeprefix("written/"): values for name, values in made.items()}
+    assert weights[0] == told["mask"].sum() > 20
+    counted = told["weight"] > 0
+    assert np.all(told["weight"][counted] <= 1.25 + 1e-5)  # q / (0.8 q + 0.2 p)
+    expected = -np.sum(told["advantage"] * told["weight"])
+    np.testing.assert_allclose(sums[0], expected, atol=1e-3)

@@ -1,0 +1,320 @@
+"""Distillation of a draft model: a small transformer that learns to agree with its target, on text of several sources.
+
+At position p the student's distribution q is compared with the target's, p, both after x_{<=p}, wherever x_{p+1} is a
+label (`shift.py`, distance 1), and with means over labels
+
+    loss = soft * mean(divergence(p, q)) + hard * mean(-log q(x_{p+1}))
+
+`source` says whose text it is (DistillSpec, Zhou et al. 2024; GKD, Agarwal et al. 2024):
+
+* `dataset`: the data set's.
+* `teacher`: the target continues prompts of the data set; with hard = 1, soft = 0 this is sequence-level distillation.
+* `student`: the student continues them, as it does when it drafts; nothing is differentiated through the draws.
+* `mixed`: the student with probability `on_policy`, drawn once per batch, else whoever `otherwise` names.
+* `served`: the target answers with the student as its drafter, and only tokens that took a rejected draft's place are
+  labels (online speculative distillation, Liu et al. 2024): the two are compared one place before the corrected token,
+  where the draft was made. A batch is the buffer of requests after which one update is made.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+from jax.tree_util import Partial
+
+from decoding.drafters.draft_model import DraftModel
+from decoding.drafters.registry import build, read_params
+from decoding.policies import Static
+from decoding.trees import chain
+from models import schema, transformer
+from models.config import TransformerConfig
+from models.errors import UserError
+from models.formats.hf import load_config
+from models.formats.target import Target, load_target
+from models.formats.text_files import read_json
+from models.formats.tokenizer import Tokenizer
+from train.objectives.divergences import Divergence, Rows, Student, divergence_measures, divergence_sums
+from train.objectives.drafting import OnFrozenTarget, check_drafting
+from train.objectives.guess import Weights
+from train.objectives.lm import FROM_TOKENIZER
+from train.objectives.objective import Batch, HostBatch, Params
+from train.objectives.shift import label_mask, labels_at
+from train.objectives.target_features import layout_of
+from train.objectives.written import Writer, as_rows, check_writing, corrected, openings, write
+
+_STUDENT = "student"  # In the base: what the student begins as.
+MEASURES = ("loss", "alpha", "agreement", "accuracy", "cross_entropy")
+
+
+@dataclasses.dataclass(frozen=True)
+class DistillConfig:
+    """The section `objective` of a distillation job.
+
+    Attributes:
+      name: `distill`.
+      target: directory of the target, the teacher, which stays as it is.
+      model: fields of the student's `models.config.TransformerConfig` but those that the tokenizer decides; or None.
+      init_from: what to begin from: a target directory of the same tokenizer, or the directory of a draft model for
+        this target, or for what it was fine-tuned from; or None. Exactly one of the two is given.
+      divergence: which (`divergences.py`): its name, `beta`, `skew` and `temperature`.
+      soft: weight of the divergence.
+      hard: weight of the cross-entropy with the text.
+      source: whose text: `dataset`, `teacher`, `student`, `mixed` or `served`.
+      on_policy: of `mixed`: the probability that a batch is the student's.
+      otherwise: of `mixed`: whose text the other batches are, `dataset` or `teacher`.
+      new_tokens: that are written behind each prompt; the rest of a row is for the prompt.
+      sampling: temperature of what is written; 0 is greedy.
+      draft: tokens that the student drafts in a row: where it serves, and as the drafter that is made.
+      speculate: the teacher writes with the student as its drafter, which changes its speed alone.
+      reuse: steps that learn from what was written once.
+      labels: which tokens of the data set are learnt: `assistant`, those that it marks, or `all`.
+      loop_prompts: prompts from the valid split that every evaluation decodes, at most a batch; 0 is none.
+      loop_tokens: new tokens per such prompt; 0 decodes nothing.
+    """
+
+    reads: ClassVar[str] = "text"
+
+    name: Literal["distill"]
+    target: str | None
+    model: Mapping[str, Any] | None = None
+    init_from: str | None = None
+    divergence: Divergence = dataclasses.field(default_factory=Divergence)
+    soft: float = 1.0
+    hard: float = 0.0
+    source: Literal["dataset", "teacher", "student", "mixed", "served"] = "dataset"
+    on_policy: float = 0.5
+    otherwise: Literal["dataset", "teacher"] = "dataset"
+    new_tokens: int = 128
+    sampling: float = 1.0
+    draft: int = 4
+    speculate: bool = False
+    reuse: int = 1
+    labels: Literal["assistant", "all"] = "all"
+    loop_prompts: int = 4
+    loop_tokens: int = 64
+
+    def __post_init__(self):
+        check_distilling(self)
+        for name in ("soft", "hard", "sampling"):
+            schema.require(getattr(self, name) >= 0, f"objective.{name} must not be negative", getattr(self, name))
+        if not self.hard + self.soft:
+            raise UserError("objective.hard and objective.soft are both 0: there is nothing to learn")
+        schema.require(0 <= self.on_policy <= 1, "objective.on_policy must lie in 0..1", self.on_policy)
+
+    @property
+    def weights(self) -> Weights:
+        """Of the loss's terms, as far as they say what is read of the target."""
+        return Weights(self.hard, self.soft, 0.0, 1.0)
+
+    @property
+    def base(self) -> str:
+        """The target."""
+        return str(self.target)
+
+    def untrained(self, model: TransformerConfig) -> DraftModel:
+        """The student as a drafter of chains, without parameters."""
+        return student_of(self, model)
+
+
+def check_distilling(config: Any) -> None:
+    """Rules that configs of draft models share. Raises UserError."""
+    check_drafting(config)
+    if (config.model is None) == (config.init_from is None):
+        raise UserError("give either objective.model (a shape) or objective.init_from (a target directory)")
+    for name in FROM_TOKENIZER:
+        if name in (config.model or {}):
+            raise UserError(f"objective.model.{name} is the target's; leave it out")
+    for name in ("new_tokens", "draft", "reuse"):
+        schema.require(getattr(config, name) >= 1, f"objective.{name} must be at least 1", getattr(config, name))
+
+
+def student_of(config: Any, model: TransformerConfig) -> DraftModel:
+    """The draft model of a target of that shape that a config's `model`, `init_from` and `draft` describe."""
+    if config.init_from is not None:
+        record = _record_of(config.init_from)
+        shape = load_config(config.init_from) if record is None else _draft_model(config.init_from, record).model
+    else:
+        facts = {name: getattr(model, name) for name in FROM_TOKENIZER}
+        shape = schema.parse(TransformerConfig, {**config.model, **facts}, "objective.model")
+    return DraftModel(shape, Static(chain(config.draft)))
+
+
+def _record_of(directory: str) -> dict | None:
+    """The record of a drafter directory; None for any other."""
+    path = Path(directory) / "drafter.json"
+    return read_json(path) if path.is_file() else None
+
+
+def _draft_model(directory: str, record: dict) -> DraftModel:
+    drafter = build(record, f"{directory}/drafter.json")
+    if not isinstance(drafter, DraftModel):
+        raise UserError(f"objective.init_from ({directory}) must be a draft model, but is a drafter {drafter.name}")
+    return drafter
+
+
+class DraftModelObjective(OnFrozenTarget):
+    """Base of those that make a draft model, which learns in float32 with its layers stacked, and may write text.
+
+    Its config has, besides what every drafter's has, `model`, `init_from`, `draft`, `new_tokens` and `sampling`.
+    """
+
+    drafter: DraftModel
+
+    def __init__(self, config: Any, tokenizer: Tokenizer):
+        """As `OnFrozenTarget`. Raises UserError, too, where student and teacher read different tokens."""
+        super().__init__(config, tokenizer)
+        self._teacher = Writer(self.model, self._tokenizer)
+        self._student = Writer(self.drafter.model, self._tokenizer)
+        if config.init_from is not None:
+            record = _record_of(config.init_from)
+            own = Tokenizer.load(config.init_from).fingerprint if record is None else record["base"]["tokenizer"]
+            if own != tokenizer.fingerprint:
+                raise UserError(
+                    f"objective.init_from ({config.init_from}) has another tokenizer ({own}) than "
+                    f"objective.target ({config.base}: {tokenizer.fingerprint}): their tokens cannot be compared"
+                )
+
+    def prepare(self, compute):
+        """Also counts what the student begins as."""
+        super().prepare(compute)
+        if self._config.init_from is not None:
+            shapes = transformer.param_shapes(self.drafter.model, jnp.float32)
+            self.base = {**self.base, _STUDENT: jax.eval_shape(transformer.stack_layers, shapes)}
+
+    def check(self, length):
+        """Also refuses rows without room for a prompt, and several processes where text is written."""
+        super().check(length)
+        model = self.drafter.model
+        if model.vocab_size != self.model.vocab_size:
+            raise UserError(
+                f"the student has {model.vocab_size} embeddings and the target {self.model.vocab_size}: distributions "
+                "are compared over one vocabulary"
+            )
+        if length is not None and length > model.max_position:
+            raise UserError(
+                f"config.length ({length}) exceeds the student's longest sequence ({model.max_position}): set "
+                "objective.model.max_position"
+            )
+        if self.refresh_every:
+            check_writing(self._config.new_tokens, length)
+
+    @property
+    def depth(self) -> int:
+        """Tokens that a chain drafts."""
+        return self._config.draft
+
+    @property
+    def inputs(self) -> Mapping[str, str | None]:
+        """The target, and what the student begins as."""
+        return {**super().inputs, "objective.init_from": self._config.init_from}
+
+    def beside_target(self, mesh: Mesh) -> Params:
+        """What the student begins as."""
+        if self._config.init_from is None:
+            return {}
+        directory = self._config.init_from
+        if record := _record_of(directory):
+            params = read_params(Path(directory), record, transformer.param_shapes(self.drafter.model), mesh)
+        else:
+            params = load_target(directory, dtype=jnp.float32, mesh=mesh).params
+        return {_STUDENT: transformer.stack_layers(params)}
+
+    def frozen_part(self, base: Params) -> Params:
+        """The target."""
+        return {name: part for name, part in base.items() if name != _STUDENT}
+
+    def init(self, key, base):
+        """Random, or what is read; layers stacked, in float32."""
+        if _STUDENT in base:
+            return base[_STUDENT]
+        return transformer.stack_layers(transformer.init(self.drafter.model, key, jnp.float32))
+
+    def drafter_params(self, trainable, frozen):
+        """Layers as a list."""
+        return transformer.unstack_layers(trainable)
+
+    def student(self, trainable: Params, batch: Batch) -> Student:
+        """On a text, ready to be read."""
+        model, params = self.drafter.model, self.compute.cast(trainable)
+        layout = layout_of(batch, self.compute.attention)
+        hidden = transformer.forward(model, params, batch["tokens"], layout, remat=self.compute.remat).hidden
+        read = Partial(functools.partial(transformer.head, model), transformer.head_params(params))
+        return Student(hidden, read)
+
+    def writers(self, trainable: Params, frozen: Params) -> tuple[Target, Target]:
+        """(teacher, student), ready to decode."""
+        return self._teacher.of(frozen, self.compute), self._student.of(trainable, self.compute)
+
+
+class DistillObjective(DraftModelObjective):
+    """The `distill` objective."""
+
+    Config: ClassVar[type] = DistillConfig
+
+    @property
+    def refresh_every(self) -> int:  # type: ignore[override]
+        """Text is written for so many steps."""
+        return 0 if self._config.source == "dataset" else self._config.reuse
+
+    def refresh(self, trainable, frozen, batch, key):
+        """A batch of the text of whoever has his turn."""
+        coin, draws = jax.random.split(key)
+        who, config = self._config.source, self._config
+        if who == "mixed":
+            who = _STUDENT if jax.random.uniform(coin) < config.on_policy else config.otherwise
+        marked: HostBatch = {**batch, "mask": np.asarray(label_mask(batch, config.labels), np.uint8)}
+        length = batch["tokens"].shape[1]
+        room = length - config.new_tokens
+        if who == "dataset" or not (prompts := openings(marked, room)):
+            return marked
+        teacher, student = self.writers(trainable, frozen)
+        drafter = self.drafter, student.params
+        if who == _STUDENT:
+            made = write(student, prompts, config.new_tokens, room, config.sampling, draws)
+        else:
+            helped = who == "served" or config.speculate
+            made = write(teacher, prompts, config.new_tokens, room, config.sampling, draws, drafter if helped else None)
+        counted = [[True] * len(new) for new in made.tokens]
+        if who == "served":
+            counted = [corrected(writers, config.draft) for writers in made.writers]
+        return as_rows(prompts, made.tokens, counted, length)
+
+    def loss_on(self, target, trainable, frozen, batch, key, progress):
+        """One term."""
+        config = self._config
+        rows = self._rows(target, batch, "assistant" if self.refresh_every else config.labels)
+        if config.divergence.drawn:
+            rows = rows._replace(uniform=jax.random.uniform(key, (*rows.counted.shape, 2)))
+        (total,) = divergence_sums(
+            config.divergence,
+            [self.student(trainable, batch)],
+            target.read,
+            rows,
+            soft=config.soft,
+            hard=config.hard,
+            devices=self.compute.devices,
+        )
+        return (total, jnp.sum(rows.counted).astype(total.dtype)), {}
+
+    def evaluate_on(self, target, trainable, frozen, batch):
+        """On the data set's text, whatever is learnt from: the divergence; `alpha`, sum of min(p, q), what verification
+        keeps of a sampled draft; `agreement`, of a greedy one; first-choice accuracy and cross-entropy of the text."""
+        rows = self._rows(target, batch, self._config.labels)
+        students = [self.student(trainable, batch)]
+        (sums,) = divergence_measures(self._config.divergence, students, target.read, rows, self.compute.devices)
+        weight = jnp.sum(rows.counted).astype(jnp.float32)
+        return {name: (value, weight) for name, value in sums.items()}
+
+    def report(self, means):
+        """The means."""
+        return {name: float(means[name]) for name in MEASURES}
+
+    def _rows(self, target, batch: Batch, labels: str) -> Rows:
+        tokens, counted = labels_at({**batch, "mask": label_mask(batch, labels)}, 1)
+        return Rows(counted, target.scored, tokens)
