@@ -60,7 +60,7 @@ def get_config(variant: str = "") -> ConfigDict:
     config.data = ConfigDict({"path": "data/chat"})
     config.steps = 1000
     config.batch_size = 16
-    config.length = 64
+    config.length = 128
     config.optimizer = ConfigDict({"name": "muon", "learning_rate": 1e-2, "warmup_steps": 50})
     config.evaluation = ConfigDict({"every": 250, "batches": 16})
     config.checkpoint = ConfigDict({"every": 250})
@@ -74,8 +74,7 @@ def get_config(variant: str = "") -> ConfigDict:
     if variant == "smoke":
         config.objective.model.update(width=32, encoder_layers=2, num_layers=1, num_heads=2, num_kv_heads=1)
         config.objective.model.update(head_dim=16, mlp_width=64)
-        config.objective.source_length = 64
-        config.steps, config.batch_size, config.length = 20, 4, 32
+        config.steps, config.batch_size = 20, 4
         config.optimizer.warmup_steps = 2
         config.evaluation.update(every=20, batches=2)
         config.checkpoint.every = 20

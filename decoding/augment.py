@@ -60,11 +60,10 @@ class Augment:
     lag: int = 0
 
     def __post_init__(self):
-        for name, value, least in (("every", self.every, 1), ("lag", self.lag, 0)):
+        counts = {"lag": (self.lag, 0)} | ({} if self.every is None else {"every": (self.every, 1)})
+        for name, (value, least) in counts.items():
             whole = isinstance(value, int | np.integer) and not isinstance(value, bool)
-            if value is None and name == "every":
-                continue
-            if value is None or not whole or value < least:
+            if not whole or value < least:
                 raise UserError(f"augment needs {name} of at least {least}, got {value!r}")
         if self.every is not None and self.lag >= self.every:
             raise UserError(
@@ -99,9 +98,7 @@ class Augment:
     def check(self, config: TransformerConfig, mesh) -> None:
         """Raises UserError where a target of that shape, or a mesh, cannot have such latents."""
         if config.encoder_layers:
-            raise UserError(
-                "latents need a target without an encoder, whose cache holds no prompt that they could follow"
-            )
+            raise UserError("latents go into the cache of a decoder, and the target is an encoder-decoder")
         if not self.coprocessor.config.shift and any(config.windows):
             raise UserError(
                 "latents that hold the position of the text before them need a target without sliding windows: use a "

@@ -141,17 +141,17 @@ def generate(
     config, mesh = target.config, mesh_of(target.params) if mesh is None else mesh
     drafter, drafter_params = drafter_and_params(drafter, drafter_params, target, mesh)
     read, prompts = behind_encoder(target, checked_prompts(prompts, target))
+    batch = len(prompts)
     opened = bool(drafter.open_sizes) and mesh is None and memory is None and read is None
-    pace = _pace(target, drafter, drafter_params, checked_sampling(sampling, len(prompts))) if opened else None
+    pace = _pace(target, drafter, drafter_params, checked_sampling(sampling, batch)) if opened else None
     drafter, drafter_params = _widest(drafter_params, pace) if opened else (drafter, drafter_params)
-    limits = whole_per_row(max_new_tokens, len(prompts), "max_new_tokens")
-    stream_every = at_least_one(stream_every, "stream_every", " step")
+    limits = whole_per_row(max_new_tokens, batch, "max_new_tokens")
     needed, padded = _check_lengths(config, prompts, limits, drafter, augment)
     capacity = _capacity(capacity, max(needed, padded), drafter, config.max_position)
     stop, stop_texts = _stops(target, stop, stop_texts)
-    _check_mesh(mesh, target, drafter_params, len(prompts), augment)
+    _check_mesh(mesh, target, drafter_params, batch, augment)
     request = _make_request(config, prompts, limits, seeds, sampling, stop, attention, typical, mesh)
-    reader = _Reader(target, prompts, stop_texts, on_tokens)
+    reader = _Reader(target, prompts, stop_texts, on_tokens, stream_every)
     drafter.rule(request.sampling.greedy)  # Refuses what cannot be verified, before anything is computed.
     started = time.perf_counter()
     models = loop.Models(config, drafter, target.params, drafter.for_decoding(drafter_params, mesh))
@@ -162,7 +162,7 @@ def generate(
         paced = None if pace is None else Paced(models, request, pace)
         state = paced.compiled(state) if paced else state
         prefilled = time.perf_counter()
-        state = _run(paced.segment if paced else _steps(models), state, reader, stream_every, mesh, schedule)
+        state = _run(paced.segment if paced else _steps(models), state, reader, mesh, schedule)
     seconds = prefilled - started, time.perf_counter() - prefilled
     memory = None if opened else drafter.memory(state.drafter)  # An open one's fits one of its sizes only.
     return _finished(target, prompts, state, paced, memory, seconds, reader.ended, stop_texts, schedule)
@@ -188,14 +188,13 @@ def _steps(models: loop.Models) -> Callable[..., loop.DecodeState]:
     return lambda state, steps, request: loop.run(models, state, request, np.int32(steps))
 
 
-def _run(step: Callable[..., loop.DecodeState], state, reader: "_Reader", stream_every: int, mesh, schedule: Schedule):
+def _run(step: Callable[..., loop.DecodeState], state, reader: "_Reader", mesh, schedule: Schedule):
     """The loop to its end, without a stop where nobody reads what it writes or asks what the next steps shall be."""
-    every = stream_every if reader.watches else NEVER
     while True:
         if reader.watches:
             state = reader.look(state, mesh)
         if not bool(jnp.all(state.text.done)):
-            state = step(state, every, schedule.request)
+            state = step(state, reader.every, schedule.request)
         elif (due := schedule.due(state, reader.ended)).any():
             state = schedule.resume(state, due)
         else:
@@ -285,7 +284,7 @@ def _check_mesh(mesh, target, drafter_params, batch, augment) -> None:
             warnings.warn(f"{size} {what} do not divide over {where}: each device there works on all", stacklevel=3)
 
 
-def _make_request(config, prompts, limits, seeds, sampling, stop, attention, typical, mesh=None) -> Request:
+def _make_request(config, prompts, limits, seeds, sampling, stop, attention, typical, mesh) -> Request:
     batch, lengths = len(prompts), np.array([len(prompt) for prompt in prompts], np.int32)
     if attention not in ("dense", "split"):
         raise UserError(f"attention must be 'dense' or 'split', got {attention!r}")
@@ -367,15 +366,22 @@ def _pack_stops(stops: Sequence[Sequence[int]], batch: int) -> Int[Array, "B K L
 
 
 class _Reader:
-    """Reads a text while it grows: hands new tokens on, and ends rows where a stop text is complete."""
+    """Reads a text while it grows: hands new tokens on, and ends rows where a stop text is complete.
 
-    def __init__(self, target: Target, prompts: list[list[int]], stop_texts: Sequence[str], on_tokens):
+    Attributes:
+      every: steps from one look to the next.
+      ended: places behind the stop texts that rows have met.
+    """
+
+    def __init__(self, target: Target, prompts: list[list[int]], stop_texts: Sequence[str], on_tokens, every: Any):
+        steps = at_least_one(every, "stream_every", " step")
         self._vocab_size, self._on_tokens = target.config.vocab_size, on_tokens
         self._texts = None
         if stop_texts and target.tokenizer is not None:
             self._texts = [Continuation(target.tokenizer, prompt, stop_texts) for prompt in prompts]
         self._read = [len(prompt) for prompt in prompts]
         self.ended: dict[int, int] = {}
+        self.every = steps if self.watches else NEVER
 
     @property
     def watches(self) -> bool:

@@ -152,8 +152,8 @@ def read_prompt(
 
 def begin(models: Models, state: DecodeState, hidden: Float[Array, "B H"], request: Request) -> DecodeState:
     """Chooses the first root from the prompt's last feature, and tells the drafter that the prompt is complete."""
-    request = dataclasses.replace(request, sampling=request.sampling.of_any_mode, attention="dense", typical=None)
-    asked = dataclasses.replace(request, memory=None)
+    any_mode = request.sampling.of_any_mode
+    asked = dataclasses.replace(request, sampling=any_mode, attention="dense", typical=None, memory=None)
     state = dataclasses.replace(state, text=_choose_first(models.config, models.params, state.text, hidden, asked))
     return begun(models, state, request)
 

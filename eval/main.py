@@ -150,8 +150,8 @@ def run(config: DecodeConfig) -> dict[str, Any]:
         runs = measure()
         augmented = None
         if augment is not None:
-            runs_on_latents = measure(augment=augment, parts=False)
-            augmented = {**schema.resolved(augment.coprocessor.config), "runs": runs_on_latents}
+            about = schema.resolved(augment.coprocessor.config)
+            augmented = {**about, "runs": measure(augment=augment, parts=False)}
         for entry, accuracy in zip(runs, quality["head_accuracy"], strict=True):
             entry["head_accuracy"] = accuracy
         progress("writing the report")

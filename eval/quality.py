@@ -106,9 +106,9 @@ def perplexity(args, target: Target, field: Sequence[Contender], progress) -> di
 
 def _plain(values: np.ndarray) -> list:
     """As JSON has them; None where there is no number."""
-    if values.ndim > 1:
-        return [_plain(row) for row in values]
-    return [None if np.isnan(value) else float(value) for value in values]
+    plain = values.astype(object)
+    plain[np.isnan(values)] = None
+    return plain.tolist()
 
 
 def shares(
@@ -198,6 +198,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         target = load_target(args.target)
         if target.tokenizer is None and (args.problems or args.choices):
             raise UserError(f"{args.target} has no tokenizer, which questions need")
+        if args.choices:
+            target.refuse_encoder("answers --problems alone")
         field = contenders(target, args.coprocessors)
         results: dict[str, Any] = {
             "config": {name: value for name, value in vars(args).items() if name not in _NOT_RECORDED},

@@ -82,10 +82,10 @@ def attend(
     rows that verification accepts are (`decoding/cache.py`). Keys lie as [B, K, D, S] and values as [B, K, S, D], the
     two forms in which XLA multiplies a cache as it is; any other is transposed or packed anew at every step.
     """
-    if layout.attention in ("blocks", "fused") and isinstance(layout.order, Blocks):
-        assert rows is not None and sources.scratch is None, "attention of blocks has rows, and no scratch"
-        return attend_by_block(q_BTND, rows, sources.prefix, layout, scale=scale, cap=cap, window=window)
     if rows is not None and layout.attention in ("blocks", "fused"):
+        if isinstance(layout.order, Blocks):
+            assert sources.scratch is None and sources.memory is None, "attention of blocks has a prefix alone"
+            return attend_by_block(q_BTND, rows, sources.prefix, layout, scale=scale, cap=cap, window=window)
         assert sources == ALONE, "attention over whole texts has no other sources"
         on_tpu = jax.default_backend() == "tpu"
         fits = layout.attention == "fused" and on_tpu and splash.fits(q_BTND, layout)

@@ -29,8 +29,8 @@ run train.main --config=configs/lm.py --config.data.path="$out/data" --config.ob
     $shape.width=128 $shape.num_layers=10 $shape.head_dim=32 $shape.mlp_width=344 --config.batch_size=4 \
     --config.length=1280 --config.steps=450 --config.evaluation.every=150 --config.checkpoint.every=150 \
     --workdir="$out/decoder"
-learn=(--config.data.path="$out/data" $shape.width=128 $shape.mlp_width=512 --config.steps=600
-    --config.evaluation.every=150 --config.checkpoint.every=150)
+learn=(--config.data.path="$out/data" $shape.width=128 $shape.mlp_width=512 --config.length=64
+    --config.steps=600 --config.evaluation.every=150 --config.checkpoint.every=150)
 run train.main --config=configs/encoder_decoder.py "${learn[@]}" --workdir="$out/encoder_decoder"
 targets=(decoder="$out/decoder/target" encoder-decoder="$out/encoder_decoder/target")
 if [ -n "$distill" ]; then

@@ -42,7 +42,8 @@ def describe(config: TrainConfig, memory: bool = False) -> str:
         sections.append(str(kept))
     if memory:
         example = next(iter(corpus.batches(config.batch_size, config.seed)))
-        sections.append(of_step(plan, {name: (array.shape[1:], array.dtype) for name, array in example.items()}))
+        row = {name: (array.shape[1:], array.dtype) for name, array in example.items()}
+        sections.append(of_step(plan, row | plan.objective.refreshed(config.length)))
     return "\n\n".join(sections)
 
 

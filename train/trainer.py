@@ -130,7 +130,9 @@ def make_plan(config: TrainConfig, facts: Any) -> Plan:
     rules = {name: make_optimizer(section, config.steps) for name, section in sections.items()}
     optimizer = rules[""] if "" in rules else apart(rules)
     state = jax.eval_shape(functools.partial(init_state, config, objective, optimizer), objective.base)
-    return Plan(config, mesh, objective, optimizer, _place(mesh, state), _place(mesh, objective.base))
+    return Plan(
+        config, mesh, objective, optimizer, _place(mesh, state), _place(objective.base_mesh(mesh), objective.base)
+    )
 
 
 def check_refreshed(config: TrainConfig, objective: Objective) -> None:

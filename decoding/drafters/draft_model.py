@@ -88,8 +88,8 @@ class DraftModel(NetworkDrafter):
         length = start.length
         if rows.source != "own":
             layout = Layout.extend(length, tokens.shape[1], start.position)
-            known = _known(self.model, tokens)
-            out = transformer.forward(self.running, params, known, *beside(memory, layout, cache))
+            seen = beside(memory, layout, cache)
+            out = transformer.forward(self.running, params, _known(self.model, tokens), *seen)
             return {**state, "cache": commit(cache, out.rows, None, length, after=out.hidden[:, 0])}
         # Row r of the text is the slot of node r - 1, and the first the token that was unread. What did not run lies
         # behind the accepted rows and is read next time.
@@ -99,8 +99,7 @@ class DraftModel(NetworkDrafter):
         )
         unread = jnp.full((nodes.shape[0], 1), self.policy.slots, jnp.int32)
         slots = jnp.concatenate([unread, jnp.maximum(slots, 0)], axis=1)
-        begins = start.back(1)
-        taken, after = self.rows_in(slots, rows.drafted["scratch"], params, cache, begins)
+        taken, after = self.rows_in(slots, rows.drafted["scratch"], params, cache, start.back(1))
         after = rows.nodes[:, -1:] if after is None else after
         return {**state, "cache": commit(cache, taken, None, length - 1, after)}
 

@@ -48,11 +48,11 @@ class EarlyExit(NetworkDrafter):
 
     def network(self, params, target, state):
         """The first layers in the middle of the text."""
+        # The cache is the target's own, in which there is more than text.
         place = dict(
             config=target.config,
             params=target.params,
             cache=target.cache,
-            # The cache is the target's own, in which there may be more than text.
             place=dataclasses.replace(target.place, length=target.place.slots),
             unread=jnp.zeros((target.length.shape[0], 0), jnp.int32),
             vocab_size=target.config.vocab_size,

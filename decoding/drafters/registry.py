@@ -147,25 +147,10 @@ def load_drafter(spec: str | Path, target: Target, mesh: Mesh | None = None) -> 
     drafter.check(target.config)
     shapes = jax.eval_shape(functools.partial(drafter.init_params, target.config), target.params, jax.random.key(0))
     mesh = mesh_of(target.params) if mesh is None else mesh
-    params = read_params(directory, record, shapes, mesh)
+    params = read_beside(directory, "drafter.json", shapes, mesh, lambda name: _present_name(name, record))
     if carried:
         drafter = _of_size(drafter, argument, record, name)
     return drafter, in_huge_pages(drafter.for_decoding(params, mesh))
-
-
-def read_params(directory: Path, record: dict, shapes: typing.Any, mesh: Mesh | None = None) -> typing.Any:
-    """The parameters in a drafter directory, whatever its base.
-
-    Args:
-      directory: it.
-      record: its `drafter.json`.
-      shapes: a tree of `ShapeDtypeStruct`s, as `init_params` would make it.
-      mesh: shards them over it; None is the default device.
-
-    Raises:
-      UserError: a tensor is missing, unknown or of another shape.
-    """
-    return read_beside(directory, "drafter.json", shapes, mesh, lambda name: _present_name(name, record))
 
 
 def _of_size(drafter: Drafter, candidates: str, record: dict, name: str) -> Drafter:

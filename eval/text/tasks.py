@@ -72,8 +72,7 @@ def read_problems(path: str | Path) -> list[Problem]:
     problems = []
     for _, where, row in records(path):
         record = fields_of(row, where)
-        question: Any = record.get("question")
-        answer: Any = record.get("answer")
+        question, answer = record.get("question"), record.get("answer", "")
         number = number_in(answer, marked=True) if isinstance(answer, str) else None
         if not isinstance(question, str) or number is None:
             raise UserError(f"{where} must have a text 'question' and a text 'answer' that ends with '#### N'")
@@ -94,10 +93,9 @@ def read_choices(path: str | Path) -> list[Choice]:
 
 
 def _choice(record: Mapping[str, Any], where: str) -> Choice:
-    question: Any = record.get("question")
+    question, labels = record.get("question"), None
     choices: Any = record.get("choices")
-    answer = record.get("answer", record.get("answerKey"))
-    labels: Any = None
+    answer: Any = record.get("answer", record.get("answerKey"))
     if isinstance(choices, dict):
         choices, labels = choices.get("text"), choices.get("label")
     texts = isinstance(choices, list) and len(choices) > 1 and all(isinstance(x, str) and x.strip() for x in choices)
@@ -170,7 +168,8 @@ def exact_match(
     """
     assert target.tokenizer is not None
     prompts = [_question(target.tokenizer, shots, problem, chat) for problem in problems]
-    room = bucket(slots_needed(max(map(len, prompts)), max_new_tokens, 0, augment))
+    longest = max(len(target.opening(prompt)) for prompt in prompts)
+    room = bucket(slots_needed(longest, max_new_tokens, 0, augment))
     answers: list[str] = []
     seconds, calls = 0.0, 0
 

@@ -165,11 +165,13 @@ def test_what_does_not_fit_is_one_sentence() -> None:
     with pytest.raises(UserError, match="answers once, at the end of the prompt"):
         Augment(last_layer, every=4)
     windowed = dataclasses.replace(target(), config=dataclasses.replace(target().config, windows=(4, None)))
+    encoding = dataclasses.replace(target().config, family="mu", encoder_layers=1, bos_id=0)
     hold = augment(6, 2, positions="hold")
     wide = Augment(Coprocessor(plain.coprocessor.config, {"soft": {"embedding": jnp.zeros((3, 8))}}))
     for model, latents, more, message in (
         (target(), {}, {}, "augment must be an? Augment or None"),
         (windowed, hold, {}, "need a target without sliding windows"),
+        (dataclasses.replace(target(), config=encoding), hold, {}, "and the target is an encoder-decoder"),
         (target(), wide, {}, r"soft tokens are \[3, 8\], this target needs \[3, 32\]"),
         (
             target(),

@@ -287,7 +287,7 @@ def test_reading_a_prompt_writes_its_text(target: Target) -> None:
     text = np.zeros((2, 32), np.int32)
     for row, prompt in enumerate(prompts):
         text[row, : len(prompt)] = prompt
-    request = module._make_request(target.config, prompts, [1, 1], 0, Sampling(), [[99]], "dense", None)
+    request = module._make_request(target.config, prompts, [1, 1], 0, Sampling(), [[99]], "dense", None, None)
     models = loop.Models(target.config, TokenRecycling(LOPSIDED), target.params, None)
     state = loop.init_state(target.config, models.drafter, 2, 40, jnp.float64)
     hidden = jnp.zeros((2, target.config.width))

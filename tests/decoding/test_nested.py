@@ -49,7 +49,7 @@ def test_the_tree_carries_what_the_network_cut_off_at_the_exit_says(exits, limit
         )
         root = jnp.take_along_axis(text, length[:, None], axis=1)[:, 0]
         keys = jax.vmap(jax.random.key)(jnp.arange(6))
-        return drafter.draft(drafter.for_decoding(params), view, {"cache": cache}, root, keys)[0]
+        return drafter.draft(drafter.for_decoding(params), view, {"cache": cache, "memory": None}, root, keys)[0]
 
     tree = draft(jnp.asarray(text), jnp.asarray(length))
     inner = np.flatnonzero(TREE.children[:, 0] >= 0)

@@ -111,6 +111,8 @@ def job(data_set: pathlib.Path, target_directory: pathlib.Path) -> Callable[...,
         "falcon": {"name": "falcon", "target": str(target_directory), "depth": 3, "loop_prompts": 0},
         "early_exit": {"name": "early_exit", "target": str(target_directory), "layers": 1, "loop_prompts": 0},
         "several": {"name": "several", "target": str(target_directory)},
+        "distill": {**SMALL_STUDENT, "name": "distill", "target": str(target_directory)},
+        "minillm": {**SMALL_STUDENT, "name": "minillm", "reuse": 2, "target": str(target_directory)},
         "coprocessor": {
             "name": "coprocessor",
             "target": str(target_directory),
@@ -118,8 +120,6 @@ def job(data_set: pathlib.Path, target_directory: pathlib.Path) -> Callable[...,
             "places": 5,
             "ahead": 4,
         },
-        "distill": {**SMALL_STUDENT, "name": "distill", "target": str(target_directory)},
-        "minillm": {**SMALL_STUDENT, "name": "minillm", "reuse": 2, "target": str(target_directory)},
     }
 
     def make(name: str, objective: dict[str, Any] | None = None, **changes: Any) -> TrainConfig:

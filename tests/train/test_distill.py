@@ -162,6 +162,20 @@ def test_a_killed_run_writes_the_same_text_again(job, die_at, tmp_path) -> None:
     assert whole == killed
 
 
+@pytest.mark.slow
+def test_a_teacher_on_a_mesh_of_its_own_teaches_the_same(job, as_code, on_two_devices, tmp_path) -> None:
+    own = {"source": "served", "labels": "all", "sampling": 0.0}
+    trainer.train(job("distill", objective=own, steps=3), tmp_path / "one")
+    config = job("distill", objective={**own, "teacher_mesh": "tensor=2"}, steps=3)
+    run = "import pathlib\nfrom train import trainer\ntrainer.train(config, pathlib.Path({!r}))\n"
+    on_two_devices(as_code(config) + run.format(str(tmp_path / "two")))
+    losses = []
+    for name in ("one", "two"):
+        told = [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+        losses.append([line["loss"] for line in told if "loss" in line])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4) and len(losses[0]) == 3
+
+
 def test_a_student_may_begin_as_a_target_or_a_draft_model_of_the_same_tokenizer(
     setting, target_directory, tmp_path
 ) -> None:

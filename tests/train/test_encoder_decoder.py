@@ -157,16 +157,18 @@ def test_the_loss_is_its_definition_and_the_teacher_gets_no_gradient(setting, ta
         return {**more, "source": source, "tokens": tokens}
 
     @jax.jit
-    def results(params, frozen, batches):
-        slopes = jax.value_and_grad(lambda p, f, b: objective.loss(p, f, b, KEY, 0.0)[0], (0, 1), has_aux=True)
-        return [slopes(params, frozen, b) for b in batches], objective.evaluate(params, frozen, batches[0])
+    def results(params, frozen, batch, wider):
+        def loss(params, frozen, batch):
+            return objective.loss(params, frozen, batch, KEY, 0.0)[0]
 
-    ((plain, slopes), (padded, same)), told = results(params, frozen, [batch, wide(batch)])
+        slopes = jax.value_and_grad(loss, (0, 1), has_aux=True)
+        return slopes(params, frozen, batch), loss(params, frozen, wider), objective.evaluate(params, frozen, batch)
+
+    (plain, slopes), padded, told = results(params, frozen, batch, wide(batch))
     assert float(plain[1]) == len(likelihood) == float(padded[1])
     expected = 0.9 * divergence.sum() - 0.1 * likelihood.sum()
     np.testing.assert_allclose(plain[0], expected, rtol=1e-4)
     np.testing.assert_allclose(padded[0], expected, rtol=1e-4)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-2, atol=1e-4), slopes[0], same[0])
     assert all(not np.any(leaf) for leaf in jax.tree.leaves(slopes[1]))
     assert all(np.any(leaf) for leaf in jax.tree.leaves(slopes[0]["encoder"]))
     shown = objective.report({name: float(value) / float(count) for name, (value, count) in told.items()})

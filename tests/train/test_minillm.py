@@ -91,6 +91,8 @@ def test_the_first_step_stands_at_a_ratio_of_student_over_mixture(draft_setting)
     made = objective.refresh(params, frozen, host, jax.random.key(0))
     again = objective.refresh(params, frozen, host, jax.random.key(0))
     jax.tree.map(np.testing.assert_array_equal, made, again)
+    shapes = {name: (values.shape[1:], values.dtype) for name, values in made.items()}
+    assert objective.refreshed(batch["tokens"].shape[1]) == shapes
     (sums, weights), _ = jax.jit(objective.loss)(params, frozen, {**batch, **made}, jax.random.key(0), 0.0)
     told = {name.removeprefix("written/"): values for name, values in made.items()}
     assert weights[0] == told["mask"].sum() > 20

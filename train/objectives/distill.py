@@ -29,16 +29,18 @@ from jax.sharding import Mesh
 from jax.tree_util import Partial
 
 from decoding.drafters.draft_model import DraftModel
-from decoding.drafters.registry import build, read_params
+from decoding.drafters.registry import build
 from decoding.policies import Static
 from decoding.trees import chain
 from models import schema, transformer
 from models.config import TransformerConfig
 from models.errors import UserError
+from models.formats.beside import read_beside
 from models.formats.hf import load_config
 from models.formats.target import Target, load_target
 from models.formats.text_files import read_json
 from models.formats.tokenizer import Tokenizer
+from models.sharding import parse_mesh
 from train.objectives.divergences import Divergence, Rows, Student, divergence_measures, divergence_sums
 from train.objectives.drafting import OnFrozenTarget, check_drafting
 from train.objectives.guess import Weights
@@ -73,6 +75,8 @@ class DistillConfig:
       draft: tokens that the student drafts in a row: where it serves, and as the drafter that is made.
       speculate: the teacher writes with the student as its drafter, which changes its speed alone.
       reuse: steps that learn from what was written once.
+      teacher_mesh: how the target is split over the same devices, such as `tensor=8`; None is as `config.mesh` says, by
+        which the student is.
       labels: which tokens of the data set are learnt: `assistant`, those that it marks, or `all`.
       loop_prompts: prompts from the valid split that every evaluation decodes, at most a batch; 0 is none.
       loop_tokens: new tokens per such prompt; 0 decodes nothing.
@@ -95,6 +99,7 @@ class DistillConfig:
     draft: int = 4
     speculate: bool = False
     reuse: int = 1
+    teacher_mesh: str | None = None
     labels: Literal["assistant", "all"] = "all"
     loop_prompts: int = 4
     loop_tokens: int = 64
@@ -161,7 +166,7 @@ def _draft_model(directory: str, record: dict) -> DraftModel:
 class DraftModelObjective(OnFrozenTarget):
     """Base of those that make a draft model, which learns in float32 with its layers stacked, and may write text.
 
-    Its config has, besides what every drafter's has, `model`, `init_from`, `draft`, `new_tokens` and `sampling`.
+    Its config has, besides what every drafter's has, `model`, `init_from`, `draft`, `new_tokens` and `teacher_mesh`.
     """
 
     drafter: DraftModel
@@ -214,13 +219,29 @@ class DraftModelObjective(OnFrozenTarget):
         """The target, and what the student begins as."""
         return {**super().inputs, "objective.init_from": self._config.init_from}
 
+    def base_mesh(self, mesh):
+        """The teacher's own, where it has one. Raises UserError where that is of fewer devices."""
+        if self._config.teacher_mesh is None:
+            return mesh
+        own = parse_mesh(self._config.teacher_mesh)
+        if own.size != mesh.size:
+            raise UserError(
+                f"objective.teacher_mesh ({self._config.teacher_mesh}) is of {own.size} devices, and the student's of "
+                f"{mesh.size}: both must be split over the same"
+            )
+        return own
+
+    def load_base(self, mesh):
+        """On the teacher's mesh."""
+        return super().load_base(self.base_mesh(mesh))
+
     def beside_target(self, mesh: Mesh) -> Params:
         """What the student begins as."""
         if self._config.init_from is None:
             return {}
         directory = self._config.init_from
-        if record := _record_of(directory):
-            params = read_params(Path(directory), record, transformer.param_shapes(self.drafter.model), mesh)
+        if _record_of(directory):
+            params = read_beside(Path(directory), "drafter.json", transformer.param_shapes(self.drafter.model), mesh)
         else:
             params = load_target(directory, dtype=jnp.float32, mesh=mesh).params
         return {_STUDENT: transformer.stack_layers(params)}

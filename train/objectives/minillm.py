@@ -66,7 +66,6 @@ class MiniLLMConfig:
     """
 
     reads: ClassVar[str] = "text"
-    sampling: ClassVar[float] = 1.0
 
     name: Literal["minillm"]
     target: str | None
@@ -82,6 +81,7 @@ class MiniLLMConfig:
     new_tokens: int = 128
     draft: int = 4
     reuse: int = 4
+    teacher_mesh: str | None = None
     labels: Literal["assistant", "all"] = "all"
     loop_prompts: int = 4
     loop_tokens: int = 64
@@ -162,6 +162,13 @@ class MiniLLMObjective(DraftModelObjective):
             **{f"{_WRITTEN}{name}": values for name, values in rows.items()},
             **{f"{_WRITTEN}{name}": np.where(counted, x, 0).astype(np.float32) for name, x in told.items()},
         }
+
+    def refreshed(self, length):
+        """Tokens, and what is known of them."""
+        whole, real = np.dtype(np.int32), np.dtype(np.float32)
+        dtypes = {"tokens": whole, "segments": whole, "mask": np.dtype(np.uint8)}
+        dtypes |= {"old": real, "weight": real, "advantage": real}
+        return {f"{_WRITTEN}{name}": ((length,), dtype) for name, dtype in dtypes.items()}
 
     def loss_on(self, target, trainable, frozen, batch, key, progress):
         """Two terms: over what was written, and over the data set's text."""

@@ -158,6 +158,10 @@ class Objective(abc.ABC):
         """Reads the base from disk into its shardings on `mesh`."""
         raise UserError(f"the objective {type(self).__name__} is incomplete: it has a base, but no load_base")
 
+    def base_mesh(self, mesh: Mesh) -> Mesh:
+        """The mesh that the base lies on, of the same devices as the job's `mesh`."""
+        return mesh
+
     def frozen_part(self, base: Params | None) -> Params | None:
         """What of the base goes on as frozen parameters, given its arrays or their shapes; the rest feeds `init`."""
         return base
@@ -181,6 +185,10 @@ class Objective(abc.ABC):
         Returns:
           Arrays by name, of as many rows.
         """
+        return {}
+
+    def refreshed(self, length: int | None) -> dict[str, tuple[tuple[int, ...], Any]]:
+        """Shape per row and dtype of what `refresh` adds to a batch whose rows have so many tokens, by name."""
         return {}
 
     @abc.abstractmethod

@@ -123,7 +123,7 @@ def entry() -> dict:
     baseline = measured("none", 10, [[1.0, 2.0], [1.0, 2.0], [10.0, 20.0]], [[0.1, 0.1]] * 3, {"forward": 1.5})
     seconds, prefill = [[0.5, 0.5], [0.25, 0.5], [5.0, 5.0]], [[0.1, 0.2], [0.3, 0.4], [0.1, 0.1]]
     parts = {"draft": 6.0, "choice": 2.0, "forward": 2.0}
-    return module._run(None, measured("drafter", 5, seconds, prefill, parts), baseline, prompts, True)
+    return module._run(None, measured("drafter", 5, seconds, prefill, parts), baseline, prompts, greedy=True)
 
 
 def test_speed_is_the_median_over_repeats_of_means_over_questions(entry) -> None:
@@ -152,7 +152,7 @@ def test_lengths_of_steps_are_told_by_category_and_per_turn() -> None:
     ]
     drafter = types.SimpleNamespace(name="drafter", num_heads=0, max_depth=2, max_nodes=3)
     one = Measured(Contender(drafter), made, [[1.0] * 4], [[1.0] * 4])
-    entry = module._run(None, one, one, prompts, True)
+    entry = module._run(None, one, one, prompts, greedy=True)
     assert entry["acceptance_length"] == 2 and entry["acceptance_length_per_turn"] == pytest.approx((5 / 3 + 3 + 2) / 3)
     qa, math = entry["categories"]["qa"], entry["categories"]["math"]
     assert qa["acceptance_length"] == 2 and qa["acceptance_length_per_turn"] == pytest.approx((5 / 3 + 3) / 2)
@@ -179,7 +179,7 @@ def test_first_difference_tells_place_and_margin(target: Target, prompts) -> Non
     base = [3, 4, 5]
     baseline = Measured(Contender(None), [generation(base, 2, 2)], [[1.0]], [[1.0]])
     other = Measured(Contender(None), [generation([3, 9, 5], 2, 2)], [[1.0]], [[1.0]])
-    found = module._first_difference(target, other, baseline, prompts[:1], Sampling())
+    found = module._first_difference(target, other, baseline, prompts[:1], greedy=True)
     logits = np.sort(np.asarray(target.apply([[*prompts[0].tokens, 3]]).logits[0, -1]))
     assert found == {
         "question": "1",
@@ -189,7 +189,7 @@ def test_first_difference_tells_place_and_margin(target: Target, prompts) -> Non
         "top_2_margin": pytest.approx(logits[-1] - logits[-2]),
     }
     shorter = Measured(Contender(None), [generation(base[:2], 1, 1)], [[1.0]], [[1.0]])
-    assert module._first_difference(target, shorter, baseline, prompts[:1], Sampling())["token"] is None
+    assert module._first_difference(target, shorter, baseline, prompts[:1], greedy=True)["token"] is None
 
 
 def test_bad_requests(target: Target) -> None:
