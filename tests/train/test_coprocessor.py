@@ -12,6 +12,7 @@ import pytest
 
 from decoding.cache import commit, init_cache
 from decoding.coprocessors import load_coprocessor
+from eval.text.behind import likelihoods_behind
 from models import attention, coprocessor, transformer
 from models.attention import Sources
 from models.errors import UserError
@@ -234,9 +235,15 @@ def test_evaluation_compares_the_same_labels_with_and_without_latents(x64, setti
         same = passes.of_text == transformer.forward(objective.model, frozen, batch["tokens"], layout).hidden
         logits = [transformer.head(objective.model, frozen, x) for x in (passes.hidden, passes.of_text)]
         scores = [jax.nn.log_softmax(x) for x in logits]
-        return places, same, scores, objective.evaluate(params, frozen, batch)
+        measured = [
+            likelihoods_behind(
+                objective.model, network, 4, frozen, params, batch["tokens"], batch["segments"], places.at
+            )
+            for network in (objective._config.coprocessor, None)
+        ]
+        return places, same, scores, measured, objective.evaluate(params, frozen, batch)
 
-    places, same, (augmented, alone), sums = jax.device_get(run(params, frozen, batch))
+    places, same, (augmented, alone), measured, sums = jax.device_get(run(params, frozen, batch))
     assert np.all(same)
     # Every token but the last of its document is a place, and nothing behind its document or the row counts.
     segments = np.asarray(batch["segments"])
@@ -250,8 +257,12 @@ def test_evaluation_compares_the_same_labels_with_and_without_latents(x64, setti
             if q < LENGTH and segments[b, q] == segments[b, places.at[b, m]]:
                 token = int(batch["tokens"][b, q])
                 count[a] += 1
-                total["loss"][a] -= augmented[b, m, a, token]
-                total["base"][a] -= alone[b, q - 1, token]
+                expected = augmented[b, m, a, token], alone[b, q - 1, token]
+                total["loss"][a] -= expected[0]
+                total["base"][a] -= expected[1]
+                assert [found[b, m, a] for found, _ in measured] == pytest.approx(expected, rel=1e-12)
+    for _, there in measured:
+        np.testing.assert_array_equal(there[places.kept], places.counted[places.kept])
     for name, of in total.items():
         for a in range(4):
             np.testing.assert_allclose(sums[f"{name}_{a + 1}"], (of[a], count[a]), rtol=1e-10)
