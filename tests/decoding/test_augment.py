@@ -142,7 +142,10 @@ def test_engine_is_one_long_forward(every, lag, flags, monkeypatch) -> None:
 def test_streams_and_stops_are_those_of_the_text() -> None:
     """Of a text whose second run of tokens is cut by a stop, and a third by the limit; rows end at different points."""
     arguments = dict(augment=augment(5, 0, **BOTH_WAYS), capacity=SIZE)
+    alone = generate(target(), PROMPTS, max_new_tokens=NEW, capacity=SIZE)
     whole = generate(target(), PROMPTS, max_new_tokens=NEW, **arguments)
+    again = generate(target(), PROMPTS, max_new_tokens=NEW, capacity=SIZE)
+    assert again.tokens == alone.tokens != whole.tokens, "without latents the target is what it was"
     assert whole.augmentations == [-(-new // 5) for new in NEW]
     calls: list[tuple[int, list[int]]] = []
     told = lambda row, tokens, writers: calls.append((row, tokens))  # noqa: E731
