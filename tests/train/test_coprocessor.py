@@ -3,7 +3,9 @@ not; files, evaluations and devices."""
 
 import dataclasses
 import functools
+import hashlib
 import json
+import pathlib
 
 import jax
 import jax.numpy as jnp
@@ -164,6 +166,14 @@ def test_packed_points_are_what_decoding_one_at_a_time_finds_and_see_no_others(x
         same = np.all(np.asarray(ours == theirs), axis=(2, 3))
         np.testing.assert_array_equal(same, [[True, False, True, True, True]] * 2)
 
+    # All of the copy is learnt.
+    def loss(params, frozen):
+        return objective.loss_at(places, params, frozen, batch)[0]
+
+    slopes = jax.jit(jax.grad(loss), compiler_options=trainer.unoptimised())(params, frozen)
+    assert set(slopes["network"]) == {"layers", "final_norm"}
+    assert all(np.any(leaf, axis=tuple(range(1, leaf.ndim))).all() for leaf in jax.tree.leaves(slopes))
+
 
 def test_slopes_reach_all_that_is_learnt_and_nothing_of_the_target(x64, setting, monkeypatch):
     objective, params, frozen, batch, places = setting("lora")
@@ -270,6 +280,9 @@ def test_evaluation_compares_the_same_labels_with_and_without_latents(x64, setti
     assert shown["perplexity_2"] == pytest.approx(np.exp(total["loss"][1] / count[1]))
     gain = np.exp((total["loss"] - total["base"]) / count) - 1
     assert [shown[f"change_{a + 1}"] for a in range(4)] == pytest.approx(100 * gain)
+    # An offset without labels is left out.
+    few = objective.report({f"{name}_{a + 1}": float(a) for name in ("loss", "base", "labels") for a in range(4)})
+    assert few["loss"] == 2 and {name[-1] for name in few if name[-1].isdigit()} == {"2", "3", "4"}
 
     # Padding changes nothing, and lags stay inside of documents.
     longer = {name: jnp.pad(x, ((0, 0), (0, 12))) for name, x in batch.items()}
@@ -324,7 +337,9 @@ def test_a_run_leaves_the_target_as_it_was_and_two_devices_learn_the_same(
         return state, frozen
 
     monkeypatch.setattr(trainer, "first_state", first_state)
+    files = hashes(config.objective.target)
     trainer.train(config, tmp_path / "one")
+    assert len(files) > 2 and hashes(config.objective.target) == files
     ((frozen, before),) = seen
     assert all(jax.tree.leaves(jax.tree.map(lambda x, y: np.asarray(x).tobytes() == y.tobytes(), frozen, before)))
     target = load_target(config.objective.target)
@@ -344,6 +359,12 @@ def test_a_run_leaves_the_target_as_it_was_and_two_devices_learn_the_same(
     assert len(ours) == 3 and "valid/change_4" in ours[-1]
     for one, other in zip(ours, theirs, strict=True):
         assert one == pytest.approx(other, rel=1e-3, abs=1e-4)
+
+
+def hashes(directory):
+    """Of every file of a directory."""
+    files = (path for path in pathlib.Path(directory).rglob("*") if path.is_file())
+    return {str(path): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
 def numbers(path):

@@ -194,7 +194,7 @@ class CoprocessorObjective(BesideFrozenTarget):
         return total, jnp.sum(places.counted).astype(total.dtype)
 
     def evaluate(self, trainable: Params, frozen: Params, batch: Batch) -> Sums:
-        """By offset: the loss behind latents, and of the target alone on the same labels."""
+        """By offset: the loss behind latents, and of the target alone on the same labels; and how many labels."""
         places = self.places(batch, None)
         _, hidden, of_text = self.passes(trainable, frozen, batch, places)
         alone = before_labels(of_text, places)
@@ -206,16 +206,18 @@ class CoprocessorObjective(BesideFrozenTarget):
 
         sums = summed(measure, (hidden, alone, places), self._pieces(frozen, hidden))
         count_A = jnp.sum(places.counted, axis=(0, 1)).astype(sums["loss"].dtype)
-        return {f"{name}_{a + 1}": (of[a], count_A[a]) for name, of in sums.items() for a in range(len(count_A))}
+        found = {f"{name}_{a + 1}": (of[a], count_A[a]) for name, of in sums.items() for a in range(len(count_A))}
+        return found | {f"labels_{a + 1}": (count, 1.0) for a, count in enumerate(count_A)}
 
     def report(self, means: dict[str, float]) -> dict[str, float]:
         """Perplexity by offset, and by how many percent it is above the target's own there, or below; the means of
-        both losses over offsets."""
-        offsets = range(1, self._config.ahead + 1)
-        loss, base = ([float(means[f"{name}_{a}"]) for a in offsets] for name in ("loss", "base"))
-        shown = {"loss": sum(loss) / len(loss), "base_loss": sum(base) / len(base)}
-        shown |= {f"perplexity_{a}": math.exp(loss[a - 1]) for a in offsets}
-        return shown | {f"change_{a}": 100 * math.expm1(loss[a - 1] - base[a - 1]) for a in offsets}
+        both losses over offsets. Of an offset without labels there is none."""
+        offsets = [a for a in range(1, self._config.ahead + 1) if means[f"labels_{a}"]]
+        loss, base = ({a: float(means[f"{name}_{a}"]) for a in offsets} for name in ("loss", "base"))
+        shown = {"loss": loss, "base_loss": base} if offsets else {}
+        found = {name: sum(of.values()) / len(of) for name, of in shown.items()}
+        found |= {f"perplexity_{a}": math.exp(loss[a]) for a in offsets}
+        return found | {f"change_{a}": 100 * math.expm1(loss[a] - base[a]) for a in offsets}
 
     def export(self, directory: Path, trainable: Params, frozen: Params) -> None:
         """Writes a coprocessor directory that names the base that `load_base` read."""
