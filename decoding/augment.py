@@ -55,11 +55,16 @@ class Augment:
         target and is late.
     """
 
-    coprocessor: Coprocessor
+    coprocessor: Coprocessor | Any  # Anything may arrive, and is checked.
     every: int | None = None
     lag: int = 0
 
     def __post_init__(self):
+        if not isinstance(self.coprocessor, Coprocessor):
+            raise UserError(
+                f"augment needs a coprocessor as load_coprocessor returns it, got a {type(self.coprocessor).__name__}: "
+                "Augment.load(DIR, target) reads one"
+            )
         counts = {"lag": (self.lag, 0)} | ({} if self.every is None else {"every": (self.every, 1)})
         for name, (value, least) in counts.items():
             whole = isinstance(value, int | np.integer) and not isinstance(value, bool)
@@ -92,8 +97,10 @@ class Augment:
 
     @classmethod
     def load(cls, directory: str | Path, target: Target, every: int | None = None, lag: int = 0) -> "Augment":
-        """With the coprocessor in a directory. Raises UserError as `load_coprocessor` does."""
-        return cls(load_coprocessor(directory, target), every, lag)
+        """With the coprocessor in a directory. Raises UserError as `load_coprocessor` and `check` do."""
+        augment = cls(load_coprocessor(directory, target), every, lag)
+        augment.check(target.config, None)
+        return augment
 
     def check(self, config: TransformerConfig, mesh) -> None:
         """Raises UserError where a target of that shape, or a mesh, cannot have such latents."""
@@ -110,6 +117,12 @@ class Augment:
             raise UserError(f"the coprocessor's soft tokens are {list(found)}, this target needs {list(expected)}")
         if mesh is not None:
             check_placed(mesh, self.coprocessor.params, "the coprocessor's parameters")
+
+
+def refuse_times_without(latents: bool, every: int | None, lag: int, option: str) -> None:
+    """Raises UserError where a command is told when latents come, but not whose, which `option` would say."""
+    if not latents and (every is not None or lag):
+        raise UserError(f"augment_every and augment_lag say when latents come, and there are none: give {option} too")
 
 
 def first_pause(augment: Augment | None) -> int:
@@ -258,7 +271,7 @@ def _readable(config, network, when, params, network_params, cache, text, reques
     Features of the last layer are in no cache: the target makes them once more.
     """
     if network.needs_features:
-        layout = Layout.causal(*text.tokens.shape)
+        layout = Layout.causal(*text.tokens.shape, attention="blocks")
         features = forward(config, params, text.tokens, layout).hidden
         made = coprocessor.read_features(network, network_params, config, params, features, layout)
         return made, None

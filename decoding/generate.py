@@ -34,6 +34,7 @@ from decoding.paced import Paced
 from decoding.request import Request
 from decoding.sampling import Sampling, batch_sampling
 from decoding.stats import Stats
+from models.config import TransformerConfig
 from models.errors import UserError
 from models.formats.continuation import Continuation, split_stops, text_behind
 from models.formats.target import Target
@@ -84,6 +85,20 @@ def slots_needed(prompt_length: int, max_new_tokens: int, max_depth: int, augmen
     # The last step starts one token before the limit and writes a full path.
     latents = augment.slots(max_new_tokens) if augment else 0
     return max(prompt_length + max_new_tokens + latents + max_depth + 1, sum(_chunk_sizes(prompt_length)))
+
+
+def check_context(
+    config: TransformerConfig, prompts: Sequence[Sequence[int]], limits: Sequence[int], augment: Augment | None
+) -> None:
+    """Raises UserError for the first prompt that with its new tokens and their latents exceeds the target's context."""
+    for row, (prompt, limit) in enumerate(zip(prompts, limits, strict=True)):
+        latents = augment.positions(limit) if augment else 0
+        if len(prompt) + limit + latents > config.max_position:
+            beside = f" beside {latents} latents" if latents else ""
+            raise UserError(
+                f"prompt {row} has {len(prompt)} tokens and {limit} new ones were asked for{beside}, more than the "
+                f"target's context of {config.max_position}"
+            )
 
 
 def generate(
@@ -310,14 +325,7 @@ def _check_lengths(config, prompts, limits, drafter, augment) -> tuple[int, int]
     """Cache slots that decoding needs, and those that the padded prompt chunks need."""
     if min(limits) < 1:
         raise UserError(f"max_new_tokens must be at least 1, got {min(limits)}")
-    for row, (prompt, limit) in enumerate(zip(prompts, limits, strict=True)):
-        latents = augment.positions(limit) if augment else 0
-        if len(prompt) + limit + latents > config.max_position:
-            beside = f" beside {latents} latents" if latents else ""
-            raise UserError(
-                f"prompt {row} has {len(prompt)} tokens and {limit} new ones were asked for{beside}, more than the "
-                f"target's context of {config.max_position}"
-            )
+    check_context(config, prompts, limits, augment)
     depth, sizes = drafter.max_depth, {(len(prompt), limit) for prompt, limit in zip(prompts, limits, strict=True)}
     needed = max(slots_needed(length, limit, depth, augment) for length, limit in sizes)
     return needed, sum(_chunk_sizes(max(map(len, prompts))))

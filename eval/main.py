@@ -14,7 +14,7 @@ from typing import Any, Literal
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from decoding.augment import Augment
+from decoding.augment import Augment, refuse_times_without
 from decoding.drafters.registry import load_drafter, split_names
 from decoding.generate import generate
 from decoding.sampling import Sampling
@@ -114,8 +114,7 @@ class DecodeConfig:
             require(getattr(self, name) >= 1, f"{name} must be at least 1", getattr(self, name))
         require(self.length >= 2, "length must be at least 2", self.length)
         require(self.samples >= 0, "samples must not be negative", self.samples)
-        if self.augment is None and (self.augment_every or self.augment_lag):
-            raise UserError("augment_every and augment_lag are about latents: give augment, a coprocessor directory")
+        refuse_times_without(self.augment is not None, self.augment_every, self.augment_lag, "augment")
 
 
 def run(config: DecodeConfig) -> dict[str, Any]:
@@ -133,7 +132,7 @@ def run(config: DecodeConfig) -> dict[str, Any]:
         target = load_target(str(config.target), mesh=parse_mesh(config.mesh) if config.mesh else None)
         contenders = _contenders(config, target)
         augment = _augment(config, target)
-        prompts = _prompts(config, target, progress)
+        prompts = _prompts(config, target, augment, progress)
         quality = _quality(config, target, contenders)
         measure = functools.partial(
             benchmark,
@@ -192,16 +191,18 @@ def _augment(config: DecodeConfig, target: Target) -> Augment | None:
     return Augment.load(config.augment, target, config.augment_every, config.augment_lag)
 
 
-def _prompts(config: DecodeConfig, target: Target, progress: Progress) -> list[Prompt]:
+def _prompts(config: DecodeConfig, target: Target, augment: Augment | None, progress: Progress) -> list[Prompt]:
     if target.tokenizer is None:
         raise UserError(f"{config.target} has no tokenizer, so it cannot read prompts")
     otherwise = ": --config.too_long=skip leaves such questions out, truncate keeps their ends"
-    room = Room(config.max_new_tokens, target.config.max_position, config.too_long, progress.note, otherwise)
+    latents = augment.positions(config.max_new_tokens) if augment else 0
+    room = Room(config.max_new_tokens, target.config.max_position, config.too_long, progress.note, otherwise, latents)
     if config.prompts is None and config.data is not None:
         if config.prompt_tokens > room.tokens:
+            beside = f" and {latents} latents" if latents else ""
             raise UserError(
-                f"prompt_tokens must be at most {room.tokens}, what {config.max_new_tokens} new ones leave of the "
-                f"target's context, got {config.prompt_tokens}"
+                f"prompt_tokens must be at most {room.tokens}, what {config.max_new_tokens} new ones{beside} leave of "
+                f"the target's context, got {config.prompt_tokens}"
             )
         count = config.num_prompts or DOCUMENTS
         return document_prompts(config.data, config.split, target, count, config.prompt_tokens)

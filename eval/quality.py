@@ -25,15 +25,26 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from decoding.augment import Augment
+from decoding.augment import Augment, refuse_times_without
 from decoding.coprocessors import Coprocessor, load_coprocessor
+from decoding.generate import check_context
 from eval.measure.progress import Progress
 from eval.report.page import keep_results, write_results
 from eval.report.quality import print_tables, write_report
 from eval.text.behind import by_offset
 from eval.text.metrics import rows_of_text
 from eval.text.results import describe_target
-from eval.text.tasks import exact_match, likeliest, read_choices, read_problems, split_shots
+from eval.text.tasks import (
+    NEXT,
+    choice_pairs,
+    choice_scores,
+    exact_match,
+    likeliest,
+    problem_prompts,
+    read_choices,
+    read_problems,
+    split_shots,
+)
 from models import command_line, processes
 from models.command_line import add_distributed, add_overwrite, at_least, listed
 from models.errors import UserError, exit_on_user_error
@@ -83,25 +94,33 @@ def against(right: Sequence[bool], base: Sequence[bool]) -> dict[str, Any]:
     return {"gain": float(gain.mean()), "gain_interval": np.quantile(means, [0.025, 0.975]).tolist()}
 
 
-def perplexity(args, target: Target, field: Sequence[Contender], progress) -> dict[str, Any]:
+# What is asked for is checked first, all of it, and measured then: each of these checks its part and returns the
+# function that measures it.
+
+
+def perplexity(args, target: Target, field: Sequence[Contender], progress) -> Callable[[], dict[str, Any]]:
     """The entry `perplexity` of the results (`eval/report/quality.py` gives the keys)."""
-    room = target.config.max_position - max((one.network.config.shift for one in field if one.network), default=0)
+    room = target.config.max_position - max(_shift(one) for one in field)
     if args.length > room:
         raise UserError(f"--length must be at most {room}, which latents leave of the context, got {args.length}")
     data = None if args.text else args.data
     batches = rows_of_text(target, data, args.split, args.text, args.length, args.rows)
-    made, base = [], None
-    for one in field:
-        progress(f"perplexity, {one.label}")
-        found = by_offset(target, one.network, batches, args.points, args.ahead)
-        base = base or found
-        change, interval = found.change(base)
-        run = {"label": one.label, "perplexity": _plain(found.perplexity)}
-        if one.network is not None:
-            run |= {"change": _plain(change), "change_interval": _plain(interval)}
-        made.append(run)
-    assert base is not None
-    return {"offsets": list(range(1, args.ahead + 1)), "tokens": base.count.sum(axis=0).tolist(), "runs": made}
+
+    def measure() -> dict[str, Any]:
+        made, base = [], None
+        for one in field:
+            progress(f"perplexity, {one.label}")
+            found = by_offset(target, one.network, batches, args.points, args.ahead)
+            base = base or found
+            change, interval = found.change(base)
+            run = {"label": one.label, "perplexity": _plain(found.perplexity)}
+            if one.network is not None:
+                run |= {"change": _plain(change), "change_interval": _plain(interval)}
+            made.append(run)
+        assert base is not None
+        return {"offsets": list(range(1, args.ahead + 1)), "tokens": base.count.sum(axis=0).tolist(), "runs": made}
+
+    return measure
 
 
 def _plain(values: np.ndarray) -> list:
@@ -126,48 +145,69 @@ def shares(
     return made
 
 
-def problems(args, target: Target, field: Sequence[Contender], progress) -> dict[str, Any]:
+def problems(args, target: Target, field: Sequence[Contender], progress) -> Callable[[], dict[str, Any]]:
     """The entry `problems`."""
+    assert target.tokenizer is not None
+    augments: dict[str | None, Augment | None] = {}
+    for one in field:
+        augment = None if one.network is None else Augment(one.network, args.augment_every, args.augment_lag)
+        if augment is not None:
+            augment.check(target.config, None)
+        augments[one.path] = augment
     examples = read_problems(args.examples) if args.examples else None
     shots, asked = split_shots(read_problems(args.problems), examples, args.shots, args.num)
+    prompts = problem_prompts(target.tokenizer, asked, shots, args.chat)
+    openings, limits = [target.opening(prompt) for prompt in prompts], [args.max_new_tokens] * len(prompts)
+    for augment in augments.values():
+        check_context(target.config, openings, limits, augment)
 
     def ask(one: Contender) -> dict[str, Any]:
-        augment = None if one.network is None else Augment(one.network, args.augment_every, args.augment_lag)
         return exact_match(
             target,
             asked,
-            shots,
-            augment,
-            chat=args.chat,
+            prompts,
+            augments[one.path],
+            stop_texts=() if args.chat else (NEXT,),
             max_new_tokens=args.max_new_tokens,
             batch=args.batch,
             progress=lambda line: progress(f"{one.label}, {line}"),
         )
 
-    runs = shares(field, ask, ("marked", "last"))
-    samples = [
-        {
-            "question": problem.question,
-            "number": problem.number,
-            "answers": [[run["label"], run["answers"][i]] for run in runs],
-        }
-        for i, problem in enumerate(asked[:SAMPLES])
-    ]
-    kept = [{name: value for name, value in run.items() if name != "answers"} for run in runs]
-    return {"file": args.problems, "questions": len(asked), "shots": len(shots), "runs": kept, "samples": samples}
+    def measure() -> dict[str, Any]:
+        runs = shares(field, ask, ("marked", "last"))
+        samples = [
+            {
+                "question": problem.question,
+                "number": problem.number,
+                "answers": [[run["label"], run["answers"][i]] for run in runs],
+            }
+            for i, problem in enumerate(asked[:SAMPLES])
+        ]
+        kept = [{name: value for name, value in run.items() if name != "answers"} for run in runs]
+        return {"file": args.problems, "questions": len(asked), "shots": len(shots), "runs": kept, "samples": samples}
+
+    return measure
 
 
-def choices(args, path: str, target: Target, field: Sequence[Contender], progress) -> dict[str, Any]:
+def choices(args, path: str, target: Target, field: Sequence[Contender], progress) -> Callable[[], dict[str, Any]]:
     """An entry of `choices`."""
     shots, asked = split_shots(read_choices(path), None, args.choice_shots, args.num)
+    pairs = choice_pairs(target, asked, shots, max(_shift(one) for one in field))
 
     def ask(one: Contender) -> dict[str, Any]:
         told = lambda line: progress(f"{Path(path).name}, {one.label}, {line}")  # noqa: E731
-        return likeliest(target, asked, shots, one.network, batch=args.batch, progress=told)
+        return likeliest(asked, choice_scores(target, pairs, one.network, batch=args.batch, progress=told))
 
-    chance = float(np.mean([1 / len(one.choices) for one in asked]))
-    runs = shares(field, ask, ("plain", "normalised"))
-    return {"file": path, "questions": len(asked), "shots": len(shots), "chance": chance, "runs": runs}
+    def measure() -> dict[str, Any]:
+        chance = float(np.mean([1 / len(one.choices) for one in asked]))
+        runs = shares(field, ask, ("plain", "normalised"))
+        return {"file": path, "questions": len(asked), "shots": len(shots), "chance": chance, "runs": runs}
+
+    return measure
+
+
+def _shift(one: Contender) -> int:
+    return one.network.config.shift if one.network else 0
 
 
 def _describe(one: Contender) -> dict[str, Any]:
@@ -191,6 +231,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = _parser().parse_args(argv)
     if not (args.data or args.text or args.problems or args.choices):
         raise UserError("what to measure? Give --data or --text, --problems, or --choices")
+    refuse_times_without(bool(args.coprocessors), args.augment_every, args.augment_lag, "--coprocessors")
     processes.start(args.distributed)
     keep_results(args.out, args.overwrite)
     with Progress() as progress:
@@ -206,12 +247,15 @@ def main(argv: Sequence[str] | None = None) -> None:
             "target": describe_target(target),
             "contenders": [_describe(one) for one in field],
         }
-        if args.data or args.text:
-            results["perplexity"] = perplexity(args, target, field, progress)
+        measured: dict[str, Callable[[], dict[str, Any]]] = {}
         if args.problems:
-            results["problems"] = problems(args, target, field, progress)
-        if args.choices:
-            results["choices"] = [choices(args, path, target, field, progress) for path in args.choices]
+            measured["problems"] = problems(args, target, field, progress)
+        multiple = [choices(args, path, target, field, progress) for path in args.choices]
+        if args.data or args.text:
+            measured["perplexity"] = perplexity(args, target, field, progress)
+        results |= {name: measure() for name, measure in measured.items()}
+        if multiple:
+            results["choices"] = [measure() for measure in multiple]
         write_results(results, write_report, args.out)
     print_tables(results)
     print(f"\nwrote {args.out}/results.json and {args.out}/report.html")

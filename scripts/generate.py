@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
-from decoding.augment import Augment, first_pause
+from decoding.augment import Augment, first_pause, refuse_times_without
 from decoding.drafter import Drafter
 from decoding.drafters.registry import load_drafter, split_names
 from decoding.generate import Generation, bucket, generate, slots_needed
@@ -151,6 +151,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise UserError("--stop must not be empty")
     if not 0 <= args.seed < 2**32:
         raise UserError(f"--seed must be in [0, 2^32), got {args.seed}")
+    refuse_times_without(bool(args.augment), args.augment_every, args.augment_lag, "--augment")
     processes.start(args.distributed)
     target = load_target(args.target, mesh=parse_mesh(args.mesh) if args.mesh else None)
     tokenizer = target.tokenizer
@@ -163,8 +164,6 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise UserError("--drafter must name at least one, such as none")
     drafters = [load_drafter(name, target) for name in names]
     augment = Augment.load(args.augment, target, args.augment_every, args.augment_lag) if args.augment else None
-    if augment is None and (args.augment_every or args.augment_lag):
-        raise UserError("--augment_every and --augment_lag are about latents: give --augment too")
     first: Generation | None = None
     for name, drafter in zip(names, drafters, strict=True):
         if len(names) > 1:

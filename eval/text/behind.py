@@ -15,12 +15,13 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from decoding.coprocessors import Coprocessor
-from models import coprocessor
-from models.coprocessor import CoprocessorConfig, Points
+from models.coprocessor import CoprocessorConfig
 from models.errors import UserError
 from models.formats.target import Target
 from models.layout import Layout
 from models.transformer import forward, head
+from train.objectives.coprocessor import before_labels, passes, places_at
+from train.objectives.guess import picked
 from train.objectives.shift import log_likelihood
 
 if TYPE_CHECKING:
@@ -52,40 +53,22 @@ def likelihoods_behind(
       segments: their documents, from 1; 0 is padding.
       at: the points.
     """
-    batch, length = tokens.shape
-    layout = Layout.causal(batch, length, segments)
-    out = forward(config, params, tokens, layout)
-    place_BMA = at[..., None] + 1 + jnp.arange(ahead, dtype=jnp.int32)
-
-    def of(values_BT, place):
-        taken = jnp.take_along_axis(values_BT, jnp.minimum(place, length - 1).reshape(batch, -1), axis=1)
-        return taken.reshape(place.shape)
-
-    document_BM = of(segments, at)
-    labels_BMA = of(tokens, place_BMA)
-    same_BMA = (of(segments, place_BMA) == document_BM[..., None]) & (document_BM > 0)[..., None]
-    counts_BMA = same_BMA & (place_BMA < length)
+    text_BT = segments > 0
+    batch = {"tokens": tokens, "segments": segments}
+    places = places_at(batch, text_BT, at, picked(text_BT, at), jnp.zeros_like(at), ahead)
+    layout = Layout.causal(*tokens.shape, segments, attention="blocks")
     if network is None:
-        rows = jnp.minimum(place_BMA - 1, length - 1).reshape(batch, -1, 1)
-        hidden = jnp.take_along_axis(out.hidden, rows, axis=1).reshape(*place_BMA.shape, -1)
+        hidden = before_labels(forward(config, params, tokens, layout).hidden, places)
     else:
-        position_BM = of(layout.positions, at)
-        points = Points(position_BM, at + 1, at - position_BM)
-        read = out.rows
-        if network.needs_features:
-            read = coprocessor.read_features(network, network_params, config, params, out.hidden, layout)
-        seen: dict[str, Any] = {"prefix_positions": layout.positions, "attention": "blocks"}
-        z = coprocessor.latents(network, network_params, config, params, read, points, **seen)
-        behind = coprocessor.augmented(network, config, params, out.rows, points, z, labels_BMA[..., :-1], **seen)
-        hidden = behind[:, :, network.num_latents - 1 :]
+        hidden = passes(network, network_params, config, params, tokens, layout, places).hidden
 
     # Of one point at a time: the logits of all would be the largest array by far.
     def of_point(of_one):
         hidden_BAH, labels_BA = of_one
         return log_likelihood(head(config, params, hidden_BAH), labels_BA)
 
-    found = jax.lax.map(of_point, (hidden.swapaxes(0, 1), labels_BMA.swapaxes(0, 1)))
-    return found.swapaxes(0, 1), counts_BMA
+    found = jax.lax.map(of_point, (hidden.swapaxes(0, 1), places.labels.swapaxes(0, 1)))
+    return found.swapaxes(0, 1), places.counted
 
 
 def scored(

@@ -150,6 +150,7 @@ class Room:
       too_long: `error`; `skip`, with all turns of its question, which are averaged together; or `truncate`, to its end.
       told: receives one line about what was left out or cut.
       otherwise: how else to ask, for messages.
+      latents: positions that a coprocessor's latents take beside both.
     """
 
     new_tokens: int
@@ -157,15 +158,19 @@ class Room:
     too_long: str = "error"
     told: Callable[[str], None] = lambda line: None
     otherwise: str = ""
+    latents: int = 0
 
     @property
     def tokens(self) -> int:
         """Of the longest prompt that fits. Raises UserError where none does."""
-        if self.new_tokens >= self.context:
+        left = self.context - self.new_tokens - self.latents
+        if left < 1:
+            beside = f" and {self.latents} latents" if self.latents else ""
             raise UserError(
-                f"{self.new_tokens} new tokens leave no room for a prompt in the target's context of {self.context}"
+                f"{self.new_tokens} new tokens{beside} leave no room for a prompt in the target's context of "
+                f"{self.context}"
             )
-        return self.context - self.new_tokens
+        return left
 
 
 def encode_questions(
@@ -257,8 +262,9 @@ def _without_long_ones(questions: Sequence[Question], tokenizer: Tokenizer, chat
 
 def _complaint(question: Question, turn: int, count: int, room: Room) -> str:
     which = f", turn {turn}," if len(question.turns) > 1 else ""
+    beside = f" and {room.latents} latents" if room.latents else ""
     return (
-        f"question {question.name}{which} has {count} tokens, too many with {room.new_tokens} new ones for the "
+        f"question {question.name}{which} has {count} tokens, too many with {room.new_tokens} new ones{beside} for the "
         f"target's context of {room.context}"
     )
 

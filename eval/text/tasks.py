@@ -139,13 +139,20 @@ def solved(problems: Sequence[Problem | Choice]) -> str:
     return "".join(f"Question: {p.question}\nAnswer: {answer}\n\n" for p, answer in zip(problems, answers, strict=True))
 
 
+def problem_prompts(
+    tokenizer: Tokenizer, problems: Sequence[Problem], shots: Sequence[Problem], chat: bool
+) -> list[list[int]]:
+    """A prompt for every problem, examples before it; in a `chat` template as turns."""
+    return [_question(tokenizer, shots, problem, chat) for problem in problems]
+
+
 def exact_match(
     target: Target,
     problems: Sequence[Problem],
-    shots: Sequence[Problem],
+    prompts: Sequence[list[int]],
     augment: Augment | None,
     *,
-    chat: bool = False,
+    stop_texts: Sequence[str] = (NEXT,),
     max_new_tokens: int = 256,
     batch: int = 8,
     progress: Callable[[str], None] = lambda line: None,
@@ -155,9 +162,9 @@ def exact_match(
     Args:
       target: who answers; it has a tokenizer.
       problems: what is asked.
-      shots: examples before every question.
+      prompts: `problem_prompts` of them.
       augment: whose latents stand behind the prompt; None is the target as it is.
-      chat: put questions, the solved ones as turns before it, in the chat template.
+      stop_texts: what ends an answer beside the target's end tokens.
       max_new_tokens: of an answer.
       batch: answers that are written together.
       progress: told what is being done.
@@ -166,22 +173,19 @@ def exact_match(
       `marked` and `last`, per problem whether the number behind `####`, or else the last one, is right; `answers`, the
       texts; with latents `augmentation_ms`.
     """
-    assert target.tokenizer is not None
-    prompts = [_question(target.tokenizer, shots, problem, chat) for problem in problems]
     longest = max(len(target.opening(prompt)) for prompt in prompts)
     room = bucket(slots_needed(longest, max_new_tokens, 0, augment))
     answers: list[str] = []
     seconds, calls = 0.0, 0
 
-    def write(some: list[list[int]], limit: int) -> Generation:
-        stops = () if chat else (NEXT,)
-        return generate(target, some, max_new_tokens=limit, stop_texts=stops, capacity=room, augment=augment)
+    def write(some: Sequence[list[int]], limit: int) -> Generation:
+        return generate(target, some, max_new_tokens=limit, stop_texts=stop_texts, capacity=room, augment=augment)
 
     if augment is not None:  # Or the time of latents would be the compiler's.
-        write(prompts[:1] * min(batch, len(prompts)), min(2 + first_pause(augment), max_new_tokens))
+        write([prompts[0]] * min(batch, len(prompts)), min(2 + first_pause(augment), max_new_tokens))
     for first in range(0, len(prompts), batch):
         progress(f"question {first + 1} of {len(prompts)}")
-        some = prompts[first : first + batch]
+        some = list(prompts[first : first + batch])
         # A last batch that is smaller would be one more compilation.
         padded = some + some[:1] * (min(batch, len(prompts)) - len(some))
         made = write(padded, max_new_tokens)
@@ -206,19 +210,17 @@ def _question(tokenizer: Tokenizer, shots: Sequence[Problem], problem: Problem, 
     return tokenizer.encode_chat([*turns, {"role": "user", "content": problem.question}])
 
 
-def likeliest(
-    target: Target,
-    questions: Sequence[Choice],
-    shots: Sequence[Choice],
-    network: Coprocessor | None,
-    *,
-    batch: int = 8,
-    progress: Callable[[str], None] = lambda line: None,
-) -> dict[str, list[bool]]:
-    """Whether the right choice is the likeliest behind `Answer:`, where latents stand if there are any.
+Pair = tuple[list[int], list[int]]  # Tokens up to `Answer:`, and those of a choice.
 
-    Returns:
-      Per question, `plain` by the sum of log-likelihoods, and `normalised` by that over the choice's bytes.
+
+def choice_pairs(target: Target, questions: Sequence[Choice], shots: Sequence[Choice], latents: int = 0) -> list[Pair]:
+    """Of every choice of every question.
+
+    Args:
+      target: who is asked; it has a tokenizer.
+      questions: what is asked.
+      shots: examples before every question.
+      latents: positions that are to be left for them.
 
     Raises:
       UserError: a question longer than the target's context.
@@ -226,12 +228,24 @@ def likeliest(
     assert target.tokenizer is not None
     pairs = [_encoded(target.tokenizer, shots, one, text) for one in questions for text in one.choices]
     longest = max(len(before) + len(after) for before, after in pairs)
-    extra = network.config.shift if network else 0
-    if longest + extra > target.config.max_position:
+    if longest + latents > target.config.max_position:
         raise UserError(
-            f"a question and a choice have {longest} tokens{f' and {extra} latents' if extra else ''}, more than the "
-            f"target's context of {target.config.max_position}"
+            f"a question and a choice have {longest} tokens{f' and {latents} latents' if latents else ''}, more than "
+            f"the target's context of {target.config.max_position}"
         )
+    return pairs
+
+
+def choice_scores(
+    target: Target,
+    pairs: Sequence[Pair],
+    network: Coprocessor | None,
+    *,
+    batch: int = 8,
+    progress: Callable[[str], None] = lambda line: None,
+) -> np.ndarray:
+    """Sums of the log-likelihoods of choices behind `Answer:`, where latents stand if there are any."""
+    longest = max(len(before) + len(after) for before, after in pairs)
     size, ahead = bucket(longest), bucket(max(len(after) for _, after in pairs), 8)
     sums = np.zeros(len(pairs))
     for first in range(0, len(pairs), batch):
@@ -244,6 +258,12 @@ def likeliest(
         found, there = scored(target, network, tokens, segments, at, ahead)
         rows = min(batch, len(pairs) - first)
         sums[first : first + rows] = np.where(there, found, 0).sum(axis=(1, 2))[:rows]
+    return sums
+
+
+def likeliest(questions: Sequence[Choice], sums: np.ndarray) -> dict[str, list[bool]]:
+    """Per question, whether the right choice is the likeliest: `plain` by `choice_scores`, and `normalised` by these
+    over the choice's bytes."""
     plain, normalised, first = [], [], 0
     for one in questions:
         scores = sums[first : first + len(one.choices)]
@@ -254,8 +274,8 @@ def likeliest(
     return {"plain": plain, "normalised": normalised}
 
 
-def _encoded(tokenizer: Tokenizer, shots: Sequence[Choice], one: Choice, text: str) -> tuple[list[int], list[int]]:
-    """Tokens up to `Answer:`, and those of the choice: what the whole has beyond them, or else the choice alone."""
+def _encoded(tokenizer: Tokenizer, shots: Sequence[Choice], one: Choice, text: str) -> Pair:
+    """Tokens of the choice are what the whole has beyond them, or else the choice alone."""
     opening = f"{solved(shots)}Question: {one.question}\nAnswer:"
     before, whole = tokenizer.encode(opening), tokenizer.encode(f"{opening} {text}")
     if whole[: len(before)] == before:

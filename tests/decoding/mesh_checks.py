@@ -14,11 +14,14 @@ import jax
 import jax.numpy as jnp
 
 from decoding import loop
+from decoding.augment import Augment
+from decoding.coprocessors import Coprocessor
 from decoding.drafters.draft_model import DraftModel
 from decoding.drafters.registry import load_drafter, save_drafter
 from decoding.generate import Generation, generate
 from decoding.sampling import Sampling
-from models import transformer
+from models import coprocessor, transformer
+from models.coprocessor import CoprocessorConfig
 from models.errors import UserError
 from models.formats.storage import leaves_by_path
 from models.formats.target import Target
@@ -26,6 +29,7 @@ from models.sharding import param_shardings, parse_mesh, place_params
 from tests.decoding.battery import programs
 from tests.decoding.compiled_text import LINE, computations, inside_loops
 from tests.decoding.drafter_cases import CASES, random_target
+from tests.noise import noisy
 
 jax.config.update("jax_enable_x64", True)
 
@@ -110,6 +114,24 @@ def decodes_alike(name: str, *meshes: str) -> None:
         rows, heads = 8 // mesh.shape["data"], 4 // mesh.shape["tensor"]
         assert f"f64[{rows},{heads},{CAPACITY},32]" in texts[0], "the cache is split"
         print(json.dumps(collectives(texts[0])))
+
+
+def latents_go_with_their_rows() -> None:
+    """At every fifth token, from a coprocessor whose adapters are split as the target's kernels are."""
+    target = apart(random_target(vocab_size=24, scale=6.0, width=256, head_dim=32, num_heads=8, num_kv_heads=4))
+    config = CoprocessorConfig("lora", num_latents=3, rank=2)
+    fresh = jax.jit(coprocessor.init_params, static_argnums=(0, 1))(
+        config, target.config, target.params, jax.random.key(5)
+    )
+    mesh = parse_mesh("data=2,tensor=4")
+    own = coprocessor.for_decoding(config, noisy(fresh, 0.5), mesh)
+
+    def augmented(target: Target, params) -> Generation:
+        return decode(target, None, None, augment=Augment(Coprocessor(config, params), every=5))
+
+    alone, spread = augmented(target, own), augmented(target_on(mesh, target), place_params(mesh, own))
+    assert spread.tokens == alone.tokens and spread.augmentations == alone.augmentations == [3, 2, 3, 2, 3, 2, 2, 2]
+    assert alone.tokens != decode(target, None, None).tokens, "latents that change nothing prove nothing"
 
 
 def streams_with_one_compilation() -> None:

@@ -21,7 +21,7 @@ from models import coprocessor, transformer
 from models.coprocessor import CoprocessorConfig, Points
 from models.errors import UserError
 from models.formats.target import Target
-from models.layout import Layout
+from models.layout import Layout, Tree
 from tests.decoding.drafter_cases import random_target
 from tests.noise import noisy
 
@@ -30,6 +30,12 @@ pytestmark = pytest.mark.usefixtures("x64")
 PROMPTS = [[1, 2, 3], [4, 5, 6, 7, 8, 9, 10], [11]]
 NEW = [22, 17, 30]
 SIZE = 64  # Rows of the long sequence, and slots of the cache.
+BOTH_WAYS = {
+    "latent_attn": "bidirectional",
+    "suffix_attn": "bidirectional",
+    "z_scale": "match_rms",
+    "z_tap": "pre_norm",
+}
 
 
 @functools.cache
@@ -49,38 +55,44 @@ def augment(every: int | None = None, lag: int = 0, **flags: Any) -> Augment:
 
 
 @jax.jit
-def whole(params, inputs, positions):
-    layout = Layout(positions, jnp.zeros((1, 1), jnp.int32))
+def whole(params, inputs, positions, seen):
+    layout = Layout(positions, jnp.zeros((1, 1), jnp.int32), Tree(seen))
     return transformer.forward(target().config, params, inputs, layout)
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def answer(config, params, target_params, rows, points, seen):
-    return coprocessor.latents(config, params, target().config, target_params, rows, points, prefix_seen=seen)
+def answer(config, params, target_params, read, points, seen):
+    model, rows = target().config, read.rows
+    if config.reads == "last_layer":  # Of the text alone, which no latents stand in yet.
+        layout = Layout.causal(1, SIZE)
+        rows = coprocessor.read_features(config, params, model, target_params, read.hidden, layout)
+    return coprocessor.latents(config, params, model, target_params, rows, points, prefix_seen=seen)
 
 
 def dense(prompt: list[int], new: list[int], with_latents: Augment):
-    """Logits before every new token, and all keys and values, of the sequence in one causal forward.
+    """Logits before every new token, and all keys and values, of the sequence in one forward.
 
-    Each point's latents are made from the rows of such a forward over what comes before.
+    It is causal, but for latents that see each other. Each point's latents are made from the rows of such a forward
+    over what comes before.
     """
     (config, own), params, text = with_latents.coprocessor, target().params, [*prompt, *new]
     inputs = np.zeros((1, SIZE, target().config.width))
     positions, is_text, before = np.zeros((1, SIZE), np.int32), np.zeros((1, SIZE), bool), []
-    size, position = 0, -1
+    size, position, seen = 0, -1, np.tril(np.ones((1, SIZE, SIZE), bool))
     points = {len(prompt) + with_latents.lag + i * (with_latents.every or 0) for i in range(len(new))}
     points = points if with_latents.every else {len(prompt) + with_latents.lag}
 
     def forward():
-        return whole(params, jnp.asarray(inputs), jnp.asarray(positions))
+        return whole(params, jnp.asarray(inputs), jnp.asarray(positions), jnp.asarray(seen))
 
     for index, token in enumerate(text):
         if index in points:
             read = size - with_latents.lag
             where = Points(*(jnp.full((1, 1), at, jnp.int32) for at in (position - with_latents.lag, read)))
-            z = answer(config, own, params, forward().rows, where, jnp.asarray(is_text))
+            z = answer(config, own, params, forward(), where, jnp.asarray(is_text))
             at = slice(size, size + config.num_latents)
             inputs[:, at], positions[:, at] = z[:, 0], config.latent_positions(where.positions + with_latents.lag)[:, 0]
+            seen[:, at, at] |= config.suffix_attn == "bidirectional"
             size, position = at.stop, position + config.shift
         before.append(size - 1)
         inputs[:, size] = params["embed"]["embedding"][token]
@@ -101,7 +113,13 @@ def augmented(with_latents: Augment, monkeypatch: pytest.MonkeyPatch, **settings
 
 @pytest.mark.parametrize(
     ("every", "lag", "flags"),
-    [(None, 0, {}), (5, 0, {}), (6, 2, {"positions": "hold"}), (None, 3, {"kind": "pause", "positions": "hold"})],
+    [
+        (None, 0, {}),
+        (5, 0, BOTH_WAYS),
+        (6, 2, {"positions": "hold"}),
+        (None, 2, {"reads": "last_layer"}),
+        (None, 3, {"kind": "pause", "positions": "hold"}),
+    ],
 )
 def test_engine_is_one_long_forward(every, lag, flags, monkeypatch) -> None:
     made, state = augmented(augment(every, lag, **flags), monkeypatch)
@@ -123,8 +141,11 @@ def test_engine_is_one_long_forward(every, lag, flags, monkeypatch) -> None:
 
 def test_streams_and_stops_are_those_of_the_text() -> None:
     """Of a text whose second run of tokens is cut by a stop, and a third by the limit; rows end at different points."""
-    arguments = dict(augment=augment(5, 0), capacity=SIZE)
+    arguments = dict(augment=augment(5, 0, **BOTH_WAYS), capacity=SIZE)
+    alone = generate(target(), PROMPTS, max_new_tokens=NEW, capacity=SIZE)
     whole = generate(target(), PROMPTS, max_new_tokens=NEW, **arguments)
+    again = generate(target(), PROMPTS, max_new_tokens=NEW, capacity=SIZE)
+    assert again.tokens == alone.tokens != whole.tokens, "without latents the target is what it was"
     assert whole.augmentations == [-(-new // 5) for new in NEW]
     calls: list[tuple[int, list[int]]] = []
     told = lambda row, tokens, writers: calls.append((row, tokens))  # noqa: E731
@@ -161,6 +182,8 @@ def test_what_does_not_fit_is_one_sentence() -> None:
     ):
         with pytest.raises(UserError, match=message):
             Augment(plain.coprocessor, **arguments)
+    with pytest.raises(UserError, match=r"needs a coprocessor .* got a str: Augment.load\(DIR, target\) reads one"):
+        Augment("runs/coprocessor")
     last_layer = Coprocessor(CoprocessorConfig(reads="last_layer"), {})
     with pytest.raises(UserError, match="answers once, at the end of the prompt"):
         Augment(last_layer, every=4)

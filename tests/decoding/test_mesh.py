@@ -86,7 +86,13 @@ def test_tensor_parallelism_alone_exchanges_the_same_but_for_agreements_between_
 
 
 @pytest.mark.parametrize(
-    "check", ["streams_with_one_compilation", "says_what_does_not_fit", "loads_drafters_where_the_rules_say"]
+    "check",
+    [
+        "latents_go_with_their_rows",
+        "streams_with_one_compilation",
+        "says_what_does_not_fit",
+        "loads_drafters_where_the_rules_say",
+    ],
 )
 def test_on_eight_devices(check: str, run_on_devices) -> None:
     run_on_devices(call(f"{check}()"), devices=8)

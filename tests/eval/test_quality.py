@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from decoding.coprocessors import Coprocessor, save_coprocessor
+from decoding.generate import Generation
 from eval import quality
 from eval.report.quality import signed_ticks
 from eval.text import behind, tasks
@@ -144,6 +145,79 @@ def test_likelihoods_are_those_of_plain_forwards(target: Target) -> None:
         if there[row, 0, offset]:
             np.testing.assert_allclose(found[row, 0, offset], logp[row, place - 1, tokens[row, place]], atol=1e-4)
     assert there.sum(axis=(1, 2)).tolist() == [8, 2, 3, 0]
+
+
+def test_choices_are_scored_by_their_own_tokens(target: Target) -> None:
+    """Of questions of unequal lengths, in batches of which the last is smaller; by sums the shortest choice is the
+    likeliest, by bytes a long one."""
+    texts = ("x", "a small house by the sea", "def f(x)")
+    questions = [
+        tasks.Choice(question, texts, answer)
+        for answer, question in enumerate(("once?", "once upon a time there was", "f(x) + 1?"))
+    ]
+    pairs = tasks.choice_pairs(target, questions, [])
+    assert len({len(before) for before, _ in pairs}) == 3 and len({len(after) for _, after in pairs}) > 1
+    segments, expected = np.ones((ROWS, LENGTH), np.int32), []
+    for before, after in pairs:
+        tokens = np.zeros((ROWS, LENGTH), np.int32)
+        tokens[0, : len(before) + len(after)] = [*before, *after]
+        logp = jax.nn.log_softmax(target.apply(tokens, jnp.asarray(segments)).logits[0])
+        expected.append(sum(logp[len(before) - 1 + i, token] for i, token in enumerate(after)))
+    found = tasks.choice_scores(target, pairs, None, batch=ROWS)
+    np.testing.assert_allclose(found, expected, atol=1e-4)
+    sums = np.reshape(expected, (3, 3))
+    plain, normalised = sums.argmax(axis=1), (sums / [len(text) for text in texts]).argmax(axis=1)
+    assert np.all(plain != normalised)
+    for answer in range(3):
+        asked = [tasks.Choice(one.question, one.choices, answer) for one in questions]
+        right = tasks.likeliest(asked, found)
+        assert right == {"plain": (plain == answer).tolist(), "normalised": (normalised == answer).tolist()}
+
+
+def test_answers_are_matched_with_their_own_problems(target: Target, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Five problems, two at a time, and what is written to each."""
+    written = {
+        "one": "so it is\n#### 1",
+        "two": "3, or rather 2",
+        "three": "#### 4, not 3" + tasks.NEXT,
+        "four": "four",
+        "five": "#### 5.0" + tasks.NEXT,
+    }
+    problems = [tasks.Problem(question, "", str(number)) for number, question in enumerate(written, 1)]
+    assert target.tokenizer is not None
+    prompts = tasks.problem_prompts(target.tokenizer, problems, [tasks.Problem("0?", "#### 0", "0")], chat=False)
+    texts, sizes = dict(zip(map(tuple, prompts), written.values(), strict=True)), []
+
+    def generate(_, some, **settings):
+        assert settings["stop_texts"] == (tasks.NEXT,) and settings["augment"] is None
+        sizes.append(len(some))
+        return Generation([], [], [], 0.0, 0.0, texts=[texts[tuple(prompt)] for prompt in some])
+
+    monkeypatch.setattr(tasks, "generate", generate)
+    found = tasks.exact_match(target, problems, prompts, None, batch=2)
+    assert found["marked"] == [True, False, False, False, True]
+    assert found["last"] == [True, True, False, False, True]
+    assert found["answers"][2] == "#### 4, not 3" and sizes == [2, 2, 2]
+
+
+def test_what_does_not_fit_is_said_before_anything_is_measured(
+    target: Target, network: Coprocessor, tmp_path: pathlib.Path, monkeypatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refused(*arguments) -> str:
+        with pytest.raises(SystemExit):
+            quality.main(list(map(str, ["--target", target.path, "--out", tmp_path / "out", *arguments])))
+        return capsys.readouterr().err
+
+    monkeypatch.setattr(quality, "by_offset", lambda *_: pytest.fail("it is measured"))
+    text = tmp_path / "t.txt"
+    text.write_text("def f(x):\n    return x + 1\n" * 40)
+    solved = write(tmp_path / "p.jsonl", *({"question": "x?", "answer": "#### 1"} for _ in range(2)))
+    asked = ["--text", text, "--rows", ROWS, "--length", LENGTH, "--problems", solved, "--shots", 1]
+    assert "say when latents come, and there are none: give --coprocessors too" in refused(*asked, "--augment_lag", 1)
+    with_latents = [*asked, "--coprocessors", target.path / "coprocessor"]
+    assert "lag below the 2 tokens" in refused(*with_latents, "--augment_every", 2, "--augment_lag", 2)
+    told = refused(*with_latents, "--augment_every", 1, "--max_new_tokens", 256)
+    assert "prompt 0 has" in told and "beside 512 latents, more than the target's context of 512" in told
 
 
 def test_the_command_measures_what_is_asked_for(

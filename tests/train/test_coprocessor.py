@@ -3,7 +3,9 @@ not; files, evaluations and devices."""
 
 import dataclasses
 import functools
+import hashlib
 import json
+import pathlib
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +14,7 @@ import pytest
 
 from decoding.cache import commit, init_cache
 from decoding.coprocessors import load_coprocessor
+from eval.text.behind import likelihoods_behind
 from models import attention, coprocessor, transformer
 from models.attention import Sources
 from models.errors import UserError
@@ -163,6 +166,14 @@ def test_packed_points_are_what_decoding_one_at_a_time_finds_and_see_no_others(x
         same = np.all(np.asarray(ours == theirs), axis=(2, 3))
         np.testing.assert_array_equal(same, [[True, False, True, True, True]] * 2)
 
+    # All of the copy is learnt.
+    def loss(params, frozen):
+        return objective.loss_at(places, params, frozen, batch)[0]
+
+    slopes = jax.jit(jax.grad(loss), compiler_options=trainer.unoptimised())(params, frozen)
+    assert set(slopes["network"]) == {"layers", "final_norm"}
+    assert all(np.any(leaf, axis=tuple(range(1, leaf.ndim))).all() for leaf in jax.tree.leaves(slopes))
+
 
 def test_slopes_reach_all_that_is_learnt_and_nothing_of_the_target(x64, setting, monkeypatch):
     objective, params, frozen, batch, places = setting("lora")
@@ -234,9 +245,15 @@ def test_evaluation_compares_the_same_labels_with_and_without_latents(x64, setti
         same = passes.of_text == transformer.forward(objective.model, frozen, batch["tokens"], layout).hidden
         logits = [transformer.head(objective.model, frozen, x) for x in (passes.hidden, passes.of_text)]
         scores = [jax.nn.log_softmax(x) for x in logits]
-        return places, same, scores, objective.evaluate(params, frozen, batch)
+        measured = [
+            likelihoods_behind(
+                objective.model, network, 4, frozen, params, batch["tokens"], batch["segments"], places.at
+            )
+            for network in (objective._config.coprocessor, None)
+        ]
+        return places, same, scores, measured, objective.evaluate(params, frozen, batch)
 
-    places, same, (augmented, alone), sums = jax.device_get(run(params, frozen, batch))
+    places, same, (augmented, alone), measured, sums = jax.device_get(run(params, frozen, batch))
     assert np.all(same)
     # Every token but the last of its document is a place, and nothing behind its document or the row counts.
     segments = np.asarray(batch["segments"])
@@ -250,8 +267,12 @@ def test_evaluation_compares_the_same_labels_with_and_without_latents(x64, setti
             if q < LENGTH and segments[b, q] == segments[b, places.at[b, m]]:
                 token = int(batch["tokens"][b, q])
                 count[a] += 1
-                total["loss"][a] -= augmented[b, m, a, token]
-                total["base"][a] -= alone[b, q - 1, token]
+                expected = augmented[b, m, a, token], alone[b, q - 1, token]
+                total["loss"][a] -= expected[0]
+                total["base"][a] -= expected[1]
+                assert [found[b, m, a] for found, _ in measured] == pytest.approx(expected, rel=1e-12)
+    for _, there in measured:
+        np.testing.assert_array_equal(there[places.kept], places.counted[places.kept])
     for name, of in total.items():
         for a in range(4):
             np.testing.assert_allclose(sums[f"{name}_{a + 1}"], (of[a], count[a]), rtol=1e-10)
@@ -259,6 +280,9 @@ def test_evaluation_compares_the_same_labels_with_and_without_latents(x64, setti
     assert shown["perplexity_2"] == pytest.approx(np.exp(total["loss"][1] / count[1]))
     gain = np.exp((total["loss"] - total["base"]) / count) - 1
     assert [shown[f"change_{a + 1}"] for a in range(4)] == pytest.approx(100 * gain)
+    # An offset without labels is left out.
+    few = objective.report({f"{name}_{a + 1}": float(a) for name in ("loss", "base", "labels") for a in range(4)})
+    assert few["loss"] == 2 and {name[-1] for name in few if name[-1].isdigit()} == {"2", "3", "4"}
 
     # Padding changes nothing, and lags stay inside of documents.
     longer = {name: jnp.pad(x, ((0, 0), (0, 12))) for name, x in batch.items()}
@@ -313,7 +337,9 @@ def test_a_run_leaves_the_target_as_it_was_and_two_devices_learn_the_same(
         return state, frozen
 
     monkeypatch.setattr(trainer, "first_state", first_state)
+    files = hashes(config.objective.target)
     trainer.train(config, tmp_path / "one")
+    assert len(files) > 2 and hashes(config.objective.target) == files
     ((frozen, before),) = seen
     assert all(jax.tree.leaves(jax.tree.map(lambda x, y: np.asarray(x).tobytes() == y.tobytes(), frozen, before)))
     target = load_target(config.objective.target)
@@ -333,6 +359,12 @@ def test_a_run_leaves_the_target_as_it_was_and_two_devices_learn_the_same(
     assert len(ours) == 3 and "valid/change_4" in ours[-1]
     for one, other in zip(ours, theirs, strict=True):
         assert one == pytest.approx(other, rel=1e-3, abs=1e-4)
+
+
+def hashes(directory):
+    """Of every file of a directory."""
+    files = (path for path in pathlib.Path(directory).rglob("*") if path.is_file())
+    return {str(path): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
 def numbers(path):

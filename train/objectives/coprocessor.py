@@ -29,8 +29,10 @@ from jaxtyping import Array, Bool, Float, Int
 
 from decoding.coprocessors import save_coprocessor
 from models import coprocessor, schema, transformer
+from models.config import TransformerConfig
 from models.coprocessor import CoprocessorConfig, Points
 from models.formats.tokenizer import Tokenizer
+from models.layout import Layout
 from models.sharding import keep_batch
 from train.config import OptimizerConfig
 from train.objectives.frozen_target import BesideFrozenTarget
@@ -162,25 +164,18 @@ class CoprocessorObjective(BesideFrozenTarget):
 
     def passes(self, trainable: Params, frozen: Params, batch: Batch, places: Places) -> Passes:
         """All three."""
-        config, compute = self._config.coprocessor, self.compute
-        params, frozen = compute.cast(trainable), jax.lax.stop_gradient(frozen)
+        compute = self.compute
         text = layout_of(batch, compute.attention)
-        output = transformer.forward(self.model, frozen, batch["tokens"], text)
-        cache = memory = jax.lax.stop_gradient(output.rows)
-        if config.needs_features:
-            memory = coprocessor.read_features(
-                config, params, self.model, frozen, output.hidden, text, remat=compute.remat
-            )
-        settings: dict[str, Any] = {
-            "prefix_positions": text.positions,
-            "attention": compute.attention,
-            "remat": compute.remat,
-        }
-        read, put = places.points(text.positions, places.lag), places.points(text.positions)
-        z = coprocessor.latents(config, params, self.model, frozen, memory, read, **settings)
-        known = places.labels[..., :-1]
-        hidden = coprocessor.augmented(config, self.model, frozen, cache, put, keep_batch(z), known, **settings)
-        return Passes(z, keep_batch(hidden[:, :, config.num_latents - 1 :]), output.hidden)
+        return passes(
+            self._config.coprocessor,
+            compute.cast(trainable),
+            self.model,
+            frozen,
+            batch["tokens"],
+            text,
+            places,
+            compute.remat,
+        )
 
     def loss(self, trainable: Params, frozen: Params, batch: Batch, key: Array, progress: Array | float):
         """Mean cross-entropy over the labels behind latents, in nats."""
@@ -199,11 +194,10 @@ class CoprocessorObjective(BesideFrozenTarget):
         return total, jnp.sum(places.counted).astype(total.dtype)
 
     def evaluate(self, trainable: Params, frozen: Params, batch: Batch) -> Sums:
-        """By offset: the loss behind latents, and of the target alone on the same labels."""
+        """By offset: the loss behind latents, and of the target alone on the same labels; and how many labels."""
         places = self.places(batch, None)
         _, hidden, of_text = self.passes(trainable, frozen, batch, places)
-        before_BMA = places.at[..., None] + jnp.arange(self._config.ahead, dtype=jnp.int32)
-        alone = picked(of_text, jnp.minimum(before_BMA, of_text.shape[1] - 1))
+        alone = before_labels(of_text, places)
 
         def measure(piece):
             hidden, alone, places = piece
@@ -212,16 +206,18 @@ class CoprocessorObjective(BesideFrozenTarget):
 
         sums = summed(measure, (hidden, alone, places), self._pieces(frozen, hidden))
         count_A = jnp.sum(places.counted, axis=(0, 1)).astype(sums["loss"].dtype)
-        return {f"{name}_{a + 1}": (of[a], count_A[a]) for name, of in sums.items() for a in range(len(count_A))}
+        found = {f"{name}_{a + 1}": (of[a], count_A[a]) for name, of in sums.items() for a in range(len(count_A))}
+        return found | {f"labels_{a + 1}": (count, 1.0) for a, count in enumerate(count_A)}
 
     def report(self, means: dict[str, float]) -> dict[str, float]:
         """Perplexity by offset, and by how many percent it is above the target's own there, or below; the means of
-        both losses over offsets."""
-        offsets = range(1, self._config.ahead + 1)
-        loss, base = ([float(means[f"{name}_{a}"]) for a in offsets] for name in ("loss", "base"))
-        shown = {"loss": sum(loss) / len(loss), "base_loss": sum(base) / len(base)}
-        shown |= {f"perplexity_{a}": math.exp(loss[a - 1]) for a in offsets}
-        return shown | {f"change_{a}": 100 * math.expm1(loss[a - 1] - base[a - 1]) for a in offsets}
+        both losses over offsets. Of an offset without labels there is none."""
+        offsets = [a for a in range(1, self._config.ahead + 1) if means[f"labels_{a}"]]
+        loss, base = ({a: float(means[f"{name}_{a}"]) for a in offsets} for name in ("loss", "base"))
+        shown = {"loss": loss, "base_loss": base} if offsets else {}
+        found = {name: sum(of.values()) / len(of) for name, of in shown.items()}
+        found |= {f"perplexity_{a}": math.exp(loss[a]) for a in offsets}
+        return found | {f"change_{a}": 100 * math.expm1(loss[a] - base[a]) for a in offsets}
 
     def export(self, directory: Path, trainable: Params, frozen: Params) -> None:
         """Writes a coprocessor directory that names the base that `load_base` read."""
@@ -234,6 +230,47 @@ class CoprocessorObjective(BesideFrozenTarget):
 
     def _pieces(self, frozen, hidden) -> int:
         return pieces_of([(lambda x: transformer.head(self.model, frozen, x), hidden)], self.compute.devices)
+
+
+def passes(
+    config: CoprocessorConfig,
+    params: Params,
+    model: TransformerConfig,
+    frozen: Params,
+    tokens: Int[Array, "B T"],
+    text: Layout,
+    places: Places,
+    remat: str = "none",
+) -> Passes:
+    """All three, of which nothing has a slope to the target.
+
+    Args:
+      config: of the coprocessor.
+      params: its parameters.
+      model: shape of the target.
+      frozen: its parameters.
+      tokens: texts.
+      text: their layout, whose `attention` all three have.
+      places: where.
+      remat: as for `models.coprocessor.latents`.
+    """
+    frozen = jax.lax.stop_gradient(frozen)
+    output = transformer.forward(model, frozen, tokens, text)
+    cache = memory = jax.lax.stop_gradient(output.rows)
+    if config.needs_features:
+        memory = coprocessor.read_features(config, params, model, frozen, output.hidden, text, remat=remat)
+    settings: dict[str, Any] = {"prefix_positions": text.positions, "attention": text.attention, "remat": remat}
+    read, put = places.points(text.positions, places.lag), places.points(text.positions)
+    z = coprocessor.latents(config, params, model, frozen, memory, read, **settings)
+    known = places.labels[..., :-1]
+    hidden = coprocessor.augmented(config, model, frozen, cache, put, keep_batch(z), known, **settings)
+    return Passes(z, keep_batch(hidden[:, :, config.num_latents - 1 :]), output.hidden)
+
+
+def before_labels(of_text: Float[Array, "B T H"], places: Places) -> Float[Array, "B M A H"]:
+    """What the head reads of the text alone for the same labels."""
+    before_BMA = places.at[..., None] + jnp.arange(places.labels.shape[-1], dtype=jnp.int32)
+    return picked(of_text, jnp.minimum(before_BMA, of_text.shape[1] - 1))
 
 
 def places_at(

@@ -162,10 +162,10 @@ def test_questions_that_are_too_long(too_long: str) -> None:
 
     size = len(tokenizer.encode(counted(12)))
     questions = [Question("81", ("first",)), Question("99", (counted(13),)), Question("7", (counted(5), "second"))]
-    room = Room(4, size + 4, too_long, told.append, ": do otherwise")
+    room = Room(4, size + 7, too_long, told.append, ": do otherwise", latents=3)
     assert room.tokens == size
     if too_long == "error":
-        with pytest.raises(UserError, match=rf"^question 99 has \d+ tokens, too many with 4 new .* of {size + 4}: do"):
+        with pytest.raises(UserError, match=rf"^question 99 has \d+ .* 4 new ones and 3 latents .* of {size + 7}: do"):
             encode_questions(questions, tokenizer, answer, room=room)
         assert asked == [], "nothing is decoded before all are known to fit"
         with pytest.raises(UserError, match="question 7, turn 2, has"):
@@ -189,3 +189,5 @@ def test_questions_that_are_too_long(too_long: str) -> None:
 def test_new_tokens_that_leave_no_room() -> None:
     with pytest.raises(UserError, match="600 new tokens leave no room for a prompt in the target's context of 512"):
         encode_questions([Question("1", ("x",))], Tokenizer.train(["x"], 280), lambda tokens: [], room=Room(600, 512))
+    with pytest.raises(UserError, match="500 new tokens and 12 latents leave no room for a prompt in the target"):
+        _ = Room(500, 512, latents=12).tokens
