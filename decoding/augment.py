@@ -271,7 +271,8 @@ def _readable(config, network, when, params, network_params, cache, text, reques
     Features of the last layer are in no cache: the target makes them once more.
     """
     if network.needs_features:
-        layout = Layout.causal(*text.tokens.shape, attention="blocks")
+        batch, rows = text.tokens.shape
+        layout = Layout.causal(batch, rows, attention="blocks")
         features = forward(config, params, text.tokens, layout).hidden
         made = coprocessor.read_features(network, network_params, config, params, features, layout)
         return made, None

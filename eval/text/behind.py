@@ -18,11 +18,11 @@ from decoding.coprocessors import Coprocessor
 from models.coprocessor import CoprocessorConfig
 from models.errors import UserError
 from models.formats.target import Target
-from models.layout import Layout
 from models.transformer import forward, head
 from train.objectives.coprocessor import before_labels, passes, places_at
 from train.objectives.guess import picked
 from train.objectives.shift import log_likelihood
+from train.objectives.target_features import layout_of
 
 if TYPE_CHECKING:
     from train.data.texts import Batch
@@ -56,7 +56,7 @@ def likelihoods_behind(
     text_BT = segments > 0
     batch = {"tokens": tokens, "segments": segments}
     places = places_at(batch, text_BT, at, picked(text_BT, at), jnp.zeros_like(at), ahead)
-    layout = Layout.causal(*tokens.shape, segments, attention="blocks")
+    layout = layout_of(batch, "blocks")
     if network is None:
         hidden = before_labels(forward(config, params, tokens, layout).hidden, places)
     else:

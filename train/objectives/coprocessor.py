@@ -207,7 +207,7 @@ class CoprocessorObjective(BesideFrozenTarget):
         sums = summed(measure, (hidden, alone, places), self._pieces(frozen, hidden))
         count_A = jnp.sum(places.counted, axis=(0, 1)).astype(sums["loss"].dtype)
         found = {f"{name}_{a + 1}": (of[a], count_A[a]) for name, of in sums.items() for a in range(len(count_A))}
-        return found | {f"labels_{a + 1}": (count, 1.0) for a, count in enumerate(count_A)}
+        return found | {f"labels_{a + 1}": (count, jnp.ones(())) for a, count in enumerate(count_A)}
 
     def report(self, means: dict[str, float]) -> dict[str, float]:
         """Perplexity by offset, and by how many percent it is above the target's own there, or below; the means of
