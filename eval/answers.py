@@ -26,8 +26,8 @@ from eval.measure.progress import Progress
 from eval.report.files import make_directory, write_json
 from eval.report.page import RESULTS, print_columns
 from eval.text.results import describe_target
-from models import command_line
-from models.command_line import add_overwrite, at_least, keep_files
+from models import command_line, processes
+from models.command_line import add_distributed, add_overwrite, at_least, keep_files
 from models.encoder_decoder import beside, encode
 from models.errors import UserError, exit_on_user_error
 from models.formats.target import Target, load_target
@@ -37,7 +37,7 @@ from train.data.order import in_order
 from train.objectives.encoder_decoder import joined
 from train.objectives.shift import labels_at, log_likelihood
 
-_NOT_RECORDED = ("out", "overwrite")
+_NOT_RECORDED = ("out", "overwrite", "distributed")
 
 
 def words_in_common(ours: str, theirs: str) -> float:
@@ -153,6 +153,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--repeats", type=at_least(1), default=3, help="timed answers to each")
     parser.add_argument("--out", required=True, help="directory for results.json")
     add_overwrite(parser)
+    add_distributed(parser)
     return parser
 
 
@@ -163,6 +164,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     from train.data.texts import open_split
 
     args = _parser().parse_args(argv)
+    processes.start(args.distributed)
     directory = make_directory(args.out)
     keep_files([directory / RESULTS], args.overwrite)
     targets = _targets(args.targets)
