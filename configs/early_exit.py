@@ -6,8 +6,8 @@ r"""Trains a lens by which a target's own first layers draft for it, and the tar
 
 What is learnt is an affine map of width^2 numbers, from the target's own distribution. A target that was itself trained
 to leave early needs none (`configs/layer_skip.py`). Expected time: that of the target's forward pass over the data, a
-few minutes for SmolLM2-135M on one accelerator. Expected result: a drafter directory, runs/early_exit/drafter, whose
-drafts are accepted more often than those of --drafter early_exit:LAYERS (`loop_1`, from the first evaluation on).
+few minutes for SmolLM2-135M on one accelerator. Expected result: a drafter directory, runs/early_exit/drafter, to
+compare with --drafter early_exit:LAYERS, which looks through no lens (`scripts/nested.sh` does).
 
 `configs/early_exit.py:smoke` takes 10 short steps with an exit after 1 layer, within 1 min on two CPU cores for targets
 of up to 10M parameters.

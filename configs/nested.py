@@ -7,8 +7,8 @@ r"""Pretrains a small transformer with exits, to draft for several targets of on
 
 Every exit learns next tokens under the same weight, as in sorted fine-tuning. Targets teach their exits besides with
 --config.objective.soft=1.0 --config.objective.teachers="('SMALL','LARGE')", one directory for all or one for each.
-Expected time: about 6 min on two CPU cores. Expected result: a target directory of about 1M parameters, each of whose
-exits is nearly as good as a network of its own (docs/methods.md).
+Expected time: about 6 min on two CPU cores. Expected result: a target directory of about 1M parameters, and
+an `alpha` that rises at every exit. `scripts/nested.sh` measures how near an exit comes to a network of its own.
 
 `configs/nested.py:warm` begins from a directory, --config.objective.init_from=DIR, at a tenth of the rate: from a
 target's first layers, as S2D does from 12 of Vicuna-7B's with exits after 6 and 9 (--config.objective.layers=12
