@@ -88,7 +88,7 @@ def test_tensor_parallelism_alone_exchanges_the_same_but_for_agreements_between_
 @pytest.mark.parametrize(
     "check",
     [
-        "latents_go_with_their_rows",
+        pytest.param("latents_go_with_their_rows", marks=pytest.mark.slow),
         "streams_with_one_compilation",
         "says_what_does_not_fit",
         "loads_drafters_where_the_rules_say",

@@ -48,6 +48,7 @@ def test_a_story_is_parted_behind_its_first_sentence() -> None:
     assert openings.opening("Only one.") is None
 
 
+@pytest.mark.slow
 def test_targets_of_both_kinds_are_compared(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "stories.txt").write_text("<|endoftext|>\n".join(STORIES))
     openings.main(["--src", str(tmp_path / "stories.txt"), "--out", str(tmp_path / "chats.jsonl")])

@@ -324,6 +324,7 @@ with sharding.on_mesh(plan.mesh):
 """
 
 
+@pytest.mark.slow
 def test_a_run_leaves_the_target_as_it_was_and_two_devices_learn_the_same(
     job, as_code, on_two_devices, tmp_path, monkeypatch
 ):

@@ -159,6 +159,7 @@ def test_what_makes_no_sense_is_refused(tokenizer, section, complaint):
         Exits(ExitsConfig("exits", DEEP, **section), tokenizer)
 
 
+@pytest.mark.slow
 def test_a_target_teaches_its_own_first_layers_which_then_draft_for_it(data_set, target_directory, tmp_path, capsys):
     """The whole path: a job that begins from a target, the directory it leaves, a drafter of it cut off at an exit."""
     section = {"name": "exits", "model": None, "init_from": str(target_directory), "exits": (1,), "hard": 0.0}

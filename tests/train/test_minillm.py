@@ -58,6 +58,7 @@ def test_the_loss_is_the_clipped_policy_gradient_and_the_exact_next_step() -> No
     np.testing.assert_allclose(slope, np.where(counted[..., None], exact, 0), atol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_mixture_of_one_model_alone_is_what_it_writes_and_between_them_lies_their_mean(target_directory) -> None:
     teacher = load_target(target_directory)
     student = Target(teacher.config, noisy(teacher.params, 0.5), teacher.tokenizer)
