@@ -103,13 +103,21 @@ def main(argv: Sequence[str] | None = None) -> None:
     add_overwrite(parser)
     args = parser.parse_args(argv)
     keep_results(args.out, args.overwrite)
-    acceptance, *speeds = (read_json(Path(place) / RESULTS) for place in (args.acceptance, *args.speed))
+    acceptance = _results(args.acceptance, "cells", "eval.acceptance")
+    speeds = [_results(place, "runs", "eval.main") for place in args.speed]
     entries = summary(acceptance, speeds)
     Path(args.out).mkdir(parents=True, exist_ok=True)
     of = {"environment": acceptance["environment"], "target": acceptance["target"], "entries": entries}
     write_json(of, Path(args.out) / RESULTS)
     print_columns(table(entries))
     print(f"\nwrote {args.out}/{RESULTS}")
+
+
+def _results(directory: str, key: str, command: str) -> dict[str, Any]:
+    found = read_json(path := Path(directory) / RESULTS)
+    if key not in found:
+        raise UserError(f"{path} is no result of {command}: it has no {key!r}")
+    return found
 
 
 if __name__ == "__main__":

@@ -52,3 +52,11 @@ def test_seeds_of_a_method_are_put_together(tmp_path, capsys) -> None:
 def test_budgets_are_not_mixed() -> None:
     with pytest.raises(UserError, match="one budget"):
         seeds.summary(results(cell("a", 2.0, [1, 1]), cell("a", 2.0, [1, 1], budget=4)), [])
+
+
+def test_results_of_another_command_are_refused(tmp_path, capsys) -> None:
+    (tmp_path / "results.json").write_text(json.dumps(SPEED))
+    with pytest.raises(SystemExit):
+        seeds.main(["--acceptance", str(tmp_path), "--out", str(tmp_path / "out")])
+    assert "is no result of eval.acceptance: it has no 'cells'" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
