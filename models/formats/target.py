@@ -172,6 +172,14 @@ def load_target(directory: str | Path, dtype=None, mesh: Mesh | None = None) -> 
     return Target(config, in_huge_pages(for_decoding(params, mesh)), tokenizer, directory)
 
 
+def check_same_tokens(what: str, own: str, other: str, expected: str) -> None:
+    """Raises UserError when the tokenizer of `what` is not that of `other`, both by their fingerprints."""
+    if own != expected:
+        raise UserError(
+            f"{what} has another tokenizer ({own}) than {other} ({expected}): their tokens cannot be compared"
+        )
+
+
 def check_vocabulary(config: TransformerConfig, tokenizer: Tokenizer, directory: str | Path) -> None:
     """Raises UserError when the tokenizer's own vocabulary has more entries than the model in `directory` embeddings.
 

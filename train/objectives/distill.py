@@ -37,7 +37,7 @@ from models.config import TransformerConfig
 from models.errors import UserError
 from models.formats.beside import read_beside
 from models.formats.hf import load_config
-from models.formats.target import Target, load_target
+from models.formats.target import Target, check_same_tokens, load_target
 from models.formats.text_files import read_json
 from models.formats.tokenizer import Tokenizer
 from models.sharding import parse_mesh
@@ -181,11 +181,8 @@ class DraftModelObjective(OnFrozenTarget):
         if config.init_from is not None:
             record = _record_of(config.init_from)
             own = Tokenizer.load(config.init_from).fingerprint if record is None else record["base"]["tokenizer"]
-            if own != tokenizer.fingerprint:
-                raise UserError(
-                    f"objective.init_from ({config.init_from}) has another tokenizer ({own}) than "
-                    f"objective.target ({config.base}: {tokenizer.fingerprint}): their tokens cannot be compared"
-                )
+            what, target = f"objective.init_from {config.init_from}", f"objective.target {config.base}"
+            check_same_tokens(what, own, target, tokenizer.fingerprint)
 
     def prepare(self, compute):
         """Also counts what the student begins as."""

@@ -31,7 +31,7 @@ from models.config import TransformerConfig
 from models.encoder_decoder import Memory, beside, encode
 from models.errors import UserError
 from models.formats.hf import load_config
-from models.formats.target import Target, load_target
+from models.formats.target import Target, check_same_tokens, load_target
 from models.formats.tokenizer import Tokenizer
 from models.layout import Layout
 from train.objectives.divergences import Divergence, Rows, Student, divergence_measures, divergence_sums
@@ -125,11 +125,7 @@ class EncoderDecoder(LM):
         if self.teacher.encoder_layers:
             raise UserError(f"objective.target ({config.target}) is an encoder-decoder, expected a decoder")
         own = Tokenizer.load(config.target).fingerprint
-        if own != tokenizer.fingerprint:
-            raise UserError(
-                f"objective.target ({config.target}) has another tokenizer ({own}) than the student "
-                f"({config.base}: {tokenizer.fingerprint}): their tokens cannot be compared"
-            )
+        check_same_tokens(f"objective.target {config.target}", own, "the student", tokenizer.fingerprint)
 
     def prepare(self, compute):
         """Also says what is read from disk, the teacher in the dtype of the computation."""

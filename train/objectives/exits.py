@@ -34,7 +34,7 @@ from jaxtyping import Array
 from models import schema, transformer
 from models.errors import UserError
 from models.formats.hf import load_config
-from models.formats.target import check_vocabulary, load_target
+from models.formats.target import check_same_tokens, check_vocabulary, load_target
 from models.formats.tokenizer import Tokenizer
 from train.objectives.divergences import Divergence, Rows, Student, divergence_measures, divergence_sums
 from train.objectives.lm import LM, LMConfig
@@ -152,8 +152,8 @@ class Exits(LM):
         self.teachers = {path: load_config(path) for path in config.taught_by}
         for path, teacher in self.teachers.items():
             check_vocabulary(teacher, tokenizer, path)
-            if Tokenizer.load(path).fingerprint != tokenizer.fingerprint:
-                raise UserError(f"the teacher {path} has another tokenizer than the data set: its tokens mean others")
+            own = Tokenizer.load(path).fingerprint
+            check_same_tokens(f"the teacher {path}", own, "the data set", tokenizer.fingerprint)
             if teacher.vocab_size < self.model.vocab_size:
                 raise UserError(
                     f"the teacher {path} has a vocabulary of {teacher.vocab_size}, less than the "
