@@ -404,7 +404,8 @@ def loop(
 def refresh_key(state: State) -> jax.Array:
     """For what an objective draws on the host before the next step; the step's own draws never use it."""
     key = jax.random.fold_in(jax.random.wrap_key_data(state["key"]), state["step"])
-    return jax.random.fold_in(key, 2)
+    # Folding in a small number gives the key that part of a step has: split(key)[i] is fold_in(key, i).
+    return jax.random.fold_in(key, np.uint32(2**32 - 1))
 
 
 def on_mesh(mesh: Mesh) -> contextlib.AbstractContextManager:
