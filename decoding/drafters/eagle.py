@@ -25,6 +25,7 @@ from decoding.sampling import best_tokens
 from decoding.trees import EAGLE_25
 from models import transformer
 from models.attention import Rows, Sources
+from models.heads import vocabulary
 from models.heads.eagle import Eagle3Heads, EagleHeads, unroll
 from models.layout import Layout
 from models.linear import in_blocks
@@ -186,8 +187,7 @@ class EagleDrafter(NetworkDrafter):
     ) -> Int[Array, "*B K"]:
         """The `count` best guesses that an output of step i stands for, best first."""
         best = best_tokens(self.heads.logits(config, params, target, hidden), count)
-        known = self.heads.vocabulary(params)
-        return best if known is None else known[best]
+        return vocabulary.tokens_of(self.heads.vocabulary(params), best)
 
 
 @dataclasses.dataclass(frozen=True)
