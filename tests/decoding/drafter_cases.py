@@ -130,7 +130,7 @@ def dspark(target: Target, key: Array) -> tuple[Drafter, Any]:
     heads = DFlashHeads((0, 1), mask, num_layers=1, block=3, shifted=True, vocab_size=size)
     drafter = DSpark(heads, Static(LOPSIDED, "top"), SerialHead("vanilla", 4), size - 1)
     init = jax.jit(drafter.init_params, static_argnums=0)
-    return drafter, {**noisy(init(target.config, target.params, key), 0.2), "draft_vocab": known}
+    return drafter, {**noisy(init(target.config, target.params, key), 0.2, seed=1), "draft_vocab": known}
 
 
 def eagle31(target: Target, key: Array) -> tuple[Drafter, Any]:
