@@ -34,7 +34,7 @@ if [ -z "$data" ]; then
     if [ ! -d "$data" ]; then
         library=$("$VENV/bin/python" -c 'import sysconfig; print(sysconfig.get_paths()["stdlib"])')
         run scripts.build_dataset --kind source --src "$library" --glob '**/*.py' \
-            --exclude 'site-packages,test,tests,idle_test' --valid_fraction 0.03 --out "$data"
+            --exclude 'site-packages,test,tests,idle_test' --train_tokenizer 258 --valid_fraction 0.03 --out "$data"
     fi
 fi
 if [ -z "$target" ]; then

@@ -44,9 +44,9 @@ class Network(TrainedNetwork):
 
     def filled_block(self, root: Int[Array, "B"]) -> Float[Array, "B D H"]:
         """The one pass: what the target's head reads of the drafting slots of a block that begins with the root."""
-        position_B1, length_B1 = self.target.place.position[:, None], self.target.length[:, None]
+        length_B1 = self.target.length[:, None]
         inputs = self.heads.inputs(self.target.params, root[:, None])
-        layout = self.heads.layout(position_B1, length_B1)
+        layout = self.heads.layout(length_B1, length_B1)
         hidden = self.heads.run(self.target.config, self.params, inputs, layout, self.state["context"])
         return self.heads.drafting(hidden)[:, 0]
 
@@ -119,7 +119,7 @@ class DFlash(NetworkDrafter):
         # Rows that are not text leave zeros, so that the state is a function of the text alone, unused slots included.
         true_BR = index_R < rows.count[:, None]
         masks = {"k": true_BR[:, None, None, :], "v": true_BR[:, None, :, None]}
-        fresh = self.heads.context_rows(target.config, params, fused_BRH, rows.start.position[:, None] + index_R)
+        fresh = self.heads.context_rows(target.config, params, fused_BRH, rows.start.length[:, None] + index_R)
         fresh = [{name: jnp.where(masks[name], row, 0) for name, row in layer.items()} for layer in fresh]
         return {"context": commit(state["context"], fresh, None, rows.start.length)}
 
