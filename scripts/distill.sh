@@ -6,11 +6,11 @@
 #       [--seeds N] [--divergences NAMES] [--sources NAMES] [--tokens N] [--fresh]
 #
 # A small model first learns the data set's text, and every other begins from it: undistilled, it goes on as it was; the
-# others learn for as many steps from what --divergences and --sources name (train/objectives/distill.py), and from
-# sequence-level distillation, online distillation and MiniLLM. SIZES are fields of the student's shape, such as
-# "width=32 head_dim=8 mlp_width=88". About an hour on two CPU cores for stories260K and the defaults. Every
-# line that starts with $ is a command of its own. Asking again reuses what is finished and continues what was interrupted;
-# --fresh starts over. See scripts/_venv.sh for TANDEM_VENV.
+# others learn for as many steps by what --divergences names from the text that --sources name, which are those of
+# configs/distill.py (with `teacher` also sequence-level distillation) and `minillm`. SIZES are fields of the student's
+# shape, such as "width=32 head_dim=8 mlp_width=88". About an hour on two CPU cores for stories260K and the defaults.
+# Every line that starts with $ is a command of its own. Asking again reuses what is finished and continues what was
+# interrupted; --fresh starts over. See scripts/_venv.sh for TANDEM_VENV.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/_job.sh"
 
@@ -21,7 +21,7 @@ out=${out:-$ROOT/runs/distillation}
 student=${student:-width=32 head_dim=8 mlp_width=88 max_position=512}
 steps=${steps:-200} batch=${batch:-16} seeds=${seeds:-2} tokens=${tokens:-64}
 divergences=${divergences:-forward_kl,reverse_kl,jsd,tvd,tvd++,nla}
-sources=${sources:-dataset,teacher,student}
+sources=${sources:-dataset,teacher,student,served,minillm}
 job_begin .tandem-distillation start runs acceptance greedy sampled results
 
 shape=()
@@ -32,29 +32,52 @@ run train.main --config=configs/draft_model.py --config.data.path="$data" --conf
     --config.batch_size="$batch" --config.optimizer.warmup_steps=$((steps / 5)) "${shape[@]}" --workdir="$out/start"
 
 methods=() drafters=none
-taught() { # NAME CONFIG OPTION...: one run per seed, all of them for as many steps, batches and rows
+learn=(--config.objective.target="$target" --config.data.path="$data" --config.steps="$steps"
+    --config.batch_size="$batch" --config.optimizer.warmup_steps=$((steps / 10)) --config.evaluation.every="$steps")
+row() { # NAME PLACE [DRAFTER]: a row of the table, of as many runs as there are seeds, PLACE-0, PLACE-1, ...
+    local seed
+    for ((seed = 0; seed < seeds; seed++)); do
+        methods+=("$1#$seed=$out/runs/$2-$seed/${3:-drafter}@chain")
+    done
+    drafters+=,$out/runs/$2-0/${3:-drafter}  # What a step costs is the same for every seed.
+}
+together() { # SOURCE VARIANT TEXT OPTION...: all divergences on one text, and the text itself; one run per seed
+    local source=$1 variant=$2 text=$3 seed name
+    shift 3
+    for ((seed = 0; seed < seeds; seed++)); do
+        run train.main --config="configs/divergences.py:$variant+$text,$divergences" "${learn[@]}" \
+            --config.objective.members."$text".objective.init_from="$out/start/target" --config.seed="$seed" "$@" \
+            --workdir="$out/runs/$source-$seed"
+    done
+    row "$text" "$source" "drafters/$text"
+    for name in ${divergences//,/ }; do
+        row "$name/$source" "$source" "drafters/$name"
+    done
+}
+alone() { # NAME CONFIG OPTION...: one run per seed
     local name=$1 config=$2 seed
     shift 2
     for ((seed = 0; seed < seeds; seed++)); do
-        run train.main --config="$config" --config.objective.target="$target" \
-            --config.objective.init_from="$out/start/target" --config.data.path="$data" --config.steps="$steps" \
-            --config.batch_size="$batch" --config.seed="$seed" --config.optimizer.warmup_steps=$((steps / 10)) \
-            --config.evaluation.every="$steps" --config.objective.loop_prompts=0 "$@" --workdir="$out/runs/$name-$seed"
-        methods+=("$name#$seed=$out/runs/$name-$seed/drafter@chain")
+        run train.main --config="$config" "${learn[@]}" --config.objective.init_from="$out/start/target" \
+            --config.seed="$seed" --config.objective.loop_prompts=0 --config.objective.new_tokens="$tokens" "$@" \
+            --workdir="$out/runs/$name-$seed"
     done
-    drafters+=,$out/runs/$name-0/drafter  # What a step costs is the same for every seed.
+    row "$name" "$name"
 }
-taught undistilled configs/distill.py:warm --config.objective.hard=1 --config.objective.soft=0
 for source in ${sources//,/ }; do
-    for divergence in ${divergences//,/ }; do
-        taught "$divergence/$source" configs/distill.py:warm --config.objective.divergence.name="$divergence" \
-            --config.objective.source="$source" --config.objective.new_tokens="$tokens"
-    done
+    case $source in
+    dataset) together dataset warm undistilled ;;
+    teacher) together teacher teacher sequence --config.objective.new_tokens="$tokens" ;;
+    minillm) alone minillm configs/minillm.py --config.optimizer.learning_rate=1e-3 ;;
+    *)
+        # Only a rejected draft's place is learnt from a served text, by whatever divergence: one row is enough.
+        for divergence in $([ "$source" = served ] && echo forward_kl || echo "${divergences//,/ }"); do
+            alone "$divergence/$source" configs/distill.py:warm --config.objective.source="$source" \
+                --config.objective.divergence.name="$divergence"
+        done
+        ;;
+    esac
 done
-taught sequence configs/distill.py:warm --config.objective.hard=1 --config.objective.soft=0 \
-    --config.objective.source=teacher --config.objective.new_tokens="$tokens"
-taught online configs/distill.py:warm --config.objective.source=served --config.objective.new_tokens="$tokens"
-taught minillm configs/minillm.py --config.objective.new_tokens="$tokens" --config.optimizer.learning_rate=1e-3
 
 job_finished comparison
 if [ ! -e "$out/acceptance/results.json" ]; then
