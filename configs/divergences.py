@@ -12,9 +12,8 @@ Expected time: five times that of `configs/distill.py`, less four of its five fo
 drafter directory of each in runs/divergences/drafters, and an `alpha` of each that rises with every evaluation.
 
 * `:warm` begins from a directory, `--config.objective.members.undistilled.objective.init_from=DIR`, at a tenth of the
-  rate; what one member begins from all do.
-* `:teacher` does so, too, on what the target writes behind the data set's prompts (`--config.objective.new_tokens`),
-  so that the member that learns the text itself, `sequence`, is sequence-level distillation.
+  rate; what one member begins from all do, and so it is with `labels`. On text that the target wrote
+  (`scripts.continue_dataset`) with `labels=assistant`, `undistilled` is sequence-level distillation.
 * `:smollm2` is `configs/distill.py:smollm2` with each of the divergences.
 * `:smoke` takes 20 short steps, within 1 min on two CPU cores for targets of up to 5M parameters; expect falling
   losses.
@@ -24,28 +23,26 @@ from ml_collections import ConfigDict, config_dict
 
 from configs import check_variant, distill
 
+TEXT = "undistilled"
 DIVERGENCES = ("forward_kl", "reverse_kl", "jsd", "tvd")
 
 
 def get_config(variant: str = "") -> ConfigDict:
     kind, _, names = variant.partition("+")
-    check_variant(kind, "smoke", "warm", "teacher", "smollm2")
-    config = distill.get_config("warm" if kind == "teacher" else kind)
-    own = {"name": "distill", "loop_prompts": 0, "labels": config.objective.get("labels", "all")}
-    if "draft" in config.objective:
-        own["draft"] = config.objective.draft
-    text = "undistilled"
-    if kind in ("warm", "teacher"):
-        own["init_from"] = config_dict.placeholder(str)  # One reference: a command line sets it for all.
+    check_variant(kind, "smoke", "warm", "smollm2")
+    config = distill.get_config(kind)
+    # References: a command line that changes them for one member changes them for all.
+    own = {"name": "distill", "loop_prompts": 0}
+    own["labels"] = config_dict.FieldReference(config.objective.get("labels", "all"))
+    if kind == "warm":
+        own["init_from"] = config_dict.placeholder(str)
     else:
         own["model"] = config.objective.model.to_dict()
-    config.objective = ConfigDict({"name": "several", "target": config_dict.placeholder(str)})
-    if kind == "teacher":
-        text, own["labels"] = "sequence", "assistant"
-        config.objective.update(source="teacher", new_tokens=64)
+    if "draft" in config.objective:
+        own["draft"] = config.objective.draft
     members = {}
-    for name in names.split(",") if names else (text, *DIVERGENCES):
-        learnt = {"hard": 1.0, "soft": 0.0} if name == text else {"divergence": {"name": name}}
+    for name in names.split(",") if names else (TEXT, *DIVERGENCES):
+        learnt = {"hard": 1.0, "soft": 0.0} if name == TEXT else {"divergence": {"name": name}}
         members[name] = {"objective": {**own, **learnt}}
-    config.objective.members = ConfigDict(members)
+    config.objective = ConfigDict({"name": "several", "target": config_dict.placeholder(str), "members": members})
     return config
