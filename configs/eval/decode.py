@@ -34,6 +34,7 @@ def get_config(variant: str = "") -> ConfigDict:
     config.max_new_tokens = 128
     config.batch = 1
     config.repeats = 3
+    config.parts = True
     config.seed = 0
     config.typical = False
     config.sampling = ConfigDict({"temperature": 0.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0})
