@@ -103,13 +103,13 @@ def generation(tokens: list[int], steps: int, committed: int) -> Generation:
 def test_accelerators_compile_contenders_side_by_side(target: Target, monkeypatch: pytest.MonkeyPatch) -> None:
     """Plain decoding first, because the others share its programs, and open drafters last, because they measure."""
     monkeypatch.setattr(module.jax, "default_backend", lambda: "gpu")
-    field = [Contender(*load_drafter(name, target), name) for name in ("none", "token_recycling", "prompt_lookup:4")]
+    field = [Contender(*load_drafter(name, target), name) for name in ("none", "token_recycling", "prompt_lookup:3")]
     assert field[1].drafter.open_sizes
     said: list[str] = []
     decoded = []
     module._compile(target, field, [0, 2], lambda who, number: decoded.append((who.path, number)), said.append)
     assert [decoded[:2], sorted(decoded[2:4]), decoded[4:]] == [
-        [(name, number) for number in (0, 2)] for name in ("none", "prompt_lookup:4", "token_recycling")
+        [(name, number) for number in (0, 2)] for name in ("none", "prompt_lookup:3", "token_recycling")
     ]
     assert said[0] == "compiling 2 sizes of caches and prompts for each of 3"
 
