@@ -9,6 +9,7 @@ import types
 import numpy as np
 import pytest
 
+from configs.eval import decode
 from decoding.drafters.registry import load_drafter
 from decoding.generate import Generation
 from decoding.sampling import Sampling
@@ -111,6 +112,11 @@ def test_accelerators_compile_contenders_side_by_side(target: Target, monkeypatc
         [(name, number) for number in (0, 2)] for name in ("none", "prompt_lookup:4", "token_recycling")
     ]
     assert said[0] == "compiling 2 sizes of caches and prompts for each of 3"
+
+
+def test_every_field_can_be_given_on_the_command_line() -> None:
+    """`--config.NAME` is refused where the file does not have the name."""
+    assert set(decode.get_config()) == {field.name for field in dataclasses.fields(DecodeConfig)}
 
 
 def test_rates_are_means_over_questions() -> None:
