@@ -261,7 +261,7 @@ class DraftObjective(OnFrozenTarget):
         known_W, choice_BT, learnt_BT = self.known(frozen), None, None
         if asked or known_W is not None:
             choice_BT = first_choices(target.read, target.scored, self.compute.devices)
-        if known_W is not None:
+        if known_W is not None and choice_BT is not None:
             learnt_BT = vocabulary.outputs_of(known_W, choice_BT) >= 0
         read = functools.partial(target.read, known=known_W)
         return Teacher(target.scored, read, target.taps.get("post_norm"), known_W, choice_BT, learnt_BT)
