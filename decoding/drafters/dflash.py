@@ -58,7 +58,8 @@ class Network(TrainedNetwork):
         """The one pass over a block that begins with the root: what the head reads of the slots that are asked for, and
         their logits."""
         config, target, heads = self.target.config, self.target.params, self.heads.down_to(self.depth)
-        layout = heads.layout(self.target.place.position[:, None], self.target.length[:, None])
+        length_B1 = self.target.length[:, None]
+        layout = heads.layout(length_B1, length_B1)
         inputs = heads.inputs(target, root[:, None])
         hidden = heads.run(config, self.params, inputs, layout, self.state["context"])
         hidden_BDH = heads.drafting(hidden)[:, 0, : self.depth]
@@ -133,7 +134,7 @@ class DFlash(NetworkDrafter):
         # Rows that are not text leave zeros, so that the state is a function of the text alone, unused slots included.
         true_BR = index_R < rows.count[:, None]
         masks = {"k": true_BR[:, None, None, :], "v": true_BR[:, None, :, None]}
-        fresh = self.heads.context_rows(target.config, params, fused_BRH, rows.start.position[:, None] + index_R)
+        fresh = self.heads.context_rows(target.config, params, fused_BRH, rows.start.length[:, None] + index_R)
         fresh = [{name: jnp.where(masks[name], row, 0) for name, row in layer.items()} for layer in fresh]
         return {"context": commit(state["context"], fresh, None, rows.start.length)}
 

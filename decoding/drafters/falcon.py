@@ -152,7 +152,7 @@ class Network(TrainedNetwork):
 
     def _layout(self, ahead_1k, count: int) -> Layout:
         """For `count` blocks whose pairs stand `ahead` of the root; they see the true blocks before the last."""
-        positions_BT = jnp.tile(self.target.place.positions(ahead_1k), (1, count))
+        positions_BT = jnp.tile(self.target.length[:, None] + ahead_1k, (1, count))
         since_B, length_B = _copy_of(self.heads, self.state["cache"], self.target.length), self.target.length
         return Layout(
             positions_BT,
@@ -239,7 +239,7 @@ class Falcon(NetworkDrafter):
         block_BT = (jnp.tile(pair_BT, (1, copies)) + copy_T) // k
         ordered_BTT = (block_BT[:, None, :] <= block_BT[:, :, None]) & (copy_T == copy_T[:, None])
         layout = Layout(
-            jnp.tile(pair_BT + (rows.start.position - rows.start.length)[:, None], (1, copies)),
+            jnp.tile(pair_BT, (1, copies)),
             copy_T * slots + first_B[:, None],
             Tree(ordered_BTT),
             segments=jnp.tile(exists_BT.astype(jnp.int32), (1, copies)),

@@ -27,6 +27,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 from jax.tree_util import Partial
+from jaxtyping import Array, Float
 
 from decoding.drafters.draft_model import DraftModel
 from decoding.drafters.registry import build
@@ -64,6 +65,8 @@ class DistillConfig:
       model: fields of the student's `models.config.TransformerConfig` but those that the tokenizer decides; or None.
       init_from: what to begin from: a target directory of the same tokenizer, or the directory of a draft model for
         this target, or for what it was fine-tuned from; or None. Exactly one of the two is given.
+      embedding: of a `model`: `random`, or `target`, the target's own table along its principal directions, which a
+        short training could not learn for a large vocabulary.
       divergence: which (`divergences.py`): its name, `beta`, `skew` and `temperature`.
       soft: weight of the divergence.
       hard: weight of the cross-entropy with the text.
@@ -89,6 +92,7 @@ class DistillConfig:
     target: str | None
     model: Mapping[str, Any] | None = None
     init_from: str | None = None
+    embedding: Literal["random", "target"] = "random"
     divergence: Divergence = dataclasses.field(default_factory=Divergence)
     soft: float = 1.0
     hard: float = 0.0
@@ -112,6 +116,8 @@ class DistillConfig:
         if not self.hard + self.soft:
             raise UserError("objective.hard and objective.soft are both 0: there is nothing to learn")
         schema.require(0 <= self.on_policy <= 1, "objective.on_policy must lie in 0..1", self.on_policy)
+        if self.embedding == "target" and self.init_from is not None:
+            raise UserError("objective.embedding is for a new student: objective.init_from brings its own")
 
     @property
     def weights(self) -> Weights:
@@ -277,6 +283,23 @@ class DistillObjective(DraftModelObjective):
 
     Config: ClassVar[type] = DistillConfig
 
+    def check(self, length):
+        """Also refuses a student whose embeddings the target's cannot be projected to."""
+        super().check(length)
+        if self._config.embedding == "target" and self.drafter.model.width > self.model.width:
+            raise UserError(
+                f"objective.embedding 'target' is for students as wide as the target ({self.model.width}) or less, "
+                f"got {self.drafter.model.width}"
+            )
+
+    def init(self, key, base):
+        """Where it is asked for, with embeddings of the target."""
+        params = super().init(key, base)
+        if self._config.embedding == "random":
+            return params
+        table = principal(base["embed"]["embedding"].astype(jnp.float32), self.drafter.model.width)
+        return {**params, "embed": {"embedding": table}}
+
     @property
     def refresh_every(self) -> int:  # type: ignore[override]
         """Text is written for so many steps."""
@@ -338,3 +361,9 @@ class DistillObjective(DraftModelObjective):
     def _rows(self, target, batch: Batch, labels: str) -> Rows:
         tokens, counted = labels_at({**batch, "mask": label_mask(batch, labels)}, 1)
         return Rows(counted, target.scored, tokens)
+
+
+def principal(table: Float[Array, "V H"], width: int) -> Float[Array, "V W"]:
+    """Rows along the directions in which they are longest, which keep most of their products."""
+    _, directions = jnp.linalg.eigh(table.T @ table)
+    return table @ directions[:, -width:]
