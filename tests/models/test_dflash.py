@@ -192,7 +192,7 @@ def test_layers_that_are_read_exist() -> None:
         ({"window": 0}, "window must be at least 1, got 0"),
         ({"selector": Selector(4, 20)}, "1 to 19 candidates, got 4 and 20"),
         ({"selector": Selector(4, 9), "vocab_size": 8}, "1 to 8 candidates, got 4 and 9"),
-        ({"vocab_size": 20}, "draft vocabulary must have 0 (all) to 19 tokens"),
+        ({"vocab_size": 20}, "vocabulary must have 0 .all. to 19 tokens, as many as the target's, got 20"),
     ],
 )
 def test_a_network_for_another_target_is_refused(change: dict, words: str) -> None:
