@@ -71,8 +71,14 @@ def recorded_drafts(
       temperature: at which they are decoded.
     """
     recorder = _Recorder(drafter, max_new_tokens)
-    settings = dict(max_new_tokens=max_new_tokens, sampling=Sampling(temperature=temperature))
-    made = generate(target, prompts, drafter=recorder, drafter_params=params, **settings)
+    made = generate(
+        target,
+        prompts,
+        drafter=recorder,
+        drafter_params=params,
+        max_new_tokens=max_new_tokens,
+        sampling=Sampling(temperature=temperature),
+    )
     confidence, accepted, steps = (np.asarray(made.memory[name]) for name in ("confidence", "accepted", "steps"))
     # The last draft of a text may have been cut by its end.
     whole = np.arange(max_new_tokens) < steps[:, None] - 1

@@ -167,8 +167,12 @@ def jetspec(target: Target, key: Array) -> tuple[Drafter, Any]:
 
 
 def falcon(target: Target, key: Array) -> tuple[Drafter, Any]:
-    """Blocks of two on a tree that needs two passes, the second of which ends in its middle; one layer, one cache."""
-    return _random(Falcon(FalconHeads(block=2), Static(LOPSIDED, "top")), target, key)
+    """Blocks of two on a tree that needs two passes, the second of which ends in its middle; one layer, one cache; a
+    vocabulary of its own."""
+    known = _some_tokens(target)
+    heads = FalconHeads(block=2, vocab_size=len(known))
+    drafter, params = _random(Falcon(heads, Static(LOPSIDED, "top")), target, key)
+    return drafter, {**params, "draft_vocab": known}
 
 
 def falcon_recurrent(target: Target, key: Array) -> tuple[Drafter, Any]:
