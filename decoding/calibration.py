@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 
 from decoding.drafter import Drafter
 from decoding.drafters.network_drafter import NetworkDrafter
@@ -59,8 +59,8 @@ def recorded_drafts(
     prompts: Sequence[Sequence[int]],
     max_new_tokens: int,
     temperature: float = 0.0,
-) -> tuple[Float[np.ndarray, "M D"], Bool[np.ndarray, "M D"]]:
-    """Logits of the confidences of all drafts of some texts, and up to which slot each survived verification.
+) -> tuple[Float[np.ndarray, "M D"], Float[np.ndarray, "M D"]]:
+    """Logits of the confidences of all drafts of some texts, and 1 up to the slot that each survived verification to.
 
     Args:
       target: whose texts they are.
@@ -71,14 +71,21 @@ def recorded_drafts(
       temperature: at which they are decoded.
     """
     recorder = _Recorder(drafter, max_new_tokens)
-    settings = dict(max_new_tokens=max_new_tokens, sampling=Sampling(temperature=temperature))
-    made = generate(target, prompts, drafter=recorder, drafter_params=params, **settings)
+    made = generate(
+        target,
+        prompts,
+        drafter=recorder,
+        drafter_params=params,
+        max_new_tokens=max_new_tokens,
+        sampling=Sampling(temperature=temperature),
+    )
     confidence, accepted, steps = (np.asarray(made.memory[name]) for name in ("confidence", "accepted", "steps"))
     # The last draft of a text may have been cut by its end.
     whole = np.arange(max_new_tokens) < steps[:, None] - 1
     sure, accepted = confidence[whole].astype(np.float64), accepted[whole]
     sure = np.clip(sure, 1e-9, 1 - 1e-9)
-    return np.log(sure) - np.log1p(-sure), np.arange(sure.shape[1]) < accepted[:, None]
+    survived = np.arange(sure.shape[1]) < accepted[:, None]
+    return np.log(sure) - np.log1p(-sure), survived.astype(np.float64)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -287,7 +287,7 @@ def calibrate(
     logits, survived = recorded_drafts(target, plain, params, prompts, max_new_tokens, temperature)
     if not len(logits):
         raise UserError("every text ended with its first draft: ask for more tokens")
-    found = sequential_temperatures(logits, survived.astype(float))
+    found = sequential_temperatures(logits, survived)
     print(f"{len(logits)} drafts; how far the product of confidences is off, in percent")
     print("".join(name.rjust(14) for name in ("slot", "survive", "before", "temperature", "after")))
     products = [np.cumprod(1 / (1 + np.exp(-logits / by)), axis=1) for by in (1.0, found)]

@@ -26,6 +26,7 @@ def get_config(variant: str = "") -> ConfigDict:
     config.target = config_dict.placeholder(str)
     config.drafters = "none"
     config.out = "results"
+    config.overwrite = False
     config.prompts = config_dict.placeholder(str)
     config.num_prompts = config_dict.placeholder(int)
     config.prompt_tokens = 64

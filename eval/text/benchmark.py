@@ -300,7 +300,7 @@ class _Parts:
         self._parts: list[dict[str, Timed]] = []
         for contender in field:
             chosen = step_parts(scene, contender.drafter, contender.params)
-            names = ("draft", "choice", "forward") if contender.drafter.max_depth else ("forward",)
+            names = ("draft", "choice", "network", "forward") if contender.drafter.max_depth else ("forward",)
             self._parts.append({name: chosen[name] for name in names if name in chosen})
         self._seconds: list[dict[str, list[float]]] = [{name: [] for name in parts} for parts in self._parts]
         for contender, parts in zip(field, self._parts, strict=True):

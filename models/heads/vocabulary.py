@@ -44,9 +44,9 @@ def tokens_of(known: Int[Array, "W"] | None, outputs: Int[Array, "*B"]) -> Int[A
     return outputs if known is None else known[outputs]
 
 
-def outputs_of(known: Int[Array, "W"] | None, tokens: Int[Array, "*B"], vocab_size: int) -> Int[Array, "*B"]:
+def outputs_of(known: Int[Array, "W"] | None, tokens: Int[Array, "*B"]) -> Int[Array, "*B"]:
     """Outputs of target tokens; -1 for tokens that have none."""
     if known is None:
         return tokens
-    places = jnp.full(vocab_size, -1, jnp.int32).at[known].set(jnp.arange(len(known), dtype=jnp.int32))
-    return places[tokens]
+    places = jnp.minimum(jnp.searchsorted(known, tokens), len(known) - 1).astype(jnp.int32)
+    return jnp.where(known[places] == tokens, places, -1)

@@ -194,7 +194,7 @@ class BlockObjective(WithDraftVocabulary):
         choice = first_choices(target.read, target.scored, self.compute.devices) if asked else None
         slots = slots_at(batch, mask, at, kept, self.depth, target.scored, choice)
         if known_W is not None:
-            slots = learnt_slots(slots, terms, known_W, self.model.vocab_size)
+            slots = learnt_slots(slots, terms, known_W)
         if self.unbroken:
             slots = slots._replace(
                 counted=block_losses.unbroken(slots.counted),
@@ -301,14 +301,14 @@ def slots_at(
     return Slots(picked(tokens, index_BAE), counted_BAE[..., 1:], *taught)
 
 
-def learnt_slots(slots: Slots, terms: Terms, known: Int[Array, "W"], vocab_size: int) -> Slots:
+def learnt_slots(slots: Slots, terms: Terms, known: Int[Array, "W"]) -> Slots:
     """The slots of a drafter that scores the tokens `known` alone, of which `terms` compare with labels or teacher."""
-    learnt, outputs = slots.counted, vocabulary.outputs_of(known, slots.labels, vocab_size)
+    learnt, outputs = slots.counted, vocabulary.outputs_of(known, slots.labels)
     if terms.hard:
         learnt &= outputs >= 0
     if terms.soft:
         assert slots.choice is not None
-        learnt &= vocabulary.outputs_of(known, slots.choice, vocab_size) >= 0
+        learnt &= vocabulary.outputs_of(known, slots.choice) >= 0
     return slots._replace(outputs=outputs, learnt=learnt)
 
 
