@@ -80,9 +80,14 @@ def init(config: TransformerConfig, key: Array, dtype=jnp.float32) -> Params:
 
 
 def _init_stack(config: TransformerConfig, keys: Sequence[Array], dtype) -> Params:
-    shapes = jax.eval_shape(functools.partial(_layer, config), jax.random.key(0))
+    shapes = _layer_shapes(config)
     norm = (jnp.zeros if config.zero_centred_norm else jnp.ones)((config.width,), dtype)
     return {"layers": [_init_layer(config, shapes, key, dtype) for key in keys], "final_norm": {"scale": norm}}
+
+
+@functools.cache
+def _layer_shapes(config: TransformerConfig) -> Params:
+    return jax.eval_shape(functools.partial(_layer, config), jax.random.key(0))
 
 
 def _layer(config: TransformerConfig, key: Array) -> Params:
