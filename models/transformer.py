@@ -122,6 +122,13 @@ def _init_layer(config: TransformerConfig, shapes: Params, key: Array, dtype) ->
 
 def param_shapes(config: TransformerConfig, dtype=jnp.float32) -> Params:
     """The tree of `ShapeDtypeStruct`s that `init` would return, without allocating."""
+    shapes = _param_shapes(config, jnp.dtype(dtype), jax.config.jax_enable_x64)
+    return jax.tree.map(lambda shape: shape, shapes)  # A tree of the caller's own.
+
+
+@functools.cache
+def _param_shapes(config: TransformerConfig, dtype: Any, wide: bool) -> Params:
+    """`wide` is the mode of JAX, without which float64 is float32."""
     return jax.eval_shape(functools.partial(init, config, dtype=dtype), jax.random.key(0))
 
 
