@@ -12,6 +12,7 @@ import collections
 import dataclasses
 from collections.abc import Mapping, Sequence
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
@@ -37,7 +38,7 @@ class Counters:
     @classmethod
     def zeros(cls, batch: int, depth: int, nodes: int) -> "Counters":
         """All counts at 0."""
-        zero = lambda *shape: jnp.asarray(np.zeros(shape, np.int32))  # noqa: E731
+        zero = lambda *shape: jax.device_put(np.zeros(shape, np.int32))  # noqa: E731
         return cls(zero(batch), zero(batch), zero(batch, depth), zero(batch, nodes))
 
     def record(
