@@ -359,7 +359,7 @@ def test_replay_of_the_same_steps_rebuilds_the_drafter_state(name: str) -> None:
         for ours, theirs in zip(*map(jax.tree.leaves, (replayed["inner"], step.after.drafter["inner"])), strict=True):
             ends = read_by(drafter, step.after.length)
             np.testing.assert_allclose(visible(ours, ends), visible(theirs, ends), rtol=0, atol=1e-9)
-        replayed = jax.tree.map(jnp.array, replayed)
+        replayed = jax.device_put(replayed)
 
 
 # 6. The training-time forward finds the same hits.
