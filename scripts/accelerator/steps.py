@@ -144,44 +144,72 @@ def model_flop(plan: trainer.Plan, tokens: int, unrolled: int = 1) -> float:
     return tokens * (6 * trainable + 2 * frozen)
 
 
+@dataclasses.dataclass
+class Running:
+    """A job's compiled step and what it takes.
+
+    Attributes:
+      plan: the job.
+      step: the program.
+      state, frozen, inputs: its arguments, of random weights and tokens.
+      compile_seconds: what making it took.
+    """
+
+    plan: trainer.Plan
+    step: Any
+    state: Any
+    frozen: Any
+    inputs: Any
+    compile_seconds: float
+
+    @classmethod
+    def of(cls, job: Job, shape: TransformerConfig, batch_size: int, length: int, **settings: Any) -> "Running":
+        """The job's, compiled for this device; `settings` are of its config."""
+        with tempfile.TemporaryDirectory() as folder:
+            plan = plan_of(job, shape, batch_size, length, Path(folder), **settings)
+            if plan.base is not None:
+                base = random_base(plan)
+                plan.objective.load_base = lambda mesh: base  # type: ignore[method-assign]
+            state, frozen = trainer.first_state(plan, None)
+        rng = np.random.default_rng(0)
+        rows = (batch_size, length)
+        batch = {
+            "tokens": rng.integers(0, shape.vocab_size, rows, np.int32),
+            "segments": np.ones(rows, np.int32),
+            "mask": np.ones(rows, np.uint8),
+        }
+        inputs = trainer.to_devices(plan, batch)
+        began = time.perf_counter()
+        step = trainer.compiled_step(plan, state, frozen, inputs, lambda line: print(line, flush=True))
+        return cls(plan, step, state, frozen, inputs, time.perf_counter() - began)
+
+    def run(self) -> dict[str, Any]:
+        """One step, to its end; its metrics."""
+        self.state, metrics = self.step(self.state, self.frozen, self.inputs)
+        return jax.block_until_ready(metrics)
+
+
 def measure(job: Job, shape: TransformerConfig, batch_size: int, length: int, rounds: int) -> dict[str, Any]:
     """Compiles the step, runs it, and says how fast that was."""
-    with tempfile.TemporaryDirectory() as folder:
-        plan = plan_of(job, shape, batch_size, length, Path(folder))
-        if plan.base is not None:
-            base = random_base(plan)
-            plan.objective.load_base = lambda mesh: base  # type: ignore[method-assign]
-        state, frozen = trainer.first_state(plan, None)
-    rng = np.random.default_rng(0)
-    rows = (batch_size, length)
-    batch = {
-        "tokens": rng.integers(0, shape.vocab_size, rows, np.int32),
-        "segments": np.ones(rows, np.int32),
-        "mask": np.ones(rows, np.uint8),
-    }
-    inputs = trainer.to_devices(plan, batch)
-    began = time.perf_counter()
-    step = trainer.compiled_step(plan, state, frozen, inputs, lambda line: print(line, flush=True))
-    compiled = time.perf_counter() - began
+    running = Running.of(job, shape, batch_size, length)
     seconds = []
     for _ in range(rounds + 1):
         began = time.perf_counter()
-        state, metrics = step(state, frozen, inputs)
-        jax.block_until_ready(metrics)
+        metrics = running.run()
         seconds.append(time.perf_counter() - began)
     taken = summary(seconds[1:])
-    memory = step.memory_analysis()
+    memory = running.step.memory_analysis()
     peak = _peak(rounds)
     tokens, unrolled = batch_size * length, (job.objective or {}).get("steps", 1)
     return {
         "loss": float(metrics["loss"]),
-        "compile_seconds": compiled,
+        "compile_seconds": running.compile_seconds,
         "step_ms": taken.median,
         "step_ms_min": taken.minimum,
         "tokens_per_second": 1e3 * tokens / taken.median,
         "peak_tflop_per_s": peak / 1e12,
-        "mfu": model_flop(plan, tokens, unrolled) / (taken.median / 1e3) / peak,
-        **({"mfu_once": model_flop(plan, tokens) / (taken.median / 1e3) / peak} if unrolled > 1 else {}),
+        "mfu": model_flop(running.plan, tokens, unrolled) / (taken.median / 1e3) / peak,
+        **({"mfu_once": model_flop(running.plan, tokens) / (taken.median / 1e3) / peak} if unrolled > 1 else {}),
         "scratch_gib": memory.temp_size_in_bytes / GIB,
         "argument_gib": memory.argument_size_in_bytes / GIB,
     }

@@ -43,10 +43,10 @@ from models.heads.dflash import DFlashHeads, Selector
 from models.heads.eagle import Eagle3Heads, EagleHeads
 from models.heads.falcon import FalconHeads
 from models.heads.hydra import HydraHeads
-from models.heads.medusa import MedusaHeads
+from models.heads.medusa import MedusaHeads, vocab_kernel
 from models.heads.p_eagle import PEagleHeads
 from models.heads.serial import SerialHead
-from tests.noise import noisy
+from tests.noise import drawn, noisy
 
 # The second child has more descendants than the first: a builder that takes the first's for granted goes wrong.
 LOPSIDED = Topology(((0,), (1,), (2,), (0, 0), (1, 0), (1, 1), (1, 0, 0), (1, 1, 0), (1, 1, 1)))
@@ -128,9 +128,8 @@ def dspark(target: Target, key: Array) -> tuple[Drafter, Any]:
     known = _some_tokens(target)
     mask, size = target.config.vocab_size - 1, len(known)
     heads = DFlashHeads((0, 1), mask, num_layers=1, block=3, shifted=True, vocab_size=size)
-    drafter = DSpark(heads, Static(LOPSIDED, "top"), SerialHead("vanilla", 4), size - 1)
-    init = jax.jit(drafter.init_params, static_argnums=0)
-    return drafter, {**noisy(init(target.config, target.params, key), 0.2, seed=1), "draft_vocab": known}
+    drafter, params = _random(DSpark(heads, Static(LOPSIDED, "top"), SerialHead("vanilla", 4), size - 1), target, key)
+    return drafter, {**params, "draft_vocab": known}
 
 
 def eagle31(target: Target, key: Array) -> tuple[Drafter, Any]:
@@ -282,9 +281,30 @@ def _some_tokens(target: Target) -> Array:
 
 
 def _random(drafter, target: Target, key: Array) -> tuple[Drafter, Any]:
-    """Fresh heads with noise on every parameter, so that no block is the identity that it starts as."""
-    fresh = jax.jit(functools.partial(drafter.heads.init, target.config))(target.params, key)
-    return drafter, noisy(fresh, 0.2, int(jax.random.key_data(key)[-1]))
+    """Heads whose vocabulary maps are near the target's own, as in fresh ones, and noise everywhere else.
+
+    NumPy draws them: what makes fresh ones is a program for each drafter and target.
+    """
+    params = drawn(_shapes_of(drafter, target), 0.25, int(jax.random.key_data(key)[-1]))
+    own = np.asarray(vocab_kernel(target.params))
+
+    def near_the_targets(path, leaf):
+        is_map = [getattr(step, "key", None) for step in path[-2:]] == ["vocab", "kernel"] and len(leaf) == len(own)
+        return jnp.asarray(np.asarray(leaf) + own[:, : leaf.shape[1]], leaf.dtype) if is_map else leaf
+
+    return drafter, jax.tree.map_with_path(near_the_targets, params)
+
+
+_SHAPES: dict[Any, Any] = {}
+
+
+def _shapes_of(drafter: Drafter, target: Target) -> Any:
+    """Shapes of a drafter's parameters, traced once each."""
+    kind = drafter, target.config, target.params["embed"]["embedding"].dtype
+    if kind not in _SHAPES:
+        init = functools.partial(drafter.init_params, target.config)
+        _SHAPES[kind] = jax.eval_shape(init, target.params, jax.random.key(0))
+    return _SHAPES[kind]
 
 
 def random_target(

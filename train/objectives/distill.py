@@ -17,8 +17,7 @@ label (`shift.py`, distance 1), and with means over labels
 """
 
 import dataclasses
-import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -26,7 +25,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
-from jax.tree_util import Partial
 from jaxtyping import Array, Float
 
 from decoding.drafters.draft_model import DraftModel
@@ -42,13 +40,14 @@ from models.formats.target import Target, check_same_tokens, load_target
 from models.formats.text_files import read_json
 from models.formats.tokenizer import Tokenizer
 from models.sharding import parse_mesh
+from train.objectives import vocabulary
 from train.objectives.divergences import Divergence, Rows, Student, divergence_measures, divergence_sums
 from train.objectives.drafting import OnFrozenTarget, check_drafting
 from train.objectives.guess import Weights
 from train.objectives.lm import FROM_TOKENIZER
 from train.objectives.objective import Batch, HostBatch, Params
 from train.objectives.shift import label_mask, labels_at
-from train.objectives.target_features import layout_of
+from train.objectives.target_features import TargetFeatures, layout_of
 from train.objectives.written import Writer, as_rows, check_writing, corrected, openings, write
 
 _STUDENT = "student"  # In the base: what the student begins as.
@@ -201,11 +200,6 @@ class DraftModelObjective(OnFrozenTarget):
         """Also refuses rows without room for a prompt, and several processes where text is written."""
         super().check(length)
         model = self.drafter.model
-        if model.vocab_size != self.model.vocab_size:
-            raise UserError(
-                f"the student has {model.vocab_size} embeddings and the target {self.model.vocab_size}: distributions "
-                "are compared over one vocabulary"
-            )
         if length is not None and length > model.max_position:
             raise UserError(
                 f"config.length ({length}) exceeds the student's longest sequence ({model.max_position}): set "
@@ -270,8 +264,11 @@ class DraftModelObjective(OnFrozenTarget):
         model, params = self.drafter.model, self.compute.cast(trainable)
         layout = layout_of(batch, self.compute.attention)
         hidden = transformer.forward(model, params, batch["tokens"], layout, remat=self.compute.remat).hidden
-        read = Partial(functools.partial(transformer.head, model), transformer.head_params(params))
-        return Student(hidden, read)
+        return Student(hidden, vocabulary.reader(model, params, vocabulary.shared(model, self.model)))
+
+    def teacher(self, target: TargetFeatures) -> Callable[..., Array]:
+        """From rows of `target.scored` to what the student is compared with."""
+        return vocabulary.first_tokens(target.read, vocabulary.shared(self.drafter.model, self.model))
 
     def writers(self, trainable: Params, frozen: Params) -> tuple[Target, Target]:
         """(teacher, student), ready to decode."""
@@ -337,7 +334,7 @@ class DistillObjective(DraftModelObjective):
         (total,) = divergence_sums(
             config.divergence,
             [self.student(trainable, batch)],
-            target.read,
+            self.teacher(target),
             rows,
             soft=config.soft,
             hard=config.hard,
@@ -350,7 +347,9 @@ class DistillObjective(DraftModelObjective):
         keeps of a sampled draft; `agreement`, of a greedy one; first-choice accuracy and cross-entropy of the text."""
         rows = self._rows(target, batch, self._config.labels)
         students = [self.student(trainable, batch)]
-        (sums,) = divergence_measures(self._config.divergence, students, target.read, rows, self.compute.devices)
+        (sums,) = divergence_measures(
+            self._config.divergence, students, self.teacher(target), rows, self.compute.devices
+        )
         weight = jnp.sum(rows.counted).astype(jnp.float32)
         return {name: (value, weight) for name, value in sums.items()}
 
