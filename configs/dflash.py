@@ -6,7 +6,8 @@ A step costs the target's forward pass and the network's passes over as many row
 block; scores over the vocabulary exist of a piece of them at a time. Expected result: a drafter directory,
 runs/dflash/drafter, that decodes with a chain of its best tokens; accuracy falls with the slot, because slots do not
 know each other's tokens. `--policy slots:depth=7,total=32` makes the best tree of the same pass, and
-`--policy static:tree=chain:7,draws=without` draws the chain.
+`--policy static:tree=chain:7,draws=without` draws the chain. With `--config.objective.vocabulary=8192` slots are scored
+on the most frequent labels of the training split alone; the whole head is most of what a draft costs on a small target.
 
 The default differs from the paper in its size (3 layers of the target's width, blocks of 8, 64 blocks per row), its
 weights (D-PACE) and its optimizer, Muon. `configs/dflash.py:paper` has the published numbers: 5 layers, blocks of 16,

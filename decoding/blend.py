@@ -48,7 +48,7 @@ def blend(
 
     Args:
       first: q.
-      second: p, of the same vocabulary.
+      second: p, of the same tokenizer; the two are mixed over the tokens that both have.
       share: of p in the mixture.
       prompts: of at most `room` tokens.
       new_tokens: for every prompt.
@@ -56,9 +56,6 @@ def blend(
       room: so that batches of other prompts run the same program.
     """
     prompts = checked_prompts(prompts, first)
-    if first.config.vocab_size != second.config.vocab_size:
-        sizes = f"{first.config.vocab_size} and {second.config.vocab_size}"
-        raise UserError(f"distributions are mixed over one vocabulary, but these models have {sizes} tokens")
     if not 0 <= share <= 1:
         raise UserError(f"the share of the second model must lie in 0..1, got {share}")
     rows = bucket(room, smallest=16)
@@ -95,6 +92,7 @@ def _run(
     """New tokens, and how many of them are text."""
     batch, capacity = prompts.shape[0], prompts.shape[1] + new_tokens
     ends = jnp.asarray([-1, *configs[0].eos_ids], jnp.int32)
+    size = min(config.vocab_size for config in configs)
 
     def read(k, cache, tokens, slots, last, behind=True):
         layout = Layout.extend(slots, tokens.shape[1]) if behind else Layout.causal(*tokens.shape)
@@ -109,7 +107,8 @@ def _run(
     def step(carry):
         n, tokens, count, states = carry
         log_q, log_p = (
-            jax.nn.log_softmax(head(configs[k], params[k], state.hidden), axis=-1) for k, state in enumerate(states)
+            jax.nn.log_softmax(head(configs[k], params[k], state.hidden)[..., :size], axis=-1)
+            for k, state in enumerate(states)
         )
         mixed = jnp.logaddexp(jnp.log1p(-share) + log_q, jnp.log(share) + log_p)
         drawn = argmax(mixed + noise(keys, lengths + n, mixed.shape[-1], mixed.dtype))

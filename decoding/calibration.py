@@ -5,8 +5,20 @@ temperature, by which the logit of its confidence is divided, such that the prod
 average, the temperatures before it kept.
 """
 
+import dataclasses
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float
+
+from decoding.drafter import Drafter
+from decoding.drafters.network_drafter import NetworkDrafter
+from decoding.generate import generate
+from decoding.policies.scheduled import Scheduled
+from decoding.sampling import Sampling
+from models.formats.target import Target
 
 _TEMPERATURES = np.geomspace(0.2, 5.0, 97)  # The middle one is 1.
 _BINS = 15
@@ -38,3 +50,109 @@ def calibration_error(predicted: Float[np.ndarray, "M"], label: Float[np.ndarray
     place = np.minimum((predicted * _BINS).astype(int), _BINS - 1)
     gap = np.bincount(place, predicted - label, _BINS)
     return float(np.abs(gap).sum() / len(predicted))
+
+
+def recorded_drafts(
+    target: Target,
+    drafter: Drafter,
+    params: Any,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    temperature: float = 0.0,
+) -> tuple[Float[np.ndarray, "M D"], Float[np.ndarray, "M D"]]:
+    """Logits of the confidences of all drafts of some texts, and 1 up to the slot that each survived verification to.
+
+    Args:
+      target: whose texts they are.
+      drafter: with the policy `scheduled`, none of whose cuts are made here.
+      params: of the drafter.
+      prompts: token ids.
+      max_new_tokens: of each text.
+      temperature: at which they are decoded.
+    """
+    recorder = _Recorder(drafter, max_new_tokens)
+    made = generate(
+        target,
+        prompts,
+        drafter=recorder,
+        drafter_params=params,
+        max_new_tokens=max_new_tokens,
+        sampling=Sampling(temperature=temperature),
+    )
+    confidence, accepted, steps = (np.asarray(made.memory[name]) for name in ("confidence", "accepted", "steps"))
+    # The last draft of a text may have been cut by its end.
+    whole = np.arange(max_new_tokens) < steps[:, None] - 1
+    sure, accepted = confidence[whole].astype(np.float64), accepted[whole]
+    sure = np.clip(sure, 1e-9, 1 - 1e-9)
+    survived = np.arange(sure.shape[1]) < accepted[:, None]
+    return np.log(sure) - np.log1p(-sure), survived.astype(np.float64)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Recorder(Drafter):
+    """Another drafter, whose chains are not cut, and what it said of them and what became of them, step by step.
+
+    Attributes:
+      inner: the drafter.
+      steps: that there is room for.
+    """
+
+    inner: Drafter
+    steps: int
+    name: ClassVar[str] = "recorder"
+
+    @property
+    def taps(self) -> tuple[str, ...]:  # type: ignore[override]
+        return self.inner.taps
+
+    @property
+    def max_nodes(self) -> int:
+        return self.inner.max_nodes
+
+    @property
+    def max_depth(self) -> int:
+        return self.inner.max_depth
+
+    def rule(self, greedy):
+        return self.inner.rule(greedy)
+
+    def check(self, config):
+        self.inner.check(config)
+
+    def init_params(self, config, target, key):
+        return self.inner.init_params(config, target, key)
+
+    def for_decoding(self, params, mesh=None):
+        return self.inner.for_decoding(params, mesh)
+
+    def init(self, config, batch, capacity, dtype, mesh=None):
+        return {
+            "inner": self.inner.init(config, batch, capacity, dtype, mesh),
+            "confidence": jnp.zeros((batch, self.steps, self.max_depth), jnp.float32),
+            "accepted": jnp.zeros((batch, self.steps), jnp.int32),
+            "steps": jnp.zeros(batch, jnp.int32),
+        }
+
+    def draft(self, params, target, state, root, keys):
+        inner, policy = self.inner, self.inner.tree_policy
+        assert isinstance(inner, NetworkDrafter) and isinstance(policy, Scheduled), "without confidences, no record"
+        network = inner.network(params, target, state["inner"])
+        grown, confidence_BD = policy.uncut(network, root, keys, target.sampling)
+        return grown.tree, confidence_BD
+
+    def ingest(self, params, target, state, rows):
+        state = {**state, "inner": self.inner.ingest(params, target, state["inner"], rows)}
+        if rows.drafted is None:
+            return state
+        # A finished row has no rows of text.
+        own_BS = (jnp.arange(self.steps) == state["steps"][:, None]) & (rows.count > 0)[:, None]
+        drafted_B1D = rows.drafted[:, None].astype(jnp.float32)
+        return {
+            **state,
+            "confidence": jnp.where(own_BS[:, :, None], drafted_B1D, state["confidence"]),
+            "accepted": jnp.where(own_BS, rows.count[:, None] - 1, state["accepted"]),
+            "steps": state["steps"] + (rows.count > 0),
+        }
+
+    def memory(self, state):
+        return {name: state[name] for name in ("confidence", "accepted", "steps")}

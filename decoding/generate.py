@@ -79,12 +79,24 @@ def bucket(size: int, smallest: int = 64) -> int:
     return -(-size // step) * step
 
 
-def slots_needed(prompt_length: int, max_new_tokens: int, max_depth: int, augment: Augment | None = None) -> int:
+def cache_sizes(needed: Sequence[int]) -> list[int]:
+    """Slots of each of several requests' caches, so that few programs are compiled: the largest of all, unless that is
+    more than twice what a request needs, or than what others do that need no more than half of it."""
+    sizes: list[int] = []
+    for size in sorted(map(bucket, needed), reverse=True):
+        if not sizes or 2 * size < sizes[-1]:
+            sizes.append(size)
+    return [min(size for size in sizes if size >= bucket(one)) for one in needed]
+
+
+def slots_needed(
+    prompt_length: int, max_new_tokens: int, max_depth: int, augment: Augment | None = None, batch: int = 1
+) -> int:
     """Cache slots that a request takes: its text and latents with the rows of one last draft, or its padded prompt if
-    longer."""
+    longer; where so many are read at once."""
     # The last step starts one token before the limit and writes a full path.
     latents = augment.slots(max_new_tokens) if augment else 0
-    return max(prompt_length + max_new_tokens + latents + max_depth + 1, sum(_chunk_sizes(prompt_length)))
+    return max(prompt_length + max_new_tokens + latents + max_depth + 1, sum(chunk_sizes(prompt_length, batch)))
 
 
 def check_context(
@@ -326,9 +338,10 @@ def _check_lengths(config, prompts, limits, drafter, augment) -> tuple[int, int]
     if min(limits) < 1:
         raise UserError(f"max_new_tokens must be at least 1, got {min(limits)}")
     check_context(config, prompts, limits, augment)
-    depth, sizes = drafter.max_depth, {(len(prompt), limit) for prompt, limit in zip(prompts, limits, strict=True)}
-    needed = max(slots_needed(length, limit, depth, augment) for length, limit in sizes)
-    return needed, sum(_chunk_sizes(max(map(len, prompts))))
+    depth, batch = drafter.max_depth, len(prompts)
+    sizes = {(len(prompt), limit) for prompt, limit in zip(prompts, limits, strict=True)}
+    needed = max(slots_needed(length, limit, depth, augment, batch) for length, limit in sizes)
+    return needed, sum(chunk_sizes(max(map(len, prompts)), batch))
 
 
 def _capacity(asked: Any, needed: int, drafter: Drafter, context: int) -> int:
@@ -348,11 +361,16 @@ def _capacity(asked: Any, needed: int, drafter: Drafter, context: int) -> int:
     return asked
 
 
-def _chunk_sizes(length: int) -> list[int]:
+def chunk_sizes(length: int, batch: int = 1) -> list[int]:
+    """Rows of the chunks in which prompts of up to that length are read; each size is a program.
+
+    On an accelerator a few hundred rows take about as long as one, so that nothing is gained by many sizes.
+    """
     if length == 1:
         return [1]  # All that a decoder behind an encoder is given.
     whole, rest = divmod(length, PREFILL_CHUNK)
-    return [PREFILL_CHUNK] * whole + ([bucket(rest, smallest=16)] if rest else [])
+    smallest = 16 if jax.default_backend() == "cpu" else max(16, PREFILL_CHUNK // batch)
+    return [PREFILL_CHUNK] * whole + ([bucket(rest, smallest)] if rest else [])
 
 
 def _chunks(text: np.ndarray) -> list[np.ndarray]:

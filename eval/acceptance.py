@@ -200,12 +200,21 @@ def _cell(
         "committed": stats.committed,
         "accepted_by_depth": stats.accepted_by_depth.tolist(),
         "conditional_acceptance": [None if np.isnan(share) else float(share) for share in conditional],
+        "conditional_acceptance_intervals": _by_depth(made.stats),
         "texts": len(made.tokens),
         # A sampled rule has draws of its own, so equal texts are neither promised nor expected.
         "identical": None if sampled else different == 0,
         "differing_texts": different,
         "tree": None if drafter.topology is None else drafter.topology.to_record(),
     }
+
+
+def _by_depth(texts: Sequence[Stats]) -> list[list[float] | None]:
+    """Intervals of the conditional acceptance, over the texts that reached the depth; None where none did."""
+    accepted_XD = np.array([one.accepted_by_depth for one in texts])
+    reached_XD = np.concatenate([np.array([[one.steps] for one in texts]), accepted_XD[:, :-1]], axis=1)
+    pairs = [(hits[tries > 0], tries[tries > 0]) for hits, tries in zip(accepted_XD.T, reached_XD.T, strict=True)]
+    return [ratio_interval(*pair) if len(pair[0]) else None for pair in pairs]
 
 
 def question_prompts(path: str, target: Target, count: int, chat: bool) -> tuple[list[Prompt], list[Prompt]]:

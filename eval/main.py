@@ -65,6 +65,7 @@ class DecodeConfig:
       max_new_tokens: most tokens per prompt.
       batch: prompts that are decoded together.
       repeats: how often everything is decoded.
+      parts: also time the parts of a step alone, for draft share and loop efficiency; each is a program of its own.
       seed: of the draws when the temperature is above 0.
       typical: lossy typical acceptance for all drafters.
       sampling: temperature, top_k, top_p and min_p.
@@ -92,6 +93,7 @@ class DecodeConfig:
     max_new_tokens: int = 128
     batch: int = 1
     repeats: int = 3
+    parts: bool = True
     seed: int = 0
     typical: bool = False
     sampling: Sampling = dataclasses.field(default_factory=Sampling)
@@ -146,7 +148,7 @@ def run(config: DecodeConfig) -> dict[str, Any]:
             batch=config.batch,
             progress=progress,
         )
-        runs = measure()
+        runs = measure(parts=config.parts, shown=config.samples)
         augmented = None
         if augment is not None:
             about = schema.resolved(augment.coprocessor.config)
@@ -154,8 +156,7 @@ def run(config: DecodeConfig) -> dict[str, Any]:
         for entry, accuracy in zip(runs, quality["head_accuracy"], strict=True):
             entry["head_accuracy"] = accuracy
         progress("writing the report")
-        shown = prompts[: config.samples]
-        options = {"sampling": config.sampling, "seeds": config.seed}
+        shown = [entry.pop("shown", []) for entry in runs]
         results = {
             "config": schema.resolved(config),
             "target": describe_target(target, perplexity=quality["perplexity"]),
@@ -163,7 +164,7 @@ def run(config: DecodeConfig) -> dict[str, Any]:
             "and per turn: mean over texts",
             "runs": runs,
             "augmented": augmented,
-            "samples": samples(target, contenders, shown, config.max_new_tokens, **options),
+            "samples": samples(target, contenders, prompts, shown),
         }
         write_results(results, write_report, config.out)
     print_table(results)

@@ -1,11 +1,12 @@
 """One table of several training runs per method: acceptance by position, acceptance length and speed, over their seeds.
 
-    python -m eval.seeds --acceptance DIR --speed DIR DIR --out DIR
+    python -m eval.seeds --acceptance DIR [DIR ...] --speed DIR DIR --out DIR
 
-Reads what `eval.acceptance` wrote of methods called LABEL#SEED, and what `eval.main` wrote of the same drafters, one
-directory per temperature. By method and temperature: alpha by position, the share of steps that accept a draft of this
-depth once they accepted the depth above, pooled over seeds; acceptance length and, of the seeds that were timed,
-speed-up, means over seeds. Intervals are 95%: Student's over the seeds where there are several, else over prompts.
+Reads what `eval.acceptance` wrote of methods called LABEL#SEED on the same prompts, in one directory or several, and
+what `eval.main` wrote of the same drafters, one directory per temperature. By method and temperature: alpha by
+position, the share of steps that accept a draft of this depth once they accepted the depth above, pooled over seeds;
+acceptance length and, of the seeds that were timed, speed-up, means over seeds. All have 95% intervals: Student's over
+seeds where there are several, else over prompts.
 """
 
 import collections
@@ -39,9 +40,7 @@ def summary(acceptance: Mapping[str, Any], speeds: Sequence[Mapping[str, Any]]) 
         raise UserError(f"seeds are put together at one budget, but the acceptance was measured at {budgets}")
     paths = {method["label"]: method["path"] for method in acceptance["methods"]}
     rates = {
-        (run["path"], speed["config"]["sampling"]["temperature"]): run["speedup"]
-        for speed in speeds
-        for run in speed["runs"]
+        (run["path"], speed["config"]["sampling"]["temperature"]): run for speed in speeds for run in speed["runs"]
     }
     groups: dict[tuple[str, float], list[Mapping[str, Any]]] = collections.defaultdict(list)
     for cell in acceptance["cells"]:
@@ -49,61 +48,90 @@ def summary(acceptance: Mapping[str, Any], speeds: Sequence[Mapping[str, Any]]) 
     return [_entry(name, temperature, cells, paths, rates) for (name, temperature), cells in groups.items()]
 
 
+def together(parts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Results of `eval.acceptance` as if one run had made them, its environment that of the first.
+
+    Raises:
+      UserError: they are not of the same prompts, budgets and temperatures.
+    """
+    for name in parts[0]["config"].keys() - {"methods"}:
+        values = [part["config"].get(name) for part in parts]
+        if any(value != values[0] for value in values):
+            raise UserError(f"results are put together of one measurement, but their {name} differ: {values}")
+    joined = {key: [entry for part in parts for entry in part[key]] for key in ("methods", "cells")}
+    return {**parts[0], **joined}
+
+
 def _entry(name: str, temperature: float, cells, paths, rates) -> dict[str, Any]:
     lengths = [cell["acceptance_length"] for cell in cells]
-    timed = [(paths[cell["method"]], temperature) for cell in cells]
-    found = [rates[key] for key in timed if key in rates]
+    keys = [(paths[cell["method"]], temperature) for cell in cells]
+    timed = [rates[key] for key in keys if key in rates]
     accepted = [sum(depth) for depth in zip(*(cell["accepted_by_depth"] for cell in cells), strict=True)]
     reached = [sum(cell["steps"] for cell in cells), *accepted[:-1]]
-    interval = cells[0]["acceptance_length_interval"] if len(cells) == 1 else _interval(lengths)
+    shares = zip(*(cell["conditional_acceptance"] for cell in cells), strict=True)
+    over_prompts = cells[0]["conditional_acceptance_intervals"]
+    speedups = [run["speedup"] for run in timed]
     return {
         "method": name,
         "temperature": temperature,
         "seeds": len(cells),
         "alpha": [hits / number if number else None for hits, number in zip(accepted, reached, strict=True)],
+        "alpha_intervals": [_interval(of, own) for of, own in zip(shares, over_prompts, strict=True)],
         "acceptance_length": statistics.fmean(lengths),
-        "acceptance_length_interval": interval,
+        "acceptance_length_interval": _interval(lengths, cells[0]["acceptance_length_interval"]),
         "acceptance_lengths": lengths,
-        "speedup": statistics.fmean(found) if found else None,
-        "speedups": found,
+        "speedup": statistics.fmean(speedups) if speedups else None,
+        "speedup_interval": _interval(speedups, timed[0]["speedup_interval"]) if timed else None,
+        "speedups": speedups,
     }
 
 
-def _interval(values: Sequence[float]) -> list[float]:
-    """95%, of the mean."""
-    half = stats.t.ppf(0.975, len(values) - 1) * statistics.stdev(values) / len(values) ** 0.5
-    return [statistics.fmean(values) - half, statistics.fmean(values) + half]
+def _interval(values: Sequence[float | None], alone: list[float] | None) -> list[float] | None:
+    """95%, of the mean over seeds; of one seed `alone`, None where a seed has no value."""
+    if len(values) == 1:
+        return alone
+    known = [value for value in values if value is not None]
+    if len(known) < len(values):
+        return None
+    half = stats.t.ppf(0.975, len(known) - 1) * statistics.stdev(known) / len(known) ** 0.5
+    return [statistics.fmean(known) - half, statistics.fmean(known) + half]
 
 
 def table(entries: Sequence[Mapping[str, Any]]) -> list[list[str]]:
     """Rows of texts, a heading first."""
-    rows = [["method", "T", "alpha by position", "acceptance length", "95%", "speed-up"]]
+    rows = [["method", "T", "alpha by position", "acceptance length", "speed-up"]]
     for entry in entries:
-        low, high = entry["acceptance_length_interval"] or (float("nan"), float("nan"))
+        shares = zip(entry["alpha"], entry["alpha_intervals"], strict=True)
         rows.append(
             [
                 entry["method"],
                 f"{entry['temperature']:g}",
-                " ".join("-" if share is None else f"{share:.3f}" for share in entry["alpha"]),
-                f"{entry['acceptance_length']:.3f}",
-                f"{low:.3f} to {high:.3f}",
-                "-" if entry["speedup"] is None else f"{entry['speedup']:.2f}",
+                " ".join(_written(share, interval, 3) for share, interval in shares),
+                _written(entry["acceptance_length"], entry["acceptance_length_interval"], 3),
+                _written(entry["speedup"], entry["speedup_interval"], 2),
             ]
         )
     return rows
+
+
+def _written(value: float | None, interval: Sequence[float] | None, digits: int) -> str:
+    if value is None:
+        return "-"
+    about = "" if interval is None else " (" + "-".join(f"{end:.{digits}f}" for end in interval) + ")"
+    return f"{value:.{digits}f}{about}"
 
 
 @exit_on_user_error
 def main(argv: Sequence[str] | None = None) -> None:
     """The command; see the module's docstring."""
     parser = command_line.parser("eval.seeds", __doc__)
-    parser.add_argument("--acceptance", required=True, help="directory that eval.acceptance wrote")
+    parser.add_argument("--acceptance", nargs="+", required=True, help="directories that eval.acceptance wrote")
     parser.add_argument("--speed", nargs="*", default=[], help="directories that eval.main wrote")
     parser.add_argument("--out", required=True, help="directory for results.json")
     add_overwrite(parser)
     args = parser.parse_args(argv)
     keep_results(args.out, args.overwrite)
-    acceptance = _results(args.acceptance, "cells", "eval.acceptance")
+    acceptance = together([_results(place, "cells", "eval.acceptance") for place in args.acceptance])
     speeds = [_results(place, "runs", "eval.main") for place in args.speed]
     entries = summary(acceptance, speeds)
     Path(args.out).mkdir(parents=True, exist_ok=True)

@@ -3,6 +3,7 @@
     python -m eval.tree --target DIR --drafter DIR [--prompts FILE | --data DIR] [--max_nodes 64] [--write]
     python -m eval.tree --target DIR --drafter DIR --tree TREE [--write]
     python -m eval.tree --target DIR --drafter DIR --policy KIND[:NAME=VALUE,...] [--write]
+    python -m eval.tree --target DIR --drafter DIR --calibrate [--policy ...] [--prompts FILE | --data DIR] [--write]
 
 1. The target continues the prompts greedily, and the heads, teacher-forced on that text, are asked for the rank of
    every token among their guesses. That gives the accuracy of each rank at each depth.
@@ -14,6 +15,10 @@
 
 `--tree` and `--policy` measure nothing: they check what is given, and `--write` puts it there. Drafters made of heads
 have a tree, draft models and EAGLE heads a policy (`decoding/policies`), which a tree makes static.
+
+`--calibrate` makes the confidences mean what they say by which the policy `scheduled` cuts chains: the prompts are
+decoded with whole chains, at `--temperature`, and slot by slot a temperature of the confidence is chosen such that the
+product up to there is off by the least (`decoding/calibration.py`). Prompts should be none that a drafter learnt from.
 
 The module is called `tree` because the command is `python -m eval.tree`. As `eval.tree`, run from the project's root,
 it does not shadow the library `tree` that TFDS imports, which a top-level `tree.py` would.
@@ -28,6 +33,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float, Int
 
+from decoding.calibration import calibration_error, recorded_drafts, sequential_temperatures
 from decoding.drafter import Drafter
 from decoding.drafters.registry import load_drafter, write_tree
 from decoding.generate import bucket, generate
@@ -260,6 +266,40 @@ def _calibration_prompts(args: argparse.Namespace, target: Target) -> list[list[
     return [list(prompt.tokens) for prompt in prompts]
 
 
+def calibrate(
+    target: Target,
+    drafter: Drafter,
+    params: Any,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    temperature: float,
+) -> TreePolicy:
+    """The drafter's policy with the temperatures of its confidences; prints what they are worth.
+
+    Raises:
+      UserError: the policy does not go by confidences.
+    """
+    policy = drafter.tree_policy and drafter.tree_policy.calibrated(())
+    if policy is None:
+        raise UserError("--calibrate is for the policy scheduled: give --policy scheduled:depth=7,threshold=0.5")
+    plain = drafter.with_policy(policy)
+    plain.check(target.config)
+    logits, survived = recorded_drafts(target, plain, params, prompts, max_new_tokens, temperature)
+    if not len(logits):
+        raise UserError("every text ended with its first draft: ask for more tokens")
+    found = sequential_temperatures(logits, survived)
+    print(f"{len(logits)} drafts; how far the product of confidences is off, in percent")
+    print("".join(name.rjust(14) for name in ("slot", "survive", "before", "temperature", "after")))
+    products = [np.cumprod(1 / (1 + np.exp(-logits / by)), axis=1) for by in (1.0, found)]
+    for slot, by in enumerate(found):
+        before, after = (100 * calibration_error(each[:, slot], survived[:, slot]) for each in products)
+        cells = f"{slot + 1}", f"{100 * survived[:, slot].mean():.1f}", f"{before:.1f}", f"{by:.3f}", f"{after:.1f}"
+        print("".join(cell.rjust(14) for cell in cells))
+    chosen = policy.calibrated([float(by) for by in found])
+    assert chosen is not None
+    return chosen
+
+
 @exit_on_user_error
 def main(argv: Sequence[str] | None = None) -> None:
     """The command; see the module's docstring."""
@@ -281,6 +321,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--policy", "--growth", help="measure nothing and take this policy, as in dyspec:budget=32,depth=5"
     )
+    parser.add_argument("--calibrate", action="store_true", help="fit the temperatures of a scheduled chain's cuts")
+    parser.add_argument("--temperature", type=float, default=0.0, help="that --calibrate decodes at")
     add_distributed(parser)
     parser.add_argument("--write", action="store_true", help="put it into the drafter's drafter.json")
     args = parser.parse_args(argv)
@@ -291,7 +333,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         if drafter.tree_policy is None:
             raise UserError(f"the drafter {args.drafter!r} has no policy: --policy is for draft models and EAGLE heads")
         policy = parse_policy(args.policy)
-        drafter.with_policy(policy).check(target.config)
+        drafter = drafter.with_policy(policy)
+        drafter.check(target.config)
+    if args.calibrate:
+        prompts = _calibration_prompts(args, target)
+        policy = calibrate(target, drafter, params, prompts, args.max_new_tokens, args.temperature)
+    if args.calibrate or args.policy is not None:
         _write(args, policy, policy.max_nodes)
         return
     if args.tree is not None:

@@ -2,59 +2,91 @@
 # Draft models distilled from a target, every divergence on every source of text, at equal budgets in one table: acceptance
 # by position, acceptance length and speed, greedily and at temperature 1, over several seeds.
 #
-#   bash scripts/distill.sh --target DIR --data DIR [--out DIR] [--student SIZES] [--steps N] [--batch N]
-#       [--seeds N] [--divergences NAMES] [--sources NAMES] [--tokens N] [--fresh]
+#   bash scripts/distill.sh --target DIR --data DIR [--out DIR] [--student SIZES] [--steps N] [--batch N] [--start_steps N]
+#       [--seeds N] [--divergences NAMES] [--sources NAMES] [--documents N] [--tokens N] [--reuse N] [--fresh]
 #
-# A small model first learns the data set's text, and every other begins from it: undistilled, it goes on as it was; the
-# others learn for as many steps from what --divergences and --sources name (train/objectives/distill.py), and from
-# sequence-level distillation, online distillation and MiniLLM. SIZES are fields of the student's shape, such as
-# "width=32 head_dim=8 mlp_width=88". About an hour on two CPU cores for stories260K and the defaults. Every
-# line that starts with $ is a command of its own. Asking again reuses what is finished and continues what was interrupted;
-# --fresh starts over. See scripts/_venv.sh for TANDEM_VENV.
+# A small model first learns the data set's text (--start_steps, three times --steps), and every other begins from it:
+# undistilled, it goes on as it was; the others learn for as many steps by what --divergences names from the text that
+# --sources name: those of configs/distill.py and `minillm`. Of `teacher` there are --documents, with the text itself
+# learnt, too (sequence-level distillation); of `student`, `mixed`, `served` and `minillm` --tokens behind each prompt,
+# that serve --reuse steps.
+# SIZES are fields of the student's shape, such as "width=32 head_dim=8 mlp_width=88". About an hour on two CPU cores for
+# stories260K and the defaults. Every line that starts with $ is a command of its own. Asking again reuses what is
+# finished and continues what was interrupted; --fresh starts over. See scripts/_venv.sh for TANDEM_VENV.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/_job.sh"
 
 job_options 'bash scripts/distill.sh --target DIR --data DIR [--out DIR] [--student SIZES] [--steps N] [--batch N]
-    [--seeds N] [--divergences NAMES] [--sources NAMES] [--tokens N] [--fresh]' "$@"
+    [--start_steps N] [--seeds N] [--divergences NAMES] [--sources NAMES] [--documents N] [--tokens N] [--reuse N] [--fresh]' "$@"
 target=$(realpath "$target") data=$(realpath "$data")
 out=${out:-$ROOT/runs/distillation}
 student=${student:-width=32 head_dim=8 mlp_width=88 max_position=512}
-steps=${steps:-200} batch=${batch:-16} seeds=${seeds:-2} tokens=${tokens:-64}
+steps=${steps:-200} batch=${batch:-16} seeds=${seeds:-2} tokens=${tokens:-128} reuse=${reuse:-4}
+start_steps=${start_steps:-$((3 * steps))} documents=${documents:-3072}
 divergences=${divergences:-forward_kl,reverse_kl,jsd,tvd,tvd++,nla}
-sources=${sources:-dataset,teacher,student}
-job_begin .tandem-distillation start runs acceptance greedy sampled results
+sources=${sources:-dataset,teacher,student,served,minillm}
+job_begin .tandem-distillation start continuations runs acceptance greedy sampled results
 
 shape=()
 for size in $student; do
     shape+=("--config.objective.model.$size")
 done
-run train.main --config=configs/draft_model.py --config.data.path="$data" --config.steps=$((3 * steps)) \
-    --config.batch_size="$batch" --config.optimizer.warmup_steps=$((steps / 5)) "${shape[@]}" --workdir="$out/start"
+run train.main --config=configs/draft_model.py --config.data.path="$data" --config.steps="$start_steps" \
+    --config.batch_size="$batch" --config.optimizer.warmup_steps=$((start_steps / 15)) "${shape[@]}" --workdir="$out/start"
 
 methods=() drafters=none
-taught() { # NAME CONFIG OPTION...: one run per seed, all of them for as many steps, batches and rows
+learn=(--config.objective.target="$target" --config.data.path="$data" --config.steps="$steps"
+    --config.batch_size="$batch" --config.optimizer.warmup_steps=$((steps / 10)) --config.evaluation.every="$steps")
+row() { # NAME PLACE [DRAFTER]: a row of the table, of as many runs as there are seeds, PLACE-0, PLACE-1, ...
+    local seed
+    for ((seed = 0; seed < seeds; seed++)); do
+        methods+=("$1#$seed=$out/runs/$2-$seed/${3:-drafter}@chain")
+    done
+    drafters+=,$out/runs/$2-0/${3:-drafter}  # What a step costs is the same for every seed.
+}
+together() { # SOURCE ROW DATA LABELS: all divergences on one text, and as ROW that text itself; one run per seed
+    local seed name all=--config.objective.members.undistilled.objective
+    for ((seed = 0; seed < seeds; seed++)); do
+        run train.main --config="configs/divergences.py:warm+undistilled,$divergences" "${learn[@]}" \
+            --config.data.path="$3" $all.labels="$4" $all.init_from="$out/start/target" --config.seed="$seed" \
+            --workdir="$out/runs/$1-$seed"
+    done
+    row "$2" "$1" drafters/undistilled
+    for name in ${divergences//,/ }; do
+        row "$name/$1" "$1" "drafters/$name"
+    done
+}
+alone() { # NAME CONFIG OPTION...: one run per seed
     local name=$1 config=$2 seed
     shift 2
     for ((seed = 0; seed < seeds; seed++)); do
-        run train.main --config="$config" --config.objective.target="$target" \
-            --config.objective.init_from="$out/start/target" --config.data.path="$data" --config.steps="$steps" \
-            --config.batch_size="$batch" --config.seed="$seed" --config.optimizer.warmup_steps=$((steps / 10)) \
-            --config.evaluation.every="$steps" --config.objective.loop_prompts=0 "$@" --workdir="$out/runs/$name-$seed"
-        methods+=("$name#$seed=$out/runs/$name-$seed/drafter@chain")
+        run train.main --config="$config" "${learn[@]}" --config.objective.init_from="$out/start/target" \
+            --config.seed="$seed" --config.objective.loop_prompts=0 --config.objective.new_tokens="$tokens" \
+            --config.objective.reuse="$reuse" "$@" \
+            --workdir="$out/runs/$name-$seed"
     done
-    drafters+=,$out/runs/$name-0/drafter  # What a step costs is the same for every seed.
+    row "$name" "$name"
 }
-taught undistilled configs/distill.py:warm --config.objective.hard=1 --config.objective.soft=0
 for source in ${sources//,/ }; do
-    for divergence in ${divergences//,/ }; do
-        taught "$divergence/$source" configs/distill.py:warm --config.objective.divergence.name="$divergence" \
-            --config.objective.source="$source" --config.objective.new_tokens="$tokens"
-    done
+    case $source in
+    dataset) together dataset undistilled "$data" all ;;
+    teacher)
+        # Its text does not depend on who learns it, and is written in large batches.
+        [ -d "$out/continuations" ] || run scripts.continue_dataset --target "$target" --data "$data" --temperature 1 \
+            --out "$out/continuations" --documents "$documents" --valid_documents 128 --prompt_tokens 32 \
+            --new_tokens 224 --rows 64
+        together teacher sequence "$out/continuations" assistant
+        ;;
+    minillm) alone minillm configs/minillm.py --config.optimizer.learning_rate=1e-3 ;;
+    *)
+        # Only a rejected draft's place is learnt from a served text, by whatever divergence: one row is enough.
+        for divergence in $([ "$source" = served ] && echo forward_kl || echo "${divergences//,/ }"); do
+            alone "$divergence/$source" configs/distill.py:warm --config.objective.source="$source" \
+                --config.objective.divergence.name="$divergence"
+        done
+        ;;
+    esac
 done
-taught sequence configs/distill.py:warm --config.objective.hard=1 --config.objective.soft=0 \
-    --config.objective.source=teacher --config.objective.new_tokens="$tokens"
-taught online configs/distill.py:warm --config.objective.source=served --config.objective.new_tokens="$tokens"
-taught minillm configs/minillm.py --config.objective.new_tokens="$tokens" --config.optimizer.learning_rate=1e-3
 
 job_finished comparison
 if [ ! -e "$out/acceptance/results.json" ]; then

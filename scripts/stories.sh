@@ -5,7 +5,7 @@
 #   bash scripts/stories.sh --checkpoint stories260K.bin --tokenizer tok512.bin --train train.txt --valid valid.txt
 #       [--out DIR] [--fresh]
 #
-# The first two files are llama2.c's; the others hold TinyStories, parted by lines <|endoftext|>. About an hour on two
+# The first two files are llama2.c's; the others hold TinyStories, parted by lines <|endoftext|>. An hour to two on two
 # CPU cores. Every line that starts with $ is a command of its own. Asking again reuses what is finished and continues what
 # was interrupted; --fresh starts over. See scripts/_venv.sh for TANDEM_VENV.
 set -euo pipefail
@@ -14,7 +14,8 @@ source "$(dirname "${BASH_SOURCE[0]}")/_job.sh"
 job_options 'bash scripts/stories.sh --checkpoint FILE --tokenizer FILE --train FILE --valid FILE [--out DIR] [--fresh]' \
     "$@"
 out=${out:-$ROOT/runs/stories}
-job_begin .tandem-stories target data continuations medusa hydra hydra_pp eagle eagle3 small draft_model results
+job_begin .tandem-stories target data continuations medusa hydra hydra_pp eagle eagle3 falcon dflash jetspec dspark small \
+    draft_model results
 
 if [ ! -d "$out/target" ]; then
     run scripts.convert --from llama2c --src "$checkpoint" --tokenizer "$tokenizer" --out "$out/target"
@@ -32,7 +33,7 @@ fi
 # All learn from the same text for as many steps, under the same optimizer.
 learn=(--config.data.path="$out/continuations" --config.steps=600 --config.optimizer.name=muon
     --config.optimizer.learning_rate=1e-2 --config.optimizer.weight_decay=0.0 --config.optimizer.final_fraction=0.1)
-for drafter in medusa hydra hydra_pp eagle eagle3; do
+for drafter in medusa hydra hydra_pp eagle eagle3 falcon dflash jetspec dspark; do
     case $drafter in
     hydra_pp) extra=--config.objective.heads.dropout=0.0 ;;  # It is for more passes over a text than the four here.
     eagle3) extra=--config.batch_size=8 ;;                   # Its step unrolls five steps of drafting.
@@ -53,6 +54,8 @@ small=$out/draft_model
 run eval.acceptance --target "$out/target" --data "$out/data" --out "$out/results" --methods \
     Medusa="$out/medusa/drafter" Hydra="$out/hydra/drafter" Hydra++="$out/hydra_pp/drafter" \
     EAGLE-1="$out/eagle/drafter@top" EAGLE-2="$out/eagle/drafter@confidence" EAGLE-3="$out/eagle3/drafter@confidence" \
+    Falcon="$out/falcon/drafter@top" DFlash="$out/dflash/drafter@slots:depth=7" \
+    JetSpec="$out/jetspec/drafter@slots:depth=7" DSpark="$out/dspark/drafter@confidence:top_k=4,depth=7" \
     "draft model, chain=$small@chain" "draft model, best tree=$small@top" "RSD-C=$small@rsd-c" "RSD-S=$small@rsd-s" \
     "SpecInfer=$small@specinfer" "Sequoia=$small@sequoia" "DySpec=$small@dyspec" \
     "early exit, 2 of 5 layers=early_exit:2@top" "Token Recycling=token_recycling" "prompt lookup=prompt_lookup" \

@@ -41,6 +41,7 @@ from train.optimizer import apart, make_optimizer, make_schedule
 
 State = dict[str, Any]
 Metrics = dict[str, jax.Array]
+_REFRESH, _REPLACE = 1, 2  # What draws beside the loss.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -197,7 +198,7 @@ def make_step(plan: Plan) -> Callable[[State, Params | None, Batch], tuple[State
         done = state["step"] + 1
         updated = optax.apply_updates(state["params"], updates)
         share = done / plan.config.steps
-        params, replaced = plan.objective.replace(updated, frozen, batch, done, share, jax.random.fold_in(key, 1))
+        params, replaced = plan.objective.replace(updated, frozen, batch, done, share, beside(key, _REPLACE))
         state = {**state, "params": params, "optimizer": optimizer, "step": done}
         if "average" in state:
             decay = jnp.minimum(plan.config.optimizer.ema, (1 + done) / (10 + done))
@@ -403,9 +404,12 @@ def loop(
 
 def refresh_key(state: State) -> jax.Array:
     """For what an objective draws on the host before the next step; the step's own draws never use it."""
-    key = jax.random.fold_in(jax.random.wrap_key_data(state["key"]), state["step"])
-    # Folding in a small number gives the key that part of a step has: split(key)[i] is fold_in(key, i).
-    return jax.random.fold_in(key, np.uint32(2**32 - 1))
+    return beside(jax.random.fold_in(jax.random.wrap_key_data(state["key"]), state["step"]), _REFRESH)
+
+
+def beside(key: jax.Array, number: int) -> jax.Array:
+    """A key that neither a loss nor a part of a batch has: split(key)[i], which they have, is fold_in(key, i)."""
+    return jax.random.fold_in(key, np.uint32(2**32 - number))
 
 
 def on_mesh(mesh: Mesh) -> contextlib.AbstractContextManager:

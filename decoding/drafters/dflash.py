@@ -2,7 +2,8 @@
 
 The state is keys and values of the target's fused features, one row per layer and committed token: nothing of a block
 is kept. All levels of a tree are answered from the pass that `begin` runs, one distribution per slot, whatever the
-parents are; with DFlash2's selector, K candidates per slot whose scores depend on the parent's token.
+parents are; with DFlash2's selector, K candidates per slot whose scores depend on the parent's token. Only the slots
+that the tree asks for are read off the head, and of a causal block, whose slots see none behind them, no others run.
 """
 
 import dataclasses
@@ -17,8 +18,8 @@ from decoding.drafters.network_drafter import NetworkDrafter, TrainedNetwork
 from decoding.policies import TreePolicy
 from decoding.policies.policy import Scores
 from decoding.sampling import best_logits, best_tokens
-from models import transformer
 from models.errors import UserError
+from models.heads import vocabulary
 from models.heads.dflash import Anchors, DFlashHeads
 from models.transformer import Output, Params
 
@@ -28,8 +29,8 @@ class Filled:
     """Scratch of `Network`: what a block's D drafting slots say.
 
     Attributes:
-      logits: of all tokens, or of the selector's candidates.
-      tokens: these; None without a selector.
+      logits: of all outputs, or of the selector's candidates.
+      tokens: these, the target's; None without a selector.
       hidden: what the selector's gate reads; None without.
     """
 
@@ -40,23 +41,37 @@ class Filled:
 
 @struct.dataclass
 class Network(TrainedNetwork):
-    """A block as a draft network (`decoding.policies.DraftNetwork`)."""
+    """A block as a draft network (`decoding.policies.DraftNetwork`).
 
-    def filled_block(self, root: Int[Array, "B"]) -> Float[Array, "B D H"]:
-        """The one pass: what the target's head reads of the drafting slots of a block that begins with the root."""
-        position_B1, length_B1 = self.target.place.position[:, None], self.target.length[:, None]
-        inputs = self.heads.inputs(self.target.params, root[:, None])
-        layout = self.heads.layout(position_B1, length_B1)
-        hidden = self.heads.run(self.target.config, self.params, inputs, layout, self.state["context"])
-        return self.heads.drafting(hidden)[:, 0]
+    Attributes:
+      depth: levels of the tree.
+    """
+
+    depth: int = struct.field(pytree_node=False)
+
+    @property
+    def known(self) -> Int[Array, "W"] | None:
+        """Target tokens of outputs; None is all."""
+        return self.heads.vocabulary(self.params)
+
+    def filled_block(self, root: Int[Array, "B"]) -> tuple[Float[Array, "B D H"], Float[Array, "B D W"]]:
+        """The one pass over a block that begins with the root: what the head reads of the slots that are asked for, and
+        their logits."""
+        config, target, heads = self.target.config, self.target.params, self.heads.down_to(self.depth)
+        length_B1 = self.target.length[:, None]
+        layout = heads.layout(length_B1, length_B1)
+        inputs = heads.inputs(target, root[:, None])
+        hidden = heads.run(config, self.params, inputs, layout, self.state["context"])
+        hidden_BDH = heads.drafting(hidden)[:, 0, : self.depth]
+        return hidden_BDH, heads.logits(config, self.params, target, hidden_BDH)
 
     def begin(self, root, slots):
         """The one pass; see `DraftNetwork`."""
-        heads, hidden_BDH = self.heads, self.filled_block(root)
-        logits_BDV = self.target.head(hidden_BDH)
-        filled = Filled(logits_BDV)
-        if heads.selector is not None:
-            filled = Filled(*best_logits(logits_BDV, heads.selector.candidates), hidden_BDH)
+        hidden_BDH, logits_BDW = self.filled_block(root)
+        filled = Filled(logits_BDW)
+        if self.heads.selector is not None:
+            best, outputs = best_logits(logits_BDW, self.heads.selector.candidates)
+            filled = Filled(best, vocabulary.tokens_of(self.known, outputs), hidden_BDH)
         return self._after(filled, 0, root[:, None]), filled
 
     def extend(self, scratch, level, at, tokens, parents, seen):
@@ -66,7 +81,7 @@ class Network(TrainedNetwork):
     def _after(self, filled: Filled, slot: int, before: Int[Array, "B M"]) -> Scores:
         logits_BW = filled.logits[:, slot]
         if filled.tokens is None or filled.hidden is None:
-            return Scores(logits_BW[:, None], row=jnp.zeros((1, before.shape[1]), jnp.int32))
+            return Scores(logits_BW[:, None], jnp.zeros((1, before.shape[1]), jnp.int32), self.known)
         tokens_BW = filled.tokens[:, slot]
         scores_BMW = self.heads.scores_after(self.params, logits_BW, tokens_BW, filled.hidden[:, slot], before)
         return Scores(scores_BMW, tokens=jnp.broadcast_to(tokens_BW[:, None], scores_BMW.shape))
@@ -92,7 +107,7 @@ class DFlash(NetworkDrafter):
 
     def outputs(self, config) -> int:
         """Tokens that a slot's distribution is over."""
-        return self.heads.selector.candidates if self.heads.selector else config.vocab_size
+        return self.heads.selector.candidates if self.heads.selector else self.heads.outputs(config)
 
     def check(self, config):
         self.heads.check(config)
@@ -119,7 +134,7 @@ class DFlash(NetworkDrafter):
         # Rows that are not text leave zeros, so that the state is a function of the text alone, unused slots included.
         true_BR = index_R < rows.count[:, None]
         masks = {"k": true_BR[:, None, None, :], "v": true_BR[:, None, :, None]}
-        fresh = self.heads.context_rows(target.config, params, fused_BRH, rows.start.position[:, None] + index_R)
+        fresh = self.heads.context_rows(target.config, params, fused_BRH, rows.start.length[:, None] + index_R)
         fresh = [{name: jnp.where(masks[name], row, 0) for name, row in layer.items()} for layer in fresh]
         return {"context": commit(state["context"], fresh, None, rows.start.length)}
 
@@ -136,7 +151,7 @@ class DFlash(NetworkDrafter):
 
     def network(self, params, target, state):
         """A block behind the text."""
-        return Network(self.heads, params, target, state)
+        return Network(self.heads, params, target, state, self.policy.max_depth)
 
     def teacher_forced(
         self, config, target: Params, params: Params, tokens: Int[Array, "B T"], output: Output, depth: int
@@ -163,9 +178,10 @@ class DFlash(NetworkDrafter):
     ) -> Int[Array, "*B K"]:
         """The `count` best guesses of slot i, best first."""
         of_slot, before = hidden
-        logits = transformer.head(config, target, of_slot)
+        logits, known = self.heads.logits(config, params, target, of_slot), self.heads.vocabulary(params)
         if self.heads.selector is None:
-            return best_tokens(logits, count)
-        best, tokens = best_logits(logits, self.heads.selector.candidates)
+            return vocabulary.tokens_of(known, best_tokens(logits, count))
+        best, outputs = best_logits(logits, self.heads.selector.candidates)
+        tokens = vocabulary.tokens_of(known, outputs)
         scores = self.heads.scores_after(params, best, tokens, of_slot, before[..., None])
         return jnp.take_along_axis(tokens, best_tokens(scores[..., 0, :], count), axis=-1)

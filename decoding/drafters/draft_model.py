@@ -78,7 +78,8 @@ class DraftModel(NetworkDrafter):
         return {**state, "memory": encode(self.model, params, tokens, target.memory.lengths)}
 
     def ingest(self, params, target, state, rows):
-        cache, memory, start, tokens = state["cache"], state["memory"], rows.start, rows.tokens
+        cache, memory, tokens = state["cache"], state["memory"], rows.tokens
+        start = Place.of_text(rows.start.length)
         if self.begins and rows.source == "prompt":
             return state  # It is one token long, and the last one is read with the first draft.
         if rows.source == "target":
@@ -87,7 +88,7 @@ class DraftModel(NetworkDrafter):
             start, tokens = start.back(1), jnp.concatenate([unread, tokens], axis=1)
         length = start.length
         if rows.source != "own":
-            layout = Layout.extend(length, tokens.shape[1], start.position)
+            layout = Layout.extend(length, tokens.shape[1])
             seen = beside(memory, layout, cache)
             out = transformer.forward(self.running, params, _known(self.model, tokens), *seen)
             return {**state, "cache": commit(cache, out.rows, None, length, after=out.hidden[:, 0])}
@@ -124,7 +125,7 @@ class DraftModel(NetworkDrafter):
             config=self.running,
             params=params,
             cache=state["cache"],
-            place=target.place.back(1),
+            place=Place.of_text(target.length - 1),
             unread=jnp.take_along_axis(target.text, target.length[:, None] - 1, axis=1),
             vocab_size=target.config.vocab_size,
             vocabulary=None if size == target.config.vocab_size else jnp.arange(size, dtype=jnp.int32),
@@ -144,7 +145,7 @@ class ModelNetwork:
       config: its shape.
       params: its parameters, layers as a list.
       cache: keys and values of the text; those of the first layers may be the target's own.
-      place: behind the text that the cache holds; its slots are those of the target, for positions alone.
+      place: behind the text that the cache holds.
       unread: `[B, U]`, the text between cache and root; U may be 0. These rows take the scratch's last slots.
       layers: how many run; None means all.
       vocab_size: V, of the target.

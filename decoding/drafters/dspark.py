@@ -22,8 +22,8 @@ from decoding.drafters import dflash
 from decoding.drafters.dflash import DFlash
 from decoding.policies.policy import Scores
 from decoding.sampling import best_logits, best_tokens
-from models import transformer
 from models.errors import UserError
+from models.heads import vocabulary
 from models.heads.serial import SerialHead
 from models.transformer import Params
 
@@ -33,14 +33,14 @@ class Told:
     """Scratch of `Network`.
 
     Attributes:
-      logits: of a block's D drafting slots by themselves: of all tokens, or of each slot's candidates.
-      tokens: these; None for all.
+      logits: of a block's D drafting slots by themselves: of all outputs, or of each slot's candidates.
+      outputs: these; None for all.
       hidden: what the slots' logits are read off.
       state: what the serial head remembers behind the token of each of S slots of the tree.
     """
 
     logits: Float[Array, "B D W"]
-    tokens: Int[Array, "B D W"] | None
+    outputs: Int[Array, "B D W"] | None
     hidden: Float[Array, "B D H"]
     state: Float[Array, "B S s"]
 
@@ -51,7 +51,7 @@ class Network(dflash.Network):
 
     Attributes:
       serial: shape of the head.
-      candidates: K; None is all tokens.
+      candidates: K; None is all outputs.
     """
 
     serial: SerialHead = struct.field(pytree_node=False)
@@ -59,11 +59,11 @@ class Network(dflash.Network):
 
     def begin(self, root, slots):
         """The one pass, and the first slot behind the root; see `DraftNetwork`."""
-        hidden_BDH = self.filled_block(root)
-        logits, tokens = self.target.head(hidden_BDH), None
+        hidden_BDH, logits = self.filled_block(root)
+        outputs = None
         if self.candidates is not None:
-            logits, tokens = best_logits(logits, self.candidates)
-        told = Told(logits, tokens, hidden_BDH, self.serial.begin((root.shape[0], slots), hidden_BDH.dtype))
+            logits, outputs = best_logits(logits, self.candidates)
+        told = Told(logits, outputs, hidden_BDH, self.serial.begin((root.shape[0], slots), hidden_BDH.dtype))
         return self._behind(told, 0, 0, root[:, None], told.state[:, :1])
 
     def extend(self, scratch, level, at, tokens, parents, seen):
@@ -76,12 +76,13 @@ class Network(dflash.Network):
         before = serial.embed(params, self.target.params, tokens)
         hidden = jnp.broadcast_to(told.hidden[:, slot, None], (*tokens.shape, told.hidden.shape[2]))
         latent, state = serial.step(params, slot, state, hidden, before)
-        logits, offered = told.logits[:, slot, None], None
-        if told.tokens is None:
+        logits, offered = told.logits[:, slot, None], self.known
+        if told.outputs is None:
             logits = logits + serial.scores(params, latent)
         else:
-            logits = logits + serial.scores_of(params, latent, told.tokens[:, slot])
-            offered = jnp.broadcast_to(told.tokens[:, slot, None], logits.shape)
+            logits = logits + serial.scores_of(params, latent, told.outputs[:, slot])
+            offered = vocabulary.tokens_of(self.known, told.outputs[:, slot, None])
+            offered = jnp.broadcast_to(offered, logits.shape)
         sure = None
         if serial.confidence != "none":
             sure = jax.nn.sigmoid(serial.confidence_logit(params, hidden, before))
@@ -103,25 +104,26 @@ class DSpark(DFlash):
     name: ClassVar[str] = "dspark"
 
     def outputs(self, config):
-        return config.vocab_size if self.candidates is None else self.candidates
+        return self.heads.outputs(config) if self.candidates is None else self.candidates
 
     def check(self, config):
         self.serial.check()
         if self.heads.selector is not None:
             raise UserError("a serial head takes the place of DFlash2's selector: a drafter has one of them")
-        if self.candidates is not None and not 1 <= self.candidates <= config.vocab_size:
-            raise UserError(f"candidates must be from 1 to {config.vocab_size}, or none for all, got {self.candidates}")
+        most = self.heads.outputs(config)
+        if self.candidates is not None and not 1 <= self.candidates <= most:
+            raise UserError(f"candidates must be from 1 to {most}, or none for all, got {self.candidates}")
         super().check(config)
 
     def init_params(self, config, target, key):
         """Those of the block's network, and `serial`."""
         block_key, serial_key = jax.random.split(key)
         block = self.heads.init(config, target, block_key)
-        return {**block, "serial": self.serial.init(config, target, serial_key)}
+        return {**block, "serial": self.serial.init(config, target, serial_key, self.heads.outputs(config))}
 
     def network(self, params, target, state):
         """A block behind the text."""
-        return Network(self.heads, params, target, state, self.serial, self.candidates)
+        return Network(self.heads, params, target, state, self.policy.max_depth, self.serial, self.candidates)
 
     def teacher_forced(self, config, target, params, tokens, output, depth):
         """What the first `depth` slots are read off in blocks that begin everywhere in true texts, and what the serial
@@ -143,9 +145,11 @@ class DSpark(DFlash):
     ) -> Int[Array, "*B K"]:
         """The `count` best guesses of slot i, best first."""
         of_slot, latent = hidden
-        logits = transformer.head(config, target, of_slot)
+        logits, known = self.heads.logits(config, params, target, of_slot), self.heads.vocabulary(params)
         if self.candidates is None:
-            return best_tokens(logits + self.serial.scores(params["serial"], latent), count)
-        best, tokens = best_logits(logits, self.candidates)
-        scores = best + self.serial.scores_of(params["serial"], latent[..., None, :], tokens)[..., 0, :]
-        return jnp.take_along_axis(tokens, best_tokens(scores, count), axis=-1)
+            outputs = best_tokens(logits + self.serial.scores(params["serial"], latent), count)
+            return vocabulary.tokens_of(known, outputs)
+        best, outputs = best_logits(logits, self.candidates)
+        scores = best + self.serial.scores_of(params["serial"], latent[..., None, :], outputs)[..., 0, :]
+        chosen = jnp.take_along_axis(outputs, best_tokens(scores, count), axis=-1)
+        return vocabulary.tokens_of(known, chosen)

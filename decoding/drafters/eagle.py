@@ -25,6 +25,7 @@ from decoding.sampling import best_tokens
 from decoding.trees import EAGLE_25
 from models import transformer
 from models.attention import Rows, Sources
+from models.heads import vocabulary
 from models.heads.eagle import Eagle3Heads, EagleHeads, unroll
 from models.layout import Layout
 from models.linear import in_blocks
@@ -52,7 +53,7 @@ class Network(TrainedNetwork):
         """The true pair of the last committed feature and the root; see `DraftNetwork`."""
         pairs = self.target.length - 1
         feature_BH = self.state["feature"]
-        layout = Layout.extend(pairs, 1, self.target.place.position - 1)
+        layout = Layout.extend(pairs, 1)
         scores, hidden, rows = self._run(root[:, None], feature_BH[:, None], layout, None)
         batch, width = feature_BH.shape
         scratch = Scratch.empty(self.heads.layer_config(self.target.config), batch, slots, feature_BH.dtype, layers=1)
@@ -62,7 +63,7 @@ class Network(TrainedNetwork):
     def extend(self, scratch, level, at, tokens, parents, seen):
         """Every candidate with its parent's output in the place of a feature; see `DraftNetwork`."""
         pairs = self.target.length - 1
-        positions_BM = self.target.place.positions(jnp.full(tokens.shape, level - 1, jnp.int32))
+        positions_BM = jnp.broadcast_to((pairs + level)[:, None], tokens.shape)
         feature_BMH = jnp.take_along_axis(scratch.hidden, parents[:, :, None], axis=1)
         layout = scratch.scratch.layout(positions_BM, pairs, seen)
         scores, hidden, rows = self._run(tokens, feature_BMH, layout, scratch.scratch.rows[0])
@@ -103,10 +104,9 @@ class TruePairs:
         paired_BRH = jnp.where(begins_B1[:, :, None], features, before_BRH)
         tokens_BR = jnp.where(begins_B1, jnp.roll(rows.tokens, -1, axis=1), rows.tokens)
         first = jnp.maximum(rows.start.length - 1, 0)
-        position = rows.start.position - (rows.start.length - first)
         R = features.shape[1]
         true_BR = jnp.arange(R) < jnp.where(begins_B1[:, 0], rows.count - 1, rows.count)[:, None]
-        return cls(paired_BRH, tokens_BR, first, Layout.extend(first, R, position), true_BR)
+        return cls(paired_BRH, tokens_BR, first, Layout.extend(first, R), true_BR)
 
     def commit(self, cache: Cache, fresh: list[Rows], after: Float[Array, "B H"]) -> Cache:
         """The cache with the pairs' keys and values in it; `after` as in `decoding.cache.commit`."""
@@ -186,8 +186,7 @@ class EagleDrafter(NetworkDrafter):
     ) -> Int[Array, "*B K"]:
         """The `count` best guesses that an output of step i stands for, best first."""
         best = best_tokens(self.heads.logits(config, params, target, hidden), count)
-        known = self.heads.vocabulary(params)
-        return best if known is None else known[best]
+        return vocabulary.tokens_of(self.heads.vocabulary(params), best)
 
 
 @dataclasses.dataclass(frozen=True)

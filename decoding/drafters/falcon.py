@@ -29,6 +29,7 @@ from decoding.sampling import best_tokens
 from decoding.trees import FALCON_165
 from models import transformer
 from models.attention import Rows, Sources
+from models.heads import vocabulary
 from models.heads.falcon import FalconHeads, guesses_everywhere
 from models.layout import Blocks, Layout, Tree
 from models.linear import in_blocks
@@ -49,7 +50,7 @@ class Pass:
 
     rows: list[Rows]
     hidden: Float[Array, "B M k H"]
-    logits: Float[Array, "B M k V"]
+    logits: Float[Array, "B M k W"]
     above: Int[Array, "B M p"]
     states: Float[Array, "B M 4 H"] | None
 
@@ -79,7 +80,7 @@ class Network(TrainedNetwork):
         above = jnp.zeros((batch, 1, 0), jnp.int32)
         first = self._pass(joined_BkH, layout, None, above, states)
         empty = jnp.zeros((batch, slots), jnp.int32)
-        return Scores(first.logits[:, :, 0]), Drafted((first,), empty.at[:, 0].set(root), empty, empty)
+        return self._scores(first.logits[:, :, 0]), Drafted((first,), empty.at[:, 0].set(root), empty, empty)
 
     def extend(self, scratch, level, at, tokens, parents, seen):
         """A pass where a level ends its blocks, and what the last pass said elsewhere; see `DraftNetwork`."""
@@ -97,13 +98,16 @@ class Network(TrainedNetwork):
             ),
         )
         if position:
-            return Scores(passes[-1].logits[:, :, position], own_BM), scratch
+            return self._scores(passes[-1].logits[:, :, position], own_BM), scratch
         path = [tokens]
         for _ in range(k - 1):
             path.insert(0, jnp.take_along_axis(scratch.tokens, parents, axis=1))
             parents = jnp.take_along_axis(scratch.parents, parents, axis=1)
         block = self._block(passes, jnp.stack(path, axis=2), above_BM, level)
-        return Scores(block.logits[:, :, 0]), dataclasses.replace(scratch, passes=(*passes, block))
+        return self._scores(block.logits[:, :, 0]), dataclasses.replace(scratch, passes=(*passes, block))
+
+    def _scores(self, logits: Float[Array, "B P W"], row: Int[Array, "#B M"] | None = None) -> Scores:
+        return Scores(logits, row, self.heads.vocabulary(self.params))
 
     def _block(self, passes, tokens_BMk, above_BM, level) -> Pass:
         """M blocks of drafted pairs, of depths `level` - k + 1 to `level`, each below one block of the last pass."""
@@ -143,11 +147,12 @@ class Network(TrainedNetwork):
         hidden, rows = self.heads.run(config, self.params, joined_BTH, layout, Sources(self.state["cache"], scratch))
         hidden = hidden.reshape(len(hidden), -1, self.heads.block, hidden.shape[2])
         hidden = jnp.where(self._exists()[:, None, :, None], hidden, 0)
-        return Pass(rows, hidden, self.heads.logits(config, params, hidden), above_BMp, states)
+        logits = self.heads.logits(config, self.params, params, hidden)
+        return Pass(rows, hidden, logits, above_BMp, states)
 
     def _layout(self, ahead_1k, count: int) -> Layout:
         """For `count` blocks whose pairs stand `ahead` of the root; they see the true blocks before the last."""
-        positions_BT = jnp.tile(self.target.place.positions(ahead_1k), (1, count))
+        positions_BT = jnp.tile(self.target.length[:, None] + ahead_1k, (1, count))
         since_B, length_B = _copy_of(self.heads, self.state["cache"], self.target.length), self.target.length
         return Layout(
             positions_BT,
@@ -188,13 +193,17 @@ class Falcon(NetworkDrafter):
     name: ClassVar[str] = "falcon"
     taps: ClassVar[tuple[str, ...]] = ("post_norm",)
 
+    def check(self, config):
+        self.heads.check(config)
+        self.policy.check(self.heads.outputs(config))
+
     def init_params(self, config, target, key):
         return self.heads.init(config, target, key)
 
     def for_decoding(self, params, mesh=None):
         layers = transformer.for_decoding({"layers": params["layers"]}, mesh)["layers"]
-        lstm = params["lstm"] if mesh is not None else transformer.map_kernels(in_blocks, params["lstm"])
-        return {**params, "lstm": lstm, "layers": layers}
+        rest = {name: part for name, part in params.items() if name != "layers"}
+        return {**(rest if mesh is not None else transformer.map_kernels(in_blocks, rest)), "layers": layers}
 
     def init(self, config, batch, capacity, dtype, mesh=None):
         """`feature` `[B, H]` of the last committed token; `read` `[B, k - 1, H]`, what the LSTM made of the last pairs
@@ -230,7 +239,7 @@ class Falcon(NetworkDrafter):
         block_BT = (jnp.tile(pair_BT, (1, copies)) + copy_T) // k
         ordered_BTT = (block_BT[:, None, :] <= block_BT[:, :, None]) & (copy_T == copy_T[:, None])
         layout = Layout(
-            jnp.tile(pair_BT + (rows.start.position - rows.start.length)[:, None], (1, copies)),
+            jnp.tile(pair_BT, (1, copies)),
             copy_T * slots + first_B[:, None],
             Tree(ordered_BTT),
             segments=jnp.tile(exists_BT.astype(jnp.int32), (1, copies)),
@@ -273,7 +282,8 @@ class Falcon(NetworkDrafter):
         self, config, target: Params, params: Params, i: int, hidden: Float[Array, "*B H"], count: int
     ) -> Int[Array, "*B K"]:
         """The `count` best guesses that such an output stands for, best first."""
-        return best_tokens(self.heads.logits(config, target, hidden), count)
+        best = best_tokens(self.heads.logits(config, params, target, hidden), count)
+        return vocabulary.tokens_of(self.heads.vocabulary(params), best)
 
 
 def _true_rows(fresh: list[Rows], part: slice, exists_BT: Bool[Array, "B T"]) -> list[Rows]:

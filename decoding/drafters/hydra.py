@@ -42,7 +42,7 @@ class Hydra(HeadDrafter):
     def ingest(self, params, target, state, rows):
         features_BRH = rows.taps["post_norm"]
         if self.heads.prefix:
-            layout = Layout.extend(rows.start.length, features_BRH.shape[1], rows.start.position)
+            layout = Layout.extend(rows.start.length, features_BRH.shape[1])
             features_BRH, fresh = self.heads.prefix_rows(target.config, params, features_BRH, layout, state["cache"][0])
             cache = commit(state["cache"], [fresh], None, rows.start.length, after=features_BRH[:, 0])
             state = {**state, "cache": cache}

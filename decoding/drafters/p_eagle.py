@@ -46,7 +46,7 @@ class Network(TrainedNetwork):
         root_BH = heads.lookup(self.params, target.params, root)
         feature = jnp.concatenate([self.state["feature"][:, None], feature], axis=1)
         embedding = jnp.concatenate([root_BH[:, None], embedding], axis=1)
-        layout = Layout.extend(target.length - 1, self.depth, target.place.position - 1)
+        layout = Layout.extend(target.length - 1, self.depth)
         prefix = Sources(self.state["cache"])
         hidden, _ = heads.run_layers(config, self.params, feature, embedding, layout, prefix)
         logits_BEW = heads.logits(config, self.params, target.params, hidden)

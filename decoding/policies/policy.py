@@ -11,6 +11,7 @@ block from what it has at hand, and all rows of a block share one distribution, 
 """
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any, ClassVar, NamedTuple, Protocol, runtime_checkable
 
 import jax
@@ -184,6 +185,11 @@ class TreePolicy:
 
         None for one that needs no counts.
         """
+        return None
+
+    def calibrated(self, temperatures: Sequence[float]) -> "TreePolicy | None":
+        """The same policy, dividing the logits of a chain's confidences by these, slot by slot; by nothing where there
+        are none. None for one that does not go by them (`decoding/calibration.py`)."""
         return None
 
     def with_budget(self, candidates: int, acceptance: Acceptance | None = None) -> "TreePolicy | None":

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from decoding.policies.admission import admit, reach, until
-from decoding.policies.policy import DraftNetwork, Scores, TreePolicy
+from decoding.policies.policy import DraftNetwork, Grown, Scores, TreePolicy
 from decoding.policies.static import Static
 from decoding.trees import chain
 from models.errors import UserError
@@ -75,11 +75,19 @@ class Scheduled(TreePolicy):
         return self._chain.rule(greedy)
 
     def grow(self, network, root, keys, sampling):
-        heard = _Heard(network)
-        grown = self._chain.grow(heard, root, keys, sampling)
-        lengths_B = self._lengths(jnp.concatenate(heard.confidences, axis=1))
+        grown, confidence_BD = self.uncut(network, root, keys, sampling)
+        lengths_B = self._lengths(confidence_BD)
         valid_BN = jnp.arange(self.max_nodes, dtype=jnp.int32) <= lengths_B[:, None]
         return grown._replace(tree=dataclasses.replace(grown.tree, valid=valid_BN))
+
+    def uncut(self, network: DraftNetwork, root, keys, sampling) -> tuple[Grown, Float[Array, "B D"]]:
+        """The whole chain, and how sure the network says that it is of every slot; as for `grow`."""
+        heard = _Heard(network)
+        grown = self._chain.grow(heard, root, keys, sampling)
+        return grown, jnp.concatenate(heard.confidences, axis=1)
+
+    def calibrated(self, temperatures):
+        return dataclasses.replace(self, temperatures=tuple(temperatures))
 
     def _lengths(self, confidence_BD: Float[Array, "B D"]):
         if self.temperatures:

@@ -33,7 +33,7 @@ def draft_shape(target: TransformerConfig) -> TransformerConfig:
     )
 
 
-# As published; each for a target of the given shape.
+# As published, but for `dflash-vocabulary`, which scores fewer tokens; each for a target of the given shape.
 DRAFTERS: dict[str, Callable[[TransformerConfig], Drafter]] = {
     "medusa": lambda target: Medusa(MedusaHeads()),
     "hydra": lambda target: Hydra(HydraHeads()),
@@ -47,6 +47,7 @@ DRAFTERS: dict[str, Callable[[TransformerConfig], Drafter]] = {
     "early_exit": lambda target: EarlyExit(max(1, target.num_layers // 6), Static()),
     "falcon": lambda target: Falcon(),
     "dflash": lambda target: DFlash(_block(target, 16), Static(chain(15), "top")),
+    "dflash-vocabulary": lambda target: DFlash(_block(target, 16, vocabulary=8192), Static(chain(15), "top")),
     "dflash-tree": lambda target: DFlash(_block(target, 16), Slots(depth=15, total=60)),
     "dspark": lambda target: DSpark(_block(target, 7, shifted=True), Static(chain(7)), candidates=16),
     "dspark-lattice": lambda target: DSpark(
@@ -55,7 +56,7 @@ DRAFTERS: dict[str, Callable[[TransformerConfig], Drafter]] = {
 }
 
 
-def _block(target: TransformerConfig, size: int, shifted: bool = False) -> DFlashHeads:
-    """Five layers that read five of the target's."""
-    layers = dflash_layers(target.num_layers, 5)
-    return DFlashHeads(layers, target.vocab_size - 1, num_layers=5, block=size, shifted=shifted)
+def _block(target: TransformerConfig, size: int, shifted: bool = False, vocabulary: int = 0) -> DFlashHeads:
+    """Five layers that read five of the target's, and at most as many tokens as it has."""
+    layers, few = dflash_layers(target.num_layers, 5), min(vocabulary, target.vocab_size)
+    return DFlashHeads(layers, target.vocab_size - 1, num_layers=5, block=size, shifted=shifted, vocab_size=few)

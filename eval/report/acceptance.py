@@ -11,6 +11,7 @@ The results (written by `eval/acceptance.py`):
       acceptance_length, acceptance_length_interval (95%, over prompts), steps, committed
       accepted_by_depth         steps that accepted depth 1, 2, ...
       conditional_acceptance    the share of those that accepted the depth above, or None where none did
+      conditional_acceptance_intervals   of each, 95%, over texts, or None
       texts, differing_texts    decoded, and those unlike plain decoding's
       identical                 no text differs; None where equal texts are not promised (sampled rules)
       tree                      rank paths, where the topology is static

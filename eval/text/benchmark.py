@@ -18,20 +18,26 @@ tree, and timed as the parts of its step, is the size that most of the first rep
 are left out where a tenth of the steps had another. Plain decoding always takes part and comes first in the results.
 Several processes share the prompts, each on devices of its own; the parts of a step are those that the process itself
 timed.
+
+What takes longest on an accelerator is compilation. So prompts share caches of few sizes, which all contenders have
+alike, and there the contenders compile side by side, but for open ones, which measure while they do.
 """
 
 import collections
 import dataclasses
+import os
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+import jax
 import numpy as np
 
 from decoding.augment import Augment, first_pause
 from decoding.drafter import Drafter
 from decoding.drafters.registry import load_drafter
-from decoding.generate import Generation, bucket, generate, slots_needed
+from decoding.generate import Generation, bucket, cache_sizes, chunk_sizes, generate, slots_needed
 from decoding.sampling import Sampling
 from decoding.stats import Stats
 from decoding.trees import Topology
@@ -42,8 +48,10 @@ from eval.text.prompts import Prompt
 from models import processes
 from models.errors import UserError
 from models.formats.target import Target
+from models.sharding import mesh_of
 
 WARM_UP_TOKENS = 4
+COMPILERS = 8  # Most contenders that compile side by side.
 RESAMPLES = 1000
 
 
@@ -143,6 +151,7 @@ def benchmark(
     seed: int = 0,
     batch: int = 1,
     parts: bool = True,
+    shown: int = 0,
     augment: Augment | None = None,
     progress: Callable[[str], None] = lambda line: None,
 ) -> list[dict[str, Any]]:
@@ -156,6 +165,7 @@ def benchmark(
       sampling, seed: the same for all contenders; the seed is of the first prompt, the others count up from it.
       batch: prompts that are decoded together.
       parts: also time the parts of a step alone, for draft share and loop efficiency.
+      shown: entries have, as `shown`, what became of so many prompts, the first ones: a `Generation` of each.
       augment: whose latents lie in the cache of all contenders, plain decoding's too.
       progress: told what is being done, one line at a time.
 
@@ -172,7 +182,8 @@ def benchmark(
     groups = [mine[first : first + batch] for first in range(0, len(mine), batch)]
     longest = [max(len(prompts[index].tokens) for index in group) for group in groups]
     before = [max(len(target.opening(prompts[index].tokens)) for index in group) for group in groups]
-    capacities = [bucket(slots_needed(length, max_new_tokens, deepest, augment)) for length in before]
+    needed = zip(before, map(len, groups), strict=True)
+    capacities = cache_sizes([slots_needed(length, max_new_tokens, deepest, augment, rows) for length, rows in needed])
 
     def decode(contender: Contender, number: int, limit: int = max_new_tokens) -> Generation:
         return generate(
@@ -188,13 +199,9 @@ def benchmark(
             augment=augment,
         )
 
-    # Groups that need a compilation each, by number.
-    shapes = zip(map(len, groups), (bucket(length, 16) for length in longest), capacities, strict=True)
-    buckets = list({shape: number for number, shape in enumerate(shapes)}.values())
-    for count, number in enumerate(buckets, 1):
-        for contender in field:
-            progress(f"compiling {contender.path or contender.drafter.name}, bucket {count} of {len(buckets)}")
-            decode(contender, number, min(WARM_UP_TOKENS + first_pause(augment), max_new_tokens))
+    few = min(WARM_UP_TOKENS + first_pause(augment), max_new_tokens)
+    kinds = _kinds(target, groups, longest, capacities)
+    _compile(target, field, kinds, lambda contender, number: decode(contender, number, few), progress)
     scene = _scene(target, prompts, max_new_tokens, deepest, batch)
     measured, timed = [Measured(contender, [], [], []) for contender in field], None
     for repeat in range(repeats):
@@ -209,8 +216,22 @@ def benchmark(
         one.gather()
     if not measured[0].stats.steps:
         raise UserError("plain decoding ends every text with its first token, so there is no speed to measure")
-    comparable = sampling.temperature == 0 and augment is None
-    return [_run(target, one, measured[0], prompts, comparable) for one in measured]
+    runs = [_run(target, one, measured[0], prompts, sampling.temperature == 0 and augment is None) for one in measured]
+    return [
+        run | ({"shown": one.generations[:shown]} if shown else {}) for run, one in zip(runs, measured, strict=True)
+    ]
+
+
+def _kinds(
+    target: Target, groups: Sequence[Sequence[int]], longest: Sequence[int], capacities: Sequence[int]
+) -> list[int]:
+    """Groups, by number, that need a compilation each."""
+    kinds = {}
+    for number, (group, length, capacity) in enumerate(zip(groups, longest, capacities, strict=True)):
+        # An encoder reads a prompt whole.
+        read = [bucket(length, 16)] if target.config.encoder_layers else chunk_sizes(length, len(group))
+        kinds[len(group), frozenset(read), capacity] = number
+    return list(kinds.values())
 
 
 def _check(prompts: Sequence[Prompt], repeats: int) -> None:
@@ -218,6 +239,28 @@ def _check(prompts: Sequence[Prompt], repeats: int) -> None:
         raise UserError("there is no prompt to decode")
     if repeats < 1:
         raise UserError(f"repeats must be at least 1, got {repeats}")
+
+
+def _compile(target: Target, field: Sequence[Contender], kinds: Sequence[int], decode, progress) -> None:
+    """Everybody decodes a little of a group of every kind: at first plain decoding, whose programs the others share,
+    and last, alone, those that measure what their steps cost."""
+    plain, *others = field
+    alone = jax.default_backend() == "cpu" or mesh_of(target.params) is not None
+    together = [one for one in others if not (alone or one.drafter.open_sizes)]
+    apart = [one for one in others if one not in together]
+
+    def compile_all(who: Iterable[Contender], run) -> None:
+        jobs = [(contender, number) for contender in who for number in kinds]
+        for count, _ in enumerate(run(lambda job: decode(*job), jobs), 1):
+            contender = jobs[count - 1][0]
+            progress(f"compiled {contender.path or contender.drafter.name}, {count} of {len(jobs)}")
+
+    progress(f"compiling {len(kinds)} sizes of caches and prompts for each of {len(field)}")
+    compile_all([plain], map)
+    if together:
+        with ThreadPoolExecutor(min(COMPILERS, os.cpu_count() or 1)) as pool:
+            compile_all(together, pool.map)
+    compile_all(apart, map)
 
 
 def _scene(target: Target, prompts: Sequence[Prompt], new_tokens: int, deepest: int, batch: int) -> Scene:
@@ -256,7 +299,7 @@ class _Parts:
         self._parts: list[dict[str, Timed]] = []
         for contender in field:
             chosen = step_parts(scene, contender.drafter, contender.params)
-            names = ("draft", "choice", "forward") if contender.drafter.max_depth else ("forward",)
+            names = ("draft", "choice", "network", "forward") if contender.drafter.max_depth else ("forward",)
             self._parts.append({name: chosen[name] for name in names if name in chosen})
         self._seconds: list[dict[str, list[float]]] = [{name: [] for name in parts} for parts in self._parts]
         for contender, parts in zip(field, self._parts, strict=True):

@@ -5,7 +5,7 @@ from typing import Any
 
 import jax
 
-from decoding.generate import generate
+from decoding.generate import Generation
 from eval.text.benchmark import Contender
 from eval.text.prompts import Prompt
 from models.formats.target import Target
@@ -28,33 +28,23 @@ def describe_target(target: Target, **facts: Any) -> dict[str, Any]:
 
 
 def samples(
-    target: Target, contenders: Sequence[Contender], prompts: Sequence[Prompt], max_new_tokens: int, **options: Any
+    target: Target, contenders: Sequence[Contender], prompts: Sequence[Prompt], made: Sequence[Sequence[Generation]]
 ) -> list[dict[str, Any]]:
     """The entry `samples`: texts with the writer of every token, each prompt by each contender.
 
     Args:
       target: the model; without a tokenizer there are no texts to show.
-      contenders: who decodes.
-      prompts: what is continued.
-      max_new_tokens: of each text.
-      **options: further arguments of `decoding.generate.generate`.
+      contenders: who decoded.
+      prompts: what was continued, and perhaps more.
+      made: by contender, what it made of the first prompts.
     """
     if target.tokenizer is None:
         return []
     entries = []
-    for prompt in prompts:
-        for contender in contenders:
-            made = generate(
-                target,
-                [prompt.tokens],
-                drafter=contender.drafter,
-                drafter_params=contender.params,
-                typical=contender.typical,
-                max_new_tokens=max_new_tokens,
-                **options,
-            )
-            text = prompt.text or target.tokenizer.decode(prompt.tokens)
-            pieces = text_pieces(target.tokenizer, prompt.tokens, made.tokens[0], made.writers[0])
+    for prompt, generations in zip(prompts, zip(*made, strict=True), strict=False):
+        text = prompt.text or target.tokenizer.decode(prompt.tokens)
+        for contender, generation in zip(contenders, generations, strict=True):
+            pieces = text_pieces(target.tokenizer, prompt.tokens, generation.tokens[0], generation.writers[0])
             who = {"drafter": contender.drafter.name, "path": contender.path}
             entries.append({"prompt": text, **who, "pieces": pieces})
     return entries

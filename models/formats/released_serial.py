@@ -42,7 +42,8 @@ class SerialBlock:
 
     def init(self, config: TransformerConfig, target: Params, key: Array) -> Params:
         """As the drafter's parameters are."""
-        return {**self.block.init(config, target, key), "serial": self.serial.init(config, target, key)}
+        serial = self.serial.init(config, target, key, self.block.outputs(config))
+        return {**self.block.init(config, target, key), "serial": serial}
 
 
 def dspark(release: Release, base: Target) -> Converted:

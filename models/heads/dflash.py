@@ -1,8 +1,9 @@
 """DFlash's network (arXiv 2602.06036): a block of mask tokens is filled in one pass that reads the target's features.
 
 The residual streams entering several layers of the target are fused once per token of the text, and every layer of the
-network has keys and values of that for all of the text (the *context*); embedding and head are the target's own. A
-block is S rows, the anchor (the pending token, at position a) and mask tokens behind it, at their true positions:
+network has keys and values of that for all of the text (the *context*); the embedding is the target's own, and so is
+the head, unless the network has one over a draft vocabulary (`vocabulary.py`). A block is S rows, the anchor (the
+pending token, at position a) and mask tokens behind it, at their true positions:
 
     c_t = hidden_norm(fc [h_t^1; ...; h_t^n])
     K = [k_norm(W_k c); k_norm(W_k x)],  V = [W_v c; W_v x],  x = attention_norm(y)     RoPE at true positions
@@ -24,7 +25,8 @@ And a *selector*: of the K best tokens of every row, scores of pairs of neighbou
     {'fc': {'kernel' [nH, H]}, 'hidden_norm': {'scale'}, 'norm': {'scale'},
      'layers': [{'attention_norm', 'attention': {'q', 'k', 'v', 'o', 'q_norm', 'k_norm'}, 'mlp_norm', 'mlp',
                  'attention_conv', 'mlp_conv': {'base' [2, 2, H], 'projection': {'kernel' [H, 4H/16]}}}],
-     'selector': {'predecessor', 'successor' [V, r], 'hidden': {'kernel' [H, r]}}}
+     'selector': {'predecessor', 'successor' [V, r], 'hidden': {'kernel' [H, r]}},
+     and a head with a draft vocabulary}
 """
 
 import dataclasses
@@ -41,6 +43,7 @@ from models import transformer
 from models.attention import ALONE, BLOCK, Rows, Sources, wide
 from models.config import TransformerConfig
 from models.errors import UserError
+from models.heads import vocabulary
 from models.heads.eagle import LayerShape
 from models.layers import MLP, Attention, RMSNorm, call, key_rows, rope_angles
 from models.layout import Blocks, Layout
@@ -145,6 +148,7 @@ class DFlashHeads:
       convolution: DFlash2's.
       selector: DFlash2's; None is without.
       layer: shape of a layer; None takes its sizes from the target.
+      vocab_size: W, size of the draft vocabulary; 0 reads the target's own head.
     """
 
     target_layers: tuple[int, ...]
@@ -157,6 +161,7 @@ class DFlashHeads:
     convolution: bool = False
     selector: Selector | None = None
     layer: LayerShape | None = None
+    vocab_size: int = 0
 
     @property
     def taps(self) -> tuple[str, ...]:
@@ -167,6 +172,10 @@ class DFlashHeads:
     def depth(self) -> int:
         """D, tokens that a block drafts."""
         return self.block if self.shifted else self.block - 1
+
+    def down_to(self, depth: int) -> "DFlashHeads":
+        """As much of the block as the first `depth` drafting slots need: of a causal one the rows up to them."""
+        return dataclasses.replace(self, block=self.block - self.depth + depth) if self.causal else self
 
     def check(self, config: TransformerConfig) -> None:
         """Raises UserError when the network does not fit the target."""
@@ -190,11 +199,16 @@ class DFlashHeads:
             raise UserError(f"DFlash's window must be at least 1, got {self.window}")
         if self.convolution and config.width % GROUP:
             raise UserError(f"DFlash2's convolution needs a width that is a multiple of {GROUP}, got {config.width}")
-        if (chosen := self.selector) and not (1 <= chosen.candidates <= config.vocab_size and chosen.rank >= 1):
+        vocabulary.check(self.vocab_size, config)
+        if (chosen := self.selector) and not (1 <= chosen.candidates <= self.outputs(config) and chosen.rank >= 1):
             raise UserError(
-                f"DFlash2's selector needs a rank of at least 1 and 1 to {config.vocab_size} candidates, got "
+                f"DFlash2's selector needs a rank of at least 1 and 1 to {self.outputs(config)} candidates, got "
                 f"{chosen.rank} and {chosen.candidates}"
             )
+
+    def outputs(self, config: TransformerConfig) -> int:
+        """W, the tokens that `logits` scores."""
+        return self.vocab_size or config.vocab_size
 
     def layer_config(self, config: TransformerConfig) -> TransformerConfig:
         """The network's layers as a transformer's: Qwen3's kind, with norms on queries and keys and no biases."""
@@ -228,7 +242,8 @@ class DFlashHeads:
                 "successor": jnp.zeros(codebook),
                 "hidden": {"kernel": _draw(gate, (width, self.selector.rank))},
             }
-        return jax.tree.map(lambda leaf: leaf.astype(target["embed"]["embedding"].dtype), params)
+        params = jax.tree.map(lambda leaf: leaf.astype(target["embed"]["embedding"].dtype), params)
+        return {**params, **vocabulary.init(self.vocab_size, target)} if self.vocab_size else params
 
     def for_decoding(self, params: Params, mesh: Mesh | None = None) -> Params:
         """Parameters as decoding reads them; queries, keys and values stay apart, for the context has no queries."""
@@ -328,6 +343,22 @@ class DFlashHeads:
             y_BTH = call(self._layer(config), layer, y_BTH, angles, layout, Sources(rows), self.window)
         return call(RMSNorm(own.norm_eps), params["norm"], y_BTH)
 
+    def logits(
+        self, config: TransformerConfig, params: Params, target: Params, hidden: Float[Array, "*B H"]
+    ) -> Float[Array, "*B W"]:
+        """Scores of a slot, of all tokens or of the draft vocabulary, float32 or wider."""
+        if not self.vocab_size:
+            return transformer.head(config, target, hidden)
+        return vocabulary.scores(params, hidden, config.logit_softcap)
+
+    def head_params(self, params: Params) -> Params:
+        """Of the network's parameters, those that `logits` reads."""
+        return {"vocab": params["vocab"]} if self.vocab_size else {}
+
+    def vocabulary(self, params: Params) -> Int[Array, "W"] | None:
+        """Target ids of the tokens that `logits` scores; None means all, in order."""
+        return params.get("draft_vocab")
+
     def drafting(self, hidden: Float[Array, "B R H"]) -> Float[Array, "B A D H"]:
         """Of the outputs of A blocks those that draft tokens, in the order of the text."""
         hidden_BASH = hidden.reshape(hidden.shape[0], -1, self.block, hidden.shape[-1])
@@ -387,7 +418,7 @@ class DFlashHeads:
         Args:
           params: of the network.
           best: logits of the tokens.
-          tokens: as many as the selector has candidates.
+          tokens: the target's, as many as the selector has candidates.
           hidden: what they were read off.
           before: tokens that may stand before.
         """

@@ -20,7 +20,7 @@ its own head over a draft vocabulary; f is fc of the three or the network's own 
 
     {'fc': {'kernel' [3H, H]}, 'input_norm': {'scale'}, 'hidden_norm': {'scale'},
      'layer': {'attention': {'q' [2H, N D], 'k', 'v' [2H, K D], 'o'}, 'mlp_norm': {'scale'}, 'mlp': ...},
-     'norm': {'scale'}, 'vocab': {'kernel' [H, W]}, 'draft_vocab' int32 [W], target ids; absent if W = V}
+     'norm': {'scale'}, and a head (`vocabulary.py`)}
 
 EAGLE-3.1 is EAGLE-3 with norms at more places, against outputs that grow from step to step while the features that the
 layer also reads do not. Each is a switch of `Eagle3Heads`: of the three before fc, one by one or together; of f in the
@@ -44,11 +44,10 @@ from models import transformer
 from models.attention import ALONE, Rows, Sources, attend, attend_in_blocks, softcap, wide
 from models.config import RopeScaling, TransformerConfig
 from models.errors import UserError
-from models.heads.medusa import vocab_kernel
+from models.heads import vocabulary
 from models.layers import MLP, Attention, RMSNorm, call, rope_angles
 from models.layout import Layout
 from models.linear import Linear, product
-from models.sharding import split_vocabulary
 from models.transformer import Params
 
 
@@ -262,11 +261,7 @@ class Eagle3Heads(_Network):
                     f"EAGLE-3 reads what enters layer {getattr(self, name)} ({name}), but the target has layers 0 to "
                     f"{config.num_layers - 1}"
                 )
-        if not 0 <= self.vocab_size <= config.vocab_size:
-            raise UserError(
-                f"the draft vocabulary must have 0 (all) to {config.vocab_size} tokens, as many as the target's, got "
-                f"{self.vocab_size}"
-            )
+        vocabulary.check(self.vocab_size, config)
 
     def outputs(self, config: TransformerConfig) -> int:
         """W, the tokens that `logits` scores."""
@@ -275,7 +270,7 @@ class Eagle3Heads(_Network):
     def init(self, config: TransformerConfig, target: Params, key: Array) -> Params:
         """A fresh network in the target's dtype, whose norm and head start as the target's, on its first W tokens."""
         fc_key, layer_key = jax.random.split(key)
-        width, kernel, layer = config.width, vocab_kernel(target), self.layer_config(config)
+        width, layer, head = config.width, self.layer_config(config), vocabulary.init(self.vocab_size, target)
         scale = (jnp.zeros if layer.zero_centred_norm else jnp.ones)(width)
         params: Params = {
             "fc": {"kernel": _draw(fc_key, (3 * width, width))},
@@ -288,11 +283,7 @@ class Eagle3Heads(_Network):
             params["fc_norm"] = [{"scale": scale} for _ in range(3)]
         if self.norm_before_fc:
             params["fc_norm"] = {"scale": jnp.tile(scale, 3)}
-        params["vocab"] = {"kernel": jnp.array(kernel[:, : self.vocab_size or None])}
-        params = jax.tree.map(lambda leaf: leaf.astype(kernel.dtype), params)
-        if not self.vocab_size:
-            return params
-        return {**params, "draft_vocab": jnp.arange(self.vocab_size, dtype=jnp.int32)}
+        return {**jax.tree.map(lambda leaf: leaf.astype(head["vocab"]["kernel"].dtype), params), **head}
 
     def fuse(
         self, config: TransformerConfig, params: Params, taps: dict[str, Float[Array, "*B H"]]
@@ -340,7 +331,7 @@ class Eagle3Heads(_Network):
         """Scores of the token after the pair's, of the W tokens of the draft vocabulary, float32 or wider."""
         if self.head_norm and not self.norm_output:
             hidden = self._normed(config, params["norm"], hidden)
-        return split_vocabulary(product(hidden, params["vocab"]["kernel"], wide(hidden.dtype)))
+        return vocabulary.scores(params, hidden)
 
     def head_params(self, params: Params) -> Params:
         """Of the network's parameters, those that `logits` reads."""

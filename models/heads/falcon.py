@@ -8,7 +8,7 @@ root. These k outputs, paired with k tokens that were guessed, are the next bloc
 
     y = lstm2(lstm1([E[x]; f]));   g = y + attention(y);   g = g + mlp(mlp_norm(g))
     then, where there are more layers, g = g + attention(attention_norm(g));   g = g + mlp(mlp_norm(g))
-    logits = target head(g)
+    logits = target head(g), or those of a draft vocabulary (`vocabulary.py`)
 
     {'lstm': [{'input': {'kernel' [2H, 3H], 'bias' [3H]}}, {'input': {'kernel' [H, 3H], 'bias' [3H]}}],
      'layers': [{'attention': {'q', 'k', 'v', 'o'}, 'mlp_norm': {'scale'}, 'mlp': {'gate', 'up', 'down'}},
@@ -27,12 +27,13 @@ from typing import Literal
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 
 from models import transformer
 from models.attention import ALONE, Rows, Sources, attend, attend_in_blocks, softcap, wide
 from models.config import TransformerConfig
 from models.errors import UserError
+from models.heads import vocabulary
 from models.heads.eagle import DraftLayer, LayerShape
 from models.layers import RMSNorm, call, rope_angles
 from models.layout import BlockCausal, Layout
@@ -52,6 +53,7 @@ class FalconHeads:
       lstm_mode: what the LSTM's state is: zeros for every pair, or that of the pair before.
       dropout: rate between the LSTM's layers, in training (0.1 as published).
       layer: shape of the layers; None means the target's.
+      vocab_size: W, size of the draft vocabulary; 0 reads the target's own head.
     """
 
     block: int = 2
@@ -59,6 +61,7 @@ class FalconHeads:
     lstm_mode: Literal["per_position", "recurrent"] = "per_position"
     dropout: float = 0.0
     layer: LayerShape | None = None
+    vocab_size: int = 0
 
     def __post_init__(self):
         """Raises UserError for numbers that make no network."""
@@ -67,6 +70,14 @@ class FalconHeads:
                 raise UserError(f"a Falcon network needs a {name} of at least 1, got {getattr(self, name)}")
         if not 0 <= self.dropout < 1:
             raise UserError(f"dropout must lie in 0..1, 1 excluded, got {self.dropout}")
+
+    def check(self, config: TransformerConfig) -> None:
+        """Raises UserError when the network does not fit the target."""
+        vocabulary.check(self.vocab_size, config)
+
+    def outputs(self, config: TransformerConfig) -> int:
+        """W, the tokens that `logits` scores."""
+        return self.vocab_size or config.vocab_size
 
     @property
     def recurrent(self) -> bool:
@@ -96,7 +107,8 @@ class FalconHeads:
             layer = DraftLayer(own).init(key, x, x, angles, layout)["params"]
             norm = {"scale": (jnp.zeros if own.zero_centred_norm else jnp.ones)(width)}
             params["layers"].append({**({"attention_norm": norm} if i else {}), **layer})
-        return jax.tree.map(lambda leaf: leaf.astype(target["embed"]["embedding"].dtype), params)
+        params = jax.tree.map(lambda leaf: leaf.astype(target["embed"]["embedding"].dtype), params)
+        return {**params, **vocabulary.init(self.vocab_size, target)} if self.vocab_size else params
 
     def join(
         self,
@@ -193,9 +205,21 @@ class FalconHeads:
         joined, _ = self.join(params, feature, embedding, begins=_begins(layout), dropout_key=dropout_key)
         return self.run(config, params, joined, layout)[0]
 
-    def logits(self, config: TransformerConfig, target: Params, hidden: Float[Array, "*B H"]) -> Float[Array, "*B V"]:
+    def logits(
+        self, config: TransformerConfig, params: Params, target: Params, hidden: Float[Array, "*B H"]
+    ) -> Float[Array, "*B W"]:
         """Scores of the token k + 1 places behind the pair's feature, float32 or wider."""
-        return transformer.head(config, target, hidden)
+        if not self.vocab_size:
+            return transformer.head(config, target, hidden)
+        return vocabulary.scores(params, hidden, config.logit_softcap)
+
+    def head_params(self, params: Params) -> Params:
+        """Of the network's parameters, those that `logits` reads."""
+        return {"vocab": params["vocab"]} if self.vocab_size else {}
+
+    def vocabulary(self, params: Params) -> Int[Array, "W"] | None:
+        """Target ids of the tokens that `logits` scores; None means all, in order."""
+        return params.get("draft_vocab")
 
 
 def _affine(part: Params, x: Float[Array, "*B I"]) -> Float[Array, "*B G"]:

@@ -14,7 +14,7 @@ The state s is 0 at the start of every block. E is a table of the head's own, [V
 first `plain` slots keep U. A *confidence* head says, of a slot whose predecessors all survived verification, how
 probably it survives too: sigmoid(confidence [h; e]).
 
-    {'embed': {'embedding' [V, r]}, 'vocab': {'kernel' [r, V]},
+    {'embed': {'embedding' [V, r]}, 'vocab': {'kernel' [r, W]}, with a draft vocabulary of W tokens, else of all V
      'gate': {'kernel' [H + r, r], 'bias'}                                          gated
      'joint': {'kernel' [2r + H, 3r], 'bias'}                                       rnn
      'input': {'kernel' [H, 3s]}, 'state': {'kernel' [s, 3s]}, 'down': {'kernel' [H + s, r]}   gru: r, z, n
@@ -75,11 +75,18 @@ class SerialHead:
         """Width of s; 0 for the kinds that look one token back."""
         return {"vanilla": 0, "gated": 0, "rnn": self.rank, "gru": self.state}[self.kind]
 
-    def init(self, config: TransformerConfig, target: Params, key: Array) -> Params:
-        """A fresh head in the target's dtype, which leaves logits as they are and is sure of nothing."""
+    def init(self, config: TransformerConfig, target: Params, key: Array, outputs: int | None = None) -> Params:
+        """A fresh head in the target's dtype, which leaves logits as they are and is sure of nothing.
+
+        Args:
+          config: shape of the target.
+          target: its parameters.
+          key: for what is drawn.
+          outputs: W, tokens that are scored; None is all.
+        """
         table_key, first_key, second_key, third_key = jax.random.split(key, 4)
         H, V, r, s = config.width, config.vocab_size, self.rank, self.state
-        params: Params = {"vocab": {"kernel": jnp.zeros((r, V))}}
+        params: Params = {"vocab": {"kernel": jnp.zeros((r, V if outputs is None else outputs))}}
         if self.kind == "gru":
             like_torch = nn.initializers.uniform(2 * s**-0.5)
             params["input"] = {"kernel": like_torch(first_key, (H, 3 * s)) - s**-0.5}
@@ -160,15 +167,15 @@ class SerialHead:
         state = (1 - keep) * jnp.tanh(n_in + nn.sigmoid(r_in + r_s) * n_s) + keep * state
         return nn.silu(_linear(params["down"], hidden, state)), state
 
-    def scores(self, params: Params, latent: Float[Array, "*B r"]) -> Float[Array, "*B V"]:
-        """What is added to the logits of all tokens, float32 or wider."""
+    def scores(self, params: Params, latent: Float[Array, "*B r"]) -> Float[Array, "*B W"]:
+        """What is added to the logits of all outputs, float32 or wider."""
         return split_vocabulary(product(latent, params["vocab"]["kernel"], wide(latent.dtype)))
 
     def scores_of(
-        self, params: Params, latent: Float[Array, "*B M r"], tokens: Int[Array, "*B K"]
+        self, params: Params, latent: Float[Array, "*B M r"], outputs: Int[Array, "*B K"]
     ) -> Float[Array, "*B M K"]:
-        """What is added to the logits of K tokens, for each of M latents; `scores` at these tokens."""
-        columns = _columns(params["vocab"]["kernel"], tokens)
+        """What is added to the logits of K outputs, for each of M latents; `scores` at these."""
+        columns = _columns(params["vocab"]["kernel"], outputs)
         return jnp.einsum("...Mr,...Kr->...MK", latent, columns, preferred_element_type=wide(latent.dtype))
 
     def confidence_logit(
@@ -184,8 +191,8 @@ def _linear(params: Params, *inputs: Array) -> Array:
     return y + params["bias"] if "bias" in params else y
 
 
-def _columns(kernel: Kernel, tokens: Int[Array, "*B K"]) -> Float[Array, "*B K r"]:
+def _columns(kernel: Kernel, outputs: Int[Array, "*B K"]) -> Float[Array, "*B K r"]:
     if kernel.ndim == 2:
-        return jnp.moveaxis(jnp.take(kernel, tokens, axis=1), 0, -1)
+        return jnp.moveaxis(jnp.take(kernel, outputs, axis=1), 0, -1)
     block = kernel.shape[2]
-    return jnp.asarray(kernel[tokens // block, :, tokens % block])
+    return jnp.asarray(kernel[outputs // block, :, outputs % block])

@@ -30,9 +30,12 @@ class Head:
 
 
 _MUON = {"optimizer.learning_rate": 4e-3}
-_BLOCKS = {"optimizer.learning_rate": 3e-3, "objective.anchors": 128}
+# As many layers of the target are read as the network has, or as EAGLE-3 reads.
+_BLOCKS = {"optimizer.learning_rate": 3e-3, "objective.anchors": 128, "objective.taps": 3}
 # The paper's 2 x 2 is with and without glancing, with the tree of several passes and with a chain.
 _FALCON = {"tree": "top", "chain": "chain"}
+_SLOTS = {"chain": "chain", "tree": "slots:depth=7"}
+_JETSPEC = {"tree": "accum_logp:depth=7", "best_tree": "slots:depth=7"}
 
 HEADS: dict[str, Head] = {
     "eagle3": Head("eagle3.py", _MUON, {"": "confidence"}, vocabulary=True),
@@ -47,17 +50,20 @@ HEADS: dict[str, Head] = {
     "falcon": Head("falcon.py", _MUON, _FALCON),
     "falcon_unglanced": Head("falcon.py", {**_MUON, "objective.glancing": "off"}, _FALCON),
     "falcon_3": Head("falcon.py", {**_MUON, "objective.block": 3}, {"tree": "top"}),
-    "dflash": Head("dflash.py", _BLOCKS, {"chain": "chain", "tree": "slots:depth=7"}),
+    "dflash": Head("dflash.py", _BLOCKS, _SLOTS, vocabulary=True),
+    "dflash_whole": Head("dflash.py", _BLOCKS, _SLOTS),
     "dspark": Head(
         "dspark.py",
-        {**_BLOCKS, "objective.rank": 128, "objective.candidates": 16},
+        {**_BLOCKS, "objective.rank": 128, "objective.candidates": 64},
         {
             "chain": "chain",
             "scheduled": "scheduled:threshold=0.3,draws=top",
             "lattice": "confidence:top_k=4,depth=7",
         },
+        vocabulary=True,
     ),
-    "jetspec": Head("jetspec.py", _BLOCKS, {"tree": "accum_logp:depth=7", "best_tree": "slots:depth=7"}),
+    "jetspec": Head("jetspec.py", _BLOCKS, _JETSPEC, vocabulary=True),
+    "jetspec_1": Head("jetspec.py", {**_BLOCKS, "objective.num_layers": 1}, _JETSPEC, vocabulary=True),
 }
 
 

@@ -122,7 +122,7 @@ def acceptance(args: argparse.Namespace, target: Path) -> list[Part]:
     common += ["--num_prompts", str(args.num_prompts), "--max_new_tokens", str(args.new_tokens)]
     parts = []
     for temperature, budgets in (("0", args.budgets), ("0.7", args.sampled_budgets)):
-        for name in args.heads:
+        for name in args.heads if budgets else ():
             for method in methods(name, args.out):
                 label = "_".join(
                     ["acceptance", method.partition("=")[0].replace(", ", "_").replace(" ", "_"), temperature]
@@ -304,9 +304,9 @@ def everything(args: argparse.Namespace, job: Job) -> None:
     if args.questions:
         job.run(acceptance(args, target), args.acceptance_seconds)
         pack(args)
-        if job.left > 20:
+        if job.left > 20 and not args.untimed:
             job.run([decode(args, target)], job.left - 5)
-    if job.left > 20:
+    if job.left > 20 and not args.untimed:
         speed = ["eval.speed", "--shape", str(target), "--sections", "bandwidth,plain", "--rounds", "5"]
         job.run([Part("speed", [*speed, "--out", str(args.out / "speed.json")], quick=False)], job.left - 5)
     pack(args)
@@ -363,12 +363,13 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--batch_size", type=at_least(1), default=8, help="rows of a training step")
     parser.add_argument("--length", type=at_least(2), default=512, help="tokens of a row")
     parser.add_argument("--precision", choices=["auto", "bfloat16", "float32"], default="auto", help="of training")
-    parser.add_argument("--vocabulary", type=at_least(1), default=8192, help="EAGLE-3's draft vocabulary")
+    parser.add_argument("--vocabulary", type=at_least(1), default=8192, help="draft vocabulary of heads that have one")
     parser.add_argument("--num_prompts", type=at_least(1), default=48, help="questions measured for acceptance")
     parser.add_argument("--decode_prompts", type=at_least(1), default=12, help="questions timed")
     parser.add_argument("--new_tokens", type=at_least(1), default=128, help="tokens of each answer measured")
     parser.add_argument("--budgets", default="8,16,32", help="candidates besides the root, greedily")
-    parser.add_argument("--sampled_budgets", default="8,16,32", help="the same at a temperature of 0.7")
+    parser.add_argument("--sampled_budgets", default="8,16,32", help="the same at a temperature of 0.7; empty is none")
+    parser.add_argument("--untimed", action="store_true", help="leave out the parts that need the device to themselves")
     return parser
 
 

@@ -1,14 +1,17 @@
 """How fast a training step is: the trainer's own step on random tokens and random weights, with nothing read.
 
-    python -m scripts.accelerator.steps --job NAME [--batch_size 8] [--length 2048] --out FILE.json
+    python -m scripts.accelerator.steps --job NAME [--batch_size 8] [--length 2048] [--remat HOW] --out FILE.json
     python -m scripts.accelerator.steps --job NAME --memory [--largest] [--mesh fsdp=8,tensor=2] --out FILE.json
 
 Writes `compile_seconds`, `step_ms`, `tokens_per_second`, `scratch_gib` and `argument_gib` of the compiled step, and
-`mfu`: model FLOPs (6 per trainable and 2 per frozen parameter and token, those of embedding tables and attention apart;
-a draft that is unrolled counts once) over time and over the rate of a large product in bfloat16 (on a CPU in float32),
-measured in the same run. With `--memory` the step is compiled and not run, from shapes alone, in bfloat16, for this
-machine's devices (`XLA_FLAGS=--xla_force_host_platform_device_count=16` simulates some on a CPU), and what it takes of
-each device is written. What a step computes again is everything inside a layer (`remat` is `layers`).
+`mfu`: model FLOPs over time and over the rate of a large product in bfloat16 (on a CPU in float32), measured in the
+same run. Model FLOPs are 6 per trainable and 2 per frozen parameter and token, those of embedding tables and attention
+apart, and what is computed again counts once. Of a draft that is unrolled every step counts, because each goes forward
+and backward through all that is trained, but for the fusion of the target's features, with numbers of its own;
+`mfu_once` counts it as one step. With `--memory` the step is compiled and not run, from shapes alone, in bfloat16, for
+this machine's devices (`XLA_FLAGS=--xla_force_host_platform_device_count=16` simulates some on a CPU), and what it
+takes of each device is written. What a step computes again instead of keeping it (`remat`) is a matter of what fits,
+and so of the job.
 """
 
 import dataclasses
@@ -60,17 +63,19 @@ class Job(NamedTuple):
       shape: of the target, or of the model itself.
       length: tokens of a row.
       objective: its section but for the target, where one is frozen; None is a language model.
+      remat: what is computed again: nothing, where all that is kept fits 80 GB beside the rest.
     """
 
     shape: str
     length: str
     objective: dict[str, Any] | None
+    remat: str = "none"
 
 
 _HEADS = {"name": "draft_heads", "labels": "all", "loop_prompts": 0}
 JOBS = {
     "hydra": Job("llama3-8b", "2048", {**_HEADS, "drafter": "hydra", "heads": {"num_heads": 4}}),
-    "eagle3": Job("llama3-8b", "2048", {"name": "eagle3", "labels": "all", "steps": 7, "loop_prompts": 0}),
+    "eagle3": Job("llama3-8b", "2048", {"name": "eagle3", "labels": "all", "steps": 7, "loop_prompts": 0}, "layers"),
     "lm-110m": Job("110m", "1024", None),
     "lm-1b": Job("llama3-1b", "1024", None),
     "medusa": Job("llama3-8b", "2048", {**_HEADS, "drafter": "medusa", "heads": {"num_heads": 4}}),
@@ -101,7 +106,7 @@ def plan_of(
         "steps": 100,
         "batch_size": batch_size,
         "length": length,
-        "remat": "layers",
+        "remat": job.remat,
         **settings,
     }
     return trainer.make_plan(parse(raw, OBJECTIVES), facts)
@@ -126,53 +131,85 @@ def _drawn(key, leaf):
     return 0.02 * jax.random.normal(key, leaf.shape, leaf.dtype)
 
 
-def model_flop(plan: trainer.Plan, tokens: int) -> float:
-    """Of one step."""
+def model_flop(plan: trainer.Plan, tokens: int, unrolled: int = 1) -> float:
+    """Of one step, whose draft is unrolled so many times."""
     table = plan.objective.model.vocab_size * plan.objective.model.width
     frozen = 0 if plan.frozen is None else trainer.count(plan.frozen) - table
     trainable = trainer.count(plan.state["params"])
     if plan.frozen is None and not plan.objective.model.tied_embeddings:
         trainable -= table
+    if unrolled > 1:
+        once = trainer.count(plan.state["params"]["fc"])
+        trainable = once + unrolled * (trainable - once)
     return tokens * (6 * trainable + 2 * frozen)
+
+
+@dataclasses.dataclass
+class Running:
+    """A job's compiled step and what it takes.
+
+    Attributes:
+      plan: the job.
+      step: the program.
+      state, frozen, inputs: its arguments, of random weights and tokens.
+      compile_seconds: what making it took.
+    """
+
+    plan: trainer.Plan
+    step: Any
+    state: Any
+    frozen: Any
+    inputs: Any
+    compile_seconds: float
+
+    @classmethod
+    def of(cls, job: Job, shape: TransformerConfig, batch_size: int, length: int, **settings: Any) -> "Running":
+        """The job's, compiled for this device; `settings` are of its config."""
+        with tempfile.TemporaryDirectory() as folder:
+            plan = plan_of(job, shape, batch_size, length, Path(folder), **settings)
+            if plan.base is not None:
+                base = random_base(plan)
+                plan.objective.load_base = lambda mesh: base  # type: ignore[method-assign]
+            state, frozen = trainer.first_state(plan, None)
+        rng = np.random.default_rng(0)
+        rows = (batch_size, length)
+        batch = {
+            "tokens": rng.integers(0, shape.vocab_size, rows, np.int32),
+            "segments": np.ones(rows, np.int32),
+            "mask": np.ones(rows, np.uint8),
+        }
+        inputs = trainer.to_devices(plan, batch)
+        began = time.perf_counter()
+        step = trainer.compiled_step(plan, state, frozen, inputs, lambda line: print(line, flush=True))
+        return cls(plan, step, state, frozen, inputs, time.perf_counter() - began)
+
+    def run(self) -> dict[str, Any]:
+        """One step, to its end; its metrics."""
+        self.state, metrics = self.step(self.state, self.frozen, self.inputs)
+        return jax.block_until_ready(metrics)
 
 
 def measure(job: Job, shape: TransformerConfig, batch_size: int, length: int, rounds: int) -> dict[str, Any]:
     """Compiles the step, runs it, and says how fast that was."""
-    with tempfile.TemporaryDirectory() as folder:
-        plan = plan_of(job, shape, batch_size, length, Path(folder))
-        if plan.base is not None:
-            base = random_base(plan)
-            plan.objective.load_base = lambda mesh: base  # type: ignore[method-assign]
-        state, frozen = trainer.first_state(plan, None)
-    rng = np.random.default_rng(0)
-    rows = (batch_size, length)
-    batch = {
-        "tokens": rng.integers(0, shape.vocab_size, rows, np.int32),
-        "segments": np.ones(rows, np.int32),
-        "mask": np.ones(rows, np.uint8),
-    }
-    inputs = trainer.to_devices(plan, batch)
-    began = time.perf_counter()
-    step = trainer.compiled_step(plan, state, frozen, inputs, lambda line: print(line, flush=True))
-    compiled = time.perf_counter() - began
+    running = Running.of(job, shape, batch_size, length)
     seconds = []
     for _ in range(rounds + 1):
         began = time.perf_counter()
-        state, metrics = step(state, frozen, inputs)
-        jax.block_until_ready(metrics)
+        metrics = running.run()
         seconds.append(time.perf_counter() - began)
     taken = summary(seconds[1:])
-    memory = step.memory_analysis()
+    memory = running.step.memory_analysis()
     peak = _peak(rounds)
-    tokens = batch_size * length
+    tokens, unrolled = batch_size * length, (job.objective or {}).get("steps", 1)
     return {
         "loss": float(metrics["loss"]),
-        "compile_seconds": compiled,
+        "compile_seconds": running.compile_seconds,
         "step_ms": taken.median,
         "step_ms_min": taken.minimum,
         "tokens_per_second": 1e3 * tokens / taken.median,
         "peak_tflop_per_s": peak / 1e12,
-        "mfu": model_flop(plan, tokens) / (taken.median / 1e3) / peak,
+        "mfu": model_flop(running.plan, tokens, unrolled) / (taken.median / 1e3) / peak,
+        **({"mfu_once": model_flop(running.plan, tokens) / (taken.median / 1e3) / peak} if unrolled > 1 else {}),
         "scratch_gib": memory.temp_size_in_bytes / GIB,
         "argument_gib": memory.argument_size_in_bytes / GIB,
     }
@@ -209,16 +246,18 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--memory", action="store_true", help="compile the step and tell its memory; run nothing")
     parser.add_argument("--largest", action="store_true", help="heads of a target of the Llama-3-70B shape")
     parser.add_argument("--mesh", default="data=1", help="with --memory: its axes, such as fsdp=8,tensor=2")
+    parser.add_argument("--remat", choices=["none", "products", "layers"], help="what is computed again (by the job)")
     parser.add_argument("--rounds", type=at_least(1), default=5, help="steps that are timed")
     parser.add_argument("--tiny", action="store_true", help="with a tiny shape")
     parser.add_argument("--out", type=Path, required=True, help="JSON file to write")
     args = parser.parse_args(argv)
     job = JOBS[args.job]
+    job = job._replace(remat=args.remat or job.remat)
     name = "tiny" if args.tiny else job.shape
     shape = SHAPES[name]
     if args.tiny:
         shape = dataclasses.replace(shape, vocab_size=512)  # Bytes do not fit into its own.
-    asked = {"job": args.job, "shape": name, "batch_size": args.batch_size, "length": args.length}
+    asked = {"job": args.job, "shape": name, "batch_size": args.batch_size, "length": args.length, "remat": job.remat}
     if args.memory:
         if args.largest:
             shape, asked["shape"] = LARGEST, "llama3-70b"

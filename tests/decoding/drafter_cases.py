@@ -110,10 +110,10 @@ def eagle2(target: Target, key: Array) -> tuple[Drafter, Any]:
 
 def eagle3(target: Target, key: Array) -> tuple[Drafter, Any]:
     """A vocabulary of its own, which is not the beginning of the target's."""
-    known = [token for token in (0, 1, 3, 5, 6, 8, 10, 11) if token < target.config.vocab_size]
+    known = _some_tokens(target)
     policy = Confidence(top_k=min(4, len(known)), depth=3, total=10)
     drafter, params = _random(Eagle3(Eagle3Heads(0, 1, 1, len(known)), policy), target, key)
-    return drafter, {**params, "draft_vocab": jnp.array(known, jnp.int32)}
+    return drafter, {**params, "draft_vocab": known}
 
 
 def eagle3_static(target: Target, key: Array) -> tuple[Drafter, Any]:
@@ -123,10 +123,13 @@ def eagle3_static(target: Target, key: Array) -> tuple[Drafter, Any]:
 
 
 def dspark(target: Target, key: Array) -> tuple[Drafter, Any]:
-    """One pass for a block, a bigram for its branches; of a slot's tokens most are scored after the parent."""
-    heads = DFlashHeads((0, 1), target.config.vocab_size - 1, num_layers=1, block=3, shifted=True)
-    drafter = DSpark(heads, Static(LOPSIDED, "top"), SerialHead("vanilla", 4), min(8, target.config.vocab_size))
-    return _random(drafter, target, key)
+    """One pass for a block, a bigram for its branches, over a vocabulary of its own, of which most is scored after the
+    parent."""
+    known = _some_tokens(target)
+    mask, size = target.config.vocab_size - 1, len(known)
+    heads = DFlashHeads((0, 1), mask, num_layers=1, block=3, shifted=True, vocab_size=size)
+    drafter, params = _random(DSpark(heads, Static(LOPSIDED, "top"), SerialHead("vanilla", 4), size - 1), target, key)
+    return drafter, {**params, "draft_vocab": known}
 
 
 def eagle31(target: Target, key: Array) -> tuple[Drafter, Any]:
@@ -137,10 +140,10 @@ def eagle31(target: Target, key: Array) -> tuple[Drafter, Any]:
 
 def p_eagle(target: Target, key: Array) -> tuple[Drafter, Any]:
     """All depths in one pass, through two layers, over a vocabulary of its own."""
-    known = [token for token in (0, 1, 3, 5, 6, 8, 10, 11) if token < target.config.vocab_size]
+    known = _some_tokens(target)
     heads = PEagleHeads(0, 1, 1, len(known), num_layers=2)
     drafter, params = _random(PEagle(heads, Static(LOPSIDED, "top")), target, key)
-    return drafter, {**params, "draft_vocab": jnp.array(known, jnp.int32)}
+    return drafter, {**params, "draft_vocab": known}
 
 
 def dflash(target: Target, key: Array) -> tuple[Drafter, Any]:
@@ -156,14 +159,20 @@ def dflash2(target: Target, key: Array) -> tuple[Drafter, Any]:
 
 
 def jetspec(target: Target, key: Array) -> tuple[Drafter, Any]:
-    """Causal blocks, and a tree whose topology is data."""
-    heads = DFlashHeads((0, 1), 0, num_layers=1, block=4, causal=True)
-    return _random(DFlash(heads, Expanding(depth=3, total=10, width=3)), target, key)
+    """Causal blocks longer than the tree is deep, over a vocabulary of their own, and a tree whose topology is data."""
+    known = _some_tokens(target)
+    heads = DFlashHeads((0, 1), 0, num_layers=1, block=6, causal=True, vocab_size=len(known))
+    drafter, params = _random(DFlash(heads, Expanding(depth=3, total=10, width=3)), target, key)
+    return drafter, {**params, "draft_vocab": known}
 
 
 def falcon(target: Target, key: Array) -> tuple[Drafter, Any]:
-    """Blocks of two on a tree that needs two passes, the second of which ends in its middle; one layer, one cache."""
-    return _random(Falcon(FalconHeads(block=2), Static(LOPSIDED, "top")), target, key)
+    """Blocks of two on a tree that needs two passes, the second of which ends in its middle; one layer, one cache; a
+    vocabulary of its own."""
+    known = _some_tokens(target)
+    heads = FalconHeads(block=2, vocab_size=len(known))
+    drafter, params = _random(Falcon(heads, Static(LOPSIDED, "top")), target, key)
+    return drafter, {**params, "draft_vocab": known}
 
 
 def falcon_recurrent(target: Target, key: Array) -> tuple[Drafter, Any]:
@@ -264,6 +273,11 @@ def learns_from_rejected_nodes(drafter: Drafter) -> bool:
 def read_by(drafter: Drafter, length: np.ndarray) -> np.ndarray:
     """How much of a text the state stands for: a draft model reads the last committed token with the next draft."""
     return np.asarray(length) - isinstance(drafter, DraftModel)
+
+
+def _some_tokens(target: Target) -> Array:
+    """A draft vocabulary that is not the beginning of the target's."""
+    return jnp.array([token for token in (0, 1, 3, 5, 6, 8, 10, 11) if token < target.config.vocab_size], jnp.int32)
 
 
 def _random(drafter, target: Target, key: Array) -> tuple[Drafter, Any]:

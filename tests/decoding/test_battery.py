@@ -200,6 +200,27 @@ def test_latents_leave_drafts_lossless(name: str) -> None:
         assert stats.steps < stats.committed or not drafter.max_depth
 
 
+@pytest.mark.parametrize("name", ["eagle3", "dflash", "draft chain"])
+def test_who_reads_text_alone_drafts_as_without_latents(name: str) -> None:
+    # Some of the slots in use are not of text: what the drafter has read stands where it was trained to find it.
+    (seen, request), (drafter, _) = steps(name), case(name)
+    now = seen[len(seen) // 2].before
+    state = dataclasses.replace(blank(name, now.tokens), drafter=jax.tree.map(jnp.asarray, now.drafter))
+    state = dataclasses.replace(state, text=dataclasses.replace(state.text, length=jnp.asarray(now.length)))
+
+    root = jnp.asarray(now.tokens[np.arange(len(now.tokens)), now.length])
+
+    @jax.jit
+    def draft(slots):
+        now, both = dataclasses.replace(state, slots=slots), models(name)
+        network = drafter.network(both.drafter_params, both.view(now, request), now.drafter["inner"])
+        return loop.draft(both, now, request), network.begin(root, 4)[0].logits
+
+    plain, behind = (jax.tree.leaves(draft(jnp.asarray(now.length) + latents)) for latents in (0, 5))
+    for one, other in zip(plain, behind, strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
 # 3. Garbage is exact, the truth is accepted, wherever it stands.
 
 

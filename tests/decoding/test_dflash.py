@@ -16,14 +16,15 @@ from models.heads.dflash import DFlashHeads, Selector
 from tests.decoding.test_sampled_rules import SMALLEST_P, filled, judge, p_value
 from tests.noise import noisy
 
-HEADS = DFlashHeads((0, 1), 4, num_layers=1, block=4, selector=Selector(rank=3, candidates=2))
+HEADS = DFlashHeads((0, 1), 4, num_layers=1, block=4, selector=Selector(rank=3, candidates=2), vocab_size=4)
 
 
 def test_chains_drawn_from_a_few_candidates_follow_the_target(x64: None) -> None:
-    """Two candidates of five tokens per slot, scored after the token before: q is 0 elsewhere."""
+    """Two candidates, of the four of five tokens that are scored, per slot, by the token before: q is 0 elsewhere."""
     target = tiny_target(5, dtype=jnp.float64)
     fresh = jax.eval_shape(lambda: HEADS.init(target.config, target.params, jax.random.key(0)))
     params = noisy(jax.tree.map(lambda leaf: np.ones(leaf.shape) * (leaf.ndim < 2), fresh), 0.4)
+    params["draft_vocab"] = jnp.array([0, 1, 3, 4], jnp.int32)
     drafter = DFlash(HEADS, Static(chain(3), "without"))
     (result,) = check_losslessness(target, drafter, params, [1, 2, 3], 3, [Sampling(temperature=1.5)], 2048, seed=1)
     assert result.rule == "swor" and result.passed and result.test.degrees > 5, result

@@ -80,7 +80,7 @@ def grown() -> dict[str, tuple[Any, np.ndarray, np.ndarray]]:
             for field in dataclasses.fields(tree)
             if hasattr(x := getattr(tree, field.name), "shape")
         }
-        hidden_BDH = network.filled_block(root)
+        hidden_BDH, _ = network.filled_block(root)
         # A row per node: its ancestors, itself included, in the order of depth.
         place = jnp.where(whole["ancestors"], whole["depth"][:, None], DEPTH + 1)
         path_BND = jnp.take_along_axis(whole["tokens"][:, None], jnp.argsort(place, axis=2)[:, :, :DEPTH], axis=2)

@@ -55,7 +55,7 @@ class Counting(FalconHeads):
         rows = jnp.zeros((1, 1, 2, joined.shape[1]))
         return number, [{"k": rows, "v": rows.swapaxes(2, 3)}]
 
-    def logits(self, config, target, hidden):
+    def logits(self, config, params, target, hidden):
         """A token is the worse the further it is from the first that is offered."""
         beyond = jnp.arange(config.vocab_size) - OFFERED * hidden
         return jnp.where((beyond >= 0) & (beyond < OFFERED), -beyond, -1e3)

@@ -12,7 +12,7 @@ from decoding import loop
 from decoding.drafters.first_of import FirstOf
 from decoding.drafters.medusa import Medusa
 from decoding.drafters.token_recycling import TokenRecycling
-from decoding.generate import bucket, generate, slots_needed
+from decoding.generate import bucket, cache_sizes, generate, slots_needed
 from decoding.sampling import Sampling
 from decoding.trees import MC_SIM_7B_63
 from decoding.verify import Typical
@@ -55,6 +55,16 @@ def test_stream_is_the_output_every_m_steps(target: Target, drafter: dict, every
         # Every step ends with a token that the target wrote.
         ends = [sum(writer == 0 for writer in writers) for _, writers in pieces[1:-1]]
         assert ends == [every] * len(ends) and len(pieces) >= 1 + whole.stats[row].steps // every
+
+
+def test_few_sizes_of_caches_and_prompts_are_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert cache_sizes([200, 70, 129, 1000, 30]) == [224, 80, 224, 1024, 80]
+    assert cache_sizes([64]) == [64] and cache_sizes([]) == []
+    assert module.chunk_sizes(600) == [512, 96] and module.chunk_sizes(30, 64) == [32]
+    monkeypatch.setattr(module.jax, "default_backend", lambda: "gpu")
+    assert module.chunk_sizes(600) == [512, 512] and module.chunk_sizes(30, 8) == [64]
+    assert module.chunk_sizes(30, 64) == [32] and module.chunk_sizes(1, 2) == [1]
+    assert slots_needed(30, 60, 3) == 512 and slots_needed(30, 60, 3, batch=64) == 94
 
 
 @pytest.mark.parametrize("name", ["none", "hydra++"])

@@ -179,7 +179,7 @@ def test_a_cache_is_no_larger_than_what_was_asked_for(monkeypatch: pytest.Monkey
         with pytest.raises(Enough):
             generate(target(), [[1] * length], drafter=drafter, drafter_params=params, max_new_tokens=new)
         needed = slots_needed(length, new, drafter.max_depth)
-        chunks = sum(module._chunk_sizes(length))
+        chunks = sum(module.chunk_sizes(length))
         assert needed == max(length + new + drafter.max_depth + 1, chunks) and chunks <= length + max(15, length // 4)
         assert asked[-1] == bucket(needed) <= max(64, 1.25 * needed)
     # The longest prompt and the most new tokens of a batch may belong to different rows.

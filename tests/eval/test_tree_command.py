@@ -9,17 +9,25 @@ import jax
 import numpy as np
 import pytest
 
+from decoding.calibration import recorded_drafts, sequential_temperatures
+from decoding.drafters.dspark import DSpark
 from decoding.drafters.eagle import Eagle
 from decoding.drafters.registry import load_drafter, save_drafter
 from decoding.generate import generate
+from decoding.policies import Static
+from decoding.policies.scheduled import Scheduled
 from decoding.tree_search import walk
 from decoding.trees import Topology, chain, from_child_counts
 from eval import tree as command
 from eval.measure.timing import Timing
+from eval.text.prompts import BUILT_IN
 from eval.tree import Choice, calibration_ranks, choose_tree, probe
 from models.errors import UserError
 from models.formats.target import Target, load_target
+from models.heads.dflash import DFlashHeads
 from models.heads.eagle import EagleHeads
+from models.heads.serial import SerialHead
+from tests.noise import drawn
 
 
 @pytest.mark.parametrize("name", ["medusa", "hydra"])
@@ -159,6 +167,33 @@ def test_a_tree_for_a_drafter_with_a_policy(target_directory, tmp_path, capsys) 
     with pytest.raises(SystemExit):
         command.main([*arguments, str(tmp_path / "tree.json")])
     assert "tree.json is not UTF-8 text" in capsys.readouterr().err
+
+
+def test_confidences_are_calibrated_on_drafts_that_were_verified(
+    target, target_directory, tmp_path, capsys, monkeypatch
+):
+    heads = DFlashHeads((1,), 0, num_layers=1, block=2, shifted=True)
+    drafter = DSpark(heads, Static(chain(2)), SerialHead(rank=4))
+    shapes = jax.eval_shape(lambda: drafter.init_params(target.config, target.params, jax.random.key(0)))
+    save_drafter(tmp_path / "dspark", drafter, drawn(shapes, 0.3), target.fingerprint())
+    told = []
+    monkeypatch.setattr(command, "recorded_drafts", lambda *args: told.append(recorded_drafts(*args)) or told[0])
+    arguments = ["--target", str(target_directory), "--drafter", str(tmp_path / "dspark"), "--calibrate", "--write"]
+    with pytest.raises(SystemExit):
+        command.main(arguments)
+    assert "--calibrate is for the policy scheduled" in capsys.readouterr().err
+    options = ["--policy", "scheduled:depth=2,threshold=0.4,draws=top", "--max_new_tokens", "40"]
+    command.main([*arguments, *options])
+    ((logits, survived),) = told
+    # A draft commits one token and what survives; the texts' last drafts are left out.
+    assert logits.shape == survived.shape and logits.shape[1] == 2 and np.isfinite(logits).all()
+    assert 0 < survived[:, 0].mean() < 1 and (survived[:, 1] <= survived[:, 0]).all()
+    texts = len(BUILT_IN)
+    assert texts * (39 - 3) <= len(logits) + survived.sum() <= texts * 39
+    assert f"{len(logits)} drafts" in capsys.readouterr().out
+    written = load_drafter(tmp_path / "dspark", target)[0].tree_policy
+    found = sequential_temperatures(logits, survived)
+    assert written == Scheduled(depth=2, threshold=0.4, draws="top", temperatures=tuple(found.tolist()))
 
 
 def test_command_refuses_what_has_no_heads(target_directory, capsys) -> None:

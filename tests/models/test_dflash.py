@@ -165,6 +165,10 @@ def test_rows_that_draft() -> None:
     assert PLAIN.depth == 2 and PLAIN.drafting(hidden)[0, :, :, 0].tolist() == [[1, 2], [4, 5]]
     shifted = dataclasses.replace(PLAIN, shifted=True)
     assert shifted.depth == 3 and shifted.drafting(hidden)[0, :, :, 0].tolist() == [[0, 1, 2], [3, 4, 5]]
+    # Of a causal block what stands behind the slots that are asked for is not run.
+    assert PLAIN.down_to(1) == PLAIN and FULL.down_to(1) == dataclasses.replace(FULL, block=2)
+    causal = dataclasses.replace(shifted, causal=True)
+    assert causal.down_to(2) == dataclasses.replace(causal, block=2) and causal.down_to(3) == causal
 
 
 def test_layers_that_are_read_exist() -> None:
@@ -187,6 +191,8 @@ def test_layers_that_are_read_exist() -> None:
         ({"block": 1}, "drafts at least one token, got 2 layers and a block of 1"),
         ({"window": 0}, "window must be at least 1, got 0"),
         ({"selector": Selector(4, 20)}, "1 to 19 candidates, got 4 and 20"),
+        ({"selector": Selector(4, 9), "vocab_size": 8}, "1 to 8 candidates, got 4 and 9"),
+        ({"vocab_size": 20}, "vocabulary must have 0 .all. to 19 tokens, as many as the target's, got 20"),
     ],
 )
 def test_a_network_for_another_target_is_refused(change: dict, words: str) -> None:

@@ -17,6 +17,7 @@ from decoding.coprocessors import load_coprocessor
 from eval.text.behind import likelihoods_behind
 from models import attention, coprocessor, transformer
 from models.attention import Sources
+from models.coprocessor import CoprocessorConfig
 from models.errors import UserError
 from models.formats.target import load_target
 from models.formats.tokenizer import Tokenizer
@@ -24,7 +25,7 @@ from models.layout import BlockCausal, Causal, Layout
 from tests.noise import drawn
 from train import trainer
 from train.objectives import pieces
-from train.objectives.coprocessor import CoprocessorObjective, places_at
+from train.objectives.coprocessor import CoprocessorObjective, CoprocessorTraining, places_at
 from train.objectives.objective import Compute
 
 LENGTH = 20
@@ -390,6 +391,13 @@ def test_a_wrong_objective_gets_one_sentence(objective, words, job):
     with pytest.raises(UserError) as caught:
         job("coprocessor", objective=objective)
     assert words in str(caught.value)
+
+
+@pytest.mark.parametrize("kind, latents, tokens", [("full", 16, 16_128), ("full", 64, 46_848), ("pause", 16, 9984)])
+def test_a_step_costs_what_the_publication_s_sizes_say(kind, latents, tokens):
+    told = CoprocessorConfig(kind=kind, num_latents=latents)
+    job = CoprocessorTraining(name="coprocessor", target="-", coprocessor=told, places=128, ahead=16)
+    assert job.forward_tokens(2048) == tokens
 
 
 def test_rows_too_short_for_what_is_ahead_are_refused(job, tmp_path):

@@ -22,6 +22,7 @@ from tests.noise import noisy
 from tests.train.conftest import STUDENT
 from train import trainer
 from train.data.corpus import open_corpus
+from train.objectives.distill import principal
 
 KEY = jax.random.key(7)
 
@@ -152,8 +153,12 @@ def test_the_loop_keeps_first_drafts_as_often_as_distributions_overlap(target_di
 
 
 @pytest.mark.slow
-def test_a_killed_run_writes_the_same_text_again(job, die_at, tmp_path) -> None:
-    config = job("distill", objective={"source": "mixed", "reuse": 2, "labels": "all"}, steps=6)
+@pytest.mark.parametrize(
+    ("name", "objective"),
+    [("distill", {"source": "mixed", "reuse": 2, "labels": "all"}), ("minillm", {"labels": "all"})],
+)
+def test_a_killed_run_writes_the_same_text_again(job, die_at, tmp_path, name, objective) -> None:
+    config = job(name, objective=objective, steps=6)
     trainer.train(config, tmp_path / "whole")
     with die_at(3):
         trainer.train(config, tmp_path / "killed")
@@ -195,6 +200,25 @@ def test_a_student_may_begin_as_a_target_or_a_draft_model_of_the_same_tokenizer(
     (other / "tokenizer.json").write_text(json.dumps(definition))
     with pytest.raises(UserError, match="another tokenizer"):
         setting(model=None, init_from=str(other))
+
+
+def test_a_new_student_may_begin_with_the_targets_embeddings(setting) -> None:
+    """Along as many directions as the student is wide: what is left of products of tokens is the best there can be."""
+    objective, *_ = setting(embedding="target")
+    table = np.random.default_rng(0).normal(size=(objective.model.vocab_size, objective.model.width))
+    base = {"embed": {"embedding": jnp.asarray(table, jnp.float32)}}
+    found = np.asarray(principal(base["embed"]["embedding"], 5))
+    values = np.linalg.eigvalsh(table.T @ table)
+    np.testing.assert_allclose(
+        np.linalg.norm(found @ found.T - table @ table.T) ** 2, np.sum(values[:-5] ** 2), rtol=1e-3
+    )
+    # The tests' student is as wide as its target: a rotation.
+    shapes = jax.eval_shape(objective.init, KEY, base)
+    assert shapes["embed"]["embedding"].shape == table.shape
+    with pytest.raises(UserError, match="as wide as the target"):
+        setting(embedding="target", model={**STUDENT, "width": 32})
+    with pytest.raises(UserError, match="brings its own"):
+        setting(embedding="target", model=None, init_from="somewhere")
 
 
 def test_what_cannot_be_done_is_refused(job) -> None:

@@ -23,7 +23,7 @@ from train.objectives.divergences import acceptance
 
 DEPTH, TERMS = 3, Terms(hard=0.1, l1=0.9)
 CASES = {
-    "dspark": {"head": "rnn", "pace": 2.0, "confident": 0.7},
+    "dspark": {"head": "rnn", "pace": 2.0, "confident": 0.7, "vocabulary": 60},
     "domino": {"pace": 2.0, "decay": 0.5},
 }
 
@@ -35,7 +35,8 @@ def log_softmax(logits):
 
 def by_block(objective, params, frozen, batch):
     """Per block: logits of the slots with and without the serial head, the target's there, its confidences, labels, and
-    which of these count; every document alone and in full, as in a replay of decoding."""
+    which of these count; every document alone and in full, as in a replay of decoding. With a draft vocabulary these
+    are its tokens alone, and what it lacks does not count."""
     serial, model = objective.serial, objective.model
     tokens, segments, mask = (np.asarray(batch[name]) for name in ("tokens", "segments", "mask"))
     texts = [
@@ -44,13 +45,15 @@ def by_block(objective, params, frozen, batch):
         for segment in range(1, segments[row].max() + 1)
     ]
     padded = np.stack([np.pad(text, (0, tokens.shape[1] - len(text))) for text, _ in texts])
+    known = np.asarray(frozen.get("draft_vocab", np.arange(model.vocab_size)))
 
     @jax.jit
     def run(params, frozen, tokens):
+        params = objective.drafter_params(params, frozen)
         out = transformer.forward(model, frozen, tokens, Layout.causal(*tokens.shape), taps=objective.heads.taps)
         slots = objective.drafter.teacher_forced(model, frozen, params, tokens, out, DEPTH)
         hidden, latent = (jnp.stack(part, axis=2) for part in zip(*slots, strict=True))
-        alone, own = transformer.head(model, frozen, hidden), params["serial"]
+        alone, own = objective.heads.logits(model, params, frozen, hidden), params["serial"]
         sure = jnp.zeros(latent.shape[:3])
         if serial.confidence != "none":
             behind = jnp.pad(tokens, ((0, 0), (0, DEPTH)))
@@ -64,14 +67,10 @@ def by_block(objective, params, frozen, batch):
             if labelled[a] and labelled[a + 1]:
                 end = min(len(text), a + DEPTH + 1)
                 there = (b, a - 1, slice(0, end - a - 1))
-                yield (
-                    told[there],
-                    alone[there],
-                    target[b, a : end - 1],
-                    sure[there],
-                    text[a + 1 : end],
-                    labelled[a + 1 : end],
-                )
+                labels, taught = text[a + 1 : end], target[b, a : end - 1]
+                counted = labelled[a + 1 : end] & np.isin(labels, known) & np.isin(taught.argmax(axis=-1), known)
+                outputs = np.minimum(np.searchsorted(known, labels), len(known) - 1)
+                yield told[there], alone[there], taught[:, known], sure[there], outputs, counted
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -17,7 +17,8 @@ from models.layout import Layout
 from train import trainer
 from train.checkpoint import restore
 from train.data.corpus import open_corpus
-from train.objectives.eagle import EagleObjective, count_labels, most_frequent
+from train.objectives.draft_vocabulary import count_labels, most_frequent
+from train.objectives.eagle import EagleObjective
 from train.objectives.guess import Guess
 from train.objectives.shift import ahead
 

@@ -249,3 +249,18 @@ def test_members_may_learn_from_what_the_target_writes(job, target_directory):
     with pytest.raises(UserError, match="writes as it goes on"):
         distilled = {"name": "distill", "model": STUDENT, "source": "student"}
         trainer.make_plan(job("several", objective={"members": {"own": {"objective": distilled}}}), corpus.facts)
+
+
+def test_draft_models_may_be_members(job, several):
+    """Their losses have one term each, and heads' one by depth."""
+    own = {"name": "distill", "model": STUDENT, "loop_prompts": 0}
+    config = several(
+        {"a": own, "b": {**own, "divergence": {"name": "tvd"}}, "medusa": {**MEDUSA, "heads": {"num_heads": 2}}}
+    )
+    corpus = open_corpus(config)
+    plan = trainer.make_plan(config, corpus.facts)
+    batch = {name: jnp.asarray(values) for name, values in next(corpus.batches(4, 0)).items()}
+    (sums, weights), told = jax.eval_shape(
+        plan.objective.loss, plan.state["params"], plan.base, batch, jax.random.key(0), 0.0
+    )
+    assert sums.shape == weights.shape == (4,) and {"a/loss", "b/loss", "medusa/loss"} <= told.keys()

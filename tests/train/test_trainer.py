@@ -81,12 +81,13 @@ def test_draft_heads_resume_bitwise_with_noise_and_dropout(job, tmp_path, die_at
     assert weights(tmp_path / "whole" / "drafter") == weights(tmp_path / "broken" / "drafter")
 
 
-def test_what_is_drawn_between_steps_shares_no_key_with_any_part_of_a_step() -> None:
+def test_what_is_drawn_beside_the_loss_shares_no_key_with_any_part_of_a_step() -> None:
     state = {"key": jax.random.key_data(jax.random.key(3)), "step": np.int32(7)}
     step = jax.random.fold_in(jax.random.key(3), 7)
-    drawn = jax.random.key_data(trainer.refresh_key(state)).tolist()
+    drawn = [jax.random.key_data(key).tolist() for key in (trainer.refresh_key(state), trainer.beside(step, 2))]
     parts = jax.random.key_data(jax.random.split(step, 64)).tolist()
-    assert drawn not in parts and jax.random.key_data(jax.random.fold_in(step, 2)).tolist() in parts
+    assert drawn[0] != drawn[1] and not any(key in parts for key in drawn)
+    assert jax.random.key_data(jax.random.fold_in(step, 2)).tolist() in parts
 
 
 def test_what_an_objective_makes_between_steps_serves_as_many_as_it_says_and_is_made_again(

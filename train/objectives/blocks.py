@@ -7,8 +7,9 @@ document, and its teacher is the target at a + i. With c the slots that count, a
 
     loss = sum c w l / sum c w        and with D-PACE, whose weights say how much a slot is worth, sum c w l / sum c
 
-where l is a slot's loss. All slots of a block are read at once, and scores over the vocabulary exist of a piece of the
-anchors at a time (`pieces.py`).
+where l is a slot's loss. With a draft vocabulary (`draft_vocabulary.py`) a slot counts only where that holds its label,
+if labels are learnt, and the teacher's first choice, if that is. All slots of a block are read at once, and scores over
+the vocabulary exist of a piece of the anchors at a time (`pieces.py`).
 """
 
 import dataclasses
@@ -20,14 +21,16 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from decoding.sampling import argmax
-from models import schema, transformer
+from models import schema
 from models.attention import Rows
 from models.config import TransformerConfig
+from models.heads import vocabulary
 from models.heads.dflash import Anchors, DFlashHeads, dflash_layers
 from models.sharding import keep_batch
 from train.objectives import block_losses, divergences
 from train.objectives.block_losses import Terms
-from train.objectives.drafting import OnFrozenTarget, check_drafting
+from train.objectives.draft_vocabulary import WithDraftVocabulary
+from train.objectives.drafting import check_drafting
 from train.objectives.guess import Weights, drawn_places, first_choices, picked
 from train.objectives.objective import Batch, Params
 from train.objectives.pieces import pieces_of, separable_sums, summed
@@ -43,12 +46,17 @@ class Slots(NamedTuple):
       counted: slots that have a label.
       scored: what the teacher's logits are read off.
       choice: its first choice; None where nobody asks.
+      outputs: the labels as the drafter's outputs, -1 for one outside of its vocabulary; None where these are all
+        tokens.
+      learnt: of the counted slots those from which is learnt; None is all.
     """
 
     tokens: Int[Array, "B A D+1"]
     counted: Bool[Array, "B A D"]
     scored: Any
     choice: Int[Array, "B A D"] | None = None
+    outputs: Int[Array, "B A D"] | None = None
+    learnt: Bool[Array, "B A D"] | None = None
 
     @property
     def before(self) -> Int[Array, "B A D"]:
@@ -60,8 +68,22 @@ class Slots(NamedTuple):
         """What the slots answer for."""
         return self.tokens[..., 1:]
 
+    @property
+    def answers(self) -> Int[Array, "B A D"]:
+        """The same as outputs of the drafter."""
+        return self.labels if self.outputs is None else self.outputs
 
-class BlockObjective(OnFrozenTarget):
+    @property
+    def weighed(self) -> Bool[Array, "B A D"]:
+        """The slots whose losses count."""
+        return self.counted if self.learnt is None else self.learnt
+
+    def of(self, measure: str) -> Bool[Array, "B A D"]:
+        """The slots over which a measure is a mean."""
+        return self.weighed if measure == "loss" else self.counted
+
+
+class BlockObjective(WithDraftVocabulary):
     """Base of these objectives. The config has, besides what every drafter's has, the fields of `check_blocks`.
 
     A subclass may give `scores`, `choices` and `more_loss`, and `head_params`, what is trained through them.
@@ -84,35 +106,36 @@ class BlockObjective(OnFrozenTarget):
 
     def head_params(self, params: Params) -> Params:
         """Of the drafter's parameters those that `scores` and `more_loss` read."""
-        return {}
+        return self.heads.head_params(params)
 
     def scores(
         self, read: Params, frozen: Params, hidden: Float[Array, "*B D H"], before: Int[Array, "*B D"]
-    ) -> Float[Array, "*B D V"]:
+    ) -> Float[Array, "*B D W"]:
         """Logits of the slots of blocks, given true predecessors."""
-        return self.read_head(frozen, hidden)
+        return self.read_head(read, frozen, hidden)
 
-    def read_head(self, frozen: Params, hidden: Float[Array, "*B H"]) -> Float[Array, "*B V"]:
-        """The target's logits."""
-        return transformer.head(self.model, frozen, hidden)
+    def read_head(self, read: Params, frozen: Params, hidden: Float[Array, "*B H"]) -> Float[Array, "*B W"]:
+        """The network's logits, of slots by themselves."""
+        return self.heads.logits(self.model, read, frozen, hidden)
 
     def choices(
         self,
         read: Params,
-        logits: Float[Array, "*B D V"],
+        frozen: Params,
+        logits: Float[Array, "*B D W"],
         hidden: Float[Array, "*B D H"],
         before: Int[Array, "*B D"],
     ) -> Int[Array, "*B D"]:
-        """The first choice of every slot, given true predecessors."""
-        return argmax(logits)
+        """The token that every slot chooses, given true predecessors."""
+        return vocabulary.tokens_of(self.known(frozen), argmax(logits))
 
     def more_loss(
         self,
         read: Params,
         frozen: Params,
         hidden: Float[Array, "B A D H"],
-        logits: Float[Array, "B A D V"],
-        log_p: Float[Array, "B A D V"] | None,
+        logits: Float[Array, "B A D W"],
+        log_p: Float[Array, "B A D W"] | None,
         slots: Slots,
         progress: Array | float,
     ) -> Float[Array, "B A D"] | float:
@@ -128,6 +151,7 @@ class BlockObjective(OnFrozenTarget):
         config = self._config
         params, (hidden, slots) = self._filled(target, trainable, frozen, batch, key, asked=False)
         read = self.head_params(params)
+        target = self._as_teacher(target, frozen)
         pieces = self._pieces(target, read, frozen, hidden, slots)
         blend = self._blend(target, read, frozen, hidden, slots, pieces)
 
@@ -138,36 +162,44 @@ class BlockObjective(OnFrozenTarget):
 
         share = functools.partial(self._taught, target)
         total = separable_sums(share, score, [read], [hidden], slots, pieces)[0]
-        counts = slots.counted if config.d_pace else slots.counted * self._pace
+        counts = slots.weighed if config.d_pace else slots.weighed * self._pace
         return (total, jnp.sum(counts).astype(total.dtype)), {}
 
     def evaluate_on(self, target, trainable, frozen, batch):
         """As `DraftObjective`'s; the slots of blocks are its depths."""
         params, (hidden, slots) = self._filled(target, trainable, frozen, batch, None, asked=True)
         read = self.head_params(params)
+        target = self._as_teacher(target, frozen)
         pieces = self._pieces(target, read, frozen, hidden, slots)
         blend = self._blend(target, read, frozen, hidden, slots, pieces)
 
         def measure(piece):
             hidden, slots = piece
             logits, loss = self._slot_losses(read, frozen, hidden, slots, self._taught(target, slots), blend)
-            choice = self.choices(read, logits, hidden, slots.before)
+            choice = self.choices(read, frozen, logits, hidden, slots.before)
             found = {"loss": loss, "accuracy": choice == slots.labels, "agreement": choice == slots.choice}
-            return {name: jnp.sum(x * slots.counted, axis=(0, 1)).astype(loss.dtype) for name, x in found.items()}
+            return {name: jnp.sum(x * slots.of(name), axis=(0, 1)).astype(loss.dtype) for name, x in found.items()}
 
         sums = summed(measure, (hidden, slots), pieces)
-        counts = jnp.sum(slots.counted, axis=(0, 1)).astype(sums["loss"].dtype)
-        return {f"{name}_{i + 1}": (of[i], counts[i]) for name, of in sums.items() for i in range(self.depth)}
+        counts = {name: jnp.sum(slots.of(name), axis=(0, 1)).astype(of.dtype) for name, of in sums.items()}
+        return {f"{name}_{i + 1}": (of[i], counts[name][i]) for name, of in sums.items() for i in range(self.depth)}
 
     def _filled(self, target: TargetFeatures, trainable, frozen, batch, key, asked: bool):
         """The drafter's parameters, and what it makes of blocks at drawn anchors, with what is known of them."""
         params = self.compute.cast(trainable)
         mask = label_mask(batch, self._config.labels)
         at, kept = drawn_anchors(batch, mask, self._config.anchors, jax.random.key(0) if key is None else key)
+        terms, known_W = self._config.terms, self.known(frozen)
+        asked = asked or (known_W is not None and terms.soft)
         choice = first_choices(target.read, target.scored, self.compute.devices) if asked else None
         slots = slots_at(batch, mask, at, kept, self.depth, target.scored, choice)
+        if known_W is not None:
+            slots = learnt_slots(slots, terms, known_W)
         if self.unbroken:
-            slots = slots._replace(counted=block_losses.unbroken(slots.counted))
+            slots = slots._replace(
+                counted=block_losses.unbroken(slots.counted),
+                learnt=None if slots.learnt is None else block_losses.unbroken(slots.learnt),
+            )
         context = context_of(self.heads, self.model, params, target, batch)
         where, positions = anchors_at(batch, at, kept)
         hidden = self.heads.at_anchors(
@@ -175,21 +207,25 @@ class BlockObjective(OnFrozenTarget):
         )
         return params, (keep_batch(hidden), slots)
 
+    def _as_teacher(self, target: TargetFeatures, frozen) -> TargetFeatures:
+        """The target, of the tokens that the drafter scores."""
+        return target._replace(read=functools.partial(target.read, known=self.known(frozen)))
+
     def _slot_losses(self, read, frozen, hidden, slots: Slots, log_p, blend):
         logits = keep_batch(self.scores(read, frozen, keep_batch(hidden), slots.before))
         return logits, self.loss_of(logits, slots, log_p, blend)
 
     def loss_of(
         self,
-        logits: Float[Array, "B A D V"],
+        logits: Float[Array, "B A D W"],
         slots: Slots,
-        log_p: Float[Array, "B A D V"] | None,
+        log_p: Float[Array, "B A D W"] | None,
         blend: Float[Array, ""] | None = None,
     ) -> Float[Array, "B A D"]:
         """The config's `terms` of every slot."""
         temperature = self._config.temperature
         log_q = jax.nn.log_softmax(logits / temperature, axis=-1)
-        return temperature**2 * block_losses.slot_losses(self._config.terms, log_q, log_p, slots.labels, blend)
+        return temperature**2 * block_losses.slot_losses(self._config.terms, log_q, log_p, slots.answers, blend)
 
     def _taught(self, target: TargetFeatures, slots: Slots):
         """The teacher's log-probabilities, where they are asked for."""
@@ -199,9 +235,9 @@ class BlockObjective(OnFrozenTarget):
 
     def _weights(self, logits, slots: Slots) -> Float[Array, "B A D"]:
         if not self._config.d_pace:
-            return slots.counted * self._pace
+            return slots.weighed * self._pace
         log_q = jax.nn.log_softmax(jax.lax.stop_gradient(logits), axis=-1)
-        return block_losses.d_pace(block_losses.of_label(log_q, slots.labels), slots.counted)
+        return block_losses.d_pace(block_losses.of_label(log_q, slots.answers), slots.weighed)
 
     def _pieces(self, target: TargetFeatures, read, frozen, hidden, slots: Slots) -> int:
         heads = [(lambda x: self.scores(read, frozen, *x), (hidden, slots.before))]
@@ -217,10 +253,10 @@ class BlockObjective(OnFrozenTarget):
             hidden, slots = piece
             log_q = jax.nn.log_softmax(self.scores(read, frozen, hidden, slots.before), axis=-1)
             alpha = divergences.acceptance(log_q, self._taught(target, slots))
-            return jnp.sum(alpha * slots.counted)
+            return jnp.sum(alpha * slots.weighed)
 
         alpha = summed(accepted, jax.lax.stop_gradient((hidden, slots)), pieces) / jnp.maximum(
-            jnp.sum(slots.counted), 1
+            jnp.sum(slots.weighed), 1
         )
         return divergences.hybrid_weight(alpha)
 
@@ -265,6 +301,17 @@ def slots_at(
     return Slots(picked(tokens, index_BAE), counted_BAE[..., 1:], *taught)
 
 
+def learnt_slots(slots: Slots, terms: Terms, known: Int[Array, "W"]) -> Slots:
+    """The slots of a drafter that scores the tokens `known` alone, of which `terms` compare with labels or teacher."""
+    learnt, outputs = slots.counted, vocabulary.outputs_of(known, slots.labels)
+    if terms.hard:
+        learnt &= outputs >= 0
+    if terms.soft:
+        assert slots.choice is not None
+        learnt &= vocabulary.outputs_of(known, slots.choice) >= 0
+    return slots._replace(outputs=outputs, learnt=learnt)
+
+
 def anchors_at(batch: Batch, at: Int[Array, "B A"], kept: Bool[Array, "B A"]) -> tuple[Anchors, Int[Array, "B T"]]:
     """Where blocks at `at` begin, and where all tokens stand; a dropped one sees nothing of the text."""
     positions_BT = layout_of(batch).positions
@@ -291,6 +338,7 @@ class BlockConfig:
       block: rows of a block, the anchor's included.
       mask_token: the token that fills a block; None is the target's last.
       window: sliding window of the network; None is all.
+      vocabulary: W, size of the draft vocabulary: the most frequent labels of the training split; 0 is all tokens.
       terms: of a slot's loss, by weight: `hard`, `l1`, `forward_kl`, `nla`, `hybrid` (`block_losses.py`).
       pace: slot k counts exp(-k / pace); None counts all alike.
       d_pace: D-PACE's weights in its place, for `terms.hard` alone.
@@ -309,6 +357,7 @@ class BlockConfig:
     block: int = 16
     mask_token: int | None = None
     window: int | None = None
+    vocabulary: int = 0
     terms: Terms = dataclasses.field(default_factory=functools.partial(Terms, hard=1.0))
     pace: float | None = None
     d_pace: bool = False
@@ -324,6 +373,7 @@ class BlockConfig:
         """For a target of that shape; `more` are its other fields. Raises UserError for one that does not fit."""
         layers = self.target_layers or dflash_layers(model.num_layers, self.taps)
         mask = model.vocab_size - 1 if self.mask_token is None else self.mask_token
+        more["vocab_size"] = 0 if self.vocabulary == model.vocab_size else self.vocabulary
         heads = DFlashHeads(layers, mask, self.num_layers, self.block, self.window, **more)
         heads.check(model)
         return heads
@@ -347,6 +397,7 @@ def check_blocks(config: Any) -> None:
         schema.require(weight >= 0, f"objective.terms.{name} must not be negative", weight)
     schema.require(any(terms.values()), "one of objective.terms must be positive", terms)
     schema.require(config.taps >= 1, "objective.taps must be at least 1", config.taps)
+    schema.require(config.vocabulary >= 0, "objective.vocabulary must not be negative", config.vocabulary)
     schema.require(config.anchors >= 1, "objective.anchors must be at least 1", config.anchors)
     schema.require(config.pace is None or config.pace > 0, "objective.pace must be positive", config.pace)
     schema.require(config.temperature > 0, "objective.temperature must be positive", config.temperature)

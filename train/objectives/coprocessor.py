@@ -79,6 +79,15 @@ class CoprocessorTraining:
         """The target."""
         return str(self.target)
 
+    def forward_tokens(self, length: int) -> int:
+        """What a step costs per row of `length` tokens, in tokens' passes through the target: slopes count as one more
+        pass where they go to activations alone, as two where they go to weights as well."""
+        config = self.coprocessor
+        learning = {"full": 3, "scratch": 3, "lora": 2, "soft": 2, "pause": 0}[config.kind]
+        read = learning * length if config.needs_features else 0
+        behind = self.places * (config.num_latents + self.ahead - 1)
+        return length + read + learning * self.places * config.num_latents + 2 * behind
+
 
 class Places(NamedTuple):
     """Where latents are put in the texts of a batch, and what follows.

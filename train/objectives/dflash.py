@@ -18,6 +18,7 @@ from decoding.sampling import argmax, best_logits
 from decoding.trees import chain
 from models import schema
 from models.config import TransformerConfig
+from models.heads import vocabulary
 from models.heads.dflash import Selector
 from train.objectives.blocks import BlockConfig, BlockObjective
 
@@ -64,14 +65,14 @@ class DFlashObjective(BlockObjective):
     Config: ClassVar[type] = DFlashConfig
 
     def head_params(self, params):
-        """The selector."""
-        return {"selector": params["selector"]} if self.heads.selector else {}
+        """The network's, and the selector."""
+        return super().head_params(params) | ({"selector": params["selector"]} if self.heads.selector else {})
 
-    def choices(self, read, logits, hidden, before):
+    def choices(self, read, frozen, logits, hidden, before):
         """The selector's, where there is one."""
         if not self.heads.selector:
-            return argmax(logits)
-        scores, tokens = self._selected(read, logits, hidden, before)
+            return super().choices(read, frozen, logits, hidden, before)
+        scores, tokens = self._selected(read, frozen, logits, hidden, before)
         return jnp.take_along_axis(tokens, argmax(scores)[..., None], axis=-1)[..., 0]
 
     def more_loss(self, read, frozen, hidden, logits, log_p, slots, progress):
@@ -79,13 +80,14 @@ class DFlashObjective(BlockObjective):
         if not self.heads.selector:
             return 0.0
         logits, hidden = jax.lax.stop_gradient((logits, hidden))
-        scores, tokens = self._selected(read, logits, hidden, slots.before)
+        scores, tokens = self._selected(read, frozen, logits, hidden, slots.before)
         label = tokens == slots.labels[..., None]
         of_label = jnp.sum(jnp.where(label, jax.nn.log_softmax(scores, axis=-1), 0), axis=-1)
         return -self._config.selecting * of_label
 
-    def _selected(self, read, logits, hidden, before):
+    def _selected(self, read, frozen, logits, hidden, before):
         """Scores of the candidates of every slot, and these."""
         assert self.heads.selector is not None
-        best, tokens = best_logits(logits, self.heads.selector.candidates)
+        best, outputs = best_logits(logits, self.heads.selector.candidates)
+        tokens = vocabulary.tokens_of(self.known(frozen), outputs)
         return self.heads.scores_after(read, best, tokens, hidden, before[..., None])[..., 0, :], tokens

@@ -17,8 +17,7 @@ label (`shift.py`, distance 1), and with means over labels
 """
 
 import dataclasses
-import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -26,7 +25,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
-from jax.tree_util import Partial
+from jaxtyping import Array, Float
 
 from decoding.drafters.draft_model import DraftModel
 from decoding.drafters.registry import build
@@ -41,13 +40,14 @@ from models.formats.target import Target, check_same_tokens, load_target
 from models.formats.text_files import read_json
 from models.formats.tokenizer import Tokenizer
 from models.sharding import parse_mesh
+from train.objectives import vocabulary
 from train.objectives.divergences import Divergence, Rows, Student, divergence_measures, divergence_sums
 from train.objectives.drafting import OnFrozenTarget, check_drafting
 from train.objectives.guess import Weights
 from train.objectives.lm import FROM_TOKENIZER
 from train.objectives.objective import Batch, HostBatch, Params
 from train.objectives.shift import label_mask, labels_at
-from train.objectives.target_features import layout_of
+from train.objectives.target_features import TargetFeatures, layout_of
 from train.objectives.written import Writer, as_rows, check_writing, corrected, openings, write
 
 _STUDENT = "student"  # In the base: what the student begins as.
@@ -64,6 +64,8 @@ class DistillConfig:
       model: fields of the student's `models.config.TransformerConfig` but those that the tokenizer decides; or None.
       init_from: what to begin from: a target directory of the same tokenizer, or the directory of a draft model for
         this target, or for what it was fine-tuned from; or None. Exactly one of the two is given.
+      embedding: of a `model`: `random`, or `target`, the target's own table along its principal directions, which a
+        short training could not learn for a large vocabulary.
       divergence: which (`divergences.py`): its name, `beta`, `skew` and `temperature`.
       soft: weight of the divergence.
       hard: weight of the cross-entropy with the text.
@@ -89,6 +91,7 @@ class DistillConfig:
     target: str | None
     model: Mapping[str, Any] | None = None
     init_from: str | None = None
+    embedding: Literal["random", "target"] = "random"
     divergence: Divergence = dataclasses.field(default_factory=Divergence)
     soft: float = 1.0
     hard: float = 0.0
@@ -112,6 +115,8 @@ class DistillConfig:
         if not self.hard + self.soft:
             raise UserError("objective.hard and objective.soft are both 0: there is nothing to learn")
         schema.require(0 <= self.on_policy <= 1, "objective.on_policy must lie in 0..1", self.on_policy)
+        if self.embedding == "target" and self.init_from is not None:
+            raise UserError("objective.embedding is for a new student: objective.init_from brings its own")
 
     @property
     def weights(self) -> Weights:
@@ -195,11 +200,6 @@ class DraftModelObjective(OnFrozenTarget):
         """Also refuses rows without room for a prompt, and several processes where text is written."""
         super().check(length)
         model = self.drafter.model
-        if model.vocab_size != self.model.vocab_size:
-            raise UserError(
-                f"the student has {model.vocab_size} embeddings and the target {self.model.vocab_size}: distributions "
-                "are compared over one vocabulary"
-            )
         if length is not None and length > model.max_position:
             raise UserError(
                 f"config.length ({length}) exceeds the student's longest sequence ({model.max_position}): set "
@@ -264,8 +264,11 @@ class DraftModelObjective(OnFrozenTarget):
         model, params = self.drafter.model, self.compute.cast(trainable)
         layout = layout_of(batch, self.compute.attention)
         hidden = transformer.forward(model, params, batch["tokens"], layout, remat=self.compute.remat).hidden
-        read = Partial(functools.partial(transformer.head, model), transformer.head_params(params))
-        return Student(hidden, read)
+        return Student(hidden, vocabulary.reader(model, params, vocabulary.shared(model, self.model)))
+
+    def teacher(self, target: TargetFeatures) -> Callable[..., Array]:
+        """From rows of `target.scored` to what the student is compared with."""
+        return vocabulary.first_tokens(target.read, vocabulary.shared(self.drafter.model, self.model))
 
     def writers(self, trainable: Params, frozen: Params) -> tuple[Target, Target]:
         """(teacher, student), ready to decode."""
@@ -276,6 +279,23 @@ class DistillObjective(DraftModelObjective):
     """The `distill` objective."""
 
     Config: ClassVar[type] = DistillConfig
+
+    def check(self, length):
+        """Also refuses a student whose embeddings the target's cannot be projected to."""
+        super().check(length)
+        if self._config.embedding == "target" and self.drafter.model.width > self.model.width:
+            raise UserError(
+                f"objective.embedding 'target' is for students as wide as the target ({self.model.width}) or less, "
+                f"got {self.drafter.model.width}"
+            )
+
+    def init(self, key, base):
+        """Where it is asked for, with embeddings of the target."""
+        params = super().init(key, base)
+        if self._config.embedding == "random":
+            return params
+        table = principal(base["embed"]["embedding"].astype(jnp.float32), self.drafter.model.width)
+        return {**params, "embed": {"embedding": table}}
 
     @property
     def refresh_every(self) -> int:  # type: ignore[override]
@@ -314,7 +334,7 @@ class DistillObjective(DraftModelObjective):
         (total,) = divergence_sums(
             config.divergence,
             [self.student(trainable, batch)],
-            target.read,
+            self.teacher(target),
             rows,
             soft=config.soft,
             hard=config.hard,
@@ -327,7 +347,9 @@ class DistillObjective(DraftModelObjective):
         keeps of a sampled draft; `agreement`, of a greedy one; first-choice accuracy and cross-entropy of the text."""
         rows = self._rows(target, batch, self._config.labels)
         students = [self.student(trainable, batch)]
-        (sums,) = divergence_measures(self._config.divergence, students, target.read, rows, self.compute.devices)
+        (sums,) = divergence_measures(
+            self._config.divergence, students, self.teacher(target), rows, self.compute.devices
+        )
         weight = jnp.sum(rows.counted).astype(jnp.float32)
         return {name: (value, weight) for name, value in sums.items()}
 
@@ -338,3 +360,9 @@ class DistillObjective(DraftModelObjective):
     def _rows(self, target, batch: Batch, labels: str) -> Rows:
         tokens, counted = labels_at({**batch, "mask": label_mask(batch, labels)}, 1)
         return Rows(counted, target.scored, tokens)
+
+
+def principal(table: Float[Array, "V H"], width: int) -> Float[Array, "V W"]:
+    """Rows along the directions in which they are longest, which keep most of their products."""
+    _, directions = jnp.linalg.eigh(table.T @ table)
+    return table @ directions[:, -width:]

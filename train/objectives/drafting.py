@@ -9,7 +9,7 @@ rho the decay, and means over the labels of each depth:
 where q_i is the guess, t the teacher, g_i what the guess's vocabulary map reads and h the target's post-norm feature
 (`guess.py`).
 A drafter with a vocabulary of its own is compared with the teacher on that vocabulary, renormalised, and only where it
-holds the target's first choice (EAGLE-3).
+holds the target's first choice (EAGLE-3), and the label where that is learnt.
 """
 
 import abc
@@ -32,6 +32,7 @@ from models import processes, schema, transformer
 from models.errors import UserError
 from models.formats.target import Target
 from models.formats.tokenizer import Tokenizer
+from models.heads import vocabulary
 from models.layout import Layout
 from train.objectives.frozen_target import BesideFrozenTarget
 from train.objectives.guess import Guess, Labels, Teacher, first_choices, losses, measures, picked
@@ -260,8 +261,8 @@ class DraftObjective(OnFrozenTarget):
         known_W, choice_BT, learnt_BT = self.known(frozen), None, None
         if asked or known_W is not None:
             choice_BT = first_choices(target.read, target.scored, self.compute.devices)
-        if known_W is not None:
-            learnt_BT = jnp.zeros(self.model.vocab_size, bool).at[known_W].set(True)[choice_BT]
+        if known_W is not None and choice_BT is not None:
+            learnt_BT = vocabulary.outputs_of(known_W, choice_BT) >= 0
         read = functools.partial(target.read, known=known_W)
         return Teacher(target.scored, read, target.taps.get("post_norm"), known_W, choice_BT, learnt_BT)
 

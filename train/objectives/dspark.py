@@ -124,13 +124,14 @@ class SerialObjective(BlockObjective):
         self.serial = self.drafter.serial
 
     def head_params(self, params):
-        """The serial head's."""
-        return params["serial"]
+        """The network's, and `serial`."""
+        return {**super().head_params(params), "serial": params["serial"]}
 
     def scores(self, read, frozen, hidden, before):
         """Of every slot, given its true predecessors."""
-        latent = self.serial.latents(read, hidden, self.serial.embed(read, frozen, before))
-        return self.read_head(frozen, hidden) + self.serial.scores(read, latent)
+        own = read["serial"]
+        latent = self.serial.latents(own, hidden, self.serial.embed(own, frozen, before))
+        return self.read_head(read, frozen, hidden) + self.serial.scores(own, latent)
 
 
 class DSparkObjective(SerialObjective):
@@ -144,7 +145,8 @@ class DSparkObjective(SerialObjective):
         if not self._config.confident:
             return 0.0
         survives = divergences.acceptance(jax.nn.log_softmax(logits, axis=-1), log_p)
-        sure = self.serial.confidence_logit(read, hidden, self.serial.embed(read, frozen, slots.before))
+        own = read["serial"]
+        sure = self.serial.confidence_logit(own, hidden, self.serial.embed(own, frozen, slots.before))
         return self._config.confident * block_losses.confidence_loss(sure, survives)
 
 
@@ -156,4 +158,5 @@ class DominoObjective(SerialObjective):
     def more_loss(self, read, frozen, hidden, logits, log_p, slots, progress):
         """lambda (l(U) - l(U')), beside the l(U') that there is."""
         share = jnp.maximum(1 - progress / self._config.decay, 0)
-        return share * (self.loss_of(self.read_head(frozen, hidden), slots, log_p) - self.loss_of(logits, slots, log_p))
+        alone = self.loss_of(self.read_head(read, frozen, hidden), slots, log_p)
+        return share * (alone - self.loss_of(logits, slots, log_p))

@@ -5,32 +5,24 @@ features, to which noise is added: smooth L1 distance to the next feature, and a
 target's distribution through the target's head. EAGLE-3 (Li et al. 2025, section 3.2) drops the first and unrolls the
 draft during training, each step reading what the one before it wrote; step k counts 0.8^k.
 
-The draft vocabulary of EAGLE-3 is the most frequent labels of the training split. It is data, not a parameter: it
-travels with the frozen target and is saved with the drafter.
+EAGLE-3 has a draft vocabulary (`draft_vocabulary.py`).
 """
 
 import dataclasses
 import functools
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import jax
-import jax.numpy as jnp
-import numpy as np
-from jax.sharding import NamedSharding, PartitionSpec
 from jax.tree_util import Partial
-from jaxtyping import Int32, Int64
 
 from decoding.drafters.eagle import Eagle, Eagle3
 from models import schema, transformer
 from models.config import TransformerConfig
 from models.heads.eagle import EAGLE_31, Eagle3Heads, EagleHeads, eagle3_layers, unroll
-from models.heads.medusa import vocab_kernel
+from train.objectives.draft_vocabulary import WithDraftVocabulary
 from train.objectives.drafting import DraftObjective, check_drafting
 from train.objectives.guess import Guess, Weights
 from train.objectives.shift import ahead
-
-if TYPE_CHECKING:  # Training steps are timed where TFDS is not installed.
-    from train.data.texts import Documents
 
 
 @dataclasses.dataclass(frozen=True)
@@ -187,57 +179,15 @@ class EagleObjective(DraftObjective):
         return Partial(functools.partial(_read, self.heads, self.model, frozen), self.heads.head_params(params))
 
 
-class Eagle3Objective(EagleObjective):
-    """The `eagle3` objective; the frozen target holds `draft_vocab`, int32 [W], where W < V."""
+class Eagle3Objective(WithDraftVocabulary, EagleObjective):
+    """The `eagle3` objective."""
 
     Config: ClassVar[type] = Eagle3Config
-
-    def __init__(self, config, tokenizer):
-        """As `DraftObjective`."""
-        super().__init__(config, tokenizer)
-        self._vocabulary: np.ndarray | None = None
-
-    def prepare(self, compute):
-        """With the draft vocabulary."""
-        super().prepare(compute)
-        if size := self.drafter.heads.vocab_size:
-            self.base = {**self.base, "draft_vocab": jax.ShapeDtypeStruct((size,), jnp.int32)}
 
     @property
     def depth(self) -> int:
         """As many steps as training unrolls."""
         return self._config.steps
-
-    def scan_data(self, documents: "Documents") -> None:
-        """Also chooses the draft vocabulary."""
-        super().scan_data(documents)
-        if self.heads.vocab_size:
-            counts = count_labels(documents, self.model.vocab_size, self._config.labels)
-            self._vocabulary = most_frequent(counts, self.heads.vocab_size)
-
-    def beside_target(self, mesh):
-        """The draft vocabulary."""
-        if not self.heads.vocab_size:
-            return {}
-        if self._vocabulary is None:
-            raise ValueError("the draft vocabulary is not known before `scan_data` has seen the training split")
-        return {"draft_vocab": jax.device_put(self._vocabulary, NamedSharding(mesh, PartitionSpec()))}
-
-    def init(self, key, base):
-        """As for any drafter, but the head begins as the target's on the draft vocabulary, which is not trained."""
-        params, known_W = super().init(key, base), self.known(base)
-        if known_W is None:
-            return params
-        trained = {name: leaf for name, leaf in params.items() if name != "draft_vocab"}
-        return {**trained, "vocab": {"kernel": vocab_kernel(base)[:, known_W].astype(jnp.float32)}}
-
-    def known(self, frozen):
-        """The draft vocabulary."""
-        return frozen.get("draft_vocab")
-
-    def drafter_params(self, trainable, frozen):
-        """With the draft vocabulary."""
-        return {**trainable, "draft_vocab": frozen["draft_vocab"]} if self.heads.vocab_size else trainable
 
     def guesses(self, params, frozen, batch, target, layout, key):
         """Every step of the draft, in training as in evaluation."""
@@ -247,18 +197,3 @@ class Eagle3Objective(EagleObjective):
 def _read(heads, model, frozen, params, hidden):
     """The network's scores; of its parameters those that make them come last, because they are trained."""
     return heads.logits(model, params, frozen, hidden)
-
-
-def count_labels(documents: "Documents", vocab_size: int, labels: str) -> Int64[np.ndarray, "V"]:
-    """How often every token is a label in a split; `labels` as in the configs."""
-    counts = np.zeros(vocab_size, np.int64)
-    for index in range(len(documents)):
-        document = documents[index]
-        tokens = document["tokens"] if labels == "all" else document["tokens"][document["mask"] > 0]
-        counts += np.bincount(tokens, minlength=vocab_size)
-    return counts
-
-
-def most_frequent(counts: np.ndarray, size: int) -> Int32[np.ndarray, "W"]:
-    """The `size` tokens with the highest counts, ascending; of equal counts the lower ids."""
-    return np.sort(np.argsort(-counts, kind="stable")[:size]).astype(np.int32)

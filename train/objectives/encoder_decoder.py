@@ -15,13 +15,12 @@ teacher and student are compared on: the data set's, or, as published, those tha
 import dataclasses
 import functools
 from collections.abc import Mapping
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
-from jax.tree_util import Partial
 from jaxtyping import Array, Float, Int
 
 from decoding.generate import bucket, generate, slots_needed
@@ -34,6 +33,7 @@ from models.formats.hf import load_config
 from models.formats.target import Target, check_same_tokens, load_target
 from models.formats.tokenizer import Tokenizer
 from models.layout import Layout
+from train.objectives import vocabulary
 from train.objectives.divergences import Divergence, Rows, Student, divergence_measures, divergence_sums
 from train.objectives.lm import LM, LMConfig
 from train.objectives.objective import Batch, Params, Sums
@@ -253,18 +253,16 @@ class EncoderDecoder(LM):
         return transformer.forward(self.model, params, tokens, *seen, remat=self.compute.remat).hidden
 
     def _student_on(self, params: Params, memory: Memory, batch: Batch) -> Student:
-        read = functools.partial(_read, self.model, self._shared)
-        return Student(self._decoded(params, memory, batch), Partial(read, transformer.head_params(params)))
+        return Student(self._decoded(params, memory, batch), vocabulary.reader(self.model, params, self._shared))
 
     def _read_teacher(self, frozen: Params):
         assert self.teacher is not None
-        return functools.partial(_read, self.teacher, self._shared, frozen)
+        return vocabulary.reader(self.teacher, frozen, self._shared)
 
     @property
     def _shared(self) -> int:
-        """Tokens of the smaller vocabulary."""
         assert self.teacher is not None
-        return min(self.model.vocab_size, self.teacher.vocab_size)
+        return vocabulary.shared(self.model, self.teacher)
 
     def _labels(self, batch: Batch) -> Rows:
         labels, counted = labels_at(batch, 1)
@@ -297,8 +295,3 @@ def joined(batch: Batch) -> tuple[Int[Array, "B N"], Int[Array, "B N"], int]:
 
 def _count(rows: Rows) -> Float[Array, ""]:
     return jnp.sum(rows.counted).astype(jnp.float32)
-
-
-def _read(model: TransformerConfig, size: int, params: Any, hidden: Array) -> Array:
-    """Scores of the first `size` tokens."""
-    return transformer.head(model, params, hidden)[..., :size]

@@ -20,7 +20,6 @@ What training leaves behind is a target directory. `scripts.convert --from model
 """
 
 import dataclasses
-import functools
 import itertools
 from collections.abc import Mapping
 from typing import Any, ClassVar, Literal, NamedTuple
@@ -28,7 +27,6 @@ from typing import Any, ClassVar, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
-from jax.tree_util import Partial
 from jaxtyping import Array
 
 from models import schema, transformer
@@ -36,6 +34,7 @@ from models.errors import UserError
 from models.formats.hf import load_config
 from models.formats.target import check_same_tokens, check_vocabulary, load_target
 from models.formats.tokenizer import Tokenizer
+from train.objectives import vocabulary
 from train.objectives.divergences import Divergence, Rows, Student, divergence_measures, divergence_sums
 from train.objectives.lm import LM, LMConfig
 from train.objectives.objective import Batch, Compute, Params, Sums
@@ -154,11 +153,7 @@ class Exits(LM):
             check_vocabulary(teacher, tokenizer, path)
             own = Tokenizer.load(path).fingerprint
             check_same_tokens(f"the teacher {path}", own, "the data set", tokenizer.fingerprint)
-            if teacher.vocab_size < self.model.vocab_size:
-                raise UserError(
-                    f"the teacher {path} has a vocabulary of {teacher.vocab_size}, less than the "
-                    f"{self.model.vocab_size} of what it is to teach"
-                )
+        self._size = vocabulary.shared(self.model, *self.teachers.values())
         self.prepare(Compute())
 
     def prepare(self, compute: Compute) -> None:
@@ -252,7 +247,7 @@ class Exits(LM):
         names = [f"layer:{e}" if e < last else "pre_norm" for e in self.exits]
         layout = layout_of(batch, self.compute.attention)
         out = transformer.forward(self.model, params, batch["tokens"], layout, taps=names, remat=self.compute.remat)
-        read = Partial(functools.partial(_read, self.model), transformer.head_params(params))
+        read = vocabulary.reader(self.model, params, self._size)
         return [Student(transformer.final_norm(self.model, params, out.taps[name]), read) for name in names]
 
     def lessons(self, students: list[Student], frozen: Params | None, batch: Batch) -> list[Lesson]:
@@ -268,8 +263,7 @@ class Exits(LM):
             hidden = transformer.forward(model, params, batch["tokens"], layout).hidden
             paths = self._config.taught_by
             exits = every if len(paths) == 1 else [i for i in every if paths[i] == path]
-            read = functools.partial(_first_scores, self.model.vocab_size, model, transformer.head_params(params))
-            found.append(Lesson(exits, self._config.soft, read, hidden))
+            found.append(Lesson(exits, self._config.soft, vocabulary.reader(model, params, self._size), hidden))
         return found
 
     def _rows(self, batch: Batch) -> Rows:
@@ -278,12 +272,3 @@ class Exits(LM):
 
 
 _SHOWN = ("cross_entropy", "alpha", "agreement")
-
-
-def _read(model, params, hidden):
-    return transformer.head(model, params, hidden)
-
-
-def _first_scores(count, model, params, hidden):
-    """Those of the tokens that the student has: what lies beyond pads the teacher's vocabulary."""
-    return transformer.head(model, params, hidden)[..., :count]

@@ -27,8 +27,10 @@ from decoding.drafters.falcon import Falcon
 from decoding.sampling import argmax
 from models import schema, transformer
 from models.config import TransformerConfig
+from models.heads import vocabulary
 from models.heads.falcon import FalconHeads, guesses_everywhere
 from models.layout import BlockCausal
+from train.objectives.draft_vocabulary import WithDraftVocabulary
 from train.objectives.drafting import DraftObjective, check_drafting
 from train.objectives.guess import Guess, Labels, Weights, first_choices, losses
 from train.objectives.pieces import mapped, pieces_of
@@ -47,6 +49,7 @@ class FalconConfig:
       layers: Llama layers behind the LSTM.
       lstm_mode: whether the LSTM begins every pair from zeros, as published (`per_position`), or goes on (`recurrent`).
       dropout: rate between the LSTM's layers; 0.1 as published.
+      vocabulary: W, size of the draft vocabulary: the most frequent labels of the training split; 0 is all tokens.
       feature: weight of the smooth L1 distance to the target's feature.
       soft: weight of the cross-entropy with the target's distribution.
       hard: weight of the cross-entropy with one token drawn from it.
@@ -68,6 +71,7 @@ class FalconConfig:
     layers: int = 1
     lstm_mode: Literal["per_position", "recurrent"] = "per_position"
     dropout: float = 0.0
+    vocabulary: int = 0
     feature: float = 1.0
     soft: float = 0.09
     hard: float = 0.01
@@ -85,6 +89,7 @@ class FalconConfig:
             schema.require(getattr(self, name) >= 0, f"objective.{name} must not be negative", getattr(self, name))
         learnt = self.feature + self.soft + self.hard
         schema.require(learnt > 0, "objective.feature, objective.soft or objective.hard must be positive", learnt)
+        schema.require(self.vocabulary >= 0, "objective.vocabulary must not be negative", self.vocabulary)
         schema.require(self.temperature > 0, "objective.temperature must be positive", self.temperature)
         schema.require(self.depth >= self.block, "objective.depth must be at least objective.block", self.depth)
         self.heads  # noqa: B018 - which refuses sizes that no network has
@@ -106,10 +111,11 @@ class FalconConfig:
 
     def untrained(self, model: TransformerConfig) -> Falcon:
         """The drafter without parameters."""
-        return Falcon(self.heads)
+        size = 0 if self.vocabulary == model.vocab_size else self.vocabulary
+        return Falcon(dataclasses.replace(self.heads, vocab_size=size))
 
 
-class FalconObjective(DraftObjective):
+class FalconObjective(WithDraftVocabulary, DraftObjective):
     """The `falcon` objective."""
 
     Config: ClassVar[type] = FalconConfig
@@ -144,7 +150,8 @@ class FalconObjective(DraftObjective):
         told = {}
         if self._config.glancing != "off":
             first_BTH = jax.lax.stop_gradient(whole(feature_BTH, embedding_BTH, dropout_key=drop_keys[0]))
-            guessed_BT = first_choices(self._read(frozen), first_BTH, self.compute.devices)
+            outputs_BT = first_choices(self._read(params, frozen), first_BTH, self.compute.devices)
+            guessed_BT = vocabulary.tokens_of(self.known(frozen), outputs_BT)
             wrong_BT = counted_BT & (guessed_BT != ahead(choice_BT, k))
             number_B = jnp.floor(glancing_share(self._config.glancing, progress) * jnp.sum(wrong_BT, axis=1))
             shown_BT = shown_pairs(glance_key, counted_BT, phase_B, number_B.astype(jnp.int32), k)
@@ -154,7 +161,7 @@ class FalconObjective(DraftObjective):
         hidden_BTH = whole(feature_BTH, embedding_BTH, dropout_key=drop_keys[1])
         # The guess of pair p is the first one of position p + k - 1, which has the same label and the same teacher.
         labels = Labels(ahead(drawn_BT, 1), behind(counted_BT, k - 1))
-        guess = Guess(behind(hidden_BTH, k - 1), None, labels, self._read(frozen))
+        guess = Guess(behind(hidden_BTH, k - 1), None, labels, self._read(params, frozen))
         teacher = self.teacher(target, frozen, asked=False)
         totals, weights = losses([guess], teacher, self._config.weights, self.compute.devices)
         return (totals, weights), {"loss_1": (totals[0], weights[0]), **told}
@@ -168,14 +175,15 @@ class FalconObjective(DraftObjective):
         within_BT = behind(batch["segments"], self.heads.block - 1) == batch["segments"]
         labels = [self.labels(batch, i) for i in range(self.depth)]
         labels = [label._replace(counted=label.counted & within_BT) for label in labels]
-        return [Guess(h, None, label, self._read(frozen)) for h, label in zip(hiddens, labels, strict=True)]
+        read = self._read(params, frozen)
+        return [Guess(h, None, label, read) for h, label in zip(hiddens, labels, strict=True)]
 
     def _noise(self, key, feature):
         size = self._config.noise * 512 / feature.shape[1]
         return size * jax.random.uniform(key, feature.shape, feature.dtype, -0.5, 0.5) if size else 0
 
-    def _read(self, frozen) -> Partial:
-        return Partial(functools.partial(_read, self.heads, self.model, frozen))
+    def _read(self, params, frozen) -> Partial:
+        return Partial(functools.partial(_read, self.heads, self.model, frozen), self.heads.head_params(params))
 
     def _asked(self, key, target):
         """The target's first choice, and one token drawn from its distribution, at every position."""
@@ -190,9 +198,9 @@ class FalconObjective(DraftObjective):
         return jnp.moveaxis(mapped(ask, (target.scored, uniform_BT), pieces), -1, 0)
 
 
-def _read(heads, model, frozen, hidden):
-    """The network's scores, by the target's head."""
-    return heads.logits(model, frozen, hidden)
+def _read(heads, model, frozen, params, hidden):
+    """The network's scores; of its parameters those that make them come last, because they are trained."""
+    return heads.logits(model, params, frozen, hidden)
 
 
 def _share(found: Bool[Array, "B T"], counted: Bool[Array, "B T"]) -> tuple[Array, Array]:

@@ -21,6 +21,7 @@ from jax.tree_util import Partial
 from jaxtyping import Array, Bool, Float, Int
 
 from decoding.sampling import argmax, top_k
+from models.heads import vocabulary
 from models.sharding import keep_batch
 from train.objectives.divergences import Divergence
 from train.objectives.pieces import mapped, pieces_of, separable_sums, summed
@@ -93,7 +94,8 @@ def losses(
 ) -> tuple[Float[Array, "D"], Float[Array, "D"]]:
     """(sums, weights): by depth, the loss over the labels that count, before its decay, and their number.
 
-    Where guesses are of fewer tokens than the target's, labels count only where its first choice is one of these.
+    Where guesses are of fewer tokens than the target's, labels count only where its first choice is one of these, and
+    with a hard term only where they are themselves.
 
     Args:
       guesses: by depth.
@@ -102,7 +104,7 @@ def losses(
       devices: that share the work.
     """
     found: dict[int, tuple[Array, Array]] = {}
-    for depths, reads, hiddens, rows in _groups(guesses, teacher):
+    for depths, reads, hiddens, rows in _groups(guesses, teacher, weights):
 
         def score(k, read, hidden, rows, taught):
             return _loss(weights, _read(read, hidden), hidden, k, rows, taught)
@@ -120,7 +122,7 @@ def measures(
     """By depth (sum, weight) of the `loss`; of how often the first choice is the text's token (`accuracy`); and, where
     the teacher's is known, of how often it is that (`agreement`), which is what greedy verification would accept."""
     found: dict[int, dict[str, tuple[Array, Array]]] = {}
-    for depths, reads, hiddens, rows in _groups(guesses, teacher):
+    for depths, reads, hiddens, rows in _groups(guesses, teacher, weights):
 
         def measure(piece, reads=reads):
             hiddens, rows = piece
@@ -128,7 +130,7 @@ def measures(
             sums = []
             for k, (read, hidden) in enumerate(zip(reads, hiddens, strict=True)):
                 logits = _read(read, hidden)
-                choice = argmax(logits) if teacher is None or teacher.known is None else teacher.known[argmax(logits)]
+                choice = vocabulary.tokens_of(None if teacher is None else teacher.known, argmax(logits))
                 sums.append({"loss": _loss(weights, logits, hidden, k, rows, taught)})
                 for name, right in (("accuracy", rows.tokens[k]), ("agreement", rows.choice)):
                     if right is not None:
@@ -143,9 +145,11 @@ def measures(
 
 
 class _Rows(NamedTuple):
-    """What guesses whose teacher stands at the same places are compared with; of what differs, one each."""
+    """What guesses whose teacher stands at the same places are compared with; of what differs, one each. `outputs` are
+    `tokens` as outputs of the guess."""
 
     tokens: list[Int[Array, "B S"]]
+    outputs: list[Int[Array, "B S"]]
     counted: list[Bool[Array, "B S"]]
     learnt: list[Bool[Array, "B S"]]
     scored: Any
@@ -153,7 +157,7 @@ class _Rows(NamedTuple):
     choice: Int[Array, "B S"] | None
 
 
-def _groups(guesses: Sequence[Guess], teacher: Teacher | None):
+def _groups(guesses: Sequence[Guess], teacher: Teacher | None, weights: Weights):
     """(depths, maps, features, rows) of guesses whose teacher stands at the same places: of all that are made from
     everywhere, moved to where it stands, which loses nothing that has a label; and of each of the others."""
     everywhere = [i for i, guess in enumerate(guesses) if guess.at is None]
@@ -170,7 +174,12 @@ def _groups(guesses: Sequence[Guess], teacher: Teacher | None):
         counted = [lined_up(i, guesses[i].labels.counted) for i in depths]
         facts = None if teacher is None else (teacher.scored, teacher.feature, teacher.choice, teacher.learnt)
         scored, feature, choice, learnt = taught(facts) if facts else [None] * 4
-        rows = _Rows(tokens, counted, [x if learnt is None else x & learnt for x in counted], scored, feature, choice)
+        known = None if teacher is None else teacher.known
+        outputs = [vocabulary.outputs_of(known, x) for x in tokens]
+        learns = [x if learnt is None else x & learnt for x in counted]
+        if known is not None and weights.hard:
+            learns = [x & (output >= 0) for x, output in zip(learns, outputs, strict=True)]
+        rows = _Rows(tokens, outputs, counted, learns, scored, feature, choice)
         yield depths, [guesses[i].read for i in depths], [lined_up(i, guesses[i].hidden) for i in depths], rows
 
 
@@ -196,7 +205,7 @@ def _loss(weights: Weights, logits, hidden, k: int, rows: _Rows, taught) -> Floa
     """The loss of the k-th guess, over the rows that count."""
     loss_BS = jnp.zeros(logits.shape[:-1], logits.dtype)
     if weights.hard:
-        loss_BS -= weights.hard * log_likelihood(logits, rows.tokens[k])
+        loss_BS -= weights.hard * log_likelihood(logits, rows.outputs[k])
     if weights.soft and weights.divergence:
         loss_BS += weights.soft * weights.divergence.between(weights.divergence.log_probabilities(logits), taught)
     elif weights.soft:

@@ -179,12 +179,12 @@ class MiniLLMObjective(DraftModelObjective):
         told = (written[name] for name in ("old", "weight", "advantage"))
         rows = _Written(counted, of_written.scored, labels, *told)
         student = self.student(trainable, written)
-        first = policy_sums(config, student, of_written.read, rows, self.compute.devices)
+        first = policy_sums(config, student, self.teacher(of_written), rows, self.compute.devices)
         known = self._known(target, batch)
         (second,) = divergence_sums(
             Divergence(),
             [self.student(trainable, batch)],
-            target.read,
+            self.teacher(target),
             known,
             soft=config.pretrain / 2,
             hard=config.pretrain / 2,
@@ -197,7 +197,9 @@ class MiniLLMObjective(DraftModelObjective):
         """As `DistillObjective`'s, of reverse KL."""
         known = self._known(target, batch)
         students = [self.student(trainable, batch)]
-        (sums,) = divergence_measures(Divergence("reverse_kl"), students, target.read, known, self.compute.devices)
+        (sums,) = divergence_measures(
+            Divergence("reverse_kl"), students, self.teacher(target), known, self.compute.devices
+        )
         weight = jnp.sum(known.counted).astype(jnp.float32)
         return {name: (value, weight) for name, value in sums.items()}
 
@@ -215,14 +217,13 @@ def _likelihoods(objective: MiniLLMObjective, trainable, frozen, rows: Batch) ->
     """log q and log p of the next token at every place."""
     student, target = objective.student(trainable, rows), objective.read_target(frozen, rows)
     labels, _ = labels_at(rows, 1)
+    taught = objective.teacher(target)
 
     def both(piece):
         hidden, scored, labels = piece
-        return jnp.stack(
-            [log_likelihood(student.read(hidden), labels), log_likelihood(target.read(scored), labels)], -1
-        )
+        return jnp.stack([log_likelihood(student.read(hidden), labels), log_likelihood(taught(scored), labels)], -1)
 
-    heads: list[tuple[Callable, Any]] = [(student.read, student.hidden), (target.read, target.scored)]
+    heads: list[tuple[Callable, Any]] = [(student.read, student.hidden), (taught, target.scored)]
     return mapped(both, (student.hidden, target.scored, labels), pieces_of(heads, objective.compute.devices))
 
 

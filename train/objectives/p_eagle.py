@@ -102,7 +102,7 @@ class PEagleConfig:
 
 
 class PEagleObjective(Eagle3Objective):
-    """The `p_eagle` objective; the frozen target holds `draft_vocab`, int32 [W], where W < V."""
+    """The `p_eagle` objective."""
 
     Config: ClassVar[type] = PEagleConfig
 

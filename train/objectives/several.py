@@ -201,7 +201,7 @@ class SeveralObjective(Objective):
             terms.append((sums, weights))
             told = {"loss": (jnp.sum(sums / jnp.maximum(weights, 1)), jnp.float32(1)), **told}
             metrics.update(_named(name, told))
-        sums, weights = (jnp.concatenate(parts) for parts in zip(*terms, strict=True))
+        sums, weights = (jnp.concatenate([*map(jnp.atleast_1d, parts)]) for parts in zip(*terms, strict=True))
         return (sums, weights), metrics
 
     def evaluate(self, trainable: Params, frozen: Params, batch: Batch) -> Sums:

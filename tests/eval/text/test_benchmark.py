@@ -9,6 +9,7 @@ import types
 import numpy as np
 import pytest
 
+from configs.eval import decode
 from decoding.drafters.registry import load_drafter
 from decoding.generate import Generation
 from decoding.sampling import Sampling
@@ -97,6 +98,25 @@ def test_sampling_is_compared_too_and_typical_is_lossy(target: Target, drafter_d
 def generation(tokens: list[int], steps: int, committed: int) -> Generation:
     stats = Stats(steps, committed, np.zeros(0, np.int64), np.zeros(1, np.int64))
     return Generation([tokens], [[0] * len(tokens)], [stats], 0.0, 0.0)
+
+
+def test_accelerators_compile_contenders_side_by_side(target: Target, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Plain decoding first, because the others share its programs, and open drafters last, because they measure."""
+    monkeypatch.setattr(module.jax, "default_backend", lambda: "gpu")
+    field = [Contender(*load_drafter(name, target), name) for name in ("none", "token_recycling", "prompt_lookup:3")]
+    assert field[1].drafter.open_sizes
+    said: list[str] = []
+    decoded = []
+    module._compile(target, field, [0, 2], lambda who, number: decoded.append((who.path, number)), said.append)
+    assert [decoded[:2], sorted(decoded[2:4]), decoded[4:]] == [
+        [(name, number) for number in (0, 2)] for name in ("none", "prompt_lookup:3", "token_recycling")
+    ]
+    assert said[0] == "compiling 2 sizes of caches and prompts for each of 3"
+
+
+def test_every_field_can_be_given_on_the_command_line() -> None:
+    """`--config.NAME` is refused where the file does not have the name."""
+    assert set(decode.get_config()) == {field.name for field in dataclasses.fields(DecodeConfig)}
 
 
 def test_rates_are_means_over_questions() -> None:
