@@ -20,8 +20,8 @@ tokens in rows of 2,048; rates and schedule were not published.
 
 `configs/coprocessor.py:bytes` is for a small target over bytes, an estimated 15 min on two CPU cores for one of 0.3M
 parameters.
-`configs/coprocessor.py:smollm2` is `lora` for SmolLM2-135M-Instruct, on one accelerator; chats are learnt as any other
-text.
+`configs/coprocessor.py:smollm2` is `lora` for SmolLM2-135M-Instruct, on one accelerator. Of chats the answers are
+learnt: what a template puts before all of them is soon known by heart, and a chat's target says it badly.
 
 `configs/coprocessor.py:smoke` takes 20 short steps, within 1 min on two CPU cores for targets of up to 10M parameters;
 expect a falling loss.
@@ -71,6 +71,7 @@ def get_config(variant: str = "") -> ConfigDict:
     if variant == "smollm2":
         config.objective.coprocessor.num_latents = 16
         del config.objective.places
+        config.objective.labels = "assistant"
         config.length, config.steps, config.remat = 512, 3000, "products"
         config.optimizer.update(learning_rate=5e-4, warmup_steps=50)
     if variant == "smoke":

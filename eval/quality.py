@@ -8,7 +8,7 @@ What is asked for is measured, of the target as it is first and then with each c
 
 - `--data` or `--text`: perplexity by offset, 1 to `--ahead` tokens behind points spread evenly over rows of text. At
   every point latents stand and true tokens follow; what is reported is the change against the target as it is, on the
-  same tokens.
+  same tokens, of chats with `--labels assistant` on those of the answers.
 - `--problems`: GSM8K's form, questions whose answers end with `#### N`. Answers are written greedily behind solved
   examples; right is the number behind `####` (*marked*), or, where an answer has no such mark, the last one (*last*).
 - `--choices`: multiple choice. The likeliest choice is taken, by the sum of its tokens' log-likelihoods (*plain*) and
@@ -104,13 +104,15 @@ def perplexity(args, target: Target, field: Sequence[Contender], progress) -> Ca
     if args.length > room:
         raise UserError(f"--length must be at most {room}, which latents leave of the context, got {args.length}")
     data = None if args.text else args.data
+    if args.text and args.labels != "all":
+        raise UserError("--labels assistant asks for tokens that a data set marks: give --data, not --text")
     batches = rows_of_text(target, data, args.split, args.text, args.length, args.rows)
 
     def measure() -> dict[str, Any]:
         made, base = [], None
         for one in field:
             progress(f"perplexity, {one.label}")
-            found = by_offset(target, one.network, batches, args.points, args.ahead)
+            found = by_offset(target, one.network, batches, args.points, args.ahead, args.labels)
             base = base or found
             change, interval = found.change(base)
             run = {"label": one.label, "perplexity": _plain(found.perplexity)}
@@ -272,6 +274,7 @@ def _parser():
     parser.add_argument("--rows", type=at_least(1), default=64, help="rows of text")
     parser.add_argument("--points", type=at_least(1), default=32, help="points per row, spread evenly")
     parser.add_argument("--ahead", type=at_least(1), default=32, help="offsets behind a point")
+    parser.add_argument("--labels", choices=("all", "assistant"), default="all", help="tokens of --data that count")
     parser.add_argument("--problems", metavar="FILE", help="questions whose answers end with '#### N' (GSM8K)")
     parser.add_argument("--examples", metavar="FILE", help="solved ones to show (default: the first of --problems)")
     parser.add_argument("--shots", type=at_least(0), default=8, help="how many of them")

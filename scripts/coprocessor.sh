@@ -59,7 +59,8 @@ taught() { # NAME LATENTS OPTION...: in turn, or some side by side
         --config.data.path="$data" --config.steps="$steps" --config.batch_size="$batch" --config.length="$length" \
         --config.objective.places="$places" --config.objective.ahead="$ahead" \
         --config.objective.coprocessor.num_latents="$number" --config.optimizer.learning_rate="$rate" \
-        --config.objective.soft.learning_rate="$soft_rate" --config.evaluation.every="$steps" "$@" --workdir="$workdir"
+        --config.objective.soft.learning_rate="$soft_rate" --config.evaluation.every=$(((steps + 3) / 4)) "$@" \
+        --workdir="$workdir"
     if [ "$jobs" = 1 ]; then
         "$@"
         return

@@ -3,7 +3,7 @@
 `scripts/test.sh` runs with `--dist loadgroup`: a worker takes a whole group, and the next one when it is nearly done. A
 file is a group, because its tests share what they compile; where they share little, a file names one of its parameters,
 `GROUP_BY = "name"`, and each value of that is a group. Groups known to be long come first, so that no worker is left
-alone with one at the end.
+alone with one at the end. Without workers, too, the tests of a group come together: what they keep may go after them.
 """
 
 import pathlib
@@ -42,6 +42,12 @@ def group_of(item: pytest.Function) -> tuple[str, str]:
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Function]) -> None:
     """Puts every test that a worker has collected in its group, and long groups first."""
     if not hasattr(config, "workerinput"):
+        first: dict[tuple[str, ...], int] = {}
+        for item in items:
+            file, part = group_of(item)
+            first.setdefault((file,), len(first))
+            first.setdefault((file, part), len(first))
+        items.sort(key=lambda item: (first[group_of(item)[:1]], first[group_of(item)]))
         return
     for item in items:
         # xdist takes what comes after the last @ and the last bracket.

@@ -7,7 +7,7 @@ the token p + a; with latents, offset 1 is read off the last of them.
 import dataclasses
 import functools
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -40,6 +40,7 @@ def likelihoods_behind(
     tokens: Int[Array, "B T"],
     segments: Int[Array, "B T"],
     at: Int[Array, "B M"],
+    labels: Bool[Array, "B T"] | None = None,
 ) -> tuple[Float[Array, "B M A"], Bool[Array, "B M A"]]:
     """Log-likelihoods of the tokens at offsets 1 to `ahead` behind tokens `at`, and which of them there are.
 
@@ -52,10 +53,11 @@ def likelihoods_behind(
       tokens: texts.
       segments: their documents, from 1; 0 is padding.
       at: the points.
+      labels: tokens that count; None is all of the texts.
     """
     text_BT = segments > 0
     batch = {"tokens": tokens, "segments": segments}
-    places = places_at(batch, text_BT, at, picked(text_BT, at), jnp.zeros_like(at), ahead)
+    places = places_at(batch, text_BT if labels is None else labels, at, picked(text_BT, at), jnp.zeros_like(at), ahead)
     layout = layout_of(batch, "blocks")
     if network is None:
         hidden = before_labels(forward(config, params, tokens, layout).hidden, places)
@@ -72,12 +74,19 @@ def likelihoods_behind(
 
 
 def scored(
-    target: Target, network: Coprocessor | None, tokens: np.ndarray, segments: np.ndarray, at: np.ndarray, ahead: int
+    target: Target,
+    network: Coprocessor | None,
+    tokens: np.ndarray,
+    segments: np.ndarray,
+    at: np.ndarray,
+    ahead: int,
+    labels: np.ndarray | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """`likelihoods_behind` of a target and a coprocessor, or the target as it is, on the host."""
     config, params = network or (None, None)
-    arrays = (jnp.asarray(values, jnp.int32) for values in (tokens, segments, at))
-    found = likelihoods_behind(target.config, config, ahead, target.params, params, *arrays)
+    arrays = [jnp.asarray(values, jnp.int32) for values in (tokens, segments, at)]
+    counted = None if labels is None else jnp.asarray(labels, bool)
+    found = likelihoods_behind(target.config, config, ahead, target.params, params, *arrays, counted)
     return np.asarray(found[0]), np.asarray(found[1])
 
 
@@ -110,22 +119,29 @@ class ByOffset:
 
 
 def by_offset(
-    target: Target, network: Coprocessor | None, batches: "Sequence[Batch]", points: int, ahead: int
+    target: Target,
+    network: Coprocessor | None,
+    batches: "Sequence[Batch]",
+    points: int,
+    ahead: int,
+    labels: Literal["all", "assistant"] = "all",
 ) -> ByOffset:
-    """Likelihoods behind `points` places spread evenly over every row of text.
+    """Likelihoods behind `points` places spread evenly over every row of text, of all tokens or of those that the data
+    set marks.
 
     Raises:
-      UserError: rows too short for any token to count.
+      UserError: no token counts.
     """
     sums, counts = [], []
     for batch in batches:
         rows, length = batch["tokens"].shape
         places = np.unique(np.linspace(0, length - 2, min(points, length - 1)).astype(np.int32))
         at = np.broadcast_to(places, (rows, len(places)))
-        likelihood, there = scored(target, network, batch["tokens"], batch["segments"], at, ahead)
+        counted = None if labels == "all" else batch["mask"]
+        likelihood, there = scored(target, network, batch["tokens"], batch["segments"], at, ahead, counted)
         sums.append(-np.where(there, likelihood, 0).astype(np.float64).sum(axis=1))
         counts.append(there.sum(axis=1))
     found = ByOffset(np.concatenate(sums), np.concatenate(counts))
     if not found.count.sum():
-        raise UserError("there is no token to predict: the rows to measure on are empty")
+        raise UserError("there is no token to predict: the rows to measure on hold none that counts")
     return found

@@ -8,7 +8,7 @@ construction is shown to be caught.
 
 What is compiled is most of what the battery costs, so every item decodes with the same programs: one shape of batch and
 cache, prompts in chunks of one size, recording always on (`Recorder`). A drafter adds its loop in two sampling modes,
-its `ingest`, its replay, and what it alone needs. Batches of one row and a third sampling mode are for two drafters.
+its `ingest`, its replay, and what it alone needs. One drafter each has batches of one row and a third sampling mode.
 """
 
 import dataclasses
@@ -38,6 +38,7 @@ from tests.decoding.battery import (
     CAPACITY,
     PROMPTS,
     SAMPLINGS,
+    SHORTER,
     augmented_run,
     blank,
     case,
@@ -67,10 +68,6 @@ RUN_LONG = True  # Thousands of steps per program: see conftest.py.
 GROUP_BY = "name"  # Drafters share the target's programs alone, which the cache of compiled programs carries over.
 
 
-# Those that show what a batch of one row and a third sampling mode are: heads with a cache of their own, drawn drafts.
-two_drafters = pytest.mark.parametrize("name", ["hydra++", "draft chain"])
-
-
 # 1. Greedy output is plain greedy output.
 
 
@@ -97,7 +94,8 @@ def test_greedy_fills_ragged_rows_with_the_plain_text(name: str) -> None:
         assert accepted[0] > 100 and accepted[1] > 8, "a case whose drafts are never accepted proves nothing"
 
 
-@two_drafters
+# Heads with a cache of their own, and, with `-m slow`, a draft model, whose cache is an earlier one's.
+@pytest.mark.parametrize("name", ["hydra++", pytest.param("draft chain", marks=pytest.mark.slow)])
 def test_greedy_of_one_row(name: str) -> None:
     assert decode(name, PROMPTS[:1], max_new_tokens=400).tokens[0] == long_run("none").tokens[0][:400]
 
@@ -389,24 +387,25 @@ def test_replay_of_the_same_steps_rebuilds_the_drafter_state(name: str) -> None:
 
 
 @each_drafter
-@pytest.mark.parametrize("run", [long_run, long_sampled_run], ids=["greedy", "sampled"])
-def test_teacher_forced_replay_counts_the_same_hits(name: str, run) -> None:
+@pytest.mark.parametrize("sampled", [False, True], ids=["greedy", "sampled"])
+def test_teacher_forced_replay_counts_the_same_hits(name: str, sampled: bool) -> None:
     drafter, params = case(name)
     if not is_replayable(drafter):
         pytest.skip("has no training-time forward, or a tree that is not static")
-    generation = run(name)
+    generation = long_sampled_run(name) if sampled else decode(name, max_new_tokens=SHORTER)
     counted = [stats.accepted_by_depth.tolist() for stats in generation.stats]
-    # Padded to the length of the longest run, for one program to serve both.
+    # Padded to one length, for one program to serve both.
+    length = max(map(len, PROMPTS)) + max(SHORTER)
     replay = functools.partial(replay_acceptance, target(), drafter, generation=generation, prompts=PROMPTS)
-    assert replay(params=params, length=CAPACITY).tolist() == counted
-    if run is long_run:  # The shorter run is enough for what follows.
+    assert replay(params=params, length=length).tolist() == counted
+    if not sampled:  # One of the two is enough for what follows.
         return
 
     def waves(leaf):
         return np.asarray(leaf) + 0.1 * np.cos(np.arange(leaf.size)).reshape(leaf.shape)
 
     other = changed(lambda leaf: jnp.asarray(waves(leaf), leaf.dtype), params)
-    assert replay(params=other, length=CAPACITY).tolist() != counted
+    assert replay(params=other, length=length).tolist() != counted
 
 
 def test_heads_read_embeddings_that_are_not_scaled() -> None:
@@ -445,7 +444,8 @@ def test_one_compilation_per_bucket(name: str) -> None:
     assert plain.tokens and sampled.tokens
 
 
-@two_drafters
+# Drawn drafts, and, with `-m slow`, ranked ones.
+@pytest.mark.parametrize("name", ["draft chain", pytest.param("hydra++", marks=pytest.mark.slow)])
 def test_another_sampling_mode_is_another_loop_and_nothing_else(name: str) -> None:
     long_sampled_run(name)
     before = programs()
