@@ -8,6 +8,7 @@ r"""Distils a draft model: a small transformer learns to agree with its target (
     --config.objective.divergence.name=reverse_kl     or forward_kl, jsd, skewed_kl, skewed_reverse_kl, tvd, tvd++, nla,
                                                       hybrid (train/objectives/divergences.py)
     --config.objective.source=student                 or dataset, teacher, mixed, served (train/objectives/distill.py)
+    --config.objective.embedding=target               its table of tokens begins as the target's, projected
     --config.objective.hard=1 --config.objective.soft=0    the text's own tokens: sequence-level distillation with
                                                       source=teacher, none at all with source=dataset
 

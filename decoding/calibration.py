@@ -54,7 +54,7 @@ def calibration_error(predicted: Float[np.ndarray, "M"], label: Float[np.ndarray
 
 def recorded_drafts(
     target: Target,
-    drafter: NetworkDrafter,
+    drafter: Drafter,
     params: Any,
     prompts: Sequence[Sequence[int]],
     max_new_tokens: int,
@@ -97,7 +97,7 @@ class _Recorder(Drafter):
       steps: that there is room for.
     """
 
-    inner: NetworkDrafter
+    inner: Drafter
     steps: int
     name: ClassVar[str] = "recorder"
 
@@ -134,9 +134,9 @@ class _Recorder(Drafter):
         }
 
     def draft(self, params, target, state, root, keys):
-        policy = self.inner.policy
-        assert isinstance(policy, Scheduled), "a drafter whose policy has no confidences has nothing to record"
-        network = self.inner.network(params, target, state["inner"])
+        inner, policy = self.inner, self.inner.tree_policy
+        assert isinstance(inner, NetworkDrafter) and isinstance(policy, Scheduled), "without confidences, no record"
+        network = inner.network(params, target, state["inner"])
         grown, confidence_BD = policy.uncut(network, root, keys, target.sampling)
         return grown.tree, confidence_BD
 

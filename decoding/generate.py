@@ -220,7 +220,7 @@ def _run(step: Callable[..., loop.DecodeState], state, reader: "_Reader", mesh, 
     while True:
         if reader.watches:
             state = reader.look(state, mesh)
-        if not bool(jnp.all(state.text.done)):
+        if not np.all(np.asarray(state.text.done)):
             state = step(state, reader.every, schedule.request)
         elif (due := schedule.due(state, reader.ended)).any():
             state = schedule.resume(state, due)
@@ -286,14 +286,14 @@ def _prefill(models: loop.Models, request, text, capacity, mesh, memory, schedul
     if memory is not None:
         # Copied, and through the host: the loop donates its state, the caller may want to begin from this memory again,
         # and it may come from another mesh.
-        copied = jax.tree.map(lambda leaf: jnp.array(np.asarray(leaf)), memory)
+        copied = jax.device_put(jax.tree.map(np.array, memory))
         recalled = drafter.recall(state.drafter, copied)
         state = dataclasses.replace(state, drafter=recalled if mesh is None else place_rows(mesh, recalled))
-    hidden, chunks = jnp.zeros((batch, config.width), dtype), _chunks(text)
+    hidden, chunks = jax.device_put(np.zeros((batch, config.width), dtype)), _chunks(text)
     if mesh is not None:
         hidden, chunks = place_rows(mesh, (hidden, chunks))
     for chunk in chunks:
-        state, hidden = loop.read_prompt(models, state, hidden, request, jnp.asarray(chunk))
+        state, hidden = loop.read_prompt(models, state, hidden, request, jax.device_put(chunk))
     return jax.block_until_ready(schedule.begin(state, hidden))
 
 
@@ -322,10 +322,10 @@ def _make_request(config, prompts, limits, seeds, sampling, stop, attention, typ
     if min(seeds) < 0 or max(seeds) >= 2**32:
         raise UserError(f"seeds must be in [0, 2^32), got {min(seeds) if min(seeds) < 0 else max(seeds)}")
     request = Request(
-        prompt_length=jnp.asarray(lengths),
-        limit=jnp.asarray(lengths + np.array(limits, np.int32)),
+        prompt_length=jax.device_put(lengths),
+        limit=jax.device_put(lengths + np.array(limits, np.int32)),
         stops=_pack_stops(stop, batch),
-        keys=jax.vmap(jax.random.key)(jnp.array(seeds, jnp.uint32)),
+        keys=jax.vmap(jax.random.key)(jax.device_put(np.array(seeds, np.uint32))),
         sampling=batch_sampling(checked_sampling(sampling, batch)),
         attention=attention,
         typical=typical,
@@ -388,7 +388,7 @@ def _pack_stops(stops: Sequence[Sequence[int]], batch: int) -> Int[Array, "B K L
     packed = np.full((4 * -(-max(len(stops), 1) // 4), longest), -1, np.int32)
     for row, sequence in enumerate(stops):
         packed[row, longest - len(sequence) :] = sequence
-    return jnp.broadcast_to(packed, (batch, *packed.shape))
+    return jax.device_put(np.tile(packed, (batch, 1, 1)))
 
 
 class _Reader:

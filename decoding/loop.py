@@ -89,19 +89,19 @@ def init_state(config, drafter: Drafter, batch: int, capacity: int, dtype, promp
     """An empty state of `capacity` tokens; on a mesh every row's part of it lies on the row's devices.
 
     `read_prompt` writes the text that it reads; `prompts` `[B, <= capacity]` stand in the buffer from the beginning.
-    What is small comes from the host: a `jnp.zeros` is a program for each shape.
+    What is small comes from the host: a `jnp.zeros` is a program for each shape, and `jnp.asarray` another.
     """
     tokens = np.zeros((batch, capacity), np.int32)
     if prompts is not None:
         tokens[:, : prompts.shape[1]] = prompts
     state = DecodeState(
         text=Text(
-            tokens=jnp.asarray(tokens),
-            writers=jnp.asarray(np.zeros((batch, capacity), np.int16)),
-            length=jnp.asarray(np.zeros(batch, np.int32)),
-            done=jnp.asarray(np.zeros(batch, bool)),
+            tokens=jax.device_put(tokens),
+            writers=jax.device_put(np.zeros((batch, capacity), np.int16)),
+            length=jax.device_put(np.zeros(batch, np.int32)),
+            done=jax.device_put(np.zeros(batch, bool)),
         ),
-        slots=jnp.asarray(np.zeros(batch, np.int32)),
+        slots=jax.device_put(np.zeros(batch, np.int32)),
         cache=init_cache(config, batch, capacity, dtype, mesh=mesh),
         drafter=drafter.init(config, batch, capacity, dtype, mesh),
         counters=Counters.zeros(batch, drafter.max_depth, drafter.max_nodes),

@@ -83,10 +83,10 @@ class Sampling:
 def batch_sampling(settings: list[Sampling]) -> SamplingParameters:
     """Stacks the requests' settings into arrays of batch rows."""
     return SamplingParameters(
-        temperature=jnp.array([s.temperature for s in settings], jnp.float32),
-        top_k=jnp.array([s.top_k for s in settings], jnp.int32),
-        top_p=jnp.array([s.top_p for s in settings], jnp.float32),
-        min_p=jnp.array([s.min_p for s in settings], jnp.float32),
+        temperature=jax.device_put(np.array([s.temperature for s in settings], np.float32)),
+        top_k=jax.device_put(np.array([s.top_k for s in settings], np.int32)),
+        top_p=jax.device_put(np.array([s.top_p for s in settings], np.float32)),
+        min_p=jax.device_put(np.array([s.min_p for s in settings], np.float32)),
         greedy=all(s.temperature == 0 for s in settings),
         cuts=any(s.temperature > 0 and (s.top_k > 0 or s.top_p < 1) for s in settings),
     )

@@ -12,6 +12,7 @@ import collections
 import dataclasses
 from collections.abc import Mapping, Sequence
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
@@ -37,7 +38,7 @@ class Counters:
     @classmethod
     def zeros(cls, batch: int, depth: int, nodes: int) -> "Counters":
         """All counts at 0."""
-        zero = lambda *shape: jnp.asarray(np.zeros(shape, np.int32))  # noqa: E731
+        zero = lambda *shape: jax.device_put(np.zeros(shape, np.int32))  # noqa: E731
         return cls(zero(batch), zero(batch), zero(batch, depth), zero(batch, nodes))
 
     def record(
@@ -103,15 +104,23 @@ class Stats:
             self, steps=steps, committed=len(by), accepted_by_depth=np.sum(by[:, None] == depths, axis=0)
         )
 
-    def __add__(self, other: "Stats") -> "Stats":
-        """Of both; trees of different sizes, as an open drafter has them, count as the larger with idle places."""
-        return Stats(
-            self.steps + other.steps,
-            self.committed + other.committed,
-            _added(self.accepted_by_depth, other.accepted_by_depth),
-            _added(self.accepted_by_node, other.accepted_by_node),
-            dict(collections.Counter(self.sizes) + collections.Counter(other.sizes)),
+    @classmethod
+    def total(cls, parts: Sequence["Stats"]) -> "Stats":
+        """Of all; trees of different sizes, as an open drafter has them, count as the largest with idle places."""
+        sizes: collections.Counter = collections.Counter()
+        for part in parts:
+            sizes.update(part.sizes)
+        return cls(
+            sum(part.steps for part in parts),
+            sum(part.committed for part in parts),
+            _added([part.accepted_by_depth for part in parts]),
+            _added([part.accepted_by_node for part in parts]),
+            {size: steps for size, steps in sizes.items() if steps > 0},
         )
+
+    def __add__(self, other: "Stats") -> "Stats":
+        """Of both."""
+        return Stats.total([self, other])
 
     @property
     def acceptance_length(self) -> float:
@@ -139,10 +148,10 @@ class Stats:
         return text + (f", conditional acceptance by depth {by_depth}" if by_depth else "")
 
 
-def _added(ours: np.ndarray, theirs: np.ndarray) -> np.ndarray:
-    """The sum, as if the shorter went on with zeros."""
-    if len(ours) < len(theirs):
-        ours, theirs = theirs, ours
-    total = np.array(ours)
-    total[: len(theirs)] += theirs
+def _added(counts: Sequence[np.ndarray]) -> np.ndarray:
+    """The sum, as if the shorter ones went on with zeros."""
+    longest = max(counts, key=len)
+    total = np.zeros_like(longest)
+    for count in counts:
+        total[: len(count)] += count
     return total

@@ -1,11 +1,12 @@
 """One table of several training runs per method: acceptance by position, acceptance length and speed, over their seeds.
 
-    python -m eval.seeds --acceptance DIR --speed DIR DIR --out DIR
+    python -m eval.seeds --acceptance DIR [DIR ...] --speed DIR DIR --out DIR
 
-Reads what `eval.acceptance` wrote of methods called LABEL#SEED, and what `eval.main` wrote of the same drafters, one
-directory per temperature. By method and temperature: alpha by position, the share of steps that accept a draft of this
-depth once they accepted the depth above, pooled over seeds; acceptance length and, of the seeds that were timed,
-speed-up, means over seeds. All have 95% intervals: Student's over seeds where there are several, else over prompts.
+Reads what `eval.acceptance` wrote of methods called LABEL#SEED on the same prompts, in one directory or several, and
+what `eval.main` wrote of the same drafters, one directory per temperature. By method and temperature: alpha by
+position, the share of steps that accept a draft of this depth once they accepted the depth above, pooled over seeds;
+acceptance length and, of the seeds that were timed, speed-up, means over seeds. All have 95% intervals: Student's over
+seeds where there are several, else over prompts.
 """
 
 import collections
@@ -45,6 +46,20 @@ def summary(acceptance: Mapping[str, Any], speeds: Sequence[Mapping[str, Any]]) 
     for cell in acceptance["cells"]:
         groups[cell["method"].partition("#")[0], cell["temperature"]].append(cell)
     return [_entry(name, temperature, cells, paths, rates) for (name, temperature), cells in groups.items()]
+
+
+def together(parts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Results of `eval.acceptance` as if one run had made them, its environment that of the first.
+
+    Raises:
+      UserError: they are not of the same prompts, budgets and temperatures.
+    """
+    for name in parts[0]["config"].keys() - {"methods"}:
+        values = [part["config"].get(name) for part in parts]
+        if any(value != values[0] for value in values):
+            raise UserError(f"results are put together of one measurement, but their {name} differ: {values}")
+    joined = {key: [entry for part in parts for entry in part[key]] for key in ("methods", "cells")}
+    return {**parts[0], **joined}
 
 
 def _entry(name: str, temperature: float, cells, paths, rates) -> dict[str, Any]:
@@ -110,13 +125,13 @@ def _written(value: float | None, interval: Sequence[float] | None, digits: int)
 def main(argv: Sequence[str] | None = None) -> None:
     """The command; see the module's docstring."""
     parser = command_line.parser("eval.seeds", __doc__)
-    parser.add_argument("--acceptance", required=True, help="directory that eval.acceptance wrote")
+    parser.add_argument("--acceptance", nargs="+", required=True, help="directories that eval.acceptance wrote")
     parser.add_argument("--speed", nargs="*", default=[], help="directories that eval.main wrote")
     parser.add_argument("--out", required=True, help="directory for results.json")
     add_overwrite(parser)
     args = parser.parse_args(argv)
     keep_results(args.out, args.overwrite)
-    acceptance = _results(args.acceptance, "cells", "eval.acceptance")
+    acceptance = together([_results(place, "cells", "eval.acceptance") for place in args.acceptance])
     speeds = [_results(place, "runs", "eval.main") for place in args.speed]
     entries = summary(acceptance, speeds)
     Path(args.out).mkdir(parents=True, exist_ok=True)

@@ -80,9 +80,14 @@ def init(config: TransformerConfig, key: Array, dtype=jnp.float32) -> Params:
 
 
 def _init_stack(config: TransformerConfig, keys: Sequence[Array], dtype) -> Params:
-    shapes = jax.eval_shape(functools.partial(_layer, config), jax.random.key(0))
+    shapes = _layer_shapes(config)
     norm = (jnp.zeros if config.zero_centred_norm else jnp.ones)((config.width,), dtype)
     return {"layers": [_init_layer(config, shapes, key, dtype) for key in keys], "final_norm": {"scale": norm}}
+
+
+@functools.cache
+def _layer_shapes(config: TransformerConfig) -> Params:
+    return jax.eval_shape(functools.partial(_layer, config), jax.random.key(0))
 
 
 def _layer(config: TransformerConfig, key: Array) -> Params:
@@ -117,6 +122,13 @@ def _init_layer(config: TransformerConfig, shapes: Params, key: Array, dtype) ->
 
 def param_shapes(config: TransformerConfig, dtype=jnp.float32) -> Params:
     """The tree of `ShapeDtypeStruct`s that `init` would return, without allocating."""
+    shapes = _param_shapes(config, jnp.dtype(dtype), jax.config.jax_enable_x64)
+    return jax.tree.map(lambda shape: shape, shapes)  # A tree of the caller's own.
+
+
+@functools.cache
+def _param_shapes(config: TransformerConfig, dtype: Any, wide: bool) -> Params:
+    """`wide` is the mode of JAX, without which float64 is float32."""
     return jax.eval_shape(functools.partial(init, config, dtype=dtype), jax.random.key(0))
 
 

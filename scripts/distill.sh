@@ -3,12 +3,13 @@
 # by position, acceptance length and speed, greedily and at temperature 1, over several seeds.
 #
 #   bash scripts/distill.sh --target DIR --data DIR [--out DIR] [--student SIZES] [--steps N] [--batch N] [--start_steps N]
-#       [--seeds N] [--divergences NAMES] [--sources NAMES] [--documents N] [--tokens N] [--fresh]
+#       [--seeds N] [--divergences NAMES] [--sources NAMES] [--documents N] [--tokens N] [--reuse N] [--fresh]
 #
 # A small model first learns the data set's text (--start_steps, three times --steps), and every other begins from it:
 # undistilled, it goes on as it was; the others learn for as many steps by what --divergences names from the text that
 # --sources name: those of configs/distill.py and `minillm`. Of `teacher` there are --documents, with the text itself
-# learnt, too (sequence-level distillation); of `student`, `mixed`, `served` and `minillm` --tokens behind each prompt.
+# learnt, too (sequence-level distillation); of `student`, `mixed`, `served` and `minillm` --tokens behind each prompt,
+# that serve --reuse steps.
 # SIZES are fields of the student's shape, such as "width=32 head_dim=8 mlp_width=88". About an hour on two CPU cores for
 # stories260K and the defaults. Every line that starts with $ is a command of its own. Asking again reuses what is
 # finished and continues what was interrupted; --fresh starts over. See scripts/_venv.sh for TANDEM_VENV.
@@ -16,11 +17,11 @@ set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/_job.sh"
 
 job_options 'bash scripts/distill.sh --target DIR --data DIR [--out DIR] [--student SIZES] [--steps N] [--batch N]
-    [--start_steps N] [--seeds N] [--divergences NAMES] [--sources NAMES] [--documents N] [--tokens N] [--fresh]' "$@"
+    [--start_steps N] [--seeds N] [--divergences NAMES] [--sources NAMES] [--documents N] [--tokens N] [--reuse N] [--fresh]' "$@"
 target=$(realpath "$target") data=$(realpath "$data")
 out=${out:-$ROOT/runs/distillation}
 student=${student:-width=32 head_dim=8 mlp_width=88 max_position=512}
-steps=${steps:-200} batch=${batch:-16} seeds=${seeds:-2} tokens=${tokens:-128}
+steps=${steps:-200} batch=${batch:-16} seeds=${seeds:-2} tokens=${tokens:-128} reuse=${reuse:-4}
 start_steps=${start_steps:-$((3 * steps))} documents=${documents:-3072}
 divergences=${divergences:-forward_kl,reverse_kl,jsd,tvd,tvd++,nla}
 sources=${sources:-dataset,teacher,student,served,minillm}
@@ -60,7 +61,8 @@ alone() { # NAME CONFIG OPTION...: one run per seed
     shift 2
     for ((seed = 0; seed < seeds; seed++)); do
         run train.main --config="$config" "${learn[@]}" --config.objective.init_from="$out/start/target" \
-            --config.seed="$seed" --config.objective.loop_prompts=0 --config.objective.new_tokens="$tokens" "$@" \
+            --config.seed="$seed" --config.objective.loop_prompts=0 --config.objective.new_tokens="$tokens" \
+            --config.objective.reuse="$reuse" "$@" \
             --workdir="$out/runs/$name-$seed"
     done
     row "$name" "$name"

@@ -1,6 +1,7 @@
 """What every test shares: one CPU device, a persistent compilation cache, and a few fixtures."""
 
 import contextlib
+import functools
 import gc
 import importlib.metadata
 import os
@@ -42,6 +43,11 @@ def pytest_configure(config: pytest.Config) -> None:
     gc.set_threshold(100_000, 20, 100)
 
 
+def pytest_collection_finish() -> None:
+    """Has the collector pass over what was imported, which stays."""
+    gc.freeze()
+
+
 @pytest.fixture(scope="module", autouse=True)
 def programs_run_long(request: pytest.FixtureRequest) -> Iterator[None]:
     """Compiles better where a file asks for it."""
@@ -54,17 +60,39 @@ def programs_run_long(request: pytest.FixtureRequest) -> Iterator[None]:
 MAPPINGS = 5_000  # Of memory: three of each small program. A Linux process may have 65,530, and dies of one more.
 
 
+# Whether a program may hold what is patched in here. The rest is the host's: commands, timers, files.
+IN_PROGRAMS = ("models", "decoding", "train", "jax", "flax", "optax")
+patched: list[str] = []  # By whatever has run since programs were last looked at.
+
+
+def seen(change: Callable[..., None]) -> Callable[..., None]:
+    """`MonkeyPatch.setattr` or `delattr`, telling `patched` whose attribute it is."""
+
+    @functools.wraps(change)
+    def changed(self: pytest.MonkeyPatch, target, *arguments, **settings) -> None:
+        owner = target if isinstance(target, str) else getattr(target, "__module__", None) or target.__name__
+        patched.append(owner.partition(".")[0])
+        change(self, target, *arguments, **settings)
+
+    return changed
+
+
+pytest.MonkeyPatch.setattr = seen(pytest.MonkeyPatch.setattr)  # type: ignore[method-assign]
+pytest.MonkeyPatch.delattr = seen(pytest.MonkeyPatch.delattr)  # type: ignore[method-assign]
+
+
 @pytest.fixture(scope="module", autouse=True)
-def programs_are_dropped(request: pytest.FixtureRequest) -> Iterator[None]:
+def programs_are_dropped() -> Iterator[None]:
     """Forgets compiled programs after a file when they hold many memory mappings, and those that a patch may be in.
 
     Otherwise they stay: files share many small ones, and dropping and reading them again costs seconds per file.
     """
     yield
-    patches = any("monkeypatch" in item.fixturenames for item in request.session.items if item.module is request.module)
     maps = pathlib.Path("/proc/self/maps")
-    if patches or not maps.exists() or maps.read_bytes().count(b"\n") > MAPPINGS:
+    many = maps.exists() and maps.read_bytes().count(b"\n") > MAPPINGS
+    if many or not set(IN_PROGRAMS).isdisjoint(patched):
         jax.clear_caches()
+    patched.clear()
 
 
 @pytest.fixture(scope="module")

@@ -3,7 +3,7 @@
 `scripts/test.sh` runs with `--dist loadgroup`: a worker takes a whole group, and the next one when it is nearly done. A
 file is a group, because its tests share what they compile; where they share little, a file names one of its parameters,
 `GROUP_BY = "name"`, and each value of that is a group. Groups known to be long come first, so that no worker is left
-alone with one at the end.
+alone with one at the end. Without workers, too, the tests of a group come together: what they keep may go after them.
 """
 
 import pathlib
@@ -16,17 +16,18 @@ TESTS = pathlib.Path(__file__).resolve().parent
 LONG = (
     "decoding/test_battery.py",
     "decoding/test_losslessness.py",
+    "train/test_trainer.py",
     "train/test_vqvae.py",
     "decoding/test_mesh.py",
-    "train/test_trainer.py",
     "decoding/test_rows.py",
-    "decoding/images/test_generate.py",
-    "eval/test_speed.py",
-    "train/test_var_objective.py",
     "parity/test_transformers.py",
-    "train/test_two_processes.py",
-    "train/test_eagle.py",
+    "train/test_var_objective.py",
+    "decoding/test_sampled_rules.py",
+    "decoding/images/test_generate.py",
     "eval/images/test_speed.py",
+    "train/test_two_processes.py",
+    "eval/test_speed.py",
+    "train/test_coprocessor.py",
     "decoding/images/test_mesh.py",
 )
 
@@ -42,6 +43,12 @@ def group_of(item: pytest.Function) -> tuple[str, str]:
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Function]) -> None:
     """Puts every test that a worker has collected in its group, and long groups first."""
     if not hasattr(config, "workerinput"):
+        first: dict[tuple[str, ...], int] = {}
+        for item in items:
+            file, part = group_of(item)
+            first.setdefault((file,), len(first))
+            first.setdefault((file, part), len(first))
+        items.sort(key=lambda item: (first[group_of(item)[:1]], first[group_of(item)]))
         return
     for item in items:
         # xdist takes what comes after the last @ and the last bracket.

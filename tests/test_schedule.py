@@ -28,9 +28,13 @@ def test_groups_are_files_or_named_parts_and_long_ones_come_first() -> None:
 
 
 def test_without_workers_the_order_is_that_of_the_files() -> None:
-    items = [item("decoding/test_trees.py"), item(schedule.LONG[0])]
+    long = schedule.LONG[0]
+    items = [item("decoding/test_trees.py"), *(item(long, by="name", name=name) for name in "abab"), item(long)]
     schedule.pytest_collection_modifyitems(SimpleNamespace(), items)
-    assert [one.path.name for one in items] == ["test_trees.py", schedule.LONG[0].split("/")[-1]]
+    assert [schedule.group_of(one) for one in items] == [
+        ("decoding/test_trees.py", ""),
+        *((long, part) for part in ("a", "a", "b", "b", "")),
+    ]
 
 
 def test_long_files_exist() -> None:

@@ -216,8 +216,7 @@ def benchmark(
         one.gather()
     if not measured[0].stats.steps:
         raise UserError("plain decoding ends every text with its first token, so there is no speed to measure")
-    comparable = sampling.temperature == 0 and augment is None
-    runs = [_run(target, one, measured[0], prompts, comparable) for one in measured]
+    runs = [_run(target, one, measured[0], prompts, sampling.temperature == 0 and augment is None) for one in measured]
     return [
         run | ({"shown": one.generations[:shown]} if shown else {}) for run, one in zip(runs, measured, strict=True)
     ]

@@ -8,7 +8,7 @@ construction is shown to be caught.
 
 What is compiled is most of what the battery costs, so every item decodes with the same programs: one shape of batch and
 cache, prompts in chunks of one size, recording always on (`Recorder`). A drafter adds its loop in two sampling modes,
-its `ingest`, its replay, and what it alone needs. Batches of one row and a third sampling mode are for two drafters.
+its `ingest`, its replay, and what it alone needs. One drafter each has batches of one row and a third sampling mode.
 """
 
 import dataclasses
@@ -38,6 +38,7 @@ from tests.decoding.battery import (
     CAPACITY,
     PROMPTS,
     SAMPLINGS,
+    SHORTER,
     augmented_run,
     blank,
     case,
@@ -55,6 +56,7 @@ from tests.decoding.compiled_text import HOST, inside_loops, shapes_for_arrays, 
 from tests.decoding.drafter_cases import (
     CASES,
     LOPSIDED,
+    VARIANTS,
     Oracle,
     each_drafter,
     learns_from_rejected_nodes,
@@ -65,10 +67,6 @@ pytestmark = pytest.mark.usefixtures("x64")
 
 RUN_LONG = True  # Thousands of steps per program: see conftest.py.
 GROUP_BY = "name"  # Drafters share the target's programs alone, which the cache of compiled programs carries over.
-
-
-# Those that show what a batch of one row and a third sampling mode are: heads with a cache of their own, drawn drafts.
-two_drafters = pytest.mark.parametrize("name", ["hydra++", "draft chain"])
 
 
 # 1. Greedy output is plain greedy output.
@@ -97,7 +95,8 @@ def test_greedy_fills_ragged_rows_with_the_plain_text(name: str) -> None:
         assert accepted[0] > 100 and accepted[1] > 8, "a case whose drafts are never accepted proves nothing"
 
 
-@two_drafters
+# Heads with a cache of their own, and, with `-m slow`, a draft model, whose cache is an earlier one's.
+@pytest.mark.parametrize("name", ["hydra++", pytest.param("draft chain", marks=pytest.mark.slow)])
 def test_greedy_of_one_row(name: str) -> None:
     assert decode(name, PROMPTS[:1], max_new_tokens=400).tokens[0] == long_run("none").tokens[0][:400]
 
@@ -168,7 +167,25 @@ def changed(change, params):
 # still names one text. That it follows the target distribution is tested in test_losslessness.py.
 
 
-@each_drafter
+# Ranked drafts are the same in both sampling modes. The loop that samples behind these runs with `-m slow`, and by
+# default behind another of their kind: Hydra++, lookup before Hydra++, EAGLE-3; and EAGLE's in test_losslessness.py.
+RANKED = ("medusa", "prompt_lookup", "eagle", "p_eagle", "falcon")
+
+
+def modes(test):
+    """Every drafter, greedy and sampled."""
+    slow = {False: VARIANTS, True: VARIANTS + RANKED}
+    cases = [
+        pytest.param(name, sampled, marks=[pytest.mark.slow] if name in slow[sampled] else [])
+        for sampled in (False, True)
+        for name in CASES
+    ]
+    return pytest.mark.parametrize(("name", "sampled"), cases)(test)
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] if name in VARIANTS + RANKED else []) for name in CASES]
+)
 def test_sampled_output_is_that_of_the_seed(name: str) -> None:
     generation, plain = long_sampled_run(name), long_sampled_run("none")
     if case(name)[0].rule(greedy=False) in SAMPLED_RULES:
@@ -207,7 +224,7 @@ def test_who_reads_text_alone_drafts_as_without_latents(name: str) -> None:
     # Some of the slots in use are not of text: what the drafter has read stands where it was trained to find it.
     (seen, request), (drafter, _) = steps(name), case(name)
     now = seen[len(seen) // 2].before
-    state = dataclasses.replace(blank(name, now.tokens), drafter=jax.tree.map(jnp.asarray, now.drafter))
+    state = dataclasses.replace(blank(name, now.tokens), drafter=jax.device_put(now.drafter))
     state = dataclasses.replace(state, text=dataclasses.replace(state.text, length=jnp.asarray(now.length)))
 
     root = jnp.asarray(now.tokens[np.arange(len(now.tokens)), now.length])
@@ -382,31 +399,31 @@ def test_replay_of_the_same_steps_rebuilds_the_drafter_state(name: str) -> None:
         for ours, theirs in zip(*map(jax.tree.leaves, (replayed["inner"], step.after.drafter["inner"])), strict=True):
             ends = read_by(drafter, step.after.length)
             np.testing.assert_allclose(visible(ours, ends), visible(theirs, ends), rtol=0, atol=1e-9)
-        replayed = jax.tree.map(jnp.array, replayed)
+        replayed = jax.device_put(replayed)
 
 
 # 6. The training-time forward finds the same hits.
 
 
-@each_drafter
-@pytest.mark.parametrize("run", [long_run, long_sampled_run], ids=["greedy", "sampled"])
-def test_teacher_forced_replay_counts_the_same_hits(name: str, run) -> None:
+@modes
+def test_teacher_forced_replay_counts_the_same_hits(name: str, sampled: bool) -> None:
     drafter, params = case(name)
     if not is_replayable(drafter):
         pytest.skip("has no training-time forward, or a tree that is not static")
-    generation = run(name)
+    generation = long_sampled_run(name) if sampled else decode(name, max_new_tokens=SHORTER)
     counted = [stats.accepted_by_depth.tolist() for stats in generation.stats]
-    # Padded to the length of the longest run, for one program to serve both.
+    # Padded to one length, for one program to serve both.
+    length = max(map(len, PROMPTS)) + max(SHORTER)
     replay = functools.partial(replay_acceptance, target(), drafter, generation=generation, prompts=PROMPTS)
-    assert replay(params=params, length=CAPACITY).tolist() == counted
-    if run is long_run:  # The shorter run is enough for what follows.
+    assert replay(params=params, length=length).tolist() == counted
+    if sampled:  # One of the two is enough for what follows.
         return
 
     def waves(leaf):
         return np.asarray(leaf) + 0.1 * np.cos(np.arange(leaf.size)).reshape(leaf.shape)
 
     other = changed(lambda leaf: jnp.asarray(waves(leaf), leaf.dtype), params)
-    assert replay(params=other, length=CAPACITY).tolist() != counted
+    assert replay(params=other, length=length).tolist() != counted
 
 
 def test_heads_read_embeddings_that_are_not_scaled() -> None:
@@ -436,16 +453,18 @@ def test_heads_read_embeddings_that_are_not_scaled() -> None:
 
 @each_drafter
 def test_one_compilation_per_bucket(name: str) -> None:
-    plain, sampled = long_run(name), long_sampled_run(name)
+    plain, sampled = long_run(name), name in RANKED or long_sampled_run(name).tokens
     before = programs()
     decode(name, [[5], [6, 7], [8], [9] * 12], max_new_tokens=[3, 40, 5, 1], stop=[[1], [2, 3], [4] * 5])
     decode(name, max_new_tokens=9, stop=[], stream_every=3, on_tokens=lambda *_: None, seeds=[9, 8, 7, 6])
-    decode(name, max_new_tokens=7, sampling=Sampling(temperature=2.0, top_p=0.3), seeds=11)
+    if name not in RANKED:
+        decode(name, max_new_tokens=7, sampling=Sampling(temperature=2.0, top_p=0.3), seeds=11)
     assert programs() == before
-    assert plain.tokens and sampled.tokens
+    assert plain.tokens and sampled
 
 
-@two_drafters
+# Drawn drafts, and, with `-m slow`, ranked ones.
+@pytest.mark.parametrize("name", ["draft chain", pytest.param("hydra++", marks=pytest.mark.slow)])
 def test_another_sampling_mode_is_another_loop_and_nothing_else(name: str) -> None:
     long_sampled_run(name)
     before = programs()
@@ -456,9 +475,12 @@ def test_another_sampling_mode_is_another_loop_and_nothing_else(name: str) -> No
 @each_drafter
 def test_loop_stays_on_the_device_and_copies_no_cache(name: str) -> None:
     """Read off the program that decodes: lowered again it is the one that was compiled."""
-    long_sampled_run(name)
     request = steps(name)[1]
-    sampling = batch_sampling(SAMPLINGS)
+    if name in RANKED:
+        sampling = request.sampling
+    else:
+        long_sampled_run(name)
+        sampling = batch_sampling(SAMPLINGS)
     state = blank(name, np.zeros((len(PROMPTS), 1), np.int32))
     arguments = models(name), state, dataclasses.replace(request, sampling=sampling), np.int32(1)
     with shapes_for_arrays(loop.Models, loop.DecodeState, Text, Counters, Request, SamplingParameters):

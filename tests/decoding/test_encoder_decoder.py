@@ -16,6 +16,8 @@ from decoding.generate import Generation, generate
 from decoding.place import Place
 from decoding.policies import Static
 from decoding.sampling import Sampling, batch_sampling
+from decoding.trees import chain
+from eval.losslessness import SMALLEST_P, chi_square, count_strings
 from models import transformer
 from models.config import TransformerConfig
 from models.encoder_decoder import Memory, beside, encode
@@ -117,6 +119,37 @@ def test_drafters_are_lossless(name: str) -> None:
     assert full.tokens == plain.tokens
     with pytest.raises(UserError, match=f"cache of {CAPACITY - 1} slots is too small"):
         decode(name, max_new_tokens=room, capacity=CAPACITY - 1)
+
+
+def test_sampled_drafts_follow_the_targets_distribution() -> None:
+    """The second and third token behind one prompt against exact enumeration; drafts are drawn, kept and replaced."""
+    drafter, own = case("draft model")
+    drafter, rows, size = dataclasses.replace(drafter, policy=Static(chain(2))), 1024, SHAPE.vocab_size
+    sampling, drawn, kept = Sampling(temperature=8.0), [], 0
+    for first in (0, rows):
+        made = generate(
+            target(),
+            PROMPTS[:1] * rows,
+            drafter=drafter,
+            drafter_params=own,
+            max_new_tokens=3,
+            sampling=sampling,
+            seeds=list(range(first, first + rows)),
+        )
+        drawn += made.tokens
+        kept += sum(int(one.accepted_by_depth[0]) for one in made.stats)
+    pairs = np.array([[0, a, b] for a in range(size) for b in range(size)], np.int32)
+    prompt = jnp.tile(jnp.array(PROMPTS[:1], jnp.int32), (len(pairs), 1))
+    lengths = jnp.full(len(pairs), prompt.shape[1], jnp.int32)
+    scores = np.asarray(whole(SHAPE, params(), prompt, lengths, jnp.asarray(pairs))) / sampling.temperature
+    shares = np.exp(scores - scores.max(axis=-1, keepdims=True))
+    shares = (shares / shares.sum(axis=-1, keepdims=True)).reshape(size, size, 3, size)
+    exact = np.einsum("a,ab,abc->bc", shares[0, 0, 0], shares[:, 0, 1], shares[:, :, 2])
+    counts = count_strings(np.array(drawn), size).sum(axis=0)
+    assert 0.2 < kept / len(drawn) < 0.95
+    assert chi_square(counts, exact).p_value > SMALLEST_P
+    # Another distribution is told apart.
+    assert chi_square(counts, np.roll(exact, 1, axis=1)).p_value < SMALLEST_P
 
 
 def test_drafters_that_copy_see_the_prompt_before_the_text() -> None:

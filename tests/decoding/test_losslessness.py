@@ -38,7 +38,8 @@ from eval.losslessness import (
 from models.errors import UserError
 from tests.decoding.drafter_cases import CASES
 
-SAMPLES, PROMPT, LENGTH, VOCAB = 2048, [1, 2, 3], 3, 5
+# A longer prompt would be read by thousands of rows, in chunks of sixteen.
+SAMPLES, PROMPT, LENGTH, VOCAB = 2048, [1], 3, 5
 SETTINGS = {
     "temperature": Sampling(temperature=1.5),
     "top_p": Sampling(temperature=2.0, top_p=0.7),

@@ -27,7 +27,7 @@ def cell(method, length, accepted, temperature=0.0, budget=2):
 def results(*cells):
     names = dict.fromkeys(cell["method"] for cell in cells)
     methods = [{"label": name, "path": f"runs/{name}"} for name in names]
-    return {"methods": methods, "cells": list(cells), "environment": {}, "target": {}}
+    return {"methods": methods, "cells": list(cells), "environment": {}, "target": {}, "config": {"num_prompts": 3}}
 
 
 SPEED = {
@@ -37,12 +37,12 @@ SPEED = {
 
 
 def test_seeds_of_a_method_are_put_together(tmp_path, capsys) -> None:
-    told = results(cell("a#0", 2.0, [6, 3]), cell("a#1", 2.4, [8, 3]), cell("b", 1.1, [0, 0]))
-    for name, content in (("acceptance", told), ("speed", SPEED)):
+    told = results(cell("a#0", 2.0, [6, 3])), results(cell("a#1", 2.4, [8, 3]), cell("b", 1.1, [0, 0]))
+    for name, content in (("acceptance", told[0]), ("more", told[1]), ("speed", SPEED)):
         (tmp_path / name).mkdir()
         (tmp_path / name / "results.json").write_text(json.dumps(content))
-    places = [str(tmp_path / name) for name in ("acceptance", "speed", "out")]
-    seeds.main(["--acceptance", places[0], "--speed", places[1], "--out", places[2]])
+    places = [str(tmp_path / name) for name in ("acceptance", "more", "speed", "out")]
+    seeds.main(["--acceptance", *places[:2], "--speed", places[2], "--out", places[3]])
     first, second = json.loads((tmp_path / "out" / "results.json").read_text())["entries"]
     assert first["method"] == "a" and first["seeds"] == 2 and first["alpha"] == [14 / 20, 6 / 14]
     assert first["acceptance_length"] == pytest.approx(2.2) and first["speedup"] == 1.5
@@ -57,7 +57,10 @@ def test_seeds_of_a_method_are_put_together(tmp_path, capsys) -> None:
     assert "1.50 (1.20-1.70)" in capsys.readouterr().out
 
 
-def test_budgets_are_not_mixed() -> None:
+def test_neither_budgets_nor_measurements_are_mixed() -> None:
+    one = results(cell("a", 2.0, [1, 1]))
+    with pytest.raises(UserError, match=r"their num_prompts differ: \[3, 4\]"):
+        seeds.together([one, {**one, "config": {"num_prompts": 4}}])
     with pytest.raises(UserError, match="one budget"):
         seeds.summary(results(cell("a", 2.0, [1, 1]), cell("a", 2.0, [1, 1], budget=4)), [])
 

@@ -1,6 +1,8 @@
 """Training encoder-decoders: pairs, the alignment with a teacher, and the losses by their definitions."""
 
+import dataclasses
 import functools
+import json
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +13,7 @@ from models import load_target, transformer
 from models.encoder_decoder import beside, encode
 from models.errors import UserError
 from models.layout import Layout
+from scripts import build_dataset
 from tests.noise import drawn
 from tests.train.conftest import SHAPE
 from train import trainer
@@ -204,6 +207,28 @@ def test_the_students_answers_are_judged_and_the_data_sets_learnt(setting, targe
 def test_configs_that_cannot_be_are_refused(job, changes, message) -> None:
     with pytest.raises(UserError, match=message):
         job(**changes)
+
+
+@pytest.mark.slow
+def test_a_killed_run_writes_the_same_answers_again(job, die_at, target_directory, tmp_path) -> None:
+    turns = [[("user", f"q{i}"), ("assistant", f"a{i % 5}")] for i in range(24)]
+    chats = [{"messages": [{"role": role, "content": text} for role, text in chat]} for chat in turns]
+    (tmp_path / "chats.jsonl").write_text("".join(json.dumps(chat) + "\n" for chat in chats))
+    (tmp_path / "chats.jinja").write_text(
+        "{% for m in messages %}{% if m.role == 'assistant' %}{% generation %}{{ m.content }}{% endgeneration %}"
+        "{% else %}{{ m.content }}:{% endif %}{% endfor %}"
+    )
+    arguments = ["--kind", "chat", "--src", str(tmp_path / "chats.jsonl"), "--tokenizer", str(target_directory)]
+    arguments += ["--chat_template", str(tmp_path / "chats.jinja"), "--valid_documents", "4"]
+    build_dataset.main([*arguments, "--out", str(tmp_path / "data")])
+    config = job(source="student")
+    config = dataclasses.replace(config, steps=5, data=dataclasses.replace(config.data, path=str(tmp_path / "data")))
+    trainer.train(config, tmp_path / "whole")
+    with die_at(4):
+        trainer.train(config, tmp_path / "killed")
+    trainer.train(config, tmp_path / "killed")
+    whole, killed = ((tmp_path / name / "target/model.safetensors").read_bytes() for name in ("whole", "killed"))
+    assert whole == killed
 
 
 def test_models_of_the_other_kind_are_refused(job, target_directory) -> None:
