@@ -286,7 +286,7 @@ def _prefill(models: loop.Models, request, text, capacity, mesh, memory, schedul
     if memory is not None:
         # Copied, and through the host: the loop donates its state, the caller may want to begin from this memory again,
         # and it may come from another mesh.
-        copied = jax.tree.map(lambda leaf: jnp.array(np.asarray(leaf)), memory)
+        copied = jax.device_put(jax.tree.map(np.array, memory))
         recalled = drafter.recall(state.drafter, copied)
         state = dataclasses.replace(state, drafter=recalled if mesh is None else place_rows(mesh, recalled))
     hidden, chunks = jax.device_put(np.zeros((batch, config.width), dtype)), _chunks(text)

@@ -15,7 +15,8 @@ def noisy(tree: Any, std: float, seed: int = 0) -> Any:
     def moved(leaf):
         if not jnp.issubdtype(leaf.dtype, jnp.floating):
             return leaf
-        return jnp.asarray(np.asarray(leaf) + std * rng.normal(size=leaf.shape), leaf.dtype)
+        # Cast here: by JAX it would be a program for each shape.
+        return jax.device_put(np.asarray(np.asarray(leaf) + std * rng.normal(size=leaf.shape), leaf.dtype))
 
     return jax.tree.map(moved, tree)
 

@@ -14,7 +14,6 @@ import struct
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import tokenizers
 
@@ -309,7 +308,7 @@ def _assemble(config: TransformerConfig, tensors: dict[str, list[np.ndarray]]) -
     }
     if not config.tied_embeddings:
         params["head"] = {"kernel": tensors["head"][0].T}
-    return jax.tree.map(lambda leaf: jnp.asarray(np.ascontiguousarray(leaf)), params)
+    return jax.device_put(jax.tree.map(np.ascontiguousarray, params))
 
 
 def _read_pieces(data: bytes, vocab_size: int, path: Path) -> tuple[list[str], list[float]]:

@@ -290,7 +290,7 @@ def _random(drafter, target: Target, key: Array) -> tuple[Drafter, Any]:
 
     def near_the_targets(path, leaf):
         is_map = [getattr(step, "key", None) for step in path[-2:]] == ["vocab", "kernel"] and len(leaf) == len(own)
-        return jnp.asarray(np.asarray(leaf) + own[:, : leaf.shape[1]], leaf.dtype) if is_map else leaf
+        return jax.device_put(np.asarray(np.asarray(leaf) + own[:, : leaf.shape[1]], leaf.dtype)) if is_map else leaf
 
     return drafter, jax.tree.map_with_path(near_the_targets, params)
 

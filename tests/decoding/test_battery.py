@@ -56,6 +56,7 @@ from tests.decoding.compiled_text import HOST, inside_loops, shapes_for_arrays, 
 from tests.decoding.drafter_cases import (
     CASES,
     LOPSIDED,
+    VARIANTS,
     Oracle,
     each_drafter,
     learns_from_rejected_nodes,
@@ -166,7 +167,25 @@ def changed(change, params):
 # still names one text. That it follows the target distribution is tested in test_losslessness.py.
 
 
-@each_drafter
+# Ranked drafts are the same in both sampling modes. The loop that samples behind these runs with `-m slow`, and by
+# default behind another of their kind: Hydra++, lookup before Hydra++, EAGLE-3; and EAGLE's in test_losslessness.py.
+RANKED = ("medusa", "prompt_lookup", "eagle", "p_eagle", "falcon")
+
+
+def modes(test):
+    """Every drafter, greedy and sampled."""
+    slow = {False: VARIANTS, True: VARIANTS + RANKED}
+    cases = [
+        pytest.param(name, sampled, marks=[pytest.mark.slow] if name in slow[sampled] else [])
+        for sampled in (False, True)
+        for name in CASES
+    ]
+    return pytest.mark.parametrize(("name", "sampled"), cases)(test)
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] if name in VARIANTS + RANKED else []) for name in CASES]
+)
 def test_sampled_output_is_that_of_the_seed(name: str) -> None:
     generation, plain = long_sampled_run(name), long_sampled_run("none")
     if case(name)[0].rule(greedy=False) in SAMPLED_RULES:
@@ -205,7 +224,7 @@ def test_who_reads_text_alone_drafts_as_without_latents(name: str) -> None:
     # Some of the slots in use are not of text: what the drafter has read stands where it was trained to find it.
     (seen, request), (drafter, _) = steps(name), case(name)
     now = seen[len(seen) // 2].before
-    state = dataclasses.replace(blank(name, now.tokens), drafter=jax.tree.map(jnp.asarray, now.drafter))
+    state = dataclasses.replace(blank(name, now.tokens), drafter=jax.device_put(now.drafter))
     state = dataclasses.replace(state, text=dataclasses.replace(state.text, length=jnp.asarray(now.length)))
 
     root = jnp.asarray(now.tokens[np.arange(len(now.tokens)), now.length])
@@ -380,14 +399,13 @@ def test_replay_of_the_same_steps_rebuilds_the_drafter_state(name: str) -> None:
         for ours, theirs in zip(*map(jax.tree.leaves, (replayed["inner"], step.after.drafter["inner"])), strict=True):
             ends = read_by(drafter, step.after.length)
             np.testing.assert_allclose(visible(ours, ends), visible(theirs, ends), rtol=0, atol=1e-9)
-        replayed = jax.tree.map(jnp.array, replayed)
+        replayed = jax.device_put(replayed)
 
 
 # 6. The training-time forward finds the same hits.
 
 
-@each_drafter
-@pytest.mark.parametrize("sampled", [False, True], ids=["greedy", "sampled"])
+@modes
 def test_teacher_forced_replay_counts_the_same_hits(name: str, sampled: bool) -> None:
     drafter, params = case(name)
     if not is_replayable(drafter):
@@ -398,7 +416,7 @@ def test_teacher_forced_replay_counts_the_same_hits(name: str, sampled: bool) ->
     length = max(map(len, PROMPTS)) + max(SHORTER)
     replay = functools.partial(replay_acceptance, target(), drafter, generation=generation, prompts=PROMPTS)
     assert replay(params=params, length=length).tolist() == counted
-    if not sampled:  # One of the two is enough for what follows.
+    if sampled:  # One of the two is enough for what follows.
         return
 
     def waves(leaf):
@@ -435,13 +453,14 @@ def test_heads_read_embeddings_that_are_not_scaled() -> None:
 
 @each_drafter
 def test_one_compilation_per_bucket(name: str) -> None:
-    plain, sampled = long_run(name), long_sampled_run(name)
+    plain, sampled = long_run(name), name in RANKED or long_sampled_run(name).tokens
     before = programs()
     decode(name, [[5], [6, 7], [8], [9] * 12], max_new_tokens=[3, 40, 5, 1], stop=[[1], [2, 3], [4] * 5])
     decode(name, max_new_tokens=9, stop=[], stream_every=3, on_tokens=lambda *_: None, seeds=[9, 8, 7, 6])
-    decode(name, max_new_tokens=7, sampling=Sampling(temperature=2.0, top_p=0.3), seeds=11)
+    if name not in RANKED:
+        decode(name, max_new_tokens=7, sampling=Sampling(temperature=2.0, top_p=0.3), seeds=11)
     assert programs() == before
-    assert plain.tokens and sampled.tokens
+    assert plain.tokens and sampled
 
 
 # Drawn drafts, and, with `-m slow`, ranked ones.
@@ -456,9 +475,12 @@ def test_another_sampling_mode_is_another_loop_and_nothing_else(name: str) -> No
 @each_drafter
 def test_loop_stays_on_the_device_and_copies_no_cache(name: str) -> None:
     """Read off the program that decodes: lowered again it is the one that was compiled."""
-    long_sampled_run(name)
     request = steps(name)[1]
-    sampling = batch_sampling(SAMPLINGS)
+    if name in RANKED:
+        sampling = request.sampling
+    else:
+        long_sampled_run(name)
+        sampling = batch_sampling(SAMPLINGS)
     state = blank(name, np.zeros((len(PROMPTS), 1), np.int32))
     arguments = models(name), state, dataclasses.replace(request, sampling=sampling), np.int32(1)
     with shapes_for_arrays(loop.Models, loop.DecodeState, Text, Counters, Request, SamplingParameters):

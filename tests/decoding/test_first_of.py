@@ -1,7 +1,9 @@
 """Combinations: whose tree a row gets, when the second is asked, and what each of the two learns."""
 
 import dataclasses
+import functools
 import itertools
+import types
 from typing import ClassVar
 
 import jax
@@ -84,25 +86,36 @@ def view(batch: int) -> TargetView:
 
 
 SAMPLINGS = batch_sampling([Sampling()])
+ROOTS = np.array([7, 8], np.int32)
 GUESSES = [[5, -1, -1], [-1, -1, -1]], [[1, 2, 3], [4, 6, -1]]
 
 
 def both() -> list:
-    return [jnp.array(guess, jnp.int32) for guess in GUESSES]
+    return [jax.device_put(np.array(guess, np.int32)) for guess in GUESSES]
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def draft(drafter: FirstOf, seen: TargetView, guesses: list, roots: jax.Array) -> tuple:
+    """Tokens are told to drafters without states."""
+    return drafter.draft(guesses, seen, [()] * len(guesses), roots, None)
+
+
+def drafted(drafter: FirstOf, guesses: list, roots: np.ndarray) -> tuple:
+    """What `draft` returns, by one program."""
+    return draft(drafter, view(len(roots)), guesses, roots)
+
+
+def on_host(tree: TokenTree) -> types.SimpleNamespace:
+    """Its arrays as NumPy's, every look at which is no program."""
+    return types.SimpleNamespace(**{name: np.asarray(x) for name, x in vars(tree).items() if isinstance(x, jax.Array)})
 
 
 @pytest.mark.parametrize("sizes", [(3, 2), (1, 3)])
 def test_a_row_without_candidates_gets_the_second_tree(sizes: tuple[int, int]) -> None:
     drafter = FirstOf((Told(sizes[0]), Told(sizes[1])))
-    seen, guesses = view(2), both()
-
-    @jax.jit
-    def draft(roots):
-        tree, drafted = drafter.draft(guesses, seen, [(), ()], roots, None)
-        assert drafted is None, "neither kept anything"
-        return tree
-
-    tree = draft(jnp.array([7, 8], jnp.int32))
+    tree, kept = drafted(drafter, both(), ROOTS)
+    assert kept is None, "neither kept anything"
+    tree = on_host(tree)
     assert drafter.max_nodes == 4 and drafter.max_depth == 3 and drafter.taps == ("pre_norm",)
     expected = [[7, *GUESSES[0][0][: sizes[0]]], [8, *GUESSES[1][1][: sizes[1]]]]
     for row, tokens in enumerate(expected):
@@ -120,9 +133,8 @@ def test_a_row_without_candidates_gets_the_second_tree(sizes: tuple[int, int]) -
 
 def test_rule_of_the_joined_tree() -> None:
     point, match = (FirstOf((Told(2, "point"), Told(2, rule))) for rule in ("point", "match"))
-    state, roots = [(), ()], jnp.array([7, 8], jnp.int32)
-    assert point.draft(both(), view(2), state, roots, None)[0].rule == "point"
-    assert match.draft(both(), view(2), state, roots, None)[0].rule == "match"
+    assert drafted(point, both(), ROOTS)[0].rule == "point"
+    assert drafted(match, both(), ROOTS)[0].rule == "match"
     for drafter in (FirstOf((Told(2, "swor"), Told(2))), FirstOf((Told(2), Told(2, "swor")))):
         with pytest.raises(UserError, match=r"told cannot be combined with another drafter.*rule 'swor'"):
             drafter.rule(greedy=False)
@@ -140,8 +152,8 @@ def test_a_sampled_rule_is_refused_before_anything_is_computed(monkeypatch: pyte
 
 def test_the_second_is_skipped_when_no_row_needs_it() -> None:
     """Under the conditional's predicate, a draft that would be wrong is never looked at."""
-    text = jax.jit(lambda params, state, root: FirstOf((Told(2), Told(3))).draft(params, view(2), state, root, None)[0])
-    lowered = text.lower(both(), [(), ()], jnp.array([7, 8], jnp.int32)).as_text()
+    drafter, seen = FirstOf((Told(2), Told(3))), view(2)
+    lowered = jax.jit(lambda *told: draft(drafter, seen, *told)).lower(both(), ROOTS).as_text()
     assert lowered.count("stablehlo.case") == 1
 
 
@@ -156,8 +168,8 @@ def test_riders_of_both_reach_their_drafters() -> None:
 
     drafter = FirstOf((Watcher(1, riding=2), Watcher(2, riding=3)))
     state, target = [(), ()], view(2)
-    tree, _ = drafter.draft(both(), target, state, jnp.array([7, 8], jnp.int32), None)
-    riders = drafter.riders(both(), target, state, tree)
+    tree, _ = drafted(drafter, both(), ROOTS)
+    riders = jax.jit(lambda tree: drafter.riders(both(), target, state, tree))(tree)
     assert drafter.num_riders == 5 == riders.tokens.shape[1]
     assert riders.tokens[0].tolist() == [1, 1, 2, 2, 2] and riders.positions[0].tolist() == [4, 5, 4, 5, 6]
     assert np.array_equal(riders.sees_riders, np.broadcast_to(np.eye(5, dtype=bool), (2, 5, 5)))
@@ -165,7 +177,7 @@ def test_riders_of_both_reach_their_drafters() -> None:
     rows = np.arange(8.0)
 
     def filled(x, *shape):
-        return jnp.asarray(np.broadcast_to(x, shape))
+        return jax.device_put(np.broadcast_to(x, shape).astype(np.float32))
 
     output = transformer.Output(
         logits=filled(rows[:, None], 2, 8, 12),
@@ -173,12 +185,18 @@ def test_riders_of_both_reach_their_drafters() -> None:
         taps={"pre_norm": filled(rows[:, None], 2, 8, 4)},
         rows=[{"k": filled(rows, 2, 1, 4, 8), "v": filled(rows[:, None], 2, 1, 8, 4)}],
     )
-    drafter.observe(both(), target, state, tree, output, None, jnp.array([True, True]))
+
+    @jax.jit
+    def observed(tree, output):
+        drafter.observe(both(), target, state, tree, output, None, jnp.array([True, True]))
+        return seen
+
+    seen = observed(tree, output)
     for count, expected in ((2, [0, 1, 2, 3, 4]), (3, [0, 1, 2, 5, 6, 7])):
         own = seen[count]
-        assert own.logits[0, :, 0].tolist() == own.hidden[0, :, 0].tolist() == expected
-        assert own.taps["pre_norm"][1, :, 0].tolist() == own.rows[0]["k"][0, 0, 0].tolist() == expected
-        assert own.rows[0]["v"][0, 0, :, 0].tolist() == expected
+        hidden, pre_norm, k, v = map(np.asarray, (own.hidden, own.taps["pre_norm"], own.rows[0]["k"], own.rows[0]["v"]))
+        assert np.asarray(own.logits)[0, :, 0].tolist() == hidden[0, :, 0].tolist() == expected
+        assert pre_norm[1, :, 0].tolist() == k[0, 0, 0].tolist() == v[0, 0, :, 0].tolist() == expected
 
 
 def test_each_learns_from_what_the_other_drafted() -> None:
@@ -201,9 +219,8 @@ def test_each_learns_from_what_the_other_drafted() -> None:
 
 @pytest.mark.parametrize("candidates", [(0, 1, 2), (1, 2), (2,), ()], ids=str)
 def test_a_combination_of_three_asks_one_after_the_other(candidates: tuple[int, ...]) -> None:
-    guesses = [jnp.full((1, 2), 5 + i if i in candidates else -1, jnp.int32) for i in range(3)]
-    drafter = FirstOf((Told(2), Told(2), Told(2)))
-    tree, _ = drafter.draft(guesses, view(1), [(), (), ()], jnp.array([7], jnp.int32), None)
+    guesses = [jax.device_put(np.full((1, 2), 5 + i if i in candidates else -1, np.int32)) for i in range(3)]
+    tree = on_host(drafted(FirstOf((Told(2), Told(2), Told(2))), guesses, ROOTS[:1])[0])
     assert tree.valid[0].tolist() == [True, bool(candidates), bool(candidates)]
     assert not candidates or tree.tokens[0].tolist() == [7, 5 + candidates[0], 5 + candidates[0]]
 
@@ -222,13 +239,12 @@ def test_each_is_told_where_text_comes_from() -> None:
             return state
 
     drafter = FirstOf((Watched(1), Watched(2), Watched(3)))
-    params, state, roots = [*both(), both()[1]], [(), (), ()], jnp.array([7, 8], jnp.int32)
+    params, state, roots = [*both(), both()[1]], [(), (), ()], jax.device_put(ROOTS)
     assert drafter.ingests and not drafter.begins
-    _, drafted = drafter.draft(params, view(2), state, roots, None)
-    assert drafted is None
+    assert drafted(drafter, params, ROOTS)[1] is None
     place, one = Place.of_text(jnp.array([3, 3])), jnp.array([1, 1])
     for source, nodes in (("prompt", None), ("own", jnp.zeros((2, 1), jnp.int32))):
-        drafter.ingest(params, view(2), state, TrueRows(roots[:, None], place, one, {}, source, nodes, drafted))
+        drafter.ingest(params, view(2), state, TrueRows(roots[:, None], place, one, {}, source, nodes, None))
     assert seen == [("prompt", True, True)] * 3 + [("other", True, True)] * 3
 
 
@@ -266,9 +282,13 @@ def test_a_draft_model_keeps_up_with_text_that_it_did_not_draft(order: str) -> N
 
 
 def test_joined_trees_may_differ_in_width() -> None:
-    wide = BUSHY.fill(jnp.zeros((2, BUSHY.size), jnp.int32), "point")
-    narrow = chain(2).fill(jnp.ones((2, 3), jnp.int32), "point")
-    tree: TokenTree = joined(narrow, wide, jnp.array([True, False]), "match")
+    @jax.jit
+    def both_of(by_second) -> TokenTree:
+        wide = BUSHY.fill(jnp.zeros((2, BUSHY.size), jnp.int32), "point")
+        narrow = chain(2).fill(jnp.ones((2, 3), jnp.int32), "point")
+        return joined(narrow, wide, by_second, "match")
+
+    tree = on_host(both_of(np.array([True, False])))
     assert tree.children.shape == (2, *BUSHY.children.shape)
     assert np.array_equal(tree.children[0], BUSHY.children) and (tree.children[1, :, 1:] == -1).all()
     assert np.array_equal(tree.ancestors[0], BUSHY.ancestors)

@@ -46,7 +46,7 @@ def as_it_is(params):
 
 def scored(config: TransformerConfig, params, source: np.ndarray, text: np.ndarray, form=as_it_is) -> np.ndarray:
     inputs = (jnp.asarray(x, jnp.int32) for x in (source, np.array(LENGTHS), text))
-    return np.asarray(scores(config, jax.tree.map(jnp.asarray, params), *inputs, form))
+    return np.asarray(scores(config, jax.device_put(params), *inputs, form))
 
 
 def write(folder: Path, **changes) -> Path:

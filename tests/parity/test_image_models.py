@@ -117,7 +117,7 @@ def save(path: Path, tensors: dict[str, np.ndarray]) -> Path:
 
 
 def wide(tree: dict) -> dict:
-    return jax.tree.map(lambda x: jnp.asarray(np.asarray(x, np.float64)), tree)
+    return jax.device_put(jax.tree.map(lambda x: np.asarray(x, np.float64), tree))
 
 
 @jax.jit

@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -141,7 +140,7 @@ def draft_setting(job: Callable[..., TrainConfig]) -> Callable[..., Any]:
         params = drawn(name, plan.objective, frozen, **objective)
         batch = {**next(corpus.batches(config.batch_size, 0))}
         batch["mask"] = np.random.default_rng(0).integers(0, 2, batch["mask"].shape).astype(np.uint8)
-        return plan.objective, noisy(params, 0.1), frozen, jax.tree.map(jnp.asarray, batch)
+        return plan.objective, noisy(params, 0.1), frozen, jax.device_put(batch)
 
     return make
 
@@ -195,7 +194,7 @@ def image_models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     folder = tmp_path_factory.mktemp("models")
     trees = {"vqvae": (VQVAE, image_reference.random_vqvae(VQVAE)), "var": (VAR, image_reference.random_var(VAR))}
     for name, (config, tree) in trees.items():
-        files.save(folder / name, config, jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), tree))
+        files.save(folder / name, config, jax.device_put(jax.tree.map(np.float32, tree)))
     return {name: str(folder / name) for name in trees}
 
 
@@ -238,7 +237,7 @@ def image_setting(image_job: Callable[..., TrainConfig]) -> Callable[..., Any]:
         plan = trainer.make_plan(config, corpus.facts)
         base = plan.objective.load_base(plan.mesh) if plan.base is not None else None
         params = drawn(name, plan.objective, base, **objective)
-        batch = jax.tree.map(jnp.asarray, dict(next(corpus.batches(batch_size, 0))))
+        batch = jax.device_put(dict(next(corpus.batches(batch_size, 0))))
         return plan.objective, noisy(params, 0.1), plan.objective.frozen_part(base), batch
 
     return make

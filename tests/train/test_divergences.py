@@ -119,7 +119,7 @@ def text_sums(text, n):
 def found() -> dict[str, Any]:
     with jax.enable_x64(True):
         uniform = np.random.default_rng(0).uniform(size=(DRAWS, 2))
-        return jax.tree.map(np.asarray, jax.jit(results)(*jax.tree.map(jnp.asarray, (X, Y, MASKED, TEXT, uniform))))
+        return jax.tree.map(np.asarray, jax.jit(results)(*jax.device_put((X, Y, MASKED, TEXT, uniform))))
 
 
 def test_a_drawn_divergence_is_learnt_by_its_policy_gradient(found) -> None:

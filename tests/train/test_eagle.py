@@ -129,25 +129,29 @@ def test_noise_is_on_features_in_training_only(draft_setting, monkeypatch):
     heard = []
     fuse = type(objective.heads).fuse
     monkeypatch.setattr(type(objective.heads), "fuse", lambda *a: heard.append(fuse(*a)) or heard[-1])
-    objective.evaluate(params, frozen, batch)
-    for seed in (1, 1, 2):
-        objective.loss(params, frozen, batch, jax.random.key(seed), 0.0)
-    quiet, *loud = heard
+
+    def features(run):
+        """What is fused in it; a program of nothing else."""
+        return jax.jit(lambda *arguments: (run(*arguments), heard.pop())[1])
+
+    quiet = np.asarray(features(objective.evaluate)(params, frozen, batch))
+    heard_by = features(lambda key: objective.loss(params, frozen, batch, key, 0.0))
+    loud = [np.asarray(heard_by(jax.random.key(seed))) for seed in (1, 1, 2)]
     bound = 0.5 * 512 / batch["tokens"].shape[1] / 2
     assert np.array_equal(loud[0], loud[1]) and not np.array_equal(loud[0], loud[2])
-    noise = np.asarray(loud[0] - quiet)
+    noise = loud[0] - quiet
     assert 0.99 * bound < np.abs(noise).max() <= 1.001 * bound and abs(noise.mean()) < 0.05 * bound
 
 
 def test_agreement_is_with_the_targets_choice_in_the_targets_tokens(draft_setting, monkeypatch):
     objective, params, frozen, batch = draft_setting("eagle3", vocabulary=12)
-    target = objective.read_target(frozen, batch)
+    logits = jax.jit(lambda *given: objective.read_target(*given).logits)(frozen, batch)
     known = frozen["draft_vocab"]
-    hidden = [ahead(target.logits[..., known], k + 1) for k in range(STEPS)]
+    hidden = [ahead(logits[..., known], k + 1) for k in range(STEPS)]
     guesses = [Guess(h, None, objective.labels(batch, k), lambda h: h) for k, h in enumerate(hidden)]
     monkeypatch.setattr(objective, "guesses", lambda *_: guesses)
-    sums = objective.evaluate(params, frozen, batch)
-    choice = np.asarray(jnp.argmax(target.logits, axis=-1))
+    sums = jax.jit(objective.evaluate)(params, frozen, batch)
+    choice = np.asarray(jnp.argmax(logits, axis=-1))
     for k in range(STEPS):
         wanted = [choice[b, label - 1] in np.asarray(known) for b, _, label in counted(batch, 2 + k)]
         agreed, weight = sums[f"agreement_{k + 1}"]
@@ -206,7 +210,7 @@ def test_a_job_that_never_saw_its_data_has_no_draft_vocabulary(job):
 def test_evaluations_look_as_far_as_they_are_told(draft_setting):
     objective, params, frozen, batch = draft_setting("eagle", depth=2)
     again = EagleObjective(dataclasses.replace(objective._config, depth=4), objective._tokenizer)
-    short, long = (o.evaluate(params, frozen, batch) for o in (objective, again))
+    short, long = (jax.jit(o.evaluate)(params, frozen, batch) for o in (objective, again))
     assert set(long) - set(short) == {f"{m}_{d}" for m in ("loss", "accuracy", "agreement") for d in (3, 4)}
     assert all(np.array_equal(long[name], short[name]) for name in short)
     assert list(again.report({name: 0.0 for name in long})) == sorted(long, key=list(again.report(long)).index)

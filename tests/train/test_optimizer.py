@@ -70,7 +70,7 @@ def test_muon_orthogonalises_each_stacked_kernel_and_leaves_vocabularies_and_the
         "heads": [{"vocab": {"kernel": jnp.zeros((4, 5))}}],
     }
     rng = np.random.default_rng(0)
-    gradient = jax.tree.map(lambda leaf: jnp.asarray(rng.normal(size=leaf.shape), jnp.float32), params)
+    gradient = jax.tree.map(lambda leaf: jax.device_put(np.float32(rng.normal(size=leaf.shape))), params)
     config = OptimizerConfig(learning_rate=1.0, name="muon", schedule="constant", final_fraction=1.0, clip_norm=1e9)
     optimizer = make_optimizer(config, steps=2)
     update = jax.jit(lambda gradient: optimizer.update(gradient, optimizer.init(params), params)[0])(gradient)

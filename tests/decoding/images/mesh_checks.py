@@ -5,7 +5,6 @@ import re
 from unittest import mock
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from decoding.images import generate, scales
@@ -30,7 +29,7 @@ DRAWINGS = [Drawing(guidance=0.5 * row, top_k=3 + row, temperature=1.0 + row / 4
 def makes_the_images_of_one_device(*meshes: str) -> None:
     """Equal codes and pixels on every mesh, with one compilation per stage."""
     jax.clear_caches()  # The other check compiles some of these stages too.
-    made = jax.tree.map(jnp.array, (reference.random_vqvae(VQVAE), *map(reference.random_var, (LARGE, SMALL))))
+    made = jax.device_put((reference.random_vqvae(VQVAE), *map(reference.random_var, (LARGE, SMALL))))
 
     def stages(large, small):
         return [
@@ -66,7 +65,7 @@ def rows_stay_on_their_devices() -> None:
     for axes, gathers in (("data=8", 0), ("data=2,tensor=4", 3)):
         mesh = parse_mesh(axes)
         vqvae, large = (
-            place_params(mesh, jax.tree.map(jnp.array, tree))
+            place_params(mesh, jax.device_put(tree))
             for tree in (reference.random_vqvae(VQVAE), reference.random_var(LARGE))
         )
         with mock.patch.object(generate, "run", watched):

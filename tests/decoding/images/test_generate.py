@@ -36,13 +36,13 @@ pytestmark = pytest.mark.usefixtures("x64", "structs_may_hold_shapes")
 @functools.cache
 def tokenizer() -> Tokenizer:
     with jax.enable_x64(True):
-        return Tokenizer(VQVAE, jax.tree.map(jnp.array, reference.random_vqvae(VQVAE)))
+        return Tokenizer(VQVAE, jax.device_put(reference.random_vqvae(VQVAE)))
 
 
 @functools.cache
 def model(config: VARConfig):
     with jax.enable_x64(True):
-        return config, jax.tree.map(jnp.array, reference.random_var(config))
+        return config, jax.device_put(reference.random_var(config))
 
 
 def var_stages(config: VARConfig, drawing=GREEDY) -> list[Stage]:

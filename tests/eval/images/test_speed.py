@@ -56,7 +56,7 @@ def test_operations_by_hand() -> None:
 
 def on_device(params, dtype):
     """Cast by NumPy, or every shape would be a program."""
-    return jax.tree.map(lambda leaf: jnp.asarray(leaf.astype(jnp.dtype(dtype))), params)
+    return jax.device_put(jax.tree.map(lambda leaf: leaf.astype(jnp.dtype(dtype)), params))
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -4,7 +4,7 @@ import dataclasses
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
+import numpy as np
 
 from models.formats import image_models as files
 from models.images import classifier
@@ -30,7 +30,7 @@ def write(folder: Path) -> Path:
         "tuned": (SMALL, reference.random_var(SMALL, seed=9)),
     }
     for name, (config, params) in models.items():
-        files.save(folder / name, config, jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), params))
+        files.save(folder / name, config, jax.device_put(jax.tree.map(np.float32, params)))
     judge = ClassifierConfig(len(CHARACTERS), SIDE, width=4, multipliers=(1, 2))
     files.save(folder / "classifier", judge, classifier.init(judge, jax.random.key(0)))
     return folder

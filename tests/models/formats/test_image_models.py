@@ -23,7 +23,7 @@ each_config = pytest.mark.parametrize("config", [VAR, VAE], ids=["var", "vqvae"]
 
 def drawn(config: VARConfig | VQVAEConfig, dtype=jnp.float32) -> dict:
     tree = reference.random_var(config) if isinstance(config, VARConfig) else reference.random_vqvae(config)
-    return jax.tree.map(lambda x: jnp.asarray(np.asarray(x, dtype)), tree)
+    return jax.device_put(jax.tree.map(lambda x: np.asarray(x, dtype), tree))
 
 
 @each_config

@@ -139,7 +139,7 @@ def convert(read, module: Any, path: Path, base: Target, *options) -> released.C
     """What comes out of the module's state, saved by torch."""
     torch.save(module.state_dict(), path)
     made = read(read_release(path), base, *options)
-    return dataclasses.replace(made, params=jax.tree.map(jnp.asarray, made.params))
+    return dataclasses.replace(made, params=jax.device_put(made.params))
 
 
 @pytest.mark.parametrize("layers", [1, 2])

@@ -99,7 +99,7 @@ def params() -> dict:
 
 def test_spatial_features_are_the_first_channels_of_6d(params: dict) -> None:
     """A change in 6d's 1x1 branch shows in them, one in 6e's or in the eighth channel does not."""
-    params = jax.tree.map(jnp.asarray, params)
+    params = jax.device_put(params)
     x = jax.random.normal(jax.random.key(0), (1, 75, 75, 3))
     spatial = jax.jit(lambda p: call(inception.Inception(), p, x).spatial)
     plain = spatial(params)
@@ -119,7 +119,7 @@ def test_spatial_features_are_the_first_channels_of_6d(params: dict) -> None:
 
 
 def test_taps_are_what_the_graph_computes_on_its_way(params: dict) -> None:
-    params = jax.tree.map(jnp.asarray, params)
+    params = jax.device_put(params)
     x = jax.random.normal(jax.random.key(1), (2, 75, 75, 3))
     tapped = inception.InceptionMaps(("Mixed_7c", "Mixed_6d/branch1x1", "Mixed_6d"))
     whole, (last, branch, block) = jax.jit(lambda p: (call(inception.Inception(), p, x), call(tapped, p, x)))(params)

@@ -23,7 +23,7 @@ def drawn(config: VQVAEConfig, batch: int = 2) -> tuple[dict, dict, np.ndarray]:
     tree = {name: leaf for name, leaf in reference.random_vqvae(config).items() if name in ("codebook", "phi")}
     size = config.scales[-1]
     features = np.random.default_rng(7).normal(0, 0.8, (batch, size, size, config.latent_channels))
-    return tree, jax.tree.map(jnp.asarray, tree), features
+    return tree, jax.device_put(tree), features
 
 
 @each_config

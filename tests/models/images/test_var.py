@@ -27,7 +27,7 @@ each_config = pytest.mark.parametrize("config", CONFIGS, ids=IDS)
 
 def model(config: VARConfig):
     with jax.enable_x64(True):
-        return jax.tree.map(jnp.array, reference.random_var(config))
+        return jax.device_put(reference.random_var(config))
 
 
 def features(scales: int) -> np.ndarray:
@@ -102,7 +102,7 @@ def test_stochastic_depth_leaves_out_halves_of_blocks() -> None:
 
 
 def test_narrow_kernels_keep_a_wide_stream() -> None:
-    params = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.bfloat16), reference.random_var(CONFIG))
+    params = jax.device_put(jax.tree.map(lambda leaf: np.asarray(leaf, jnp.bfloat16), reference.random_var(CONFIG)))
     scores = teacher_forced(CONFIG, params, jnp.array(LABELS), jnp.array(features(5), jnp.bfloat16), 0, 5)
     exact = teacher_forced(CONFIG, model(CONFIG), jnp.array(LABELS), jnp.array(features(5)), 0, 5)
     assert scores.dtype == jnp.float32

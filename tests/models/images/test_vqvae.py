@@ -50,7 +50,7 @@ def test_initial_values_have_the_scale_of_their_inputs() -> None:
 @pytest.mark.parametrize("config", [TINY, WIDE, LARGE], ids=["tiny", "wide", "large"])
 def test_networks_match_the_reference(config: VQVAEConfig) -> None:
     tree = reference.random_vqvae(config)
-    params = jax.tree.map(jnp.asarray, tree)
+    params = jax.device_put(tree)
     rng = np.random.default_rng(3)
     images = rng.uniform(-1, 1, (2, config.image_size, config.image_size, 3))
     features = reference.features(config, tree, images)
@@ -107,7 +107,7 @@ def test_networks_take_winograds_way_where_it_pays(winograds) -> None:
 @pytest.mark.slow  # That the slopes of one convolution are the same, test_convolution.py shows.
 @pytest.mark.usefixtures("x64")
 def test_slopes_through_networks_are_the_same_either_way(winograds, monkeypatch: pytest.MonkeyPatch) -> None:
-    params = jax.tree.map(jnp.asarray, reference.random_vqvae(LARGE))
+    params = jax.device_put(reference.random_vqvae(LARGE))
     images = jnp.asarray(np.random.default_rng(5).uniform(-1, 1, (2, 32, 32, 3)))
     found = jax.jit(slopes_of_large)(params, images)
     assert winograds
@@ -124,7 +124,7 @@ def test_slopes_through_networks_are_the_same_either_way(winograds, monkeypatch:
 
 def test_narrow_networks_run_narrow_and_hand_back_float32() -> None:
     tree = reference.random_vqvae(TINY)
-    params = jax.tree.map(lambda x: jnp.asarray(x, jnp.bfloat16), tree)
+    params = jax.device_put(jax.tree.map(lambda x: np.asarray(x, jnp.bfloat16), tree))
     f_hat = jax.random.normal(jax.random.key(0), (1, 5, 5, 4))
     jaxpr = jax.make_jaxpr(lambda p, x: vqvae.decode(TINY, p, x))(params, f_hat)
     convolutions = [e for e in jaxpr.jaxpr.eqns if e.primitive.name == "conv_general_dilated"]
