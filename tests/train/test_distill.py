@@ -202,23 +202,24 @@ def test_a_student_may_begin_as_a_target_or_a_draft_model_of_the_same_tokenizer(
         setting(model=None, init_from=str(other))
 
 
-def test_a_new_student_may_begin_with_the_targets_embeddings(setting) -> None:
+def test_a_new_student_may_begin_with_the_targets_embeddings(job) -> None:
     """Along as many directions as the student is wide: what is left of products of tokens is the best there can be."""
-    objective, *_ = setting(embedding="target")
-    table = np.random.default_rng(0).normal(size=(objective.model.vocab_size, objective.model.width))
-    base = {"embed": {"embedding": jnp.asarray(table, jnp.float32)}}
-    found = np.asarray(principal(base["embed"]["embedding"], 5))
-    values = np.linalg.eigvalsh(table.T @ table)
-    np.testing.assert_allclose(
-        np.linalg.norm(found @ found.T - table @ table.T) ** 2, np.sum(values[:-5] ** 2), rtol=1e-3
-    )
-    # The tests' student is as wide as its target: a rotation.
-    shapes = jax.eval_shape(objective.init, KEY, base)
-    assert shapes["embed"]["embedding"].shape == table.shape
+    table = np.random.default_rng(0).normal(size=(40, 9))
+    found = np.asarray(jax.jit(principal, static_argnums=1)(jnp.asarray(table, jnp.float32), 5))
+    left = np.linalg.eigvalsh(table.T @ table)[:-5]
+    np.testing.assert_allclose(np.linalg.norm(found @ found.T - table @ table.T) ** 2, np.sum(left**2), rtol=1e-3)
+
+    def plan(**objective):
+        config = job("distill", objective={"embedding": "target", **objective})
+        return trainer.make_plan(config, open_corpus(config).facts)
+
+    narrow = plan(model={**STUDENT, "width": 8})
+    shapes = jax.eval_shape(narrow.objective.init, KEY, narrow.base)
+    assert shapes["embed"]["embedding"].shape == (narrow.objective.model.vocab_size, 8)
     with pytest.raises(UserError, match="as wide as the target"):
-        setting(embedding="target", model={**STUDENT, "width": 32})
+        plan(model={**STUDENT, "width": 32})
     with pytest.raises(UserError, match="brings its own"):
-        setting(embedding="target", model=None, init_from="somewhere")
+        plan(model=None, init_from="somewhere")
 
 
 def test_what_cannot_be_done_is_refused(job) -> None:
