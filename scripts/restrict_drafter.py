@@ -44,7 +44,7 @@ def restricted(source: Path, target: Target, known: np.ndarray) -> tuple[Any, An
     record = read_json(path)
     drafter: Any = build(record, str(path))
     check_base(path, record, target)
-    heads = getattr(drafter, "heads", None)
+    heads: Any = getattr(drafter, "heads", None)
     if getattr(heads, "vocab_size", None) != 0:
         why = "cannot have a draft vocabulary" if not hasattr(heads, "vocab_size") else "has a draft vocabulary already"
         raise UserError(f"{source}: {drafter.name} {why}")
