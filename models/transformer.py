@@ -122,13 +122,12 @@ def _init_layer(config: TransformerConfig, shapes: Params, key: Array, dtype) ->
 
 def param_shapes(config: TransformerConfig, dtype=jnp.float32) -> Params:
     """The tree of `ShapeDtypeStruct`s that `init` would return, without allocating."""
-    shapes = _param_shapes(config, jnp.dtype(dtype), jax.config.jax_enable_x64)
-    return jax.tree.map(lambda shape: shape, shapes)  # A tree of the caller's own.
+    # Of the dtype that JAX makes of it, float32 where 64 bits are off. A tree of the caller's own.
+    return jax.tree.map(lambda shape: shape, _param_shapes(config, jnp.result_type(dtype)))
 
 
 @functools.cache
-def _param_shapes(config: TransformerConfig, dtype: Any, wide: bool) -> Params:
-    """`wide` is the mode of JAX, without which float64 is float32."""
+def _param_shapes(config: TransformerConfig, dtype: Any) -> Params:
     return jax.eval_shape(functools.partial(init, config, dtype=dtype), jax.random.key(0))
 
 

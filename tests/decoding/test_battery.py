@@ -229,9 +229,11 @@ def test_who_reads_text_alone_drafts_as_without_latents(name: str) -> None:
 
     root = jnp.asarray(now.tokens[np.arange(len(now.tokens)), now.length])
 
+    both = models(name)  # Kept: made while tracing, it would keep what is traced.
+
     @jax.jit
     def draft(slots):
-        now, both = dataclasses.replace(state, slots=slots), models(name)
+        now = dataclasses.replace(state, slots=slots)
         network = drafter.network(both.drafter_params, both.view(now, request), now.drafter["inner"])
         return loop.draft(both, now, request), network.begin(root, 4)[0].logits
 
