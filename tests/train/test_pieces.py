@@ -39,7 +39,7 @@ def setting():
     at = jnp.asarray(rng.integers(0, S - 3, (B, 3)))
     places = [None, None, at]
     labels = [
-        Labels(jnp.asarray(rng.integers(0, W, shape)), jnp.asarray(rng.integers(0, 2, shape), bool))
+        Labels(jnp.asarray(rng.integers(0, V, shape)), jnp.asarray(rng.integers(0, 2, shape), bool))
         for shape in ((B, S), (B, S), (B, 3))
     ]
     # As for every objective, what has no teacher has no label.
@@ -65,10 +65,12 @@ def defined(guesses, teacher, weights):
         feature, learnt = teacher.scored[rows, seat], teacher.learnt[rows, seat]
         log_q, t = jax.nn.log_softmax(read(hidden)), jax.nn.softmax(teacher.read(feature))
         distance = jnp.abs(hidden - feature)
-        loss = -weights.hard * jnp.take_along_axis(log_q, labels.tokens[..., None], axis=-1)[..., 0]
+        is_label = labels.tokens[..., None] == teacher.known
+        loss = -weights.hard * jnp.sum(jnp.where(is_label, log_q, 0), axis=-1)
         loss -= weights.soft * jnp.sum(t * log_q, axis=-1)
         loss += weights.feature * jnp.mean(jnp.where(distance < 1, distance**2 / 2, distance - 0.5), axis=-1)
-        found.append(jnp.sum(loss * (labels.counted & learnt)))
+        held = is_label.any(axis=-1) | (weights.hard == 0)
+        found.append(jnp.sum(loss * (labels.counted & learnt & held)))
     return jnp.stack(found)
 
 
