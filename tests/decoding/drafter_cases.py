@@ -245,8 +245,8 @@ CASES: dict[str, Callable[[Target, Array], tuple[Drafter, Any]]] = {
     "falcon recurrent": falcon_recurrent,
 }
 
-# What these add is shown elsewhere too: the network by another policy, the policy by tests/decoding/policies, its rule
-# by test_losslessness.py. They run with `-m slow`.
+# What these add is shown elsewhere too: the network by another policy or a relative's, the policy by
+# tests/decoding/policies, its rule by test_losslessness.py, what is its own by its file. They run with `-m slow`.
 VARIANTS = (
     "hydra",
     "eagle2",
@@ -255,6 +255,9 @@ VARIANTS = (
     "early_exit",
     "draft rsd-s",
     "draft dyspec",
+    "nested",
+    "eagle",
+    "p_eagle",
     "dflash2",
     "jetspec",
     "falcon recurrent",

@@ -388,7 +388,7 @@ def heap_dyspec(policy: DySpec, b: int, budget: int) -> list[tuple[tuple[int, ..
     return popped
 
 
-@pytest.mark.parametrize("budget", [5, 30])
+@pytest.mark.parametrize("budget", [5, pytest.param(30, marks=pytest.mark.slow)])
 def test_dyspec_by_level_by_threshold_and_by_heap_choose_the_same_places(
     budget: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
