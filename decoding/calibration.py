@@ -14,6 +14,7 @@ import numpy as np
 from jaxtyping import Float
 
 from decoding.drafter import Drafter
+from decoding.drafters.around import Around
 from decoding.drafters.network_drafter import NetworkDrafter
 from decoding.generate import generate
 from decoding.policies.scheduled import Scheduled
@@ -89,45 +90,18 @@ def recorded_drafts(
 
 
 @dataclasses.dataclass(frozen=True)
-class _Recorder(Drafter):
+class _Recorder(Around):
     """Another drafter, whose chains are not cut, and what it said of them and what became of them, step by step.
 
     Attributes:
-      inner: the drafter.
       steps: that there is room for.
     """
 
-    inner: Drafter
     steps: int
     name: ClassVar[str] = "recorder"
 
-    @property
-    def taps(self) -> tuple[str, ...]:  # type: ignore[override]
-        return self.inner.taps
-
-    @property
-    def max_nodes(self) -> int:
-        return self.inner.max_nodes
-
-    @property
-    def max_depth(self) -> int:
-        return self.inner.max_depth
-
-    def rule(self, greedy):
-        return self.inner.rule(greedy)
-
-    def check(self, config):
-        self.inner.check(config)
-
-    def init_params(self, config, target, key):
-        return self.inner.init_params(config, target, key)
-
-    def for_decoding(self, params, mesh=None):
-        return self.inner.for_decoding(params, mesh)
-
     def init(self, config, batch, capacity, dtype, mesh=None):
-        return {
-            "inner": self.inner.init(config, batch, capacity, dtype, mesh),
+        return super().init(config, batch, capacity, dtype, mesh) | {
             "confidence": jnp.zeros((batch, self.steps, self.max_depth), jnp.float32),
             "accepted": jnp.zeros((batch, self.steps), jnp.int32),
             "steps": jnp.zeros(batch, jnp.int32),
@@ -141,7 +115,7 @@ class _Recorder(Drafter):
         return grown.tree, confidence_BD
 
     def ingest(self, params, target, state, rows):
-        state = {**state, "inner": self.inner.ingest(params, target, state["inner"], rows)}
+        state = super().ingest(params, target, state, rows)
         if rows.drafted is None:
             return state
         # A finished row has no rows of text.

@@ -133,7 +133,7 @@ class Selector:
 
 
 @dataclasses.dataclass(frozen=True)
-class DFlashHeads:
+class DFlashHeads(vocabulary.DraftVocabulary):
     """Shape of the network.
 
     Attributes:
@@ -205,10 +205,6 @@ class DFlashHeads:
                 f"DFlash2's selector needs a rank of at least 1 and 1 to {self.outputs(config)} candidates, got "
                 f"{chosen.rank} and {chosen.candidates}"
             )
-
-    def outputs(self, config: TransformerConfig) -> int:
-        """W, the tokens that `logits` scores."""
-        return self.vocab_size or config.vocab_size
 
     def layer_config(self, config: TransformerConfig) -> TransformerConfig:
         """The network's layers as a transformer's: Qwen3's kind, with norms on queries and keys and no biases."""
@@ -342,22 +338,6 @@ class DFlashHeads:
         for layer, rows in zip(params["layers"], context, strict=True):
             y_BTH = call(self._layer(config), layer, y_BTH, angles, layout, Sources(rows), self.window)
         return call(RMSNorm(own.norm_eps), params["norm"], y_BTH)
-
-    def logits(
-        self, config: TransformerConfig, params: Params, target: Params, hidden: Float[Array, "*B H"]
-    ) -> Float[Array, "*B W"]:
-        """Scores of a slot, of all tokens or of the draft vocabulary, float32 or wider."""
-        if not self.vocab_size:
-            return transformer.head(config, target, hidden)
-        return vocabulary.scores(params, hidden, config.logit_softcap)
-
-    def head_params(self, params: Params) -> Params:
-        """Of the network's parameters, those that `logits` reads."""
-        return {"vocab": params["vocab"]} if self.vocab_size else {}
-
-    def vocabulary(self, params: Params) -> Int[Array, "W"] | None:
-        """Target ids of the tokens that `logits` scores; None means all, in order."""
-        return params.get("draft_vocab")
 
     def drafting(self, hidden: Float[Array, "B R H"]) -> Float[Array, "B A D H"]:
         """Of the outputs of A blocks those that draft tokens, in the order of the text."""

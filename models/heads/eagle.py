@@ -211,7 +211,7 @@ EAGLE_31 = ("fc_norm", "norm_before_fc", "norm_before_residual", "norm_output")
 
 
 @dataclasses.dataclass(frozen=True)
-class Eagle3Heads(_Network):
+class Eagle3Heads(vocabulary.DraftVocabulary, _Network):
     """The network of EAGLE-3 (Li et al. 2025, section 3.1).
 
     Attributes:
@@ -262,10 +262,6 @@ class Eagle3Heads(_Network):
                     f"{config.num_layers - 1}"
                 )
         vocabulary.check(self.vocab_size, config)
-
-    def outputs(self, config: TransformerConfig) -> int:
-        """W, the tokens that `logits` scores."""
-        return self.vocab_size or config.vocab_size
 
     def init(self, config: TransformerConfig, target: Params, key: Array) -> Params:
         """A fresh network in the target's dtype, whose norm and head start as the target's, on its first W tokens."""
@@ -336,10 +332,6 @@ class Eagle3Heads(_Network):
     def head_params(self, params: Params) -> Params:
         """Of the network's parameters, those that `logits` reads."""
         return {name: params[name] for name in (("vocab",) if self.norm_output else ("norm", "vocab"))}
-
-    def vocabulary(self, params: Params) -> Int[Array, "W"] | None:
-        """Target ids of the tokens that `logits` scores; None means all, in order."""
-        return params.get("draft_vocab")
 
 
 def eagle3_layers(num_layers: int) -> tuple[int, int, int]:

@@ -27,9 +27,8 @@ from typing import Literal
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float
 
-from models import transformer
 from models.attention import ALONE, Rows, Sources, attend, attend_in_blocks, softcap, wide
 from models.config import TransformerConfig
 from models.errors import UserError
@@ -44,7 +43,7 @@ _draw = nn.initializers.lecun_normal()
 
 
 @dataclasses.dataclass(frozen=True)
-class FalconHeads:
+class FalconHeads(vocabulary.DraftVocabulary):
     """Shape of the network.
 
     Attributes:
@@ -74,10 +73,6 @@ class FalconHeads:
     def check(self, config: TransformerConfig) -> None:
         """Raises UserError when the network does not fit the target."""
         vocabulary.check(self.vocab_size, config)
-
-    def outputs(self, config: TransformerConfig) -> int:
-        """W, the tokens that `logits` scores."""
-        return self.vocab_size or config.vocab_size
 
     @property
     def recurrent(self) -> bool:
@@ -204,22 +199,6 @@ class FalconHeads:
         """What stands in for the feature k places on, at every pair of whole texts; the rest as in `join` and `run`."""
         joined, _ = self.join(params, feature, embedding, begins=_begins(layout), dropout_key=dropout_key)
         return self.run(config, params, joined, layout)[0]
-
-    def logits(
-        self, config: TransformerConfig, params: Params, target: Params, hidden: Float[Array, "*B H"]
-    ) -> Float[Array, "*B W"]:
-        """Scores of the token k + 1 places behind the pair's feature, float32 or wider."""
-        if not self.vocab_size:
-            return transformer.head(config, target, hidden)
-        return vocabulary.scores(params, hidden, config.logit_softcap)
-
-    def head_params(self, params: Params) -> Params:
-        """Of the network's parameters, those that `logits` reads."""
-        return {"vocab": params["vocab"]} if self.vocab_size else {}
-
-    def vocabulary(self, params: Params) -> Int[Array, "W"] | None:
-        """Target ids of the tokens that `logits` scores; None means all, in order."""
-        return params.get("draft_vocab")
 
 
 def _affine(part: Params, x: Float[Array, "*B I"]) -> Float[Array, "*B G"]:

@@ -10,6 +10,7 @@ are the target's, and any of V. The head begins as the target's on these tokens.
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from models import transformer
 from models.attention import softcap, wide
 from models.config import TransformerConfig
 from models.errors import UserError
@@ -17,6 +18,32 @@ from models.heads.medusa import vocab_kernel
 from models.linear import product
 from models.sharding import split_vocabulary
 from models.transformer import Params
+
+
+class DraftVocabulary:
+    """Base of networks that score all tokens by the target's head or, where `vocab_size` is not 0, W by their own."""
+
+    vocab_size: int
+
+    def outputs(self, config: TransformerConfig) -> int:
+        """W, the tokens that `logits` scores."""
+        return self.vocab_size or config.vocab_size
+
+    def logits(
+        self, config: TransformerConfig, params: Params, target: Params, hidden: Float[Array, "*B H"]
+    ) -> Float[Array, "*B W"]:
+        """Scores of what the network guesses, float32 or wider."""
+        if not self.vocab_size:
+            return transformer.head(config, target, hidden)
+        return scores(params, hidden, config.logit_softcap)
+
+    def head_params(self, params: Params) -> Params:
+        """Of the network's parameters, those that `logits` reads."""
+        return {"vocab": params["vocab"]} if self.vocab_size else {}
+
+    def vocabulary(self, params: Params) -> Int[Array, "W"] | None:
+        """Target ids of the tokens that `logits` scores; None means all, in order."""
+        return params.get("draft_vocab")
 
 
 def check(size: int, config: TransformerConfig) -> None:

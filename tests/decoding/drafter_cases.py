@@ -17,6 +17,7 @@ import pytest
 from jaxtyping import Array
 
 from decoding.drafter import Drafter
+from decoding.drafters.around import Around
 from decoding.drafters.dflash import DFlash
 from decoding.drafters.draft_model import DraftModel
 from decoding.drafters.dspark import DSpark
@@ -414,76 +415,29 @@ class Oracle(Drafter):
 
 
 @dataclasses.dataclass(frozen=True)
-class Recorder(Drafter):
+class Recorder(Around):
     """Another drafter, and what the loop computed in its last step: the tree, and the target's logits at every node.
 
     The battery decodes with nothing else, so that one program of the loop serves all its items.
     """
 
-    inner: Drafter
     name = "recorder"
-
-    @property
-    def taps(self):
-        return self.inner.taps
-
-    @property
-    def max_nodes(self) -> int:
-        return self.inner.max_nodes
-
-    @property
-    def max_depth(self) -> int:
-        return self.inner.max_depth
-
-    @property
-    def num_riders(self) -> int:
-        return self.inner.num_riders
-
-    @property
-    def ingests(self) -> bool:
-        return self.inner.ingests
-
-    @property
-    def begins(self) -> bool:
-        return self.inner.begins
-
-    def rule(self, greedy):
-        return self.inner.rule(greedy)
 
     def init(self, config, batch, capacity, dtype, mesh=None):
         nodes = self.max_nodes
-        return {
-            "inner": self.inner.init(config, batch, capacity, dtype, mesh),
+        return super().init(config, batch, capacity, dtype, mesh) | {
             "tokens": jnp.zeros((batch, nodes), jnp.int32),
             "ancestors": jnp.zeros((batch, nodes, nodes), bool),
             "logits": jnp.zeros((batch, nodes, config.vocab_size), jnp.promote_types(dtype, jnp.float32)),
         }
 
-    def check(self, config):
-        self.inner.check(config)
-
-    def init_params(self, config, target, key):
-        return self.inner.init_params(config, target, key)
-
-    def for_decoding(self, params, mesh=None):
-        return self.inner.for_decoding(params, mesh)
-
-    def ingest(self, params, target, state, rows):
-        return {**state, "inner": self.inner.ingest(params, target, state["inner"], rows)}
-
-    def begin(self, params, target, state):
-        return {**state, "inner": self.inner.begin(params, target, state["inner"])}
-
     def draft(self, params, target, state, root, keys):
-        tree, drafted = self.inner.draft(params, target, state["inner"], root, keys)
+        tree, drafted = super().draft(params, target, state, root, keys)
         assert tree.rule == self.rule(target.sampling.greedy)
         return tree, drafted
 
-    def riders(self, params, target, state, tree):
-        return self.inner.riders(params, target, state["inner"], tree)
-
     def observe(self, params, target, state, tree, output, verdict, live):
         ancestors = jnp.broadcast_to(tree.ancestors, state["ancestors"].shape)
-        inner = self.inner.observe(params, target, state["inner"], tree, output, verdict, live)
+        state = super().observe(params, target, state, tree, output, verdict, live)
         logits = output.logits[:, : tree.tokens.shape[1]]
-        return {"inner": inner, "tokens": tree.tokens, "ancestors": ancestors, "logits": logits}
+        return {**state, "tokens": tree.tokens, "ancestors": ancestors, "logits": logits}
