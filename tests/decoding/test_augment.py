@@ -47,7 +47,8 @@ def target() -> Target:
 @functools.cache
 def augment(every: int | None = None, lag: int = 0, **flags: Any) -> Augment:
     """A coprocessor that is no copy of the target, whose latents matter."""
-    config = CoprocessorConfig(**{"kind": "lora", "rank": 2, "num_latents": 3, **flags})
+    sizes = {} if "kind" in flags else {"kind": "lora", "rank": 2}
+    config = CoprocessorConfig(**{"num_latents": 3, **sizes, **flags})
     with jax.enable_x64(True):
         init = jax.jit(coprocessor.init_params, static_argnums=(0, 1))
         params = noisy(init(config, target().config, target().params, jax.random.key(5)), 0.5)

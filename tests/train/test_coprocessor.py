@@ -214,7 +214,7 @@ def test_a_fresh_copy_continues_the_text_and_no_latents_change_nothing(x64, sett
         alone = transformer.forward(model, frozen, text, Layout.causal(1, LENGTH))
         points, found = coprocessor.Points(jnp.asarray([[4]]), jnp.asarray([[5]])), []
         for kind in ("full", "lora", "soft"):
-            config = coprocessor.CoprocessorConfig(kind=kind, num_latents=3, rank=2)
+            config = coprocessor.CoprocessorConfig(kind=kind, num_latents=3)
             fresh = {**coprocessor.init_params(config, model, frozen, jax.random.key(0)), "soft": soft}
             found.append(coprocessor.latents(config, fresh, model, frozen, alone.rows, points))
         none = coprocessor.augmented(config, model, frozen, alone.rows, points, found[0][:, :, :0], text[:, None, 5:9])
