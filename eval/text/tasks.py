@@ -102,8 +102,8 @@ def _choice(record: Mapping[str, Any], where: str) -> Choice:
     texts = isinstance(choices, list) and len(choices) > 1 and all(isinstance(x, str) and x.strip() for x in choices)
     if not isinstance(question, str) or not texts:
         raise UserError(
-            f"{where} must have a text 'question' and at least two texts as 'choices', or ctx and endings, or goal, sol1 "
-            "and sol2"
+            f"{where} must have a text 'question' and at least two texts as 'choices', or ctx and endings, or goal, "
+            "sol1 and sol2"
         )
     names = list(map(str, labels)) if isinstance(labels, list) else [chr(ord("A") + i) for i in range(len(choices))]
     counted = isinstance(answer, int) and not isinstance(answer, bool)

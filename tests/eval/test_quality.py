@@ -166,6 +166,20 @@ def test_likelihoods_are_those_of_plain_forwards(target: Target) -> None:
         if there[row, 0, offset]:
             np.testing.assert_allclose(found[row, 0, offset], logp[row, place - 1, tokens[row, place]], atol=1e-4)
     assert there.sum(axis=(1, 2)).tolist() == [8, 1, 3, 0]
+    # A place counts if the token behind it does, as those that training draws.
+    labels[:, 20] = False
+    _, there = behind.scored(target, None, tokens, segments, np.array([[18], [19], [20], [21]]), AHEAD, labels)
+    assert there.sum(axis=(1, 2)).tolist() == [7, 0, 8, 7]
+
+
+def test_a_late_coprocessor_is_measured_late(target: Target, network: Coprocessor) -> None:
+    tokens = np.random.default_rng(0).integers(1, 250, (ROWS, LENGTH))
+    segments, at = np.ones_like(tokens), np.array([[0], [1], [20], [40]])
+    now, late, all_but_one = (
+        behind.scored(target, network, tokens, segments, at, AHEAD, lag=lag)[0] for lag in (0, 2, LENGTH)
+    )
+    assert np.array_equal(now[0], late[0]) and np.all(np.any(now[1:] != late[1:], axis=(1, 2)))
+    assert np.array_equal(late[1], all_but_one[1]) and np.any(late[2] != all_but_one[2]), "one token is always read"
 
 
 def test_choices_are_scored_by_their_own_tokens(target: Target) -> None:
