@@ -98,7 +98,8 @@ def _choice(record: Mapping[str, Any], where: str) -> Choice:
     question, choices, answer = _told(record)
     labels: Any = None
     if isinstance(choices, dict):
-        choices, labels = choices.get("text"), choices.get("label")
+        labels = choices.get("label")
+        choices = choices.get("text")
     texts = isinstance(choices, list) and len(choices) > 1 and all(isinstance(x, str) and x.strip() for x in choices)
     if not isinstance(question, str) or not texts:
         raise UserError(
