@@ -118,13 +118,13 @@ COMPILED = {}
 WEIGHTS = ("l1", "l2", "quantiser", "commitment")
 
 
-def measured(objective, params, batch, progress=0.0, frozen=None, perceptual=None):
-    """(sum, weight, parts) of the loss, and the slopes of its mean by path; the perceptual term may weigh another."""
+def measured(objective, params, batch, progress=0.0, frozen=None, **others):
+    """(sum, weight, parts) of the loss, and the slopes of its mean by path; weights may be others."""
     config = objective._config
 
-    def mean(params, frozen, batch, progress, weights, perceptual):
-        term = types.SimpleNamespace(weight=perceptual)
-        objective._config = types.SimpleNamespace(**{**vars(config), **weights, "perceptual": term})
+    def mean(params, frozen, batch, progress, weights):
+        weights = {**weights, "perceptual": types.SimpleNamespace(weight=weights["perceptual"])}
+        objective._config = types.SimpleNamespace(**{**vars(config), **weights})
         try:
             (total, weight), parts = objective.loss(params, frozen, batch, jax.random.key(0), progress)
         finally:
@@ -133,9 +133,8 @@ def measured(objective, params, batch, progress=0.0, frozen=None, perceptual=Non
 
     kind = (config.perceptual.net, config.gan)
     run = COMPILED.setdefault(kind, jax.jit(jax.value_and_grad(mean, has_aux=True)))
-    weights = {name: getattr(config, name) for name in WEIGHTS}
-    term = config.perceptual.weight if perceptual is None else perceptual
-    (_, (total, weight, parts)), slopes = jax.device_get(run(params, frozen, batch, progress, weights, term))
+    weights = {name: getattr(config, name) for name in WEIGHTS} | {"perceptual": config.perceptual.weight} | others
+    (_, (total, weight, parts)), slopes = jax.device_get(run(params, frozen, batch, progress, weights))
     return (total, weight, {name: part[0] for name, part in parts.items()}), leaves_by_path(slopes)
 
 
@@ -175,7 +174,6 @@ def test_the_decoders_gradient_passes_the_quantiser_straight(image_setting):
 
 @pytest.mark.usefixtures("x64")
 def test_the_perceptual_term_compares_features_of_the_net_that_was_loaded(image_setting, toy_net):
-    # Beside a discriminator that has not begun.
     objective, params, frozen, batch = image_setting("vqvae", perceptual=PERCEPTUAL, gan=GAN)
     assert toy_net == ["toy.pth"] and jax.tree.map(jnp.shape, frozen) == jax.tree.map(np.shape, ToyNet.drawn())
     params, frozen = widened(params), widened(frozen)
@@ -184,7 +182,7 @@ def test_the_perceptual_term_compares_features_of_the_net_that_was_loaded(image_
     images = np.asarray(batch["image"]) / 127.5 - 1
     _, f_hats = reference.encode(VQVAE, tree, reference.features(VQVAE, tree, images))
     expected = 0.6 * toy_distance(np, net, images, reference.reconstruct(VQVAE, tree, f_hats[-1])).sum()
-    assert not parts["adversarial"] and not parts["discriminator"]
+    assert not parts["adversarial"] and not parts["discriminator"]  # which have not begun
     assert expected > 0.1 and float(parts["perceptual"]) == pytest.approx(expected, rel=1e-10)
     assert float(total) == pytest.approx(sum(map(float, parts.values())), rel=1e-12)
 
@@ -307,8 +305,7 @@ def test_codes_that_the_batch_did_not_choose_become_vectors_of_the_batch(image_s
     objective, params, _, batch = image_setting("vqvae", batch_size=2, reset_every=4)
     params = widened(params)
     codebook = params["vqvae"]["codebook"]
-    # Five codes so far away that nothing chooses them.
-    far = 100.0 * ((np.arange(24) >= 7) & (np.arange(24) < 12))[:, None]
+    far = 100.0 * np.isin(np.arange(24), range(7, 12))[:, None]  # so that nothing chooses these five
     params["vqvae"]["codebook"] = {"embedding": jnp.asarray(np.asarray(codebook["embedding"]) + far)}
     tree = jax.tree.map(np.asarray, params["vqvae"])
     images = np.asarray(batch["image"]) / 127.5 - 1
@@ -453,8 +450,8 @@ def test_a_job_learns_against_a_net_that_stays_as_it_is_and_leaves_a_vqvae(image
     sections = {"checkpoint": {"every": 30}, "evaluation": {"every": 15}}
     # Of one level, which compiles sooner; what two do to slopes, the tests of the loss show.
     model = dataclasses.replace(VQVAE, multipliers=(1,), scales=(1, 2, 4, 8))
-    objective = {"model": dataclasses.asdict(model), "perceptual": {**PERCEPTUAL, "weights": str(weights)}}
-    config = image_job("vqvae", objective, steps=30, **sections)
+    perceptual = {**PERCEPTUAL, "weights": str(weights)}
+    config = image_job("vqvae", {"model": dataclasses.asdict(model), "perceptual": perceptual}, steps=30, **sections)
     plan = trainer.make_plan(config, ("A", "B", "C"))
     assert jax.tree.map(jnp.shape, plan.frozen) == jax.tree.map(np.shape, ToyNet.drawn())
     assert not toy_net and plan.state["params"].keys() == {"vqvae"}
