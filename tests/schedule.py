@@ -10,6 +10,11 @@ import pathlib
 
 import pytest
 
+try:
+    from _pytest.nodeid import NodeId
+except ImportError:  # Before pytest 9.2, where xdist itself says a test's group in its name.
+    NodeId = None  # type: ignore[assignment, misc]
+
 TESTS = pathlib.Path(__file__).resolve().parent
 
 # Longest first, as the table that a run prints last told it; all others are shorter.
@@ -54,4 +59,6 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Func
         # xdist takes what comes after the last @ and the last bracket.
         name = ":".join(filter(None, group_of(item))).replace("@", "_").replace("]", "_")
         item.add_marker(pytest.mark.xdist_group(name))
+        if NodeId is not None:  # xdist writes the group where pytest no longer reads names.
+            item._id = NodeId.parse(f"{item.nodeid}@{name}")
     items.sort(key=lambda item: LONG.index(file) if (file := group_of(item)[0]) in LONG else len(LONG))

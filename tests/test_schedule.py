@@ -1,5 +1,6 @@
 """Workers get whole files or the parts that a file names, and long ones first."""
 
+import copy
 from types import SimpleNamespace
 
 import pytest
@@ -9,6 +10,8 @@ from tests import schedule
 
 class Item(SimpleNamespace):
     """What the schedule reads of a collected test."""
+
+    nodeid = "test"
 
     def add_marker(self, mark: pytest.MarkDecorator) -> None:
         self.group = mark.args[0]
@@ -25,6 +28,15 @@ def test_groups_are_files_or_named_parts_and_long_ones_come_first() -> None:
     items += [item(schedule.LONG[0], by="name", name="b", depth=3)]
     schedule.pytest_collection_modifyitems(SimpleNamespace(workerinput={}), items)
     assert [one.group for one in items] == [f"{schedule.LONG[0]}:b", f"{long}:eagle_2[x_", long, short, short]
+
+
+def test_the_group_is_where_the_scheduler_looks(request: pytest.FixtureRequest) -> None:
+    scheduler = pytest.importorskip("xdist.scheduler").LoadGroupScheduling
+    one = copy.copy(request.node)
+    one.own_markers = []
+    schedule.pytest_collection_modifyitems(SimpleNamespace(workerinput={}), [one])
+    scope = scheduler._split_scope(None, one.nodeid)
+    assert scope == "test_schedule.py" and [mark.args for mark in one.own_markers] == [(scope,)]
 
 
 def test_without_workers_the_order_is_that_of_the_files() -> None:
