@@ -23,6 +23,7 @@ from decoding.sampling import SamplingParameters
 from decoding.tree_search import Acceptance
 from decoding.trees import TokenTree, Topology
 from models import schema
+from models.errors import UserError
 from models.sharding import gather_rows
 
 
@@ -186,6 +187,16 @@ class TreePolicy:
         None for one that needs no counts.
         """
         return None
+
+    def uncut(
+        self, network: DraftNetwork, root: Int[Array, "B"], keys: Array, sampling: SamplingParameters
+    ) -> tuple[Grown, Float[Array, "B D"]]:
+        """As `grow`, but a whole chain, and how sure the network says that it is of every slot.
+
+        Raises:
+          UserError: a policy that does not cut chains by that.
+        """
+        raise UserError(f"the policy {self.kind} cuts no chain by how sure a network is of it")
 
     def calibrated(self, temperatures: Sequence[float]) -> "TreePolicy | None":
         """The same policy, dividing the logits of a chain's confidences by these, slot by slot; by nothing where there
