@@ -14,7 +14,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from decoding.stats import Counters, Stats
-from eval.text.budget import parse_growth
+from eval.text.budget import parse_any_policy
 from models.formats.scaled import read_scaled, whole_tensors
 from models.formats.storage import FLOATS, open_tensors
 from scripts.accelerator import __main__ as everything
@@ -131,7 +131,7 @@ def test_every_head_is_measured_with_every_tree_of_its_own(tmp_path: Path) -> No
     for head in HEADS.values():
         assert (Path("configs") / head.config).exists()
         for policy in filter(None, head.trees.values()):
-            parse_growth(policy)
+            parse_any_policy(policy)
     args = arguments(tmp_path, "--heads", "dflash,medusa", "--sampled_budgets", "7")
     parts = accelerator.acceptance(args, Path("t"))
     assert [part.name for part in parts] == [
