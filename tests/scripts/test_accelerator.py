@@ -23,6 +23,7 @@ from scripts.accelerator import smollm2 as accelerator
 from scripts.accelerator.chat_heads import HEADS
 from scripts.accelerator.job import QUICK, Job, Part
 from scripts.accelerator.parts import PARTS, Sizes
+from tests.scripts.test_quickstart import check_command
 
 
 @pytest.fixture
@@ -224,3 +225,12 @@ def test_texts_are_judged_by_what_their_dtype_can_promise(monkeypatch: pytest.Mo
     (parting,) = found["partings"]
     assert parting["new_token"] == 1 and parting["margin"] > 0
     assert found["ok"] == (parting["margin"] <= correctness.ROUNDING * parting["largest"])
+
+
+def test_bare_names_are_timed_alone_and_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    parts = accelerator.decode_sized(arguments(tmp_path, "--questions", "q.jsonl"), Path("t"))
+    assert [part.name for part in parts] == ["sized_1", "sized_4", "sized_16"] and not any(part.quick for part in parts)
+    for part, batch, prompts in zip(parts, (1, 4, 16), (12, 12, 16), strict=True):
+        assert f"--config.batch={batch}" in part.command and f"--config.num_prompts={prompts}" in part.command
+        assert "--config.drafters=none,smollm2,token_recycling" in part.command
+        check_command(["python", "-m", *part.command], monkeypatch)
