@@ -177,8 +177,11 @@ def check_command(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
             importlib.import_module(module).main(arguments)
         return
     values = flags.FlagValues()
-    for name in ("workdir", "distributed"):
+    # Both commands define their flags for the whole process, under some of the same names.
+    for name in ("workdir", "distributed", "profile_steps"):
         flags.DEFINE_string(name, None, "", flag_values=values)
+    for name in ("dry_run", "memory"):
+        flags.DEFINE_bool(name, False, "", flag_values=values)
     config_flags.DEFINE_config_file("config", None, "", flag_values=values, sys_argv=[module, *arguments])
     fill_in = functools.partial(fill_in_job, objectives=OBJECTIVES) if module == "train.main" else None
     read_flags([module, *arguments], values, fill_in)
