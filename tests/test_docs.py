@@ -28,12 +28,12 @@ def test_the_example_of_adding_a_drafter_runs(capsys):
 def test_the_python_of_the_readme_runs(tmp_path, monkeypatch, capsys):
     """As it stands there, but for the model, which has to be fetched, and the drafter that was trained for it."""
     (code,) = re.findall(r"```python\n(.*?)```", (DOCS.parent / "README.md").read_text(), re.DOTALL)
-    write_target(tmp_path)
+    write_target(tmp_path / "target")
     asked = []
 
     def load_tiny(directory):
         asked.append(directory)
-        return load_target(tmp_path)
+        return load_target(tmp_path / "target")
 
     def load_none(name, target):
         asked.append(name)
