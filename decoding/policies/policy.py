@@ -163,6 +163,16 @@ class TreePolicy:
         """
         raise AttributeError(f"{type(self).__name__} must define grow")
 
+    def uncut(
+        self, network: DraftNetwork, root: Int[Array, "B"], keys: Array, sampling: SamplingParameters
+    ) -> tuple[Grown, Float[Array, "B D"]]:
+        """As `grow`, but a whole chain, and how sure the network says that it is of every slot.
+
+        Raises:
+          UserError: a policy that does not cut chains by that.
+        """
+        raise UserError(f"the policy {self.kind} cuts no chain by how sure a network is of it")
+
     def check(self, vocab_size: int) -> None:
         """Raises UserError when a network of `vocab_size` outputs cannot grow this."""
 
@@ -187,16 +197,6 @@ class TreePolicy:
         None for one that needs no counts.
         """
         return None
-
-    def uncut(
-        self, network: DraftNetwork, root: Int[Array, "B"], keys: Array, sampling: SamplingParameters
-    ) -> tuple[Grown, Float[Array, "B D"]]:
-        """As `grow`, but a whole chain, and how sure the network says that it is of every slot.
-
-        Raises:
-          UserError: a policy that does not cut chains by that.
-        """
-        raise UserError(f"the policy {self.kind} cuts no chain by how sure a network is of it")
 
     def calibrated(self, temperatures: Sequence[float]) -> "TreePolicy | None":
         """The same policy, dividing the logits of a chain's confidences by these, slot by slot; by nothing where there
