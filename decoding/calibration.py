@@ -15,9 +15,7 @@ from jaxtyping import Float
 
 from decoding.drafter import Drafter
 from decoding.drafters.around import Around
-from decoding.drafters.network_drafter import NetworkDrafter
 from decoding.generate import generate
-from decoding.policies.scheduled import Scheduled
 from decoding.sampling import Sampling
 from models.formats.target import Target
 
@@ -70,6 +68,9 @@ def recorded_drafts(
       prompts: token ids.
       max_new_tokens: of each text.
       temperature: at which they are decoded.
+
+    Raises:
+      UserError: a drafter or a policy that says nothing of how sure it is.
     """
     recorder = _Recorder(drafter, max_new_tokens)
     made = generate(
@@ -108,11 +109,7 @@ class _Recorder(Around):
         }
 
     def draft(self, params, target, state, root, keys):
-        inner, policy = self.inner, self.inner.tree_policy
-        assert isinstance(inner, NetworkDrafter) and isinstance(policy, Scheduled), "without confidences, no record"
-        network = inner.network(params, target, state["inner"])
-        grown, confidence_BD = policy.uncut(network, root, keys, target.sampling)
-        return grown.tree, confidence_BD
+        return self.inner.uncut(params, target, state["inner"], root, keys)
 
     def ingest(self, params, target, state, rows):
         state = super().ingest(params, target, state, rows)

@@ -338,6 +338,16 @@ class Drafter:
         """The same drafter with another policy. Raises UserError for one without."""
         raise UserError(f"the drafter {self.name} has no policy")
 
+    def uncut(
+        self, params, target: TargetView, state, root: Int[Array, "B"], keys: Array
+    ) -> tuple[TokenTree, Float[Array, "B D"]]:
+        """As `draft`, but a whole chain, and how sure it is of every slot, for one whose policy cuts chains by that.
+
+        Raises:
+          UserError: any other.
+        """
+        raise UserError(f"the drafter {self.name} does not say how sure it is of a draft")
+
     def probing(self) -> "Drafter | None":
         """The drafter with wide static trees, with which to count the acceptance that `with_budget` asks for.
 

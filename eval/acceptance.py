@@ -37,7 +37,7 @@ from eval.measure.progress import Progress
 from eval.report.acceptance import print_table, write_report
 from eval.report.page import keep_results, write_results
 from eval.text.benchmark import ratio_interval
-from eval.text.budget import Fitter, parse_growth
+from eval.text.budget import Fitter, parse_any_policy
 from eval.text.prompts import Prompt, document_prompts, encode_questions, read_questions
 from eval.text.results import describe_target
 from models import command_line, processes
@@ -58,7 +58,7 @@ class Method:
       label: what people call it.
       drafter: its static part; tree and depth are fitted to each budget.
       params: its parameters.
-      policy: how its tree grows (`eval.text.budget.parse_growth`), or "" for the drafter's only way.
+      policy: how its tree grows (`eval.text.budget.parse_any_policy`), or "" for the drafter's only way.
       path: the directory it came from.
     """
 
@@ -80,7 +80,7 @@ def parse_method(text: str, target: Target) -> Method:
     if not label or not spec:
         raise UserError(f"a method is written LABEL=DRAFTER or LABEL=DRAFTER@POLICY, got {text!r}")
     if policy:
-        parse_growth(policy)
+        parse_any_policy(policy)
     drafter, params = load_drafter(spec, target)
     return Method(label, drafter, params, policy, spec if params is not None else None)
 

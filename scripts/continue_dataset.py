@@ -10,9 +10,10 @@
 A head is of use where it guesses what the target will say, not what the author of a text said. The first form needs no
 data: a target with a chat template completes an empty user's turn, answers what it wrote, and the answer is marked as
 label; `--prompts` gives it questions instead, one per line, as `{"prompt": ...}` or `{"messages": [...]}`. Prompts that
-it does not end or that it wrote before are left out, and answers that do not end or that loop. Several temperatures,
-`--temperature 0,0.7`, take turns. `--minutes` ends earlier, with the documents that are finished then. A run that was
-killed goes on where it was when it is asked again.
+it does not end are left out, those that say what an earlier one says, and answers that do not end or that loop; 16
+batches in a row of which nothing is left end the run. Several temperatures, `--temperature 0,0.7`, take turns.
+`--minutes` ends earlier, with the documents that are finished then. A run that was killed goes on where it was when it
+is asked again.
 
 With `--data`, every document of the result is a window of one of the data set's and the target's continuation, which
 alone is label; windows for `train` and `valid` come from the data set's own splits. Medusa's self-distillation samples

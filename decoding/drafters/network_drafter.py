@@ -97,6 +97,10 @@ class NetworkDrafter(Drafter):
     def draft(self, params, target, state, root, keys):
         return self.policy.grow(self.network(params, target, state), root, keys, target.sampling).tree, None
 
+    def uncut(self, params, target, state, root, keys):
+        grown, confidence_BD = self.policy.uncut(self.network(params, target, state), root, keys, target.sampling)
+        return grown.tree, confidence_BD
+
     @property
     def topology(self):
         return self.policy.topology

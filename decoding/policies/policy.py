@@ -23,6 +23,7 @@ from decoding.sampling import SamplingParameters
 from decoding.tree_search import Acceptance
 from decoding.trees import TokenTree, Topology
 from models import schema
+from models.errors import UserError
 from models.sharding import gather_rows
 
 
@@ -161,6 +162,16 @@ class TreePolicy:
           sampling: sampling settings; the networks' distributions are taken at the same temperature.
         """
         raise AttributeError(f"{type(self).__name__} must define grow")
+
+    def uncut(
+        self, network: DraftNetwork, root: Int[Array, "B"], keys: Array, sampling: SamplingParameters
+    ) -> tuple[Grown, Float[Array, "B D"]]:
+        """As `grow`, but a whole chain, and how sure the network says that it is of every slot.
+
+        Raises:
+          UserError: a policy that does not cut chains by that.
+        """
+        raise UserError(f"the policy {self.kind} cuts no chain by how sure a network is of it")
 
     def check(self, vocab_size: int) -> None:
         """Raises UserError when a network of `vocab_size` outputs cannot grow this."""

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from decoding.policies.admission import admit, reach, until
-from decoding.policies.policy import DraftNetwork, Grown, Scores, TreePolicy
+from decoding.policies.policy import DraftNetwork, Scores, TreePolicy
 from decoding.policies.static import Static
 from decoding.trees import chain
 from models.errors import UserError
@@ -80,8 +80,7 @@ class Scheduled(TreePolicy):
         valid_BN = jnp.arange(self.max_nodes, dtype=jnp.int32) <= lengths_B[:, None]
         return grown._replace(tree=dataclasses.replace(grown.tree, valid=valid_BN))
 
-    def uncut(self, network: DraftNetwork, root, keys, sampling) -> tuple[Grown, Float[Array, "B D"]]:
-        """The whole chain, and how sure the network says that it is of every slot; as for `grow`."""
+    def uncut(self, network, root, keys, sampling):
         heard = _Heard(network)
         grown = self._chain.grow(heard, root, keys, sampling)
         return grown, jnp.concatenate(heard.confidences, axis=1)

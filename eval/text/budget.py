@@ -21,7 +21,7 @@ from decoding.tree_search import Acceptance
 from models.errors import UserError
 
 
-def parse_growth(text: str) -> TreePolicy:
+def parse_any_policy(text: str) -> TreePolicy:
     """How a tree grows, whatever its size: by the name of its paper, or written out as for `--policy`.
 
     Raises:
@@ -40,7 +40,7 @@ class Fitter:
 
         Args:
           drafter: to be fitted.
-          policy: for drafters that have a policy what `parse_growth` reads; "" for all others.
+          policy: for drafters that have a policy what `parse_any_policy` reads; "" for all others.
           decode: decodes the calibration prompts with a drafter.
 
         Raises:
@@ -52,7 +52,7 @@ class Fitter:
             )
         if policy and drafter.tree_policy is None:
             raise UserError(f"{drafter.name} has one way to grow its tree, so @{policy} has no meaning for it")
-        self._drafter = drafter.with_policy(parse_growth(policy)) if policy else drafter
+        self._drafter = drafter.with_policy(parse_any_policy(policy)) if policy else drafter
         self._decode = decode
 
     def fit(self, budget: int) -> Drafter | None:

@@ -12,7 +12,7 @@ import dataclasses
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +21,7 @@ import numpy as np
 
 from models.config import RopeScaling, TransformerConfig
 from models.errors import UserError
+from models.formats.gguf_metadata import Metadata
 from models.formats.gguf_tokenizer import read_gguf_tokenizer
 from models.formats.llama2c import halves
 from models.formats.storage import leaves_by_path
@@ -61,48 +62,30 @@ _GEMMA2_27B_LAYERS = 46  # The one size whose queries are scaled by width / head
 
 
 @dataclasses.dataclass(frozen=True)
-class _File:
-    """What a GGUF file holds, with typed access to its metadata; every complaint names the key and the file.
+class _File(Metadata):
+    """What a GGUF file holds.
 
     Attributes:
-      path: the file.
-      metadata: its keys and values.
       tensors: name -> tensor of the `gguf` library, data memory-mapped.
     """
 
-    path: Path
-    metadata: Mapping[str, Any]
     tensors: Mapping[str, Any]
 
     @property
     def architecture(self) -> str:
         return self.text("general.architecture")
 
-    def text(self, key: str, default: str | None = None) -> str:
-        return self._typed(key, str, "a string", default)
+    def has(self, name: str) -> bool:
+        return self._own(name) in self.metadata
 
     def integer(self, name: str, default: int | None = None) -> int:
-        return self._typed(f"{self.architecture}.{name}", int, "a whole number", default)
+        return self.whole(self._own(name), default)
 
     def number(self, name: str, default: float | None = None) -> float:
-        value = self._typed(f"{self.architecture}.{name}", float, "a number", default)
-        # Stored in float32; the decimal that was meant is the shortest that rounds to it.
-        return float(str(np.float32(value)))
+        return self.positive(self._own(name), default)
 
-    def token_id(self, name: str) -> int | None:
-        key = f"tokenizer.ggml.{name}_token_id"
-        return self._typed(key, int, "a token id", -1) if key in self.metadata else None
-
-    def refuse(self, complaint: str) -> NoReturn:
-        raise UserError(f"{self.path}: {complaint}")
-
-    def _typed(self, key: str, kind: type, noun: str, default: Any) -> Any:
-        value = self.metadata.get(key, default)
-        if value is None:
-            self.refuse(f"the key {key} is missing")
-        if type(value) is not kind:
-            self.refuse(f"{key} must be {noun}, got {str(value)[:60]}")
-        return value
+    def _own(self, name: str) -> str:
+        return f"{self.architecture}.{name}"
 
 
 def read_gguf(path: str | Path) -> tuple[TransformerConfig, Params, Tokenizer]:
@@ -155,7 +138,7 @@ def _open(path: Path) -> _File:
     file = _File(path, metadata, {tensor.name: tensor for tensor in reader.tensors})
     if reader.byte_order != "I":
         file.refuse("its numbers are in the byte order of another kind of machine, which is not supported")
-    if (parts := metadata.get("split.count", 1)) > 1:
+    if (parts := file.whole("split.count", 1)) > 1:
         file.refuse(f"it is one of {parts} parts: join them first, with llama-gguf-split --merge")
     if file.architecture not in ARCHITECTURES:
         file.refuse(f"the architecture {file.architecture!r} is not supported, only {', '.join(ARCHITECTURES)}")
@@ -167,7 +150,7 @@ def _open(path: Path) -> _File:
 
 def _config(file: _File) -> TransformerConfig:
     family = file.architecture
-    if file.metadata.get(f"{family}.expert_count", 0):
+    if file.integer("expert_count", 0):
         file.refuse("mixtures of experts are not supported")
     num_layers, width = file.integer("block_count"), file.integer("embedding_length")
     num_heads = file.integer("attention.head_count")
@@ -176,7 +159,8 @@ def _config(file: _File) -> TransformerConfig:
         if (found := file.integer(name, head_dim)) != head_dim:
             file.refuse(f"{family}.{name} is {found}, but only heads of one size, {head_dim} here, are supported")
     theta = file.number("rope.freq_base", 10_000.0)
-    window = file.metadata.get(f"{family}.attention.sliding_window")
+    context = file.integer("context_length")
+    window = file.integer("attention.sliding_window", 0)  # 0 is none.
     extra: dict[str, Any] = {}
     if family == "gemma2":
         scaled = head_dim if num_layers != _GEMMA2_27B_LAYERS else width // num_heads
@@ -192,22 +176,25 @@ def _config(file: _File) -> TransformerConfig:
         )
     elif family == "llama" and window:
         extra = dict(family="mistral", windows=(window,) * num_layers)
-    ends = (file.token_id("eos"), file.token_id("eot"))
+    elif 0 < window < context:
+        file.refuse(f"{family}.attention.sliding_window is {window}, and GGUF does not say of which layers")
     embedding = file.tensors.get("token_embd.weight")
     if embedding is None:
         file.refuse("tensor token_embd.weight is missing")
+    vocab_size = int(embedding.shape[-1])
+    ends = (file.token_id("eos", vocab_size), file.token_id("eot", vocab_size))
     try:
         return TransformerConfig(
             **{
                 "family": family,
-                "vocab_size": int(embedding.shape[-1]),
+                "vocab_size": vocab_size,
                 "width": width,
                 "num_layers": num_layers,
                 "num_heads": num_heads,
                 "num_kv_heads": file.integer("attention.head_count_kv", num_heads),
                 "head_dim": head_dim,
                 "mlp_width": file.integer("feed_forward_length"),
-                "max_position": file.integer("context_length"),
+                "max_position": context,
                 "rope_theta": theta,
                 "rope_scaling": _rope_scaling(file, head_dim, theta),
                 "norm_eps": file.number("attention.layer_norm_rms_epsilon"),
@@ -215,7 +202,7 @@ def _config(file: _File) -> TransformerConfig:
                 "qkv_bias": "blk.0.attn_q.bias" in file.tensors,
                 "output_bias": "blk.0.attn_output.bias" in file.tensors,
                 "qk_norm": family == "qwen3",
-                "bos_id": file.token_id("bos"),
+                "bos_id": file.token_id("bos", vocab_size),
                 "eos_ids": tuple(dict.fromkeys(end for end in ends if end is not None)),
                 **extra,
             }
@@ -227,24 +214,34 @@ def _config(file: _File) -> TransformerConfig:
 
 
 def _rope_scaling(file: _File, head_dim: int, theta: float) -> RopeScaling | None:
-    kind = file.text(f"{file.architecture}.rope.scaling.type", "none")
-    if _ROPE_DIVISORS in file.tensors:
-        divisors = _expanded(file, _ROPE_DIVISORS)
-        plain = np.asarray(rope_frequencies(head_dim, theta, None), np.float64)
-        if divisors.shape != plain.shape:
-            file.refuse(f"{_ROPE_DIVISORS} has shape {list(divisors.shape)}, expected {list(plain.shape)}")
-        if (divisors == 1).all():
-            return None
-        published = RopeScaling("llama3", float(divisors.max()), 1.0, 4.0, 8192)
-        wanted = plain / np.asarray(rope_frequencies(head_dim, theta, published), np.float64)
-        if not np.allclose(divisors, wanted, rtol=1e-4):
-            file.refuse(f"{_ROPE_DIVISORS} does not follow Llama 3.1's formula, the only one that is supported")
-        return published
+    scaling = _linear_scaling(file)
+    if _ROPE_DIVISORS not in file.tensors:
+        return scaling
+    if scaling is not None:
+        file.refuse(f"it has {_ROPE_DIVISORS} and linear rotary scaling too, and both together are not supported")
+    divisors = _expanded(file, _ROPE_DIVISORS)
+    plain = np.asarray(rope_frequencies(head_dim, theta, None), np.float64)
+    if divisors.shape != plain.shape:
+        file.refuse(f"{_ROPE_DIVISORS} has shape {list(divisors.shape)}, expected {list(plain.shape)}")
+    if (divisors == 1).all():
+        return None
+    published = RopeScaling("llama3", float(divisors.max()), 1.0, 4.0, 8192)
+    wanted = plain / np.asarray(rope_frequencies(head_dim, theta, published), np.float64)
+    if not np.allclose(divisors, wanted, rtol=1e-4):
+        file.refuse(f"{_ROPE_DIVISORS} does not follow Llama 3.1's formula, the only one that is supported")
+    return published
+
+
+def _linear_scaling(file: _File) -> RopeScaling | None:
+    """As llama.cpp reads it: a factor without a type is linear, and older files call it `rope.scale_linear`."""
+    factor = next((name for name in ("rope.scaling.factor", "rope.scale_linear") if file.has(name)), None)
+    kind = file.text(f"{file.architecture}.rope.scaling.type", "none" if factor is None else "linear")
     if kind == "none":
         return None
-    if kind == "linear":
-        return RopeScaling("linear", file.number("rope.scaling.factor"))
-    file.refuse(f"rotary scaling of type {kind!r} is not supported, only linear and Llama 3.1's")
+    if kind != "linear":
+        file.refuse(f"rotary scaling of type {kind!r} is not supported, only linear and Llama 3.1's")
+    by = file.number(factor or "rope.scaling.factor")
+    return None if by == 1 else RopeScaling("linear", by)
 
 
 def _names(config: TransformerConfig) -> dict[str, str]:

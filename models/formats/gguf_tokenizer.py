@@ -1,6 +1,7 @@
 """The tokenizer of a GGUF file, from its metadata: byte-level BPE (`gpt2`) or SentencePiece BPE (`llama`)."""
 
 import json
+import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -11,11 +12,13 @@ from tokenizers.models import BPE
 from tokenizers.processors import TemplateProcessing
 
 from models.errors import UserError
+from models.formats.gguf_metadata import Metadata
 from models.formats.sentencepiece import merges
 from models.formats.tokenizer import Tokenizer
 
 _UNKNOWN, _CONTROL, _USER_DEFINED = 2, 3, 4  # llama.cpp's token types, as far as they matter here.
 _SPACE = "\u2581"
+_PREFIX, _TEMPLATE = "tokenizer.ggml.", "tokenizer.chat_template"
 
 _LLAMA3 = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
@@ -52,64 +55,59 @@ def read_gguf_tokenizer(metadata: Mapping[str, Any], path: Path) -> Tokenizer:
     Raises:
       UserError: there is none, it is of a kind or has a pre-tokenizer that is not supported, or it contradicts itself.
     """
-    told = {key.removeprefix("tokenizer.ggml."): value for key, value in metadata.items()}
-    kind, pieces = told.get("model"), told.get("tokens")
+    told = Metadata(path, metadata)
+    kind, pieces = told.text(f"{_PREFIX}model"), told.list_of(str, f"{_PREFIX}tokens")
     if kind not in ("gpt2", "llama"):
-        raise UserError(f"{path}: the tokenizer model {kind!r} is not supported, only gpt2 and llama")
-    if not isinstance(pieces, list) or not all(isinstance(piece, str) for piece in pieces):
-        raise UserError(f"{path}: tokenizer.ggml.tokens must be a list of strings")
-    types = told.get("token_type", [1] * len(pieces))
+        told.refuse(f"the tokenizer model {kind!r} is not supported, only gpt2 and llama")
+    types = told.list_of(int, f"{_PREFIX}token_type", [1] * len(pieces))
     if len(types) != len(pieces):
-        raise UserError(f"{path}: it has {len(pieces)} tokens but {len(types)} tokenizer.ggml.token_type")
+        told.refuse(f"it has {len(pieces)} tokens but {len(types)} {_PREFIX}token_type")
     # SentencePiece's runs of spaces are written with plain spaces where they are defined by the user.
     spelled = [_SPACE * len(piece) if kind == "llama" and piece and not piece.strip(" ") else piece for piece in pieces]
     if len(set(spelled)) < len(spelled):
         twice = next(piece for i, piece in enumerate(spelled) if piece in spelled[:i])
-        raise UserError(f"{path}: the token {twice!r} occurs twice")
-    core = _byte_level(told, spelled, path) if kind == "gpt2" else _sentence_piece(told, spelled, types, path)
+        told.refuse(f"the token {twice!r} occurs twice")
+    config = _settings(told, spelled)
+    core = _byte_level(told, spelled) if kind == "gpt2" else _sentence_piece(told, spelled, types)
     for i, piece in enumerate(spelled):
         if types[i] in (_UNKNOWN, _CONTROL):
             core.add_special_tokens([AddedToken(piece, normalized=False, special=True)])
         elif types[i] == _USER_DEFINED and piece == pieces[i]:
             core.add_tokens([AddedToken(piece, normalized=False, special=False)])
-    config = _settings(told, spelled, path) | {"chat_template": metadata.get("tokenizer.chat_template")}
-    adds_bos = told.get("add_bos_token", kind == "llama" or told.get("pre") == "llama-bpe")
-    config["add_bos_token"] = bool(adds_bos and config.get("bos_token"))
+    begins = kind == "llama" or metadata.get(f"{_PREFIX}pre") == "llama-bpe"
+    config["add_bos_token"] = told.flag(f"{_PREFIX}add_bos_token", begins) and "bos_token" in config
     if config["add_bos_token"]:
         # Other readers of the directory begin a text as ours does.
         bos = config["bos_token"]
         core.post_processor = TemplateProcessing(
-            single=f"{bos} $A", pair=f"{bos} $A {bos} $B", special_tokens=[(bos, told["bos_token_id"])]
+            single=f"{bos} $A", pair=f"{bos} $A {bos} $B", special_tokens=[(bos, spelled.index(bos))]
         )
-    return Tokenizer(core, {key: value for key, value in config.items() if value is not None})
+    return Tokenizer(core, config)
 
 
-def _settings(told: Mapping[str, Any], pieces: list[str], path: Path) -> dict[str, Any]:
+def _settings(told: Metadata, pieces: list[str]) -> dict[str, Any]:
     settings: dict[str, Any] = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "clean_up_tokenization_spaces": False,
     }
     for name, key in (("bos", "bos"), ("eos", "eos"), ("unk", "unknown"), ("pad", "padding")):
-        index = told.get(f"{key}_token_id")
-        if index is None:
-            continue
-        if not isinstance(index, int) or not 0 <= index < len(pieces):
-            raise UserError(f"{path}: tokenizer.ggml.{key}_token_id is {index}, but there are {len(pieces)} tokens")
-        settings[f"{name}_token"] = pieces[index]
+        if (index := told.token_id(key, len(pieces))) is not None:
+            settings[f"{name}_token"] = pieces[index]
+    if _TEMPLATE in told.metadata:
+        settings["chat_template"] = told.text(_TEMPLATE)
     return settings
 
 
-def _byte_level(told: Mapping[str, Any], pieces: list[str], path: Path) -> tokenizers.Tokenizer:
-    pre = told.get("pre")
+def _byte_level(told: Metadata, pieces: list[str]) -> tokenizers.Tokenizer:
+    pre = told.text(f"{_PREFIX}pre")
     if pre not in PRE_TOKENIZERS:
-        known = ", ".join(PRE_TOKENIZERS)
-        raise UserError(f"{path}: the pre-tokenizer {pre!r} is not supported, only {known}")
-    pairs = [tuple(merge.split(" ")) for merge in told.get("merges", ())]
+        told.refuse(f"the pre-tokenizer {pre!r} is not supported, only {', '.join(PRE_TOKENIZERS)}")
+    pairs = [tuple(merge.split(" ")) for merge in told.list_of(str, f"{_PREFIX}merges", [])]
     try:
         # Llama 3 takes a word that is a token as it is, whatever its merges make of it.
         model = BPE({piece: i for i, piece in enumerate(pieces)}, pairs, ignore_merges=pre == "llama-bpe")
     except Exception as error:  # The library raises bare Exceptions.
-        raise UserError(f"{path}: tokenizer.ggml.merges do not fit its tokens ({error})") from None
+        raise UserError(f"{told.path}: {_PREFIX}merges do not fit its tokens ({error})") from None
     core = tokenizers.Tokenizer(model)
     if pre == "qwen2":
         core.normalizer = normalizers.NFC()
@@ -118,11 +116,11 @@ def _byte_level(told: Mapping[str, Any], pieces: list[str], path: Path) -> token
     return core
 
 
-def _sentence_piece(told: Mapping[str, Any], pieces: list[str], types: list[int], path: Path) -> tokenizers.Tokenizer:
-    scores = told.get("scores")
-    if not isinstance(scores, list) or len(scores) != len(pieces):
-        raise UserError(f"{path}: tokenizer.ggml.scores must have one number for each of its {len(pieces)} tokens")
-    unknown = told.get("unknown_token_id", 0)
+def _sentence_piece(told: Metadata, pieces: list[str], types: list[int]) -> tokenizers.Tokenizer:
+    scores = told.list_of(float, f"{_PREFIX}scores")
+    if len(scores) != len(pieces) or not all(map(math.isfinite, scores)):
+        told.refuse(f"{_PREFIX}scores must have one finite number for each of its {len(pieces)} tokens")
+    unknown = told.token_id("unknown", len(pieces)) or 0
     # SentencePiece takes what its user defined before it merges anything; specials never come from merges.
     best = max(scores, default=0.0) + 1
     ranks = [best if kind == _USER_DEFINED else score for kind, score in zip(types, scores, strict=True)]
@@ -133,7 +131,7 @@ def _sentence_piece(told: Mapping[str, Any], pieces: list[str], types: list[int]
         "normalizer": None,
         "model": {
             "type": "BPE",
-            "unk_token": pieces[unknown] if 0 <= unknown < len(pieces) else None,
+            "unk_token": pieces[unknown] if pieces else None,
             "fuse_unk": True,
             "byte_fallback": True,
             "vocab": {piece: i for i, piece in enumerate(pieces)},
@@ -141,7 +139,7 @@ def _sentence_piece(told: Mapping[str, Any], pieces: list[str], types: list[int]
         },
     }
     core = tokenizers.Tokenizer.from_str(json.dumps(definition))
-    prefix = told.get("add_space_prefix", True)
+    prefix = told.flag(f"{_PREFIX}add_space_prefix", True)
     to_marks, to_spaces = normalizers.Replace(" ", _SPACE), decoders.Replace(_SPACE, " ")
     core.normalizer = normalizers.Sequence([normalizers.Prepend(_SPACE), to_marks] if prefix else [to_marks])
     steps = [to_spaces, decoders.ByteFallback(), decoders.Fuse()]

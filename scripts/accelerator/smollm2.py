@@ -10,6 +10,7 @@
     4. acceptance    eval.acceptance of each and of all its trees, side by side, greedily and at 0.7
     5. decode        eval.main: wall-clock beside plain decoding, alone on the device
     6. speed         eval.speed on the target's shape
+    7. sized         eval.main: drafters named without a number, sized by cost, for 1, 4 and 16 texts at once
 
 `OUT/parts.json` says what became of every part; `OUT/back`, or `--back`, holds what is worth carrying away, in a few
 small files: the heads in 4 bits (`unpack.py` makes drafters of them), the chats as uint16, and all results and logs in
@@ -141,6 +142,19 @@ def decode(args: argparse.Namespace, target: Path) -> Part:
     command += [f"--config.drafters={','.join(['none', *found])}", f"--config.prompts={args.questions}"]
     command += [f"--config.num_prompts={args.decode_prompts}", f"--config.max_new_tokens={args.new_tokens}"]
     return Part("decode", [*command, "--config.repeats=2", f"--config.out={args.out / 'decode'}"], quick=False)
+
+
+def decode_sized(args: argparse.Namespace, target: Path) -> list[Part]:
+    """The benchmark of drafters whose number of candidates is chosen by what they cost here, batch by batch."""
+    command = ["eval.main", "--config=configs/eval/decode.py", f"--config.target={target}", "--config.chat=true"]
+    command += ["--config.drafters=none,smollm2,token_recycling", f"--config.prompts={args.questions}"]
+    command += [f"--config.max_new_tokens={args.new_tokens}", "--config.repeats=2"]
+    parts = []
+    for batch in (1, 4, 16):
+        label, prompts = f"sized_{batch}", max(batch, args.decode_prompts)
+        own = [f"--config.batch={batch}", f"--config.num_prompts={prompts}", f"--config.out={args.out / label}"]
+        parts.append(Part(label, [*command, *own], quick=False))
+    return parts
 
 
 def stand_in(directory: Path, shape: str) -> Path:
@@ -309,6 +323,9 @@ def everything(args: argparse.Namespace, job: Job) -> None:
     if job.left > 20 and not args.untimed:
         speed = ["eval.speed", "--shape", str(target), "--sections", "bandwidth,plain", "--rounds", "5"]
         job.run([Part("speed", [*speed, "--out", str(args.out / "speed.json")], quick=False)], job.left - 5)
+    for part in decode_sized(args, target) if args.questions and not args.untimed else ():
+        if job.left > 20:
+            job.run([part], job.left - 5)
     pack(args)
 
 

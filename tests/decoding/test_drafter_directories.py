@@ -18,6 +18,7 @@ from decoding.drafters.plain import Plain
 from decoding.drafters.prompt_lookup import PromptLookup
 from decoding.drafters.registry import build, load_drafter, save_drafter, split_names, write_tree
 from decoding.drafters.token_recycling import TokenRecycling
+from decoding.policies import Static
 from decoding.trees import chain
 from models import linear, pages
 from models.errors import UserError
@@ -118,6 +119,31 @@ def test_a_pair_of_version_01_is_read(saved: pathlib.Path, target: Target, tmp_p
     read, (none, of_heads, nor) = load_drafter(tmp_path / "pair", target)
     assert read == FirstOf((PromptLookup(), heads, TokenRecycling())) and none is nor is None
     jax.tree.map(np.testing.assert_array_equal, of_heads, params)
+
+
+def test_records_of_version_01_are_read() -> None:
+    """As that version wrote them, method by method: without what came later, the policy under its old name."""
+    static = {"kind": "static", "tree": [[0]], "draws": "top"}
+    layer = {"num_heads": 2, "num_kv_heads": 1, "head_dim": 4, "mlp_width": 8, "norm_eps": 1e-5, "rope_theta": 1e4}
+    layer |= {"rope_scaling": None, "qkv_bias": False}
+    model = {"vocab_size": 8, "width": 8, "num_layers": 1, "num_heads": 2, "num_kv_heads": 1, "head_dim": 4}
+    written = {
+        "none": {},
+        "draft_model": {"model": {**model, "mlp_width": 8, "windows": [], "eos_ids": [1]}, "growth": static},
+        "medusa": {"heads": {"num_heads": 4, "num_layers": 1}, "tree": [[0]]},
+        "hydra": {"heads": {"num_heads": 4, "num_layers": 1, "prefix": False, "dropout": 0.0}, "tree": [[0]]},
+        "eagle": {"heads": {"bias": True, "layer": layer}, "growth": static},
+        "eagle3": {"heads": {"low": 0, "middle": 1, "high": 2, "vocab_size": 0, "layer": layer}, "growth": static},
+        "early_exit": {"layers": 1, "growth": static},
+        "token_recycling": {"tree": [[0]], "warm_start": False},
+        "prompt_lookup": {"depth": 10, "ngram": 3, "shortest": 1},
+        "lookahead": {"window": 7, "ngram": 5, "guesses": 7},
+    }
+    for method, entries in written.items():
+        read = build({"method": method, **entries}, "drafter.json")
+        assert read.name == method and build(read.to_record(), "drafter.json") == read
+    early = build({"method": "early_exit", **written["early_exit"]}, "drafter.json")
+    assert early == EarlyExit(1, Static(chain(1), "top"), lens=False)
 
 
 def test_tree_is_replaced_alone(saved: pathlib.Path, target: Target) -> None:

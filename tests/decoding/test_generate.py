@@ -311,6 +311,24 @@ def test_reading_a_prompt_writes_its_text(target: Target) -> None:
             assert not np.any(state.text.tokens[row, known[row] :])
 
 
+def test_all_drafters_share_the_programs_that_read_a_prompt(target: Target, drafter: dict) -> None:
+    """Reading is keyed by shape, taps and chunk, the choice of the first token by shape alone: no drafter, no mode."""
+    prompts = [[1, 2, 3], [5, 6, 7, 8]]
+    tokens = jnp.asarray([prompt + [0] * (16 - len(prompt)) for prompt in prompts], jnp.int32)
+    recycling, heads = TokenRecycling(LOPSIDED), drafter["drafter"]
+    assert recycling.taps == heads.taps
+    compiled = []
+    sampled = Sampling(temperature=4.0, top_k=5)
+    for asked, params, sampling in ((recycling, None, Sampling()), (heads, drafter["drafter_params"], sampled)):
+        models = loop.Models(target.config, asked, target.params, asked.for_decoding(params))
+        request = module._make_request(target.config, prompts, [1, 1], 0, sampling, [[99]], "dense", None, None)
+        state = loop.init_state(target.config, asked, 2, 40, jnp.float64)
+        state, hidden = loop.read_prompt(models, state, jnp.zeros((2, target.config.width)), request, tokens)
+        loop.begin(models, state, hidden, request)
+        compiled.append((loop._read_chunk._cache_size(), loop._choose_first._cache_size()))
+    assert compiled[0] == compiled[1]
+
+
 def test_numpy_arrays_serve_as_prompts_limits_and_seeds(target: Target) -> None:
     lists = generate(target, PROMPTS, max_new_tokens=[5] * len(PROMPTS), seeds=[*range(len(PROMPTS))])
     arrays = [np.array(prompt) for prompt in PROMPTS]

@@ -24,7 +24,7 @@ from decoding.trees import Topology, chain
 from eval import acceptance as command
 from eval.acceptance import Method, parse_method, study
 from eval.report.acceptance import print_table, write_report
-from eval.text.budget import Fitter, parse_growth
+from eval.text.budget import Fitter, parse_any_policy
 from eval.text.prompts import Prompt
 from models import transformer
 from models.errors import UserError
@@ -81,9 +81,9 @@ def test_fitter_says_what_it_needs(small: Method) -> None:
         Fitter(small.drafter, "", lambda drafter: None)
     with pytest.raises(UserError, match="prompt_lookup has one way"):
         Fitter(PromptLookup(), "top", lambda drafter: None)
-    assert parse_growth("slots:depth=7").max_depth == 7 and parse_growth("top") is PUBLISHED["top"]
+    assert parse_any_policy("slots:depth=7").max_depth == 7 and parse_growth("top") is PUBLISHED["top"]
     with pytest.raises(UserError, match="no policy 'tops'; known are top, confidence,"):
-        parse_growth("tops")
+        parse_any_policy("tops")
     with pytest.raises(UserError, match="none cannot be fitted"):
         Fitter(Plain(), "", lambda drafter: None).fit(8)
 

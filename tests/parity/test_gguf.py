@@ -31,11 +31,16 @@ from tests.models.formats.test_gguf import WIDE, as_metadata, byte_level, golden
 pytestmark = pytest.mark.parity
 
 
-def reference(path: Path):
-    """The model that transformers makes of the file."""
-    return transformers.AutoModelForCausalLM.from_pretrained(
+def reference(path: Path, windows: tuple = ()):
+    """The model that transformers makes of the file; it overlooks the window of Mistral's."""
+    model = transformers.AutoModelForCausalLM.from_pretrained(
         path.parent, gguf_file=path.name, dtype=torch.float32, attn_implementation="eager"
-    ).eval()
+    )
+    if windows:
+        shape = {**model.config.to_dict(), "sliding_window": windows[0], "attn_implementation": "eager"}
+        weights, model = model.state_dict(), transformers.MistralForCausalLM(transformers.MistralConfig(**shape))
+        model.load_state_dict(weights)
+    return model.eval()
 
 
 # Within what transformers reads: heads of width / N where it takes no head size from the file, and Gemma's own caps.
@@ -43,6 +48,9 @@ COMMON: dict[str, Any] = {"bos_id": 1, "eos_ids": (2,), "max_position": 64}
 CONFIGS = {
     "llama": TransformerConfig(40, 16, 3, 4, 2, 4, 24, norm_eps=1e-6, **COMMON),
     "llama_tied": TransformerConfig(40, 32, 2, 4, 1, 8, 24, tied_embeddings=True, rope_theta=500.0, **COMMON),
+    "mistral": TransformerConfig(
+        40, 16, 3, 4, 2, 4, 24, norm_eps=1e-6, family="mistral", windows=(3,) * 3, **COMMON
+    ),
     "qwen2": TransformerConfig(40, 16, 3, 4, 2, 4, 24, qkv_bias=True, family="qwen2", **COMMON),
     "qwen3": TransformerConfig(40, 32, 2, 2, 1, 128, 24, qk_norm=True, family="qwen3", **COMMON),
     "gemma2": TransformerConfig(
@@ -72,12 +80,22 @@ def test_logits(case: str, tmp_path: Path) -> None:
     config, read, _ = read_gguf(path)
     assert config == wanted
     tokens = tokens_for(config.vocab_size)
-    theirs = reference_logits(reference(path), tokens)
+    theirs = reference_logits(reference(path, config.windows if config.family == "mistral" else ()), tokens)
     assert np.abs(theirs).max() > 1, "logits this small would hide a mistake"
     np.testing.assert_allclose(Target(config, read).apply(tokens).logits, theirs, rtol=0, atol=1e-4)
 
 
-@pytest.mark.parametrize("kind", ["Q8_0", "Q4_0", "Q4_1", "Q4_K", "Q5_K", "Q6_K"])
+def five_bits(raw: np.ndarray, kind: str) -> np.ndarray:
+    """Blocks of Q5_0 and Q5_1, which transformers does not read, by the formula of ggml's dequantize_row_q5_*."""
+    blocks = raw.reshape(-1, {"Q5_0": 22, "Q5_1": 24}[kind])
+    scale, *least = blocks[:, :-20].copy().view(np.float16).astype(np.float32).T[:, :, None]
+    high = blocks[:, -20:-16].copy().view(np.uint32) >> np.arange(32, dtype=np.uint32) & 1
+    low = np.concatenate([blocks[:, -16:] & 15, blocks[:, -16:] >> 4], axis=1)
+    numbers = (low | (high << 4)).astype(np.float32)
+    return numbers * scale + least[0] if least else (numbers - 16) * scale
+
+
+@pytest.mark.parametrize("kind", ["Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q4_K", "Q5_K", "Q6_K"])
 def test_blocks(kind: str, tmp_path: Path) -> None:
     from transformers.integrations.gguf import dequant
 
@@ -93,7 +111,10 @@ def test_blocks(kind: str, tmp_path: Path) -> None:
     tensors = {**blank, "token_embd.weight": raw}
     path = write_gguf(tmp_path / "m.gguf", "qwen3", gguf_keys(WIDE), tensors, kinds={"token_embd.weight": number})
     _, read, _ = read_gguf(path)
-    theirs = dequant.dequantize(torch.from_numpy(raw.reshape(-1).copy()), int(number)).numpy()
+    if kind in ("Q5_0", "Q5_1"):
+        theirs = five_bits(raw, kind).reshape(-1)
+    else:
+        theirs = dequant.dequantize(torch.from_numpy(raw.reshape(-1).copy()), int(number)).numpy()
     np.testing.assert_allclose(np.asarray(read["embed"]["embedding"]).reshape(-1), theirs, rtol=0, atol=1e-6)
 
 

@@ -14,7 +14,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from decoding.stats import Counters, Stats
-from eval.text.budget import parse_growth
+from eval.text.budget import parse_any_policy
 from models.formats.scaled import read_scaled, whole_tensors
 from models.formats.storage import FLOATS, open_tensors
 from scripts.accelerator import __main__ as everything
@@ -23,6 +23,7 @@ from scripts.accelerator import smollm2 as accelerator
 from scripts.accelerator.chat_heads import HEADS
 from scripts.accelerator.job import QUICK, Job, Part
 from scripts.accelerator.parts import PARTS, Sizes
+from tests.scripts.test_quickstart import check_command
 
 
 @pytest.fixture
@@ -131,7 +132,7 @@ def test_every_head_is_measured_with_every_tree_of_its_own(tmp_path: Path) -> No
     for head in HEADS.values():
         assert (Path("configs") / head.config).exists()
         for policy in filter(None, head.trees.values()):
-            parse_growth(policy)
+            parse_any_policy(policy)
     args = arguments(tmp_path, "--heads", "dflash,medusa", "--sampled_budgets", "7")
     parts = accelerator.acceptance(args, Path("t"))
     assert [part.name for part in parts] == [
@@ -225,3 +226,12 @@ def test_texts_are_judged_by_what_their_dtype_can_promise(monkeypatch: pytest.Mo
     (parting,) = found["partings"]
     assert parting["new_token"] == 1 and parting["margin"] > 0
     assert found["ok"] == (parting["margin"] <= correctness.ROUNDING * parting["largest"])
+
+
+def test_bare_names_are_timed_alone_and_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    parts = accelerator.decode_sized(arguments(tmp_path, "--questions", "q.jsonl"), Path("t"))
+    assert [part.name for part in parts] == ["sized_1", "sized_4", "sized_16"] and not any(part.quick for part in parts)
+    for part, batch, prompts in zip(parts, (1, 4, 16), (12, 12, 16), strict=True):
+        assert f"--config.batch={batch}" in part.command and f"--config.num_prompts={prompts}" in part.command
+        assert "--config.drafters=none,smollm2,token_recycling" in part.command
+        check_command(["python", "-m", *part.command], monkeypatch)

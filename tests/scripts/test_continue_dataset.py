@@ -1,6 +1,8 @@
 """Continuations are the target's own greedy text, marked as such, from the splits they should come from."""
 
 import json
+import re
+import types
 
 import numpy as np
 import pytest
@@ -205,6 +207,7 @@ def test_prompts_of_a_person_are_answered(chatter, tmp_path, capsys):
     prompts = tmp_path / "prompts.jsonl"
     lines = [{"prompt": f"What is {i}?"} for i in range(11)]
     lines.append({"messages": [{"role": r, "content": r} for r in ("user", "assistant", "user")]})
+    lines.append({"prompt": "what  is 3?"})
     prompts.write_text("".join(json.dumps(line) + "\n" for line in lines))
     short = ["--new_tokens", "3", "--keep_unended"]
     chat(chatter, tmp_path / "out", "--prompts", str(prompts), "--valid_documents", "0", *short)
@@ -216,6 +219,7 @@ def test_prompts_of_a_person_are_answered(chatter, tmp_path, capsys):
     counts = json.loads((tmp_path / "out" / "manifest.json").read_text())["source"]["counts"]
     cut = [sum(mask) for tokens, mask in answered if tokens[-1] not in target.config.eos_ids]
     assert set(cut) == {3} and counts["answers cut"] == len(cut) == 12 - counts["answers kept"]
+    assert counts["prompts seen"] == 1, "the same question in other capitals"
     prompts.write_text('{"prompt": "a"}\n{"text": "b"}\n')
     with pytest.raises(SystemExit):
         chat(chatter, tmp_path / "again", "--prompts", str(prompts))
@@ -233,6 +237,42 @@ def test_chats_that_cannot_be_written_are_one_sentence(sources, chatter, tmp_pat
     assert "finished, and 400 of them are held out" in complaint(chat, chatter, tmp_path / "out", *few)
     data = ["--target", str(chatter), "--data", "x", "--out", str(tmp_path / "y"), "--minutes", "1"]
     assert "--data has no use for --minutes" in complaint(continue_dataset.main, data)
+
+
+def test_a_target_whose_texts_are_of_no_use_is_given_up(chatter, tmp_path, monkeypatch, capsys):
+    """Its answers do not end, or neither do its prompts, or it writes one prompt for ever."""
+    ends = load_target(chatter).config.eos_ids
+    rng = np.random.default_rng(0)
+    calls = []
+
+    def decoded(target, prompts, *, max_new_tokens, **_):
+        calls.append(max_new_tokens[0])
+        words = rng.choice([3, 4, 5, 6, 7, 9, 10, 11], (len(prompts), 12)).tolist()
+        of_prompts = max_new_tokens[0] == 16
+        words = [[7, 7]] * len(words) if of_prompts and case == "one prompt" else words
+        ended = of_prompts and case != "prompts"
+        return types.SimpleNamespace(
+            tokens=[[*text, *ends[:1]] if ended else text for text in words], prefill_seconds=1.0, decode_seconds=1.0
+        )
+
+    monkeypatch.setattr(self_chat, "generate_together", decoded)
+    for case, message, longest in (
+        ("answers", r"16 batches of 8 answers .* none can be used .*128 answers unended, .*: give more --new_tok", 34),
+        ("prompts", r"16 batches of 8 prompts .* none can be used \(128 prompts unended\): give more --prompt_t", 16),
+        ("one prompt", r"16 batches of 8 prompts .* none can be used \(1 prompts kept, 135 prompts seen\)", 17),
+    ):
+        calls.clear()
+        with pytest.raises(SystemExit):
+            chat(chatter, tmp_path / case, "--documents", "4")
+        assert re.search(message, capsys.readouterr().err.splitlines()[-1])
+        assert 16 <= len(calls) <= longest
+    calls.clear()
+    with pytest.raises(SystemExit):
+        chat(chatter, tmp_path / "long", "--new_tokens", "496")
+    assert "--prompt_tokens 16 and --new_tokens 496 leave no room for the chat template in the 512" in (
+        capsys.readouterr().err
+    )
+    assert not calls
 
 
 def test_repetition_counts_runs_of_four():

@@ -8,6 +8,7 @@ import functools
 import importlib
 import os
 import pathlib
+import re
 import shlex
 import subprocess
 import sys
@@ -159,26 +160,56 @@ def parse_and_stop(parser: argparse.ArgumentParser, arguments: list[str]) -> NoR
 
 
 def check_commands(printed: str, count: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """That what stands behind every $ can be typed as it is: its options, config keys and values are known."""
+    """That what stands behind every $ can be typed as it is."""
     commands = [shlex.split(line[2:]) for line in printed.splitlines() if line.startswith("$ ")]
     assert len(commands) == count
-    for python, option, module, *arguments in commands:
-        assert (python, option) == ("python", "-m")
-        if module not in ("train.main", "eval.main"):
-            with monkeypatch.context() as patched, pytest.raises(Understood):
-                patched.setattr(argparse.ArgumentParser, "parse_args", parse_and_stop)
-                importlib.import_module(module).main(arguments)
-            continue
-        values = flags.FlagValues()
-        flags.DEFINE_string("workdir", None, "", flag_values=values)
-        config_flags.DEFINE_config_file("config", None, "", flag_values=values, sys_argv=[module, *arguments])
-        fill_in = functools.partial(fill_in_job, objectives=OBJECTIVES) if module == "train.main" else None
-        read_flags([module, *arguments], values, fill_in)
-        raw = values["config"].value
-        if module == "train.main":
-            parse_job(raw, OBJECTIVES)
-        else:
-            schema.parse(DecodeConfig, raw.to_dict())
+    for command in commands:
+        check_command(command, monkeypatch)
+
+
+def check_command(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """That a command's options, config keys and values are known."""
+    python, option, module, *arguments = words
+    assert (python, option) == ("python", "-m")
+    if module not in ("train.main", "eval.main"):
+        with monkeypatch.context() as patched, pytest.raises(Understood):
+            patched.setattr(argparse.ArgumentParser, "parse_args", parse_and_stop)
+            importlib.import_module(module).main(arguments)
+        return
+    values = flags.FlagValues()
+    # Both commands define their flags for the whole process, under some of the same names.
+    for name in ("workdir", "distributed", "profile_steps"):
+        flags.DEFINE_string(name, None, "", flag_values=values)
+    for name in ("dry_run", "memory"):
+        flags.DEFINE_bool(name, False, "", flag_values=values)
+    config_flags.DEFINE_config_file("config", None, "", flag_values=values, sys_argv=[module, *arguments])
+    fill_in = functools.partial(fill_in_job, objectives=OBJECTIVES) if module == "train.main" else None
+    read_flags([module, *arguments], values, fill_in)
+    raw = values["config"].value
+    if module == "train.main":
+        parse_job(raw, OBJECTIVES)
+    else:
+        schema.parse(DecodeConfig, raw.to_dict())
+
+
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def commands_of(page: str) -> list[str]:
+    """What the blocks and tables of a page tell to type, a line each."""
+    beginning = r"^(?: *|\|.*`)(python -m (?:scripts|train|eval)\.\w+ [^`\n\\]*(?:\\\n[^`\n\\]*)*)"
+    return [" ".join(found.replace("\\\n", " ").split()) for found in re.findall(beginning, page, re.MULTILINE)]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_commands_on_pages_are_well_formed(page: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    wrong = {}
+    for command in commands_of(page.read_text()):
+        try:
+            check_command(shlex.split(command, comments=True), monkeypatch)
+        except (Exception, SystemExit) as error:
+            wrong[command] = error
+    assert wrong == {}
 
 
 def test_the_requests_of_the_benchmark_are_a_dozen_of_four_kinds() -> None:

@@ -3,7 +3,8 @@
 An instruction-tuned target, given its chat template up to an empty user turn, goes on as a user would: it writes a
 prompt. The prompt is put into the template and answered, and both are one document whose answer is marked as label.
 Prompts that do not end, say nothing or were seen before are dropped, and so are answers that loop or, unless their
-beginnings are wanted, do not end. Both kinds of text are decoded in full batches of one shape.
+beginnings are wanted, do not end. Both kinds of text are decoded in full batches of one shape. Prompts of a person that
+say what an earlier one says are dropped too.
 
 What is finished is kept in a file of rounds, from which an interrupted run goes on; the same seed gives the same text
 whether or not it was interrupted, as long as the shape of a batch is the same.
@@ -18,7 +19,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 
@@ -34,7 +35,7 @@ from train.fingerprint import fingerprint
 
 _MARK = "\ufdd2"  # A noncharacter, which no template writes.
 _GRAM = 4
-_LEAST_YIELD = 16  # Batches of prompts in a row without one that can be used, before giving up.
+_LEAST_YIELD = 16  # Batches in a row without one text that can be used, of prompts or of answers, before giving up.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,6 +75,15 @@ def distinct(tokens: Sequence[int], size: int) -> float:
     return len(set(grams)) / len(grams) if grams else 1.0
 
 
+def _of_user(prompt: str) -> list[Message]:
+    return [{"role": "user", "content": prompt}]
+
+
+def _said(messages: Sequence[Message]) -> str:
+    """The same for conversations that differ in spaces and capitals alone."""
+    return json.dumps([{**turn, "content": " ".join(turn["content"].lower().split())} for turn in messages])
+
+
 class SelfChat:
     """Conversations of one target, round by round.
 
@@ -106,20 +116,30 @@ class SelfChat:
           progress: told a line per batch.
 
         Raises:
-          UserError: there is no chat template, or `rounds` was written with other settings.
+          UserError: there is no chat template, `rounds` was written with other settings, or prompt and answer do not
+            fit into the target's context.
         """
         if target.tokenizer is None or target.tokenizer.chat_template is None:
             raise UserError(f"{target.path} has no chat template, so it cannot write conversations: give --data")
+        longest = settings.new_tokens + (settings.prompt_tokens if prompts is None else 0)
+        if target.config.max_position <= longest:
+            own = f"--prompt_tokens {settings.prompt_tokens} and " if prompts is None else ""
+            raise UserError(
+                f"{own}--new_tokens {settings.new_tokens} leave no room for the chat template in the "
+                f"{target.config.max_position} tokens that {target.path} can read: give fewer"
+            )
         self._target, self._tokenizer, self._settings = target, target.tokenizer, settings
         self._rounds, self._progress = rounds, progress
         self._decoding = {"drafter": drafter, "drafter_params": drafter_params}
         self._given = prompts is not None
-        self._waiting: list[list[Message]] = [list(prompt) for prompt in prompts or ()]
         self.documents: list[dict[str, Any]] = []
         self.counts: Counter[str] = Counter()
         self.seconds = 0.0
         self._round = 0
         self._seen: set[str] = set()
+        self._waiting: list[list[Message]] = [list(prompt) for prompt in prompts or () if self._is_new(prompt)]
+        if twice := len(prompts or ()) - len(self._waiting):
+            self.counts["prompts seen"] = twice
         asked = hashlib.sha256(json.dumps(self._waiting).encode()).hexdigest()[:16] if self._given else "own"
         # The whole directory: another finetuning of the target, or another template, may have the same embedding.
         base = fingerprint([target.path]) if target.path else target.fingerprint()["embedding"]
@@ -129,21 +149,31 @@ class SelfChat:
     def write(self, wanted: int, seconds: float = float("inf")) -> None:
         """Goes on until `wanted` documents are finished, prompts run out, or so many seconds are over."""
         end = time.monotonic() + seconds
-        barren = 0
+        barren = {"prompts": 0, "answers": 0}
         while len(self.documents) < wanted and processes.on_first(lambda: time.monotonic() < end):
-            before = len(self._waiting)
-            if not self._given and before < self._settings.rows:
+            if not self._given and len(self._waiting) < self._settings.rows:
+                kind, before = "prompts", len(self._waiting)
                 self._ask()
-                barren = barren + 1 if len(self._waiting) == before else 0
-                if barren == _LEAST_YIELD:
-                    raise UserError(
-                        f"{self._target.path} ended none of {barren * self._settings.rows} prompts within "
-                        f"{self._settings.prompt_tokens} tokens: give more --prompt_tokens, or prompts with --prompts"
-                    )
+                fruitless = len(self._waiting) == before
             elif self._waiting:
+                kind, before = "answers", len(self.documents)
                 self._answer()
+                # Prompts of a person run out by themselves.
+                fruitless = len(self.documents) == before and not self._given
             else:
                 break
+            barren[kind] = barren[kind] + 1 if fruitless else 0
+            if barren[kind] == _LEAST_YIELD:
+                self._give_up(kind)
+
+    def _give_up(self, kind: str) -> NoReturn:
+        advice = {"prompts": "give more --prompt_tokens, or prompts with --prompts"}
+        advice["answers"] = "give more --new_tokens or a larger --max_repetition, or --keep_unended"
+        counts = ", ".join(f"{count:,} {name}" for name, count in sorted(self.counts.items()) if name != "tokens")
+        raise UserError(
+            f"{self._target.path} wrote {_LEAST_YIELD} batches of {self._settings.rows} {kind} in a row of which none "
+            f"can be used ({counts}): {advice[kind]}"
+        )
 
     def statistics(self) -> dict[str, Any]:
         """What became of all texts, how fast they were decoded, and how much the answers repeat themselves."""
@@ -170,12 +200,12 @@ class SelfChat:
         texts = self._decode([tokens] * s.rows, s.prompt_tokens, [s.prompt_temperature] * s.rows, "prompt")
         for text in texts:
             prompt = self._tokenizer.decode(text).strip()
-            key = " ".join(prompt.lower().split())
-            fate = "unended" if not self._ended(text) else "empty" if not key else "seen" if key in self._seen else ""
-            self.counts[f"prompts {fate or 'kept'}"] += 1
-            if not fate:
-                self._seen.add(key)
-                self._waiting.append([{"role": "user", "content": prompt}])
+            messages = _of_user(prompt)
+            fate = "unended" if not self._ended(text) else "empty" if not prompt else ""
+            fate = fate or ("kept" if self._is_new(messages) else "seen")
+            self.counts[f"prompts {fate}"] += 1
+            if fate == "kept":
+                self._waiting.append(messages)
         self._finish_round([])
 
     def _answer(self) -> None:
@@ -218,6 +248,12 @@ class SelfChat:
         self.counts["tokens"] += tokens
         self._progress(f"{len(texts)} {kind}s, {tokens / took:,.0f} tokens/s; {len(self.documents)} documents before")
         return texts
+
+    def _is_new(self, messages: Sequence[Message]) -> bool:
+        """Whether nothing that says the same was asked about before; from now on it was."""
+        before = len(self._seen)
+        self._seen.add(_said(messages))
+        return len(self._seen) > before
 
     def _ended(self, text: Sequence[int]) -> bool:
         return text[-1] in self._target.config.eos_ids
@@ -266,7 +302,8 @@ class SelfChat:
                 self._waiting = self._waiting[len(self._waiting) - state["waiting"] :]
             else:
                 self._waiting = state["waiting"]
-                self._seen |= {" ".join(m[-1]["content"].lower().split()) for m in self._waiting}
+                self._seen |= {_said(messages) for messages in self._waiting}
             self.counts, self.seconds = Counter(state["counts"]), state["seconds"]
-        self._seen |= {" ".join(document["prompt"].lower().split()) for document in self.documents}
+        if not self._given:
+            self._seen |= {_said(_of_user(document["prompt"])) for document in self.documents}
         self._progress(f"taking up {len(self.documents)} documents of {self._rounds}")

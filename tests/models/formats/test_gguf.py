@@ -155,6 +155,20 @@ def test_what_cannot_be_read(tmp_path: Path) -> None:
     assert "mixtures of experts" in told(more={"expert_count": 8})
     assert "llama.rope.dimension_count is 4" in told(more={"rope.dimension_count": 4})
     assert "scaling of type 'yarn'" in told(more={"rope.scaling.type": "yarn"})
+    for window, wanted in (("abc", "number, got abc"), (2.5, "number, got 2.5"), (-3, "number of at least 0, got -3")):
+        said = told(more={"attention.sliding_window": window})
+        assert f"llama.attention.sliding_window must be a whole {wanted}" in said
+    for name in ("rope.freq_base", "attention.layer_norm_rms_epsilon"):
+        for wrong in (float("nan"), float("inf"), 0.0, -1.0):
+            assert f"llama.{name} must be a finite number above 0, got {wrong}" in told(more={name: wrong})
+    for name in ("rope.scaling.factor", "rope.scale_linear"):
+        assert f"llama.{name} must be a finite number above 0, got 0.0" in told(more={name: 0.0})
+        both = {"rope_freqs.weight": np.ones(2, "f")}
+        assert "linear rotary scaling too" in told(more={name: 2.0}, extra=both)
+    assert "llama.rope.scaling.factor is missing" in told(more={"rope.scaling.type": "linear"})
+    assert "llama.context_length must be a whole number of at least 0, got -1" in told(more={"context_length": -1})
+    assert "eot_token_id is 999, but there are 40 tokens" in told(tokenizer=gpt2_tokenizer(eot_token_id=999))
+    assert "split.count must be a whole number, got x" in told(general={"split.count": "x"})
     assert "one of 3 parts" in told(general={"split.count": 3})
     assert "pre-tokenizer 'tekken' is not supported" in told(tokenizer=gpt2_tokenizer(pre="tekken"))
     assert "tokenizer model 'bert'" in told(tokenizer=gpt2_tokenizer(model="bert"))
@@ -166,6 +180,60 @@ def test_what_cannot_be_read(tmp_path: Path) -> None:
     assert "there is no GGUF file" in complaint(tmp_path / "nowhere.gguf")
     bad.write_bytes(b"PK\3\4" + bytes(60))
     assert "is not a GGUF file" in complaint(bad)
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "llama"])
+def test_tokenizers_whose_metadata_has_other_types(kind: str) -> None:
+    """What a writer got wrong is named, and neither guessed nor a traceback."""
+    whole = {**gpt2_tokenizer(), "model": kind, "scores": [0.0] * 40}
+    entries: dict[str, tuple] = {
+        "tokens": ("<s>", 3, [b"a"] * 40, [1] * 40),
+        "token_type": ("x", 3, [1] * 39, ["1"] * 40, [1.5] * 40),
+        "bos_token_id": ("1", 1.0, True, -1, 40),
+        "eos_token_id": ("1", 1.0, -1, 40),
+        "unknown_token_id": ("1", 1.0, -1, 40),
+        "padding_token_id": ("1", -1, 40),
+        "add_bos_token": ("no", 1),
+        "model": (["gpt2"], 3),
+    }
+    own = {"pre": (["gpt-2"], 3), "merges": ("ab", 3, [1], [["a", "b"]])}
+    if kind == "llama":
+        own = {"scores": ("ab", ["0"] * 40, [0.0] * 39, [float("nan")] * 40), "add_space_prefix": ("no", 0)}
+    for name, values in {**entries, **own}.items():
+        for value in values:
+            with pytest.raises(UserError) as caught:
+                read_gguf_tokenizer(as_metadata({**whole, name: value}), Path("m.gguf"))
+            said = str(caught.value)
+            assert said.startswith("m.gguf: ") and f"tokenizer.ggml.{name}" in said and "\n" not in said, (name, value)
+    with pytest.raises(UserError, match=r"tokenizer\.chat_template must be a string"):
+        read_gguf_tokenizer(as_metadata(whole, **{"tokenizer.chat_template": ["a"]}), Path("m.gguf"))
+    assert read_gguf_tokenizer(as_metadata(whole), Path("m.gguf")).vocab_size == 40
+
+
+def test_linear_scaling_is_read_as_llama_cpp_reads_it(tmp_path: Path) -> None:
+    """A factor without a type is linear, older files call it otherwise, and `none` leaves it out."""
+    config, params = golden("llama")
+    keys, tensors = gguf_keys(config), gguf_tensors(config, params)
+
+    def scaling(**more: Any) -> RopeScaling | None:
+        told = {**keys, **{f"rope.{name.replace('__', '.')}": value for name, value in more.items()}}
+        return read_gguf(write_gguf(tmp_path / "m.gguf", "llama", told, tensors))[0].rope_scaling
+
+    assert scaling(scaling__factor=2.0) == scaling(scale_linear=2.0) == RopeScaling("linear", 2.0)
+    assert scaling(scaling__type="linear", scaling__factor=2.0) == RopeScaling("linear", 2.0)
+    assert scaling(scaling__factor=4.0, scale_linear=2.0) == RopeScaling("linear", 4.0)
+    assert scaling(scaling__type="none", scaling__factor=2.0) is scaling(scale_linear=1.0) is scaling() is None
+
+
+@pytest.mark.parametrize("case", ["qwen2", "qwen3"])
+def test_a_window_of_unknown_layers_is_refused(case: str, tmp_path: Path) -> None:
+    config, params = golden(case)
+    keys, tensors = gguf_keys(config), gguf_tensors(config, params)
+    path = write_gguf(tmp_path / "m.gguf", case, {**keys, "attention.sliding_window": 4}, tensors)
+    assert f"{case}.attention.sliding_window is 4, and GGUF does not say of which layers" in complaint(path)
+    # One that no text outgrows changes nothing.
+    whole = {**keys, "attention.sliding_window": config.max_position}
+    assert read_gguf(write_gguf(tmp_path / "m.gguf", case, whole, tensors))[0] == config
 
 
 def test_damaged_files(tmp_path: Path) -> None:
