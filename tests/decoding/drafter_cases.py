@@ -349,7 +349,13 @@ def _random_params(shape: TransformerConfig, scale: float, seed: int, dtype, wid
 TRAINED = os.environ.get("TANDEM_TRAINED", "")
 # Random weights are so large that their text is lively only at high temperatures.
 WARM = 1.0 if TRAINED else 6.0
-_TRAINED_AS = {"hydra++": "hydra_pp", "eagle2": "eagle", "eagle3 static": "eagle3", "eagle3.1": "eagle3"}
+_TRAINED_AS = {
+    "hydra++": "hydra_pp",
+    "eagle2": "eagle",
+    "eagle3 static": "eagle3",
+    "eagle3.1": "eagle3",
+    "dflash slots": "dflash",
+}
 
 
 def battery_target() -> Target:
