@@ -6,7 +6,7 @@ A step costs the target's forward pass, the network's once without slopes, which
 forward and backward, shown some of the answers. Expected time: 200 steps of 8 x 256 tokens take about 1.5 min on two
 CPU cores with stories260K as target. Expected result: a drafter directory, runs/falcon/drafter, with the paper's static
 tree of 165 candidates in four passes of two tokens; `falcon_75` is its tree of two passes, and `python -m eval.tree`
-fits one to the target and the device. Of the metrics `wrong` falls, the share of tokens that the first reading missed, and with it
+fits one to a target. Of the metrics `wrong` falls, the share of tokens that the first reading missed, and with it
 `shown`, the share of answers that the second one was given.
 
 `--config.objective.glancing=off` trains without, `paper` by the paper's schedule, in place of its program's;

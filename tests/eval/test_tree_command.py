@@ -19,6 +19,7 @@ from decoding.drafters.registry import load_drafter, save_drafter
 from decoding.generate import generate
 from decoding.policies import Slots, Static
 from decoding.policies.scheduled import Scheduled
+from decoding.stats import Stats
 from decoding.tree_search import walk
 from decoding.trees import Topology, chain, from_child_counts
 from eval import tree as command
@@ -225,14 +226,14 @@ def decoded(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
     def counts(target, prompts, *, drafter, **settings):
         sizes.append(drafter.max_nodes - 1)
-        steps, accepted = 1000, np.zeros(drafter.max_nodes)
-        accepted[0] = steps
+        steps, accepted = 100_000, np.zeros(drafter.max_nodes)
         if drafter.topology is not None:
             tree = drafter.topology
             for node in range(1, tree.size):
-                accepted[node] = accepted[tree.parent[node]] * (0.6, 0.2, 0.0, 0.0)[min(tree.rank[node], 3)]
-        stats = types.SimpleNamespace(steps=steps, accepted_by_node=accepted, acceptance_length=1 + sizes[-1] ** 0.5)
-        return types.SimpleNamespace(stats=[stats])
+                above = accepted[tree.parent[node]] if tree.parent[node] else steps
+                accepted[node] = above * (0.6, 0.2, 0.0)[min(tree.rank[node], 2)]
+        committed = int(steps * (1 + sizes[-1] ** 0.5))
+        return types.SimpleNamespace(stats=[Stats(steps, committed, np.zeros(drafter.max_depth), accepted)])
 
     monkeypatch.setattr(command, "generate", counts)
     return sizes
