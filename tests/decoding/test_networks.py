@@ -1,7 +1,5 @@
 """Every draft network with every policy that it accepts: trees are traced, nothing is compiled."""
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 import pytest
@@ -44,18 +42,12 @@ def accepted(drafter: NetworkDrafter) -> set[str]:
     return found
 
 
-def networks() -> dict[str, tuple[NetworkDrafter, Any]]:
-    """The cases that are a network and a policy, with parameters."""
-    made = {name: case(random_target(vocab_size=VOCAB), jax.random.key(0)) for name, case in CASES.items()}
-    return {name: (one, params) for name, (one, params) in made.items() if isinstance(one, NetworkDrafter)}
-
-
 def test_a_policy_is_refused_by_networks_that_lack_what_it_asks_for() -> None:
-    found = {name: accepted(drafter) for name, (drafter, _) in networks().items()}
-    assert {*SURE, *BLIND, *QUICK} < found.keys() and len(found) > 12
-    for name, kinds in found.items():
+    for name in sorted({*SURE, *BLIND, *QUICK, "dflash2", "eagle3"}):
+        drafter, _ = CASES[name](random_target(vocab_size=VOCAB), jax.random.key(0))
+        assert isinstance(drafter, NetworkDrafter)
         needs = {"scheduled": name in SURE, "slots": name in BLIND, "accum_logp": name in BLIND}
-        assert kinds == {kind for kind in POLICIES if needs.get(kind, True)}, name
+        assert accepted(drafter) == {kind for kind in POLICIES if needs.get(kind, True)}, name
 
 
 @pytest.mark.parametrize(
