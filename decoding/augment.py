@@ -81,11 +81,23 @@ class Augment:
                 "out every"
             )
 
+    @property
+    def kind(self) -> tuple[CoprocessorConfig, int | None, int]:
+        """What tells texts with these latents from others, parameters apart."""
+        return self.coprocessor.config, self.every, self.lag
+
     def calls(self, new_tokens: int) -> int:
         """Points that a row of so many new tokens meets at most."""
         if self.lag >= new_tokens:
             return 0
         return 1 if self.every is None else 1 + (new_tokens - 1 - self.lag) // self.every
+
+    def refuse_unreached(self, new_tokens: int) -> None:
+        """Raises UserError where a row of so many new tokens ends before its first point."""
+        if not self.calls(new_tokens):
+            raise UserError(
+                f"augment needs a lag below the {new_tokens} new tokens, got {self.lag}: latents would never come"
+            )
 
     def slots(self, new_tokens: int) -> int:
         """Cache slots that latents take in a row of so many new tokens."""
@@ -106,11 +118,7 @@ class Augment:
         """Raises UserError where a target of that shape, or a mesh, cannot have such latents."""
         if config.encoder_layers:
             raise UserError("latents go into the cache of a decoder, and the target is an encoder-decoder")
-        if not self.coprocessor.config.shift and any(config.windows):
-            raise UserError(
-                "latents that hold the position of the text before them need a target without sliding windows: use a "
-                "coprocessor with positions 'advance'"
-            )
+        self.coprocessor.config.check_target(config)
         found = self.coprocessor.params["soft"]["embedding"].shape
         expected = (self.coprocessor.config.num_latents, config.width)
         if tuple(found) != expected:

@@ -102,7 +102,10 @@ def slots_needed(
 def check_context(
     config: TransformerConfig, prompts: Sequence[Sequence[int]], limits: Sequence[int], augment: Augment | None
 ) -> None:
-    """Raises UserError for the first prompt that with its new tokens and their latents exceeds the target's context."""
+    """Raises UserError for the first prompt that with its new tokens and their latents exceeds the target's context, or
+    where every text ends before latents come."""
+    if augment is not None:
+        augment.refuse_unreached(max(limits))
     for row, (prompt, limit) in enumerate(zip(prompts, limits, strict=True)):
         latents = augment.positions(limit) if augment else 0
         if len(prompt) + limit + latents > config.max_position:
@@ -170,11 +173,11 @@ def generate(
     read, prompts = behind_encoder(target, checked_prompts(prompts, target))
     batch = len(prompts)
     opened = bool(drafter.open_sizes) and mesh is None and memory is None and read is None
-    pace = _pace(target, drafter, drafter_params, checked_sampling(sampling, batch)) if opened else None
+    pace = _pace(target, drafter, drafter_params, checked_sampling(sampling, batch), augment) if opened else None
     drafter, drafter_params = _widest(drafter_params, pace) if opened else (drafter, drafter_params)
     limits = whole_per_row(max_new_tokens, batch, "max_new_tokens")
     needed, padded = _check_lengths(config, prompts, limits, drafter, augment)
-    capacity = _capacity(capacity, max(needed, padded), drafter, config.max_position)
+    capacity = _capacity(capacity, max(needed, padded), drafter, config.max_position, augment)
     stop, stop_texts = _stops(target, stop, stop_texts)
     _check_mesh(mesh, target, drafter_params, batch, augment)
     request = _make_request(config, prompts, limits, seeds, sampling, stop, attention, typical, mesh)
@@ -195,8 +198,9 @@ def generate(
     return _finished(target, prompts, state, paced, memory, seconds, reader.ended, stop_texts, schedule)
 
 
-def _pace(target, drafter: Drafter, params, settings: list[Sampling]) -> sizing.Pace | None:
-    return sizing.pace(target, drafter, params, len(settings), all(one.temperature == 0 for one in settings))
+def _pace(target, drafter: Drafter, params, settings: list[Sampling], augment: Augment | None) -> sizing.Pace | None:
+    greedy = all(one.temperature == 0 for one in settings)
+    return sizing.pace(target, drafter, params, len(settings), greedy, augment and augment.kind)
 
 
 def _widest(params, pace: sizing.Pace | None) -> tuple[Drafter, Any]:
@@ -344,7 +348,7 @@ def _check_lengths(config, prompts, limits, drafter, augment) -> tuple[int, int]
     return needed, sum(chunk_sizes(max(map(len, prompts)), batch))
 
 
-def _capacity(asked: Any, needed: int, drafter: Drafter, context: int) -> int:
+def _capacity(asked: Any, needed: int, drafter: Drafter, context: int, augment: Augment | None) -> int:
     if asked is None:
         return bucket(needed)
     asked = at_least_one(asked, "capacity")
@@ -353,10 +357,13 @@ def _capacity(asked: Any, needed: int, drafter: Drafter, context: int) -> int:
             f"a cache of {asked} slots is too small: the request needs {needed} (longest prompt, new tokens and "
             f"{drafter.max_depth + 1} rows of draft)"
         )
-    most = max(bucket(needed), 2 * bucket(slots_needed(context, 0, drafter.max_depth)))
+    # A text as long as the context has more latents than this request, which may be the first few tokens of another.
+    latents = augment.slots(context) if augment else 0
+    most = max(bucket(needed), 2 * bucket(slots_needed(context, 0, drafter.max_depth) + latents))
     if asked > most:
+        taken = "text, its latents and its draft" if augment else "text and its draft"
         raise UserError(
-            f"a cache of {asked} slots is too large: with a context of {context} no text and its draft take over {most}"
+            f"a cache of {asked} slots is too large: with a context of {context} no {taken} take over {most}"
         )
     return asked
 

@@ -17,7 +17,7 @@ A `Pace` outlives its request: the next one of the same kind begins with what is
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from typing import Any
 
 import numpy as np
@@ -157,7 +157,9 @@ class Pace:
         self.account = min(self._most, self.account + gained + SHARE * steps)
 
 
-def pace(target: Target, drafter: Drafter, params: Any, batch: int, greedy: bool) -> Pace | None:
+def pace(
+    target: Target, drafter: Drafter, params: Any, batch: int, greedy: bool, latents: Hashable = None
+) -> Pace | None:
     """What paces requests of an open drafter; None where no number of candidates can pay.
 
     Args:
@@ -166,8 +168,9 @@ def pace(target: Target, drafter: Drafter, params: Any, batch: int, greedy: bool
       params: its parameters.
       batch: texts at once.
       greedy: all of them; what is counted of greedy and of sampled texts is kept apart.
+      latents: what stands in the cache beside the text (`Augment.kind`), which other texts come of.
     """
-    key = (costs.key_of(target, drafter, batch), drafter, greedy)
+    key = (costs.key_of(target, drafter, batch), drafter, greedy, latents)
     if key not in _paces:
         found = widths(drafter, costs.measured(target, drafter, params, batch), batch)
         if not found:

@@ -189,7 +189,9 @@ def _contenders(config: DecodeConfig, target: Target) -> list[Contender]:
 def _augment(config: DecodeConfig, target: Target) -> Augment | None:
     if config.augment is None:
         return None
-    return Augment.load(config.augment, target, config.augment_every, config.augment_lag)
+    augment = Augment.load(config.augment, target, config.augment_every, config.augment_lag)
+    augment.refuse_unreached(config.max_new_tokens)
+    return augment
 
 
 def _prompts(config: DecodeConfig, target: Target, augment: Augment | None, progress: Progress) -> list[Prompt]:

@@ -14,6 +14,9 @@ What is asked for is measured, of the target as it is first and then with each c
 - `--choices`: multiple choice. The likeliest choice is taken, by the sum of its tokens' log-likelihoods (*plain*) and
   by that over its bytes (*normalised*).
 
+With `--augment_lag N` the coprocessor has not read the last N tokens before its latents, everywhere; with
+`--augment_every N` answers have latents again after N tokens each, where the other two have them once.
+
 Intervals are 95%: Wilson's of shares, bootstrap over rows of text of perplexity. Writes `results.json` and
 `report.html`.
 """
@@ -70,6 +73,8 @@ def contenders(target: Target, directories: Sequence[str]) -> list[Contender]:
       UserError: no such directory, or a coprocessor of another target.
     """
     loaded = [load_coprocessor(directory, target) for directory in directories]
+    for network in loaded:
+        network.config.check_target(target.config)
     labels = [f"{network.config.kind} {network.config.num_latents}" for network in loaded]
     made = [Contender(BASE)]
     for label, network, path in zip(labels, loaded, directories, strict=True):
@@ -112,7 +117,7 @@ def perplexity(args, target: Target, field: Sequence[Contender], progress) -> Ca
         made, base = [], None
         for one in field:
             progress(f"perplexity, {one.label}")
-            found = by_offset(target, one.network, batches, args.points, args.ahead, args.labels)
+            found = by_offset(target, one.network, batches, args.points, args.ahead, args.labels, args.augment_lag)
             base = base or found
             change, interval = found.change(base)
             run = {"label": one.label, "perplexity": _plain(found.perplexity)}
@@ -198,7 +203,8 @@ def choices(args, path: str, target: Target, field: Sequence[Contender], progres
 
     def ask(one: Contender) -> dict[str, Any]:
         told = lambda line: progress(f"{Path(path).name}, {one.label}, {line}")  # noqa: E731
-        return likeliest(asked, choice_scores(target, pairs, one.network, batch=args.batch, progress=told))
+        scores = choice_scores(target, pairs, one.network, lag=args.augment_lag, batch=args.batch, progress=told)
+        return likeliest(asked, scores)
 
     def measure() -> dict[str, Any]:
         chance = float(np.mean([1 / len(one.choices) for one in asked]))
@@ -234,6 +240,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     if not (args.data or args.text or args.problems or args.choices):
         raise UserError("what to measure? Give --data or --text, --problems, or --choices")
     refuse_times_without(bool(args.coprocessors), args.augment_every, args.augment_lag, "--coprocessors")
+    if args.augment_every is not None and not args.problems:
+        raise UserError("--augment_every says when latents come again in answers: give --problems too")
     processes.start(args.distributed)
     keep_results(args.out, args.overwrite)
     with Progress() as progress:
@@ -284,8 +292,10 @@ def _parser():
     parser.add_argument("--choice_shots", type=at_least(0), default=0, help="the first so many of a file are shown")
     parser.add_argument("--num", type=at_least(1), help="questions of each file, spread evenly (default: all)")
     parser.add_argument("--batch", type=at_least(1), default=8, help="questions or choices at a time")
-    parser.add_argument("--augment_every", type=at_least(1), help="latents again after so many tokens (default: once)")
-    parser.add_argument("--augment_lag", type=at_least(0), default=0, help="latents come so many tokens late")
+    parser.add_argument(
+        "--augment_every", type=at_least(1), help="in answers, latents again after so many tokens (default: once)"
+    )
+    parser.add_argument("--augment_lag", type=at_least(0), default=0, help="so many tokens before latents are unread")
     parser.add_argument("--out", required=True, help="directory for results.json and report.html")
     add_overwrite(parser)
     add_distributed(parser)

@@ -20,6 +20,7 @@ of which `network` holds what the kind and the flags of `CoprocessorConfig` ask 
 """
 
 import dataclasses
+import math
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -31,6 +32,7 @@ from jaxtyping import Array, Bool, Float, Int
 from models import schema, transformer
 from models.attention import Rows, Sources, StackedRows, wide
 from models.config import TransformerConfig
+from models.errors import UserError
 from models.layers import joined_name
 from models.layout import Blocks, Layout
 from models.transformer import Params
@@ -59,6 +61,10 @@ class CoprocessorConfig:
         tokens keep their distances.
       max_lag: training puts latents 0 to so many tokens behind what the coprocessor has read, as where it works beside
         the target and is late.
+
+    Raises:
+      UserError: a value that no coprocessor has, or one that its kind does not read: `rank` and `lora_scale` are of
+        `lora`; `pause` has no network, so that nothing is said of one.
     """
 
     kind: Literal["full", "scratch", "lora", "soft", "pause"] = "full"
@@ -77,6 +83,26 @@ class CoprocessorConfig:
         schema.require(self.num_latents >= 1, "num_latents must be at least 1", self.num_latents)
         schema.require(self.rank >= 1, "rank must be at least 1", self.rank)
         schema.require(self.max_lag >= 0, "max_lag must not be negative", self.max_lag)
+        scale = self.lora_scale
+        schema.require(0 < scale < math.inf, "lora_scale must be a number above 0", scale)
+        for field in dataclasses.fields(self):
+            given = getattr(self, field.name)
+            if field.name in self._unread and given != field.default:
+                raise UserError(f"a coprocessor of kind {self.kind!r} has no {field.name}: leave it out, got {given!r}")
+
+    @property
+    def _unread(self) -> tuple[str, ...]:
+        """What this kind has no use for."""
+        of_network = ("reads", "z_tap", "z_scale", "latent_attn", "max_lag") if self.kind == "pause" else ()
+        return of_network if self.kind == "lora" else ("rank", "lora_scale", *of_network)
+
+    def check_target(self, target_config: TransformerConfig) -> None:
+        """Raises UserError where a target of that shape cannot have such latents."""
+        if not self.shift and any(target_config.windows):
+            raise UserError(
+                "latents that hold the position of the text before them need a target without sliding windows: use a "
+                "coprocessor with positions 'advance'"
+            )
 
     @property
     def shift(self) -> int:

@@ -3,30 +3,42 @@
 # behind their latents, with 95% intervals; more and more latents, and at one number of them every other kind and the
 # two baselines, whose soft tokens alone are learnt.
 #
-#   bash scripts/coprocessor.sh [--data DIR] [--target DIR] [--out DIR] [--steps N] [--rate X] [--soft_rate X]
-#       [--latents N,...] [--kinds NAMES] [--kinds_at N,...] [--batch N] [--length N] [--places N] [--ahead N] [--rows N]
-#       [--base_steps N] [--shape SIZES] [--jobs N] [--fresh]
+#   bash scripts/coprocessor.sh [--data DIR] [--target DIR] [--out DIR] [--config VARIANT] [--labels NAME] [--main NAME]
+#       [--latents N,...] [--kinds NAMES] [--kinds_at N,...] [--steps N] [--rate X] [--soft_rate X] [--batch N]
+#       [--length N] [--places N] [--ahead N] [--rows N] [--base_steps N] [--shape SIZES] [--jobs N] [--fresh]
 #
-# All learn from the same text for N steps, `full` coprocessors with every number in --latents, those of --kinds (full,
-# lora, scratch, last_layer, hold, pause, soft) with every number in --kinds_at. Without --data, the text is Python's own
-# standard library in bytes; without --target, a model of SIZES, fields of its shape, learns the data first, and serves.
-# --jobs N trains so many at a time, each with a log beside its directory. About an hour on two CPU cores with the
-# defaults, an estimate; minutes on a GPU. Every line that starts with $ is a command of its own. Asking again reuses what
-# is finished and continues what was interrupted; --fresh starts over. See scripts/_venv.sh for TANDEM_VENV.
+# All learn from the same text by the recipe of configs/coprocessor.py:VARIANT (bytes), of which --steps to --ahead
+# change what is given: the kind --main (full) with every number in --latents, those of --kinds (full, lora, scratch,
+# last_layer, hold, pause, soft) with every number in --kinds_at. --labels (all, or assistant for chats) are the tokens
+# learnt and measured. Without --data, the text is Python's own standard library in bytes; without --target, a model of
+# SIZES, fields of its shape, learns the data first, and serves. Files are held out whole, by their names, and this
+# target reads none of them either; of another --target that is for you to know.
+#
+# 4,000 steps of 16 rows, the default, take about 17 min with 4 latents and 25 min with 8 on one CPU core (measured
+# beside other work), and all of the defaults some six hours on one, an estimate: --latents 4,8 --kinds pause,soft is
+# two. Fewer steps end before latents pay. --jobs N trains so many at a time, each with a log beside its directory.
+# Every line that starts with $ is a command of its own. Asking again reuses what is finished and continues what was
+# interrupted; --fresh starts over. See scripts/_venv.sh for TANDEM_VENV.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/_job.sh"
 
-job_options 'bash scripts/coprocessor.sh [--data DIR] [--target DIR] [--out DIR] [--steps N] [--rate X] [--soft_rate X]
-    [--latents N,...] [--kinds NAMES] [--kinds_at N,...] [--batch N] [--length N] [--places N] [--ahead N] [--rows N]
-    [--base_steps N] [--shape SIZES] [--jobs N] [--fresh]' "$@"
+job_options 'bash scripts/coprocessor.sh [--data DIR] [--target DIR] [--out DIR] [--config VARIANT] [--labels NAME]
+    [--main NAME] [--latents N,...] [--kinds NAMES] [--kinds_at N,...] [--steps N] [--rate X] [--soft_rate X] [--batch N]
+    [--length N] [--places N] [--ahead N] [--rows N] [--base_steps N] [--shape SIZES] [--jobs N] [--fresh]' "$@"
 [ -z "$data" ] || data=$(realpath "$data")
 [ -z "$target" ] || target=$(realpath "$target")
 out=${out:-$ROOT/runs/coprocessors}
-steps=${steps:-600} rate=${rate:-1.5e-3} soft_rate=${soft_rate:-1e-2} latents=${latents:-4,8,16,32,64}
+config=${config:-bytes} labels=${labels:-all} main=${main:-full} latents=${latents:-4,8,16,32,64}
 kinds=${kinds:-lora,scratch,last_layer,pause,soft} kinds_at=${kinds_at:-8}
-batch=${batch:-16} length=${length:-128} places=${places:-16} ahead=${ahead:-8} rows=${rows:-64}
+batch=${batch:-16} length=${length:-128} rows=${rows:-64}
 base_steps=${base_steps:-1200} jobs=${jobs:-1}
 shape=${shape:-width=96 num_layers=3 num_heads=6 num_kv_heads=2 head_dim=16 mlp_width=256}
+changes=(--config.batch_size="$batch" --config.length="$length" --config.objective.labels="$labels")
+[ -z "$steps" ] || changes+=(--config.steps="$steps")
+[ -z "$rate" ] || changes+=(--config.optimizer.learning_rate="$rate")
+[ -z "$soft_rate" ] || changes+=(--config.objective.soft.learning_rate="$soft_rate")
+[ -z "$places" ] || changes+=(--config.objective.places="$places")
+[ -z "$ahead" ] || changes+=(--config.objective.ahead="$ahead")
 job_begin .tandem-coprocessors data base runs results
 
 if [ -z "$data" ]; then
@@ -51,16 +63,18 @@ fi
 
 mkdir -p "$out/runs"
 directories=()
-taught() { # NAME LATENTS OPTION...: in turn, or some side by side
-    local workdir=$out/runs/$1 number=$2
-    shift 2
+taught() { # NAME LATENTS, in turn, or some side by side
+    local workdir=$out/runs/$1_$2 options
+    [[ " ${directories[*]-} " != *" $workdir/coprocessor "* ]] || return 0
     directories+=("$workdir/coprocessor")
-    set -- run train.main --config=configs/coprocessor.py:bytes --config.objective.target="$target" \
-        --config.data.path="$data" --config.steps="$steps" --config.batch_size="$batch" --config.length="$length" \
-        --config.objective.places="$places" --config.objective.ahead="$ahead" \
-        --config.objective.coprocessor.num_latents="$number" --config.optimizer.learning_rate="$rate" \
-        --config.objective.soft.learning_rate="$soft_rate" --config.evaluation.every=$(((steps + 3) / 4)) "$@" \
-        --workdir="$workdir"
+    case $1 in
+    last_layer) options=(kind=full --config.objective.coprocessor.reads=last_layer) ;;
+    hold) options=(kind=full --config.objective.coprocessor.positions=hold) ;;
+    *) options=("kind=$1") ;;
+    esac
+    set -- run train.main --config=configs/coprocessor.py:"$config" --config.objective.target="$target" \
+        --config.data.path="$data" "${changes[@]}" --config.objective.coprocessor.num_latents="$2" \
+        --config.objective.coprocessor."${options[@]}" --workdir="$workdir"
     if [ "$jobs" = 1 ]; then
         "$@"
         return
@@ -72,19 +86,12 @@ taught() { # NAME LATENTS OPTION...: in turn, or some side by side
     echo "training $workdir ($workdir.log)"
 }
 trap 'kill $(jobs -p) 2>/dev/null || true' EXIT
-kind=--config.objective.coprocessor.kind
 for number in ${latents//,/ }; do
-    taught "full_$number" "$number"
+    taught "$main" "$number"
 done
 for number in ${kinds_at//,/ }; do
     for name in ${kinds//,/ }; do
-        case $name in
-        full) options=() ;;
-        last_layer) options=(--config.objective.coprocessor.reads=last_layer) ;;
-        hold) options=(--config.objective.coprocessor.positions=hold) ;;
-        *) options=("$kind=$name") ;;
-        esac
-        taught "${name}_$number" "$number" ${options[@]+"${options[@]}"}
+        taught "$name" "$number"
     done
 done
 while [ -n "$(jobs -rp)" ]; do
@@ -93,5 +100,5 @@ done
 
 job_finished comparison
 run eval.quality --target "$target" --coprocessors "$(IFS=, && echo "${directories[*]}")" --data "$data" \
-    --length "$length" --rows "$rows" --points 32 --ahead 32 --out "$out/results"
+    --length "$length" --labels "$labels" --rows "$rows" --points 32 --ahead 32 --out "$out/results"
 job_end

@@ -18,7 +18,7 @@ from typing import Any, TextIO
 from decoding.augment import Augment, first_pause, refuse_times_without
 from decoding.drafter import Drafter
 from decoding.drafters.registry import load_drafter, split_names
-from decoding.generate import Generation, bucket, generate, slots_needed
+from decoding.generate import Generation, bucket, check_context, generate, slots_needed
 from decoding.sampling import Sampling
 from decoding.verify import Typical
 from models import command_line, processes
@@ -114,13 +114,15 @@ def stream(
     Raises:
       UserError: a request that does not fit the context.
     """
-    before = len(target.opening(tokens))
+    opening = target.opening(tokens)
+    before = len(opening)
     room = target.config.max_position - before
     if augment is None and max_new_tokens > room:
         raise UserError(
             f"--max_new_tokens must be at most {max(room, 0)}, which a prompt of {before} tokens leaves of the "
             f"target's context of {target.config.max_position}, got {max_new_tokens}"
         )
+    check_context(target.config, [opening], [max_new_tokens], augment)
     proposer, params = drafter
     options = {
         "drafter": proposer,

@@ -19,7 +19,7 @@ from models.coprocessor import CoprocessorConfig
 from models.errors import UserError
 from models.formats.target import Target
 from models.transformer import forward, head
-from train.objectives.coprocessor import before_labels, passes, places_at
+from train.objectives.coprocessor import before_label, before_labels, passes, places_at
 from train.objectives.guess import picked
 from train.objectives.shift import log_likelihood
 from train.objectives.target_features import layout_of
@@ -41,6 +41,7 @@ def likelihoods_behind(
     segments: Int[Array, "B T"],
     at: Int[Array, "B M"],
     labels: Bool[Array, "B T"] | None = None,
+    lag: Int[Array, ""] | int = 0,
 ) -> tuple[Float[Array, "B M A"], Bool[Array, "B M A"]]:
     """Log-likelihoods of the tokens at offsets 1 to `ahead` behind tokens `at`, and which of them there are.
 
@@ -53,12 +54,13 @@ def likelihoods_behind(
       tokens: texts.
       segments: their documents, from 1; 0 is padding.
       at: the points.
-      labels: tokens that count; None is all of the texts.
+      labels: tokens that count; None is all of the texts. Points stand before them alone, as in training.
+      lag: tokens up to a point that the coprocessor has not read, or all but the first of the document if fewer.
     """
-    text_BT = segments > 0
-    batch = {"tokens": tokens, "segments": segments}
-    places = places_at(batch, text_BT if labels is None else labels, at, picked(text_BT, at), jnp.zeros_like(at), ahead)
+    batch, mask_BT = {"tokens": tokens, "segments": segments}, segments > 0 if labels is None else labels
     layout = layout_of(batch, "blocks")
+    kept_BM, lag_BM = picked(before_label(segments, mask_BT), at), jnp.minimum(lag, picked(layout.positions, at))
+    places = places_at(batch, mask_BT, at, kept_BM, lag_BM, ahead)
     if network is None:
         hidden = before_labels(forward(config, params, tokens, layout).hidden, places)
     else:
@@ -81,12 +83,13 @@ def scored(
     at: np.ndarray,
     ahead: int,
     labels: np.ndarray | None = None,
+    lag: int = 0,
 ) -> tuple[np.ndarray, np.ndarray]:
     """`likelihoods_behind` of a target and a coprocessor, or the target as it is, on the host."""
     config, params = network or (None, None)
     arrays = [jnp.asarray(values, jnp.int32) for values in (tokens, segments, at)]
     counted = None if labels is None else jnp.asarray(labels, bool)
-    found = likelihoods_behind(target.config, config, ahead, target.params, params, *arrays, counted)
+    found = likelihoods_behind(target.config, config, ahead, target.params, params, *arrays, counted, np.int32(lag))
     return np.asarray(found[0]), np.asarray(found[1])
 
 
@@ -125,9 +128,10 @@ def by_offset(
     points: int,
     ahead: int,
     labels: Literal["all", "assistant"] = "all",
+    lag: int = 0,
 ) -> ByOffset:
     """Likelihoods behind `points` places spread evenly over every row of text, of all tokens or of those that the data
-    set marks.
+    set marks, and then only places before one of these; `lag` as of `likelihoods_behind`.
 
     Raises:
       UserError: no token counts.
@@ -138,7 +142,7 @@ def by_offset(
         places = np.unique(np.linspace(0, length - 2, min(points, length - 1)).astype(np.int32))
         at = np.broadcast_to(places, (rows, len(places)))
         counted = None if labels == "all" else batch["mask"]
-        likelihood, there = scored(target, network, batch["tokens"], batch["segments"], at, ahead, counted)
+        likelihood, there = scored(target, network, batch["tokens"], batch["segments"], at, ahead, counted, lag)
         sums.append(-np.where(there, likelihood, 0).astype(np.float64).sum(axis=1))
         counts.append(there.sum(axis=1))
     found = ByOffset(np.concatenate(sums), np.concatenate(counts))

@@ -23,7 +23,8 @@ from models.formats.tokenizer import Tokenizer
 from train.data.text_sources import fields_of, records
 
 NEXT = "\nQuestion:"  # What ends an answer: a base model goes on to ask.
-_NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
+# Whole, not what is left of one: of `5-7` and `3,4` the last is 7 and 4.
+_NUMBER = re.compile(r"(?<!\d)(?<!\d\.)-?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,8 +84,9 @@ def read_problems(path: str | Path) -> list[Problem]:
 def read_choices(path: str | Path) -> list[Choice]:
     """Records `{"question": ..., "choices": [...], "answer": ...}`.
 
-    Choices are texts, or `{"text": [...], "label": [...]}` (ARC); the answer, or `answerKey`, is a number from 0, a
-    label or letter, or the right text itself.
+    Choices are texts, or `{"text": [...], "label": [...]}` (ARC); the answer, or `answerKey`, is a label or letter, a
+    number from 0, or the right text itself. Also `{"ctx": ..., "endings": [...], "label": ...}` (HellaSwag) and
+    `{"goal": ..., "sol1": ..., "sol2": ..., "label": ...}` (PIQA), whose labels count from 0.
 
     Raises:
       UserError: another record, by line.
@@ -93,25 +95,41 @@ def read_choices(path: str | Path) -> list[Choice]:
 
 
 def _choice(record: Mapping[str, Any], where: str) -> Choice:
-    question, labels = record.get("question"), None
-    choices: Any = record.get("choices")
-    answer: Any = record.get("answer", record.get("answerKey"))
+    question, choices, answer = _told(record)
+    labels: Any = None
     if isinstance(choices, dict):
-        choices, labels = choices.get("text"), choices.get("label")
+        labels = choices.get("label")
+        choices = choices.get("text")
     texts = isinstance(choices, list) and len(choices) > 1 and all(isinstance(x, str) and x.strip() for x in choices)
     if not isinstance(question, str) or not texts:
-        raise UserError(f"{where} must have a text 'question' and at least two texts as 'choices'")
-    labels = labels if isinstance(labels, list) else [chr(ord("A") + i) for i in range(len(choices))]
-    if isinstance(answer, int) and not isinstance(answer, bool):
-        right = answer
-    else:
-        right = next((names.index(answer) for names in (labels, choices) if answer in names), -1)
+        raise UserError(
+            f"{where} must have a text 'question' and at least two texts as 'choices', or ctx and endings, or goal, "
+            "sol1 and sol2"
+        )
+    names = list(map(str, labels)) if isinstance(labels, list) else [chr(ord("A") + i) for i in range(len(choices))]
+    counted = isinstance(answer, int) and not isinstance(answer, bool)
+    named = str(answer) if counted else answer
+    # Labels may be numbers too, from 1 on.
+    right = next((known.index(named) for known in (names, choices) if named in known), answer if counted else -1)
     if not 0 <= right < len(choices):
         raise UserError(
             f"{where}: the answer must be a number from 0 to {len(choices) - 1}, a label or one of the choices, got "
             f"{answer!r}"
         )
     return Choice(question.strip(), tuple(text.strip() for text in choices), right)
+
+
+def _told(record: Mapping[str, Any]) -> tuple[Any, Any, Any]:
+    """The question, the choices and the answer, each as the record's shape has it."""
+    if "endings" in record:
+        question, choices = record.get("ctx"), record["endings"]
+    elif "goal" in record:
+        question, choices = record["goal"], [record.get("sol1"), record.get("sol2")]
+    else:
+        given = (record[name] for name in ("answer", "answerKey") if record.get(name) is not None)
+        return record.get("question"), record.get("choices"), next(given, None)
+    label = record.get("label")
+    return question, choices, int(label) if isinstance(label, str) and label.isdecimal() else label
 
 
 def _some(items: list, path: str | Path) -> list:
@@ -241,10 +259,12 @@ def choice_scores(
     pairs: Sequence[Pair],
     network: Coprocessor | None,
     *,
+    lag: int = 0,
     batch: int = 8,
     progress: Callable[[str], None] = lambda line: None,
 ) -> np.ndarray:
-    """Sums of the log-likelihoods of choices behind `Answer:`, where latents stand if there are any."""
+    """Sums of the log-likelihoods of choices behind `Answer:`, where latents stand if there are any; their coprocessor
+    has not read the last `lag` tokens."""
     longest = max(len(before) + len(after) for before, after in pairs)
     size, ahead = bucket(longest), bucket(max(len(after) for _, after in pairs), 8)
     sums = np.zeros(len(pairs))
@@ -255,7 +275,7 @@ def choice_scores(
             tokens[row, : len(before) + len(after)] = [*before, *after]
             segments[row, : len(before) + len(after)] = 1
             at[row] = len(before) - 1
-        found, there = scored(target, network, tokens, segments, at, ahead)
+        found, there = scored(target, network, tokens, segments, at, ahead, lag=lag)
         rows = min(batch, len(pairs) - first)
         sums[first : first + rows] = np.where(there, found, 0).sum(axis=(1, 2))[:rows]
     return sums

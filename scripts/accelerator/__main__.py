@@ -10,6 +10,7 @@
     growth       steps as contexts grow to 32k and batches to 64
     training     training steps on random tokens, their model-FLOP utilisation and memory
     images       VAR-d30 and CoDe: seconds of compilation and images/s, beside PyTorch's
+    coprocessor  what its training step costs; LoRA, soft embeddings and pause tokens for a chat model
     smollm2      heads for a chat model (`python -m scripts.accelerator.smollm2`); rehearsed where there is no --target
 
 `OUT/parts.json` says what became of every part, `OUT/*.json` hold results and `OUT/*.log` what was said; `OUT/back`, or

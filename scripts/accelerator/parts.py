@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 from eval.measure.lineup import DRAFTERS
 from scripts.accelerator.job import Part
+from scripts.accelerator.smollm2 import rehearsal
 from scripts.accelerator.steps import JOBS
 
 Group = tuple[list[Part], float]  # Side by side, and their seconds.
@@ -29,6 +30,8 @@ class Sizes:
       new_tokens, samples: of the texts that correctness compares, and of the strings that it counts.
       drafters: that take part.
       steps: jobs of `steps.py`, with their options.
+      coprocessor: sizes of the step whose cost is measured, as `coprocessor.py` takes them.
+      taught: steps, rows and tokens per row of coprocessors' training.
     """
 
     shape: str
@@ -41,6 +44,8 @@ class Sizes:
     samples: int = 2048
     drafters: Sequence[str] = tuple(DRAFTERS)
     steps: Sequence[tuple[str, str, str]] = tuple((name, "8", job.length) for name, job in JOBS.items())
+    coprocessor: Sequence[str] = ("--shape", "110m", "--batch_size", "8", "--length", "1024")
+    taught: tuple[int, int, int] = (600, 8, 512)
 
     @classmethod
     def of(cls, shape: str, tiny: bool, rounds: int) -> "Sizes":
@@ -58,6 +63,8 @@ class Sizes:
             samples=512,
             drafters=tuple(DRAFTERS)[:2],
             steps=tuple((name, "2", "32") for name in JOBS),
+            coprocessor=("--batch_size", "1", "--length", "64", "--kinds", "pause"),
+            taught=(2, 2, 64),
         )
 
 
@@ -122,6 +129,40 @@ def images(args: argparse.Namespace, sizes: Sizes, left: float) -> Iterator[Grou
         yield [speed(args, sizes, f"images_{depths.partition(',')[0]}", "images", *options)], 180
 
 
+def coprocessor(args: argparse.Namespace, sizes: Sizes, left: float) -> Iterator[Group]:
+    """What a step costs; then, on chats that the target writes, `:smollm2` and its baselines side by side, and how they
+    change what the target says. Without a target a stand-in learns random tokens."""
+    cost = ["scripts.accelerator.coprocessor", *sizes.coprocessor, "--rounds", str(sizes.rounds)]
+    yield [Part("coprocessor_cost", [*cost, "--out", str(args.out / "coprocessor_cost.json")], quick=False)], 100
+    out = args.out / "coprocessor"
+    if args.target is None:
+        shape = "tiny" if sizes.shape == "tiny" else "smollm2"
+        target, data = rehearsal(argparse.Namespace(out=out, shape=shape))
+    else:
+        target, data = args.target, out / "chats"
+        write = ["scripts.continue_dataset", "--target", str(target), "--out", str(data), "--documents", "1000000"]
+        write += ["--valid_documents", "128", "--minutes", "1.5", "--rows", "512", "--temperature", "0,0.7"]
+        yield [Part("coprocessor_chats", write, packages=_BESIDES)], 190
+    steps, rows, length = sizes.taught
+    parts = []
+    for kind in ("lora", "soft", "pause"):
+        command = ["train.main", "--config=configs/coprocessor.py:smollm2", f"--config.objective.target={target}"]
+        command += [f"--config.data.path={data}", f"--config.steps={steps}", f"--config.batch_size={rows}"]
+        command += [f"--config.length={length}", f"--config.objective.coprocessor.kind={kind}"]
+        warmup = max(1, min(50, steps // 10))
+        command += [f"--config.{of}.warmup_steps={warmup}" for of in ("optimizer", "objective.soft")]
+        command += [f"--config.evaluation.every={max(1, steps // 3)}", f"--workdir={out / kind}"]
+        parts.append(Part(f"coprocessor_{kind}", command, data / "manifest.json", packages=_BESIDES))
+    yield parts, 240
+    made = [
+        str(out / name / "coprocessor") for name in ("lora", "soft", "pause") if (out / name / "coprocessor").exists()
+    ]
+    if made:
+        command = ["eval.quality", "--target", str(target), "--coprocessors", ",".join(made), "--data", str(data)]
+        command += ["--labels", "assistant", "--length", str(length), "--rows", str(8 * rows)]
+        yield [Part("coprocessor_quality", [*command, "--out", str(out / "quality")], packages=_BESIDES)], 60
+
+
 def smollm2(args: argparse.Namespace, sizes: Sizes, left: float) -> Iterator[Group]:
     """Takes what time is left, and ends by itself."""
     command = ["scripts.accelerator.smollm2", "--out", str(args.out / "smollm2"), "--cache", str(args.cache)]
@@ -141,5 +182,6 @@ PARTS: dict[str, Callable[[argparse.Namespace, Sizes, float], Iterator[Group]]] 
     "growth": growth,
     "training": training,
     "images": images,
+    "coprocessor": coprocessor,
     "smollm2": smollm2,
 }

@@ -13,15 +13,19 @@ import numpy as np
 import pytest
 
 from decoding import generate as module
+from decoding import sizing
 from decoding.augment import Augment, step_runs
-from decoding.cache import SLOTS
+from decoding.cache import SLOTS, commit, init_cache
 from decoding.coprocessors import Coprocessor
+from decoding.drafters.plain import Plain
 from decoding.generate import Generation, generate
+from decoding.sampling import Sampling
 from models import coprocessor, transformer
 from models.coprocessor import CoprocessorConfig, Points
 from models.errors import UserError
 from models.formats.target import Target
 from models.layout import Layout, Tree
+from scripts.generate import stream
 from tests.decoding.drafter_cases import random_target
 from tests.noise import noisy
 
@@ -47,7 +51,8 @@ def target() -> Target:
 @functools.cache
 def augment(every: int | None = None, lag: int = 0, **flags: Any) -> Augment:
     """A coprocessor that is no copy of the target, whose latents matter."""
-    config = CoprocessorConfig(**{"kind": "lora", "rank": 2, "num_latents": 3, **flags})
+    sizes = {} if "kind" in flags else {"kind": "lora", "rank": 2}
+    config = CoprocessorConfig(**{"num_latents": 3, **sizes, **flags})
     with jax.enable_x64(True):
         init = jax.jit(coprocessor.init_params, static_argnums=(0, 1))
         params = noisy(init(config, target().config, target().params, jax.random.key(5)), 0.5)
@@ -206,3 +211,66 @@ def test_what_does_not_fit_is_one_sentence() -> None:
     ):
         with pytest.raises(UserError, match=message):
             generate(model, [[1] * 7], augment=latents, **{"max_new_tokens": 14, **more})
+
+
+def test_a_plain_decode_after_an_augmented_one_is_the_one_before_to_the_bit(monkeypatch) -> None:
+    kept = []
+    for with_latents in (None, augment(5, 0, **BOTH_WAYS), None):
+        made, state = augmented(with_latents, monkeypatch)
+        kept.append((made.tokens, [leaf.tobytes() for leaf in map(np.asarray, jax.tree.leaves(state.cache))]))
+    before, between, after = kept
+    assert before == after and before[1] != between[1]
+
+
+def test_served_latents_are_those_that_are_trained() -> None:
+    """Layers stacked and nothing joined, over the rows of a forward; a list of joined ones, over a cache."""
+    model, served, text = target().config, target().params, jnp.asarray([PROMPTS[1]])
+    config = CoprocessorConfig("lora", num_latents=3, rank=2, **BOTH_WAYS)
+    stacked, found = jax.jit(coprocessor._stacked, static_argnums=0)(model, served), []
+    init = jax.jit(coprocessor.init_params, static_argnums=(0, 1))
+    params = noisy(init(config, model, served, jax.random.key(5)), 0.5)
+    points = Points(jnp.asarray([[2, 6]]), jnp.asarray([[3, 7]]))
+    for own, frozen in ((params, stacked), (coprocessor.for_decoding(config, params), served)):
+
+        @jax.jit
+        def answered(own, frozen):
+            rows = transformer.forward(model, frozen, text, Layout.causal(*text.shape)).rows
+            if isinstance(frozen["layers"], list):
+                zero = jnp.zeros(1, jnp.int32)
+                rows = commit(init_cache(model, 1, 16, jnp.float64), rows, None, zero)
+            return coprocessor.latents(config, own, model, frozen, rows, points)
+
+        found.append(answered(own, frozen))
+    np.testing.assert_allclose(*found, rtol=0, atol=1e-12)
+    attention = coprocessor.for_decoding(config, params)["network"]["adapters"][0]["attention"]
+    assert "q_k_v" in attention and "q_k_v" in served["layers"][0]["attention"], "what is compared is joined"
+
+
+def test_a_cache_as_large_as_a_whole_text_s_serves_its_first_tokens() -> None:
+    """As in a warm-up; latents that hold a position take slots beyond those of the context."""
+    every = Augment(Coprocessor(CoprocessorConfig(num_latents=16, positions="hold"), {}), every=4)
+    config = dataclasses.replace(target().config, max_position=512)
+    needed = module.slots_needed(7, 500, 0, every)
+    with pytest.raises(UserError, match="no text and its draft take over 1280"):
+        module._capacity(needed, 64, Plain(), 512, None)
+    assert module._capacity(needed, module.slots_needed(7, 2, 0, every), Plain(), 512, every) == needed
+    with pytest.raises(UserError, match="no text, its latents and its draft take over"):
+        module._capacity(8 * needed, 64, Plain(), 512, every)
+    for with_latents, new, message in (
+        (every, 5000, "5000 new ones were asked for, more than the target's context of 512"),
+        (augment(4), 500, "500 new ones were asked for beside 375 latents, more than"),
+        (augment(lag=9), 9, "needs a lag below the 9 new tokens, got 9: latents would never come"),
+    ):
+        settings: dict[str, Any] = dict(drafter=(Plain(), None), sampling=Sampling(), seed=0, stop=(), typical=False)
+        with pytest.raises(UserError, match=message):
+            model = dataclasses.replace(target(), config=config)
+            stream(model, [1] * 7, print, max_new_tokens=new, augment=with_latents, **settings)
+
+
+def test_what_is_counted_beside_latents_is_kept_apart(monkeypatch) -> None:
+    made = []
+    monkeypatch.setattr(sizing, "pace", lambda *arguments: made.append(arguments[5]))
+    for with_latents in (None, augment(), augment(5)):
+        module._pace(target(), Plain(), None, [Sampling()], with_latents)
+    config = augment().coprocessor.config
+    assert made == [None, (config, None, 0), (config, 5, 0)]

@@ -124,6 +124,7 @@ def test_a_pace_outlives_its_request(target: Target, monkeypatch: pytest.MonkeyP
     first = pace(target, FREE, None, 1, True)
     assert first is pace(target, FREE, None, 1, True)
     assert first is not pace(target, FREE, None, 1, False) and first is not pace(target, FREE, None, 2, True)
+    assert first is not pace(target, FREE, None, 1, True, "latents") is pace(target, FREE, None, 1, True, "latents")
     monkeypatch.setattr(costs, "measured", lambda *_: HOPELESS)
     assert pace(target, FREE, None, 3, True) is None
 

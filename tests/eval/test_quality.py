@@ -48,6 +48,15 @@ def test_gain_is_over_the_same_questions() -> None:
         ("#### none", None, None),
         ("#### -3.0", "-3", "-3"),
         ("nothing", None, None),
+        ("5-7", None, "7"),
+        ("10-3 is it", None, "3"),
+        ("3,4", None, "4"),
+        ("1,2345", None, "2345"),
+        ("it is -3", None, "-3"),
+        ("so...18", None, "18"),
+        ("version 3.11.7", None, "3.11"),
+        ("#### 1,234,567.", "1234567", "1234567"),
+        ("#### 5-7", "5", "5"),
     ],
 )
 def test_numbers_of_answers(text: str, marked: str | None, last: str | None) -> None:
@@ -68,8 +77,16 @@ def test_choices_come_in_several_shapes(tmp_path: pathlib.Path) -> None:
         {"question": "b", "choices": arc, "answerKey": "2"},
         {"question": "c", "choices": ["x", "y"], "answer": "B"},
         {"question": "d", "choices": ["x", "y"], "answer": "y"},
+        {"question": "e", "choices": {"text": ["x", "y"], "label": [1, 2]}, "answerKey": 1},
+        {"question": "f", "choices": arc, "answerKey": 1},
+        {"question": "g", "choices": arc, "answer": None, "answerKey": "2"},
+        {"ctx": "h", "ctx_a": "h", "endings": ["w", "x", "y", "z"], "label": "3"},
+        {"ctx": "i", "endings": ["w", "x", "y", "z"], "label": 2},
+        {"goal": "j", "sol1": "x", "sol2": "y", "label": 1},
     )
-    assert [one.answer for one in tasks.read_choices(file)] == [2, 1, 1, 1]
+    found = tasks.read_choices(file)
+    assert [one.answer for one in found] == [2, 1, 1, 1, 0, 0, 1, 3, 2, 1]
+    assert found[-1] == tasks.Choice("j", ("x", "y"), 1) and found[-3].question == "h"
 
 
 @pytest.mark.parametrize(
@@ -82,6 +99,8 @@ def test_choices_come_in_several_shapes(tmp_path: pathlib.Path) -> None:
         ),
         (tasks.read_choices, {"question": "a", "choices": ["x", "y"], "answer": 2}, "from 0 to 1.* got 2"),
         (tasks.read_choices, {"question": "a", "choices": ["x", "y"]}, "got None"),
+        (tasks.read_choices, {"ctx": "a", "endings": ["x", "y"], "label": ""}, "got ''"),
+        (tasks.read_choices, {"goal": "a", "sol1": "x", "label": 0}, "or goal, sol1 and sol2"),
         (tasks.read_problems, {"question": "a", "answer": "7"}, "ends with '#### N'"),
         (tasks.read_problems, {"question": "a"}, "line 1 must have"),
     ],
@@ -147,6 +166,20 @@ def test_likelihoods_are_those_of_plain_forwards(target: Target) -> None:
         if there[row, 0, offset]:
             np.testing.assert_allclose(found[row, 0, offset], logp[row, place - 1, tokens[row, place]], atol=1e-4)
     assert there.sum(axis=(1, 2)).tolist() == [8, 1, 3, 0]
+    # A place counts if the token behind it does, as those that training draws.
+    labels[:, 20] = False
+    _, there = behind.scored(target, None, tokens, segments, np.array([[18], [19], [20], [21]]), AHEAD, labels)
+    assert there.sum(axis=(1, 2)).tolist() == [7, 0, 8, 7]
+
+
+def test_a_late_coprocessor_is_measured_late(target: Target, network: Coprocessor) -> None:
+    tokens = np.random.default_rng(0).integers(1, 250, (ROWS, LENGTH))
+    segments, at = np.ones_like(tokens), np.array([[0], [1], [20], [40]])
+    now, late, all_but_one = (
+        behind.scored(target, network, tokens, segments, at, AHEAD, lag=lag)[0] for lag in (0, 2, LENGTH)
+    )
+    assert np.array_equal(now[0], late[0]) and np.all(np.any(now[1:] != late[1:], axis=(1, 2)))
+    assert np.array_equal(late[1], all_but_one[1]) and np.any(late[2] != all_but_one[2]), "one token is always read"
 
 
 def test_choices_are_scored_by_their_own_tokens(target: Target) -> None:
@@ -217,6 +250,10 @@ def test_what_does_not_fit_is_said_before_anything_is_measured(
     asked = ["--text", text, "--rows", ROWS, "--length", LENGTH, "--problems", solved, "--shots", 1]
     assert "say when latents come, and there are none: give --coprocessors too" in refused(*asked, "--augment_lag", 1)
     with_latents = [*asked, "--coprocessors", target.path / "coprocessor"]
+    told = refused(*with_latents[:6], *with_latents[-2:], "--augment_every", 4)
+    assert "latents come again in answers: give --problems too" in told
+    told = refused(*with_latents, "--augment_lag", 8, "--max_new_tokens", 8)
+    assert "a lag below the 8 new tokens, got 8: latents would never come" in told
     assert "lag below the 2 tokens" in refused(*with_latents, "--augment_every", 2, "--augment_lag", 2)
     told = refused(*with_latents, "--augment_every", 1, "--max_new_tokens", 256)
     assert "prompt 0 has" in told and "beside 512 latents, more than the target's context of 512" in told

@@ -192,7 +192,8 @@ def test_every_part_has_its_processes_and_the_last_what_time_is_left(tmp_path: P
             assert importlib.util.find_spec(part.command[0]), part.command
         assert "--minutes 1.42" in " ".join(parts[-1].command) and parts[-1].packages
         timed = {part.name for part in parts if not part.quick}
-        assert timed == {*names} - {"greedy_float64", "greedy_bfloat16", "chi_square", "smollm2"}
+        taught = {f"coprocessor_{name}" for name in ("chats", "lora", "soft", "pause")}
+        assert timed == {*names} - {"greedy_float64", "greedy_bfloat16", "chi_square", "smollm2", *taught}
     assert "training_hydra" in names and "growth_1" in names
 
 

@@ -24,6 +24,7 @@ from models.formats.tokenizer import Tokenizer
 from models.layout import BlockCausal, Causal, Layout
 from tests.noise import drawn
 from train import trainer
+from train.data.corpus import open_corpus
 from train.objectives import pieces
 from train.objectives.coprocessor import CoprocessorObjective, CoprocessorTraining, places_at
 from train.objectives.objective import Compute
@@ -214,7 +215,7 @@ def test_a_fresh_copy_continues_the_text_and_no_latents_change_nothing(x64, sett
         alone = transformer.forward(model, frozen, text, Layout.causal(1, LENGTH))
         points, found = coprocessor.Points(jnp.asarray([[4]]), jnp.asarray([[5]])), []
         for kind in ("full", "lora", "soft"):
-            config = coprocessor.CoprocessorConfig(kind=kind, num_latents=3, rank=2)
+            config = coprocessor.CoprocessorConfig(kind=kind, num_latents=3)
             fresh = {**coprocessor.init_params(config, model, frozen, jax.random.key(0)), "soft": soft}
             found.append(coprocessor.latents(config, fresh, model, frozen, alone.rows, points))
         none = coprocessor.augmented(config, model, frozen, alone.rows, points, found[0][:, :, :0], text[:, None, 5:9])
@@ -384,6 +385,12 @@ def numbers(path):
         ({"ahead": 0}, "objective.ahead must be at least 1, got 0"),
         ({"coprocessor": {"num_latents": 0}}, "num_latents must be at least 1, got 0"),
         ({"coprocessor": {"kind": "lorra"}}, "objective.coprocessor.kind must be one of 'full', 'scratch', 'lora'"),
+        ({"coprocessor": {"kind": "lora", "lora_scale": 0.0}}, "lora_scale must be a number above 0, got 0.0"),
+        ({"coprocessor": {"kind": "lora", "lora_scale": float("nan")}}, "lora_scale must be a number above 0, got nan"),
+        ({"coprocessor": {"rank": 4}}, "a coprocessor of kind 'full' has no rank: leave it out, got 4"),
+        ({"coprocessor": {"kind": "pause", "reads": "last_layer"}}, "kind 'pause' has no reads"),
+        ({"coprocessor": {"kind": "pause", "z_scale": "match_rms"}}, "kind 'pause' has no z_scale"),
+        ({"coprocessor": {"kind": "pause", "max_lag": 2}}, "kind 'pause' has no max_lag"),
         ({"coprocessor": {"latents": 3}}, "unknown key objective.coprocessor.latents"),
     ],
 )
@@ -403,3 +410,33 @@ def test_a_step_costs_what_the_publication_s_sizes_say(kind, latents, tokens):
 def test_rows_too_short_for_what_is_ahead_are_refused(job, tmp_path):
     with pytest.raises(UserError, match=r"config\.length must be at least 33, got 32"):
         trainer.train(job("coprocessor", objective={"ahead": 32}), tmp_path / "run")
+
+
+def test_what_decoding_would_refuse_is_not_trained(job):
+    """Latents that leave the context, or hold a position where windows slide."""
+    for positions, room in (("advance", 2045), ("hold", 2048)):
+        config = job("coprocessor", objective={"coprocessor": {"num_latents": 3, "positions": positions}})
+        objective = CoprocessorObjective(config.objective, Tokenizer.load(config.objective.target))
+        objective.model = dataclasses.replace(objective.model, max_position=2048)
+        objective.check(room)
+        with pytest.raises(UserError, match=f"must be at most {room}, which latents leave .* got {room + 1}"):
+            objective.check(room + 1)
+    objective.model = dataclasses.replace(objective.model, windows=(None, 4))
+    with pytest.raises(UserError, match="need a target without sliding windows"):
+        objective.check(32)
+
+
+def test_two_steps_leave_every_bit_of_the_target(job):
+    config = job("coprocessor", steps=2, objective={"coprocessor": {"num_latents": 3, "kind": "lora", "rank": 2}})
+    corpus = open_corpus(config)
+    plan = trainer.make_plan(config, corpus.facts)
+    state, frozen = trainer.first_state(plan, None)
+    before, began = (jax.tree.map(np.array, tree) for tree in (frozen, state["params"]))
+    step = jax.jit(trainer.make_step(plan), donate_argnums=0, compiler_options=trainer.unoptimised())
+    batches = corpus.batches(config.batch_size, config.seed)
+    for _ in range(2):
+        state, _ = step(state, frozen, trainer.to_devices(plan, next(batches)))
+    for ours, theirs in zip(jax.tree.leaves(before), jax.tree.leaves(frozen), strict=True):
+        assert ours.tobytes() == np.asarray(theirs).tobytes()
+    changed = [np.any(a != b) for a, b in zip(*map(jax.tree.leaves, (began, state["params"])), strict=True)]
+    assert all(changed)

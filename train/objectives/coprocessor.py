@@ -147,10 +147,17 @@ class CoprocessorObjective(BesideFrozenTarget):
         return {name: self._config.soft if name == "soft" else None for name in learnt}
 
     def check(self, length: int | None) -> None:
-        """Also refuses rows too short for what is to be predicted."""
+        """Also refuses rows too short for what is to be predicted, or so long that latents leave the target's context;
+        and latents that decoding would refuse."""
         super().check(length)
-        needed = self._config.ahead + 1
-        schema.require(length is None or length >= needed, f"config.length must be at least {needed}", length)
+        config = self._config.coprocessor
+        config.check_target(self.model)
+        if length is None:
+            return
+        needed, room = self._config.ahead + 1, self.model.max_position - config.shift
+        schema.require(length >= needed, f"config.length must be at least {needed}", length)
+        left = f"config.length must be at most {room}, which latents leave of the target's context"
+        schema.require(length <= room, left, length)
 
     def init(self, key: Array, base: Params) -> Params:
         """A fresh coprocessor in float32, whatever the target's dtype: small updates must not round away."""
@@ -160,11 +167,9 @@ class CoprocessorObjective(BesideFrozenTarget):
     def places(self, batch: Batch, key: Array | None) -> Places:
         """Drawn with `key`; None, for evaluations, draws always the same, without a lag."""
         config = self._config
-        segments, mask = batch["segments"], label_mask(batch, config.labels)
-        same = (segments[:, 1:] == segments[:, :-1]) & (segments[:, 1:] > 0)
-        valid_BT = jnp.pad(same & mask[:, 1:], ((0, 0), (0, 1)))
+        mask = label_mask(batch, config.labels)
         at_key, lag_key = jax.random.split(jax.random.key(0) if key is None else key)
-        at_BM, kept_BM = drawn_places(valid_BT, config.places, at_key)
+        at_BM, kept_BM = drawn_places(before_label(batch["segments"], mask), config.places, at_key)
         lag_BM = jnp.zeros_like(at_BM)
         if key is not None and config.coprocessor.max_lag:
             drawn_BM = jax.random.randint(lag_key, at_BM.shape, 0, config.coprocessor.max_lag + 1, jnp.int32)
@@ -280,6 +285,12 @@ def before_labels(of_text: Float[Array, "B T H"], places: Places) -> Float[Array
     """What the head reads of the text alone for the same labels."""
     before_BMA = places.at[..., None] + jnp.arange(places.labels.shape[-1], dtype=jnp.int32)
     return picked(of_text, jnp.minimum(before_BMA, of_text.shape[1] - 1))
+
+
+def before_label(segments: Int[Array, "B T"], mask: Bool[Array, "B T"]) -> Bool[Array, "B T"]:
+    """Where latents may stand: behind tokens whose next one is a label of the same document."""
+    same = (segments[:, 1:] == segments[:, :-1]) & (segments[:, 1:] > 0)
+    return jnp.pad(same & mask[:, 1:], ((0, 0), (0, 1)))
 
 
 def places_at(
