@@ -13,12 +13,18 @@
    it expands, and what the loop adds to a forward.
 5. The tree with the most tokens per second wins; `--write` puts it into the drafter's directory.
 
+So it is for drafters made of heads, whose levels are timed apart. Others with a budget, such as networks with a policy,
+are fitted to 2, 4, .. rows (`eval/text/budget.py`): the acceptance length is expected from counts of a wide tree, or,
+where a policy's trees are dynamic, decoded; and of each size a whole step is timed.
+
 `--tree` and `--policy` measure nothing: they check what is given, and `--write` puts it there. Drafters made of heads
 have a tree, draft models and EAGLE heads a policy (`decoding/policies`), which a tree makes static.
 
 `--calibrate` makes the confidences mean what they say by which the policy `scheduled` cuts chains: the prompts are
 decoded with whole chains, at `--temperature`, and slot by slot a temperature of the confidence is chosen such that the
 product up to there is off by the least (`decoding/calibration.py`). Prompts should be none that a drafter learnt from.
+With `--speed` forwards of 1 to `--max_nodes` rows are timed too, and the policy then offers no slot that does not pay
+for its row.
 
 The module is called `tree` because the command is `python -m eval.tree`. As `eval.tree`, run from the project's root,
 it does not shadow the library `tree` that TFDS imports, which a top-level `tree.py` would.
@@ -38,11 +44,13 @@ from decoding.drafter import Drafter
 from decoding.drafters.registry import load_drafter, write_tree
 from decoding.generate import bucket, generate
 from decoding.policies import TreePolicy, parse_policy
-from decoding.tree_search import RANKS, Acceptance, nested_trees, walk
+from decoding.stats import Stats
+from decoding.tree_search import RANKS, Acceptance, expected_acceptance, nested_trees, walk
 from decoding.trees import Topology, load_topology
 from eval.measure.parts import Scene, Step, draft_part, rows_forward
 from eval.measure.progress import Progress
 from eval.measure.timing import Timed, measure
+from eval.text.budget import Fitter
 from eval.text.metrics import head_ranks
 from eval.text.prompts import BUILT_IN, Question, Room, document_prompts, encode_questions, read_questions
 from models import command_line, processes
@@ -52,6 +60,7 @@ from models.formats.target import Target, load_target
 
 ROWS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)  # Of the target's forward, measured; between them interpolated.
 HEAD_ROWS = (1, 4, 16)  # That a level of `draft` is timed at.
+SIZES = (2, 4, 8, 16, 32, 64)  # Rows of the trees that a drafter with a budget is fitted to.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,14 +68,18 @@ class Candidate:
     """A tree with what is expected of it.
 
     Attributes:
-      tree: the candidates; `tree.size` rows go through the target.
+      tree: the candidates, or the policy that makes them; None for a drafter with neither.
+      rows: that go through the target.
+      depth: of the deepest.
       acceptance: tokens per step on the calibration text.
       forward_ms: the target on its rows.
-      draft_ms: the heads on theirs.
+      draft_ms: the heads on theirs; of a whole step what is neither the target's nor the loop's.
       step_ms: a whole step.
     """
 
-    tree: Topology
+    tree: Topology | TreePolicy | None
+    rows: int
+    depth: int
     acceptance: float
     forward_ms: float
     draft_ms: float
@@ -86,16 +99,17 @@ class Choice:
       best: the winner.
       plain: plain decoding, the bare root.
       table: the best candidate of each number of rows, in order.
-      accuracy: share of places where the rank-k guess of each head is right, given the true path above it.
+      accuracy: share of places where the rank-k guess of each depth is right, given the true path above it; None where
+        that was not counted.
     """
 
     best: Candidate
     plain: Candidate
     table: list[Candidate]
-    accuracy: Float[np.ndarray, "D K"]
+    accuracy: Float[np.ndarray, "D K"] | None
 
     @property
-    def tree(self) -> Topology:
+    def tree(self) -> Topology | TreePolicy | None:
         """The tree to use."""
         return self.best.tree
 
@@ -128,10 +142,7 @@ def choose_tree(
     Raises:
       UserError: `max_nodes` leaves no room for a candidate, or the continuations are shorter than the heads reach.
     """
-    if max_nodes < 2:
-        raise UserError(
-            f"a draft tree needs the root and at least one candidate: max_nodes must be 2 or more, got {max_nodes}"
-        )
+    _check_nodes(max_nodes)
     progress("decoding the calibration prompts")
     ranks = calibration_ranks(target, drafter, drafter_params, prompts, max_new_tokens)
     width = min(RANKS, target.config.vocab_size)
@@ -143,10 +154,70 @@ def choose_tree(
     if not candidates:
         raise UserError("no head guessed a single token of the calibration text: there is no tree to build")
     table = {}
-    for candidate in sorted(candidates, key=lambda c: (c.tree.size, c.tokens_per_second)):
-        table[candidate.tree.size] = candidate
+    for candidate in sorted(candidates, key=lambda c: (c.rows, c.tokens_per_second)):
+        table[candidate.rows] = candidate
     best = max(candidates, key=lambda candidate: candidate.tokens_per_second)
     return Choice(best, cost.candidate(Topology(()), 1.0), list(table.values()), accuracy)
+
+
+def choose_size(
+    target: Target,
+    drafter: Drafter,
+    drafter_params: Any,
+    prompts: Sequence[Sequence[int]],
+    *,
+    max_new_tokens: int = 128,
+    max_nodes: int = 64,
+    rounds: int = 7,
+    progress: Callable[[str], None] = lambda line: None,
+) -> Choice:
+    """Searches the size of the drafter's trees that decodes fastest here; arguments as for `choose_tree`.
+
+    Raises:
+      UserError: `max_nodes` leaves no room for a candidate, or the drafter's trees have no size to choose.
+    """
+    _check_nodes(max_nodes)
+
+    def decode(drafter: Drafter) -> Stats:
+        progress(f"decoding the calibration prompts with {drafter.max_nodes - 1} candidates")
+        settings = dict(drafter=drafter, drafter_params=drafter_params, max_new_tokens=max_new_tokens)
+        made = generate(target, prompts, **settings)
+        return sum(made.stats[1:], made.stats[0])
+
+    fitter = Fitter(drafter, None, decode)
+    fitted = {rows: one for rows in SIZES if rows <= max_nodes and (one := fitter.fit(rows - 1)) is not None}
+    if not fitted:
+        raise UserError(f"{drafter.name} has no tree of at most {max_nodes} rows")
+    counts = fitter.acceptance
+    accuracy = None if counts is None else counts.accuracy
+    lengths = {
+        rows: decode(one).acceptance_length
+        if one.topology is None or accuracy is None
+        else expected_acceptance(one.topology, accuracy)
+        for rows, one in fitted.items()
+    }
+    length = int(np.median([len(prompt) for prompt in prompts])) + max_new_tokens // 2
+    scene = Scene.with_room(target.config, target.params, length, max(one.max_depth for one in fitted.values()))
+    parts: dict[str, Timed] = {f"forward {rows}": rows_forward(scene, rows) for rows in (1, *fitted)}
+    parts |= {f"step {rows}": Step(scene, one, drafter_params) for rows, one in fitted.items()}
+    parts["plain"] = Step(scene, *load_drafter("none", target))
+    ms = {name: timing.median for name, timing in measure(parts, rounds, progress).items()}
+    loop = ms["plain"] - ms["forward 1"]
+    table = []
+    for rows, one in fitted.items():
+        forward, step = ms[f"forward {rows}"], ms[f"step {rows}"]
+        tree = one.tree_policy or one.topology
+        draft = max(0.0, step - forward - loop)
+        table.append(Candidate(tree, rows, one.max_depth, lengths[rows], forward, draft, step))
+    plain = Candidate(None, 1, 0, 1.0, ms["forward 1"], 0.0, ms["plain"])
+    return Choice(max(table, key=lambda candidate: candidate.tokens_per_second), plain, table, accuracy)
+
+
+def _check_nodes(max_nodes: int) -> None:
+    if max_nodes < 2:
+        raise UserError(
+            f"a draft tree needs the root and at least one candidate: max_nodes must be 2 or more, got {max_nodes}"
+        )
 
 
 def calibration_ranks(
@@ -186,7 +257,8 @@ class _Cost:
         forward = _interpolate(self.forward, tree.size)
         rows = [len(tree.expanded(depth)) for depth in range(tree.max_depth)]
         draft = sum(_interpolate(level, count) for level, count in zip(self.levels, rows, strict=False))
-        return Candidate(tree, acceptance, forward, draft, forward + draft + self.overhead)
+        step = forward + draft + self.overhead
+        return Candidate(tree, tree.size, tree.max_depth, acceptance, forward, draft, step)
 
 
 def _interpolate(points: dict[int, float], rows: int) -> float:
@@ -231,16 +303,17 @@ def _measure_cost(target, drafter, drafter_params, length, rows, max_nodes, roun
 
 def print_choice(choice: Choice) -> None:
     """Accuracies, and the table of trees by rows with the winner marked."""
-    print("accuracy of the heads' guesses by rank, in percent")
-    for depth, row in enumerate(choice.accuracy, 1):
-        print(f"  depth {depth}  " + " ".join(f"{100 * share:5.1f}" for share in row))
+    if choice.accuracy is not None:
+        print("accuracy of the guesses by rank, in percent")
+        for depth, row in enumerate(choice.accuracy, 1):
+            print(f"  depth {depth}  " + " ".join(f"{100 * share:5.1f}" for share in row))
     head = ("rows", "depth", "forward ms", "draft ms", "step ms", "acceptance", "tokens/s", "speed-up")
     print("".join(name.rjust(12) for name in head))
-    for candidate in [choice.plain, *(c for c in choice.table if c.tree.size in ROWS or c is choice.best)]:
+    for candidate in [choice.plain, *(c for c in choice.table if c.rows in ROWS or c is choice.best)]:
         ratio = candidate.tokens_per_second / choice.plain.tokens_per_second
         cells = (
-            f"{candidate.tree.size}",
-            f"{candidate.tree.max_depth}",
+            f"{candidate.rows}",
+            f"{candidate.depth}",
             f"{candidate.forward_ms:.3f}",
             f"{candidate.draft_ms:.3f}",
             f"{candidate.step_ms:.3f}",
@@ -273,8 +346,9 @@ def calibrate(
     prompts: Sequence[Sequence[int]],
     max_new_tokens: int,
     temperature: float,
+    speed: Sequence[float] = (),
 ) -> TreePolicy:
-    """The drafter's policy with the temperatures of its confidences; prints what they are worth.
+    """The drafter's policy with the temperatures of its confidences, and `speed`; prints what they are worth.
 
     Raises:
       UserError: the policy does not go by confidences.
@@ -295,9 +369,23 @@ def calibrate(
         before, after = (100 * calibration_error(each[:, slot], survived[:, slot]) for each in products)
         cells = f"{slot + 1}", f"{100 * survived[:, slot].mean():.1f}", f"{before:.1f}", f"{by:.3f}", f"{after:.1f}"
         print("".join(cell.rjust(14) for cell in cells))
-    chosen = policy.calibrated([float(by) for by in found])
+    chosen = policy.calibrated([float(by) for by in found], speed)
     assert chosen is not None
     return chosen
+
+
+def forward_speed(target: Target, length: int, max_rows: int, rounds: int) -> list[float]:
+    """Steps per second of the target's forward over 1, 2, .. `max_rows` rows behind a text of `length` tokens.
+
+    Measured at some, and between them interpolated. Never rising: what was slower on fewer rows was so by chance.
+    """
+    scene = Scene.with_room(target.config, target.params, length, max_depth=0)
+    counts = sorted({count for count in (*ROWS, max_rows) if count <= max_rows})
+    with Progress() as progress:
+        timings = measure({f"forward {count}": rows_forward(scene, count) for count in counts}, rounds, progress)
+    points = {count: timings[f"forward {count}"].median for count in counts}
+    milliseconds = [_interpolate(points, rows) for rows in range(1, max_rows + 1)]
+    return [float(f"{1e3 / slowest:.5g}") for slowest in np.maximum.accumulate(milliseconds)]
 
 
 @exit_on_user_error
@@ -322,6 +410,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "--policy", "--growth", help="measure nothing and take this policy, as in dyspec:budget=32,depth=5"
     )
     parser.add_argument("--calibrate", action="store_true", help="fit the temperatures of a scheduled chain's cuts")
+    parser.add_argument("--speed", action="store_true", help="with --calibrate: time the target's forwards too")
     parser.add_argument("--temperature", type=float, default=0.0, help="that --calibrate decodes at")
     add_distributed(parser)
     parser.add_argument("--write", action="store_true", help="put it into the drafter's drafter.json")
@@ -337,7 +426,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         drafter.check(target.config)
     if args.calibrate:
         prompts = _calibration_prompts(args, target)
-        policy = calibrate(target, drafter, params, prompts, args.max_new_tokens, args.temperature)
+        length = int(np.median([len(prompt) for prompt in prompts])) + args.max_new_tokens // 2
+        speed = forward_speed(target, length, args.max_nodes, args.rounds) if args.speed else []
+        policy = calibrate(target, drafter, params, prompts, args.max_new_tokens, args.temperature, speed)
     if args.calibrate or args.policy is not None:
         _write(args, policy, policy.max_nodes)
         return
@@ -348,13 +439,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         # Drafters with a policy have a tree as a policy that always grows it.
         _write(args, fitted.tree_policy or tree, tree.size)
         return
-    if not drafter.num_heads:
-        rest = "takes none"
-        if drafter.tree_policy is not None:
-            rest = "has a policy: give one with --policy, or a tree with --tree"
-        raise UserError(f"trees are searched for Medusa and Hydra heads; the drafter {args.drafter!r} {rest}")
+    choose = choose_tree if drafter.num_heads else choose_size
     with Progress() as progress:
-        choice = choose_tree(
+        choice = choose(
             target,
             drafter,
             params,
@@ -366,12 +453,14 @@ def main(argv: Sequence[str] | None = None) -> None:
         )
     print_choice(choice)
     if choice.best.tokens_per_second <= choice.plain.tokens_per_second:
-        print("plain decoding is expected to be faster than any tree of these heads on this device")
-    _write(args, choice.tree, choice.tree.size)
+        print("plain decoding is expected to be faster than any tree of this drafter on this device")
+    _write(args, choice.tree, choice.best.rows)
 
 
-def _write(args: argparse.Namespace, tree: Topology | TreePolicy, rows: int) -> None:
-    if args.write:
+def _write(args: argparse.Namespace, tree: Topology | TreePolicy | None, rows: int) -> None:
+    if args.write and tree is None:
+        raise UserError(f"the tree of {args.drafter!r} cannot be written: it is named by its size, {rows - 1}")
+    if args.write and tree is not None:
         processes.on_first(lambda: write_tree(args.drafter, tree))
         print(f"wrote the tree of {rows} rows to {Path(args.drafter) / 'drafter.json'}")
 

@@ -105,13 +105,16 @@ class DFlash(NetworkDrafter):
     def taps(self) -> tuple[str, ...]:  # type: ignore[override]
         return self.heads.taps
 
-    def outputs(self, config) -> int:
-        """Tokens that a slot's distribution is over."""
+    def outputs(self, config):
         return self.heads.selector.candidates if self.heads.selector else self.heads.outputs(config)
+
+    @property
+    def blind(self) -> int:
+        return 0 if self.heads.selector else self.heads.depth
 
     def check(self, config):
         self.heads.check(config)
-        self.policy.check(self.outputs(config))
+        super().check(config)
         if self.policy.max_depth > self.heads.depth:
             raise UserError(
                 f"the draft tree is {self.policy.max_depth} deep, but a block of {self.heads.block} drafts "

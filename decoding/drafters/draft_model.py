@@ -48,6 +48,9 @@ class DraftModel(NetworkDrafter):
         """The shape of what runs."""
         return self.model
 
+    def outputs(self, config):
+        return self.model.vocab_size
+
     def check(self, config):
         if self.model.vocab_size > config.vocab_size:
             raise UserError(
@@ -56,7 +59,7 @@ class DraftModel(NetworkDrafter):
             )
         if self.model.encoder_layers and not config.encoder_layers:
             raise UserError("an encoder-decoder drafts for encoder-decoders alone, and the target is a decoder")
-        self.policy.check(self.model.vocab_size)
+        super().check(config)
 
     def init_params(self, config, target, key):
         return transformer.init(self.model, key, target["embed"]["embedding"].dtype)

@@ -106,6 +106,14 @@ class DSpark(DFlash):
     def outputs(self, config):
         return self.heads.outputs(config) if self.candidates is None else self.candidates
 
+    @property
+    def blind(self) -> int:
+        return 0
+
+    @property
+    def confident(self) -> bool:
+        return self.serial.confidence != "none"
+
     def check(self, config):
         self.serial.check()
         if self.heads.selector is not None:

@@ -132,9 +132,12 @@ class EagleDrafter(NetworkDrafter):
     def taps(self) -> tuple[str, ...]:  # type: ignore[override]
         return self.heads.taps
 
+    def outputs(self, config):
+        return self.heads.outputs(config)
+
     def check(self, config):
         self.heads.check(config)
-        self.policy.check(self.heads.outputs(config))
+        super().check(config)
 
     def init_params(self, config, target, key):
         return self.heads.init(config, target, key)

@@ -193,9 +193,12 @@ class Falcon(NetworkDrafter):
     name: ClassVar[str] = "falcon"
     taps: ClassVar[tuple[str, ...]] = ("post_norm",)
 
+    def outputs(self, config):
+        return self.heads.outputs(config)
+
     def check(self, config):
         self.heads.check(config)
-        self.policy.check(self.heads.outputs(config))
+        super().check(config)
 
     def init_params(self, config, target, key):
         return self.heads.init(config, target, key)

@@ -59,6 +59,10 @@ class Nested(DraftModel):
                 f"the last, got {list(self.thresholds)}"
             )
 
+    @property
+    def confident(self) -> bool:
+        return True
+
     def check(self, config):
         if self.model.encoder_layers:
             raise UserError(f"{self.name} has exits of a decoder, and this model is an encoder-decoder")

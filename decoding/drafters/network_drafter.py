@@ -11,6 +11,7 @@ from flax import struct
 from decoding.drafter import CostPart, Drafter, TargetView
 from decoding.policies import DraftNetwork, Static, TreePolicy
 from decoding.trees import Topology
+from models.config import TransformerConfig
 from models.transformer import Params
 
 
@@ -68,8 +69,23 @@ class NetworkDrafter(Drafter):
     def rule(self, greedy):
         return self.policy.rule(greedy)
 
+    def outputs(self, config: TransformerConfig) -> int:
+        """Tokens that the network's distributions are over."""
+        return config.vocab_size
+
+    @property
+    def blind(self) -> int:
+        """Levels that the network guesses whatever the parents are; 0 where a guess depends on the path."""
+        return 0
+
+    @property
+    def confident(self) -> bool:
+        """Whether the network says how probably a candidate survives verification."""
+        return False
+
     def check(self, config):
-        self.policy.check(config.vocab_size)
+        self.policy.check(self.outputs(config))
+        self.policy.check_network(self.blind, self.confident)
 
     def network(self, params, target: TargetView, state: Any) -> DraftNetwork:
         """The network in the middle of the text."""

@@ -69,6 +69,10 @@ class PEagle(EagleDrafter):
     policy: TreePolicy = dataclasses.field(default_factory=functools.partial(Static, chain(DEPTH), "top"))
     name: ClassVar[str] = "p_eagle"
 
+    @property
+    def blind(self) -> int:
+        return self.policy.max_depth
+
     def for_decoding(self, params, mesh=None):
         layers = transformer.for_decoding({"layers": [params["layer"], *params["blocks"]]}, mesh)["layers"]
         rest = {name: part for name, part in params.items() if name not in ("layer", "blocks")}

@@ -10,11 +10,10 @@ is a function of the tokens before its slot, so these do:
 
 * `until`, the cut at the first slot below a threshold;
 * `admit`, which takes slots in the order of falling a and *stops at the first that does not pay*: along a row a falls,
-  so all that was looked at before slot k came before it;
-* `within`, the `budget` largest a, for a budget that comes from older steps (`best_budget`).
+  so all that was looked at before slot k came before it.
 
-`best_budget` of the same step does not: slot k + 1, whose confidence depends on token k, may pay for slot k. Nor does
-the probability of a drawn token itself, unless tokens are not drawn but the best.
+The number of slots with the largest theta of the same step does not: slot k + 1, whose confidence depends on token k,
+may pay for slot k. Nor does the probability of a drawn token itself, unless tokens are not drawn but the best.
 """
 
 import jax.numpy as jnp
@@ -38,34 +37,12 @@ def admit(reached: Float[Array, "B D"], speed: Float[Array, "S"]) -> Int[Array, 
       reached: a.
       speed: steps per second of forwards over 1, 2, .. S rows; larger ones are as fast as the last.
     """
-    order, theta = _theta(reached, speed)
-    pays = jnp.cumprod((theta[1:] > theta[:-1]).astype(jnp.int32))
-    return _lengths(reached, order, jnp.sum(pays))
-
-
-def best_budget(reached: Float[Array, "B D"], speed: Float[Array, "S"]) -> Int[Array, ""]:
-    """Slots in all that are worth the most, however theta goes up and down; of an older step's a, or it is lossy."""
-    return jnp.argmax(_theta(reached, speed)[1]).astype(jnp.int32)
-
-
-def within(reached: Float[Array, "B D"], budget: Int[Array, ""]) -> Int[Array, "B"]:
-    """Slots of every row when the `budget` most probable ones of all are verified."""
-    return _lengths(reached, _order(reached), budget)
-
-
-def _order(reached):
-    """Slots by falling a, `[D * B]`; of equal ones the earlier slot comes first, so that none overtakes its elder."""
-    return jnp.argsort(-reached.T.ravel(), stable=True)
-
-
-def _theta(reached, speed):
     batch = reached.shape[0]
-    order = _order(reached)
+    # Slots by falling a, `[D * B]`; of equal ones the earlier slot comes first, so that none overtakes its elder.
+    order = jnp.argsort(-reached.T.ravel(), stable=True)
     tokens = batch + jnp.arange(reached.size + 1)
     gained = jnp.concatenate([jnp.zeros(1, reached.dtype), jnp.cumsum(reached.T.ravel()[order])])
-    return order, (batch + gained) * speed[jnp.minimum(tokens, len(speed)) - 1]
-
-
-def _lengths(reached, order, count):
+    theta = (batch + gained) * speed[jnp.minimum(tokens, len(speed)) - 1]
+    count = jnp.sum(jnp.cumprod((theta[1:] > theta[:-1]).astype(jnp.int32)))
     rank = jnp.zeros(order.shape, jnp.int32).at[order].set(jnp.arange(len(order), dtype=jnp.int32))
     return jnp.sum((rank < count).reshape(reached.T.shape), axis=0, dtype=jnp.int32)

@@ -78,4 +78,8 @@ class Confidence(TreePolicy):
 
     def with_budget(self, candidates, acceptance=None):
         made = self.top_k + (self.depth - 1) * self.top_k**2
-        return dataclasses.replace(self, total=candidates + 1) if candidates <= made else None
+        if candidates > made:
+            return None
+        # Of the best n no candidate is deeper than n, and none has n better ones in its level or among its siblings.
+        top_k, depth = min(self.top_k, candidates), min(self.depth, candidates)
+        return dataclasses.replace(self, top_k=top_k, depth=depth, total=candidates + 1)

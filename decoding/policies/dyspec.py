@@ -88,4 +88,5 @@ class DySpec(TreePolicy):
         )
 
     def with_budget(self, candidates, acceptance=None):
-        return dataclasses.replace(self, budget=candidates, width=min(candidates, self.width))
+        sizes = {name: min(candidates, getattr(self, name)) for name in ("depth", "width", "branch")}
+        return dataclasses.replace(self, budget=candidates, **sizes)

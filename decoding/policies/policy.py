@@ -176,6 +176,11 @@ class TreePolicy:
     def check(self, vocab_size: int) -> None:
         """Raises UserError when a network of `vocab_size` outputs cannot grow this."""
 
+    def check_network(self, blind: int, confident: bool) -> None:
+        """Raises UserError when a network cannot grow this that guesses `blind` levels whatever the parents are, and
+        that says how sure it is of a candidate or does not.
+        """
+
     def to_record(self) -> dict:
         """As `drafter.json` has it."""
         fields = {field.name: schema.resolved(getattr(self, field.name)) for field in dataclasses.fields(self)}
@@ -198,9 +203,14 @@ class TreePolicy:
         """
         return None
 
-    def calibrated(self, temperatures: Sequence[float]) -> "TreePolicy | None":
+    def calibrated(self, temperatures: Sequence[float], speed: Sequence[float] = ()) -> "TreePolicy | None":
         """The same policy, dividing the logits of a chain's confidences by these, slot by slot; by nothing where there
-        are none. None for one that does not go by them (`decoding/calibration.py`)."""
+        are none. None for one that does not go by them (`decoding/calibration.py`).
+
+        Args:
+          temperatures: by slot.
+          speed: steps per second of target forwards over 1, 2, .. rows; empty keeps those that the policy has.
+        """
         return None
 
     def with_budget(self, candidates: int, acceptance: Acceptance | None = None) -> "TreePolicy | None":

@@ -22,6 +22,8 @@ from decoding.policies.static import Static
 from decoding.trees import chain
 from models.errors import UserError
 
+_UNSURE = "the policy scheduled cuts chains by confidence, and this draft network has no confidence head"
+
 
 @dataclasses.dataclass(frozen=True)
 class Scheduled(TreePolicy):
@@ -30,7 +32,8 @@ class Scheduled(TreePolicy):
     Attributes:
       depth: slots.
       threshold: confidence below which a slot and all behind it are left out; 0 leaves none out.
-      speed: steps per second of target forwards over 1, 2, .. rows, of the whole batch; empty admits all.
+      speed: steps per second of target forwards over 1, 2, .. rows, of the whole batch, as `eval.tree --calibrate
+        --speed` measures them; empty admits all.
       temperatures: of the confidences' logits, by slot (`decoding/calibration.py`); empty is 1 for all.
       draws: `without` draws every slot, `top` takes its best token.
     """
@@ -74,6 +77,10 @@ class Scheduled(TreePolicy):
     def rule(self, greedy):
         return self._chain.rule(greedy)
 
+    def check_network(self, blind: int, confident: bool) -> None:
+        if not confident:
+            raise UserError(_UNSURE)
+
     def grow(self, network, root, keys, sampling):
         grown, confidence_BD = self.uncut(network, root, keys, sampling)
         lengths_B = self._lengths(confidence_BD)
@@ -85,8 +92,8 @@ class Scheduled(TreePolicy):
         grown = self._chain.grow(heard, root, keys, sampling)
         return grown, jnp.concatenate(heard.confidences, axis=1)
 
-    def calibrated(self, temperatures):
-        return dataclasses.replace(self, temperatures=tuple(temperatures))
+    def calibrated(self, temperatures, speed=()):
+        return dataclasses.replace(self, temperatures=tuple(temperatures), speed=tuple(speed) or self.speed)
 
     def _lengths(self, confidence_BD: Float[Array, "B D"]):
         if self.temperatures:
@@ -123,8 +130,6 @@ class _Heard:
 
     def _kept(self, scores: Scores, scratch: Any):
         if scores.confidence is None:
-            raise UserError(
-                "the policy scheduled cuts chains by confidence, and this draft network has no confidence head"
-            )
+            raise UserError(_UNSURE)
         self.confidences.append(scores.confidence)
         return scores, scratch

@@ -27,6 +27,11 @@ from decoding.trees import TokenTree
 from models.errors import UserError
 from models.sharding import gather_rows
 
+_OF_PATHS = (
+    "a tree of independent slots needs a network that guesses a block at once, every slot by itself: this one's "
+    "guesses depend on the path, for which there is the policy 'confidence'"
+)
+
 
 class Ranked(NamedTuple):
     """The K best tokens of D slots, best first, with their log-probabilities, and the network's scratch."""
@@ -46,10 +51,7 @@ def ranked_slots(network: DraftNetwork, root: Int[Array, "B"], depth: int, count
     scores, scratch = network.begin(root, depth)
     for level in range(1, depth + 1):
         if scores.row is None or scores.logits.shape[1] != 1:
-            raise UserError(
-                "a tree of independent slots needs a network that guesses a block at once, every slot by itself: this "
-                "one's guesses depend on the path, for which there is the policy 'confidence'"
-            )
+            raise UserError(_OF_PATHS)
         logits = gather_rows(scores.logits)
         best, outputs = best_logits(logits, min(count, logits.shape[-1]))
         # Rounding must let no path be worth more than its beginning.
@@ -100,11 +102,24 @@ class _OfSlots(TreePolicy):
     def rule(self, greedy):
         return "point"
 
+    def check_network(self, blind: int, confident: bool) -> None:
+        if not blind:
+            raise UserError(_OF_PATHS)
+        if self.depth > blind:
+            raise UserError(
+                f"a tree of independent slots is {self.depth} deep, but of this network's guesses only those of "
+                f"{blind} slots do not depend on the path"
+            )
+
     def with_budget(self, candidates, acceptance=None):
         try:
-            return dataclasses.replace(self, total=candidates + 1)
+            return dataclasses.replace(self, depth=min(self.depth, self._reach(candidates)), total=candidates + 1)
         except UserError:
             return None
+
+    def _reach(self, candidates: int) -> int:
+        """Depth that no tree of so many candidates exceeds: slots behind it need not be read."""
+        return candidates
 
 
 @dataclasses.dataclass(frozen=True)
@@ -159,6 +174,10 @@ class Expanding(_OfSlots):
     def check(self, vocab_size: int) -> None:
         if self.width > vocab_size:
             raise UserError(f"a tree of slots asks for the {self.width} best of {vocab_size} tokens")
+
+    def _reach(self, candidates: int) -> int:
+        """As many levels as nodes get children."""
+        return -(-candidates // self.width)
 
     def grow(self, network, root, keys, sampling):
         batch, width = root.shape[0], self.width

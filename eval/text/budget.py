@@ -35,18 +35,19 @@ def parse_any_policy(text: str) -> TreePolicy:
 class Fitter:
     """Fits one drafter to budgets. Calibrates once, where there is a static topology to choose."""
 
-    def __init__(self, drafter: Drafter, policy: str, decode: Callable[[Drafter], Stats]):
+    def __init__(self, drafter: Drafter, policy: str | None, decode: Callable[[Drafter], Stats]):
         """Prepares the fits.
 
         Args:
           drafter: to be fitted.
-          policy: for drafters that have a policy what `parse_any_policy` reads; "" for all others.
+          policy: for drafters that have a policy what `parse_any_policy` reads; "" for all others. None lets trees grow as
+            they do now.
           decode: decodes the calibration prompts with a drafter.
 
         Raises:
           UserError: a policy for a drafter without, or none for one with.
         """
-        if drafter.tree_policy is not None and not policy:
+        if drafter.tree_policy is not None and policy == "":
             raise UserError(
                 f"which policy makes the trees of {drafter.name}? Say @POLICY, {', '.join(PUBLISHED)} for instance"
             )
@@ -57,10 +58,11 @@ class Fitter:
 
     def fit(self, budget: int) -> Drafter | None:
         """The drafter with exactly `budget` candidates; None where it cannot have so many."""
-        return self._drafter.with_budget(budget, self._acceptance)
+        return self._drafter.with_budget(budget, self.acceptance)
 
     @functools.cached_property
-    def _acceptance(self) -> Acceptance | None:
+    def acceptance(self) -> Acceptance | None:
+        """How often guesses are right; None for one whose trees need no counts."""
         probing = self._drafter.probing()
         if probing is None:
             return None

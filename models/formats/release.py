@@ -7,9 +7,11 @@ complains about any that nobody took. So a converter cannot miss a tensor that c
 
 import contextlib
 import hashlib
+import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -18,6 +20,33 @@ from models.errors import UserError
 from models.formats.storage import refuse_non_finite
 from models.formats.text_files import read_json
 from models.formats.weights import Stored, find_weights, open_weights
+
+# Entries of `config.json` that shape a layer, and those that say how far back it looks.
+LAYER_KEYS = (
+    "vocab_size",
+    "hidden_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "intermediate_size",
+    "hidden_act",
+    "rms_norm_eps",
+    "max_position_embeddings",
+    "rope_theta",
+    "rope_scaling",
+    "rope_parameters",
+)
+WINDOW_KEYS = ("layer_types", "sliding_window", "use_sliding_window", "max_window_layers")
+# Entries that change what is computed, and the values with which they do not.
+_NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "partial_rotary_factor": (None, 1),
+    "output_multiplier": (None, 1),
+    "input_embedding_scale": (None, 1),
+    "conv_kernel_size": (None, 2),
+    "conv_group_size": (None, 16),
+}
+_TELLING = ("rope", "window", "attention_scal", "logit_scal", "softcap")  # In names of entries that nobody may skip.
 
 
 class Release:
@@ -107,3 +136,15 @@ def digest(path: Path) -> str:
     """SHA-256 of a file."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def refuse_settings(said: Mapping[str, Any], where: str) -> None:
+    """Checks that a part of a `config.json` has no entry which a drafter's network would compute differently.
+
+    Raises:
+      UserError: it has one; `where` is the part's name, to which the entry's is added.
+    """
+    for key, value in said.items():
+        skipped = key not in (*LAYER_KEYS, *WINDOW_KEYS) and any(word in key for word in _TELLING)
+        if value not in _NEUTRAL.get(key, (value,)) or (skipped and value is not None):
+            raise UserError(f"{where}{key} = {json.dumps(value)} is not supported")

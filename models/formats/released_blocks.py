@@ -12,35 +12,14 @@ from typing import Any
 from models.config import TransformerConfig
 from models.errors import UserError
 from models.formats.hf_config import config_from_hf
-from models.formats.release import Release
+from models.formats.release import LAYER_KEYS, WINDOW_KEYS, Release, refuse_settings
 from models.formats.released_heads import ROTARY, Converted, assemble, check_copy
 from models.formats.target import Target
 from models.heads.dflash import DFlashHeads, Selector
 from models.heads.eagle import LayerShape
 
 # Entries of `config.json` that shape a layer; and those of `dflash_config` that this network has a place for.
-_LAYER_KEYS = (
-    "attention_bias",
-    "vocab_size",
-    "hidden_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "head_dim",
-    "intermediate_size",
-    "hidden_act",
-    "rms_norm_eps",
-    "max_position_embeddings",
-    "rope_theta",
-    "rope_scaling",
-    "rope_parameters",
-    "partial_rotary_factor",
-    "mlp_bias",
-    "layer_types",
-    "sliding_window",
-    "use_sliding_window",
-    "max_window_layers",
-)
+_LAYER_KEYS = ("attention_bias", "mlp_bias", *LAYER_KEYS, *WINDOW_KEYS)
 _BLOCK_KEYS = (
     "block_size",
     "mask_token_id",
@@ -52,14 +31,6 @@ _BLOCK_KEYS = (
     "conv_kernel_size",
     "conv_group_size",
 )
-# Entries that change what is computed, and the values with which they do not.
-_NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "output_multiplier": (None, 1),
-    "input_embedding_scale": (None, 1),
-    "conv_kernel_size": (None, 2),
-    "conv_group_size": (None, 16),
-}
-_TELLING = ("rope", "window", "attention_scal", "logit_scal", "softcap")  # In names of entries that nobody may skip.
 _CAUSAL = ("dflash_config.causal_head", "dflash_config.causal", "is_causal")
 
 
@@ -172,12 +143,7 @@ def _said(release: Release) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
         if key not in _BLOCK_KEYS:
             raise UserError(f"{where}: dflash_config.{key} = {json.dumps(inner[key])} is not supported")
     for place, part in (("", said), ("dflash_config.", inner)):
-        for key, neutral in _NEUTRAL.items():
-            if part.get(key) not in neutral:
-                raise UserError(f"{where}: {place}{key} = {json.dumps(part[key])} is not supported")
-    for key, value in said.items():
-        if value is not None and key not in _LAYER_KEYS and any(word in key for word in _TELLING):
-            raise UserError(f"{where}: {key} = {json.dumps(value)} is not supported")
+        refuse_settings(part, f"{where}: {place}")
     return said, inner
 
 

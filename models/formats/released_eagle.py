@@ -14,29 +14,12 @@ import numpy as np
 from models.config import TransformerConfig
 from models.errors import UserError
 from models.formats.hf_config import config_from_hf
-from models.formats.release import Release
+from models.formats.release import LAYER_KEYS, Release, refuse_settings
 from models.formats.released_heads import ROTARY, Converted, assemble, check_copy, layer_names, same
 from models.formats.target import Target
 from models.heads.eagle import EAGLE_31, Eagle3Heads, EagleHeads, LayerShape, eagle3_layers
 from models.heads.p_eagle import PEagleHeads
 from models.linear import whole_table
-
-# The entries of `config.json` that shape the one layer of an EAGLE network.
-_LAYER_KEYS = (
-    "vocab_size",
-    "hidden_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "head_dim",
-    "intermediate_size",
-    "hidden_act",
-    "rms_norm_eps",
-    "max_position_embeddings",
-    "rope_theta",
-    "rope_scaling",
-    "rope_parameters",
-)
 
 
 def eagle(release: Release, base: Target) -> Converted:
@@ -323,7 +306,9 @@ def draft_layer(
     shape = release.config.get("transformer_layer_config", release.config)
     if not isinstance(shape, dict):
         raise UserError(f"{where} says transformer_layer_config = {json.dumps(shape)}, expected an object")
-    _refuse_windows(shape, where)
+    for part in (release.config, shape):
+        refuse_settings(part, f"{where}: ")
+        _refuse_windows(part, where)
     sizes = {
         "model_type": "llama",
         "vocab_size": config.vocab_size,
@@ -332,7 +317,7 @@ def draft_layer(
         "num_attention_heads": config.num_heads,
         "intermediate_size": config.mlp_width,
     }
-    said = {key: value for key, value in shape.items() if key in _LAYER_KEYS}
+    said = {key: value for key, value in shape.items() if key in LAYER_KEYS}
     draft = config_from_hf({**sizes, **said, **fixed}, where)
     for field, wanted in {"width": config.width, "num_layers": count, "activation": "silu"}.items():
         if getattr(draft, field) != wanted:

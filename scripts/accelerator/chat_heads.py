@@ -20,50 +20,59 @@ class Head:
       config: its file in `configs/`.
       changes: what differs from it.
       trees: of each way to grow its tree the name and the policy, as `eval.acceptance` takes it.
+      timed: the policy with which it decodes by the clock, as `eval.tree` takes it; "" is the tree it was trained with.
       vocabulary: whether it has a draft vocabulary.
     """
 
     config: str
     changes: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     trees: Mapping[str, str] = dataclasses.field(default_factory=lambda: {"": ""})
+    timed: str = ""
     vocabulary: bool = False
 
 
 _MUON = {"optimizer.learning_rate": 4e-3}
 # As many layers of the target are read as the network has, or as EAGLE-3 reads.
 _BLOCKS = {"optimizer.learning_rate": 3e-3, "objective.anchors": 128, "objective.taps": 3}
+# As in the published comparison (docs/results.md), which was made before there were draft vocabularies.
+_WHOLE = {**_BLOCKS, "objective.taps": 5}
+_SPARK = {"objective.rank": 128, "objective.candidates": 64}
 # The paper's 2 x 2 is with and without glancing, with the tree of several passes and with a chain.
 _FALCON = {"tree": "top", "chain": "chain"}
 _SLOTS = {"chain": "chain", "tree": "slots:depth=7"}
 _JETSPEC = {"tree": "accum_logp:depth=7", "best_tree": "slots:depth=7"}
+_DSPARK = {
+    "chain": "chain",
+    "scheduled": "scheduled:threshold=0.3,draws=top",
+    "lattice": "confidence:top_k=4,depth=7",
+}
+# By the clock all have 16 candidates.
+_EAGLE_TIMED = "confidence:top_k=8,depth=5,total=17"
+_PASSES_TIMED = "confidence:top_k=4,depth={},total=17"
+_SLOTS_TIMED = "slots:depth=7,total=17"
 
 HEADS: dict[str, Head] = {
-    "eagle3": Head("eagle3.py", _MUON, {"": "confidence"}, vocabulary=True),
+    "eagle3": Head("eagle3.py", _MUON, {"": "confidence"}, _EAGLE_TIMED, vocabulary=True),
     "eagle3_adamw": Head(
         "eagle3.py",
         {"optimizer.name": "adamw", "optimizer.learning_rate": 1e-3, "optimizer.weight_decay": 0.01},
         {"": "confidence"},
+        _EAGLE_TIMED,
         vocabulary=True,
     ),
     "hydra_pp": Head("hydra_pp.py"),
     "medusa": Head("medusa.py", _MUON),
-    "falcon": Head("falcon.py", _MUON, _FALCON),
-    "falcon_unglanced": Head("falcon.py", {**_MUON, "objective.glancing": "off"}, _FALCON),
-    "falcon_3": Head("falcon.py", {**_MUON, "objective.block": 3}, {"tree": "top"}),
-    "dflash": Head("dflash.py", _BLOCKS, _SLOTS, vocabulary=True),
-    "dflash_whole": Head("dflash.py", _BLOCKS, _SLOTS),
-    "dspark": Head(
-        "dspark.py",
-        {**_BLOCKS, "objective.rank": 128, "objective.candidates": 64},
-        {
-            "chain": "chain",
-            "scheduled": "scheduled:threshold=0.3,draws=top",
-            "lattice": "confidence:top_k=4,depth=7",
-        },
-        vocabulary=True,
-    ),
-    "jetspec": Head("jetspec.py", _BLOCKS, _JETSPEC, vocabulary=True),
-    "jetspec_1": Head("jetspec.py", {**_BLOCKS, "objective.num_layers": 1}, _JETSPEC, vocabulary=True),
+    "falcon": Head("falcon.py", _MUON, _FALCON, _PASSES_TIMED.format(4)),
+    "falcon_unglanced": Head("falcon.py", {**_MUON, "objective.glancing": "off"}, _FALCON, _PASSES_TIMED.format(4)),
+    "falcon_3": Head("falcon.py", {**_MUON, "objective.block": 3}, {"tree": "top"}, _PASSES_TIMED.format(3)),
+    "falcon_4": Head("falcon.py", {**_MUON, "objective.block": 4}, {"tree": "top"}, _PASSES_TIMED.format(4)),
+    "dflash": Head("dflash.py", _BLOCKS, _SLOTS, _SLOTS_TIMED, vocabulary=True),
+    "dflash_whole": Head("dflash.py", _WHOLE, _SLOTS, _SLOTS_TIMED),
+    "dspark": Head("dspark.py", {**_BLOCKS, **_SPARK}, _DSPARK, _PASSES_TIMED.format(7), vocabulary=True),
+    "dspark_whole": Head("dspark.py", {**_WHOLE, **_SPARK}, _DSPARK, _PASSES_TIMED.format(7)),
+    "jetspec": Head("jetspec.py", _BLOCKS, _JETSPEC, _SLOTS_TIMED, vocabulary=True),
+    "jetspec_1": Head("jetspec.py", {**_BLOCKS, "objective.num_layers": 1}, _JETSPEC, _SLOTS_TIMED, vocabulary=True),
+    "jetspec_whole": Head("jetspec.py", _WHOLE, _JETSPEC, _SLOTS_TIMED),
 }
 
 

@@ -8,7 +8,7 @@
     2. chats         scripts.continue_dataset: the target's own prompts and answers, unless --chats holds them
     3. train         the --heads (`chat_heads.py`), side by side on one device
     4. acceptance    eval.acceptance of each and of all its trees, side by side, greedily and at 0.7
-    5. decode        eval.main: wall-clock beside plain decoding, alone on the device
+    5. decode        eval.main: wall-clock of each with one tree beside plain decoding, alone on the device, likewise
     6. speed         eval.speed on the target's shape
     7. sized         eval.main: drafters named without a number, sized by cost, for 1, 4 and 16 texts at once
 
@@ -47,7 +47,6 @@ from scripts.pack_drafter import packed
 from train.data.text_building import write_dataset
 from train.data.texts import Document, open_split
 
-TIMED = ("eagle3", "hydra_pp")  # Heads whose wall-clock is measured.
 WARM_UP = 0.04  # Share of the steps.
 TIMED_STEPS = 30  # Enough to tell how long a step takes.
 KEPT = (".json", ".jsonl", ".html", ".log")
@@ -134,14 +133,29 @@ def acceptance(args: argparse.Namespace, target: Path) -> list[Part]:
     return parts
 
 
-def decode(args: argparse.Namespace, target: Path) -> Part:
-    """The benchmark, of those heads that there are."""
-    drafters = [args.out / name / "drafter" for name in TIMED]
+def timed_trees(args: argparse.Namespace, target: Path) -> list[Part]:
+    """Parts that give every head the tree with which it is timed."""
+    parts = []
+    for name in args.heads:
+        drafter, policy = args.out / name / "drafter", HEADS[name].timed
+        command = ["eval.tree", "--target", str(target), "--drafter", str(drafter), "--policy", policy, "--write"]
+        if policy:
+            parts.append(Part(f"tree_{name}", command, drafter / "drafter.json"))
+    return parts
+
+
+def decode(args: argparse.Namespace, target: Path) -> list[Part]:
+    """The benchmark, of those heads that there are, greedily and at 0.7."""
+    drafters = [args.out / name / "drafter" for name in args.heads]
     found = [str(path) for path in drafters if (path / "drafter.json").exists()]
-    command = ["eval.main", "--config=configs/eval/decode.py", f"--config.target={target}", "--config.chat=true"]
-    command += [f"--config.drafters={','.join(['none', *found])}", f"--config.prompts={args.questions}"]
-    command += [f"--config.num_prompts={args.decode_prompts}", f"--config.max_new_tokens={args.new_tokens}"]
-    return Part("decode", [*command, "--config.repeats=2", f"--config.out={args.out / 'decode'}"], quick=False)
+    common = ["eval.main", "--config=configs/eval/decode.py", f"--config.target={target}", "--config.chat=true"]
+    common += [f"--config.drafters={','.join(['none', *found])}", f"--config.prompts={args.questions}"]
+    common += [f"--config.num_prompts={args.decode_prompts}", f"--config.max_new_tokens={args.new_tokens}"]
+    parts = []
+    for label, temperature in (("decode", "0.0"), ("decode_sampled", "0.7")):
+        own = [f"--config.sampling.temperature={temperature}", f"--config.out={args.out / label}"]
+        parts.append(Part(label, [*common, "--config.repeats=2", *own], quick=False))
+    return parts
 
 
 def decode_sized(args: argparse.Namespace, target: Path) -> list[Part]:
@@ -319,7 +333,9 @@ def everything(args: argparse.Namespace, job: Job) -> None:
         job.run(acceptance(args, target), args.acceptance_seconds)
         pack(args)
         if job.left > 20 and not args.untimed:
-            job.run([decode(args, target)], job.left - 5)
+            job.run(timed_trees(args, target), job.left - 5)
+            for part in decode(args, target):
+                job.run([part], job.left - 5)
     if job.left > 20 and not args.untimed:
         speed = ["eval.speed", "--shape", str(target), "--sections", "bandwidth,plain", "--rounds", "5"]
         job.run([Part("speed", [*speed, "--out", str(args.out / "speed.json")], quick=False)], job.left - 5)

@@ -35,7 +35,7 @@ from decoding.drafters.plain import Plain
 from decoding.drafters.prompt_lookup import PromptLookup
 from decoding.drafters.registry import load_drafter
 from decoding.drafters.token_recycling import TokenRecycling
-from decoding.policies import Confidence, DySpec, Expanding, Scheduled, Static, StochasticBeam, TreePolicy
+from decoding.policies import Confidence, DySpec, Expanding, Scheduled, Slots, Static, StochasticBeam, TreePolicy
 from decoding.trees import Topology, chain, from_child_counts
 from models import transformer
 from models.config import TransformerConfig
@@ -133,6 +133,13 @@ def dspark(target: Target, key: Array) -> tuple[Drafter, Any]:
     return drafter, {**params, "draft_vocab": known}
 
 
+def domino(target: Target, key: Array) -> tuple[Drafter, Any]:
+    """A block whose slots are told the whole path by a GRU, the first of them not."""
+    heads = DFlashHeads((0, 1), target.config.vocab_size - 1, num_layers=1, block=4)
+    serial = SerialHead("gru", 4, 6, plain=1, confidence="none")
+    return _random(DSpark(heads, Static(LOPSIDED, "top"), serial), target, key)
+
+
 def eagle31(target: Target, key: Array) -> tuple[Drafter, Any]:
     """EAGLE-3.1: every norm that EAGLE-3 can have at once."""
     heads = Eagle3Heads(0, 1, 1, fc_norm=True, norm_before_residual=True, norm_output=True)
@@ -151,6 +158,12 @@ def dflash(target: Target, key: Array) -> tuple[Drafter, Any]:
     """Blocks in a sliding window, with convolutions; a static tree on their slots."""
     heads = DFlashHeads((0, 1), target.config.vocab_size - 1, num_layers=1, block=5, window=6, convolution=True)
     return _random(DFlash(heads, Static(BROAD, "top")), target, key)
+
+
+def dflash_slots(target: Target, key: Array) -> tuple[Drafter, Any]:
+    """The most valuable candidates of all, a tree whose topology is data."""
+    heads = DFlashHeads((0, 1), target.config.vocab_size - 1, num_layers=1, block=4)
+    return _random(DFlash(heads, Slots(depth=3, total=9)), target, key)
 
 
 def dflash2(target: Target, key: Array) -> tuple[Drafter, Any]:
@@ -237,9 +250,11 @@ CASES: dict[str, Callable[[Target, Array], tuple[Drafter, Any]]] = {
     "eagle3": eagle3,
     "eagle3 static": eagle3_static,
     "dspark": dspark,
+    "domino": domino,
     "eagle3.1": eagle31,
     "p_eagle": p_eagle,
     "dflash": dflash,
+    "dflash slots": dflash_slots,
     "dflash2": dflash2,
     "jetspec": jetspec,
     "falcon": falcon,
@@ -262,6 +277,8 @@ VARIANTS = (
     "nested",
     "eagle",
     "p_eagle",
+    "domino",
+    "dflash slots",
     "dflash2",
     "jetspec",
     "falcon recurrent",
@@ -335,7 +352,13 @@ def _random_params(shape: TransformerConfig, scale: float, seed: int, dtype, wid
 TRAINED = os.environ.get("TANDEM_TRAINED", "")
 # Random weights are so large that their text is lively only at high temperatures.
 WARM = 1.0 if TRAINED else 6.0
-_TRAINED_AS = {"hydra++": "hydra_pp", "eagle2": "eagle", "eagle3 static": "eagle3", "eagle3.1": "eagle3"}
+_TRAINED_AS = {
+    "hydra++": "hydra_pp",
+    "eagle2": "eagle",
+    "eagle3 static": "eagle3",
+    "eagle3.1": "eagle3",
+    "dflash slots": "dflash",
+}
 
 
 def battery_target() -> Target:

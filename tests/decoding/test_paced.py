@@ -81,6 +81,7 @@ SLOW = [
     ("p_eagle", 4),
     ("dflash", 4),
     ("dspark", 4),
+    ("falcon", 4),
 ]
 
 

@@ -1,21 +1,25 @@
 """The walk through ranks is the loop itself; the search follows costs and accuracies; the command writes the tree."""
 
 import dataclasses
+import functools
 import json
 import pathlib
 import shutil
+import types
 
 import jax
 import numpy as np
 import pytest
 
 from decoding.calibration import recorded_drafts, sequential_temperatures
+from decoding.drafters.dflash import DFlash
 from decoding.drafters.dspark import DSpark
 from decoding.drafters.eagle import Eagle
 from decoding.drafters.registry import load_drafter, save_drafter
 from decoding.generate import generate
-from decoding.policies import Static
+from decoding.policies import Slots, Static
 from decoding.policies.scheduled import Scheduled
+from decoding.stats import Stats
 from decoding.tree_search import walk
 from decoding.trees import Topology, chain, from_child_counts
 from eval import tree as command
@@ -196,8 +200,71 @@ def test_confidences_are_calibrated_on_drafts_that_were_verified(
     assert written == Scheduled(depth=2, threshold=0.4, draws="top", temperatures=tuple(found.tolist()))
 
 
-def test_command_refuses_what_has_no_heads(target_directory, capsys) -> None:
+def test_speed_is_that_of_measured_forwards(target, costs, monkeypatch) -> None:
+    costs(lambda rows: {1: 1.0, 2: 2.0, 3: 1.5, 4: 4.0, 6: 8.0}[rows], 0.0)
+    # A larger forward is never faster, and five rows lie between four and six.
+    assert command.forward_speed(target, 40, 6, 1) == [1000.0, 500.0, 500.0, 250.0, pytest.approx(166.67), 125.0]
+
+
+@pytest.fixture
+def networks(target: Target, tmp_path: pathlib.Path) -> dict[str, pathlib.Path]:
+    """Networks with a static policy and with a dynamic one, of random parameters."""
+    blocks = DFlashHeads((1,), 0, num_layers=1, block=4)
+    for name, drafter in {
+        "static": DFlash(blocks, Static(chain(3), "top")),
+        "dynamic": DFlash(blocks, Slots(3, 8)),
+    }.items():
+        shapes = jax.eval_shape(functools.partial(drafter.init_params, target.config), target.params, jax.random.key(0))
+        save_drafter(tmp_path / name, drafter, drawn(shapes, 0.3), target.fingerprint())
+    return {name: tmp_path / name for name in ("static", "dynamic")}
+
+
+@pytest.fixture
+def decoded(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Candidates of the trees with which prompts were decoded; the first guess was right in 60%, the second in 20%."""
+    sizes: list[int] = []
+
+    def counts(target, prompts, *, drafter, **settings):
+        sizes.append(drafter.max_nodes - 1)
+        steps, accepted = 100_000, np.zeros(drafter.max_nodes)
+        if drafter.topology is not None:
+            tree = drafter.topology
+            for node in range(1, tree.size):
+                above = accepted[tree.parent[node]] if tree.parent[node] else steps
+                accepted[node] = above * (0.6, 0.2, 0.0)[min(tree.rank[node], 2)]
+        committed = int(steps * (1 + sizes[-1] ** 0.5))
+        return types.SimpleNamespace(stats=[Stats(steps, committed, np.zeros(drafter.max_depth), accepted)])
+
+    monkeypatch.setattr(command, "generate", counts)
+    return sizes
+
+
+@pytest.mark.parametrize("name", ["static", "dynamic"])
+def test_a_drafter_with_a_budget_gets_the_size_of_most_tokens_per_second(
+    name: str, target, networks, decoded, monkeypatch
+) -> None:
+    def measure(parts, rounds, progress):
+        rows = {part: int(part.partition(" ")[2] or 0) for part in parts}
+        return {part: Timing(*[1.0 + 0.1 * count + 0.2 * part.startswith("step")] * 2) for part, count in rows.items()}
+
+    monkeypatch.setattr(command, "measure", measure)
+    drafter, params = load_drafter(networks[name], target)
+    choice = command.choose_size(target, drafter, params, [[1, 2, 3]], max_nodes=16)
+    assert [candidate.rows for candidate in choice.table] == [2, 4, 8, 16]
+    assert choice.best == max(choice.table, key=lambda candidate: candidate.tokens_per_second)
+    if name == "dynamic":
+        assert choice.accuracy is None and decoded == [1, 3, 7, 15] and choice.tree == Slots(3, choice.best.rows)
+        return
+    # One decode with a wide tree tells all: chains of first guesses, then second ones.
+    assert len(decoded) == 1 and choice.accuracy is not None
+    assert choice.accuracy[0, :2].tolist() == pytest.approx([0.6, 0.2])
+    assert choice.table[0].acceptance == pytest.approx(1.6)
+    assert choice.table[1].acceptance == pytest.approx(1 + 0.6 + 0.36 + 0.216)
+    assert choice.tree.draws == "top" and choice.tree.max_nodes == choice.best.rows
+
+
+def test_command_refuses_what_has_no_size(target_directory, capsys) -> None:
     with pytest.raises(SystemExit) as stopped:
         command.main(["--target", str(target_directory), "--drafter", "none"])
     assert stopped.value.code == 2
-    assert "trees are searched for Medusa and Hydra heads" in capsys.readouterr().err
+    assert "none cannot be fitted to a budget" in capsys.readouterr().err

@@ -138,13 +138,26 @@ def test_packed_blocks_are_single_blocks_and_see_nothing_else(heads: DFlashHeads
 
 
 def test_fresh_convolutions_and_selectors_change_nothing() -> None:
-    target, *_ = case(FULL)
+    """What the network fills is what it fills without them, and a slot's candidates keep their scores."""
+    target, _, taps, inputs, _ = case(PLAIN)
     heads = dataclasses.replace(PLAIN, num_layers=1, convolution=True, selector=Selector(5, 4))
     fresh = jax.jit(lambda target: heads.init(CONFIG, target, jax.random.key(0)))(target)
     conv = fresh["layers"][0]["mlp_conv"]
-    assert conv["base"][:, 0].all() and not conv["base"][:, 1].any() and not conv["projection"]["kernel"].any()
-    assert not fresh["selector"]["successor"].any() and fresh["selector"]["predecessor"].any()
+    assert (conv["base"][:, 0] == 1).all() and not conv["base"][:, 1].any() and not conv["projection"]["kernel"].any()
     assert np.array_equal(fresh["norm"]["scale"], target["final_norm"]["scale"])
+
+    @jax.jit
+    def both(taps, inputs):
+        context = heads.context_rows(CONFIG, fresh, heads.fuse(CONFIG, fresh, taps), jnp.arange(TEXT)[None])
+        layout = heads.layout(jnp.asarray(ANCHORS), jnp.asarray(ANCHORS))
+        shapes = heads, dataclasses.replace(heads, convolution=False, selector=None)
+        filled = [shape.run(CONFIG, fresh, inputs, layout, context) for shape in shapes]
+        scores = jnp.arange(4.0)[None]
+        return filled, heads.scores_after(fresh, scores, jnp.array([[0, 3, 5, 7]]), filled[0][:, 1], jnp.array([[2]]))
+
+    (found, plain), scores = both(taps, inputs)
+    assert np.array_equal(found, plain) and np.ptp(found) > 1
+    assert np.array_equal(scores[0, 0], np.arange(4.0)) and np.asarray(fresh["selector"]["predecessor"]).any()
 
 
 def test_scores_of_pairs_of_tokens() -> None:

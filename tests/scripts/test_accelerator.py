@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
+from decoding.policies import parse_policy
 from decoding.stats import Counters, Stats
 from eval.text.budget import parse_any_policy
 from models.formats.scaled import read_scaled, whole_tensors
@@ -133,6 +134,8 @@ def test_every_head_is_measured_with_every_tree_of_its_own(tmp_path: Path) -> No
         assert (Path("configs") / head.config).exists()
         for policy in filter(None, head.trees.values()):
             parse_any_policy(policy)
+        if head.timed:
+            assert parse_policy(head.timed).max_nodes == 17
     args = arguments(tmp_path, "--heads", "dflash,medusa", "--sampled_budgets", "7")
     parts = accelerator.acceptance(args, Path("t"))
     assert [part.name for part in parts] == [
@@ -142,6 +145,22 @@ def test_every_head_is_measured_with_every_tree_of_its_own(tmp_path: Path) -> No
     ]
     assert f"dflash_tree={tmp_path}/dflash/drafter@slots:depth=7" in parts[1].command
     assert [part.command[part.command.index("--budgets") + 1] for part in parts[2:4]] == ["8,16,32", "7"]
+
+
+def test_every_head_that_was_trained_is_timed_with_one_tree(tmp_path: Path) -> None:
+    args = arguments(tmp_path, "--heads", "dflash,medusa,falcon_4")
+    for name in ("dflash", "medusa"):
+        (tmp_path / name / "drafter").mkdir(parents=True)
+        (tmp_path / name / "drafter" / "drafter.json").write_text("{}")
+    trees = {part.name: part.command for part in accelerator.timed_trees(args, Path("t"))}
+    # Heads that have a policy; Medusa's tree comes with it.
+    assert list(trees) == ["tree_dflash", "tree_falcon_4"]
+    assert trees["tree_dflash"][5:] == ["--policy", "slots:depth=7,total=17", "--write"]
+    parts = accelerator.decode(args, Path("t"))
+    assert [part.name for part in parts] == ["decode", "decode_sampled"] and not any(part.quick for part in parts)
+    for part, temperature in zip(parts, ("0.0", "0.7"), strict=True):
+        assert f"--config.sampling.temperature={temperature}" in part.command
+        assert f"--config.drafters=none,{tmp_path}/dflash/drafter,{tmp_path}/medusa/drafter" in part.command
 
 
 @pytest.mark.parametrize(

@@ -152,7 +152,9 @@ def test_anchors_are_drawn_where_a_block_can_begin():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("changes", [{}, {**DFLASH2, "d_pace": False}], ids=["dflash", "dflash2"])
+@pytest.mark.parametrize(
+    "changes", [{}, {**DFLASH2, "d_pace": False}, {**JETSPEC, "vocabulary": 0}], ids=["dflash", "dflash2", "jetspec"]
+)
 def test_the_loop_accepts_exactly_what_the_training_forward_says(changes, draft_setting, job, tmp_path):
     loop = {"loop_prompts": 4, "loop_tokens": 40}
     config = job(
@@ -185,6 +187,8 @@ def test_the_loop_accepts_exactly_what_the_training_forward_says(changes, draft_
         ({"d_pace": True, "pace": 4.0}, "objective.d_pace takes the place of objective.pace, got 4.0"),
         ({"candidates": -1}, "objective.candidates must not be negative, got -1"),
         ({"taps": 0}, "objective.taps must be at least 1"),
+        ({"target_layers": ()}, "objective.target_layers must name a layer, or be none to choose by objective.taps"),
+        ({"hybrid_of": "batch"}, "objective.hybrid_of is for objective.terms.hybrid, which is 0, got batch"),
         ({"masks": 3}, "unknown key objective.masks"),
     ],
 )

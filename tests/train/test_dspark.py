@@ -34,9 +34,10 @@ def log_softmax(logits):
 
 
 def by_block(objective, params, frozen, batch):
-    """Per block: logits of the slots with and without the serial head, the target's there, its confidences, labels, and
-    which of these count; every document alone and in full, as in a replay of decoding. With a draft vocabulary these
-    are its tokens alone, and what it lacks does not count."""
+    """Per block: logits of the slots with and without the serial head, the target's there, the mass of all of them, its
+    confidences, labels, which of these are learnt from, and which count at all; every document alone and in full, as in
+    a replay of decoding. With a draft vocabulary these are its tokens alone, and from what it lacks nothing is
+    learnt."""
     serial, model = objective.serial, objective.model
     tokens, segments, mask = (np.asarray(batch[name]) for name in ("tokens", "segments", "mask"))
     texts = [
@@ -68,9 +69,11 @@ def by_block(objective, params, frozen, batch):
                 end = min(len(text), a + DEPTH + 1)
                 there = (b, a - 1, slice(0, end - a - 1))
                 labels, taught = text[a + 1 : end], target[b, a : end - 1]
-                counted = labelled[a + 1 : end] & np.isin(labels, known) & np.isin(taught.argmax(axis=-1), known)
+                counted = labelled[a + 1 : end]
+                learnt = counted & np.isin(labels, known) & np.isin(taught.argmax(axis=-1), known)
+                mass = np.exp(log_softmax(taught))[:, known].sum(axis=-1, keepdims=True)
                 outputs = np.minimum(np.searchsorted(known, labels), len(known) - 1)
-                yield told[there], alone[there], taught[:, known], sure[there], outputs, counted
+                yield told[there], alone[there], taught[:, known], mass, sure[there], outputs, learnt, counted
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -87,23 +90,24 @@ def test_loss_equals_its_definition_block_by_block(name, draft_setting):
     else:
         total, weight = jax.jit(loss)(params, frozen, batch)
     sums = weights = blocks = broken = 0
-    for told, alone, target, sure, labels, counted in by_block(objective, params, frozen, batch):
-        broken += (~counted).any()
+    for told, alone, target, mass, sure, labels, learnt, counted in by_block(objective, params, frozen, batch):
+        broken += (~learnt).any()
         if name == "dspark":
-            counted = np.cumprod(counted) > 0
+            learnt, counted = np.cumprod(learnt) > 0, np.cumprod(counted) > 0
         logs = {"told": log_softmax(told), "alone": log_softmax(alone)}
         hard = {kind: -np.take_along_axis(log, labels[:, None], axis=-1)[:, 0] for kind, log in logs.items()}
         if name == "dspark":
-            apart = np.abs(np.exp(logs["told"]) - np.exp(log_softmax(target))).sum(axis=-1)
-            survives = 1 - apart / 2
+            q, p = np.exp(logs["told"]), np.exp(log_softmax(target))
+            apart = np.abs(q - p).sum(axis=-1)
+            survives = np.minimum(q, p * mass).sum(axis=-1)
             chance = 1 / (1 + np.exp(-sure))
             cross = -survives * np.log(chance) - (1 - survives) * np.log(1 - chance)
-            loss = 0.1 * hard["told"] + 0.9 * apart + 0.7 * cross
+            loss, everywhere = 0.1 * hard["told"] + 0.9 * apart, 0.7 * cross
         else:
-            loss = 0.2 * hard["told"] + 0.8 * hard["alone"]
+            loss, everywhere = 0.2 * hard["told"] + 0.8 * hard["alone"], 0
         pace = np.exp(-np.arange(len(counted)) / 2)
-        sums += np.sum(loss * pace * counted)
-        weights += np.sum(counted * pace)
+        sums += np.sum(loss * pace * learnt) + np.sum(everywhere * pace * counted)
+        weights += np.sum(learnt * pace)
         blocks += 1
     assert blocks > 5 and broken > 1
     assert (float(total), float(weight)) == (pytest.approx(sums, rel=1e-4), pytest.approx(weights, rel=1e-5))
@@ -195,7 +199,9 @@ def test_the_loop_accepts_exactly_what_the_training_forward_says(name, draft_set
         ("dspark", {"head": "gru"}, "objective.head must be one of 'vanilla', 'gated', 'rnn'"),
         ("domino", {"decay": 0.0}, "objective.decay must lie in 0..1, 0 excluded, got 0.0"),
         ("domino", {"state": 0}, "objective.state must be at least 1"),
-        ("domino", {"plain": -1}, "objective.plain must not be negative"),
+        ("domino", {"plain": -1}, "objective.plain must leave the head some of a block's 3 slots, got -1"),
+        ("domino", {"plain": 3}, "objective.plain must leave the head some of a block's 3 slots, got 3"),
+        ("dspark", {"hybrid_of": "batch"}, "objective.hybrid_of is for objective.terms.hybrid, which is 0, got batch"),
     ],
 )
 def test_a_wrong_objective_gets_one_sentence(name, objective, words, job):

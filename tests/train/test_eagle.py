@@ -17,6 +17,7 @@ from models.layout import Layout
 from train import trainer
 from train.checkpoint import restore
 from train.data.corpus import open_corpus
+from train.objectives.divergences import Divergence
 from train.objectives.draft_vocabulary import count_labels, most_frequent
 from train.objectives.eagle import EagleObjective
 from train.objectives.guess import Guess
@@ -246,3 +247,11 @@ def test_a_network_that_does_not_fit_the_target_is_refused(objective, words, job
     with pytest.raises(UserError) as caught:
         trainer.train(job("eagle3", objective=objective), tmp_path / "run")
     assert words in str(caught.value) and not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("name", ["draft_heads", "eagle", "eagle3", "p_eagle", "falcon"])
+def test_what_is_learnt_of_the_target_may_be_a_divergence(name: str, job) -> None:
+    """Of the LK losses, for instance; `tests/train/test_guess.py` has their values."""
+    config = job(name, objective={"divergence": "nla", **({"temperature": 1.0} if name == "falcon" else {})}).objective
+    assert config.weights.divergence == Divergence("nla")
+    assert dataclasses.replace(config, divergence="cross_entropy").weights.divergence is None

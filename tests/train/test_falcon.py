@@ -207,6 +207,10 @@ def test_the_loop_accepts_exactly_what_the_training_forward_says(changes, draft_
         ({"block": 4}, "objective.depth must be at least objective.block, got 3"),
         ({"block": 0}, "a Falcon network needs a block of at least 1, got 0"),
         ({"glancing": "never"}, "objective.glancing must be"),
+        (
+            {"divergence": "nla"},
+            "objective.divergence nla needs an objective.temperature of 1, got 0.95",
+        ),
         ({"lstm": "recurrent"}, "unknown key objective.lstm (did you mean 'lstm_mode'?)"),
     ],
 )

@@ -8,7 +8,8 @@ document, and its teacher is the target at a + i. With c the slots that count, a
     loss = sum c w l / sum c w        and with D-PACE, whose weights say how much a slot is worth, sum c w l / sum c
 
 where l is a slot's loss. With a draft vocabulary (`draft_vocabulary.py`) a slot counts only where that holds its label,
-if labels are learnt, and the teacher's first choice, if that is. All slots of a block are read at once, and scores over
+if labels are learnt, and the teacher's first choice, if that is; c of a loss that counts wherever there is a label
+(`counted_loss`) stays as it is, over the same denominator. All slots of a block are read at once, and scores over
 the vocabulary exist of a piece of the anchors at a time (`pieces.py`).
 """
 
@@ -31,7 +32,7 @@ from train.objectives import block_losses, divergences
 from train.objectives.block_losses import Terms
 from train.objectives.draft_vocabulary import WithDraftVocabulary
 from train.objectives.drafting import check_drafting
-from train.objectives.guess import Weights, drawn_places, first_choices, picked
+from train.objectives.guess import Weights, drawn_places, first_choices, log_masses, picked
 from train.objectives.objective import Batch, Params
 from train.objectives.pieces import pieces_of, separable_sums, summed
 from train.objectives.shift import label_mask
@@ -49,6 +50,7 @@ class Slots(NamedTuple):
       outputs: the labels as the drafter's outputs, -1 for one outside of its vocabulary; None where these are all
         tokens.
       learnt: of the counted slots those from which is learnt; None is all.
+      log_mass: log of the teacher's probability of all tokens that the drafter scores; None is 0, or nobody asks.
     """
 
     tokens: Int[Array, "B A D+1"]
@@ -57,6 +59,7 @@ class Slots(NamedTuple):
     choice: Int[Array, "B A D"] | None = None
     outputs: Int[Array, "B A D"] | None = None
     learnt: Bool[Array, "B A D"] | None = None
+    log_mass: Float[Array, "B A D"] | None = None
 
     @property
     def before(self) -> Int[Array, "B A D"]:
@@ -86,13 +89,19 @@ class Slots(NamedTuple):
 class BlockObjective(WithDraftVocabulary):
     """Base of these objectives. The config has, besides what every drafter's has, the fields of `check_blocks`.
 
-    A subclass may give `scores`, `choices` and `more_loss`, and `head_params`, what is trained through them.
+    A subclass may give `scores`, `choices`, `more_loss` and `counted_loss`, and `head_params`, what is trained through
+    them.
 
     Class attributes:
       unbroken: a slot counts only while all before it in its block do.
     """
 
     unbroken: ClassVar[bool] = False
+
+    @property
+    def asks_mass(self) -> bool:
+        """Whether `counted_loss` asks for `Slots.log_mass`."""
+        return False
 
     @property
     def heads(self) -> DFlashHeads:
@@ -142,6 +151,18 @@ class BlockObjective(WithDraftVocabulary):
         """A slot's loss besides the config's `terms`."""
         return 0.0
 
+    def counted_loss(
+        self,
+        read: Params,
+        frozen: Params,
+        hidden: Float[Array, "B A D H"],
+        logits: Float[Array, "B A D W"],
+        log_p: Float[Array, "B A D W"] | None,
+        slots: Slots,
+    ) -> Float[Array, "B A D"] | float:
+        """A slot's loss that is added wherever there is a label, in the draft vocabulary or not."""
+        return 0.0
+
     @property
     def _pace(self) -> Float[Array, "D"]:
         return block_losses.exponential_decay(self.depth, self._config.pace)
@@ -158,7 +179,8 @@ class BlockObjective(WithDraftVocabulary):
         def score(_, read, hidden, slots, log_p):
             logits, loss = self._slot_losses(read, frozen, hidden, slots, log_p, blend)
             loss = loss + self.more_loss(read, frozen, hidden, logits, log_p, slots, progress)
-            return jnp.sum(loss * self._weights(logits, slots))
+            everywhere = self.counted_loss(read, frozen, hidden, logits, log_p, slots) * slots.counted * self._pace
+            return jnp.sum(loss * self._weights(logits, slots)) + jnp.sum(everywhere)
 
         share = functools.partial(self._taught, target)
         total = separable_sums(share, score, [read], [hidden], slots, pieces)[0]
@@ -192,7 +214,10 @@ class BlockObjective(WithDraftVocabulary):
         terms, known_W = self._config.terms, self.known(frozen)
         asked = asked or (known_W is not None and terms.soft)
         choice = first_choices(target.read, target.scored, self.compute.devices) if asked else None
-        slots = slots_at(batch, mask, at, kept, self.depth, target.scored, choice)
+        log_mass = None
+        if known_W is not None and self.asks_mass:
+            log_mass = log_masses(target.read, target.scored, known_W, self.compute.devices)
+        slots = slots_at(batch, mask, at, kept, self.depth, target.scored, choice, log_mass)
         if known_W is not None:
             slots = learnt_slots(slots, terms, known_W)
         if self.unbroken:
@@ -289,16 +314,19 @@ def slots_at(
     depth: int,
     scored: Any,
     choice: Int[Array, "B T"] | None,
+    log_mass: Float[Array, "B T"] | None = None,
 ) -> Slots:
-    """What is known of the slots of blocks at `at`; `scored` and `choice` are the teacher's on the whole text."""
+    """What is known of the slots of blocks at `at`; `scored`, `choice` and `log_mass` are the teacher's on the whole
+    text."""
     tokens, segments = batch["tokens"], batch["segments"]
     index_BAE = at[:, :, None] + jnp.arange(depth + 1, dtype=jnp.int32)
     inside_BAE = index_BAE < tokens.shape[1]
     index_BAE = jnp.minimum(index_BAE, tokens.shape[1] - 1)
     same_BAE = picked(segments, index_BAE) == picked(segments, at)[:, :, None]
     counted_BAE = kept[:, :, None] & inside_BAE & same_BAE & picked(mask, index_BAE)
-    taught = jax.tree.map(lambda leaf: picked(leaf, index_BAE[..., :-1]), (scored, choice))
-    return Slots(picked(tokens, index_BAE), counted_BAE[..., 1:], *taught)
+    taught = jax.tree.map(lambda leaf: picked(leaf, index_BAE[..., :-1]), (scored, choice, log_mass))
+    scored, choice, log_mass = taught
+    return Slots(picked(tokens, index_BAE), counted_BAE[..., 1:], scored, choice, log_mass=log_mass)
 
 
 def learnt_slots(slots: Slots, terms: Terms, known: Int[Array, "W"]) -> Slots:
@@ -397,6 +425,16 @@ def check_blocks(config: Any) -> None:
         schema.require(weight >= 0, f"objective.terms.{name} must not be negative", weight)
     schema.require(any(terms.values()), "one of objective.terms must be positive", terms)
     schema.require(config.taps >= 1, "objective.taps must be at least 1", config.taps)
+    schema.require(
+        config.target_layers is None or len(config.target_layers) > 0,
+        "objective.target_layers must name a layer, or be none to choose by objective.taps",
+        config.target_layers,
+    )
+    schema.require(
+        config.hybrid_of == "slot" or terms["hybrid"] > 0,
+        "objective.hybrid_of is for objective.terms.hybrid, which is 0",
+        config.hybrid_of,
+    )
     schema.require(config.vocabulary >= 0, "objective.vocabulary must not be negative", config.vocabulary)
     schema.require(config.anchors >= 1, "objective.anchors must be at least 1", config.anchors)
     schema.require(config.pace is None or config.pace > 0, "objective.pace must be positive", config.pace)

@@ -19,9 +19,8 @@ from decoding.trees import MC_SIM_7B_63
 from models import schema, transformer
 from models.config import TransformerConfig
 from models.errors import UserError
-from train.objectives.divergences import Divergence
 from train.objectives.drafting import DraftObjective
-from train.objectives.guess import Guess, Weights
+from train.objectives.guess import Compared, Guess, Weights, divergence_of
 from train.objectives.shift import ahead
 
 
@@ -56,7 +55,7 @@ class DraftHeadsConfig:
     hard: float = 1.0
     soft: float = 0.0
     feature: float = 0.0
-    divergence: Literal["cross_entropy", "forward_kl", "reverse_kl", "jsd", "tvd", "nla", "hybrid"] = "cross_entropy"
+    divergence: Compared = "cross_entropy"
     head_decay: float = 1.0
     labels: Literal["assistant", "all"] = "assistant"
     noise: float = 0.0
@@ -76,8 +75,7 @@ class DraftHeadsConfig:
     @property
     def weights(self) -> Weights:
         """Of the loss's terms."""
-        divergence = None if self.divergence == "cross_entropy" else Divergence(self.divergence)
-        return Weights(self.hard, self.soft, self.feature, self.head_decay, divergence=divergence)
+        return Weights(self.hard, self.soft, self.feature, self.head_decay, divergence=divergence_of(self.divergence))
 
     @property
     def base(self) -> str:

@@ -2,7 +2,9 @@
 
 Both learn with the true tokens as predecessors. DSpark (`dspark`) brings the slots' distributions close to the
 target's, 0.1 CE + 0.9 |q - p|, and its confidence head learns by cross-entropy how much of q survives verification,
-1 - |q - p| / 2, which is taken as constant. Slot k counts exp(-k / 4), and only while all slots before it count.
+sum min(p, q), which is taken as constant. Slot k counts exp(-k / 4), and only while all slots before it count. With a
+draft vocabulary the first two compare q with p as renormalised over it, where it holds label and first choice; what
+survives is of p as it is, and is learnt at every label.
 
 Domino (`domino`) learns the text's tokens. U are a slot's logits by themselves and U' those with what the head adds:
 
@@ -101,7 +103,10 @@ class DominoConfig(BlockConfig):
         super().__post_init__()
         for name in ("rank", "state"):
             schema.require(getattr(self, name) >= 1, f"objective.{name} must be at least 1", getattr(self, name))
-        schema.require(self.plain >= 0, "objective.plain must not be negative", self.plain)
+        depth = self.block if self.shifted else self.block - 1
+        schema.require(
+            0 <= self.plain < depth, f"objective.plain must leave the head some of a block's {depth} slots", self.plain
+        )
         schema.require(0 < self.decay <= 1, "objective.decay must lie in 0..1, 0 excluded", self.decay)
 
     def untrained(self, model: TransformerConfig) -> DSpark:
@@ -140,10 +145,16 @@ class DSparkObjective(SerialObjective):
     Config: ClassVar[type] = DSparkConfig
     unbroken: ClassVar[bool] = True
 
-    def more_loss(self, read, frozen, hidden, logits, log_p, slots, progress):
+    @property
+    def asks_mass(self):
+        return self._config.confident > 0
+
+    def counted_loss(self, read, frozen, hidden, logits, log_p, slots):
         """The confidence head's cross-entropy."""
         if not self._config.confident:
             return 0.0
+        if slots.log_mass is not None:
+            log_p = log_p + slots.log_mass[..., None]
         survives = divergences.acceptance(jax.nn.log_softmax(logits, axis=-1), log_p)
         own = read["serial"]
         sure = self.serial.confidence_logit(own, hidden, self.serial.embed(own, frozen, slots.before))

@@ -21,7 +21,7 @@ from models.config import TransformerConfig
 from models.heads.eagle import EAGLE_31, Eagle3Heads, EagleHeads, eagle3_layers, unroll
 from train.objectives.draft_vocabulary import WithDraftVocabulary
 from train.objectives.drafting import DraftObjective, check_drafting
-from train.objectives.guess import Guess, Weights
+from train.objectives.guess import Compared, Guess, Weights, divergence_of
 from train.objectives.shift import ahead
 
 
@@ -35,6 +35,7 @@ class EagleConfig:
       bias: whether fc has a bias.
       feature: weight of the smooth L1 distance to the target's next feature.
       soft: weight of the cross-entropy with the target's distribution.
+      divergence: what `soft` weighs: the `cross_entropy`, or one of `divergences.py` with its default numbers.
       labels: which tokens are learnt: `assistant`, those that the data set marks, or `all`.
       noise: alpha of the uniform noise on features, alpha * 512 / length * U(-1/2, 1/2); 0 is none.
       depth: how many draft tokens evaluations look ahead.
@@ -49,6 +50,7 @@ class EagleConfig:
     bias: bool = True
     feature: float = 1.0
     soft: float = 0.1
+    divergence: Compared = "cross_entropy"
     labels: Literal["assistant", "all"] = "assistant"
     noise: float = 0.2
     depth: int = 5
@@ -65,7 +67,7 @@ class EagleConfig:
     @property
     def weights(self) -> Weights:
         """Of the loss's terms."""
-        return Weights(0.0, self.soft, self.feature, 1.0)
+        return Weights(0.0, self.soft, self.feature, 1.0, divergence=divergence_of(self.divergence))
 
     @property
     def base(self) -> str:
@@ -88,6 +90,8 @@ class Eagle3Config:
       vocabulary: W, size of the draft vocabulary: the most frequent labels of the training split; 0 is all tokens.
       steps: how far training unrolls the draft.
       decay: weight of a step relative to the step before it.
+      divergence: what is learnt of the target's distribution: its `cross_entropy`, or one of `divergences.py` with its
+        default numbers.
       fc_norm, norm_before_fc, norm_before_residual, norm_output: EAGLE-3.1's norms, as in `Eagle3Heads`.
       labels: which tokens are learnt: `assistant`, those that the data set marks, or `all`.
       loop_prompts: prompts from the valid split that every evaluation decodes, at most a batch; 0 is none.
@@ -102,6 +106,7 @@ class Eagle3Config:
     vocabulary: int = 0
     steps: int = 7
     decay: float = 0.8
+    divergence: Compared = "cross_entropy"
     fc_norm: bool = False
     norm_before_fc: bool = False
     norm_before_residual: bool = False
@@ -123,7 +128,7 @@ class Eagle3Config:
     @property
     def weights(self) -> Weights:
         """Of the loss's terms."""
-        return Weights(0.0, 1.0, 0.0, self.decay)
+        return Weights(0.0, 1.0, 0.0, self.decay, divergence=divergence_of(self.divergence))
 
     @property
     def base(self) -> str:

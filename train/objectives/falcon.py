@@ -32,7 +32,7 @@ from models.heads.falcon import FalconHeads, guesses_everywhere
 from models.layout import BlockCausal
 from train.objectives.draft_vocabulary import WithDraftVocabulary
 from train.objectives.drafting import DraftObjective, check_drafting
-from train.objectives.guess import Guess, Labels, Weights, first_choices, losses
+from train.objectives.guess import Compared, Guess, Labels, Weights, divergence_of, first_choices, losses
 from train.objectives.pieces import mapped, pieces_of
 from train.objectives.shift import ahead, behind
 from train.objectives.target_features import LOGITS, layout_of
@@ -53,7 +53,8 @@ class FalconConfig:
       feature: weight of the smooth L1 distance to the target's feature.
       soft: weight of the cross-entropy with the target's distribution.
       hard: weight of the cross-entropy with one token drawn from it.
-      temperature: of the guess in the soft term.
+      temperature: of the guess in the soft term, where that is a cross-entropy.
+      divergence: what `soft` weighs: the `cross_entropy`, or one of `divergences.py` with its default numbers.
       glancing: how many answers are shown: by the schedule of the published program (`code`) or of the `paper`, or none
         (`off`), which reads the text once.
       labels: which tokens are learnt: `assistant`, those that the data set marks, or `all`.
@@ -76,6 +77,7 @@ class FalconConfig:
     soft: float = 0.09
     hard: float = 0.01
     temperature: float = 0.95
+    divergence: Compared = "cross_entropy"
     glancing: Literal["code", "paper", "off"] = "code"
     labels: Literal["assistant", "all"] = "assistant"
     noise: float = 0.2
@@ -91,6 +93,11 @@ class FalconConfig:
         schema.require(learnt > 0, "objective.feature, objective.soft or objective.hard must be positive", learnt)
         schema.require(self.vocabulary >= 0, "objective.vocabulary must not be negative", self.vocabulary)
         schema.require(self.temperature > 0, "objective.temperature must be positive", self.temperature)
+        schema.require(
+            self.divergence == "cross_entropy" or self.temperature == 1,
+            f"objective.divergence {self.divergence} needs an objective.temperature of 1",
+            self.temperature,
+        )
         schema.require(self.depth >= self.block, "objective.depth must be at least objective.block", self.depth)
         self.heads  # noqa: B018 - which refuses sizes that no network has
 
@@ -102,7 +109,7 @@ class FalconConfig:
     @property
     def weights(self) -> Weights:
         """Of the loss's terms."""
-        return Weights(self.hard, self.soft, self.feature, 1.0, self.temperature)
+        return Weights(self.hard, self.soft, self.feature, 1.0, self.temperature, divergence_of(self.divergence))
 
     @property
     def base(self) -> str:

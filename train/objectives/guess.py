@@ -12,7 +12,7 @@ what the teacher says there serves all guesses.
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -26,6 +26,14 @@ from models.sharding import keep_batch
 from train.objectives.divergences import Divergence
 from train.objectives.pieces import mapped, pieces_of, separable_sums, summed
 from train.objectives.shift import ahead, behind, log_likelihood
+
+# What the soft term may be: the cross-entropy, or a divergence with its default numbers, none of those that draw.
+Compared = Literal["cross_entropy", "forward_kl", "reverse_kl", "jsd", "tvd", "nla", "hybrid"]
+
+
+def divergence_of(name: Compared) -> Divergence | None:
+    """As `Weights` has it."""
+    return None if name == "cross_entropy" else Divergence(name)
 
 
 class Weights(NamedTuple):
@@ -87,6 +95,18 @@ class Teacher(NamedTuple):
 def first_choices(read: Callable[[Any], Array], scored: Any, devices: int = 1) -> Int[Array, "B T"]:
     """The best token at every position, by a head that reads `scored`."""
     return mapped(lambda rows: argmax(_read(read, rows)), scored, pieces_of([(read, scored)], devices))
+
+
+def log_masses(
+    read: Callable[..., Array], scored: Any, known: Int[Array, "W"], devices: int = 1
+) -> Float[Array, "B T"]:
+    """log of how probable the tokens `known` are together at every position, by a head that reads `scored`."""
+
+    def mass(rows):
+        logits = _read(read, rows)
+        return jax.nn.logsumexp(logits[..., known], axis=-1) - jax.nn.logsumexp(logits, axis=-1)
+
+    return mapped(mass, scored, pieces_of([(read, scored)], devices))
 
 
 def losses(

@@ -24,7 +24,7 @@ from models.heads.eagle import eagle3_layers
 from models.heads.p_eagle import PEagleHeads, Rollouts, every_rollout, sampled_rollouts
 from train.objectives.drafting import check_drafting
 from train.objectives.eagle import Eagle3Objective
-from train.objectives.guess import Guess, Labels, Weights
+from train.objectives.guess import Compared, Guess, Labels, Weights, divergence_of
 from train.objectives.shift import ahead
 
 
@@ -42,6 +42,8 @@ class PEagleConfig:
       depth: K, tokens that are learnt ahead.
       keep: share of the rows of a depth that have another behind them.
       keep_least: share of the text that has a row at every depth.
+      divergence: what is learnt of the target's distribution: its `cross_entropy`, or one of `divergences.py` with its
+        default numbers.
       fc_norm, norm_before_fc, norm_before_residual: as in `Eagle3Heads`.
       labels: which tokens are learnt: `assistant`, those that the data set marks, or `all`.
       loop_prompts: prompts from the valid split that every evaluation decodes, at most a batch; 0 is none.
@@ -59,6 +61,7 @@ class PEagleConfig:
     depth: int = 8
     keep: float = 0.8
     keep_least: float = 0.2
+    divergence: Compared = "cross_entropy"
     fc_norm: bool = False
     norm_before_fc: bool = False
     norm_before_residual: bool = False
@@ -81,7 +84,7 @@ class PEagleConfig:
     @property
     def weights(self) -> Weights:
         """Of the loss's terms."""
-        return Weights(0.0, 1.0, 0.0, 1.0)
+        return Weights(0.0, 1.0, 0.0, 1.0, divergence=divergence_of(self.divergence))
 
     @property
     def base(self) -> str:

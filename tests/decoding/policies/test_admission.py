@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from decoding.calibration import calibration_error, sequential_temperatures
-from decoding.policies.admission import admit, best_budget, reach, until, within
+from decoding.policies.admission import admit, reach, until
 from decoding.sampling import Sampling, batch_sampling
 from decoding.trees import chain
 from decoding.verify import verify
@@ -19,42 +19,43 @@ SPEED = np.array([1.0, 0.5, 0.45])  # Not concave: two slots may pay where one d
 
 
 def alone(confidence, speed):
-    """Of requests that are decoded by themselves: lengths by `admit`, and by the best budget of the same step."""
+    """Of requests that are decoded by themselves: lengths by `admit`, and what looks ahead, the length of the
+    largest theta."""
 
     def one(confidence_D):
         reached = reach(confidence_D[None])
-        return admit(reached, speed)[0], within(reached, best_budget(reached, speed))[0]
+        gained = 1 + jnp.pad(jnp.cumsum(reached[0]), (1, 0))
+        return admit(reached, speed)[0], jnp.argmax(gained * speed[: len(gained)])
 
     return jax.vmap(one)(confidence)
 
 
-def by_hand(reached: np.ndarray, speed: np.ndarray) -> tuple[list[int], int]:
-    """Lengths of `admit`, and `best_budget`."""
+def by_hand(reached: np.ndarray, speed: np.ndarray) -> list[int]:
+    """Lengths of `admit`."""
     rows, slots = reached.shape
     order = sorted(np.ndindex(rows, slots), key=lambda place: (-reached[place], place[1], place[0]))
-    lengths, total, best = [0] * rows, float(rows), rows * speed[rows - 1]
-    thetas, stopped = [best], False
+    lengths, total = [0] * rows, float(rows)
+    thetas, stopped = [rows * speed[rows - 1]], False
     for count, (row, slot) in enumerate(order, start=1):
         total += reached[row, slot]
         thetas.append(total * speed[min(rows + count, len(speed)) - 1])
         stopped |= thetas[-1] <= thetas[-2]
         if not stopped:
             lengths[row] += 1
-    return lengths, int(np.argmax(thetas))
+    return lengths
 
 
 def test_a_batch_against_a_plain_loop() -> None:
     rng = np.random.default_rng(0)
     shape = (3, 4)
-    program = jax.jit(lambda reached, speed: (admit(reached, speed), best_budget(reached, speed)))
+    program = jax.jit(admit)
     lengths_seen = set()
     for _ in range(40):
         reached = np.cumprod(rng.choice([1.0, 0.9, 0.75, 0.5], shape), axis=1)
         # Twice as slow at most for fifteen rows as for one.
         speed = 1 / np.sort(rng.uniform(1, rng.choice([1.1, 2]), reached.size + 3))
-        lengths, budget = (np.asarray(x) for x in program(jnp.asarray(reached), jnp.asarray(speed)))
-        expected = by_hand(reached.astype(np.float32), speed.astype(np.float32))
-        assert (lengths.tolist(), int(budget)) == expected
+        lengths = np.asarray(program(jnp.asarray(reached), jnp.asarray(speed)))
+        assert lengths.tolist() == by_hand(reached.astype(np.float32), speed.astype(np.float32))
         lengths_seen |= set(lengths.tolist())
     assert lengths_seen == {0, 1, 2, 3, 4}
 
@@ -101,14 +102,13 @@ def found() -> dict[str, Any]:
             "all": jnp.full(ROWS, 2),
             "threshold": until(confidence, 0.5),
             "early stop": stopped[0],
-            "old budget": within(reach(confidence), jnp.int32(1.3 * ROWS)),
             "anticipating": anticipating[1],
             "of the drawn token": until(drawn, 0.3),
         }
         strings = {way: texts(tokens, length, noise) for way, length in lengths.items()}
         published = alone(jnp.array([[0.8, 0.9], [0.8, 0.0]]), speed)
-        cuts = until(jnp.asarray(SOME), 0.5), within(reach(jnp.asarray(SOME)), jnp.int32(4))
-        return {"lengths": lengths, "strings": strings, "published": published, "cuts": cuts}
+        cut = until(jnp.asarray(SOME), 0.5)
+        return {"lengths": lengths, "strings": strings, "published": published, "cut": cut}
 
     noise = np.random.default_rng(5).gumbel(size=(ROWS, V)).astype(np.float32)
     return jax.tree.map(np.asarray, jax.jit(program)(TOKENS, CONFIDENCE, noise, SPEED))
@@ -121,11 +121,8 @@ def test_published_numbers() -> None:
     assert anticipating.tolist() == [2, 0]
 
 
-def test_a_threshold_cuts_at_the_first_slot_below_it_and_a_budget_takes_the_most_probable() -> None:
-    """Of two equal ones, .9 * .4 and .9 * .8 * .5, the earlier slot."""
-    cut, taken = found()["cuts"]
-    assert cut.tolist() == [1, 0, 3]
-    assert taken.tolist() == [2, 0, 2]
+def test_a_threshold_cuts_at_the_first_slot_below_it() -> None:
+    assert found()["cut"].tolist() == [1, 0, 3]
 
 
 @pytest.mark.parametrize(
@@ -134,7 +131,6 @@ def test_a_threshold_cuts_at_the_first_slot_below_it_and_a_budget_takes_the_most
         ("all", True, {2}),
         ("threshold", True, {1, 2}),
         ("early stop", True, {1, 2}),
-        ("old budget", True, {1, 2}),
         ("anticipating", False, {0, 2}),
         ("of the drawn token", False, {0, 1, 2}),
     ],

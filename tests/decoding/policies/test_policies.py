@@ -412,6 +412,16 @@ def test_dyspec_by_level_by_threshold_and_by_heap_choose_the_same_places(
         assert count == budget + 1
 
 
+@pytest.mark.parametrize("sampling", [pytest.param(GREEDY, marks=pytest.mark.slow), WARM], ids=["greedy", "sampled"])
+def test_dyspec_of_a_small_budget_is_as_deep_and_wide_as_it_needs(sampling) -> None:
+    whole = DySpec(budget=2, depth=DEPTH, width=4, branch=4)
+    fitted = whole.with_budget(2)
+    assert fitted == DySpec(budget=2, depth=2, width=2, branch=2) and fitted.slots == 3
+    deep, flat = (grow(policy, sampling)[0] for policy in (whole, fitted))
+    for name in ("tokens", "parent", "depth", "valid"):
+        assert np.array_equal(getattr(deep, name), getattr(flat, name)), name
+
+
 def test_confidence_is_the_best_of_all_candidates() -> None:
     """Brute force over the same frontier rule (EAGLE-2, sections 4.1 and 4.2)."""
     policy = POLICIES["confidence"]

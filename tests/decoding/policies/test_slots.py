@@ -1,5 +1,6 @@
 """Trees of independent slots: the best of all trees by brute force, and JetSpec's order by its loop."""
 
+import dataclasses
 import heapq
 import itertools
 import types
@@ -118,6 +119,17 @@ def test_a_network_whose_guesses_depend_on_the_path_is_refused() -> None:
 
     with pytest.raises(UserError, match="depend on the path, for which there is the policy 'confidence'"):
         grown(Slots(DEPTH, 9), Bigrams())
+
+
+@pytest.mark.parametrize(("candidates", "depths"), [pytest.param(1, (1, 1, 1), marks=pytest.mark.slow), (2, (2, 1, 2))])
+def test_small_budgets_read_no_slots_that_they_cannot_use(candidates: int, depths: tuple[int, ...]) -> None:
+    whole = (Slots(DEPTH, 16), Expanding(DEPTH, 16, 3), Confidence(VOCAB, DEPTH, 16))
+    for policy, depth in zip(whole, depths, strict=True):
+        fitted = policy.with_budget(candidates)
+        assert fitted is not None and fitted.max_depth == depth and fitted.max_nodes == candidates + 1
+        assert fitted.slots <= policy.slots and fitted.with_budget(candidates) == fitted
+        deep, flat = (grown(one)[0] for one in (dataclasses.replace(policy, total=candidates + 1), fitted))
+        assert all(paths(deep, row) == paths(flat, row) for row in range(ROWS))
 
 
 def test_records_and_budgets() -> None:

@@ -142,6 +142,16 @@ EAGLE_CONFIG: dict[str, Any] = {
     "vocab_size": V,
 }
 
+# Entries that change what a layer computes, which no importer may skip.
+UNKNOWN_SETTINGS: list[dict[str, Any]] = [
+    {"partial_rotary_factor": 0.5},
+    {"rope_interleaved": True},
+    {"rope_local_base_freq": 10_000.0},
+    {"attention_window_left": 3},
+    {"attention_window_size": 4},
+    {"output_multiplier": 0.5},
+]
+
 
 def write(path: Path, tensors: Tensors, config: dict[str, Any] | None = None) -> Path:
     """A release of one file, in the format of its suffix, and `config.json` beside it; returns the file."""

@@ -215,6 +215,23 @@ def test_a_config_without_rope_means_the_default(base: Target, tmp_path: Path) -
     assert (made.heads.layer.rope_theta, made.heads.layer.rope_scaling) == (10_000.0, None)
 
 
+@pytest.mark.parametrize("said", cases.UNKNOWN_SETTINGS, ids=lambda said: next(iter(said)))
+@pytest.mark.parametrize("kind", ["eagle", "eagle3", "eagle31", "p_eagle", "inside", "beside"])
+def test_settings_that_change_a_layer_are_refused(base: Target, tmp_path: Path, kind: str, said: dict) -> None:
+    inside = EAGLE_CONFIG | (said if kind == "inside" else {})
+    convert, tensors, config = {
+        "eagle": (released_eagle.eagle, cases.eagle(base), EAGLE_CONFIG | said),
+        "eagle3": (released_eagle.eagle3, cases.eagle3(None), EAGLE_CONFIG | said),
+        "p_eagle": (released_eagle.p_eagle, cases.p_eagle(base), P_EAGLE | {"mask_token_id": 5} | said),
+        # speculators keeps the layer in a section of its own.
+        "inside": (released_eagle.eagle31, cases.eagle31(norms=""), SPECULATORS | {"transformer_layer_config": inside}),
+        "beside": (released_eagle.eagle31, cases.eagle31(norms=""), SPECULATORS | said),
+    }.get(kind, (released_eagle.eagle31, cases.eagle31(norms=""), EAGLE_CONFIG | said))
+    release = read_release(write(tmp_path / "model.safetensors", tensors, config))
+    with pytest.raises(UserError, match=f"{next(iter(said))} = .* is not supported"):
+        convert(release, base)
+
+
 def test_llama_layers_serve_bases_of_other_families(tmp_path: Path) -> None:
     config = dataclasses.replace(cases.CONFIG, zero_centred_norm=True, qk_norm=True, qkv_bias=True, family="gemma2")
     base = cases.random_base(config=config)

@@ -94,3 +94,10 @@ def test_what_does_not_fit_is_one_sentence(base: Target, tmp_path: Path, change,
     with pytest.raises(UserError) as caught:
         falcon(read_release(tmp_path), base)
     assert words in str(caught.value)
+
+
+@pytest.mark.parametrize("said", cases.UNKNOWN_SETTINGS, ids=lambda said: next(iter(said)))
+def test_settings_that_change_a_layer_are_refused(base: Target, tmp_path: Path, said: dict[str, Any]) -> None:
+    write(tmp_path / "model.safetensors", released(base), config(**said))
+    with pytest.raises(UserError, match=f"{next(iter(said))} = .* is not supported"):
+        falcon(read_release(tmp_path), base)
