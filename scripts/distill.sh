@@ -8,11 +8,18 @@
 # A small model first learns the data set's text (--start_steps, three times --steps), and every other begins from it:
 # undistilled, it goes on as it was; the others learn for as many steps by what --divergences names from the text that
 # --sources name: those of configs/distill.py and `minillm`. Of `teacher` there are --documents, with the text itself
-# learnt, too (sequence-level distillation); of `student`, `mixed`, `served` and `minillm` --tokens behind each prompt,
-# that serve --reuse steps.
-# SIZES are fields of the student's shape, such as "width=32 head_dim=8 mlp_width=88". About an hour on two CPU cores for
-# stories260K and the defaults. Every line that starts with $ is a command of its own. Asking again reuses what is
-# finished and continues what was interrupted; --fresh starts over. See scripts/_venv.sh for TANDEM_VENV.
+# learnt, too (sequence-level distillation); what `student`, `mixed`, `served` and `minillm` write serves --reuse steps.
+#
+# Equal are steps, rows per step, optimizer (Muon, cosine) and rate. A row has at most --tokens labels: so many behind a
+# prompt of 32, or a document's row without one. Texts that end sooner have fewer, `served` learns where drafts were
+# rejected alone, and `minillm` has the data set's row on top: the table's column `labels` says how many a row had.
+# Seeds differ in the order of the data and in draws; the model that all begin from and the target's continuations are
+# made once, so intervals over seeds leave out what these two would vary.
+#
+# SIZES are fields of the student's shape, such as "width=32 head_dim=8 mlp_width=88". ESTIMATE
+# Every line that starts with $ is a command of its own. Asking again reuses what is finished and continues what was
+# interrupted; --fresh starts over. The record of every run lies beside the table, in results/runs. See scripts/_venv.sh
+# for TANDEM_VENV.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/_job.sh"
 
@@ -21,10 +28,19 @@ job_options 'bash scripts/distill.sh --target DIR --data DIR [--out DIR] [--stud
 target=$(realpath "$target") data=$(realpath "$data")
 out=${out:-$ROOT/runs/distillation}
 student=${student:-width=32 head_dim=8 mlp_width=88 max_position=512}
-steps=${steps:-200} batch=${batch:-16} seeds=${seeds:-2} tokens=${tokens:-128} reuse=${reuse:-4}
+steps=${steps:-150} batch=${batch:-8} seeds=${seeds:-3} tokens=${tokens:-224} reuse=${reuse:-4}
 start_steps=${start_steps:-$((3 * steps))} documents=${documents:-3072}
-divergences=${divergences:-forward_kl,reverse_kl,jsd,tvd,tvd++,nla}
-sources=${sources:-dataset,teacher,student,served,minillm}
+divergences=${divergences:-forward_kl,reverse_kl,jsd,tvd}
+sources=${sources:-dataset,teacher,student,mixed,served,minillm}
+known() { # OPTION NAMES KNOWN...: ends the job before it begins where one of NAMES is none of KNOWN
+    local option=$1 names=$2 name
+    shift 2
+    for name in ${names//,/ }; do
+        [[ " $* " == *" $name "* ]] || fail "$option: there is no $name, only $*"
+    done
+}
+known --sources "$sources" dataset teacher student mixed served minillm
+known --divergences "$divergences" forward_kl reverse_kl jsd skewed_kl skewed_reverse_kl tvd tvd++ nla hybrid
 job_begin .tandem-distillation start continuations runs acceptance greedy sampled results
 
 shape=()
@@ -36,7 +52,10 @@ run train.main --config=configs/draft_model.py --config.data.path="$data" --conf
 
 methods=() drafters=none
 learn=(--config.objective.target="$target" --config.data.path="$data" --config.steps="$steps"
-    --config.batch_size="$batch" --config.optimizer.warmup_steps=$((steps / 10)) --config.evaluation.every="$steps")
+    --config.batch_size="$batch" --config.length=$((tokens + 32)) --config.evaluation.every="$steps"
+    --config.evaluation.batches=4 --config.checkpoint.every=$((25 * reuse)) --config.optimizer.name=muon
+    --config.optimizer.learning_rate=1e-3 --config.optimizer.schedule=cosine --config.optimizer.final_fraction=0.1
+    --config.optimizer.warmup_steps=$((steps / 10)))
 row() { # NAME PLACE [DRAFTER]: a row of the table, of as many runs as there are seeds, PLACE-0, PLACE-1, ...
     local seed
     for ((seed = 0; seed < seeds; seed++)); do
@@ -44,12 +63,12 @@ row() { # NAME PLACE [DRAFTER]: a row of the table, of as many runs as there are
     done
     drafters+=,$out/runs/$2-0/${3:-drafter}  # What a step costs is the same for every seed.
 }
-together() { # SOURCE ROW DATA LABELS: all divergences on one text, and as ROW that text itself; one run per seed
+together() { # SOURCE ROW DATA LABELS LENGTH: all divergences on one text, and as ROW that text itself; one run per seed
     local seed name all=--config.objective.members.undistilled.objective
     for ((seed = 0; seed < seeds; seed++)); do
         run train.main --config="configs/divergences.py:warm+undistilled,$divergences" "${learn[@]}" \
-            --config.data.path="$3" $all.labels="$4" $all.init_from="$out/start/target" --config.seed="$seed" \
-            --workdir="$out/runs/$1-$seed"
+            --config.data.path="$3" $all.labels="$4" --config.length="$5" $all.init_from="$out/start/target" \
+            --config.seed="$seed" --workdir="$out/runs/$1-$seed"
     done
     row "$2" "$1" drafters/undistilled
     for name in ${divergences//,/ }; do
@@ -69,15 +88,15 @@ alone() { # NAME CONFIG OPTION...: one run per seed
 }
 for source in ${sources//,/ }; do
     case $source in
-    dataset) together dataset undistilled "$data" all ;;
+    dataset) together dataset undistilled "$data" all $((tokens + 1)) ;;
     teacher)
         # Its text does not depend on who learns it, and is written in large batches.
         [ -d "$out/continuations" ] || run scripts.continue_dataset --target "$target" --data "$data" --temperature 1 \
             --out "$out/continuations" --documents "$documents" --valid_documents 128 --prompt_tokens 32 \
-            --new_tokens 224 --rows 64
-        together teacher sequence "$out/continuations" assistant
+            --new_tokens "$tokens" --rows 64
+        together teacher sequence "$out/continuations" assistant $((tokens + 32))
         ;;
-    minillm) alone minillm configs/minillm.py --config.optimizer.learning_rate=1e-3 ;;
+    minillm) alone minillm configs/minillm.py ;;
     *)
         # Only a rejected draft's place is learnt from a served text, by whatever divergence: one row is enough.
         for divergence in $([ "$source" = served ] && echo forward_kl || echo "${divergences//,/ }"); do
@@ -90,16 +109,20 @@ done
 
 job_finished comparison
 if [ ! -e "$out/acceptance/results.json" ]; then
-    run eval.acceptance --target "$target" --data "$data" --budgets 4 --num_prompts 100 --out "$out/acceptance" \
+    run eval.acceptance --target "$target" --data "$data" --budgets 4 --num_prompts 64 --out "$out/acceptance" \
         --methods "${methods[@]}"
 fi
 for temperature in 0 1; do
     place=$out/$([ $temperature = 0 ] && echo greedy || echo sampled)
     if [ ! -e "$place/results.json" ]; then
         run eval.main --config=configs/eval/decode.py --config.target="$target" --config.drafters="$drafters" \
-            --config.data="$data" --config.num_prompts=4 --config.rows=4 --config.samples=0 \
+            --config.data="$data" --config.num_prompts=4 --config.rows=4 --config.samples=0 --config.parts=False \
             --config.sampling.temperature="$temperature" --config.out="$place"
     fi
+done
+mkdir -p "$out/results/runs"
+for record in "$out"/start/run.json "$out"/runs/*/run.json; do
+    cp "$record" "$out/results/runs/$(basename "$(dirname "$record")").json"
 done
 run eval.seeds --acceptance "$out/acceptance" --speed "$out/greedy" "$out/sampled" --out "$out/results"
 job_end

@@ -25,7 +25,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from decoding.drafters.draft_model import DraftModel
 from decoding.drafters.registry import build
@@ -45,7 +45,7 @@ from train.objectives.divergences import Divergence, Rows, Student, divergence_m
 from train.objectives.drafting import OnFrozenTarget, check_drafting
 from train.objectives.guess import Weights
 from train.objectives.lm import FROM_TOKENIZER
-from train.objectives.objective import Batch, HostBatch, Params
+from train.objectives.objective import Batch, HostBatch, Params, Sums
 from train.objectives.shift import label_mask, labels_at
 from train.objectives.target_features import TargetFeatures, layout_of
 from train.objectives.written import Writer, as_rows, check_writing, corrected, openings, write
@@ -340,7 +340,8 @@ class DistillObjective(DraftModelObjective):
             hard=config.hard,
             devices=self.compute.devices,
         )
-        return (total, jnp.sum(rows.counted).astype(total.dtype)), {}
+        weight = jnp.sum(rows.counted).astype(total.dtype)
+        return (total, weight), labels_per_row(weight, rows.counted)
 
     def evaluate_on(self, target, trainable, frozen, batch):
         """On the data set's text, whatever is learnt from: the divergence; `alpha`, sum of min(p, q), what verification
@@ -360,6 +361,11 @@ class DistillObjective(DraftModelObjective):
     def _rows(self, target, batch: Batch, labels: str) -> Rows:
         tokens, counted = labels_at({**batch, "mask": label_mask(batch, labels)}, 1)
         return Rows(counted, target.scored, tokens)
+
+
+def labels_per_row(labels: Float[Array, ""], counted: Bool[Array, "B S"]) -> Sums:
+    """The metric `labels`: how many a row of a step's batch had, which tells budgets apart."""
+    return {"labels": (labels, jnp.float32(counted.shape[0]))}
 
 
 def principal(table: Float[Array, "V H"], width: int) -> Float[Array, "V W"]:

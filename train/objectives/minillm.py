@@ -30,7 +30,7 @@ from decoding.blend import blend
 from decoding.drafters.draft_model import DraftModel
 from models import schema
 from models.config import TransformerConfig
-from train.objectives.distill import MEASURES, DraftModelObjective, check_distilling, student_of
+from train.objectives.distill import MEASURES, DraftModelObjective, check_distilling, labels_per_row, student_of
 from train.objectives.divergences import (
     Divergence,
     Rows,
@@ -191,7 +191,7 @@ class MiniLLMObjective(DraftModelObjective):
             devices=self.compute.devices,
         )
         weights = jnp.stack([jnp.sum(counted), jnp.sum(known.counted)]).astype(first.dtype)
-        return (jnp.stack([first, second]), weights), {}
+        return (jnp.stack([first, second]), weights), labels_per_row(jnp.sum(weights), counted)
 
     def evaluate_on(self, target, trainable, frozen, batch):
         """As `DistillObjective`'s, of reverse KL."""
