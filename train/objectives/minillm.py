@@ -90,8 +90,7 @@ class MiniLLMConfig:
         check_distilling(self)
         for name in ("scaling", "reward_clip"):
             schema.require(getattr(self, name) > 0, f"objective.{name} must be positive", getattr(self, name))
-        for name in ("single", "pretrain", "clip"):
-            schema.require(getattr(self, name) >= 0, f"objective.{name} must not be negative", getattr(self, name))
+        schema.require_weights(self, "scaling", "single", "pretrain", "clip")
         for name in ("mix", "discount"):
             schema.require(0 <= getattr(self, name) <= 1, f"objective.{name} must lie in 0..1", getattr(self, name))
 
