@@ -17,8 +17,8 @@ result: `alpha`, what verification keeps of a sampled draft, that rises with eve
 of about 1M parameters.
 
 * `:smollm2`: 15M parameters for SmolLM2-135M and its own tokenizer (49,152 tokens, a tied embedding of width 256 that
-  begins as the target's, projected), sized for an accelerator: 400 of its 3,000 steps took a minute on one NVIDIA H200 beside six
-  other jobs and ended at an alpha of 0.48, with jsd at 0.49 (docs/results.md).
+  begins as the target's, projected), sized for an accelerator: 400 of its 3,000 steps took a minute on one NVIDIA H200
+  beside six other jobs and ended at an alpha of 0.48, with jsd at 0.49 (docs/results.md).
 * `:warm` begins from a directory, `--config.objective.init_from=DIR`, at a tenth of the rate: a small target of the
   same tokenizer (`configs/draft_model.py`), or a draft model, perhaps one for what this target was fine-tuned from. So
   do the next two.

@@ -87,6 +87,7 @@ def job(data_set: pathlib.Path, target_directory: pathlib.Path) -> Callable[...,
     """`job("lm", steps=3, objective={...})`: a tiny config, sections updated by the arguments."""
     objectives: dict[str, dict[str, Any]] = {
         "lm": {"name": "lm", "model": SHAPE},
+        "exits": {"name": "exits", "model": SHAPE},
         "draft_heads": {
             "name": "draft_heads",
             "target": str(target_directory),
