@@ -7,16 +7,17 @@ import pytest
 from tests import schedule
 
 
-class Item(SimpleNamespace):
+def item(file: str, by: str | None = None, **params) -> SimpleNamespace:
     """What the schedule reads of a collected test."""
-
-    def add_marker(self, mark: pytest.MarkDecorator) -> None:
-        self.group = mark.args[0]
-
-
-def item(file: str, by: str | None = None, **params) -> Item:
     module = SimpleNamespace(GROUP_BY=by) if by else SimpleNamespace()
-    return Item(path=schedule.TESTS / file, module=module, callspec=SimpleNamespace(params=params))
+    callspec = SimpleNamespace(params=params)
+    return SimpleNamespace(path=schedule.TESTS / file, module=module, callspec=callspec, nodeid=f"{file}::test[a@b]")
+
+
+def scope_of(nodeid: str) -> str:
+    """What xdist takes a test for a part of."""
+    loadgroup = pytest.importorskip("xdist.scheduler.loadgroup")
+    return loadgroup.LoadGroupScheduling._split_scope(None, nodeid)
 
 
 def test_groups_are_files_or_named_parts_and_long_ones_come_first() -> None:
@@ -24,7 +25,22 @@ def test_groups_are_files_or_named_parts_and_long_ones_come_first() -> None:
     items = [item(short, name="a"), item(long, by="name", name="eagle@2[x]"), item(long, by="name"), item(short)]
     items += [item(schedule.LONG[0], by="name", name="b", depth=3)]
     schedule.pytest_collection_modifyitems(SimpleNamespace(workerinput={}), items)
-    assert [one.group for one in items] == [f"{schedule.LONG[0]}:b", f"{long}:eagle_2[x_", long, short, short]
+    scopes = [scope_of(str(one._id)) for one in items]
+    assert scopes == [
+        f"{schedule.LONG[0]}:b",
+        f"{long}:eagle_2[x_",
+        long,
+        short,
+        short,
+    ]
+
+
+def test_a_worker_tells_the_group_of_a_test(request: pytest.FixtureRequest) -> None:
+    one = pytest.Function.from_parent(request.node.parent, name="test_other", callobj=scope_of)
+    schedule.pytest_collection_modifyitems(SimpleNamespace(workerinput={}), [one])
+    assert one.nodeid.endswith("::test_other@test_schedule.py") and scope_of(one.nodeid) == "test_schedule.py"
+    if request.config.getoption("loadgroup", False):
+        assert scope_of(request.node.nodeid) == "test_schedule.py"
 
 
 def test_without_workers_the_order_is_that_of_the_files() -> None:

@@ -18,6 +18,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from models.config import TransformerConfig
 from models.errors import UserError
 from models.formats.hf import tensor_names
 from models.formats.release import Release
@@ -175,11 +176,24 @@ def _check_hydra_config(release: Release, num_heads: int, num_layers: int, prefi
 
 def assemble(release: Release, heads: Any, base: Target, names: Mapping[str, str], given: Mapping[str, Any]) -> Params:
     """Parameters of `heads`: from `given`, or from the tensor that `names` has for their path."""
-    shapes = jax.eval_shape(functools.partial(heads.init, base.config), base.params, jax.random.key(0))
+    shapes = _shapes(heads, base.config, *_abstract(base.params))
     leaves = []
     for path, shape in leaves_by_path(shapes).items():
         leaves.append(given[path] if path in given else take(release, names[path], path, shape.shape, base))
     return jax.tree.unflatten(jax.tree.structure(shapes), leaves)
+
+
+def _abstract(params: Params) -> tuple[Any, tuple[jax.ShapeDtypeStruct, ...]]:
+    """A tree's structure and the shapes of its leaves, which hash."""
+    leaves, structure = jax.tree.flatten(params)
+    return structure, tuple(jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for leaf in leaves)
+
+
+@functools.lru_cache(maxsize=64)
+def _shapes(heads: Any, config: TransformerConfig, structure: Any, leaves: tuple[jax.ShapeDtypeStruct, ...]) -> Any:
+    """Shapes of the parameters of `heads`, which take long to trace."""
+    target = jax.tree.unflatten(structure, leaves)
+    return jax.eval_shape(functools.partial(heads.init, config), target, jax.eval_shape(lambda: jax.random.key(0)))
 
 
 def take(release: Release, name: str, path: str, shape: tuple[int, ...], base: Target) -> np.ndarray:

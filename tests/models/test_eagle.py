@@ -44,7 +44,14 @@ SWITCHES = {
 EPSILON = CONFIG.norm_eps
 
 pytestmark = pytest.mark.usefixtures("x64")
-each_kind = pytest.mark.parametrize("heads", KINDS.values(), ids=KINDS)
+# A bias and a vocabulary are not what steps differ in.
+each_kind = pytest.mark.parametrize(
+    "heads",
+    [
+        pytest.param(heads, id=name, marks=[pytest.mark.slow] if name.endswith(("bias", "tokens")) else [])
+        for name, heads in KINDS.items()
+    ],
+)
 
 
 ROWS = 9

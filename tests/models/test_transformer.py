@@ -39,6 +39,8 @@ FAMILIES = {
 }
 TOKENS = jnp.array(np.random.default_rng(0).integers(23, size=(2, 9)))
 
+TAPS = ("layer:0", "layer:1", "layer:2", "pre_norm", "post_norm")
+
 forward = jax.jit(transformer.forward, static_argnames=("config", "layers", "taps"))
 
 pytestmark = pytest.mark.usefixtures("x64")
@@ -54,6 +56,11 @@ def lively(config: TransformerConfig, dtype=jnp.float64, seed: int = 0) -> dict:
     return drawn(transformer.param_shapes(config, dtype), 0.3, seed)
 
 
+def read(config: TransformerConfig, params: dict) -> transformer.Output:
+    """The whole text at once with all that can be tapped, one program for all who compare with it."""
+    return forward(config, params, TOKENS, Layout.causal(2, 9), taps=TAPS)
+
+
 def close(a, b, atol: float = 1e-10) -> None:
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=0, atol=atol), a, b)
 
@@ -61,9 +68,7 @@ def close(a, b, atol: float = 1e-10) -> None:
 @each_family
 def test_stacked_is_the_list(config: TransformerConfig) -> None:
     params = lively(config)
-    taps = ("layer:0", "layer:2", "pre_norm", "post_norm")
-    whole = forward(config, params, TOKENS, Layout.causal(2, 9), taps=taps)
-    stacked = forward(config, transformer.stack_layers(params), TOKENS, Layout.causal(2, 9), taps=taps)
+    whole, stacked = (read(config, p) for p in (params, transformer.stack_layers(params)))
     close(stacked.logits, whole.logits)
     close(stacked.taps, whole.taps)
     close(transformer.unstack_layers(transformer.stack_layers(params)), params, atol=0)
@@ -74,7 +79,7 @@ def test_joined_projections_are_the_separate_ones(config: TransformerConfig) -> 
     params = lively(config)
     joined = transformer.join_projections(params)
     assert "q_k_v" in joined["layers"][0]["attention"] and "q" not in joined["layers"][0]["attention"]
-    whole, ours = (forward(config, p, TOKENS, Layout.causal(2, 9)) for p in (params, joined))
+    whole, ours = (read(config, p) for p in (params, joined))
     close(ours.logits, whole.logits)
     close(ours.rows, whole.rows)
     back = transformer.split_projections(config, joined)
@@ -103,7 +108,7 @@ def test_parameters_in_blocks_are_those_as_they_were(tied: bool, monkeypatch: py
 @each_attention
 def test_slices_of_the_stack_compose(config: TransformerConfig) -> None:
     params, layout = lively(config), Layout.causal(2, 9)
-    whole = forward(config, params, TOKENS, layout, taps=("layer:1", "pre_norm"))
+    whole = read(config, params)
     for cut in (1, 2):
         lower = forward(config, params, TOKENS, layout, layers=(0, cut), taps=("pre_norm",))
         upper = forward(config, params, lower.taps["pre_norm"], layout, layers=(cut, 3))
@@ -115,7 +120,7 @@ def test_slices_of_the_stack_compose(config: TransformerConfig) -> None:
 
 def test_taps_name_what_they_are() -> None:
     params, layout = lively(LLAMA), Layout.causal(2, 9)
-    taken = forward(LLAMA, params, TOKENS, layout, taps=("layer:0", "pre_norm", "post_norm"))
+    taken = read(LLAMA, params)
     close(taken.taps["layer:0"], transformer.embed(LLAMA, params, TOKENS))
     close(taken.taps["post_norm"], taken.hidden)
     close(transformer.final_norm(LLAMA, params, taken.taps["pre_norm"]), taken.hidden)
@@ -153,7 +158,7 @@ def test_packed_documents_are_separate_ones(config: TransformerConfig) -> None:
 def test_cached_rows_are_whole_rows(config: TransformerConfig) -> None:
     """A prefix of ragged length, then a chain of rows, then a tree with two branches."""
     params = lively(config)
-    whole = forward(config, params, TOKENS, Layout.causal(2, 9))
+    whole = read(config, params)
     length = jnp.array([4, 6])
     cache = commit(init_cache(config, 2, 12, jnp.float64), whole.rows, None, jnp.zeros(2, jnp.int32))
     following = jnp.take_along_axis(TOKENS, length[:, None] + jnp.arange(3), axis=1)
@@ -173,9 +178,7 @@ def test_stacked_layers_attend_to_a_stacked_cache(config: TransformerConfig) -> 
     """As a list of layers does to a list, at a horizon per row too; and their rows come back stacked."""
     params = lively(config)
     stacked = transformer.stack_layers(params)
-    layout = Layout.causal(2, 9)
-    whole = forward(config, params, TOKENS, layout)
-    together = forward(config, stacked, TOKENS, layout)
+    whole, together = (read(config, p) for p in (params, stacked))
     cache = jax.tree.map(lambda *layers: jnp.stack(layers), *whole.rows)
     close(together.rows, cache)
     for horizon in (jnp.array([[4], [6]]), jnp.array([[4, 2, 0], [6, 6, 1]])):
@@ -251,7 +254,7 @@ def test_softcap_bounds_scores() -> None:
     np.testing.assert_allclose(softcap(x, 3.0), 3 * np.tanh(np.asarray(x) / 3))
     assert softcap(x, None) is x
     gemma = FAMILIES["gemma"]
-    assert np.abs(forward(gemma, lively(gemma), TOKENS, Layout.causal(2, 9)).logits).max() <= 3.0
+    assert np.abs(read(gemma, lively(gemma)).logits).max() <= 3.0
 
 
 @pytest.mark.parametrize(
@@ -259,16 +262,11 @@ def test_softcap_bounds_scores() -> None:
 )
 def test_dtypes(dtype, expected) -> None:
     params = lively(FAMILIES["gemma"], dtype)
-    out = forward(FAMILIES["gemma"], params, TOKENS, Layout.causal(2, 9))
+    out = read(FAMILIES["gemma"], params)
     assert out.logits.dtype == expected and out.hidden.dtype == dtype
     assert {leaf.dtype for leaf in jax.tree.leaves(out.rows)} == {jnp.dtype(dtype)}
     assert {leaf.dtype for leaf in jax.tree.leaves(transformer.param_shapes(LLAMA, dtype))} == {jnp.dtype(dtype)}
-    exact = forward(
-        FAMILIES["gemma"],
-        jax.device_put(jax.tree.map(lambda x: np.asarray(x, np.float64), params)),
-        TOKENS,
-        Layout.causal(2, 9),
-    )
+    exact = read(FAMILIES["gemma"], jax.device_put(jax.tree.map(lambda x: np.asarray(x, np.float64), params)))
     error = np.abs(np.asarray(out.logits, np.float64) - exact.logits).max()
     assert error < {jnp.bfloat16: 0.3, jnp.float32: 1e-4, jnp.float64: 1e-9}[dtype]
 

@@ -52,7 +52,8 @@ def test_two_processes_do_what_one_does(
     data_set: pathlib.Path,
     tmp_path: pathlib.Path,
 ) -> None:
-    config = tiny_job(data_set, {"name": "lm", "model": SHAPE}, steps=3, checkpoint={"every": 3})
+    model = {**SHAPE, "num_layers": 1}
+    config = tiny_job(data_set, {"name": "lm", "model": model}, steps=3, checkpoint={"every": 3})
     evaluation: dict[str, Any] = {**EVALUATION, "data": str(data_set)}
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
