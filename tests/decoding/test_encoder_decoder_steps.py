@@ -74,7 +74,7 @@ def steps(name: str) -> tuple[list[Step], Request]:
 
     drafter, own = case(name)
     assert drafter is not None
-    with jax.enable_x64(True), pytest.MonkeyPatch.context() as patch:
+    with jax.enable_x64(True), shapes_for_arrays(Memory), pytest.MonkeyPatch.context() as patch:
         patch.setattr(loop, "run", watched)
         made = generate(
             target(),
@@ -148,7 +148,8 @@ def test_what_a_step_leaves_behind_is_what_the_text_alone_makes(name: str) -> No
         same_rows(kept["cache"] if own else [], beginnings, after.length - 1)
     if own:
         memory = _encode(drafter.model, own, request.memory.tokens, request.memory.lengths)
-        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-9), kept["memory"], memory)
+        for ours, theirs in zip(*map(jax.tree.leaves, (kept["memory"], memory)), strict=True):
+            np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-9)
 
 
 def same_rows(cache, fresh, lengths) -> None:
@@ -171,12 +172,12 @@ def test_one_program_serves_other_prompts_limits_and_stops_and_stays_on_the_devi
             requests.append(arguments)
         return whole_loop(models, state, request, count)
 
-    with pytest.MonkeyPatch.context() as patch:
+    checked = loop.Models, loop.DecodeState, Text, Counters, Request, SamplingParameters, Memory
+    with shapes_for_arrays(*checked), pytest.MonkeyPatch.context() as patch:
         patch.setattr(loop, "run", watched)
         others = [Sampling(temperature=2.0, top_p=0.3), Sampling(), Sampling()]
         decode(name, [[5, 4], [6] * 10, [8]], max_new_tokens=[3, 20, 5], stop=[[1], [2, 3]], sampling=others)
-    assert programs() == before
-    with shapes_for_arrays(loop.Models, loop.DecodeState, Text, Counters, Request, SamplingParameters, Memory):
+        assert programs() == before
         text = whole_loop.lower(*requests[0], np.int32(1)).compile().as_text()
     assert text.count("while(") >= 1 and inside_loops(text) and not HOST.findall(text)
     cache = len(PROMPTS), SHAPE.num_kv_heads, CAPACITY, SHAPE.head_dim
