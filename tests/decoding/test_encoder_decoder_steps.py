@@ -107,7 +107,9 @@ def whole(config, params, request: Request, paths: list[tuple[int, list[int]]]):
     for place, (row, path) in enumerate(paths):
         rows[place], text[place, : len(path)] = row, path
     batch = len(request.memory.lengths)
-    chosen = jax.tree.map(lambda leaf: leaf[rows] if leaf.shape[0] == batch else leaf, memory)
+    chosen = jax.tree.map(
+        lambda leaf: jax.device_put(np.asarray(leaf)[rows]) if leaf.shape[0] == batch else leaf, memory
+    )
     return jax.tree.map(np.asarray, forward(config, params, chosen, jnp.asarray(text)))
 
 

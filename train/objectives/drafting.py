@@ -127,7 +127,8 @@ class OnFrozenTarget(BesideFrozenTarget):
         return trainable
 
     def loss(self, trainable: Params, frozen: Params, batch: Batch, key: Array, progress: Array | float):
-        """As for any objective."""
+        """As for any objective; no gradient enters the target, whoever asks for one."""
+        frozen = jax.lax.stop_gradient(frozen)
         return self.loss_on(self.read_target(frozen, batch), trainable, frozen, batch, key, progress)
 
     @abc.abstractmethod
