@@ -179,8 +179,8 @@ def test_one_program_serves_other_prompts_limits_and_stops_and_stays_on_the_devi
         patch.setattr(loop, "run", watched)
         others = [Sampling(temperature=2.0, top_p=0.3), Sampling(), Sampling()]
         decode(name, [[5, 4], [6] * 10, [8]], max_new_tokens=[3, 20, 5], stop=[[1], [2, 3]], sampling=others)
-        assert programs() == before
         text = whole_loop.lower(*requests[0], np.int32(1)).compile().as_text()
+    assert programs() == before
     assert text.count("while(") >= 1 and inside_loops(text) and not HOST.findall(text)
     cache = len(PROMPTS), SHAPE.num_kv_heads, CAPACITY, SHAPE.head_dim
     assert f"f64[{','.join(map(str, cache))}]" in text
