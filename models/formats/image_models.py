@@ -67,7 +67,7 @@ def save(
       OSError: the disk is full or not writable; nothing is left behind.
     """
     if "layers" in params and not isinstance(params["layers"], list):
-        params = unstack_layers(params)
+        params = unstack_layers(jax.device_get(params))  # On the host, where a slice is no program.
     leaves = leaves_by_path(params)
     shapes = leaves_by_path(param_shapes(config))
     _check_names("params", set(leaves), set(shapes), "parameter")

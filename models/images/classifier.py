@@ -9,6 +9,7 @@ VQ-VAE (`models/images/autoencoder.py`), from which they are built. Images are N
 
 import dataclasses
 import functools
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -81,6 +82,11 @@ def init(config: ClassifierConfig, key: Array, dtype=jnp.float32) -> Params:
 
 def param_shapes(config: ClassifierConfig, dtype=jnp.float32) -> Params:
     """The tree of `ShapeDtypeStruct`s that `init` would return, without allocating."""
+    return jax.tree.map(lambda shape: shape, _param_shapes(config, jnp.result_type(dtype)))  # The caller's own.
+
+
+@functools.cache
+def _param_shapes(config: ClassifierConfig, dtype: Any) -> Params:
     return jax.eval_shape(functools.partial(init, config, dtype=dtype), jax.random.key(0))
 
 

@@ -11,6 +11,7 @@ blocks instead: `mixed` to `mixed_2` are 5b to 5d at 35x35, `mixed_3` (the reduc
 first convolution of `Mixed_6d`, its 1x1 branch.
 """
 
+import functools
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -261,5 +262,15 @@ def features(params: Params, images: UInt8[Array, "B H W 3"]) -> InceptionFeatur
 
 
 def init(key: Array) -> Params:
-    """Random parameters, float32; `jax.eval_shape(init, key)` tells their shapes."""
+    """Random parameters, float32."""
     return Inception().init(key, jnp.zeros((1, 75, 75, 3)))["params"]
+
+
+def param_shapes() -> Params:
+    """The tree of `ShapeDtypeStruct`s that `init` would return, without allocating."""
+    return jax.tree.map(lambda shape: shape, _param_shapes())  # The caller's own.
+
+
+@functools.cache
+def _param_shapes() -> Params:
+    return jax.eval_shape(init, jax.random.key(0))

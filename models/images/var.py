@@ -92,6 +92,11 @@ def init(config: VARConfig, key: Array, dtype=jnp.float32, gate: float = 1e-3) -
 
 def param_shapes(config: VARConfig, dtype=jnp.float32) -> Params:
     """The tree of `ShapeDtypeStruct`s that `init` would return, without allocating."""
+    return jax.tree.map(lambda shape: shape, _param_shapes(config, jnp.result_type(dtype)))  # The caller's own.
+
+
+@functools.cache
+def _param_shapes(config: VARConfig, dtype: Any) -> Params:
     return jax.eval_shape(functools.partial(init, config, dtype=dtype), jax.random.key(0))
 
 

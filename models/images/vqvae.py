@@ -12,6 +12,7 @@ quantiser never runs below float32.
 """
 
 import functools
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -45,6 +46,11 @@ def init(config: VQVAEConfig, key: Array, dtype=jnp.float32) -> Params:
 
 def param_shapes(config: VQVAEConfig, dtype=jnp.float32) -> Params:
     """The tree of `ShapeDtypeStruct`s that `init` would return, without allocating."""
+    return jax.tree.map(lambda shape: shape, _param_shapes(config, jnp.result_type(dtype)))  # The caller's own.
+
+
+@functools.cache
+def _param_shapes(config: VQVAEConfig, dtype: Any) -> Params:
     return jax.eval_shape(functools.partial(init, config, dtype=dtype), jax.random.key(0))
 
 

@@ -67,6 +67,17 @@ def long_run(name: str) -> Generation:
         return decode(name, max_new_tokens=full_limits(case(name)[0]))
 
 
+def cut_after(text: list[int], stop: list[int]) -> list[int]:
+    """A text until it first shows `stop`, with that."""
+    ends = (end for end in range(len(stop), len(text) + 1) if text[end - len(stop) : end] == stop)
+    return text[: next(ends, len(text))]
+
+
+def first_ends(text: list[int], size: int = 3) -> list[int]:
+    """Places where a text first shows the `size` tokens that end there."""
+    return [end for end in range(size, len(text) + 1) if len(cut_after(text, text[end - size : end])) == end]
+
+
 SHORTER = [200, 150, 180, 130]
 
 

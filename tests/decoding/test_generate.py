@@ -67,7 +67,8 @@ def test_few_sizes_of_caches_and_prompts_are_compiled(monkeypatch: pytest.Monkey
     assert slots_needed(30, 60, 3) == 512 and slots_needed(30, 60, 3, batch=64) == 94
 
 
-@pytest.mark.parametrize("name", ["none", "hydra++"])
+# What drafters make of chunks is shown in test_rows.py.
+@pytest.mark.parametrize("name", ["none", pytest.param("hydra++", marks=pytest.mark.slow)])
 def test_chunked_prefill_is_whole_prefill(target: Target, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     drafter, params = CASES[name](target, jax.random.key(3))
     arguments = dict(drafter=drafter, drafter_params=params, max_new_tokens=30, capacity=80)

@@ -76,8 +76,13 @@ LATER = ("eagle2", "lookahead", "prompt_lookup+hydra++")
 
 @pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] if n in LATER else []) for n in NEEDED])
 def test_meshes_decode_alike_and_exchange_no_more_than_needed(name: str, run_on_devices) -> None:
-    meshes = {"data=8": across_rows(name), "data=2,tensor=4": together(NEEDED[name], across_rows(name))}
-    decodes_alike(name, meshes, run_on_devices)
+    decodes_alike(name, {"data=2,tensor=4": together(NEEDED[name], across_rows(name))}, run_on_devices)
+
+
+# Heads with a cache; of what others do, rows that lie apart have no part.
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[] if n == "hydra++" else [pytest.mark.slow]) for n in NEEDED])
+def test_rows_apart_exchange_whether_any_goes_on(name: str, run_on_devices) -> None:
+    decodes_alike(name, {"data=8": across_rows(name)}, run_on_devices)
 
 
 @pytest.mark.parametrize("name", ["none", pytest.param("hydra++", marks=pytest.mark.slow)])

@@ -63,10 +63,8 @@ def decode(name: str, rows, dtype=jnp.float32, **settings) -> Generation:
     return generate(target(dtype), prompts, stop=[], **{"max_new_tokens": 30, **settings})
 
 
-each_rule = pytest.mark.parametrize("name", ["point", "swor"])
-
-
-@each_rule
+# Where drafts and their verification draw; heads, whose rows are compared in float64, with `-m slow`.
+@pytest.mark.parametrize("name", [pytest.param("point", marks=pytest.mark.slow), "swor"])
 def test_rows_are_bitwise_independent_of_their_neighbours(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     states = []
     run = loop.run
@@ -99,8 +97,8 @@ def test_tokens_are_equal_in_float64_across_batch_sizes_and_capacities(name: str
     with jax.enable_x64(True):
         batch = decode(name, ROWS, jnp.float64, capacity=64)
         wider = decode(name, [*ROWS, ROWS[0], ROWS[3]], jnp.float64, capacity=96)
-        # Those with filters: one more way to sample is one more program of a loop.
-        single = {i: decode(name, [ROWS[i]], jnp.float64, capacity=96) for i in range(2, len(ROWS))}
+        # Those that cut: one more way to sample is one more program of a loop.
+        single = {i: decode(name, [ROWS[i]], jnp.float64, capacity=96) for i in (2, 3, 5)}
     for i in range(len(ROWS)):
         assert batch.tokens[i] == wider.tokens[i] and batch.writers[i] == wider.writers[i]
     for i, alone in single.items():

@@ -94,7 +94,7 @@ def params() -> dict:
     return random_params()
 
 
-@pytest.mark.parametrize("side", [107, inception.SIZE])
+@pytest.mark.parametrize("side", [pytest.param(107, marks=pytest.mark.slow), inception.SIZE])
 def test_graph_is_the_port(params: dict, side: int) -> None:
     x = np.random.default_rng(0).uniform(-1, 1, (1, side, side, 3)).astype(np.float32)
     with torch.no_grad():

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import json
 import pathlib
 from collections.abc import Callable, Iterator
@@ -13,8 +14,9 @@ import pytest
 
 from models.formats import image_models as files
 from models.images.config import VARConfig, VQVAEConfig
+from models.sharding import make_mesh
 from scripts import build_dataset
-from tests import image_reference
+from tests import image_reference, noise
 from tests.noise import noisy
 from train import trainer
 from train.config import TrainConfig, parse
@@ -22,6 +24,9 @@ from train.data import glyphs, images
 from train.data.corpus import open_corpus
 from train.metrics import Report
 from train.objectives import OBJECTIVES
+from train.objectives.adversary import Discriminator
+from train.objectives.objective import Compute
+from train.objectives.vqvae import GANConfig
 
 SHAPE = {"width": 16, "num_layers": 2, "num_heads": 2, "num_kv_heads": 1, "head_dim": 8, "mlp_width": 32}
 
@@ -228,18 +233,39 @@ def drawn(name: str, objective: Any, base: Any, **config: Any) -> Any:
     return DRAWN[alike]
 
 
+@functools.cache
+def discriminator(config: GANConfig) -> Any:
+    """Shapes of the critic of images of eight pixels."""
+    seen = jax.ShapeDtypeStruct((1, 8, 8, 3), np.float32)
+    return jax.eval_shape(Discriminator(config.width, config.layers).lazy_init, jax.random.key(0), seen)["params"]
+
+
+def image_params(objective: Any, config: TrainConfig, base: Any) -> Any:
+    """Parameters that an image objective could have come to, every tensor drawn by NumPy, or those it goes on from."""
+    if "init_from" in (base or {}):
+        return base["init_from"]
+    if isinstance(objective.model, VARConfig):
+        tree = image_reference.random_var(objective.model, seed=1)
+        layers = jax.tree.map(lambda *leaves: np.stack(leaves), *tree["layers"])
+        return jax.device_put(jax.tree.map(np.float32, {**tree, "layers": layers}))
+    params = {"vqvae": jax.device_put(jax.tree.map(np.float32, image_reference.random_vqvae(objective.model)))}
+    gan = config.objective.gan
+    return {**params, "discriminator": noise.drawn(discriminator(gan), 0.3)} if gan.weight else params
+
+
 @pytest.fixture
 def image_setting(image_job: Callable[..., TrainConfig]) -> Callable[..., Any]:
     """`image_setting("var", class_dropout=0.0)`: objective, random parameters, frozen ones, one batch of six."""
 
-    def make(name: str, batch_size: int = 6, **objective: Any) -> tuple[Any, Any, Any, dict[str, jax.Array]]:
-        config = image_job(name, objective=objective, batch_size=batch_size)
+    def make(name: str, batch_size: int = 6, **given: Any) -> tuple[Any, Any, Any, dict[str, jax.Array]]:
+        config = image_job(name, objective=given, batch_size=batch_size)
         corpus = open_corpus(config)
-        plan = trainer.make_plan(config, corpus.facts)
-        base = plan.objective.load_base(plan.mesh) if plan.base is not None else None
-        params = drawn(name, plan.objective, base, **objective)
+        # Without a plan, whose state of the optimizer would be traced.
+        objective = OBJECTIVES[name](config.objective, corpus.facts)
+        objective.prepare(Compute(config.precision))
+        base = objective.load_base(make_mesh()) if objective.base is not None else None
         batch = jax.device_put(dict(next(corpus.batches(batch_size, 0))))
-        return plan.objective, noisy(params, 0.1), plan.objective.frozen_part(base), batch
+        return objective, image_params(objective, config, base), objective.frozen_part(base), batch
 
     return make
 

@@ -56,7 +56,7 @@ def same(one, other) -> bool:
 @pytest.mark.parametrize("guidance", [0.0, 1.5])
 def test_greedy_images_are_the_references(guidance: float) -> None:
     drawing = dataclasses.replace(GREEDY, guidance=guidance)
-    for config in (LARGE, SMALL):
+    for config in (LARGE, SMALL) if guidance else (LARGE,):
         made = generate_images(tokenizer(), var_stages(config, drawing), LABELS)
         host = jax.tree.map(np.asarray, (tokenizer().params, model(config)[1]))
         models = [(config, host[1])] * config.num_scales
@@ -67,7 +67,9 @@ def test_greedy_images_are_the_references(guidance: float) -> None:
         assert np.abs(made.pixels - pixels).max() <= 0.5 + 1e-9 and pixels.std() > 5
 
 
-@pytest.mark.parametrize("draft_scales", [1, 2, 3])
+@pytest.mark.parametrize(
+    "draft_scales", [pytest.param(1, marks=pytest.mark.slow), 2, pytest.param(3, marks=pytest.mark.slow)]
+)
 def test_collaboration_of_two_models(draft_scales: int) -> None:
     made = generate_images(tokenizer(), code_stages(model(LARGE), model(SMALL), draft_scales, GREEDY, GREEDY), LABELS)
     host = [(config, jax.tree.map(np.asarray, model(config)[1])) for config in (LARGE, SMALL)]
@@ -79,7 +81,9 @@ def test_collaboration_of_two_models(draft_scales: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("draft_scales", "drawing"), [(1, GREEDY), (2, GREEDY), (3, GREEDY), (2, WARM)], ids=["1", "2", "3", "2, sampled"]
+    ("draft_scales", "drawing"),
+    [(1, GREEDY), pytest.param(2, GREEDY, marks=pytest.mark.slow), (3, GREEDY), (2, WARM)],
+    ids=["1", "2", "3", "2, sampled"],
 )
 def test_a_model_that_refines_its_own_draft_is_var(draft_scales: int, drawing: Drawing) -> None:
     """CoDe's identity: token for token, at any number of draft scales."""
@@ -96,14 +100,15 @@ def test_phases_have_settings_of_their_own() -> None:
     assert same(made.indices[:2], alone.indices[:2]) and not same(made.indices[2:], alone.indices[2:])
 
 
-def test_an_image_depends_on_its_own_class_seed_and_settings_alone() -> None:
+@pytest.mark.parametrize("rows", [[2], pytest.param([3, 1], marks=pytest.mark.slow)], ids=str)
+def test_an_image_depends_on_its_own_class_seed_and_settings_alone(rows: list[int]) -> None:
+    """Alone, the row without guidance takes a program that has none."""
     drawings = [WARM, GREEDY, dataclasses.replace(WARM, guidance=0.0), dataclasses.replace(WARM, top_k=0, top_p=0.5)]
     seeds = [11, 4, 2, 8]
     whole = generate_images(tokenizer(), var_stages(LARGE, drawings), LABELS, seeds=np.array(seeds))
-    for rows in ([2], [3, 1]):
-        some, labels, own = ([x[row] for row in rows] for x in (drawings, LABELS, seeds))
-        part = generate_images(tokenizer(), var_stages(LARGE, some), labels, seeds=own)
-        assert same(part.indices, [index[rows] for index in whole.indices])
+    some, labels, own = ([x[row] for row in rows] for x in (drawings, LABELS, seeds))
+    part = generate_images(tokenizer(), var_stages(LARGE, some), labels, seeds=own)
+    assert same(part.indices, [index[rows] for index in whole.indices])
     assert not np.array_equal(whole.indices[-1][0], whole.indices[-1][3])
     other = generate_images(tokenizer(), var_stages(LARGE, drawings), LABELS, seeds=[11, 4, 3, 8])
     assert [np.array_equal(*pair) for pair in zip(other.indices[-1], whole.indices[-1], strict=True)] == [
@@ -134,10 +139,10 @@ def test_a_program_compiled_ahead_is_the_one_that_runs(caplog: pytest.LogCapture
     codes = {name: tokenizer().params[name] for name in ("codebook", "phi")}
     stages = code_stages(model(LARGE), model(SMALL), 2, GREEDY, GREEDY)
     compile_stages(VQVAE, codes, stages, 3)
-    for labels, compiled in (([0, 1, 2], 0), ([0], 2)):
+    for turn, labels, compiled in ((stages, [0, 1, 2], 0), (var_stages(SMALL), [0], 1)):
         caplog.clear()
         with jax.log_compiles():
-            generate_images(tokenizer(), stages, labels)
+            generate_images(tokenizer(), turn, labels)
         assert caplog.text.count("Finished XLA compilation of jit(run)") == compiled
 
 
@@ -150,11 +155,12 @@ def test_a_drafters_cache_ends_with_its_program() -> None:
     assert left == [(4, 4, 4, 6), (4, 4 + 9, 6), (4, 1), (4, 4)]
 
 
-def after_filters(scores: np.ndarray, draws: Draws) -> np.ndarray:
+@jax.jit
+def after_filters(scores: jax.Array, draws: Draws) -> jax.Array:
     """Scores after top-k and top-p, for images that share their settings."""
     rows = scores.reshape(-1, scores.shape[-1])
     filters = jax.tree.map(lambda setting: jnp.repeat(setting, scores.shape[1]), draws.filters)
-    return np.asarray(filtered(jnp.array(rows), filters)).reshape(scores.shape)
+    return filtered(rows, filters).reshape(scores.shape)
 
 
 @pytest.mark.parametrize("drawing", [WARM, Drawing(top_k=3, top_p=1.0), Drawing(top_k=0, top_p=0.6, temperature=0.7)])
@@ -162,7 +168,7 @@ def test_codes_are_drawn_from_the_filtered_distribution(drawing: Drawing) -> Non
     """The filters see scores before the temperature, top-p what top-k left; checked as a distribution."""
     scores = 2 * np.random.default_rng(4).normal(size=(2, 3, 150))
     draws = Draws.of([drawing] * 2, jax.vmap(jax.random.key)(jnp.arange(2)), 5)
-    left = after_filters(scores, draws) / drawing.temperature
+    left = np.asarray(after_filters(scores, draws)) / drawing.temperature
     expected = reference.distribution(scores, drawing.top_k, drawing.top_p, drawing.temperature)
     found = np.exp(left - left.max(-1, keepdims=True))
     np.testing.assert_allclose(found / found.sum(-1, keepdims=True), expected, atol=1e-12)

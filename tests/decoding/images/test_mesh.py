@@ -8,8 +8,8 @@ import pytest
 @pytest.mark.parametrize(
     "check",
     [
-        "makes_the_images_of_one_device('data=8', 'data=2,tensor=4')",
-        pytest.param("makes_the_images_of_one_device('tensor=2')", marks=pytest.mark.slow),
+        "makes_the_images_of_one_device('data=2,tensor=4')",
+        pytest.param("makes_the_images_of_one_device('data=8', 'tensor=2')", marks=pytest.mark.slow),
         "rows_stay_on_their_devices()",
     ],
     ids=lambda check: re.sub(r"[^\w,]+", " ", check).strip(),

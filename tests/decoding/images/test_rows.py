@@ -30,7 +30,8 @@ ROWS = [
 ]
 
 
-def test_rows_are_bitwise_independent_of_their_neighbours(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("n", [pytest.param(1, marks=pytest.mark.slow), 2, pytest.param(3, marks=pytest.mark.slow)])
+def test_rows_are_bitwise_independent_of_their_neighbours(n: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(convolution, "_FEWEST_PATCHES", 1)  # The decoder of small images goes Winograd's way too.
     trees = (reference.random_vqvae(VQVAE), reference.random_var(LARGE), reference.random_var(SMALL))
     vqvae, large, small = (jax.tree.map(lambda leaf: leaf.astype(np.float32), tree) for tree in trees)
@@ -43,13 +44,12 @@ def test_rows_are_bitwise_independent_of_their_neighbours(monkeypatch: pytest.Mo
 
     order = [3, 0, 5, 1, 4, 2]
     strangers = [(row % 7, Drawing(0.5 * row, 3 + row, 0.9, 1.0 + row), 90 + row) for row in range(4)]
-    for n in (1, 3):
-        whole = made(ROWS, n)
-        shuffled = made([ROWS[row] for row in order], n)
-        mixed = made([strangers[0], ROWS[1], *strangers[1:], ROWS[3]], n)
-        assert not np.array_equal(mixed.f_hat[0], whole.f_hat[0])
-        places = [(shuffled, row, order.index(row)) for row in range(6)] + [(mixed, 1, 1), (mixed, 3, 5)]
-        for other, row, place in places:
-            assert all(np.array_equal(a[row], b[place]) for a, b in zip(whole.indices, other.indices, strict=True))
-            assert whole.f_hat.dtype == np.float32 and np.array_equal(whole.f_hat[row], other.f_hat[place]), (n, row)
-            assert np.array_equal(whole.pixels[row], other.pixels[place])
+    whole = made(ROWS, n)
+    shuffled = made([ROWS[row] for row in order], n)
+    mixed = made([strangers[0], ROWS[1], *strangers[1:], ROWS[3]], n)
+    assert not np.array_equal(mixed.f_hat[0], whole.f_hat[0])
+    places = [(shuffled, row, order.index(row)) for row in range(6)] + [(mixed, 1, 1), (mixed, 3, 5)]
+    for other, row, place in places:
+        assert all(np.array_equal(a[row], b[place]) for a, b in zip(whole.indices, other.indices, strict=True))
+        assert whole.f_hat.dtype == np.float32 and np.array_equal(whole.f_hat[row], other.f_hat[place]), row
+        assert np.array_equal(whole.pixels[row], other.pixels[place])

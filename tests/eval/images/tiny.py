@@ -12,6 +12,7 @@ from models.images.classifier import ClassifierConfig
 from models.images.config import VARConfig, VQVAEConfig
 from scripts import build_dataset
 from tests import image_reference as reference
+from tests.noise import drawn
 
 SIDE, CHARACTERS = 8, "ABC"
 VQVAE = VQVAEConfig(vocab_size=11, latent_channels=4, width=8, multipliers=(1, 2), blocks=1, scales=(1, 2, 4), phis=2)
@@ -32,5 +33,5 @@ def write(folder: Path) -> Path:
     for name, (config, params) in models.items():
         files.save(folder / name, config, jax.device_put(jax.tree.map(np.float32, params)))
     judge = ClassifierConfig(len(CHARACTERS), SIDE, width=4, multipliers=(1, 2))
-    files.save(folder / "classifier", judge, classifier.init(judge, jax.random.key(0)))
+    files.save(folder / "classifier", judge, drawn(classifier.param_shapes(judge), 0.3))
     return folder

@@ -28,7 +28,7 @@ def random_params(seed: int = 0) -> dict[str, Any]:
         low, high = {"scale": (0.07, 0.13), "variance": (0.005, 0.02)}.get(name, (-0.2, 0.2))
         return rng.uniform(low, high, shape.shape).astype(np.float32)
 
-    return jax.tree.map_with_path(leaf, jax.eval_shape(inception.init, jax.random.key(0)))
+    return jax.tree.map_with_path(leaf, inception.param_shapes())
 
 
 def port_tensors(params: dict[str, Any]) -> dict[str, np.ndarray]:

@@ -59,28 +59,33 @@ def test_networks_match_the_reference(config: VQVAEConfig) -> None:
 
     @jax.jit
     def run(params, images, f_hat):
-        read = vqvae.features(config, params, images), vqvae.encode(config, params, images)
-        return *read, vqvae.decode(config, params, f_hat), vqvae.reconstruct(config, params, f_hat)
+        networks = vqvae.features(config, params, images), vqvae.reconstruct(config, params, f_hat)
+        # What is made of the two depends on neither width nor depth.
+        more = (vqvae.encode(config, params, images), vqvae.decode(config, params, f_hat)) if config is TINY else None
+        return *networks, more
 
-    found, indices, clipped, free = jax.tree.map(np.asarray, run(params, images, f_hat))
+    found, free, more = jax.tree.map(np.asarray, run(params, images, f_hat))
     np.testing.assert_allclose(found, features, atol=1e-11)
-    assert all(map(np.array_equal, indices, reference.encode(config, tree, features)[0]))
     decoded = reference.decode(config, tree, f_hat)
     inside = np.abs(decoded) < 1
     assert 0.2 < inside.mean() < 1
-    np.testing.assert_allclose(clipped, decoded, atol=1e-11)
     np.testing.assert_allclose(free[inside], decoded[inside], atol=1e-11)
     assert np.abs(free[~inside]).min() >= 1
+    if more is not None:
+        indices, clipped = more
+        assert all(map(np.array_equal, indices, reference.encode(config, tree, features)[0]))
+        np.testing.assert_allclose(clipped, decoded, atol=1e-11)
+
+
+def loss_of_large(params, images):
+    """How far what LARGE makes of images is from them."""
+    f_hat = vqvae.features(LARGE, params, images)
+    return jnp.mean(jnp.square(vqvae.reconstruct(LARGE, params, f_hat) - images))
 
 
 def slopes_of_large(params, images):
-    """The gradient of what LARGE makes of images, by path."""
-
-    def loss(params):
-        f_hat = vqvae.features(LARGE, params, images)
-        return jnp.mean(jnp.square(vqvae.reconstruct(LARGE, params, f_hat) - images))
-
-    return leaves_by_path(jax.grad(loss)(params))
+    """Its gradient, by path."""
+    return leaves_by_path(jax.grad(loss_of_large)(params, images))
 
 
 @pytest.fixture
@@ -99,7 +104,7 @@ def winograds(monkeypatch: pytest.MonkeyPatch) -> set[tuple[int, ...]]:
 def test_networks_take_winograds_way_where_it_pays(winograds) -> None:
     shapes = vqvae.param_shapes(LARGE), jax.ShapeDtypeStruct((2, 32, 32, 3), jnp.float32)
     winograds.clear()
-    jax.eval_shape(slopes_of_large, *shapes)
+    jax.eval_shape(loss_of_large, *shapes)
     # All of full resolution: in, within a block, after doubling, into a narrower block, out.
     assert winograds == {(2, 32, 32, *widths) for widths in ((3, 6), (6, 6), (12, 12), (12, 6), (6, 3))}
 
