@@ -16,9 +16,9 @@ Expected time: about 5 min on two CPU cores with `source=dataset`; whoever write
 result: `alpha`, what verification keeps of a sampled draft, that rises with every evaluation, and a drafter directory
 of about 1M parameters.
 
-* `:smollm2`: 15M parameters for SmolLM2-135M and its own tokenizer (49,152 tokens, a tied embedding of width 256),
-  sized for an accelerator: 400 of its 3,000 steps, with embedding=target, took a minute on one NVIDIA H200 beside six
-  other jobs and ended at an alpha of 0.48, with jsd at 0.49 (docs/results.md).
+* `:smollm2`: 15M parameters for SmolLM2-135M and its own tokenizer (49,152 tokens, a tied embedding of width 256 that
+  begins as the target's, projected), sized for an accelerator: 400 of its 3,000 steps took a minute on one NVIDIA H200
+  beside six other jobs and ended at an alpha of 0.48, with jsd at 0.49 (docs/results.md).
 * `:warm` begins from a directory, `--config.objective.init_from=DIR`, at a tenth of the rate: a small target of the
   same tokenizer (`configs/draft_model.py`), or a draft model, perhaps one for what this target was fine-tuned from. So
   do the next two.
@@ -64,7 +64,7 @@ def get_config(variant: str = "") -> ConfigDict:
 
     if variant == "smollm2":
         config.objective.model.update(width=256, num_layers=4, num_heads=4, num_kv_heads=2, head_dim=64, mlp_width=704)
-        config.objective.update(labels="assistant", draft=5)
+        config.objective.update(labels="assistant", draft=5, embedding="target")
         config.steps, config.batch_size, config.length = 3000, 16, 512
         config.optimizer.update(learning_rate=3e-3, warmup_steps=100)
         config.evaluation.update(every=500, batches=8)

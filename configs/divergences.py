@@ -12,7 +12,7 @@ Expected time: five times that of `configs/distill.py`, less four of its five fo
 drafter directory of each in runs/divergences/drafters, and an `alpha` of each that rises with every evaluation.
 
 * `:warm` begins from a directory, `--config.objective.members.undistilled.objective.init_from=DIR`, at a tenth of the
-  rate; what one member begins from all do, and so it is with `labels`. On text that the target wrote
+  rate; what one member begins from all do, and so it is with `labels` and `embedding`. On text that the target wrote
   (`scripts.continue_dataset`) with `labels=assistant`, `undistilled` is sequence-level distillation.
 * `:smollm2` is `configs/distill.py:smollm2` with each of the divergences.
 * `:smoke` takes 20 short steps, within 1 min on two CPU cores for targets of up to 5M parameters; expect falling
@@ -38,6 +38,7 @@ def get_config(variant: str = "") -> ConfigDict:
         own["init_from"] = config_dict.placeholder(str)
     else:
         own["model"] = config.objective.model.to_dict()
+        own["embedding"] = config_dict.FieldReference(config.objective.get("embedding", "random"))
     if "draft" in config.objective:
         own["draft"] = config.objective.draft
     members = {}

@@ -134,7 +134,7 @@ def study(
     for temperature in temperatures:
         progress(f"temperature {temperature:g}, plain decoding")
         plain = decode(target, prompts, new_tokens, temperature)
-        for method in methods:
+        for place, method in enumerate(methods):
 
             def calibrate(drafter: Drafter, method=method, temperature=temperature) -> Stats:
                 progress(f"temperature {temperature:g}, {method.label}, calibrating")
@@ -153,11 +153,14 @@ def study(
                     )
                 progress(f"temperature {temperature:g}, {method.label}, {budget} candidates")
                 made = decode(target, prompts, new_tokens, temperature, drafter, method.params)
-                place = {"method": method.label, "temperature": temperature, "budget": budget}
+                where = {"method": method.label, "temperature": temperature, "budget": budget}
                 sampled = drafter.rule(greedy=temperature == 0) in SAMPLED_RULES
-                cells.append(place | _cell(drafter, made, plain, sampled, [prompt.category for prompt in prompts]))
-            # Every fit is a program of its own, and the system bounds how much compiled code a process may hold.
-            jax.clear_caches()
+                cells.append(where | _cell(drafter, made, plain, sampled, [prompt.category for prompt in prompts]))
+            # Every fit is a program of its own, and the system bounds how much compiled code a process may hold. Other
+            # parameters for the same drafter, such as those of another seed, run the same programs.
+            following = methods[place + 1] if place + 1 < len(methods) else None
+            if following is None or (following.drafter, following.policy) != (method.drafter, method.policy):
+                jax.clear_caches()
     return cells
 
 

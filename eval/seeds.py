@@ -10,6 +10,7 @@ seeds where there are several, else over prompts.
 """
 
 import collections
+import json
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -75,6 +76,7 @@ def _entry(name: str, temperature: float, cells, paths, rates) -> dict[str, Any]
         "method": name,
         "temperature": temperature,
         "seeds": len(cells),
+        "labels_per_row": labels_per_row([paths[cell["method"]] for cell in cells]),
         "alpha": [hits / number if number else None for hits, number in zip(accepted, reached, strict=True)],
         "alpha_intervals": [_interval(of, own) for of, own in zip(shares, over_prompts, strict=True)],
         "acceptance_length": statistics.fmean(lengths),
@@ -84,6 +86,26 @@ def _entry(name: str, temperature: float, cells, paths, rates) -> dict[str, Any]
         "speedup_interval": _interval(speedups, timed[0]["speedup_interval"]) if timed else None,
         "speedups": speedups,
     }
+
+
+def labels_per_row(paths: Sequence[str | None]) -> float | None:
+    """Labels of a row of a step's batch, the mean over runs that made these drafters; None where one does not tell."""
+    means = [_mean_labels(Path(path)) if path else None for path in paths]
+    known = [mean for mean in means if mean is not None]
+    return statistics.fmean(known) if len(known) == len(means) else None
+
+
+def _mean_labels(drafter: Path) -> float | None:
+    """From the metrics of a run that made this alone, or as one of several, which lie together in a directory."""
+    for metrics, key in (
+        (drafter.parent / "metrics.jsonl", "labels"),
+        (drafter.parent.parent / "metrics.jsonl", f"{drafter.name}/labels"),
+    ):
+        if metrics.is_file():
+            lines = map(json.loads, metrics.read_text(encoding="utf-8").splitlines())
+            if told := [line[key] for line in lines if key in line]:
+                return statistics.fmean(told)
+    return None
 
 
 def _interval(values: Sequence[float | None], alone: list[float] | None) -> list[float] | None:
@@ -99,12 +121,13 @@ def _interval(values: Sequence[float | None], alone: list[float] | None) -> list
 
 def table(entries: Sequence[Mapping[str, Any]]) -> list[list[str]]:
     """Rows of texts, a heading first."""
-    rows = [["method", "T", "alpha by position", "acceptance length", "speed-up"]]
+    rows = [["method", "labels", "T", "alpha by position", "acceptance length", "speed-up"]]
     for entry in entries:
         shares = zip(entry["alpha"], entry["alpha_intervals"], strict=True)
         rows.append(
             [
                 entry["method"],
+                _written(entry["labels_per_row"], None, 0),
                 f"{entry['temperature']:g}",
                 " ".join(_written(share, interval, 3) for share, interval in shares),
                 _written(entry["acceptance_length"], entry["acceptance_length_interval"], 3),

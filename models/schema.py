@@ -9,6 +9,7 @@ only a table of its subclasses can read, `parse` is given the reader.
 
 import dataclasses
 import difflib
+import math
 import types
 import typing
 from collections.abc import Callable, Iterable, Mapping
@@ -49,6 +50,21 @@ def require(holds: bool, sentence: str, value: object) -> None:
     """Raises UserError with `sentence` and the value found, unless `holds`."""
     if not holds:
         raise UserError(f"{sentence}, got {value}")
+
+
+def require_weights(section: Any, *names: str, where: str = "objective") -> None:
+    """Raises UserError where one of these fields of a section is negative, infinite or no number."""
+    for name in names:
+        value = getattr(section, name)
+        require(0 <= value < math.inf, f"{where}.{name} must be 0 or more, and finite", value)
+
+
+def require_defaults(section: Any, *names: str, why: str, where: str = "objective") -> None:
+    """Raises UserError where one of these fields of a section is not its default; `why` says what it is for."""
+    defaults = {field.name: field.default for field in dataclasses.fields(section)}
+    for name in names:
+        value = getattr(section, name)
+        require(value == defaults[name], f"{where}.{name} {why}: leave it at {defaults[name]!r}", repr(value))
 
 
 def nearest(name: object, known: Iterable[str]) -> str:

@@ -65,17 +65,22 @@ def parse_mesh(text: str) -> Mesh:
     Raises:
       UserError: an axis that does not exist, a size that is no number, or more devices than there are.
     """
-    sizes = {}
+    sizes = {"data": 1} | mesh_sizes(text)
+    devices = jax.local_devices()
+    if -1 not in sizes.values():
+        devices = devices[: int(np.prod(list(sizes.values())))]
+    return make_mesh(**sizes, devices=devices)
+
+
+def mesh_sizes(text: str) -> dict[str, int]:
+    """Axis -> size of `data=2,tensor=4`, whatever devices there are. Raises UserError as `parse_mesh` does."""
+    sizes: dict[str, int] = {}
     for part in text.split(","):
         axis, _, size = part.strip().partition("=")
         if axis not in AXES or axis in sizes or not re.fullmatch(r"-1|[1-9]\d*", size):
             raise UserError(f"mesh {text!r} is not a list of sizes of {', '.join(AXES)}, such as data=2,tensor=4")
         sizes[axis] = int(size)
-    sizes = {"data": 1} | sizes
-    devices = jax.local_devices()
-    if -1 not in sizes.values():
-        devices = devices[: int(np.prod(list(sizes.values())))]
-    return make_mesh(**sizes, devices=devices)
+    return sizes
 
 
 def param_specs(params: Any) -> Any:

@@ -58,8 +58,8 @@ def kept_features(config: TrainConfig, objective: Objective, corpus: Corpus) -> 
     """What a job asks to keep; None where it asks for nothing.
 
     Raises:
-      UserError: the objective reads no frozen target, `features_top_k` is more than there are tokens, or `directory`
-        holds something else.
+      UserError: the objective reads no frozen target, `features_top_k` is more than there are tokens or too few for a
+        divergence, or `directory` holds something else.
     """
     if config.data.features is None:
         return None
@@ -67,6 +67,11 @@ def kept_features(config: TrainConfig, objective: Objective, corpus: Corpus) -> 
         raise UserError(f"data.features must be None: the objective {config.objective.name} reads no frozen target")
     if (top_k := config.data.features_top_k) > objective.model.vocab_size:
         raise UserError(f"data.features_top_k ({top_k}) exceeds the vocabulary ({objective.model.vocab_size})")
+    if top_k and (names := sorted({one.name for one in objective.divergences if one.floored})):
+        raise UserError(
+            f"data.features_top_k must be 0 with {' and '.join(names)}: what the student gives to tokens that are not "
+            f"kept would cost what the floor under their probability says, got {top_k}"
+        )
     arrays = arrays_to_keep(objective.model, objective.target_taps, corpus.length, top_k)
     origin = {
         "target": fingerprint([Path(config.objective.base)]),

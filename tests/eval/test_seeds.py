@@ -57,6 +57,21 @@ def test_seeds_of_a_method_are_put_together(tmp_path, capsys) -> None:
     assert "1.50 (1.20-1.70)" in capsys.readouterr().out
 
 
+def test_labels_are_those_of_the_runs_that_made_the_drafters(tmp_path) -> None:
+    """Alone or as a member of several, lines without the metric left out; a drafter from elsewhere tells nothing."""
+    for name, lines in {
+        "a": [{"labels": 10.0}, {"valid/loss": 1.0}, {"labels": 20.0}],
+        "b": [{"jsd/labels": 7.0, "labels": 1.0, "tvd/labels": 3.0}],
+    }.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    alone, member = str(tmp_path / "a" / "drafter"), str(tmp_path / "b" / "drafters" / "jsd")
+    assert seeds.labels_per_row([alone]) == 15.0 and seeds.labels_per_row([member]) == 7.0
+    assert seeds.labels_per_row([alone, member]) == 11.0
+    assert seeds.labels_per_row([alone, None]) is None
+    assert seeds.labels_per_row([str(tmp_path / "elsewhere" / "drafter")]) is None
+
+
 def test_neither_budgets_nor_measurements_are_mixed() -> None:
     one = results(cell("a", 2.0, [1, 1]))
     with pytest.raises(UserError, match=r"their num_prompts differ: \[3, 4\]"):

@@ -57,7 +57,7 @@ def data_set(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
 
 SMALL_BLOCKS = {"target_layers": (0, 1), "num_layers": 1, "anchors": 32, "loop_prompts": 0}
 STUDENT = {**SHAPE, "num_layers": 1, "mlp_width": 16}
-SMALL_STUDENT = {"model": STUDENT, "draft": 2, "new_tokens": 12, "loop_prompts": 0}
+SMALL_STUDENT = {"model": STUDENT, "draft": 2, "loop_prompts": 0}
 SMALL_SERIAL = {"block": 3, "rank": 4}
 
 
@@ -92,6 +92,7 @@ def job(data_set: pathlib.Path, target_directory: pathlib.Path) -> Callable[...,
     """`job("lm", steps=3, objective={...})`: a tiny config, sections updated by the arguments."""
     objectives: dict[str, dict[str, Any]] = {
         "lm": {"name": "lm", "model": SHAPE},
+        "exits": {"name": "exits", "model": SHAPE},
         "draft_heads": {
             "name": "draft_heads",
             "target": str(target_directory),
@@ -116,7 +117,7 @@ def job(data_set: pathlib.Path, target_directory: pathlib.Path) -> Callable[...,
         "early_exit": {"name": "early_exit", "target": str(target_directory), "layers": 1, "loop_prompts": 0},
         "several": {"name": "several", "target": str(target_directory)},
         "distill": {**SMALL_STUDENT, "name": "distill", "target": str(target_directory)},
-        "minillm": {**SMALL_STUDENT, "name": "minillm", "reuse": 2, "target": str(target_directory)},
+        "minillm": {**SMALL_STUDENT, "name": "minillm", "new_tokens": 12, "reuse": 2, "target": str(target_directory)},
         "coprocessor": {
             "name": "coprocessor",
             "target": str(target_directory),

@@ -201,6 +201,8 @@ def test_the_students_answers_are_judged_and_the_data_sets_learnt(setting, targe
         ({"target": None}, "and 0 without, got 0.9"),
         ({"target": None, "soft": 0.0, "source": "student"}, "is for a teacher to judge"),
         ({"divergence": {"name": "tvd++"}}, "is not for encoder-decoders"),
+        ({"target": None, "soft": 0.0, "divergence": {"name": "tvd"}}, "divergence has no use without a teacher"),
+        ({"reuse": 2}, "objective.reuse is for answers that the student writes .*: leave it at 1, got 2"),
         ({"model": {**MU, "family": "llama"}}, "model.family is that of all"),
     ],
 )

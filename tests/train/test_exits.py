@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import shutil
 
 import jax
@@ -147,7 +148,10 @@ def test_evaluation_tells_what_the_last_exit_would_keep(found):
             {"exits": (1, 3)},
             r"must lie before the end of the network's 3 layers.*got \[1, 3\]",
         ),
-        ({"exits": (1,), "weights": (1.0,)}, "objective.weights must be 2 numbers above 0"),
+        ({"exits": (1,), "weights": (1.0,)}, "objective.weights must be 2 finite numbers above 0"),
+        ({"exits": (1,), "weights": (math.nan, 1.0)}, "objective.weights must be 2 finite numbers above 0"),
+        ({"exits": (1,), "weights": (1.0, math.inf)}, "objective.weights must be 2 finite numbers above 0"),
+        ({"exits": (1,), "soft": math.inf}, "objective.soft must be 0 or more, and finite"),
         ({"exits": (1,), "teachers": ("a", "b", "c"), "soft": 1.0}, "objective.teachers must be one directory"),
         ({"exits": (1,), "teachers": ("a",)}, "objective.teachers have nothing to teach"),
         ({"exits": (1,), "hard": 0.0, "soft": 1.0}, "the last exit learns nothing"),

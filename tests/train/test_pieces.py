@@ -135,6 +135,10 @@ def test_losses_and_their_slopes_are_those_of_the_whole_text(monkeypatch):
         ("lm", {"model": {**SHAPE, "tied_embeddings": True}}),
         ("draft_heads", {"hard": 0.0, "soft": 1.0}),
         ("eagle3", {"vocabulary": 100}),
+        ("distill", {"hard": 0.5}),
+        ("distill", {"divergence": {"name": "tvd++"}}),
+        ("minillm", {}),
+        ("exits", {"exits": (1,), "soft": 1.0}),
     ],
 )
 def test_no_step_holds_the_scores_of_a_whole_text(name, objective, job, monkeypatch):
@@ -142,6 +146,9 @@ def test_no_step_holds_the_scores_of_a_whole_text(name, objective, job, monkeypa
     plan = trainer.make_plan(config, open_corpus(config).facts)
     monkeypatch.setattr(pieces, "SCORES", config.batch_size * plan.objective.model.vocab_size * 5)
     batch = {key: jax.ShapeDtypeStruct((config.batch_size, config.length), np.int32) for key in BATCH}
+    if name == "minillm":
+        made = plan.objective.refreshed(config.length)
+        batch |= {key: jax.ShapeDtypeStruct((config.batch_size, *shape), dtype) for key, (shape, dtype) in made.items()}
     step = trainer.make_step(plan)
 
     def largest():

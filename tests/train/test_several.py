@@ -221,6 +221,11 @@ def test_wrong_members_get_one_sentence(members, words):
         ("eagle", {"data": {"features_top_k": 3}}, "data.features_top_k is about what data.features keeps"),
         ("eagle", {"data": {"features": "x", "features_top_k": -1}}, "data.features_top_k must not be negative"),
         ("eagle", {"data": {"features": "x", "features_top_k": 999}}, "data.features_top_k (999) exceeds the vocab"),
+        (
+            "distill",
+            {"objective": {"divergence": {"name": "reverse_kl"}}, "data": {"features": "x", "features_top_k": 8}},
+            "data.features_top_k must be 0 with reverse_kl",
+        ),
     ],
 )
 def test_features_that_cannot_be_kept_are_refused(name, changes, words, job):

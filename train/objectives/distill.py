@@ -25,7 +25,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from decoding.drafters.draft_model import DraftModel
 from decoding.drafters.registry import build
@@ -39,16 +39,16 @@ from models.formats.hf import load_config
 from models.formats.target import Target, check_same_tokens, load_target
 from models.formats.text_files import read_json
 from models.formats.tokenizer import Tokenizer
-from models.sharding import parse_mesh
+from models.sharding import mesh_sizes, parse_mesh
 from train.objectives import vocabulary
 from train.objectives.divergences import Divergence, Rows, Student, divergence_measures, divergence_sums
 from train.objectives.drafting import OnFrozenTarget, check_drafting
 from train.objectives.guess import Weights
 from train.objectives.lm import FROM_TOKENIZER
-from train.objectives.objective import Batch, HostBatch, Params
+from train.objectives.objective import Batch, HostBatch, Params, Sums
 from train.objectives.shift import label_mask, labels_at
 from train.objectives.target_features import TargetFeatures, layout_of
-from train.objectives.written import Writer, as_rows, check_writing, corrected, openings, write
+from train.objectives.written import Writer, as_rows, check_unwritten, check_writing, corrected, openings, write
 
 _STUDENT = "student"  # In the base: what the student begins as.
 MEASURES = ("loss", "alpha", "agreement", "accuracy", "cross_entropy")
@@ -110,8 +110,15 @@ class DistillConfig:
 
     def __post_init__(self):
         check_distilling(self)
-        for name in ("soft", "hard", "sampling"):
-            schema.require(getattr(self, name) >= 0, f"objective.{name} must not be negative", getattr(self, name))
+        schema.require_weights(self, "soft", "hard", "sampling")
+        check_unwritten(self)
+        if self.source != "mixed":
+            schema.require_defaults(self, "on_policy", "otherwise", why="is for objective.source 'mixed'")
+        if self.source != "teacher" and (self.source, self.otherwise) != ("mixed", "teacher"):
+            why = (
+                "is for text of the teacher (objective.source 'teacher', or 'mixed' with objective.otherwise 'teacher')"
+            )
+            schema.require_defaults(self, "speculate", why=why)
         if not self.hard + self.soft:
             raise UserError("objective.hard and objective.soft are both 0: there is nothing to learn")
         schema.require(0 <= self.on_policy <= 1, "objective.on_policy must lie in 0..1", self.on_policy)
@@ -121,7 +128,7 @@ class DistillConfig:
     @property
     def weights(self) -> Weights:
         """Of the loss's terms, as far as they say what is read of the target."""
-        return Weights(self.hard, self.soft, 0.0, 1.0)
+        return Weights(self.hard, self.soft, 0.0, 1.0, divergence=self.divergence)
 
     @property
     def base(self) -> str:
@@ -143,6 +150,8 @@ def check_distilling(config: Any) -> None:
             raise UserError(f"objective.model.{name} is the target's; leave it out")
     for name in ("new_tokens", "draft", "reuse"):
         schema.require(getattr(config, name) >= 1, f"objective.{name} must be at least 1", getattr(config, name))
+    if config.teacher_mesh is not None:
+        mesh_sizes(config.teacher_mesh)
 
 
 def student_of(config: Any, model: TransformerConfig) -> DraftModel:
@@ -340,7 +349,8 @@ class DistillObjective(DraftModelObjective):
             hard=config.hard,
             devices=self.compute.devices,
         )
-        return (total, jnp.sum(rows.counted).astype(total.dtype)), {}
+        weight = jnp.sum(rows.counted).astype(total.dtype)
+        return (total, weight), labels_per_row(weight, rows.counted)
 
     def evaluate_on(self, target, trainable, frozen, batch):
         """On the data set's text, whatever is learnt from: the divergence; `alpha`, sum of min(p, q), what verification
@@ -360,6 +370,11 @@ class DistillObjective(DraftModelObjective):
     def _rows(self, target, batch: Batch, labels: str) -> Rows:
         tokens, counted = labels_at({**batch, "mask": label_mask(batch, labels)}, 1)
         return Rows(counted, target.scored, tokens)
+
+
+def labels_per_row(labels: Float[Array, ""], counted: Bool[Array, "B S"]) -> Sums:
+    """The metric `labels`: how many a row of a step's batch had, which tells budgets apart."""
+    return {"labels": (labels, jnp.float32(counted.shape[0]))}
 
 
 def principal(table: Float[Array, "V H"], width: int) -> Float[Array, "V W"]:

@@ -75,6 +75,11 @@ class Divergence:
         """Whether it is estimated from a token drawn per row, and wants `Rows.uniform`."""
         return self.name == "tvd++"
 
+    @property
+    def floored(self) -> bool:
+        """Whether a token that the teacher cannot draw costs what the floor under its probability says."""
+        return self.name in ("reverse_kl", "skewed_reverse_kl")
+
     def log_probabilities(self, logits: Float[Array, "*B V"]) -> Float[Array, "*B V"]:
         """At the temperature, float32 or wider."""
         return log_probabilities(logits, self.temperature)

@@ -34,6 +34,7 @@ from models.formats.target import Target
 from models.formats.tokenizer import Tokenizer
 from models.heads import vocabulary
 from models.layout import Layout
+from train.objectives.divergences import Divergence
 from train.objectives.frozen_target import BesideFrozenTarget
 from train.objectives.guess import Guess, Labels, Teacher, first_choices, losses, measures, picked
 from train.objectives.objective import Batch, Compute, Params, Sums
@@ -70,6 +71,12 @@ class OnFrozenTarget(BesideFrozenTarget):
         weights = self._config.weights
         compared = ("post_norm",) * (weights.feature > 0) + (LOGITS,) * (weights.soft > 0)
         return (*self.drafter.taps, *compared)
+
+    @property
+    def divergences(self) -> tuple[Divergence, ...]:  # type: ignore[override]
+        """That of the loss, where it has one."""
+        weights = self._config.weights
+        return (weights.divergence,) if weights.soft and weights.divergence else ()
 
     @property
     @abc.abstractmethod
@@ -120,7 +127,8 @@ class OnFrozenTarget(BesideFrozenTarget):
         return trainable
 
     def loss(self, trainable: Params, frozen: Params, batch: Batch, key: Array, progress: Array | float):
-        """As for any objective."""
+        """As for any objective; no gradient enters the target, whoever asks for one."""
+        frozen = jax.lax.stop_gradient(frozen)
         return self.loss_on(self.read_target(frozen, batch), trainable, frozen, batch, key, progress)
 
     @abc.abstractmethod

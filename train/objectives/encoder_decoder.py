@@ -82,8 +82,7 @@ class EncoderDecoderConfig(LMConfig):
         super().__post_init__()
         if "family" in (self.model or {}):
             raise UserError("objective.model.family is that of all encoder-decoders; leave it out")
-        for name in ("soft", "hard", "sampling", "top_k"):
-            schema.require(getattr(self, name) >= 0, f"objective.{name} must not be negative", getattr(self, name))
+        schema.require_weights(self, "soft", "hard", "sampling", "top_k")
         for name in ("source_length", "reuse"):
             schema.require(getattr(self, name) >= 1, f"objective.{name} must be at least 1", getattr(self, name))
         if not self.hard + self.soft:
@@ -94,6 +93,11 @@ class EncoderDecoderConfig(LMConfig):
             )
         if self.source == "student" and self.target is None:
             raise UserError("objective.source 'student' is for a teacher to judge: set objective.target")
+        if self.target is None and self.divergence != Divergence():
+            raise UserError("objective.divergence has no use without a teacher: set objective.target")
+        if self.source != "student":
+            why = "is for answers that the student writes (objective.source 'student')"
+            schema.require_defaults(self, "sampling", "top_k", "reuse", why=why)
         if self.divergence.drawn:
             raise UserError(f"objective.divergence.name {self.divergence.name!r} is not for encoder-decoders")
 

@@ -21,6 +21,7 @@ What training leaves behind is a target directory. `scripts.convert --from model
 
 import dataclasses
 import itertools
+import math
 from collections.abc import Mapping
 from typing import Any, ClassVar, Literal, NamedTuple
 
@@ -73,13 +74,13 @@ class ExitsConfig(LMConfig):
         rising = all(lo < hi for lo, hi in itertools.pairwise((0, *self.exits)))
         schema.require(rising, "objective.exits must be numbers of layers that rise", list(self.exits))
         count = len(self.exits) + 1
-        if self.weights and (len(self.weights) != count or min(self.weights) <= 0):
+        finite = all(0 < weight < math.inf for weight in self.weights)
+        if self.weights and (len(self.weights) != count or not finite):
             raise UserError(
-                f"objective.weights must be {count} numbers above 0, one for each exit and one for the end, or none, "
-                f"got {list(self.weights)}"
+                f"objective.weights must be {count} finite numbers above 0, one for each exit and one for the end, or "
+                f"none, got {list(self.weights)}"
             )
-        for name in ("hard", "soft"):
-            schema.require(getattr(self, name) >= 0, f"objective.{name} must not be negative", getattr(self, name))
+        schema.require_weights(self, "hard", "soft")
         if self.soft and not self.teachers and not self.exits:
             raise UserError("objective.soft has no use with neither objective.exits nor objective.teachers")
         if not self.hard and (not self.soft or not self.teachers):

@@ -30,7 +30,7 @@ from decoding.blend import blend
 from decoding.drafters.draft_model import DraftModel
 from models import schema
 from models.config import TransformerConfig
-from train.objectives.distill import MEASURES, DraftModelObjective, check_distilling, student_of
+from train.objectives.distill import MEASURES, DraftModelObjective, check_distilling, labels_per_row, student_of
 from train.objectives.divergences import (
     Divergence,
     Rows,
@@ -90,8 +90,7 @@ class MiniLLMConfig:
         check_distilling(self)
         for name in ("scaling", "reward_clip"):
             schema.require(getattr(self, name) > 0, f"objective.{name} must be positive", getattr(self, name))
-        for name in ("single", "pretrain", "clip"):
-            schema.require(getattr(self, name) >= 0, f"objective.{name} must not be negative", getattr(self, name))
+        schema.require_weights(self, "scaling", "single", "pretrain", "clip")
         for name in ("mix", "discount"):
             schema.require(0 <= getattr(self, name) <= 1, f"objective.{name} must lie in 0..1", getattr(self, name))
 
@@ -191,7 +190,7 @@ class MiniLLMObjective(DraftModelObjective):
             devices=self.compute.devices,
         )
         weights = jnp.stack([jnp.sum(counted), jnp.sum(known.counted)]).astype(first.dtype)
-        return (jnp.stack([first, second]), weights), {}
+        return (jnp.stack([first, second]), weights), labels_per_row(jnp.sum(weights), counted)
 
     def evaluate_on(self, target, trainable, frozen, batch):
         """As `DistillObjective`'s, of reverse KL."""

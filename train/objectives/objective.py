@@ -85,6 +85,7 @@ class Objective(abc.ABC):
       compute: how to compute.
       target_taps: what the loss reads of a frozen target on a batch: names of features, `logits` for its distribution;
         where there are some, what `read_target` returns may be kept on disk.
+      divergences: of `train/objectives/divergences.py`, by which the loss compares the target's distribution.
       optimizers: top-level keys of the trainables that are updated each for itself, by an optimizer of its own or, for
         None, by one like the job's; empty where one updates all.
       refresh_every: steps that learn from what one call of `refresh` made; 0 never calls it.
@@ -97,6 +98,7 @@ class Objective(abc.ABC):
     base: Params | None = None
     compute: Compute = Compute()
     target_taps: tuple[str, ...] = ()
+    divergences: tuple[Any, ...] = ()
     optimizers: Mapping[str, OptimizerConfig | None] = MappingProxyType({})
     refresh_every: int = 0
     asks_of_config: ClassVar[tuple[str, ...]] = ()

@@ -27,10 +27,11 @@ from models.errors import UserError
 from models.formats.storage import new_directory, write_json
 from models.formats.tokenizer import Tokenizer
 from train.config import OptimizerConfig
+from train.objectives.divergences import Divergence
 from train.objectives.drafting import OnFrozenTarget
 from train.objectives.objective import Batch, Compute, HostBatch, Objective, Params, Sums
 from train.objectives.target_features import TargetFeatures, target_features
-from train.objectives.written import Writer, as_rows, check_writing, openings, write
+from train.objectives.written import Writer, as_rows, check_unwritten, check_writing, openings, write
 
 if TYPE_CHECKING:  # Training steps are timed where TFDS is not installed.
     from train.data.texts import Documents
@@ -81,7 +82,8 @@ class SeveralConfig:
     def __post_init__(self):
         for name in ("new_tokens", "reuse"):
             schema.require(getattr(self, name) >= 1, f"objective.{name} must be at least 1", getattr(self, name))
-        schema.require(self.sampling >= 0, "objective.sampling must not be negative", self.sampling)
+        schema.require_weights(self, "sampling")
+        check_unwritten(self)
         schema.require(
             self.target is not None, "objective.target must be the directory of the target to draft for", self.target
         )
@@ -133,6 +135,11 @@ class SeveralObjective(Objective):
         self.optimizers = {name: optimizer for name, (*_, optimizer) in config.jobs.items()}
         self.target_taps = tuple(dict.fromkeys(tap for one in self.members.values() for tap in one.target_taps))
         self.prepare(Compute())
+
+    @property
+    def divergences(self) -> tuple[Divergence, ...]:  # type: ignore[override]
+        """Those of all members."""
+        return tuple(divergence for one in self.members.values() for divergence in one.divergences)
 
     def prepare(self, compute: Compute) -> None:
         """As every member does."""

@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 
 from decoding.generate import Generation, bucket, generate, slots_needed
 from decoding.sampling import Sampling
-from models import processes, transformer
+from models import processes, schema, transformer
 from models.config import TransformerConfig
 from models.errors import UserError
 from models.formats.target import Target
@@ -45,6 +45,13 @@ class Writer:
 def _served(params: Params, compute: Compute, mesh: Mesh | None) -> Params:
     """Parameters as decoding reads them, made by one program."""
     return transformer.for_decoding(compute.cast(params), mesh)
+
+
+def check_unwritten(config: Any) -> None:
+    """Raises UserError where a section says how text is written, and its `source` is the data set."""
+    if config.source == "dataset":
+        why = "is for text that is written, not for objective.source 'dataset'"
+        schema.require_defaults(config, "new_tokens", "sampling", "reuse", why=why)
 
 
 def check_writing(new_tokens: int, length: int | None) -> None:

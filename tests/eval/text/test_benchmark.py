@@ -160,6 +160,15 @@ def test_interval_of_the_speedup_lies_between_the_questions(entry) -> None:
     assert entry["acceptance_length_interval"] == [2.0, 2.0]
 
 
+def test_interval_is_of_the_headline_itself() -> None:
+    """Of questions that take turns in being slow, every median over repeats is high and the headline is not."""
+    rates, base = [[9.0, 9.0, 0.0], [9.0, 0.0, 9.0], [0.0, 9.0, 9.0]], [[3.0] * 3] * 3
+    assert module._headline(rates) / module._headline(base) == 2
+    low, high = module._speedup_interval(rates, base)
+    # Thrice the same question is as fast as its median; two of three and one beside them give 2, at least.
+    assert 1 < low <= 2 <= high == 3
+
+
 def test_lengths_of_steps_are_told_by_category_and_per_turn() -> None:
     prompts = [Prompt((1,), "a", "qa"), Prompt((2,), "a", "qa"), Prompt((3,), "b", "math"), Prompt((4,), "c", "math")]
     # Steps of three, one and one tokens; one step of three; two steps of two; a text that its first token ends.
