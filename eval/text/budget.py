@@ -40,8 +40,8 @@ class Fitter:
 
         Args:
           drafter: to be fitted.
-          policy: for drafters that have a policy what `parse_any_policy` reads; "" for all others. None lets trees grow as
-            they do now.
+          policy: for drafters that have a policy what `parse_any_policy` reads; "" for all others. None lets trees grow
+            as they do now.
           decode: decodes the calibration prompts with a drafter.
 
         Raises:
