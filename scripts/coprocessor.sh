@@ -9,10 +9,11 @@
 #
 # All learn from the same text by the recipe of configs/coprocessor.py:VARIANT (bytes), of which --steps to --ahead
 # change what is given: the kind --main (full) with every number in --latents, those of --kinds (full, lora, scratch,
-# last_layer, hold, pause, soft) with every number in --kinds_at. --labels (all, or assistant for chats) are the tokens
-# learnt and measured. Without --data, the text is Python's own standard library in bytes; without --target, a model of
-# SIZES, fields of its shape, learns the data first, and serves. Files are held out whole, by their names, and this
-# target reads none of them either; of another --target that is for you to know.
+# last_layer, pause, soft; hold, whose latents move no position, and hold_rms, with latents as large as embeddings too)
+# with every number in --kinds_at. --labels (all, or assistant for chats) are the tokens learnt and measured. Without
+# --data, the text is Python's own standard library in bytes; without --target, a model of SIZES, fields of its shape,
+# learns the data first, and serves. Files are held out whole, by their names, and this target reads none of them
+# either; of another --target that is for you to know.
 #
 # 4,000 steps of 16 rows, the default, take about 17 min with 4 latents and 25 min with 8 on one CPU core (measured
 # beside other work), and all of the defaults some six hours on one, an estimate: --latents 4,8 --kinds pause,soft is
@@ -70,6 +71,7 @@ taught() { # NAME LATENTS, in turn, or some side by side
     case $1 in
     last_layer) options=(kind=full --config.objective.coprocessor.reads=last_layer) ;;
     hold) options=(kind=full --config.objective.coprocessor.positions=hold) ;;
+    hold_rms) options=(positions=hold --config.objective.coprocessor.z_scale=match_rms) ;;
     *) options=("kind=$1") ;;
     esac
     set -- run train.main --config=configs/coprocessor.py:"$config" --config.objective.target="$target" \

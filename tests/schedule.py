@@ -16,20 +16,21 @@ TESTS = pathlib.Path(__file__).resolve().parent
 # Longest first, as the table that a run prints last told it; all others are shorter.
 LONG = (
     "decoding/test_battery.py",
-    "decoding/test_losslessness.py",
     "train/test_trainer.py",
-    "train/test_vqvae.py",
+    "decoding/test_losslessness.py",
     "decoding/test_mesh.py",
-    "decoding/test_rows.py",
     "parity/test_transformers.py",
-    "train/test_var_objective.py",
-    "decoding/test_sampled_rules.py",
+    "decoding/test_rows.py",
+    "decoding/policies/test_policies.py",
+    "train/test_vqvae.py",
     "decoding/images/test_generate.py",
     "eval/images/test_speed.py",
+    "train/test_var_objective.py",
+    "decoding/test_sampled_rules.py",
+    "decoding/test_encoder_decoder.py",
     "train/test_two_processes.py",
     "eval/test_speed.py",
     "train/test_coprocessor.py",
-    "decoding/images/test_mesh.py",
 )
 
 

@@ -168,9 +168,7 @@ def changed(change, params):
 # Ranked drafts are the same in both sampling modes. The loop that samples behind these runs with `-m slow`, and by
 # default behind another of their kind: Hydra++, token recycling, EAGLE-3; and ranked slots of blocks in
 # test_losslessness.py.
-RANKED = ("prompt_lookup", "dflash", "falcon")
-# Other heads than Hydra's, of which nothing else compares training with decoding by default.
-TRAINED_APART = ("medusa",)
+RANKED = ("medusa", "prompt_lookup", "dflash", "falcon")
 
 
 def in_modes(slow: dict[bool, set[str]]):
@@ -406,7 +404,7 @@ def test_replay_of_the_same_steps_rebuilds_the_drafter_state(name: str) -> None:
 # 6. The training-time forward finds the same hits.
 
 
-@in_modes({False: {*VARIANTS}.difference(TRAINED_APART), True: {*VARIANTS, *RANKED}})
+@in_modes({False: {*VARIANTS}, True: {*VARIANTS, *RANKED}})
 def test_teacher_forced_replay_counts_the_same_hits(name: str, sampled: bool) -> None:
     drafter, params = case(name)
     if not is_replayable(drafter):
