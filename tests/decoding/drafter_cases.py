@@ -129,7 +129,8 @@ def dspark(target: Target, key: Array) -> tuple[Drafter, Any]:
     known = _some_tokens(target)
     mask, size = target.config.vocab_size - 1, len(known)
     heads = DFlashHeads((0, 1), mask, num_layers=1, block=3, shifted=True, vocab_size=size)
-    drafter, params = _random(DSpark(heads, Static(LOPSIDED, "top"), SerialHead("vanilla", 4), size - 1), target, key)
+    candidates = max(size - 1, LOPSIDED.max_rank)
+    drafter, params = _random(DSpark(heads, Static(LOPSIDED, "top"), SerialHead("vanilla", 4), candidates), target, key)
     return drafter, {**params, "draft_vocab": known}
 
 

@@ -37,8 +37,9 @@ NEEDED: dict[str, Exchanges] = {
     "hydra++": HYDRA,
     # Rows that ran while drafting are kept: nothing is left to exchange after verification.
     "draft rsd-s": {"draft": drafted(3), "read": forward(), "judge": JUDGED},
-    # The layer reads the target's features together with the embeddings of what became text.
-    "eagle2": {"draft": drafted(3), "read": forward(), "judge": JUDGED, "learn": forward(1)},
+    # The layer reads the target's features together with the embeddings of what became text. Its keys and values are
+    # kept, which are made before anything of the layer is exchanged; its output nobody reads.
+    "eagle2": {"draft": drafted(3), "read": forward(), "judge": JUDGED, "learn": {"all-reduce": 1}},
     # Of the riders' logits only the best token is wanted: the maximum and its first place.
     "lookahead": {"read": forward(), "judge": JUDGED, "learn": {"all-reduce": 2}},
     "prompt_lookup+hydra++": HYDRA,
