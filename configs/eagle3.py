@@ -9,8 +9,8 @@ confidence; accuracy falls less with depth than EAGLE-1's, because the layer is 
 
 The draft vocabulary is the target's; with `--config.objective.vocabulary=8000` it is the 8,000 most frequent labels of
 the training split. What it leaves out cannot be drafted, and text about few things has few tokens: 8,192 from SmolLM2's
-chats are 91% of its answers to MT-Bench. With 24,576, and prompts of more kinds, 4 million tokens of training give 2.39
-at 16 candidates on MT-Bench, for 2.22 (docs/results.md).
+chats are 91% of its answers to MT-Bench. Prompts of more kinds are worth more than a larger vocabulary: with them, 2.40
+at 16 candidates on MT-Bench for 2.22 to 2.28 (docs/results.md).
 
 The default differs from the paper in its optimizer, Muon, and in unrolling 5 steps.
 `configs/eagle3.py:paper` has the published numbers: 7 steps, 32,000 draft tokens, AdamW at 5e-5 (beta 0.9, 0.95),
@@ -18,7 +18,7 @@ The default differs from the paper in its optimizer, Muon, and in unrolling 5 st
 element), rows of 2,048 tokens, 2 at a time.
 
 `configs/eagle3.py:quickstart` is the short job of `scripts/quickstart.sh` on SmolLM2-135M: about 4 min on two CPU
-cores, enough to see drafts accepted; the drafter that the package carries learnt from 180 times as many tokens. Its few
+cores, enough to see drafts accepted; the drafter that the package carries learnt from 60 times as many tokens. Its few
 chats are passed over several times, so it is meant to be run with `--config.data.features=DIR`.
 
 `configs/eagle3.py:smoke` takes 20 short steps, within 1 min on two CPU cores for targets of up to 10M parameters;
