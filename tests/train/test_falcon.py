@@ -145,7 +145,11 @@ def test_loss_is_that_of_the_second_reading_row_by_row(draft_setting, monkeypatc
     # The paper's schedule ends with nothing shown: both readings are one.
     (_, found), _ = jax.device_get(run(params, jax.random.key(2), 1.0))
     first, second = found[3][1:]
-    assert all(np.array_equal(x, y) for x, y in zip(first, second, strict=True)) and float(found[2]["shown"][0]) == 0
+    (*read_first, out_first, phase), (*read_second, out_second, phase_second) = first, second
+    assert all(map(np.array_equal, (*read_first, phase), (*read_second, phase_second)))
+    # The compiler may order the sums of either in its own way.
+    np.testing.assert_allclose(out_first, out_second, rtol=1e-5, atol=1e-6)
+    assert float(found[2]["shown"][0]) == 0
 
 
 def test_only_whole_blocks_of_a_document_are_evaluated(draft_setting) -> None:

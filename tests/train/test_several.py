@@ -163,7 +163,7 @@ def test_a_loss_from_kept_features_is_that_of_the_rounded_forward(draft_setting,
     found, spread = jax.device_get(losses(batches, taps))
     for _, weights in found.values():
         np.testing.assert_array_equal(weights, found["live"][1])  # Everything counts as often.
-    np.testing.assert_array_equal(found["0"][0], found["rounded"][0])
+    np.testing.assert_allclose(found["0"][0], found["rounded"][0], rtol=1e-6)  # Sums of two programs.
     assert not np.array_equal(found["0"][0], found["live"][0])
     np.testing.assert_allclose(found["0"][0], found["live"][0], rtol=0.01)
     # Of five tokens, their own shares; nothing for the rest.
