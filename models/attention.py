@@ -271,10 +271,11 @@ def _library_kernel(q_BTND: Float[Array, "B T N D"], rows: Rows, layout: Layout,
     B, T, N, D = q_BTND.shape
     keys_BTKD, values_BTKD = rows["k"].transpose(0, 3, 1, 2), rows["v"].transpose(0, 2, 1, 3)
     kernel: Literal["cudnn", "xla"] = "cudnn" if jax.default_backend() == "gpu" else "xla"
-    plain = layout.segments is None and isinstance(layout.order, Causal)
-    seen_B1TT = None if plain else layout.sees_rows(None)[:, None]
+    # Said beside a mask, too: what is after a row is then left out of the work, not only of the result.
+    causal = isinstance(layout.order, Causal)
+    seen_B1TT = None if causal and layout.segments is None else layout.sees_rows(None)[:, None]
     mixed_BTND = jax.nn.dot_product_attention(
-        q_BTND, keys_BTKD, values_BTKD, mask=seen_B1TT, scale=scale, is_causal=seen_B1TT is None, implementation=kernel
+        q_BTND, keys_BTKD, values_BTKD, mask=seen_B1TT, scale=scale, is_causal=causal, implementation=kernel
     )
     return mixed_BTND.reshape(B, T, N * D)
 
