@@ -8,12 +8,12 @@
 #       [--length N] [--places N] [--ahead N] [--rows N] [--base_steps N] [--shape SIZES] [--jobs N] [--fresh]
 #
 # All learn from the same text by the recipe of configs/coprocessor.py:VARIANT (bytes), of which --steps to --ahead
-# change what is given: the kind --main (full) with every number in --latents, those of --kinds (full, lora, scratch,
-# last_layer, pause, soft; hold, whose latents move no position, and hold_rms, with latents as large as embeddings too)
-# with every number in --kinds_at. --labels (all, or assistant for chats) are the tokens learnt and measured. Without
-# --data, the text is Python's own standard library in bytes; without --target, a model of SIZES, fields of its shape,
-# learns the data first, and serves. Files are held out whole, by their names, and this target reads none of them
-# either; of another --target that is for you to know.
+# change what is given: the kind --main (full) with every number in --latents, those of --kinds with every number in
+# --kinds_at. Kinds are full, lora, scratch, last_layer, pause and soft; hold, hold_pause and hold_soft, whose latents
+# move no position; and hold_rms, hold with latents as large as embeddings. --labels (all, or assistant for chats) are
+# the tokens learnt and measured. Without --data, the text is Python's own standard library in bytes; without --target,
+# a model of SIZES, fields of its shape, learns the data first, and serves. Files are held out whole, by their names,
+# and this target reads none of them either; of another --target that is for you to know.
 #
 # 4,000 steps of 16 rows, the default, take about 17 min with 4 latents and 25 min with 8 on one CPU core (measured
 # beside other work), and all of the defaults some six hours on one, an estimate: --latents 4,8 --kinds pause,soft is
@@ -71,6 +71,7 @@ taught() { # NAME LATENTS, in turn, or some side by side
     case $1 in
     last_layer) options=(kind=full --config.objective.coprocessor.reads=last_layer) ;;
     hold) options=(kind=full --config.objective.coprocessor.positions=hold) ;;
+    hold_pause | hold_soft) options=(positions=hold --config.objective.coprocessor.kind="${1#hold_}") ;;
     hold_rms) options=(positions=hold --config.objective.coprocessor.z_scale=match_rms) ;;
     *) options=("kind=$1") ;;
     esac
