@@ -9,6 +9,7 @@ The results (keys marked ? may be absent or None; what needs them is then left o
     runs              list, the baseline (drafter `none`) among them:
       drafter         str, the method's name
       path?           str, the drafter's directory
+      settings?       dict, as `drafter.json` has them: the tree's too
       tokens_per_second           float, median of repeats, prefill excluded
       tokens_per_second_repeats?  list of float
       speedup         float, over the baseline of the same run

@@ -329,6 +329,7 @@ def _run(target: Target, one: Measured, baseline: Measured, prompts: Sequence[Pr
     run = {
         "drafter": one.contender.drafter.name,
         "path": one.contender.path,
+        "settings": one.drafter.to_record(),
         "tokens_per_second": tokens_per_second,
         "tokens_per_second_repeats": [statistics.fmean(repeat) for repeat in rates],
         "speedup": speedup,

@@ -64,8 +64,10 @@ def test_greedy_output_is_identical_and_counted(runs) -> None:
         assert low <= entry["acceptance_length"] <= high
 
 
-def test_drafters_have_tree_parts_and_categories(runs) -> None:
-    for entry in runs[1:]:
+def test_drafters_have_tree_parts_and_categories(runs, drafter_directories) -> None:
+    for entry, directory in zip(runs[1:], drafter_directories.values(), strict=True):
+        recorded = json.loads((directory / "drafter.json").read_text())
+        assert entry["settings"].items() <= recorded.items()
         assert [list(path) for path in entry["tree"]["paths"]] == [[0], [1], [2], [0, 0], [0, 1], [0, 0, 0]]
         depth_one = sum(entry["tree"]["accepted"][:3])
         assert depth_one == entry["accepted_by_depth"][0]
@@ -130,7 +132,7 @@ def test_rates_are_means_over_questions() -> None:
 
 def measured(name: str, steps: int, seconds, prefill, parts: dict[str, float]) -> Measured:
     """Two texts of eleven tokens each, decoded three times."""
-    drafter = types.SimpleNamespace(name=name, num_heads=0, max_depth=0)
+    drafter = types.SimpleNamespace(name=name, num_heads=0, max_depth=0, to_record=dict)
     made = [generation(list(range(11)), steps, 10)] * 2
     timings = {part: Timing(ms, ms / 2) for part, ms in parts.items()}
     return Measured(Contender(drafter), made, seconds, prefill, timings)
@@ -179,7 +181,7 @@ def test_lengths_of_steps_are_told_by_category_and_per_turn() -> None:
         )
         for steps, committed, depth in accepted
     ]
-    drafter = types.SimpleNamespace(name="drafter", num_heads=0, max_depth=2, max_nodes=3)
+    drafter = types.SimpleNamespace(name="drafter", num_heads=0, max_depth=2, max_nodes=3, to_record=dict)
     one = Measured(Contender(drafter), made, [[1.0] * 4], [[1.0] * 4])
     entry = module._run(None, one, one, prompts, greedy=True)
     assert entry["acceptance_length"] == 2 and entry["acceptance_length_per_turn"] == pytest.approx((5 / 3 + 3 + 2) / 3)
