@@ -18,7 +18,7 @@ target=$(realpath "$target") drafter=$(realpath "$drafter") data=$(realpath "$da
 out=${out:-$ROOT/runs/staleness}
 rounds=${rounds:-3}
 steps=${steps:-60}
-job_begin .tandem-staleness stale $(seq -f 'target_%g' 20) $(seq -f 'adapted_%g' 20) $(seq -f 'results_%g' 0 20)
+job_begin .tandem-staleness stale $(seq -f 'target_%g' 20) $(seq -f 'adapted_%g' 20) $(seq -f 'results_%g' 0 20) curves
 
 learn() {
     local name=$1 config=$2 steps=$3
@@ -46,4 +46,12 @@ for round in $(seq "$rounds"); do
         run scripts.convert --from drafter --src "$drafter" --base "$now" --out "$out/stale/$round"
     compare results_$round "$now" "as it was=$out/stale/$round@chain" "adapted=$adapted@chain"
 done
+places=() at=0
+for round in $(seq 0 "$rounds"); do
+    places+=("$out/results_$round")
+done
+for round in $(seq "$rounds"); do
+    at+=,$((round * steps))
+done
+run eval.curves --acceptance "${places[@]}" --at "$at" --axis "steps of fine-tuning" --out "$out/curves" --overwrite
 job_end

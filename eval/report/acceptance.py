@@ -26,7 +26,7 @@ from typing import Any, TextIO
 
 from eval.report.charts import Curve, depth_chart, length_chart, percent
 from eval.report.files import write_text
-from eval.report.page import Drawing, Results, frame, print_columns, render
+from eval.report.page import Drawing, Results, frame, print_columns, render, setting
 from eval.report.text import NUM_COLORS
 
 DEPTHS = 8  # That are shown; a copied chain may be much deeper, and its few long hits say little.
@@ -100,10 +100,6 @@ def _rows(results: Results) -> list[Row]:
     return rows
 
 
-def _setting(temperature: float) -> str:
-    return "greedy" if temperature == 0 else f"temperature {temperature:g}"
-
-
 def _best(rows: Sequence[Row], temperature: float, budget: int) -> Row | None:
     present = [row for row in rows if (temperature, budget) in row.cells]
     return max(present, key=lambda row: row.cells[temperature, budget]["acceptance_length"], default=None)
@@ -121,11 +117,11 @@ def _view(results: Results) -> dict[str, Any]:
         **frame(results, [("Target", results["target"])]),
         "claim": f"{champion.label} commits {tau:.2f} tokens per target forward with {widest} candidates",
         "tiles": [
-            (f"{tau:.2f}", f"acceptance length of {champion.label}, {_setting(temperatures[0])}, {widest} candidates"),
+            (f"{tau:.2f}", f"acceptance length of {champion.label}, {setting(temperatures[0])}, {widest} candidates"),
             (f"{len(rows)}", "methods at equal budgets"),
             (f"{sum(compared)} of {len(compared)}", "decodes with every text identical to plain decoding"),
         ],
-        "settings": [_setting(temperature) for temperature in temperatures],
+        "settings": [setting(temperature) for temperature in temperatures],
         "budgets": budgets,
         "rows": [_table_row(row, rows, temperatures, budgets) for row in rows],
         "groups": [
@@ -167,7 +163,7 @@ def _group(
     charts = []
     for temperature in temperatures:
         curves = [row.curve(temperature, budgets) for row in members]
-        label = f"Acceptance length, {_setting(temperature)}"
+        label = f"Acceptance length, {setting(temperature)}"
         drawing = length_chart(curves, [str(budget) for budget in budgets], label, "candidates")
         charts.append(Drawing.of(label, drawing))
     for temperature in temperatures:
@@ -177,7 +173,7 @@ def _group(
             if (temperature, budgets[-1]) in row.cells
         ]
         if curves:
-            label = f"Acceptance once the depth above was accepted, {_setting(temperature)}, {budgets[-1]} candidates"
+            label = f"Acceptance once the depth above was accepted, {setting(temperature)}, {budgets[-1]} candidates"
             charts.append(Drawing.of(label, depth_chart(curves, label)))
     return {"title": title, "legend": [(row.label, row.color) for row in members], "charts": charts}
 
@@ -193,4 +189,4 @@ def _by_depth(rows: Sequence[Row], temperature: float, budget: int) -> tuple[str
             share = cell["accepted_by_depth"][depth] / cell["steps"] if given is not None else None
             cells.append({"given": "–" if given is None else percent(given), "reached": share and percent(share)})
         lines.append((row.label, row.color, cells))
-    return _setting(temperature), list(range(1, deepest + 1)), lines
+    return setting(temperature), list(range(1, deepest + 1)), lines

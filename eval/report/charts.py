@@ -174,12 +174,17 @@ def depth_chart(curves: Sequence[Curve], title: str) -> str:
 
 def length_chart(curves: Sequence[Curve], ticks: Sequence[str], title: str, axis: str) -> str:
     """Numbers of 1 and more over evenly spaced `ticks` of the `axis`; names stand beside the ends of the curves."""
-    highest = max(2, math.ceil(2 * max((point.y for curve in curves for point in curve.points), default=1)) / 2)
-    step = 0.5 if highest <= 4 else 1
     x = Axis(axis, lambda place: ticks[int(place)], range(len(ticks)), lambda place: f"{ticks[int(place)]} {axis}")
+    return chart(curves, title, x, length_axis(curves), height=250, named=True)
+
+
+def length_axis(curves: Sequence[Curve]) -> Axis:
+    """For numbers of 1 and more, such as acceptance lengths."""
+    tops = [point.spread[1] if point.spread else point.y for curve in curves for point in curve.points]
+    highest = max(2, math.ceil(2 * max(tops, default=1)) / 2)
+    step = 0.5 if highest <= 4 else 1
     rows = [1 + step * number for number in range(int((highest - 1) / step) + 1)]
-    y = Axis("", "{:g}".format, rows, "{:.3f}".format)
-    return chart(curves, title, x, y, height=250, named=True)
+    return Axis("", "{:g}".format, rows, "{:.3f}".format)
 
 
 def even_ticks(highest: float) -> list[float]:

@@ -122,6 +122,11 @@ def write_results(
     return full
 
 
+def setting(temperature: float) -> str:
+    """How a temperature is called."""
+    return "greedy" if temperature == 0 else f"temperature {temperature:g}"
+
+
 def print_columns(rows: Sequence[Sequence[str]], file: TextIO | None = None, ruled: bool = False) -> None:
     """Prints rows, the head first, with the first column to the left and the others to the right.
 
