@@ -9,13 +9,13 @@ confidence; accuracy falls less with depth than EAGLE-1's, because the layer is 
 
 The draft vocabulary is the target's; with `--config.objective.vocabulary=8000` it is the 8,000 most frequent labels of
 the training split. What it leaves out cannot be drafted, and text about few things has few tokens: 8,192 from SmolLM2's
-chats are 91% of its answers to MT-Bench. Prompts of more kinds are worth more than a larger vocabulary: with them, 2.40
-at 16 candidates on MT-Bench for 2.22 to 2.28 (docs/results.md).
+chats are 91% of its answers to MT-Bench. Prompts of more kinds help: with them 2.40 at 16 candidates on MT-Bench, where
+chats alone gave 2.22 to 2.28 (intervals overlap; docs/results.md).
 
 The default differs from the paper in its optimizer, Muon, and in unrolling 5 steps.
 `configs/eagle3.py:paper` has the published numbers: 7 steps, 32,000 draft tokens, AdamW at 5e-5 (beta 0.9, 0.95),
-12,000 warm-up steps, falling in a line to 0 at 800,000 steps, gradients cut at 0.5 (here their norm, there each
-element), rows of 2,048 tokens, 2 at a time.
+12,000 warm-up steps, falling in a line to 0 at 800,000 steps, gradients cut at a norm of 0.5, rows of 2,048
+tokens, 2 at a time; as published that is of each device, so multiply `batch_size` by their number.
 
 `configs/eagle3.py:quickstart` is the short job of `scripts/quickstart.sh` on SmolLM2-135M: about 4 min on two CPU
 cores, enough to see drafts accepted; the drafter that the package carries learnt from 60 times as many tokens. Its few

@@ -4,7 +4,7 @@
 
 Four blocks per head, one transformer block over the target's features, and the target's own distribution as the only
 teacher. Expected time: about twice Hydra's. Expected result: a drafter directory, runs/hydra_pp/drafter. Trained on
-stories260K it has acceptance lengths of 2.84 to 3.82 at 4 to 64 candidates, Hydra of 2.50 to 3.38 (docs/results.md);
+stories260K it has acceptance lengths of 2.84 to 3.82 at 8 to 64 candidates, Hydra of 2.50 to 3.38 (docs/results.md);
 in the paper it commits 3.7 tokens per step where Hydra commits 3.0 (Vicuna-7B, MT-Bench).
 
 `configs/hydra_pp.py:smoke` takes 20 short steps, within 1 min on two CPU cores for targets of up to 10M parameters;

@@ -148,7 +148,7 @@ def generate(
       max_new_tokens: int per prompt, or one for all.
       sampling: `Sampling` per prompt, or one for all; the default is greedy.
       seeds: int per prompt, or a first one from which they count up. A row's text depends on its own prompt, seed and
-        settings alone.
+        settings alone; its distribution, where a rule that draws has trees sized by the clock or the batch.
       stop: token sequences that end a text; None means the target's end tokens. They are part of the output.
       stop_texts: texts that end a text beside `stop`, looked for in what the new tokens say; `texts` ends with the one
         that was met, `tokens` with the token that completes it. The host looks every `stream_every` steps, so counts
@@ -158,8 +158,8 @@ def generate(
       stream_every: steps between calls of `on_tokens` and between looks for `stop_texts`.
       on_tokens: called with (row, new tokens, their writers) as text is committed.
       mesh: devices that share the work, batch on `data`, heads and vocabulary on `tensor`. None is the target's own.
-      attention: how the target reads its cache: `dense`, or `split`, with the library's attention for the prefix
-        (`models/attention.py`; neither sliding windows nor soft caps). Measure before choosing.
+      attention: how the target reads its cache: `dense`, or `split`, with the library's attention for the prefix (no
+        sliding windows, no soft caps). Measure before choosing.
       memory: `Generation.memory` of an earlier request of the same batch size, for drafters that learn as they go.
       augment: a coprocessor whose latents go into the cache beside the text, which becomes the augmented target's.
 

@@ -1,7 +1,7 @@
 """How many tokens a target forward commits, by method and by budget: one table, trees of equal size.
 
     python -m eval.acceptance --target DIR --data DIR --out DIR --methods medusa=DIR hydra=DIR \
-        eagle-1=DIR@top eagle-2=DIR@confidence ... [--budgets 8,16,32,64] [--temperatures 0,1]
+        eagle-1=DIR@eagle-1 eagle-2=DIR@confidence ... [--budgets 8,16,32,64] [--temperatures 0,1]
     python -m eval.acceptance --target DIR --prompts FILE --chat --out DIR --methods ...
 
 Acceptance length depends on how large a tree is and on how well it was chosen. So methods are compared at equal

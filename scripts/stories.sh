@@ -53,7 +53,7 @@ job_finished comparison
 small=$out/draft_model
 run eval.acceptance --target "$out/target" --data "$out/data" --out "$out/results" --methods \
     Medusa="$out/medusa/drafter" Hydra="$out/hydra/drafter" Hydra++="$out/hydra_pp/drafter" \
-    EAGLE-1="$out/eagle/drafter@top" EAGLE-2="$out/eagle/drafter@confidence" EAGLE-3="$out/eagle3/drafter@confidence" \
+    EAGLE-1="$out/eagle/drafter@eagle-1" EAGLE-2="$out/eagle/drafter@confidence" EAGLE-3="$out/eagle3/drafter@confidence" \
     Falcon="$out/falcon/drafter@top" DFlash="$out/dflash/drafter@slots:depth=7" \
     JetSpec="$out/jetspec/drafter@slots:depth=7" DSpark="$out/dspark/drafter@confidence:top_k=4,depth=7" \
     "draft model, chain=$small@chain" "draft model, best tree=$small@top" "RSD-C=$small@rsd-c" "RSD-S=$small@rsd-s" \
