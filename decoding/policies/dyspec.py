@@ -1,11 +1,11 @@
 """DySpec: sampled trees that spend a budget where acceptance is likely (Xiong et al. 2024).
 
 Every place for a candidate has a value before the candidate is drawn: the probability, if the draft distribution q were
-the target's, that verification arrives there. The first child of x has q(path to x); each younger sibling has that times
-one minus the probability of its elder siblings. The greedy form takes the most valuable place, draws a token for it, and goes
-on until the budget is spent; since values only fall, these are simply the `budget` most valuable places of all, and
-they are found level by level, in as many passes of the network as there are levels. The threshold form takes every
-place worth more than `threshold`.
+the target's, that verification arrives there. The first child of x has q(path to x); each younger sibling has that
+times one minus the probability of its elder siblings. The greedy form takes the most valuable place, draws a token for
+it, and goes on until the budget is spent; since values only fall, these are simply the `budget` most valuable places of
+all, and they are found level by level, in as many passes of the network as there are levels. The threshold form takes
+every place worth more than `threshold`.
 
 Whether a place is filled depends on its value, which no draw of its own token enters: `swor` verification stays exact.
 """

@@ -44,8 +44,8 @@ class ConstantBranching(Static):
         return branching_tree(acceptance, candidates, NETWORK_DEPTH, RANKS)
 
 
-# The best guesses in the best static tree, the dynamic tree by confidence (EAGLE-2), and those that draw candidates from
-# the network's distribution when there is a temperature, EAGLE-1 without replacement on its static tree.
+# The best guesses in the best static tree, the dynamic tree by confidence (EAGLE-2), and those that draw candidates
+# from the network's distribution when there is a temperature, EAGLE-1 without replacement on its static tree.
 PUBLISHED: dict[str, TreePolicy] = {
     "top": Static(draws="top"),
     "eagle-1": Static(draws="without"),

@@ -164,7 +164,8 @@ def test_images_are_shared_out(monkeypatch: pytest.MonkeyPatch) -> None:
 
 # Commands that compute nothing, or that start others which do.
 ALONE = {"scripts/fetch_smollm2.py", "scripts/convert.py", "scripts/build_dataset.py", "scripts/pack_drafter.py"}
-ALONE |= {"scripts/openings.py", "scripts/restrict_drafter.py", "eval/seeds.py", "eval/curves.py"}
+ALONE |= {"scripts/openings.py", "scripts/restrict_drafter.py", "scripts/questions.py"}
+ALONE |= {"eval/seeds.py", "eval/curves.py"}
 
 
 def test_every_command_that_computes_joins_its_processes() -> None:
