@@ -175,11 +175,11 @@ class Schedule:
     def begin(self, state: loop.DecodeState, hidden: Float[Array, "B H"]) -> loop.DecodeState:
         """The state that has read the prompts, with the first token chosen, from latents where these are not late."""
         if self.augment is None or self.augment.lag:
-            return loop.begin(self._models, state, hidden, self.request)
+            return loop.choose_root(self._models, state, hidden, self.request)
         state, started = jax.block_until_ready(state), time.perf_counter()
         state = self._answered(self.augment, state, np.ones(len(self._points), bool))
         self.seconds += time.perf_counter() - started
-        return loop.begun(self._models, state, self.request)
+        return loop.begin_drafter(self._models, state, self.request)
 
     def due(self, state: loop.DecodeState, ended: Collection[int]) -> np.ndarray:
         """`[B]`: of rows that all stand still, those that do so at a point; `ended` ones have met a stop text."""

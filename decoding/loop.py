@@ -150,15 +150,15 @@ def read_prompt(
     return state, hidden
 
 
-def begin(models: Models, state: DecodeState, hidden: Float[Array, "B H"], request: Request) -> DecodeState:
+def choose_root(models: Models, state: DecodeState, hidden: Float[Array, "B H"], request: Request) -> DecodeState:
     """Chooses the first root from the prompt's last feature, and tells the drafter that the prompt is complete."""
     any_mode = request.sampling.of_any_mode
     asked = dataclasses.replace(request, sampling=any_mode, attention="dense", typical=None, memory=None)
     state = dataclasses.replace(state, text=_choose_first(models.config, models.params, state.text, hidden, asked))
-    return begun(models, state, request)
+    return begin_drafter(models, state, request)
 
 
-def begun(models: Models, state: DecodeState, request: Request) -> DecodeState:
+def begin_drafter(models: Models, state: DecodeState, request: Request) -> DecodeState:
     """Tells the drafter that the prompt is complete, and its root chosen."""
     if models.drafter.begins:
         view = models.view(state, dataclasses.replace(request, sampling=request.sampling.of_any_mode))

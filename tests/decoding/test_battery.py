@@ -380,7 +380,7 @@ def test_replay_of_the_same_steps_rebuilds_the_drafter_state(name: str) -> None:
     text = np.where(np.arange(CAPACITY) < first.length[:, None], first.tokens, 11)
     # Four tokens, then the rest, in chunks of the usual size of which not all is read.
     state, hidden = prefilled(name, text, request, [(0, np.minimum(first.length, 4)), (4, first.length)])
-    replayed = loop.begin(models(name), state, hidden, request).drafter
+    replayed = loop.choose_root(models(name), state, hidden, request).drafter
     for step in seen:
         before, length = step.before, step.before.length[:, None]
         committed = {kind: np.arange(CAPACITY) < length[:, :, None, None] for kind in SLOTS}

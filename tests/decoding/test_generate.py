@@ -324,7 +324,7 @@ def test_all_drafters_share_the_programs_that_read_a_prompt(target: Target, draf
         request = module._make_request(target.config, prompts, [1, 1], 0, sampling, [[99]], "dense", None, None)
         state = loop.init_state(target.config, asked, 2, 40, jnp.float64)
         state, hidden = loop.read_prompt(models, state, jnp.zeros((2, target.config.width)), request, tokens)
-        loop.begin(models, state, hidden, request)
+        loop.choose_root(models, state, hidden, request)
         compiled.append((loop._read_chunk._cache_size(), loop._choose_first._cache_size()))
     assert compiled[0] == compiled[1]
 

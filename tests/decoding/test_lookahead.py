@@ -191,7 +191,7 @@ def test_prompt_fills_pool_and_window() -> None:
     for chunk in (slice(0, 4), slice(4, 9)):
         tokens = np.array([prompt, [7] * 9], np.int32)[:, chunk]
         state, hidden = loop.read_prompt(models, state, hidden, request, jnp.array(tokens))
-    state = loop.begin(models, state, hidden, request)
+    state = loop.choose_root(models, state, hidden, request)
     pool = np.asarray(state.drafter["pool"])
     assert pool[0, 1].tolist() == [[2, 3], [2, 5], [-1, -1], [-1, -1]]
     assert pool[0, 2].tolist() == [[5, 1], [3, 1], [-1, -1], [-1, -1]]
