@@ -154,7 +154,7 @@ def attend_in_blocks(
 ) -> tuple[Float[Array, "B T N*D"], Float[Array, "B T N"]]:
     """Causal attention over the rows alone, of a block of queries after the other, and the log-sum-exp of its scores.
 
-    Both are `wide`. Scores are computed again for their slopes, so that only those of one block ever exist.
+    Both are `wide`. Scores are computed again for their gradients, so that only those of one block ever exist.
     """
     B, T, N, D = q_BTND.shape
     K = rows["v"].shape[1]
@@ -197,7 +197,7 @@ def attend_by_block(
     """Attention of many `Blocks` of rows, each over itself and over what it sees of a prefix that all share.
 
     A block has no scores with rows of others. Those with the prefix exist of some blocks at a time, are computed again
-    for their slopes, and the two results are merged by the log-sum-exp of their scores.
+    for their gradients, and the two results are merged by the log-sum-exp of their scores.
     """
     order = layout.order
     assert isinstance(order, Blocks) and isinstance(order.phase, int) and order.phase == 0, "blocks begin with row 0"

@@ -124,7 +124,7 @@ def _plain(equation: str, x: Array, y: Any, dtype) -> Array:
 
 
 def wide_einsum(equation: str, x: Array, y: Array) -> Array:
-    """A product whose result is float32 or wider, and whose slopes are products in the dtype of its factors."""
+    """A product whose result is float32 or wider, and whose gradients are products in the dtype of its factors."""
     if x.dtype == y.dtype == _wide(x.dtype):
         return jnp.einsum(equation, x, y)
     return _wide_einsum(equation, x, y)
@@ -139,10 +139,10 @@ def _wide_einsum_forward(equation, x, y):
     return _wide_einsum(equation, x, y), (x, y)
 
 
-def _wide_einsum_backward(equation, factors, slope):
-    # Left alone, the wide slope would make both products wide, at a fraction of the speed.
+def _wide_einsum_backward(equation, factors, gradient):
+    # Left alone, the wide gradient would make both products wide, at a fraction of the speed.
     _, pull = jax.vjp(functools.partial(jnp.einsum, equation), *factors)
-    return pull(slope.astype(jnp.result_type(*factors)))
+    return pull(gradient.astype(jnp.result_type(*factors)))
 
 
 _wide_einsum.defvjp(_wide_einsum_forward, _wide_einsum_backward)

@@ -280,7 +280,7 @@ def forward(
       layers: half-open range of layers to run; None means all.
       taps: features to return: `pre_norm` (the residual stream leaving the last layer run), `post_norm`, `layer:k`
         (the residual stream entering layer k).
-      remat: of stacked layers, what is computed again for slopes: `none`, all but the results of products with
+      remat: of stacked layers, what is computed again for gradients: `none`, all but the results of products with
         parameters (`products`), or all inside a layer (`layers`).
 
     Raises:

@@ -238,8 +238,8 @@ def gradient_of(
         return jax.lax.scan(lambda sum, part: (jax.tree.map(jnp.add, sum, function(*part)), None), none, each)[0]
 
     whole = total(lambda part, key: loss_of(params, part, key)[1][0])
-    slope = jax.value_and_grad(loss_of, has_aux=True)
-    (loss, (_, measured)), gradient = total(lambda part, key: slope(params, part, key, whole))
+    loss_and_gradient = jax.value_and_grad(loss_of, has_aux=True)
+    (loss, (_, measured)), gradient = total(lambda part, key: loss_and_gradient(params, part, key, whole))
     return loss, measured, gradient
 
 

@@ -230,7 +230,7 @@ class DFlashHeads(vocabulary.DraftVocabulary):
             "norm": {"scale": last + 1 if config.zero_centred_norm else jnp.array(last)},
         }
         if self.selector is not None:
-            # With one factor at zero it begins as the choice by logits, and has a slope.
+            # With one factor at zero it begins as the choice by logits, and has a gradient.
             before, gate = jax.random.split(chosen_key)
             codebook = (config.vocab_size, self.selector.rank)
             params["selector"] = {

@@ -363,7 +363,7 @@ def unroll(
       feature: f from the target, at every position.
       embeddings: for each step k those of the tokens at p + 1 + k.
       layout: of the text.
-      remat: keep of a step what later ones read, and compute the rest again for its slopes.
+      remat: keep of a step what later ones read, and compute the rest again for its gradients.
 
     Returns:
       Outputs of the steps, `[B, T, H]` each.

@@ -122,7 +122,7 @@ class PEagleHeads(Eagle3Heads):
           layout: positions of the rows, and who sees whom.
           sources: of a stack of layers.
           mix: the attention of every layer.
-          remat: keep of a layer its inputs and what is returned, and compute the rest again for its slopes.
+          remat: keep of a layer its inputs and what is returned, and compute the rest again for its gradients.
 
         Returns:
           What `logits` reads, and the rows' keys and values, one entry per layer.

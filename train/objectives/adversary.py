@@ -46,12 +46,12 @@ def adaptive_weight(
     """|gradient of the reconstruction loss| / |gradient of the adversarial loss|, at the last layer (VQGAN, eq. 7).
 
     Args:
-      pull: from the slope of a loss at the decoded images to its gradient at the layer, as `jax.vjp` gives it.
-      reconstruction: slope of the one loss.
-      adversarial: slope of the other.
+      pull: from the gradient of a loss at the decoded images to that at the layer, as `jax.vjp` gives it.
+      reconstruction: gradient of the one loss.
+      adversarial: gradient of the other.
 
     Returns:
       The ratio, at most 1e4, as a constant: nothing flows back through it.
     """
-    wanted, made = (optax.global_norm(pull(slope)) for slope in (reconstruction, adversarial))
+    wanted, made = (optax.global_norm(pull(gradient)) for gradient in (reconstruction, adversarial))
     return jax.lax.stop_gradient(jnp.clip(wanted / (made + 1e-4), 0, 1e4))

@@ -11,7 +11,7 @@ With alpha = sum_v min(p, q), the chance that verification keeps a token drawn f
     hard        -log q(x)
     l1          sum_v |q - p| = 2 TV        (a weight of 0.9 here is one of 1.8 where TV is weighed)
     forward_kl  sum_v p log(p / q)
-    nla         -log max(alpha, 1e-5)       (LK losses; its slope is TV's over alpha; for one-hot p it is hard)
+    nla         -log max(alpha, 1e-5)       (LK losses; its gradient is TV's over alpha; for one-hot p it is hard)
     hybrid      w KL(p || q) + (1 - w) TV,  w = exp(-3 alpha) of each slot, or one of the whole batch
 """
 
@@ -75,7 +75,7 @@ def slot_losses(
 
 
 def of_label(log_q: Float[Array, "*B V"], labels: Int[Array, "*B"]) -> Float[Array, "*B"]:
-    """log q(label), picked by comparison, whose slopes are no scatter (`shift.log_likelihood`)."""
+    """log q(label), picked by comparison, whose gradients are no scatter (`shift.log_likelihood`)."""
     vocabulary = jnp.arange(log_q.shape[-1], dtype=labels.dtype)
     return jnp.sum(jnp.where(labels[..., None] == vocabulary, log_q, 0), axis=-1)
 

@@ -13,8 +13,8 @@ with w 1 for labels of the same document, else 0. Three passes over static shape
     3  the target on latents and the tokens ahead  M (N + N_A - 1) rows, keys: the cache up to q, and its own place
 
 The last token ahead is only a label, so that it needs no row, and the first is read off the last latent. Scores with
-the cache exist of some places at a time (`models/attention.py`), scores over the vocabulary too (`pieces.py`); slopes
-pass through the frozen target's activations to z, and to nothing else of it.
+the cache exist of some places at a time (`models/attention.py`), scores over the vocabulary too (`pieces.py`);
+gradients pass through the frozen target's activations to z, and to nothing else of it.
 """
 
 import dataclasses
@@ -80,8 +80,8 @@ class CoprocessorTraining:
         return str(self.target)
 
     def forward_tokens(self, length: int) -> int:
-        """What a step costs per row of `length` tokens, in tokens' passes through the target: slopes count as one more
-        pass where they go to activations alone, as two where they go to weights as well."""
+        """What a step costs per row of `length` tokens, in tokens' passes through the target: gradients count as one
+        more pass where they go to activations alone, as two where they go to weights as well."""
         config = self.coprocessor
         learning = {"full": 3, "scratch": 3, "lora": 2, "soft": 2, "pause": 0}[config.kind]
         read = learning * length if config.needs_features else 0
@@ -256,7 +256,7 @@ def passes(
     places: Places,
     remat: str = "none",
 ) -> Passes:
-    """All three, of which nothing has a slope to the target.
+    """All three, of which nothing has a gradient to the target.
 
     Args:
       config: of the coprocessor.

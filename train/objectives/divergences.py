@@ -3,7 +3,7 @@
 What looks at one row is a pure function of log-probabilities, float32 or wider: q the student's, p the teacher's at the
 same place, over V tokens. With alpha = sum_v min(p, q), the chance that verification keeps a token drawn from q:
 
-    forward_kl           sum p log(p / q)                          its slope in the student's logits: q - p
+    forward_kl           sum p log(p / q)                          its gradient in the student's logits: q - p
     reverse_kl           sum q log(q / p)                          q (log(q / p) - reverse_kl)
     jsd                  b KL(p || m) + (1 - b) KL(q || m),  m = b p + (1 - b) q
     skewed_kl            KL(p || s p + (1 - s) q)                  DistiLLM (Ko et al. 2024)
@@ -15,7 +15,7 @@ same place, over V tokens. With alpha = sum_v min(p, q), the chance that verific
 
 jsd at b = 0 is defined as forward and at b = 1 as reverse KL, as others have it; the formula itself tends to 0 there.
 tvd++ rewards a drawn token with 1 where p(y) > q(y), and A is the reward less its mean, over its standard deviation,
-over the rows of the batch; without the division and the mean its expected slope is exactly that of tvd. At a
+over the rows of the batch; without the division and the mean its expected gradient is exactly that of tvd. At a
 temperature both distributions are flattened and the result is multiplied by its square.
 
 A token that p cannot draw (a logit of -inf) adds nothing to what p weighs, 0 log 0 being 0. Where q weighs, it costs as
@@ -88,7 +88,7 @@ class Divergence:
         """Of every row, given `log_probabilities` of both; `log_p` is taken as constant. Not for what is `drawn`."""
         log_p = jax.lax.stop_gradient(log_p)
         possible = jnp.any(log_p > -jnp.inf, axis=-1)
-        # What has no distribution must not spoil the slopes of what has: it is compared with the uniform one.
+        # What has no distribution must not spoil the gradients of what has: it is compared with the uniform one.
         log_p = jnp.where(possible[..., None], log_p, -math.log(log_p.shape[-1]))
         return jnp.where(possible, self.temperature**2 * self._of(log_q, log_p), 0)
 

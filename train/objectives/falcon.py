@@ -1,7 +1,7 @@
 """Falcon on a frozen target: coupled sequential glancing distillation (Gao et al. 2024, section 3.2).
 
 Pair p, a feature h_p with the token x_{p+1}, answers for x_{p+k+1}; its teacher is the target k places on. A step reads
-the text twice. The first time, without slopes, tells how many pairs of a text guess another token than the target
+the text twice. The first time, without gradients, tells how many pairs of a text guess another token than the target
 would, d. Then n = floor(lambda d) pairs, or runs of them inside their blocks, get the answers of the pairs k places on
 in the place of their own inputs, feature and token together, and the loss is taken of the second reading:
 

@@ -45,8 +45,8 @@ class Compute:
     Attributes:
       precision: `float32`, or `bfloat16` over float32 parameters; `auto` is float32 on a CPU and bfloat16 elsewhere.
       devices: that share the work.
-      remat: what is computed again for slopes instead of being kept: `none`, `products` keeps the results of products
-        with parameters, `layers` keeps what enters a layer, or a step of a draft.
+      remat: what is computed again for gradients instead of being kept: `none`, `products` keeps the results of
+        products with parameters, `layers` keeps what enters a layer, or a step of a draft.
     """
 
     precision: str = "auto"

@@ -80,5 +80,5 @@ def perceptual_distance(
 
 
 def _unit(x: Float[Array, "B H W C"]) -> Float[Array, "B H W C"]:
-    # Below the root, because the slope of a root at 0 is not finite.
+    # Below the root, because the gradient of a root at 0 is not finite.
     return x * jax.lax.rsqrt(jnp.sum(jnp.square(x), axis=-1, keepdims=True) + 1e-10)

@@ -2,8 +2,8 @@
 
 Rows are arrays [B, S, ...] that are cut along S. The scores of all of them would be [B, S, V], gigabytes at real sizes,
 and are needed only to be reduced. What is trained through them is a sum of terms, each with parameters and features of
-its own, and its slopes are known up to a factor as soon as a piece's scores are: they are taken on the way forward, so
-that nothing is computed twice.
+its own, and its gradients are known up to a factor as soon as a piece's scores are: they are taken on the way forward,
+so that nothing is computed twice.
 """
 
 import functools
@@ -77,8 +77,8 @@ def separable_sums(
         shared = share(rows)
         return [score(k, reads[k], hiddens[k], rows, shared) for k in numbers]
 
-    def sloped(reads, hiddens, rows, cut):
-        """Sums and their slopes in reads and hiddens, one after the other: the scores of all would be too many."""
+    def with_gradients(reads, hiddens, rows, cut):
+        """Sums and their gradients in reads and hiddens, one after the other: the scores of all would be too many."""
         rows = cut(rows, ())
         found: list[tuple] = []
         shared = share(rows)
@@ -94,15 +94,15 @@ def separable_sums(
 
     def forward(reads, hiddens):
         if pieces == 1:
-            sums, *slopes = sloped(reads, hiddens, rows, lambda whole, _: whole)
-            return jnp.stack(sums), slopes
+            sums, *gradients = with_gradients(reads, hiddens, rows, lambda whole, _: whole)
+            return jnp.stack(sums), gradients
         (filled, more), size, each = _filled((hiddens, rows), pieces)
 
         def add(carry, piece):
             def cut(whole, after):
                 return _cut(whole, size, piece + _nothing(after))
 
-            *found, of_hiddens = sloped(reads, filled, more, cut)
+            *found, of_hiddens = with_gradients(reads, filled, more, cut)
             return jax.tree.map(lambda total, x: total + x.astype(total.dtype), carry, found), of_hiddens
 
         # Slopes of many pieces are added up wide, whatever the parameters are.
@@ -112,11 +112,11 @@ def separable_sums(
         of_reads = jax.tree.map(lambda x, leaf: x.astype(leaf.dtype), of_reads, list(reads))
         return jnp.stack(sums), [of_reads, [_joined(x, _length(rows)) for x in of_hiddens]]
 
-    def backward(slopes, factors):
+    def backward(gradients, factors):
         def scaled(of_one, factor):
-            return jax.tree.map(lambda slope: (slope * factor).astype(slope.dtype), of_one)
+            return jax.tree.map(lambda gradient: (gradient * factor).astype(gradient.dtype), of_one)
 
-        return tuple([scaled(of_one, factors[k]) for k, of_one in enumerate(part)] for part in slopes)
+        return tuple([scaled(of_one, factors[k]) for k, of_one in enumerate(part)] for part in gradients)
 
     total.defvjp(forward, backward)
     return total(list(reads), list(hiddens))

@@ -176,9 +176,11 @@ class VQVAEObjective(Objective):
         parts = self._reconstruction(frozen, images, decoded)
         parts["quantiser"] = config.quantiser * quantiser.quantiser_loss(features, f_hats, config.commitment)
         if config.gan.weight:
-            slope = jax.grad(lambda y: sum(jnp.sum(part) for part in self._reconstruction(frozen, images, y).values()))
+            gradient = jax.grad(
+                lambda y: sum(jnp.sum(part) for part in self._reconstruction(frozen, images, y).values())
+            )
             critic = self.compute.cast(trainable["discriminator"])
-            ratio = adaptive_weight(pull, slope(decoded), jax.grad(lambda y: self._fooled(critic, y).sum())(decoded))
+            ratio = adaptive_weight(pull, gradient(decoded), jax.grad(lambda y: self._fooled(critic, y).sum())(decoded))
             started = progress >= config.gan.start_fraction
             parts["adversarial"] = started * config.gan.weight * ratio * self._fooled(critic, decoded)
             parts["discriminator"] = started * self._told_apart(critic, images, decoded)
@@ -235,7 +237,7 @@ class VQVAEObjective(Objective):
         return {**self.compute.cast(params), **{name: params[name] for name in ("codebook", "phi")}}
 
     def _decoded(self, params, f_hat):
-        """Images, and the map from the slope of a loss there to its gradient at the decoder's last kernel."""
+        """Images, and the map from the gradient of a loss there to its gradient at the decoder's last kernel."""
         decoder = params["decoder"]
 
         def run(kernel):
