@@ -3,11 +3,11 @@
     python -m train.main --config=configs/falcon.py --config.objective.target=runs/lm/target --workdir=runs/falcon
 
 A step costs the target's forward pass, the network's once without gradients, which tells what it gets wrong, and once
-more forward and backward, shown some of the answers. Expected time: 200 steps of 8 x 256 tokens take about 1.5 min on two
-CPU cores with stories260K as target. Expected result: a drafter directory, runs/falcon/drafter, with the paper's static
-tree of 165 candidates in four passes of two tokens; `falcon_75` is its tree of two passes, and `python -m eval.tree`
-fits one to a target. Of the metrics `wrong` falls, the share of tokens that the first reading missed, and with it
-`shown`, the share of answers that the second one was given.
+more forward and backward, shown some of the answers. Expected time: 200 steps of 8 x 256 tokens take about 1.5 min on
+two CPU cores with stories260K as target. Expected result: a drafter directory, runs/falcon/drafter, with the paper's
+static tree of 165 candidates in four passes of two tokens; `falcon_75` is its tree of two passes, and `python -m
+eval.tree` fits one to a target. Of the metrics `wrong` falls, the share of tokens that the first reading missed, and
+with it `shown`, the share of answers that the second one was given.
 
 `--config.objective.glancing=off` trains without, `paper` by the paper's schedule, in place of its program's;
 `--config.objective.block=3` guesses three tokens per pass, and `lstm_mode=recurrent` lets the LSTM go on from pair to
