@@ -68,6 +68,11 @@ def add_distributed(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--distributed", metavar="HOST:PORT,N,I", help=DISTRIBUTED)
 
 
+def add_mesh(parser: argparse.ArgumentParser) -> None:
+    """The option `--mesh`, for `models.sharding.parse_mesh`."""
+    parser.add_argument("--mesh", help="devices that share the work, such as tensor=4 (default: one device)")
+
+
 def keep_files(paths: Iterable[str | Path | None], overwrite: bool, option: str = "--overwrite") -> None:
     """Refuses, before any work, what would replace a file that is there.
 

@@ -22,7 +22,7 @@ from decoding.generate import Generation, bucket, check_context, generate, slots
 from decoding.sampling import Sampling
 from decoding.verify import Typical
 from models import command_line, processes
-from models.command_line import add_distributed, at_least
+from models.command_line import add_distributed, add_mesh, at_least
 from models.errors import UserError, exit_on_user_error
 from models.formats.continuation import Continuation, split_stops
 from models.formats.target import Target, load_target
@@ -219,7 +219,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--augment", metavar="DIR", help="coprocessor directory, whose latents go into the cache")
     parser.add_argument("--augment_every", type=at_least(1), help="again after so many tokens (default: once)")
     parser.add_argument("--augment_lag", type=at_least(0), default=0, help="latents come so many tokens late")
-    parser.add_argument("--mesh", help="devices that share the work, such as tensor=4 (default: one device)")
+    add_mesh(parser)
     add_distributed(parser)
     parser.add_argument("--color", action=argparse.BooleanOptionalAction, help="colour drafts (default: on a terminal)")
     return parser
