@@ -41,9 +41,10 @@ from eval.text.budget import Fitter, parse_any_policy
 from eval.text.prompts import Prompt, document_prompts, encode_questions, read_questions
 from eval.text.results import describe_target
 from models import command_line, processes
-from models.command_line import add_distributed, add_overwrite, at_least, numbers
+from models.command_line import add_distributed, add_mesh, add_overwrite, at_least, numbers
 from models.errors import UserError, exit_on_user_error
 from models.formats.target import Target, load_target
+from models.sharding import parse_mesh
 
 BUDGETS = (8, 16, 32, 64)
 TEMPERATURES = (0.0, 1.0)
@@ -267,11 +268,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--temperatures", type=numbers(float), default="0,1", help="0 is greedy")
     parser.add_argument("--out", required=True, help="directory for results.json and report.html")
     add_overwrite(parser)
+    add_mesh(parser)
     add_distributed(parser)
     args = parser.parse_args(argv)
     processes.start(args.distributed)
     keep_results(args.out, args.overwrite)
-    target = load_target(args.target)
+    target = load_target(args.target, mesh=parse_mesh(args.mesh) if args.mesh else None)
     methods = [parse_method(text, target) for text in args.methods]
     if args.prompts:
         prompts, calibration = question_prompts(args.prompts, target, args.num_prompts, args.chat)

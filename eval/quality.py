@@ -49,9 +49,10 @@ from eval.text.tasks import (
     split_shots,
 )
 from models import command_line, processes
-from models.command_line import add_distributed, add_overwrite, at_least, listed
+from models.command_line import add_distributed, add_mesh, add_overwrite, at_least, listed
 from models.errors import UserError, exit_on_user_error
 from models.formats.target import Target, load_target
+from models.sharding import parse_mesh
 
 BASE = "target"
 SAMPLES = 3  # Answers that the report shows.
@@ -246,7 +247,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     keep_results(args.out, args.overwrite)
     with Progress() as progress:
         progress(f"loading {args.target}")
-        target = load_target(args.target)
+        target = load_target(args.target, mesh=parse_mesh(args.mesh) if args.mesh else None)
         if target.tokenizer is None and (args.problems or args.choices):
             raise UserError(f"{args.target} has no tokenizer, which questions need")
         if args.choices:
@@ -298,6 +299,7 @@ def _parser():
     parser.add_argument("--augment_lag", type=at_least(0), default=0, help="so many tokens before latents are unread")
     parser.add_argument("--out", required=True, help="directory for results.json and report.html")
     add_overwrite(parser)
+    add_mesh(parser)
     add_distributed(parser)
     return parser
 

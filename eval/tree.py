@@ -54,9 +54,10 @@ from eval.text.budget import Fitter
 from eval.text.metrics import head_ranks
 from eval.text.prompts import BUILT_IN, Question, Room, document_prompts, encode_questions, read_questions
 from models import command_line, processes
-from models.command_line import add_distributed, at_least
+from models.command_line import add_distributed, add_mesh, at_least
 from models.errors import UserError, exit_on_user_error
 from models.formats.target import Target, load_target
+from models.sharding import parse_mesh
 
 ROWS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)  # Of the target's forward, measured; between them interpolated.
 HEAD_ROWS = (1, 4, 16)  # That a level of `draft` is timed at.
@@ -412,11 +413,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--calibrate", action="store_true", help="fit the temperatures of a scheduled chain's cuts")
     parser.add_argument("--speed", action="store_true", help="with --calibrate: time the target's forwards too")
     parser.add_argument("--temperature", type=float, default=0.0, help="that --calibrate decodes at")
+    add_mesh(parser)
     add_distributed(parser)
     parser.add_argument("--write", action="store_true", help="put it into the drafter's drafter.json")
     args = parser.parse_args(argv)
     processes.start(args.distributed)
-    target = load_target(args.target)
+    target = load_target(args.target, mesh=parse_mesh(args.mesh) if args.mesh else None)
     drafter, params = load_drafter(args.drafter, target)
     if args.policy is not None:
         if drafter.tree_policy is None:

@@ -3,9 +3,10 @@
     python -m scripts.continue_dataset --target DIR --out DIR [--prompts FILE.jsonl] [--documents 512]
         [--valid_documents 32] [--prompt_tokens 64] [--new_tokens 512] [--prompt_temperature 1] [--temperature 0.7]
         [--max_repetition 0.3] [--keep_unended] [--minutes M] [--rows 32] [--seed 0] [--drafter DIR_OR_NAME]
-        [--overwrite]
+        [--mesh tensor=4] [--overwrite]
     python -m scripts.continue_dataset --target DIR --data DATASET --out DIR [--documents 512] [--valid_documents 32]
         [--prompt_tokens 64] [--new_tokens 192] [--temperature 0] [--rows 32] [--seed 0] [--drafter DIR_OR_NAME]
+        [--mesh tensor=4]
 
 A head is of use where it guesses what the target will say, not what the author of a text said. The first form needs no
 data: a target with a chat template completes an empty user's turn, answers what it wrote, and the answer is marked as
@@ -31,10 +32,11 @@ from typing import Any
 
 from decoding.drafters.registry import load_drafter
 from models import command_line, processes
-from models.command_line import add_distributed, at_least, numbers
+from models.command_line import add_distributed, add_mesh, at_least, numbers
 from models.errors import UserError, exit_on_user_error
 from models.formats.target import Target, load_target
 from models.formats.tokenizer import Message
+from models.sharding import parse_mesh
 from train.data import texts as data
 from train.data.building import check_out
 from train.data.continuations import continuations
@@ -64,7 +66,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     processes.start(arguments.distributed)
     # Said before the work, which takes minutes; what writes the directory holds to it again.
     check_out(arguments.out, arguments.overwrite)
-    target = load_target(arguments.target)
+    target = load_target(arguments.target, mesh=parse_mesh(arguments.mesh) if arguments.mesh else None)
     if target.tokenizer is None:
         raise UserError(f"{arguments.target} has no tokenizer")
     counts = write_chats(target, arguments) if form == "chat" else write_continuations(target, arguments)
@@ -209,6 +211,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--seed", type=at_least(0), default=0, help="of windows and draws")
     parser.add_argument("--drafter", default="none", help="speeds up decoding: a drafter directory or a bare name")
     parser.add_argument("--overwrite", action="store_true", help="replace a data set that is there")
+    add_mesh(parser)
     add_distributed(parser)
     return parser
 

@@ -18,6 +18,7 @@ from decoding.coprocessors import Coprocessor
 from models.coprocessor import CoprocessorConfig
 from models.errors import UserError
 from models.formats.target import Target
+from models.sharding import mesh_of, on_mesh
 from models.transformer import forward, head
 from train.objectives.coprocessor import before_label, before_labels, passes, places_at
 from train.objectives.guess import picked
@@ -89,7 +90,8 @@ def scored(
     config, params = network or (None, None)
     arrays = [jnp.asarray(values, jnp.int32) for values in (tokens, segments, at)]
     counted = None if labels is None else jnp.asarray(labels, bool)
-    found = likelihoods_behind(target.config, config, ahead, target.params, params, *arrays, counted, np.int32(lag))
+    with on_mesh(mesh_of(target.params)):
+        found = likelihoods_behind(target.config, config, ahead, target.params, params, *arrays, counted, np.int32(lag))
     return np.asarray(found[0]), np.asarray(found[1])
 
 

@@ -22,6 +22,7 @@ from models.errors import UserError
 from models.formats.target import Target
 from models.formats.text_files import read_text
 from models.layout import Layout
+from models.sharding import mesh_of, on_mesh
 from models.transformer import forward
 from train.objectives.shift import label_mask, labels_at, log_likelihood
 
@@ -96,7 +97,8 @@ def perplexity(target: Target, batches: "Iterable[Batch]") -> float:
     """exp of the mean negative log-likelihood per token, over every token that has one before it in its row."""
     total = weight = 0.0
     for batch in batches:
-        loss, count = _negative_log_likelihood(target.config, target.params, batch)
+        with on_mesh(mesh_of(target.params)):
+            loss, count = _negative_log_likelihood(target.config, target.params, batch)
         total, weight = total + float(loss), weight + float(count)
     if not weight:
         raise UserError("there is no token to predict: the rows to measure on are empty")
@@ -117,7 +119,9 @@ def head_ranks(
     """
     width = min(width, target.config.vocab_size)
     full = cast(Replayable, drafter.with_tree(comb(drafter.num_heads, width)))
-    return np.asarray(teacher_forced_ranks(target.config, full, target.params, drafter_params, jnp.asarray(tokens)))
+    with on_mesh(mesh_of(target.params)):
+        ranks = teacher_forced_ranks(target.config, full, target.params, drafter_params, jnp.asarray(tokens))
+    return np.asarray(ranks)
 
 
 def head_accuracy(

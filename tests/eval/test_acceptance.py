@@ -190,7 +190,9 @@ def test_report_shows_every_method_and_what_differed(cells, tmp_path) -> None:
     assert first.split() == ["small", f"{table[0]['acceptance_length']:.2f}", "no", "-", "-"]
 
 
-def test_command_writes_results_and_report(target_directory, drafter_directories, target, tmp_path, capsys) -> None:
+def test_command_writes_results_and_report(
+    target_directory, drafter_directories, target, tmp_path, capsys, run_on_devices
+) -> None:
     from train.data.text_building import build
     from train.data.text_sources import RawDocument
 
@@ -202,13 +204,20 @@ def test_command_writes_results_and_report(target_directory, drafter_directories
     arguments += ["--methods", f"heads={drafter_directories['medusa']}", "lookup=prompt_lookup"]
     options = ["--num_prompts", "2", "--prompt_tokens", "8", "--max_new_tokens", "8", "--budgets", "4"]
     command.main([*arguments, *options, "--temperatures", "0"])
+    split = [*arguments, *options, "--temperatures", "0", "--mesh", "tensor=2", "--out", str(tmp_path / "split")]
+    run_on_devices(f"from eval import acceptance\nacceptance.main({split!r})", devices=2)
     results = json.loads((tmp_path / "out" / "results.json").read_text())
     assert [cell["method"] for cell in results["cells"]] == ["heads", "lookup"]
     assert all(cell["identical"] for cell in results["cells"]) and results["environment"]["jax"]
+    assert json.loads((tmp_path / "split" / "results.json").read_text())["cells"] == results["cells"], "on two devices"
     assert results["methods"][1]["parameters"] == 0 < results["methods"][0]["parameters"]
     Page((tmp_path / "out" / "report.html").read_text())
     assert "acceptance length" in capsys.readouterr().out
-    for wrong, message in ((["--budgets", "4,x"], "--budgets must be numbers"), (["--num_prompts", "0"], "at least 1")):
+    for wrong, message in (
+        (["--budgets", "4,x"], "--budgets must be numbers"),
+        (["--num_prompts", "0"], "at least 1"),
+        (["--overwrite", "--mesh", "model=2"], "mesh 'model=2' is not a list of sizes of data, fsdp, tensor"),
+    ):
         with pytest.raises(SystemExit):
             command.main([*arguments, *wrong])
         assert message in capsys.readouterr().err

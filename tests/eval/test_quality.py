@@ -172,6 +172,26 @@ def test_likelihoods_are_those_of_plain_forwards(target: Target) -> None:
     assert there.sum(axis=(1, 2)).tolist() == [7, 0, 8, 7]
 
 
+def test_a_mesh_scores_the_same(target: Target, tmp_path: pathlib.Path, run_on_devices) -> None:
+    tokens = np.random.default_rng(0).integers(1, 250, (ROWS, LENGTH))
+    scored = behind.scored(target, None, tokens, np.ones_like(tokens), np.full((ROWS, 1), 20), AHEAD)[0]
+    np.save(tmp_path / "scored.npy", scored)
+    run_on_devices(
+        f"""
+import numpy as np
+from eval.text import behind
+from models.formats.target import load_target
+from models.sharding import mesh_of, parse_mesh
+target = load_target({str(target.path)!r}, mesh=parse_mesh("tensor=2"))
+tokens = np.random.default_rng(0).integers(1, 250, {(ROWS, LENGTH)})
+found, _ = behind.scored(target, None, tokens, np.ones_like(tokens), np.full(({ROWS}, 1), 20), {AHEAD})
+assert mesh_of(target.params).size == 2
+np.testing.assert_allclose(found, np.load({str(tmp_path / "scored.npy")!r}), atol=1e-4)
+""",
+        devices=2,
+    )
+
+
 def test_a_late_coprocessor_is_measured_late(target: Target, network: Coprocessor) -> None:
     tokens = np.random.default_rng(0).integers(1, 250, (ROWS, LENGTH))
     segments, at = np.ones_like(tokens), np.array([[0], [1], [20], [40]])
@@ -257,6 +277,7 @@ def test_what_does_not_fit_is_said_before_anything_is_measured(
     assert "lag below the 2 tokens" in refused(*with_latents, "--augment_every", 2, "--augment_lag", 2)
     told = refused(*with_latents, "--augment_every", 1, "--max_new_tokens", 256)
     assert "prompt 0 has" in told and "beside 512 latents, more than the target's context of 512" in told
+    assert "mesh 'two' is not a list of sizes of data, fsdp, tensor" in refused(*asked, "--mesh", "two")
 
 
 def test_the_command_measures_what_is_asked_for(

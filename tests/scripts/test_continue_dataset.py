@@ -87,6 +87,8 @@ def test_windows_differ_and_are_the_same_again(sources, tmp_path):
         (["--prompt_tokens", "5000"], "no document has more than 5000 tokens"),
         (["--rows", "0"], "--rows must be at least 1, got 0"),
         (["--new_tokens", "1000"], "more than the target's context of 512"),
+        (["--mesh", "tensor"], "mesh 'tensor' is not a list of sizes of data, fsdp, tensor, such as data=2,tensor=4"),
+        (["--mesh", "tensor=64"], "mesh data=1, fsdp=1, tensor=64 does not cover the 1 devices present"),
     ],
 )
 def test_bad_requests_are_one_sentence_and_leave_nothing(sources, tmp_path, capsys, arguments, message):
@@ -96,6 +98,16 @@ def test_bad_requests_are_one_sentence_and_leave_nothing(sources, tmp_path, caps
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert error.startswith("error: ") and message in error
     assert not list(tmp_path.iterdir())
+
+
+def test_a_mesh_writes_the_same(sources, tmp_path, run_on_devices):
+    folder, _ = sources
+    sizes = ["--documents", "2", "--valid_documents", "0", "--prompt_tokens", "8", "--new_tokens", "6", "--rows", "2"]
+    run(folder, tmp_path / "one", *sizes)
+    places = ["--target", str(folder / "target"), "--data", str(folder / "data"), "--out", str(tmp_path / "two")]
+    split = [*places, *sizes, "--mesh", "tensor=2"]
+    run_on_devices(f"from scripts import continue_dataset\ncontinue_dataset.main({split!r})", devices=2)
+    assert content(tmp_path / "two") == content(tmp_path / "one")
 
 
 def test_text_ends_where_the_target_ends_it(sources, tmp_path, monkeypatch):
