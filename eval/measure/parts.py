@@ -7,17 +7,19 @@ Nothing can be timed inside the fused loop, so its five functions are called as 
 loop without any overhead would still pay for: `draft` without `choice` for heads, `network` for drafters with a policy.
 
 The state is synthetic, random tokens over an empty cache: how long a step takes depends on shapes, and on how many
-candidates are accepted only through the verdict, which looks at one more node for each.
+candidates are accepted only through the verdict, which looks at one more node for each. All of it lies where
+`decoding/generate.py` puts it, on the target's mesh where that has one.
 """
 
 import dataclasses
 import functools
 import time
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 from jaxtyping import Array, Int
 
 from decoding import loop
@@ -30,7 +32,10 @@ from eval.measure.timing import Part, Timed, Timing
 from models.config import TransformerConfig
 from models.encoder_decoder import Memory, beside
 from models.layout import Layout
+from models.sharding import mesh_of, on_mesh, place_rows
 from models.transformer import Params, forward
+
+T = TypeVar("T")
 
 STEPS_PER_SAMPLE = 16
 GREEDY = Sampling()
@@ -65,14 +70,23 @@ class Scene:
         """Random tokens, int32 `[batch, count]`."""
         return np.random.default_rng(0).integers(0, self.config.vocab_size, (self.batch, count), dtype=np.int32)
 
+    @functools.cached_property
+    def mesh(self) -> Mesh | None:
+        """Of the parameters."""
+        return mesh_of(self.params)
+
+    def placed(self, tree: T) -> T:
+        """Arrays whose first axis is the batch, on the devices of their rows."""
+        return tree if self.mesh is None else place_rows(self.mesh, tree)
+
     @property
     def lengths(self) -> Int[Array, "B"]:
         """Committed tokens of every row."""
-        return jnp.full(self.batch, self.length, jnp.int32)
+        return self.placed(jnp.full(self.batch, self.length, jnp.int32))
 
     def request(self, max_depth: int = 0) -> Request:
         """A request that no stop sequence and no limit ends within a sample."""
-        return Request(
+        request = Request(
             prompt_length=self.lengths,
             limit=jnp.full(self.batch, self.capacity - max_depth, jnp.int32),
             stops=jnp.full((self.batch, 1, 1), -1, jnp.int32),
@@ -80,6 +94,7 @@ class Scene:
             sampling=jax.tree.map(jnp.asarray, batch_sampling([self.sampling] * self.batch)),
             memory=self.memory,
         )
+        return self.placed(request)
 
     @functools.cached_property
     def memory(self) -> Memory | None:
@@ -87,22 +102,25 @@ class Scene:
         if not self.read:
             return None
         lengths = jnp.full(self.batch, self.read, jnp.int32)
-        return loop.encode_prompt(self.config, self.params, jnp.asarray(self.tokens(self.read)), lengths)
+        read = self.placed((jnp.asarray(self.tokens(self.read)), lengths))
+        with on_mesh(self.mesh):
+            return loop.encode_prompt(self.config, self.params, *read)
 
     def state(self, drafter: Drafter, drafter_params: Any = None) -> loop.DecodeState:
         """The loop's carry."""
         text = self.tokens(self.capacity)
-        state = loop.init_state(self.config, drafter, self.batch, self.capacity, self.dtype, text)
+        state = loop.init_state(self.config, drafter, self.batch, self.capacity, self.dtype, text, self.mesh)
         state = _at(state, self.lengths)
         if self.memory is None or not drafter.begins:
             return state
         models = self.models(drafter, drafter_params)
-        made = drafter.begin(models.drafter_params, models.view(state, self.request()), state.drafter)
+        with on_mesh(self.mesh):
+            made = drafter.begin(models.drafter_params, models.view(state, self.request()), state.drafter)
         return dataclasses.replace(state, drafter=made)
 
     def models(self, drafter: Drafter, drafter_params: Any) -> loop.Models:
         """The target and a drafter."""
-        return loop.Models(self.config, drafter, self.params, drafter.for_decoding(drafter_params))
+        return loop.Models(self.config, drafter, self.params, drafter.for_decoding(drafter_params, self.mesh))
 
 
 def _at(state: loop.DecodeState, length: Int[Array, "B"]) -> loop.DecodeState:
@@ -113,7 +131,7 @@ def _at(state: loop.DecodeState, length: Int[Array, "B"]) -> loop.DecodeState:
 
 def rows_forward(scene: Scene, rows: int) -> Part:
     """The target's forward on `rows` new rows in causal order, logits included."""
-    cache = init_cache(scene.config, scene.batch, scene.capacity, scene.dtype)
+    cache = init_cache(scene.config, scene.batch, scene.capacity, scene.dtype, mesh=scene.mesh)
     length = scene.lengths
 
     def run(fixed, tokens):
@@ -168,7 +186,8 @@ def step_parts(scene: Scene, drafter: Drafter, drafter_params: Any) -> dict[str,
     state, request = scene.state(drafter, drafter_params), scene.request()
     draft, fixed, varying = _drafting(scene, drafter, drafter_params)
     models, without = fixed
-    tree, kept = jax.jit(draft)(fixed, varying)
+    with on_mesh(scene.mesh):
+        tree, kept = jax.jit(draft)(fixed, varying)
 
     def read(fixed, tree):
         models, state = fixed
@@ -192,11 +211,12 @@ def step_parts(scene: Scene, drafter: Drafter, drafter_params: Any) -> dict[str,
 
     # Outputs of zeros depend on nothing, which saves the compilation of another forward.
     reading = models, state
-    out = jax.jit(lambda *inputs: jax.tree.map(jnp.zeros_like, read(*inputs)))(reading, tree)
     shallow = dataclasses.replace(without, cache=[])
     small = dataclasses.replace(models, params={}, drafter_params=None), shallow
-    verdict = jax.jit(judge)(small, (tree, out.logits))
-    after, emitted = jax.jit(lambda *inputs: loop.commit(models, without, request, *inputs))(out.rows, verdict)
+    with on_mesh(scene.mesh):
+        out = jax.jit(lambda *inputs: jax.tree.map(jnp.zeros_like, read(*inputs)))(reading, tree)
+        verdict = jax.jit(judge)(small, (tree, out.logits))
+        after, emitted = jax.jit(lambda *inputs: loop.commit(models, without, request, *inputs))(out.rows, verdict)
     parts: dict[str, Timed] = {
         "draft": Part.of(lambda fixed, varying: draft(fixed, varying)[0].tokens, fixed, varying),
         "forward": Part.of(lambda fixed, tree: read(fixed, tree).logits, reading, tree),
@@ -229,7 +249,7 @@ class Step:
         """The loop of `drafter` on `scene`, whose cache must have room for a sample (`Scene.with_room`)."""
         self._models = scene.models(drafter, drafter_params)
         self._state, self._request = scene.state(drafter, drafter_params), scene.request(drafter.max_depth)
-        self._lengths, self._steps = scene.lengths, steps
+        self._lengths, self._steps, self._mesh = scene.lengths, steps, scene.mesh
         self.first_seconds: float | None = None
         self._sampled = False
 
@@ -240,7 +260,8 @@ class Step:
         cached = cast(Any, jax.config).jax_enable_compilation_cache
         jax.config.update("jax_enable_compilation_cache", cached and self._sampled)
         started = time.perf_counter()
-        self._state = jax.block_until_ready(loop.run(self._models, state, self._request, np.int32(self._steps)))
+        with on_mesh(self._mesh):
+            self._state = jax.block_until_ready(loop.run(self._models, state, self._request, np.int32(self._steps)))
         seconds = time.perf_counter() - started
         jax.config.update("jax_enable_compilation_cache", cached)
         if not self._sampled and loop.run._cache_size() > known:  # type: ignore[attr-defined]

@@ -268,3 +268,32 @@ def test_command_refuses_what_has_no_size(target_directory, capsys) -> None:
         command.main(["--target", str(target_directory), "--drafter", "none"])
     assert stopped.value.code == 2
     assert "none cannot be fitted to a budget" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        command.main(["--target", str(target_directory), "--drafter", "none", "--mesh", "tensor=2"])
+    assert "mesh data=1, fsdp=1, tensor=2 does not cover the 1 devices present" in capsys.readouterr().err
+
+
+def test_a_mesh_ranks_the_same(target, target_directory, drafter_directories, tmp_path, run_on_devices) -> None:
+    """And decodes the same text; what is timed is split as what decodes is."""
+    heads, prompt = str(drafter_directories["hydra"]), target.tokenizer.encode("def f(x):")
+    np.save(tmp_path / "ranks.npy", calibration_ranks(target, *load_drafter(heads, target), [prompt], 12)[0])
+    run_on_devices(
+        f"""
+import numpy as np
+from decoding.drafters.registry import load_drafter
+from eval.measure.parts import Scene, Step, rows_forward
+from eval.tree import calibration_ranks
+from models.formats.target import load_target
+from models.sharding import parse_mesh
+target = load_target({str(target_directory)!r}, mesh=parse_mesh("tensor=2"))
+heads = load_drafter({heads!r}, target)
+(ranks,) = calibration_ranks(target, *heads, [{prompt}], 12)
+np.testing.assert_array_equal(ranks, np.load({str(tmp_path / "ranks.npy")!r}))
+scene = Scene.with_room(target.config, target.params, 20, 3)
+text = rows_forward(scene, 4).text()
+assert f"f32[1,1,{{scene.capacity}},8]" in text and f"f32[1,2,{{scene.capacity}},8]" not in text
+step = Step(scene, *heads)
+assert step.sample() > 0 and "tensor" in str(step._state.cache[0]["k"].sharding.spec)
+""",
+        devices=2,
+    )
