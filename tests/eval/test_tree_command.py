@@ -281,7 +281,7 @@ def test_a_mesh_ranks_the_same(target, target_directory, drafter_directories, tm
         f"""
 import numpy as np
 from decoding.drafters.registry import load_drafter
-from eval.measure.parts import Scene, Step, rows_forward
+from eval.measure.parts import Scene, rows_forward
 from eval.tree import calibration_ranks
 from models.formats.target import load_target
 from models.sharding import parse_mesh
@@ -292,8 +292,7 @@ np.testing.assert_array_equal(ranks, np.load({str(tmp_path / "ranks.npy")!r}))
 scene = Scene.with_room(target.config, target.params, 20, 3)
 text = rows_forward(scene, 4).text()
 assert f"f32[1,1,{{scene.capacity}},8]" in text and f"f32[1,2,{{scene.capacity}},8]" not in text
-step = Step(scene, *heads)
-assert step.sample() > 0 and "tensor" in str(step._state.cache[0]["k"].sharding.spec)
+assert "tensor" in scene.state(*heads).cache[0]["k"].sharding.spec
 """,
         devices=2,
     )
