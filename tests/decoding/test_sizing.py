@@ -118,6 +118,17 @@ def test_a_loss_is_bounded_whatever_is_expected() -> None:
     assert sure.account < sizing.TRIAL * 1.5, "it saves for the next trial"
 
 
+def test_what_lost_is_not_tried_again_at_once() -> None:
+    """Though the account could bear it: first comes plain decoding."""
+    doubtful = Width(Oracle(8), 1.05, 1.1)
+    pace = Pace([doubtful], 1)
+    assert pace.next() == (doubtful, sizing.TRIAL)
+    pace.count(doubtful, [Stats(sizing.TRIAL, sizing.TRIAL, np.zeros(8, int), NOWHERE)])
+    assert pace.account > 2 * sizing.TRIAL * 0.1 and pace.next() == (None, sizing.SEGMENT)
+    pace.count(None, [Stats(sizing.SEGMENT, sizing.SEGMENT, np.zeros(0, int), NOWHERE)])
+    assert pace.next() == (doubtful, sizing.TRIAL)
+
+
 def test_a_pace_outlives_its_request(target: Target, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sizing, "_paces", {})
     monkeypatch.setattr(costs, "measured", lambda *_: CHEAP)
