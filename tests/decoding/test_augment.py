@@ -19,7 +19,7 @@ from decoding.cache import SLOTS, commit, init_cache
 from decoding.coprocessors import Coprocessor
 from decoding.drafters.plain import Plain
 from decoding.generate import Generation, generate
-from decoding.sampling import Sampling
+from decoding.sampling import Sampling, batch_sampling, draw
 from models import coprocessor, transformer
 from models.coprocessor import CoprocessorConfig, Points
 from models.errors import UserError
@@ -33,6 +33,7 @@ pytestmark = pytest.mark.usefixtures("x64")
 
 PROMPTS = [[1, 2, 3], [4, 5, 6, 7, 8, 9, 10], [11]]
 NEW = [22, 17, 30]
+SEEDS = [3, 1, 4]
 SIZE = 64  # Rows of the long sequence, and slots of the cache.
 BOTH_WAYS = {
     "latent_attn": "bidirectional",
@@ -121,18 +122,25 @@ def augmented(with_latents: Augment, monkeypatch: pytest.MonkeyPatch, **settings
     [
         (None, 0, {}),
         (5, 0, BOTH_WAYS),
-        (6, 2, {"positions": "hold"}),
+        (6, 2, {"positions": "hold", "temperature": 3.0}),
         (None, 2, {"reads": "last_layer"}),
         (None, 3, {"kind": "pause", "positions": "hold"}),
     ],
 )
 def test_engine_is_one_long_forward(every, lag, flags, monkeypatch) -> None:
-    made, state = augmented(augment(every, lag, **flags), monkeypatch)
+    """Greedily, or with draws that are keyed by the text alone, latents or none."""
+    warm = Sampling(temperature=flags.get("temperature", 0.0))
+    flags = {name: value for name, value in flags.items() if name != "temperature"}
+    made, state = augmented(augment(every, lag, **flags), monkeypatch, sampling=warm, seeds=SEEDS)
     changed = 0
     for row, (prompt, new) in enumerate(zip(PROMPTS, made.tokens, strict=True)):
         assert len(new) == NEW[row]
         logits, rows, size = dense(prompt, new, augment(every, lag, **flags))
-        assert np.argmax(logits, axis=-1).tolist() == new
+        places = np.arange(len(prompt), len(prompt) + len(new), dtype=np.int32)
+        keys = jax.vmap(jax.random.key)(jnp.full(len(new), SEEDS[row], jnp.uint32))
+        drawn = draw(jnp.asarray(logits), batch_sampling([warm] * len(new)), keys, jnp.asarray(places))
+        assert drawn.tolist() == new
+        assert (np.argmax(logits, axis=-1).tolist() == new) == (warm.temperature == 0)
         assert int(state.slots[row]) == size - 1, "the last token is never read"
         for layer, expected in zip(state.cache, rows, strict=True):
             for kind, axis in SLOTS.items():
@@ -140,7 +148,8 @@ def test_engine_is_one_long_forward(every, lag, flags, monkeypatch) -> None:
                     np.asarray(x[kind])[i].take(range(size - 1), axis - 1) for x, i in ((layer, row), (expected, 0))
                 )
                 np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-9)
-        changed += new != generate(target(), [prompt], max_new_tokens=NEW[row], capacity=SIZE).tokens[0]
+        alone = dict(max_new_tokens=NEW[row], capacity=SIZE, sampling=warm, seeds=[SEEDS[row]])
+        changed += new != generate(target(), [prompt], **alone).tokens[0]
     assert changed, "latents that change nothing prove nothing"
 
 

@@ -34,6 +34,7 @@ CASES = {
     "vanilla, candidates": DSpark(BLOCK, Confidence(3, DEPTH, 12), SerialHead("vanilla", 4), candidates=4),
     "gated": DSpark(BLOCK, DySpec(8, DEPTH, 3, 3), SerialHead("gated", 4)),
     "rnn": DSpark(BLOCK, StochasticBeam(3, DEPTH), SerialHead("rnn", 4, confidence="hidden")),
+    "scheduled": DSpark(BLOCK, Scheduled(DEPTH, draws="top"), SerialHead("gated", 4)),
     "gru": DSpark(
         UNSHIFTED, Static(LOPSIDED, "with"), SerialHead("gru", 4, 6, plain=1, confidence="none"), candidates=3
     ),
@@ -67,14 +68,17 @@ def state_of(drafter: DSpark):
 
 
 @functools.cache
-def grown() -> dict[str, tuple[Any, np.ndarray, np.ndarray]]:
+def grown() -> dict[str, tuple[Any, np.ndarray, np.ndarray, Any]]:
     """By case a tree, the tokens that lead to every node, and what the next slot says there: its own logits, and what
-    the head's form for whole texts adds."""
+    the head's form for whole texts adds; of a scheduled chain how sure the head is of its slots, and what it reads."""
 
     def one(name, params, root, keys):
         drafter = CASES[name]
         network = drafter.network(params, view(), state_of(drafter))
-        tree = drafter.policy.grow(network, root, keys, view().sampling).tree
+        made, sure = drafter.policy.grow(network, root, keys, view().sampling), None
+        if isinstance(drafter.policy, Scheduled):
+            made, sure = drafter.policy.uncut(network, root, keys, view().sampling)
+        tree = made.tree
         whole = {
             field.name: jnp.broadcast_to(x, (2, *x.shape[1:]))
             for field in dataclasses.fields(tree)
@@ -87,7 +91,9 @@ def grown() -> dict[str, tuple[Any, np.ndarray, np.ndarray]]:
         hidden_BNDH = jnp.broadcast_to(hidden_BDH[:, None], (*path_BND.shape, hidden_BDH.shape[2]))
         own = params["serial"]
         latent = drafter.serial.latents(own, hidden_BNDH, drafter.serial.embed(own, target().params, path_BND))
-        return whole, transformer.head(target().config, target().params, hidden_BDH), latent @ own["vocab"]["kernel"]
+        logits = transformer.head(target().config, target().params, hidden_BDH)
+        read = None if sure is None else (sure, hidden_BDH, own["confidence"], own["embed"]["embedding"])
+        return whole, logits, latent @ own["vocab"]["kernel"], read
 
     with jax.enable_x64(True):
         every = {name: params_of(drafter) for name, drafter in CASES.items()}
@@ -99,7 +105,7 @@ def grown() -> dict[str, tuple[Any, np.ndarray, np.ndarray]]:
 @pytest.mark.parametrize("name", CASES)
 def test_every_branch_is_conditioned_on_its_path(name: str) -> None:
     """Children are drawn from, or are the best of, what the head says in its form for whole texts."""
-    tree, logits, added = grown()[name]
+    tree, logits, added, _ = grown()[name]
     candidates, seen = CASES[name].candidates, 0
     for row, node in zip(*np.nonzero(tree["valid"]), strict=True):
         children, slot = tree["children"][row, node], tree["depth"][row, node]
@@ -118,6 +124,14 @@ def test_every_branch_is_conditioned_on_its_path(name: str) -> None:
     assert seen >= 6
     # Unlike a block's by itself, a slot depends on the parent.
     assert np.ptp(added[:, 1:, 1], axis=(0, 1)).max() > 0.01
+
+
+def test_a_slot_is_as_sure_as_its_own_output_and_predecessor_say() -> None:
+    tree, *_, (sure, hidden, weights, table) = grown()["scheduled"]
+    before = table[tree["tokens"][:, :DEPTH]]  # Of a chain: the root, and all drafts but the last.
+    logit = np.concatenate([hidden, before], axis=2) @ weights["kernel"][:, 0] + weights["bias"]
+    np.testing.assert_allclose(sure, 1 / (1 + np.exp(-logit)), atol=1e-12)
+    assert np.ptp(sure, axis=1).min() > 0.05
 
 
 # Twice as slow for 3,000 rows more than for one.

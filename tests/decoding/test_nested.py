@@ -31,9 +31,10 @@ TREE = from_child_counts({(): 2, (0,): 2, (1,): 1, (1, 0): 2})
 LENGTH = 9
 
 
-@pytest.mark.parametrize(("exits", "limits"), [((1, 2, 3), (0.55, 0.4)), ((2,), ())], ids=["where sure", "one"])
+@pytest.mark.parametrize(("exits", "limits"), [((1, 2, 3), (0.55, 0.65)), ((2,), ())], ids=["where sure", "one"])
 def test_the_tree_carries_what_the_network_cut_off_at_the_exit_says(exits, limits) -> None:
-    """Of every path the first exit whose largest probability reaches its limit, whatever other rows take."""
+    """Of every path the first exit whose largest probability reaches its limit, whatever other rows take and whatever
+    limits later exits have; and what a network is sure of is that exit's largest probability."""
     target = random_target(vocab_size=12)
     drafter = Nested(MODEL, Static(TREE, "without"), exits, limits)
     params = drawn(param_shapes(MODEL, jnp.float64), 0.6)
@@ -49,9 +50,12 @@ def test_the_tree_carries_what_the_network_cut_off_at_the_exit_says(exits, limit
         )
         root = jnp.take_along_axis(text, length[:, None], axis=1)[:, 0]
         keys = jax.vmap(jax.random.key)(jnp.arange(6))
-        return drafter.draft(drafter.for_decoding(params), view, {"cache": cache, "memory": None}, root, keys)[0]
+        own, state = drafter.for_decoding(params), {"cache": cache, "memory": None}
+        return drafter.draft(own, view, state, root, keys)[0], drafter.network(own, view, state).begin(root, TREE.size)[
+            0
+        ]
 
-    tree = draft(jnp.asarray(text), jnp.asarray(length))
+    tree, scores = draft(jnp.asarray(text), jnp.asarray(length))
     inner = np.flatnonzero(TREE.children[:, 0] >= 0)
     tokens, proposals, row = (np.asarray(x) for x in (tree.tokens, tree.proposals, tree.proposal_of))
     paths = [[*text[b, : length[b]], *tokens[b, TREE.ancestors[node]]] for b in range(6) for node in inner]
@@ -66,6 +70,8 @@ def test_the_tree_carries_what_the_network_cut_off_at_the_exit_says(exits, limit
     assert set(taken) == {*range(len(exits))}
     found = [proposals[b, row[0, node]] for b in range(6) for node in inner]
     np.testing.assert_allclose(found, said[taken, np.arange(len(paths))], rtol=0, atol=1e-12)
+    roots = said[taken, np.arange(len(paths))][:: len(inner)]
+    np.testing.assert_allclose(scores.confidence[:, 0], roots.max(axis=-1), rtol=0, atol=1e-12)
 
 
 def test_layers_behind_the_last_exit_are_stored_and_never_run() -> None:

@@ -70,6 +70,10 @@ def test_counts_by_depth_say_how_long_steps_of_every_width_will_be() -> None:
     running.add(large, np.array([1000, 0, 0]), 1000)
     assert running.length(small) == pytest.approx(1 + 0.5 / large.conditional, abs=0.02)
     assert 1.9 < running.length(large) < 2.05
+    # Just as expected, each depth of those that reached it.
+    usual = Running(3)
+    usual.add(large, np.round(10**6 * large.conditional ** np.arange(1, 4)).astype(int), 10**6)
+    assert [usual.length(width) for width in (small, large)] == pytest.approx([1.5, 1.9], abs=1e-4)
     shallow = Running(3)
     shallow.add(small, np.array([0]), 1000)
     assert shallow.length(large) < 1.01, "what is below a depth that is never reached is not expected either"
@@ -116,6 +120,28 @@ def test_a_loss_is_bounded_whatever_is_expected() -> None:
     rate, _ = played(sure, 1, [0.0], 400)
     assert rate > 1 - sizing.SHARE - (sizing.START + 1.5) / 400
     assert sure.account < sizing.TRIAL * 1.5, "it saves for the next trial"
+
+
+@pytest.mark.parametrize(("length", "stays"), [(1.53, True), (1.56, False)])
+def test_another_tree_must_promise_clearly_more(length: float, stays: bool) -> None:
+    """Than the present one, by 3%, where all is accepted as expected."""
+    present, other = Width(Oracle(2), 1.5, 1.0), Width(Oracle(8), length, 1.0)
+    pace, steps = Pace([present, other], 1), 10**6
+    assert pace.next()[0] is other
+    accepted = np.round(steps * present.conditional ** np.arange(1, 3)).astype(int)
+    pace.count(present, [Stats(steps, steps + int(accepted.sum()), accepted, NOWHERE)])
+    assert pace.next() == (present if stays else other, sizing.SEGMENT)
+
+
+def test_what_lost_is_not_tried_again_at_once() -> None:
+    """Though the account could bear it: first comes plain decoding."""
+    doubtful = Width(Oracle(8), 1.05, 1.1)
+    pace = Pace([doubtful], 1)
+    assert pace.next() == (doubtful, sizing.TRIAL)
+    pace.count(doubtful, [Stats(sizing.TRIAL, sizing.TRIAL, np.zeros(8, int), NOWHERE)])
+    assert pace.account > 2 * sizing.TRIAL * 0.1 and pace.next() == (None, sizing.SEGMENT)
+    pace.count(None, [Stats(sizing.SEGMENT, sizing.SEGMENT, np.zeros(0, int), NOWHERE)])
+    assert pace.next() == (doubtful, sizing.TRIAL)
 
 
 def test_a_pace_outlives_its_request(target: Target, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -37,6 +37,8 @@ def test_gain_is_over_the_same_questions() -> None:
     low, high = found["gain_interval"]
     assert 0 <= low <= 1 / 3 <= high <= 1
     assert quality.against([True, False], [True, False])["gain_interval"] == [0, 0]
+    # Of 27 ways to draw three questions one gives the first thrice, more than 2.5% and less than 5%; 8 leave it out.
+    assert quality.against([True, False, True], [False, False, True])["gain_interval"] == [0, 1]
 
 
 @pytest.mark.parametrize(
@@ -130,6 +132,42 @@ def test_change_is_paired_by_token() -> None:
     np.testing.assert_allclose(change[:2], -0.5)
     np.testing.assert_allclose(interval[:2], -0.5)
     assert np.isnan(change[2]) and np.isnan(base.perplexity[2])
+
+
+def test_interval_of_a_change_is_over_rows_with_their_own_tokens() -> None:
+    """Of two rows one draw in four is the first alone, one the second; of three one in 27 is any of them alone."""
+    count = np.array([[4], [1], [2]])
+    base = behind.ByOffset(np.array([[9.0], [3.0], [5.0]]), count)
+    other = behind.ByOffset(base.nll + count * np.log([[0.5], [2.0], [0.8]]), count)
+    for rows in (2, 3):
+        mine, theirs = (behind.ByOffset(one.nll[:rows], one.count[:rows]) for one in (other, base))
+        change, interval = mine.change(theirs)
+        whole = np.exp(np.sum(mine.nll - theirs.nll) / np.sum(mine.count)) - 1
+        np.testing.assert_allclose([*change, *interval[0]], [whole, -0.5, 1.0])
+
+
+def test_points_are_spread_from_the_first_token_to_the_last_but_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And sums are by row and offset, in the order of rows."""
+    asked = []
+
+    def scored(target, network, tokens, segments, at, ahead, labels, lag):
+        asked.append((at.tolist(), None if labels is None else labels.tolist(), lag))
+        place = at[:, :, None] + 1 + np.arange(ahead)
+        return -np.where(place < 8, tokens[:, :1, None] + place / 100.0, 99.0), place < 8
+
+    monkeypatch.setattr(behind, "scored", scored)
+    batches = [
+        {"tokens": np.full((2, 8), first) + np.arange(2)[:, None], "segments": np.ones((2, 8)), "mask": np.eye(2, 8)}
+        for first in (1, 3)
+    ]
+    found = behind.by_offset(None, None, batches, 3, 2)
+    points = [0, 3, 6]
+    assert asked == [([points] * 2, None, 0)] * 2
+    np.testing.assert_allclose(found.count, [[3, 2]] * 4)
+    rows = np.array([[1.0], [2.0], [3.0], [4.0]])
+    np.testing.assert_allclose(found.nll, np.hstack([3 * rows + 0.12, 2 * rows + 0.07]))
+    behind.by_offset(None, None, batches[:1], 20, 2, "assistant", 5)
+    assert asked[2:] == [([[*range(7)]] * 2, np.eye(2, 8).tolist(), 5)]
 
 
 def test_ticks_lie_on_both_sides_of_zero() -> None:

@@ -57,6 +57,33 @@ def test_seeds_of_a_method_are_put_together(tmp_path, capsys) -> None:
     assert "1.50 (1.20-1.70)" in capsys.readouterr().out
 
 
+def test_temperatures_are_apart_and_every_seed_that_was_timed_counts() -> None:
+    """At either temperature the speeds of that one alone."""
+    lengths = {0.0: (2.0, 2.4), 1.0: (1.5, 1.7)}
+    cells = [
+        cell(f"a#{seed}", length, [round(4 * length), seed + 1], temperature)
+        for temperature, of in lengths.items()
+        for seed, length in enumerate(of)
+    ]
+    speeds = [
+        {
+            "config": {"sampling": {"temperature": temperature}},
+            "runs": [
+                {"path": f"runs/a#{seed}", "speedup": speedup, "speedup_interval": [speedup - 0.5, speedup + 0.5]}
+                for seed, speedup in timed.items()
+            ],
+        }
+        for temperature, timed in ((1.0, {1: 1.25}), (0.0, {0: 1.5, 1: 2.0}))
+    ]
+    cold, warm = seeds.summary(results(*cells), speeds)
+    assert (cold["temperature"], warm["temperature"], cold["seeds"], warm["seeds"]) == (0.0, 1.0, 2, 2)
+    assert cold["acceptance_lengths"] == [2.0, 2.4] and warm["acceptance_lengths"] == [1.5, 1.7]
+    assert cold["alpha"] == [18 / 20, 3 / 18] and warm["alpha"] == [13 / 20, 3 / 13]
+    assert cold["speedups"] == [1.5, 2.0] and cold["speedup"] == 1.75
+    assert cold["speedup_interval"] == pytest.approx([1.75 - 12.706 * 0.25, 1.75 + 12.706 * 0.25], rel=1e-3)
+    assert warm["speedups"] == [1.25] and warm["speedup_interval"] == [0.75, 1.75]
+
+
 def test_labels_are_those_of_the_runs_that_made_the_drafters(tmp_path) -> None:
     """Alone or as a member of several, lines without the metric left out; a drafter from elsewhere tells nothing."""
     for name, lines in {

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 import re
 
 import jax
@@ -15,7 +16,7 @@ from models.attention import Sources, attend
 from models.config import TransformerConfig
 from models.errors import UserError
 from models.formats.target import Target
-from models.layout import Blocks, Layout, Tree
+from models.layout import BlockCausal, Blocks, Causal, Layout, Tree
 from models.linear import wide_einsum
 from models.transformer import param_shapes
 from tests.decoding.drafter_cases import BUSHY, CASES
@@ -169,6 +170,32 @@ def test_attention_in_blocks_is_dense_attention(window: int | None, cap: float |
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-12), blocks, dense)
     for found in fused:  # The library's softmax is float32, whatever its inputs are.
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), found, dense)
+
+
+@pytest.mark.usefixtures("x64")
+def test_whole_texts_are_read_alike_in_every_order(monkeypatch) -> None:
+    """Of one document or several, each row in order or blocks of rows at once, whose first is cut differently in each
+    text."""
+    T, sources = 11, Sources()
+    rng = np.random.default_rng(1)
+    q = jnp.asarray(rng.normal(size=(B, T, N, D)))
+    new = {"k": jnp.asarray(rng.normal(size=(B, K, D, T))), "v": jnp.asarray(rng.normal(size=(B, K, T, D)))}
+    packed = jnp.asarray(np.sort(rng.integers(1, 4, (B, T)), axis=1), jnp.int32)
+    orders = (Causal(), BlockCausal(3, jnp.array([0, 2, 1], jnp.int32)), BlockCausal(2))
+
+    def read(order, segments, way):
+        layout = dataclasses.replace(Layout.causal(B, T, segments, way), order=order)
+        return attend(q, new, sources, layout, scale=0.7)
+
+    monkeypatch.setattr(models.attention, "BLOCK", B * N * T * 4)
+    ways = ("dense", "blocks", "fused")
+    cases = [(order, segments) for order in orders for segments in (None, packed)]
+    found = jax.jit(lambda: [[read(*case, way) for way in ways] for case in cases])()
+    for dense, blocks, fused in found:
+        np.testing.assert_allclose(blocks, dense, rtol=0, atol=1e-12)
+        np.testing.assert_allclose(fused, dense, atol=1e-5)
+    for (dense, *_), (other, *_) in itertools.combinations(found, 2):
+        assert np.abs(dense - other).max() > 1e-3
 
 
 @pytest.mark.parametrize("window, cap", [(None, None), (4, 2.0)])

@@ -142,8 +142,12 @@ def test_drafts_everywhere_are_those_of_one_text_after_the_other(heads: FalconHe
     everywhere = functools.partial(guesses_everywhere, heads, CONFIG, params, depth=DEPTH)
 
     @jax.jit
-    def drafted(feature, embedding, segments):
-        return everywhere(feature, ahead(embedding), Layout.causal(1, ROWS, segments))
+    def drafted(feature, embedding, segments, phase):
+        """And what training reads, blocks of the text itself from a phase on."""
+        layout = Layout.causal(1, ROWS, segments)
+        blocks = dataclasses.replace(layout, order=BlockCausal(k, phase))
+        read = heads.whole(CONFIG, params, feature, embedding[:, :ROWS], blocks)
+        return everywhere(feature, ahead(embedding), layout), read
 
     @jax.jit
     def by_root(feature, embedding):
@@ -158,7 +162,7 @@ def test_drafts_everywhere_are_those_of_one_text_after_the_other(heads: FalconHe
             outputs = heads.run(CONFIG, params, y, layout)[0]
         return outputs
 
-    whole = drafted(feature, embedding, jnp.ones((1, ROWS), jnp.int32))
+    whole, _ = drafted(feature, embedding, jnp.ones((1, ROWS), jnp.int32), 0)
     expected = by_root(feature, embedding)
     for i, found in enumerate(whole):
         for p in range(ROWS):
@@ -169,24 +173,30 @@ def test_drafts_everywhere_are_those_of_one_text_after_the_other(heads: FalconHe
                 assert not found[0, p].any(), "no pair stands there"
 
     first = 4
-    packed = drafted(feature, embedding, jnp.array([[1] * first + [2] * (ROWS - first)]))
-    alone = drafted(
-        jnp.roll(feature, -first, axis=1), jnp.roll(embedding, -first, axis=1), jnp.ones((1, ROWS), jnp.int32)
-    )
+    packed, read = drafted(feature, embedding, jnp.array([[1] * first + [2] * (ROWS - first)]), 0)
+    moved = (jnp.roll(x, -first, axis=1) for x in (feature, embedding))
+    alone, read_alone = drafted(*moved, jnp.array([[1] * (ROWS - first) + [2] * first]), first % k)
+    np.testing.assert_allclose(read[:, first:], read_alone[:, : ROWS - first], rtol=0, atol=1e-10)
     for i in range(DEPTH):
         np.testing.assert_allclose(packed[i][:, : first - k], whole[i][:, : first - k], rtol=0, atol=1e-10)
         np.testing.assert_allclose(packed[i][:, first:], alone[i][:, : ROWS - first], rtol=0, atol=1e-10)
 
 
 def test_dropout_is_between_the_layers_of_the_lstm() -> None:
-    heads = FalconHeads(dropout=0.5)
+    """A quarter is left out, and what is kept is as much larger; without a key nothing is."""
+    heads = FalconHeads(dropout=0.25)
     params = network(heads)
     feature, embedding = pairs()
     quiet, loud = (
         heads.join(params, feature, embedding[:, :ROWS], dropout_key=key)[0] for key in (None, jax.random.key(0))
     )
     assert np.array_equal(quiet, FalconHeads().join(params, feature, embedding[:, :ROWS])[0])
-    assert not np.array_equal(quiet, loud)
+    kept = np.asarray(jax.random.bernoulli(jax.random.key(0), 0.75, feature.shape))
+    y = np.concatenate([embedding[:, :ROWS], feature], axis=-1)
+    for part, drop in zip(params["lstm"], (kept / 0.75, 1.0), strict=True):
+        i, g, o = np.split(y @ np.asarray(part["input"]["kernel"]) + np.asarray(part["input"]["bias"]), 3, axis=-1)
+        y = sigmoid(o) * np.tanh(sigmoid(i) * np.tanh(g)) * drop
+    np.testing.assert_allclose(loud, y, atol=1e-12)
 
 
 @pytest.mark.parametrize(

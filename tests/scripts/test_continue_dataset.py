@@ -58,6 +58,26 @@ def test_every_document_is_a_window_and_what_the_target_says_next(sources, tmp_p
     assert manifest["kind"] == "continuations" and manifest["splits"]["train"]["documents"] == 5
 
 
+def test_every_text_is_drawn_with_a_seed_of_its_own_from_windows_by_their_number(sources, monkeypatch):
+    """Whatever batch it is in, and of another run too; documents by how many windows they have."""
+    folder, target = sources
+    documents, given = open_split(folder / "data", "train"), []
+
+    def decoded(target, prompts, *, seeds, **_):
+        given.extend(seeds + row for row in range(len(prompts)))
+        return types.SimpleNamespace(tokens=[[1]] * len(prompts), prefill_seconds=1.0, decode_seconds=1.0)
+
+    monkeypatch.setattr(continuations, "generate_together", decoded)
+    made = [list(continuations.continuations(target, documents, 999, 8, 2, 1.0, 100, seed)) for seed in (0, 1)]
+    assert len(given) == 2 * 999 == len(set(given))
+    names = [document["name"].rpartition("@")[0] for document in made[0]]
+    windows = {documents[i]["name"]: int(documents.lengths[i]) - 8 for i in range(len(documents))}
+    for name, count in windows.items():
+        share = count / sum(windows.values())
+        assert abs(names.count(name) - 999 * share) < 4 * (999 * share * (1 - share)) ** 0.5
+    assert len(set(windows.values())) == 3
+
+
 def test_windows_differ_and_are_the_same_again(sources, tmp_path):
     folder, _ = sources
     names = []
@@ -188,6 +208,21 @@ def test_a_chat_model_writes_its_own_conversations(chatter, tmp_path, capsys):
     told = capsys.readouterr().out
     assert "answers kept" in told and "tokens/s; repetition mean" in told
     assert not list(tmp_path.glob(".*"))
+
+
+def test_every_round_draws_anew_and_rows_take_temperatures_in_turn(chatter, tmp_path, monkeypatch):
+    given, decoded = [], self_chat.generate_together
+
+    def watched(target, prompts, **options):
+        given.append((options["seeds"].tolist(), [one.temperature for one in options["sampling"]]))
+        return decoded(target, prompts, **options)
+
+    monkeypatch.setattr(self_chat, "generate_together", watched)
+    chat(chatter, tmp_path / "out", "--documents", "12", "--valid_documents", "4")
+    seeds = [seed for of_round, _ in given for seed in of_round]
+    assert len(set(seeds)) == len(seeds) == 8 * len(given)
+    temperatures = [of_round for _, of_round in given]
+    assert [1.0] * 8 in temperatures and [0.8, 1.0] * 4 in temperatures
 
 
 def test_an_interrupted_run_goes_on_where_it_was(chatter, tmp_path, monkeypatch, capsys):

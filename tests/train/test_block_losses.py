@@ -47,7 +47,8 @@ def results(q, p, likely, counted) -> dict[str, Any]:
     found["disjoint"] = divergences.nla(one_hot[:1], one_hot[1:2])
     survives = jnp.exp(q[0])
     logit = jnp.log(survives / (1 - survives))
-    found["confidence"] = jax.value_and_grad(lambda x: jnp.sum(block_losses.confidence_loss(x, survives)))(logit)
+    confidence = jax.value_and_grad(lambda x, s: jnp.sum(block_losses.confidence_loss(x, s)), (0, 1))
+    found["confidence"] = confidence(logit, survives)
     found["d_pace"] = block_losses.d_pace(jnp.log(likely), counted)
     found["lengths"] = jax.grad(lambda log_s: jnp.sum(jnp.cumprod(jnp.exp(log_s))))(jnp.log(likely[0, 1:] / 2 + 0.5))
     found["unbroken"] = block_losses.unbroken(counted)
@@ -110,8 +111,9 @@ def test_of_nothing_accepted_nla_stays_finite(found) -> None:
 
 
 def test_confidence_is_learnt_where_it_is_the_soft_label(found) -> None:
-    value, slope = found["confidence"]
+    value, (slope, of_label) = found["confidence"]
     s = np.exp(Q[0])
+    assert not of_label.any(), "a draft is not made worse so that it is foreseen better"
     np.testing.assert_allclose(slope, 0, atol=1e-12)
     np.testing.assert_allclose(value, -np.sum(s * np.log(s) + (1 - s) * np.log(1 - s)))
 

@@ -234,6 +234,56 @@ def test_a_fresh_copy_continues_the_text_and_no_latents_change_nothing(x64, sett
         np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-13)
 
 
+def test_what_is_learnt_begins_as_it_says(x64, setting) -> None:
+    """Soft tokens as embeddings of tokens, latents as large as embeddings are, adapters that add nothing, and a network
+    from scratch as none that is there."""
+    _, _, frozen, _, _ = setting("full")
+    model = dataclasses.replace(setting("full")[0].model, embed_scale=True)
+    kinds = {kind: CoprocessorConfig(kind, num_latents=3, z_scale="match_rms") for kind in ("full", "scratch", "lora")}
+
+    @jax.jit
+    def begun(frozen):
+        every = {kind: coprocessor.init_params(one, model, frozen, jax.random.key(0)) for kind, one in kinds.items()}
+        return every, transformer.embed(model, frozen, jnp.arange(model.vocab_size))
+
+    every, table = jax.device_get(begun(frozen))
+    assert np.std(table[:, 0]) > 2 * np.std(frozen["embed"]["embedding"][:, 0]), "embeddings are scaled"
+    for own in every.values():
+        assert all((row == table).all(axis=1).any() for row in own["soft"]["embedding"])
+        size = np.mean(np.sqrt(np.mean(table**2, axis=1)))
+        np.testing.assert_allclose(own["network"]["latent"]["scale"], [size], rtol=1e-12)
+    for part, names in every["lora"]["network"]["adapters"].items():
+        for name, adapter in names.items():
+            inputs = np.shape(frozen["layers"][part][name]["kernel"])[1]
+            most = (6 / inputs) ** 0.5
+            assert adapter["a"].shape[1] == inputs and not adapter["b"].any()
+            assert 0.99 * most < -adapter["a"].min() <= most and 0.99 * most < adapter["a"].max() <= most
+    copy, fresh = (every[kind]["network"] for kind in ("full", "scratch"))
+    jax.tree.map(np.testing.assert_array_equal, copy["layers"], jax.device_get(frozen["layers"]))
+    assert jax.tree.map(np.shape, fresh) == jax.tree.map(np.shape, copy)
+    ours, theirs = (x["layers"]["mlp"]["up"]["kernel"] for x in (fresh, copy))
+    assert not np.any(ours == theirs)
+
+
+@pytest.mark.parametrize("labels", ["assistant", "all"])
+def test_places_and_labels_are_those_that_are_learnt(labels, job, batch) -> None:
+    """Latents stand before a label, and of the tokens ahead only labels of the same document count."""
+    config = job("coprocessor", objective={"labels": labels, "places": LENGTH})
+    objective = CoprocessorObjective(config.objective, Tokenizer.load(config.objective.target))
+    batch = {**batch, "mask": jnp.asarray(np.random.default_rng(1).integers(0, 2, (2, LENGTH)), jnp.uint8)}
+    places = jax.device_get(jax.jit(lambda batch: objective.places(batch, jax.random.key(0)))(batch))
+    segments = np.asarray(batch["segments"])
+    learnt = (np.asarray(batch["mask"]) > 0 if labels == "assistant" else np.ones_like(segments, bool)) & (segments > 0)
+    for b in range(2):
+        starts = [q for q in range(LENGTH - 1) if segments[b, q] == segments[b, q + 1] and learnt[b, q + 1]]
+        assert places.at[b][places.kept[b]].tolist() == starts
+        for q, counted in zip(starts, places.counted[b], strict=False):
+            ahead = [q + 1 + a for a in range(4)]
+            there = [p < LENGTH and segments[b, p] == segments[b, q] and learnt[b, p] for p in ahead]
+            assert counted.tolist() == there
+    assert not places.counted[~places.kept].any()
+
+
 def test_evaluation_compares_the_same_labels_with_and_without_latents(x64, setting):
     objective, params, frozen, batch, _ = setting("full")
     objective._config = dataclasses.replace(objective._config, places=LENGTH)

@@ -110,6 +110,8 @@ def test_teacher_and_student_write_as_they_decode_and_the_same_key_writes_the_sa
         prompts = openings({**host, "mask": np.ones_like(host["mask"])}, host["tokens"].shape[1] - 12)
         assert [rows["tokens"][i, :end].tolist() for i, end in enumerate(begins)] == prompts
         assert all(0 < end <= host["tokens"].shape[1] // 4 for end in begins)
+        # Of text that is written, what was written is learnt, whichever tokens of the data set would be.
+        assert float(jax.jit(objective.loss)(params, frozen, rows, KEY, 0.0)[0][1]) == labels.sum()
     objective, params, frozen, _ = setting(source="student", labels="all")
     first, again, other = (objective.refresh(params, frozen, host, key) for key in (KEY, KEY, jax.random.key(8)))
     jax.tree.map(np.testing.assert_array_equal, first, again)

@@ -74,6 +74,7 @@ def results(x, y, masked, text, uniform) -> dict[str, Any]:
     )
     found["advantages"] = divergences.standardised(found["rewards"], tokens > 0)
     found["text"] = {n: text_sums(text, n) for n in (1, 4)}
+    found["hot text"] = hot_sums(text)
     rows = Rows(
         jnp.asarray(SOME)[None],
         masked[None],
@@ -81,12 +82,23 @@ def results(x, y, masked, text, uniform) -> dict[str, Any]:
         jnp.asarray(np.random.default_rng(10).uniform(size=(1, R, 2))),
     )
     found["drawn tokens"] = divergences.drawn(jax.nn.log_softmax(x / 8)[None], rows.uniform)
-    found["drawn slope"] = jax.grad(
-        lambda x: divergence_sums(
-            Divergence("tvd++"), [Student(x, Partial(lambda x: x))], lambda x: x, rows, soft=0.7, hard=0.0
-        )[0]
-    )(x[None] / 8)
+    for name, temperature in (("drawn slope", 1.0), ("hot drawn slope", 2.0)):
+        divergence = Divergence("tvd++", temperature=temperature)
+        found[name] = jax.grad(
+            lambda x, divergence=divergence: divergence_sums(
+                divergence, [Student(x, Partial(lambda x: x))], lambda x: x, rows, soft=0.7, hard=0.0
+            )[0]
+        )(x[None] * temperature / 8)
     return found
+
+
+def hot_sums(text):
+    """The first student's sum and what is measured of it, at a temperature of two."""
+    rows = Rows(text["counted"], text["scored"], text["labels"])
+    student = Student(text["hidden"][0], Partial(lambda kernel, x: x @ kernel, text["kernel"][0]))
+    hot = Divergence("forward_kl", temperature=2.0)
+    sums = divergence_sums(hot, [student], lambda x: x, rows, soft=0.7, hard=0.2)
+    return sums[0], divergence_measures(hot, [student], lambda x: x, rows)[0]
 
 
 def text_sums(text, n):
@@ -132,6 +144,14 @@ def test_a_drawn_divergence_is_learnt_by_its_policy_gradient(found) -> None:
     assert np.ptp(advantage) > 1
     expected = -0.7 * advantage[:, None] * (np.eye(V)[tokens] - q)
     np.testing.assert_allclose(found["drawn slope"][0], expected, atol=1e-12)
+    hot = found["hot drawn slope"][0]
+    # Of logits twice as large the student's draws are the same; the teacher's flattened choice is another.
+    p = softmax(MASKED[: R - 1] / 2)
+    kept = np.append(np.take_along_axis(p > q[: R - 1], tokens[: R - 1, None], 1)[:, 0], False)
+    centred = np.where(counted, kept - kept[counted].mean(), 0)
+    advantage = centred / (np.sqrt(np.mean(centred[counted] ** 2)) + 1e-8)
+    assert np.ptp(advantage) > 1
+    np.testing.assert_allclose(hot, -0.7 * 2 * advantage[:, None] * (np.eye(V)[tokens] - q), atol=1e-12)
 
 
 def expected_values() -> dict[str, np.ndarray]:
@@ -252,6 +272,26 @@ def test_sums_over_a_text_are_those_of_its_rows_however_it_is_cut(found) -> None
         np.testing.assert_allclose(measured[k]["alpha"], alpha[TEXT["counted"]].sum(), rtol=1e-10)
         agree = (q.argmax(axis=-1) == p.argmax(axis=-1)) & TEXT["counted"]
         assert measured[k]["agreement"] == agree.sum()
+
+
+def test_a_temperature_is_of_the_divergence_alone(found) -> None:
+    """Not of the text's own tokens beside it, nor of anything that is measured but the loss."""
+    logits, counted = TEXT["hidden"][0] @ TEXT["kernel"][0], TEXT["counted"]
+    (q, p), (flat_q, flat_p) = ([softmax(x / t) for x in (logits, TEXT["scored"])] for t in (1, 2))
+    hard = -np.log(np.take_along_axis(q, TEXT["labels"][..., None], axis=-1)[..., 0])
+    soft = 4 * np.sum(flat_p * np.log(flat_p / flat_q), axis=-1)
+    total, measured = found["hot text"]
+    np.testing.assert_allclose(total, (0.7 * soft + 0.2 * hard)[counted].sum(), rtol=1e-10)
+    expected = {
+        "loss": soft,
+        "alpha": np.minimum(q, p).sum(axis=-1),
+        "agreement": q.argmax(axis=-1) == p.argmax(axis=-1),
+        "accuracy": q.argmax(axis=-1) == TEXT["labels"],
+        "cross_entropy": hard,
+    }
+    for name, value in expected.items():
+        np.testing.assert_allclose(measured[name], value[counted].sum(), rtol=1e-10, err_msg=name)
+    assert 0 < measured["accuracy"] != measured["agreement"]
 
 
 def test_numbers_outside_their_range_are_refused() -> None:

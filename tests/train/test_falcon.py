@@ -78,7 +78,7 @@ def test_loss_is_that_of_the_second_reading_row_by_row(draft_setting, monkeypatc
     """One program says what both readings got and put out, the tokens drawn, the loss and its slopes; what is learnt is
     what a draft vocabulary holds."""
     weights = dict(feature=2.0, soft=0.5, hard=0.25, temperature=0.8, vocabulary=40)
-    objective, params, frozen, batch = draft_setting("falcon", noise=0.0, glancing="paper", **weights)
+    objective, params, frozen, batch = draft_setting("falcon", noise=0.01, glancing="paper", **weights)
     heard: list = []
     whole, asked = FalconHeads.whole, FalconObjective._asked
 
@@ -112,7 +112,10 @@ def test_loss_is_that_of_the_second_reading_row_by_row(draft_setting, monkeypatc
     k, phase = objective.heads.block, first[3]
     assert np.array_equal(choice, logits.argmax(axis=-1)) and np.array_equal(phase, second[3])
     embedding = np.asarray(frozen["embed"]["embedding"])[np.asarray(ahead(batch["tokens"], 1))]
-    assert np.array_equal(first[0], hidden) and np.array_equal(first[1], embedding)
+    # Uniform noise of at most half of 0.01 * 512 / length to either side, the same in both readings.
+    noise, most = first[0] - hidden, 0.01 * 512 / hidden.shape[1] / 2
+    assert 0.98 * most < -noise.min() < 1.001 * most and 0.98 * most < noise.max() < 1.001 * most
+    assert np.array_equal(first[1], embedding)
 
     tokens, segments, mask = (np.asarray(batch[name]) for name in ("tokens", "segments", "mask"))
     known = np.asarray(frozen["draft_vocab"])
@@ -122,7 +125,7 @@ def test_loss_is_that_of_the_second_reading_row_by_row(draft_setting, monkeypatc
         places = range(tokens.shape[1] - k - 1)
         counted = [p for p in places if segments[b, p] == segments[b, p + k + 1] > 0 and mask[b, p + k + 1]]
         wrong = [p for p in counted if known[read_first[b, p].argmax()] != choice[b, p + k]]
-        shown = np.flatnonzero((second[0][b] != hidden[b]).any(axis=-1)).tolist()
+        shown = np.flatnonzero((second[0][b] != first[0][b]).any(axis=-1)).tolist()
         starts = [p for p in counted if (p + phase[b]) % k == 0]
         assert len(shown) == min(int(np.floor(np.float32(0.4) * len(wrong))), len(starts)) and set(shown) <= set(starts)
         for p in shown:

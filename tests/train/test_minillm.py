@@ -8,10 +8,11 @@ from jax.tree_util import Partial
 
 from decoding.blend import blend
 from decoding.generate import generate
-from decoding.sampling import Sampling
+from decoding.sampling import Sampling, noise
 from models.errors import UserError
 from models.formats.target import Target, load_target
 from tests.noise import noisy
+from tests.train.test_distill import both
 from train.objectives.divergences import Student
 from train.objectives.minillm import MiniLLMConfig, _Written, advantages, policy_sums
 
@@ -58,6 +59,27 @@ def test_the_loss_is_the_clipped_policy_gradient_and_the_exact_next_step() -> No
     np.testing.assert_allclose(slope, np.where(counted[..., None], exact, 0), atol=1e-5)
 
 
+def test_a_mixture_is_drawn_token_by_token_from_what_both_say_of_the_whole_text(target_directory) -> None:
+    """With the draws of plain decoding, keyed by a text's seed and a token's place in it."""
+    teacher = load_target(target_directory)
+    student = Target(teacher.config, noisy(teacher.params, 0.3), teacher.tokenizer)
+    prompts, seeds, share = [[5, 6], [7, 8, 9], [5, 6, 7, 8]], [3, 1, 4], 0.3
+    made = blend(student, teacher, share, prompts, 6, seeds, room=16)
+    texts = [[*prompt, *new] for prompt, new in zip(prompts, made, strict=True)]
+    padded = np.stack([np.pad(text, (0, 10 - len(text))) for text in texts])
+    both = [jax.nn.log_softmax(model.apply(padded).logits) for model in (student, teacher)]
+    mixed = np.log((1 - share) * np.exp(both[0]) + share * np.exp(both[1]))
+    ends, seen = teacher.config.eos_ids, 0
+    for row, (prompt, new) in enumerate(zip(prompts, made, strict=True)):
+        places = np.arange(len(prompt), len(prompt) + len(new), dtype=np.int32)
+        keys = jax.vmap(jax.random.key)(jnp.full(len(places), seeds[row], jnp.uint32))
+        drawn = noise(keys, jnp.asarray(places), mixed.shape[-1], jnp.float32)
+        assert np.argmax(mixed[row, places - 1] + drawn, axis=-1).tolist() == new
+        assert not set(new[:-1]) & set(ends) and (len(new) == 6 or new[-1] in ends)
+        seen += len(new)
+    assert seen > 9
+
+
 @pytest.mark.slow
 def test_a_mixture_of_one_model_alone_is_what_it_writes_and_between_them_lies_their_mean(target_directory) -> None:
     teacher = load_target(target_directory)
@@ -97,7 +119,19 @@ def test_the_first_step_stands_at_a_ratio_of_student_over_mixture(draft_setting)
     (sums, weights), _ = jax.jit(objective.loss)(params, frozen, {**batch, **made}, jax.random.key(0), 0.0)
     told = {name.removeprefix("written/"): values for name, values in made.items()}
     assert weights[0] == told["mask"].sum() > 20
-    counted = told["weight"] > 0
-    assert np.all(told["weight"][counted] <= 1.25 + 1e-5)  # q / (0.8 q + 0.2 p)
+    # What is told of a token stands one place before it: from whole texts of both models.
+    tokens, counted = told["tokens"], np.pad(told["mask"][:, 1:].astype(bool), ((0, 0), (0, 1)))
+    log_q, log_p = (
+        np.take_along_axis(x[:, :-1], tokens[:, 1:, None], axis=-1)[..., 0]
+        for x in both(objective, params, frozen, tokens)
+    )
+    old, taught = (np.pad(x, ((0, 0), (0, 1))) for x in (log_q, log_p))
+    np.testing.assert_allclose(told["old"], np.where(counted, old, 0), atol=1e-4)
+    share = np.exp(old) / (0.8 * np.exp(old) + 0.2 * np.exp(taught))
+    np.testing.assert_allclose(told["weight"], np.where(counted, share, 0), rtol=1e-3)
+    # Rewards are good where the teacher likes a token more than the student did.
+    expected = advantages((taught - old) / 0.5, counted, objective._config.discount)
+    np.testing.assert_allclose(told["advantage"], expected, atol=1e-2)
+    assert np.ptp(expected) > 1 and np.ptp(told["weight"][counted]) > 0.02
     expected = -np.sum(told["advantage"] * told["weight"])
     np.testing.assert_allclose(sums[0], expected, atol=1e-3)

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from decoding.calibration import calibration_error, sequential_temperatures
+from decoding.policies import Scheduled, Scores
 from decoding.policies.admission import admit, reach, until
 from decoding.sampling import Sampling, batch_sampling
 from decoding.trees import chain
@@ -141,6 +142,48 @@ def test_text_follows_the_target_unless_a_cut_looked_ahead(way: str, lossless: b
     np.add.at(seen, tuple(found()["strings"][way].T), 1)
     test = chi_square(seen, P[0][:, None] * P[1:])
     assert test.p_value > SMALLEST_P if lossless else test.statistic > 1000, test
+
+
+class Sure:
+    """A network that is sure of its slots to a given degree, and prefers token 0."""
+
+    vocab_size = 2
+
+    def __init__(self, confidence):
+        self.confidence = confidence
+
+    def begin(self, root, slots):
+        return self.extend((), 0, 0, root[:, None], None, None)
+
+    def extend(self, scratch, level, at, tokens, parents, seen):
+        logits = jnp.zeros((*tokens.shape, 2)).at[..., 0].set(1.0)
+        return Scores(logits, confidence=self.confidence[:, level, None]), scratch
+
+
+def test_a_chain_is_as_long_as_what_its_temperatures_leave_of_its_confidences_admits() -> None:
+    """Logits are divided by the slot's temperature; the root is always there; by a threshold, by speed, and by both."""
+    confidence = np.random.default_rng(7).uniform(0.2, 0.95, (40, 3)).astype(np.float32)
+    temperatures = np.array([2.0, 0.5, 1.25])
+    logit = np.log(confidence) - np.log1p(-confidence)
+    tempered = 1 / (1 + np.exp(-logit / temperatures))
+    speed = tuple(1 / (60 + n) for n in range(160))
+    by_threshold = np.cumprod(tempered >= 0.6, axis=1).sum(axis=1)
+    by_speed = np.array(by_hand(np.cumprod(tempered, axis=1), np.array(speed)))
+    root, keys = jnp.zeros(40, jnp.int32), jax.vmap(jax.random.key)(jnp.arange(40, dtype=jnp.uint32))
+    sampling = batch_sampling([Sampling()] * 40)
+
+    @jax.jit
+    def valid(confidence):
+        whole = dict(depth=3, draws="top", temperatures=tuple(temperatures))
+        policies = (Scheduled(threshold=0.6, **whole), Scheduled(speed=speed, **whole))
+        policies += (Scheduled(threshold=0.6, speed=speed, **whole),)
+        return [policy.grow(Sure(confidence), root, keys, sampling).tree.valid for policy in policies]
+
+    found = [np.asarray(x) for x in valid(jnp.asarray(confidence))]
+    for tree, lengths in zip(found, (by_threshold, by_speed, np.minimum(by_threshold, by_speed)), strict=True):
+        assert np.array_equal(tree, np.arange(4) <= lengths[:, None])
+        assert set(lengths.tolist()) == {0, 1, 2, 3}
+    assert np.any(by_threshold < by_speed) and np.any(by_speed < by_threshold)
 
 
 def test_an_anticipating_budget_biases_as_published() -> None:

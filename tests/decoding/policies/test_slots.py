@@ -14,11 +14,12 @@ from decoding.policies import Confidence, Expanding, Scores, Slots, parse_policy
 from decoding.sampling import Sampling, batch_sampling
 from models.errors import UserError
 
-VOCAB, DEPTH, ROWS = 5, 3, 4
-# One block per batch row; slots of the later ones are less sure.
+VOCAB, DEPTH, ROWS = 5, 3, 5
+# One block per batch row; slots of the later ones are less sure, and those of the last row of next to nothing.
 LOGITS = np.random.default_rng(0).normal(size=(ROWS, DEPTH, VOCAB)) * np.array([2.0, 1.5, 0.7])[:, None]
+LOGITS[-1] *= 0.02
 LOGP = LOGITS - np.log(np.exp(LOGITS).sum(axis=-1, keepdims=True))
-ROOTS = jnp.array([2, 0, 4, 1])
+ROOTS = jnp.array([2, 0, 4, 1, 3])
 WARM = batch_sampling([Sampling(temperature=1.0)] * ROWS)
 
 pytestmark = pytest.mark.usefixtures("x64")
@@ -64,7 +65,7 @@ def worth(row: int, path) -> float:
     return sum(LOGP[row, slot, token] for slot, token in enumerate(path))
 
 
-@pytest.mark.parametrize("total", [2, 9, 40, 100])
+@pytest.mark.parametrize("total", [2, 5, 9, 40, 100])
 def test_no_tree_is_worth_more_than_the_best_candidates(total: int) -> None:
     tree, slots = grown(Slots(DEPTH, total))
     for row in range(ROWS):

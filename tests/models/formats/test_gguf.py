@@ -78,6 +78,21 @@ def test_the_query_scale_of_gemma_27b(tmp_path: Path) -> None:
     assert read_gguf(write_model(tmp_path / "m.gguf", config, params, tokenizer=gpt2_tokenizer(8)))[0] == config
 
 
+def test_what_older_files_leave_out(tmp_path: Path) -> None:
+    """Heads share the width, and Gemma 2's caps and window are the published ones."""
+    config = TransformerConfig(
+        40, 16, 2, 4, 2, 4, 6, tied_embeddings=True, embed_scale=True, attention_softcap=50.0, logit_softcap=30.0,
+        post_norms=True, zero_centred_norm=True, activation="gelu_tanh", family="gemma2", windows=(4096, None),
+        max_position=8192, bos_id=1, eos_ids=(2,),
+    )  # fmt: skip
+    params = jax.tree.map(lambda leaf: np.zeros(leaf.shape, np.float32), param_shapes(config))
+    left_out = ("attention.key_length", "attention.value_length", "attention.sliding_window")
+    left_out += ("attn_logit_softcapping", "final_logit_softcapping")
+    keys = {name: value for name, value in gguf_keys(config).items() if name not in left_out}
+    assert len(keys) == len(gguf_keys(config)) - len(left_out)
+    assert read_gguf(write_gguf(tmp_path / "m.gguf", "gemma2", keys, gguf_tensors(config, params)))[0] == config
+
+
 WIDE = TransformerConfig(40, 256, 1, 2, 1, 128, 256, tied_embeddings=True, family="qwen3", qk_norm=True)
 # Largest error of a value, in parts of the largest of its block.
 COARSE = {"Q8_0": 1 / 200, "Q5_0": 1 / 15, "Q5_1": 1 / 15, "Q4_0": 1 / 7, "Q4_1": 1 / 7, "F16": 1e-3, "BF16": 1e-2}
@@ -303,17 +318,35 @@ def test_byte_level_tokenizers(pre: str) -> None:
     chat = tokenizer.encode_chat([{"role": "user", "content": "it's<think>"}])
     assert chat[0] == 1 and chat[-2:] == [len(told["tokens"]) - 1, 2]
     assert tokenizer.decode(chat) == "user\nit's<think>", "what its user defined is text, a special is none"
-    # The cuts of each kind: how digits group, and whether a sign may begin a word.
-    groups = [piece for piece, _ in tokenizer.core.pre_tokenizer.pre_tokenize_str("x (y) 12345")]
-    assert (
-        groups
-        == {
-            "gpt-2": ["x", "Ġ(", "y", ")", "Ġ12345"],
-            "smollm": ["x", "Ġ(", "y", ")", "Ġ", "1", "2", "3", "4", "5"],
-            "llama-bpe": ["x", "Ġ(", "y", ")", "Ġ", "123", "45"],
-            "qwen2": ["x", "Ġ(", "y", ")", "Ġ", "1", "2", "3", "4", "5"],
-        }[pre]
-    )
+    # The cuts of each kind: how digits group, whether a sign may begin a word, what ends with which line, and whether
+    # capitals are shortened forms, too. The last of several spaces goes with what follows it.
+    words = ["x", "Ġ(", "y", ")", "Ġq"]
+    older = [*words, "#", "z", "ĠI", "'", "LLS", "Ġ", "Ġa", "ĠĊĊ", "Ġb", "!!"]
+    newer = [*words, "#z", "ĠI", "'LL", "S", "Ġ", "Ġa", "ĠĊĊ", "Ġb", "!!Ċ", "Ġ"]
+    expected = {
+        "gpt-2": [*older, "Ċ", "Ġ12345"],
+        "smollm": [*older, "ĊĠ", *"12345"],
+        "llama-bpe": [*newer, "123", "45"],
+        "qwen2": [*newer, *"12345"],
+    }
+    text = "x (y) q#z I'LLS  a \n\n b!!\n 12345"
+    assert [piece for piece, _ in tokenizer.core.pre_tokenizer.pre_tokenize_str(text)] == expected[pre]
+
+
+def test_what_is_done_before_words_are_cut_and_to_words_that_are_tokens() -> None:
+    """Qwen composes characters, and leaves those alone that only look alike; Llama 3 takes a whole word that is a
+    token, though no merges lead to it."""
+    tokenizers_of = {
+        pre: read_gguf_tokenizer(as_metadata(byte_level(pre)[1]), Path("m.gguf")) for pre in PRE_TOKENIZERS
+    }
+    for pre, tokenizer in tokenizers_of.items():
+        told = tokenizer.decode(tokenizer.encode("e\u0301\ufb01"))
+        assert told == ("\xe9\ufb01" if pre == "qwen2" else "e\u0301\ufb01"), pre
+    for pre in ("llama-bpe", "qwen2"):
+        _, told = byte_level(pre)
+        told = {**told, "tokens": [*told["tokens"], "zqzq"], "token_type": [*told["token_type"], 1]}
+        new = read_gguf_tokenizer(as_metadata(told), Path("m.gguf")).encode("zqzq", bos=False)
+        assert (new == [len(told["tokens"]) - 1]) == (pre == "llama-bpe"), pre
 
 
 @pytest.mark.parametrize("prefix", [True, False])

@@ -55,7 +55,9 @@ def test_a_row_has_its_tokens_and_its_arrays(directory, rows):
         assert {name: (a.shape, a.dtype) for name, a in row.items()} == {
             name: (a.shape, a.dtype) for name, a in beside.padding.items()
         }
-    assert set(FeatureRows(rows, directory, ("top",))[1]) == {"tokens", "segments", "mask", "top"}
+    second = FeatureRows(rows, directory, ("top",))[1]
+    assert set(second) == {"tokens", "segments", "mask", "top"}
+    np.testing.assert_array_equal(second["top"], np.full((LENGTH, 2), 1))
     # Records are what is announced, up to what array_record says of each.
     size = sum(path.stat().st_size for path in features.files_in(directory))
     assert MANIFEST.size == ROWS * LENGTH * (3 * 2 + 2 * 4) and size >= MANIFEST.size
