@@ -82,11 +82,14 @@ def test_choices_come_in_several_shapes(tmp_path: pathlib.Path) -> None:
         {"question": "g", "choices": arc, "answer": None, "answerKey": "2"},
         {"ctx": "h", "ctx_a": "h", "endings": ["w", "x", "y", "z"], "label": "3"},
         {"ctx": "i", "endings": ["w", "x", "y", "z"], "label": 2},
+        {"question": "of numbers", "choices": ["0", "4", "2", "1"], "answer": 1},
+        {"question": "of numbers, as a text", "choices": ["0", "4", "2", "1"], "answer": "1"},
+        {"ctx": "of numbers", "endings": ["3", "1", "0"], "label": "0"},
         {"goal": "j", "sol1": "x", "sol2": "y", "label": 1},
     )
     found = tasks.read_choices(file)
-    assert [one.answer for one in found] == [2, 1, 1, 1, 0, 0, 1, 3, 2, 1]
-    assert found[-1] == tasks.Choice("j", ("x", "y"), 1) and found[-3].question == "h"
+    assert [one.answer for one in found] == [2, 1, 1, 1, 0, 0, 1, 3, 2, 1, 3, 0, 1]
+    assert found[-1] == tasks.Choice("j", ("x", "y"), 1) and found[7].question == "h"
 
 
 @pytest.mark.parametrize(
@@ -100,6 +103,8 @@ def test_choices_come_in_several_shapes(tmp_path: pathlib.Path) -> None:
         (tasks.read_choices, {"question": "a", "choices": ["x", "y"], "answer": 2}, "from 0 to 1.* got 2"),
         (tasks.read_choices, {"question": "a", "choices": ["x", "y"]}, "got None"),
         (tasks.read_choices, {"ctx": "a", "endings": ["x", "y"], "label": ""}, "got ''"),
+        (tasks.read_choices, {"ctx": "a", "endings": ["x", "y"], "label": "1" * 5000}, "must be a number from 0 to 1"),
+        (tasks.read_choices, {"question": "a", "choices": ["1", "7"], "answer": 7}, "from 0 to 1.* got 7"),
         (tasks.read_choices, {"goal": "a", "sol1": "x", "label": 0}, "or goal, sol1 and sol2"),
         (tasks.read_problems, {"question": "a", "answer": "7"}, "ends with '#### N'"),
         (tasks.read_problems, {"question": "a"}, "line 1 must have"),
