@@ -97,6 +97,9 @@ def test_values_arrive():
         ({"data": "data/python"}, ["data must be a section, got str 'data/python'"]),
         ({"steps": 2.5}, ["steps must be int, got float 2.5"]),
         ({"steps": True}, ["steps must be int, got bool True"]),
+        ({"steps": 2**31}, ["steps must be at least 1, and less than 2^31, got 2147483648"]),
+        ({"optimizer.eps": float("inf")}, ["optimizer.eps must be positive, and finite, got inf"]),
+        ({"optimizer.weight_decay": float("inf")}, ["optimizer.weight_decay must be 0 or more, and finite, got inf"]),
         ({"steps": None}, ["steps must be int, got nothing"]),
         ({"metrics.tensorboard": 1}, ["metrics.tensorboard must be bool, got int 1"]),
         ({"optimizer.learning_rate": "1e-3"}, ["optimizer.learning_rate must be float, got str '1e-3'"]),
@@ -210,6 +213,8 @@ def test_a_config_says_only_what_differs_and_a_command_line_may_name_the_rest(pa
         (["--config=configs/lm.py", "--config.metrics.tensorboard=maybe"], ["must be bool, got 'maybe'"]),
         (["--config.steps=3", "--config=configs/lm.py"], ["before a value for --config"]),
         (["--config.steps=3"], ["needs --config=FILE"]),
+        (["--config=configs/lm.py", "--config.=3"], ["the config has no key ''"]),
+        (["--config=configs/lm.py", "--config.data..path=3"], ["the config has no key '' in the section data"]),
         (["--confg=configs/lm.py"], ["Unknown command line flag 'confg'"]),
     ],
 )
