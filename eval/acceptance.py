@@ -269,6 +269,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     add_overwrite(parser)
     add_distributed(parser)
     args = parser.parse_args(argv)
+    if args.chat and not args.prompts:
+        raise UserError("--chat is for questions: give --prompts, not --data")
+    for temperature in args.temperatures:
+        Sampling(temperature)  # Or a bad one would be found behind the work for those before it.
     processes.start(args.distributed)
     keep_results(args.out, args.overwrite)
     target = load_target(args.target)

@@ -166,6 +166,18 @@ def test_methods_that_cannot_be_read(target: Target, text: str, message: str) ->
         parse_method(text, target)
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--data", "x", "--chat"], "--chat is for questions: give --prompts, not --data"),
+        (["--data", "x", "--temperatures", "0,-1"], "temperature must be 0, or from 1e-6 to 1e6, got -1"),
+    ],
+)
+def test_options_are_refused_before_anything_is_loaded(options: list[str], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        command.main.__wrapped__([*options, "--target", "absent", "--out", "absent", "--methods", "a=none"])
+
+
 def test_report_shows_every_method_and_what_differed(cells, tmp_path) -> None:
     methods, table = cells
     results = {

@@ -81,6 +81,13 @@ def test_files_are_replaced_only_on_request(tmp_path: pathlib.Path) -> None:
         keep_files([tmp_path / "b", tmp_path / "a"], overwrite=False, option="--over")
 
 
+def test_what_cannot_be_written_is_refused_before_the_work(tmp_path: pathlib.Path, monkeypatch) -> None:
+    # A disk may be read-only for its owner and for root, too.
+    monkeypatch.setattr("models.command_line.os.access", lambda place, mode: place != tmp_path)
+    with pytest.raises(UserError, match=r"c.json: nothing may be written in .*0$"):
+        keep_files([tmp_path / "new" / "c.json"], overwrite=False)
+
+
 def test_every_command_takes_this_parser() -> None:
     sources = [path for room in ("eval", "scripts", "train", "models") for path in (ROOT / room).rglob("*.py")]
     own = {path.relative_to(ROOT).as_posix() for path in sources if "ArgumentParser(prog" in path.read_text()}
