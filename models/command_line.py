@@ -35,6 +35,13 @@ class _Help(argparse.HelpFormatter):
 
 
 class _Parser(argparse.ArgumentParser):
+    def _get_value(self, action: argparse.Action, arg_string: str) -> Any:
+        # Nearly always a shell's variable that is not set; as a path it would be the directory that one stands in, and
+        # as a text no option at all. Where there is a default, it may mean none of that.
+        if not arg_string and action.default in (None, []) and action.option_strings:
+            raise argparse.ArgumentError(action, "must not be empty")
+        return super()._get_value(action, arg_string)  # type: ignore[misc]
+
     def error(self, message: str) -> NoReturn:
         for pattern, form in (
             (r"argument ([^:/]+)(?:/[^:]+)?: (must .*)", "{0} {1}"),

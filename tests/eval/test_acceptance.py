@@ -155,6 +155,11 @@ def test_study_says_what_is_wrong(target: Target, small: Method) -> None:
             study(target, *arguments)
     with pytest.raises(UserError, match="at least 1, got 0"):
         study(target, [small], prompts, others, budgets=(0,))
+    decoded: list[str] = []
+    beside = Method("b", PromptLookup(), policy="top")
+    with pytest.raises(UserError, match="prompt_lookup has one way"):
+        study(target, [small, beside], prompts, others, budgets=(4,), progress=decoded.append)
+    assert not decoded, "a method that cannot be is refused before those in front of it take their time"
 
 
 @pytest.mark.parametrize(

@@ -268,3 +268,18 @@ def test_command_refuses_what_has_no_size(target_directory, capsys) -> None:
         command.main(["--target", str(target_directory), "--drafter", "none"])
     assert stopped.value.code == 2
     assert "none cannot be fitted to a budget" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--write"], "--write puts a tree into a drafter directory, and there is no token_recycling/drafter.json"),
+        (["--speed"], "--speed and --temperature go with --calibrate"),
+        (["--temperature", "1"], "--speed and --temperature go with --calibrate"),
+        (["--tree", "chain:2", "--policy", "dyspec"], "--tree is in place of --policy and --calibrate"),
+    ],
+)
+def test_command_refuses_options_before_the_work(options: list[str], message: str, capsys) -> None:
+    with pytest.raises(SystemExit):
+        command.main(["--target", "absent", "--drafter", "token_recycling", *options])
+    assert f"error: {message}" in capsys.readouterr().err

@@ -31,6 +31,7 @@ def test_values_and_defaults() -> None:
     args = parser().parse_args(["--out", "x", "--grid", "2x3", "--growth", "chain", "--parts", "c, d"])
     assert (args.rows, args.budgets, args.parts, args.grid) == (32, [8, 16], ["c", "d"], (2, 3))
     assert args.policy == "chain" and args.write is False
+    assert parser().parse_args(["--out", "x", "--parts", ""]).parts == []
 
 
 @pytest.mark.parametrize(
@@ -43,6 +44,8 @@ def test_values_and_defaults() -> None:
         (["--budgets", "4,x"], "--budgets must be numbers with commas between them, got '4,x'"),
         (["--grid", "2"], "--grid must be WxH, such as 2x3, got '2'"),
         (["--kind", "chat"], "--kind cannot be 'chat': choose from"),
+        (["--out", ""], "--out must not be empty"),
+        (["--policy", ""], "--policy must not be empty"),
         (["--policy"], "--policy: expected one argument"),
         (["--row_s", "1"], "there is no option --row_s (did you mean '--rows'?)"),
         ([], "give --out"),

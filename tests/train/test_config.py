@@ -106,6 +106,7 @@ def test_values_arrive():
         ({"optimizer.learning_rate": True}, ["optimizer.learning_rate must be float, got bool True"]),
         ({"objective.model.windows": (4, "x")}, ["objective.model.windows[1] must be int or None, got str 'x'"]),
         ({"objective.model.windows": [4, 4]}, ["objective.model.windows must be a tuple of int or None, got list"]),
+        ({"metrics.wandb": ""}, ["metrics.wandb must not be empty: give str, or leave it out"]),
         ({"metrics.wandb": 3}, ["metrics.wandb must be str or None, got int 3"]),
         ({"optimizer.schedule": "cosin"}, ["optimizer.schedule must be one of", "did you mean 'cosine'"]),
         ({"optimizer.schedule": "constant"}, ["final_fraction must be 1.0 when", "'constant'"]),
