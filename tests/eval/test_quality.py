@@ -254,6 +254,8 @@ def test_what_does_not_fit_is_said_before_anything_is_measured(
     solved = write(tmp_path / "p.jsonl", *({"question": "x?", "answer": "#### 1"} for _ in range(2)))
     asked = ["--text", text, "--rows", ROWS, "--length", LENGTH, "--problems", solved, "--shots", 1]
     assert "say when latents come, and there are none: give --coprocessors too" in refused(*asked, "--augment_lag", 1)
+    assert "--data: not allowed with argument --text" in refused(*asked, "--data", tmp_path)
+    assert f"--ahead must be less than --length, {LENGTH}, got {LENGTH}" in refused(*asked[:6], "--ahead", LENGTH)
     with_latents = [*asked, "--coprocessors", target.path / "coprocessor"]
     told = refused(*with_latents[:6], *with_latents[-2:], "--augment_every", 4)
     assert "latents come again in answers: give --problems too" in told
