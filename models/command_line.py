@@ -40,7 +40,7 @@ class _Parser(argparse.ArgumentParser):
         # as a text no option at all. Where there is a default, it may mean none of that.
         if not arg_string and action.default in (None, []) and action.option_strings:
             raise argparse.ArgumentError(action, "must not be empty")
-        return super()._get_value(action, arg_string)  # type: ignore[misc]
+        return super()._get_value(action, arg_string)
 
     def error(self, message: str) -> NoReturn:
         for pattern, form in (
