@@ -90,15 +90,21 @@ def measured(target: Target, drafter: Drafter, params: Any, batch: int) -> Costs
     """What steps of the target and of this drafter cost here: from this process, from a file, or measured now."""
     key = key_of(target, drafter, batch)
     if key not in _costs:
-        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tandem" / "costs"
-        path = folder / f"{key}.json"
-        found = _read(path)
+        path = _path(key)
+        found = _read(path) if path else None
         if found is None:
             found = _measure(target, drafter, params, batch)
-            if found.steady:
+            if path and found.steady:
                 _write(path, found)
         _costs[key] = found
     return _costs[key]
+
+
+def _path(key: str) -> Path | None:
+    """Where costs are kept; None for a user who has no home, as in some containers."""
+    with contextlib.suppress(RuntimeError):
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tandem" / "costs" / f"{key}.json"
+    return None
 
 
 def _write(path: Path, costs: Costs) -> None:

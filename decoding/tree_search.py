@@ -15,7 +15,7 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from decoding.stats import Stats
-from decoding.trees import Topology
+from decoding.trees import Topology, refuse_huge
 from models.errors import UserError
 
 PROBE_CANDIDATES = 128
@@ -111,6 +111,7 @@ def greedy_search(accuracy: Float[np.ndarray, "D K"], candidates: int) -> list[t
     depths, ranks = accuracy.shape
     frontier: dict[tuple[int, ...], float] = {(0,): float(accuracy[0, 0])}
     chosen: list[tuple[tuple[int, ...], float]] = []
+    refuse_huge(candidates)
     while frontier and len(chosen) < candidates:
         path = max(frontier, key=lambda p: (frontier[p], -len(p), tuple(-r for r in p)))
         score = frontier.pop(path)

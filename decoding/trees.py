@@ -30,6 +30,9 @@ from models.formats.text_files import parse_json, read_text
 ACCEPTANCE_RULES = ("match", "point", "iid", "swor")
 SAMPLED_RULES = ("iid", "swor")
 
+# In a tree, whose ancestors are their square, as a chain's paths are: a mistyped number would fill the memory.
+MOST_CANDIDATES = 4096
+
 
 @struct.dataclass
 class TokenTree:
@@ -111,6 +114,12 @@ class TokenTree:
         return cls(tokens, parent, depth, valid, children_BNC, ancestors_BNN, rule, proposals, proposal_of)
 
 
+def refuse_huge(candidates: int) -> None:
+    """Raises UserError for more candidates than a tree may have: asked before they are made."""
+    if candidates > MOST_CANDIDATES:
+        raise UserError(f"a draft tree has at most {MOST_CANDIDATES} candidates, got {candidates}")
+
+
 @dataclasses.dataclass(frozen=True)
 class Topology:
     """A static draft tree given by its rank paths, kept sorted by (length, lexicographic).
@@ -123,6 +132,7 @@ class Topology:
     paths: tuple[tuple[int, ...], ...]
 
     def __post_init__(self):
+        refuse_huge(len(self.paths))
         paths = tuple(sorted((tuple(int(r) for r in path) for path in self.paths), key=lambda p: (len(p), p)))
         known = set(paths)
         if len(known) != len(paths):
@@ -255,7 +265,8 @@ def from_child_counts(counts: dict[tuple[int, ...], int]) -> Topology:
 
 
 def chain(depth: int) -> Topology:
-    """The single best path, `depth` deep."""
+    """The single best path, `depth` deep. Raises UserError where no tree is that large."""
+    refuse_huge(depth)
     return Topology(tuple((0,) * (d + 1) for d in range(depth)))
 
 

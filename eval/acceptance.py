@@ -37,7 +37,7 @@ from eval.measure.progress import Progress
 from eval.report.acceptance import print_table, write_report
 from eval.report.page import keep_results, write_results
 from eval.text.benchmark import ratio_interval
-from eval.text.budget import Fitter, parse_any_policy
+from eval.text.budget import Fitter, check_policy, parse_any_policy
 from eval.text.prompts import Prompt, document_prompts, encode_questions, read_questions
 from eval.text.results import describe_target
 from models import command_line, processes
@@ -127,8 +127,8 @@ def study(
       One entry per method, temperature and budget that fit together; `eval/report/acceptance.py` gives the keys.
 
     Raises:
-      UserError: no prompts, repeated labels, a prompt that is in both lists, or a fitted drafter that does not propose
-        exactly as many candidates as its budget.
+      UserError: no prompts, repeated labels, a prompt that is in both lists, a policy for a drafter without, a fitted
+        drafter that does not propose exactly as many candidates as its budget, or none that fits any.
     """
     _check_study(methods, prompts, calibration, budgets)
     cells = []
@@ -146,6 +146,7 @@ def study(
             for budget in budgets:
                 drafter = fitter.fit(budget)
                 if drafter is None:
+                    progress(f"temperature {temperature:g}, {method.label}, left out: no tree of {budget} candidates")
                     continue
                 if drafter.max_nodes != budget + 1:
                     raise UserError(
@@ -162,6 +163,8 @@ def study(
             following = methods[place + 1] if place + 1 < len(methods) else None
             if following is None or (following.drafter, following.policy) != (method.drafter, method.policy):
                 jax.clear_caches()
+    if not cells:
+        raise UserError(f"no method has a tree of exactly {' or '.join(map(str, budgets))} candidates")
     return cells
 
 
@@ -173,6 +176,8 @@ def _check_study(methods, prompts, calibration, budgets) -> None:
         raise UserError(f"two methods are called {repeated[0]!r}: labels must be distinct")
     if min(budgets) < 1:
         raise UserError(f"a budget counts the candidates besides the root and must be at least 1, got {min(budgets)}")
+    for method in methods:  # Whether a drafter and its policy go together, before those in front of it are decoded.
+        check_policy(method.drafter, method.policy)
     if {prompt.tokens for prompt in prompts} & {prompt.tokens for prompt in calibration}:
         raise UserError("a prompt is among those to measure and among those to choose trees by: they must be disjoint")
 
@@ -271,6 +276,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     add_mesh(parser)
     add_distributed(parser)
     args = parser.parse_args(argv)
+    if args.chat and not args.prompts:
+        raise UserError("--chat is for questions: give --prompts, not --data")
+    for temperature in args.temperatures:
+        Sampling(temperature)  # Or a bad one would be found behind the work for those before it.
     processes.start(args.distributed)
     keep_results(args.out, args.overwrite)
     target = load_target(args.target, mesh=parse_mesh(args.mesh) if args.mesh else None)

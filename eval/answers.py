@@ -105,7 +105,9 @@ def study(
         for label, answers in taken.items():
             first[label].append([one.prefill_seconds for one in answers])
             committed = sum(one.stats[0].committed for one in answers)
-            rates[label].append(committed / sum(one.decode_seconds for one in answers))
+            # Without a step, where every answer is its first token, there is no rate.
+            seconds = sum(one.decode_seconds for one in answers)
+            rates[label].append(committed / seconds if committed else 0.0)
     runs = []
     for label, target in targets.items():
         progress(f"scoring with {label}")

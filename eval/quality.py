@@ -106,13 +106,14 @@ def against(right: Sequence[bool], base: Sequence[bool]) -> dict[str, Any]:
 
 def perplexity(args, target: Target, field: Sequence[Contender], progress) -> Callable[[], dict[str, Any]]:
     """The entry `perplexity` of the results (`eval/report/quality.py` gives the keys)."""
+    if args.ahead >= args.length:
+        raise UserError(f"--ahead must be less than --length, {args.length}, got {args.ahead}")
     room = target.config.max_position - max(_shift(one) for one in field)
     if args.length > room:
         raise UserError(f"--length must be at most {room}, which latents leave of the context, got {args.length}")
-    data = None if args.text else args.data
     if args.text and args.labels != "all":
         raise UserError("--labels assistant asks for tokens that a data set marks: give --data, not --text")
-    batches = rows_of_text(target, data, args.split, args.text, args.length, args.rows)
+    batches = rows_of_text(target, args.data, args.split, args.text, args.length, args.rows)
 
     def measure() -> dict[str, Any]:
         made, base = [], None
@@ -276,9 +277,10 @@ def _parser():
     parser = command_line.parser("eval.quality", __doc__)
     parser.add_argument("--target", required=True, help="target directory")
     parser.add_argument("--coprocessors", type=listed, default=[], metavar="DIR,...", help="coprocessor directories")
-    parser.add_argument("--data", help="data set directory, or tfds:NAME, for perplexity")
+    source = parser.add_mutually_exclusive_group()
+    source.add_argument("--data", help="data set directory, or tfds:NAME, for perplexity")
+    source.add_argument("--text", help="text file to measure perplexity on instead")
     parser.add_argument("--split", default="valid", help="its split")
-    parser.add_argument("--text", help="text file to measure perplexity on instead")
     parser.add_argument("--length", type=at_least(2), default=256, help="tokens per row of text")
     parser.add_argument("--rows", type=at_least(1), default=64, help="rows of text")
     parser.add_argument("--points", type=at_least(1), default=32, help="points per row, spread evenly")

@@ -53,17 +53,25 @@ def together(parts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Results of `eval.acceptance` as if one run had made them, its environment that of the first.
 
     Raises:
-      UserError: they are not of the same prompts, budgets and temperatures.
+      UserError: they are not of the same prompts, budgets and temperatures, or share a method, which is one seed.
     """
     for name in parts[0]["config"].keys() - {"methods"}:
         values = [part["config"].get(name) for part in parts]
         if any(value != values[0] for value in values):
             raise UserError(f"results are put together of one measurement, but their {name} differ: {values}")
     joined = {key: [entry for part in parts for entry in part[key]] for key in ("methods", "cells")}
+    labels = collections.Counter(method["label"] for method in joined["methods"])
+    if repeated := [label for label, times in labels.items() if times > 1]:
+        raise UserError(f"{repeated[0]!r} is in several of the results: a seed counts once")
     return {**parts[0], **joined}
 
 
 def _entry(name: str, temperature: float, cells, paths, rates) -> dict[str, Any]:
+    depths = sorted({len(cell["accepted_by_depth"]) for cell in cells})
+    if len(depths) > 1:
+        raise UserError(
+            f"the seeds of {name!r} have trees of different depths, {depths}, whose positions do not compare"
+        )
     lengths = [cell["acceptance_length"] for cell in cells]
     keys = [(paths[cell["method"]], temperature) for cell in cells]
     timed = [rates[key] for key in keys if key in rates]
@@ -154,9 +162,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     add_overwrite(parser)
     args = parser.parse_args(argv)
     keep_results(args.out, args.overwrite)
-    acceptance = together([_results(place, "cells", "eval.acceptance") for place in args.acceptance])
+    parts = [_results(place, "cells", "eval.acceptance") for place in args.acceptance]
     speeds = [_results(place, "runs", "eval.main") for place in args.speed]
-    entries = summary(acceptance, speeds)
+    try:
+        acceptance = together(parts)
+        entries = summary(acceptance, speeds)
+    except KeyError as error:
+        raise UserError(
+            f"an entry {error} is missing: these results are of another version or another command"
+        ) from None
     Path(args.out).mkdir(parents=True, exist_ok=True)
     of = {"environment": acceptance["environment"], "target": acceptance["target"], "entries": entries}
     write_json(of, Path(args.out) / RESULTS)

@@ -32,6 +32,7 @@ it does not shadow the library `tree` that TFDS imports, which a top-level `tree
 
 import argparse
 import dataclasses
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -417,6 +418,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     add_distributed(parser)
     parser.add_argument("--write", action="store_true", help="put it into the drafter's drafter.json")
     args = parser.parse_args(argv)
+    _check_options(args)
     processes.start(args.distributed)
     target = load_target(args.target, mesh=parse_mesh(args.mesh) if args.mesh else None)
     drafter, params = load_drafter(args.drafter, target)
@@ -457,6 +459,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     if choice.best.tokens_per_second <= choice.plain.tokens_per_second:
         print("plain decoding is expected to be faster than any tree of this drafter on this device")
     _write(args, choice.tree, choice.best.rows)
+
+
+def _check_options(args: argparse.Namespace) -> None:
+    """Raises UserError for options that do not go together, and where a result could not be written in the end."""
+    if not args.calibrate and (args.speed or args.temperature):
+        raise UserError("--speed and --temperature go with --calibrate")
+    if args.tree is not None and (args.calibrate or args.policy is not None):
+        raise UserError("--tree is in place of --policy and --calibrate: give one of them")
+    record = Path(args.drafter) / "drafter.json"
+    if args.write and not (record.is_file() and os.access(record.parent, os.W_OK)):
+        raise UserError(f"--write puts a tree into a drafter directory, and there is no {record} that can be replaced")
 
 
 def _write(args: argparse.Namespace, tree: Topology | TreePolicy | None, rows: int) -> None:

@@ -9,6 +9,7 @@ and with them absl's flags: `train/command_line.py`.)
 """
 
 import argparse
+import os
 import re
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -34,6 +35,13 @@ class _Help(argparse.HelpFormatter):
 
 
 class _Parser(argparse.ArgumentParser):
+    def _get_value(self, action: argparse.Action, arg_string: str) -> Any:
+        # Nearly always a shell's variable that is not set; as a path it would be the directory that one stands in, and
+        # as a text no option at all. Where there is a default, it may mean none of that.
+        if not arg_string and action.default in (None, []) and action.option_strings:
+            raise argparse.ArgumentError(action, "must not be empty")
+        return super()._get_value(action, arg_string)
+
     def error(self, message: str) -> NoReturn:
         for pattern, form in (
             (r"argument ([^:/]+)(?:/[^:]+)?: (must .*)", "{0} {1}"),
@@ -82,15 +90,18 @@ def keep_files(paths: Iterable[str | Path | None], overwrite: bool, option: str 
       option: how to ask for it.
 
     Raises:
-      UserError: one exists, and it may not be replaced; or its directory cannot be one.
+      UserError: one exists, and it may not be replaced; or its directory cannot be one, or may not be written in.
     """
     for path in paths:
-        if path is None:
+        if path is None or (Path(path).exists() and not Path(path).is_file()):
             continue
         if Path(path).is_file() and not overwrite:
             raise UserError(f"{path} already exists: give another name, or {option} to replace it")
-        if above := next((place for place in Path(path).parents if place.exists() and not place.is_dir()), None):
+        above = next(place for place in Path(path).absolute().parents if place.exists())
+        if not above.is_dir():
             raise UserError(f"cannot write {path}: {above} is not a directory")
+        if not os.access(above, os.W_OK | os.X_OK):
+            raise UserError(f"cannot write {path}: nothing may be written in {above}")
 
 
 def at_least(least: int) -> Callable[[str], int]:

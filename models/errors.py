@@ -14,7 +14,10 @@ from collections.abc import Callable
 
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 # Files that are not where, what or whose they should be: the command is right, the path or its permissions are not.
-_MISPLACED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.EEXIST, errno.ENOTDIR, errno.EISDIR)
+_MISPLACED = (
+    *(errno.EACCES, errno.EPERM, errno.EROFS),
+    *(errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP),
+)
 
 
 class UserError(ValueError):

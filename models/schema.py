@@ -138,6 +138,8 @@ def _value(annotation: Any, raw: Any, where: str, place: str, readers: Readers) 
         return raw
     if kind is float and isinstance(raw, int) and not isinstance(raw, bool):
         return float(raw)
+    if optional and raw == "":  # Nearly always a shell's variable that is not set.
+        raise UserError(f"{place}: {where} must not be empty: give {_describe(kind)}, or leave it out")
     if isinstance(kind, type) and type(raw) is kind:
         return raw
     found = "nothing" if raw is None else f"{type(raw).__name__} {raw!r}"

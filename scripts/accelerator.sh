@@ -24,6 +24,7 @@ fi
 while [ $# -gt 0 ]; do
     case $1 in
     --wheels)
+        [ -d "${2-}" ] || { echo "error: --wheels needs a folder, and ${2:-nothing} is none" >&2 && exit 2; }
         site=$(mktemp -d)
         "$python" -m pip install -q --no-index --no-deps --no-compile --no-cache-dir --target "$site" "$2"/*.whl ||
             { echo "error: could not install the wheels of $2" >&2 && exit 2; }
@@ -38,4 +39,8 @@ while [ $# -gt 0 ]; do
     esac
     shift
 done
+"$python" -c 'import importlib.util, sys; sys.exit(importlib.util.find_spec("jax") is None)' || {
+    echo "error: $python has no jax: name another Python with TANDEM_PYTHON, or a folder that has it with --wheels" >&2
+    exit 2
+}
 exec "$python" -m "$module" ${arguments[@]+"${arguments[@]}"}

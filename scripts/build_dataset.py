@@ -47,6 +47,22 @@ from train.data.text_sources import (
 )
 
 KINDS = ("jsonl", "text", "source", "chat")
+# Options that some sources alone have a use for: these kinds of text, or of images.
+_ONLY_FOR = {
+    "field": ("jsonl",),
+    "separator": ("text",),
+    "glob": ("source",),
+    "exclude": ("source",),
+    "strict": ("chat",),
+    "max_refused": ("chat",),
+    "tokenizer": KINDS,
+    "train_tokenizer": KINDS,
+    "chat_template": KINDS,
+    "size": (GLYPHS, "npz", "folder"),
+    "label": ("npz",),
+    "characters": (GLYPHS,),
+    "seed": (GLYPHS,),
+}
 _COUNT = 20_000  # of glyphs
 _SHOWN_CLASSES = 100
 _LARGEST_SIDE = 8192
@@ -59,6 +75,18 @@ def _reader(arguments: argparse.Namespace) -> Callable[[Path], Iterable[RawDocum
         "source": lambda path: read_source(path, arguments.glob, arguments.exclude.split(",")),
         "chat": read_chat,
     }[arguments.kind]
+
+
+def _check_options(arguments: argparse.Namespace) -> None:
+    """Raises UserError where an option is given that the source has no use for."""
+    form, said = arguments.kind, f"--kind {arguments.kind}"
+    if arguments.images is not None:
+        form, said = "npz" if arguments.images.endswith(".npz") else "folder", f"--images {arguments.images}"
+        form = GLYPHS if arguments.images == GLYPHS else form
+    parser = _parser()
+    for name, forms in _ONLY_FOR.items():
+        if form not in forms and getattr(arguments, name) != parser.get_default(name):
+            raise UserError(f"{said} has no use for --{name}")
 
 
 def _splits(arguments: argparse.Namespace) -> dict[str, Iterable[RawDocument]]:
@@ -110,6 +138,7 @@ def _build_images(arguments: argparse.Namespace) -> None:
     """The command, once it is known to be about images."""
     if arguments.kind is not None or arguments.src is not None or arguments.valid_src is not None:
         raise UserError("--images says where images come from, so --kind, --src and --valid_src have no meaning")
+    _check_options(arguments)
     if arguments.size is not None and not 1 <= arguments.size <= _LARGEST_SIDE:
         raise UserError(f"--size must be from 1 to {_LARGEST_SIDE}, got {arguments.size}")
     if arguments.max_documents is not None and arguments.max_documents < 1:
@@ -186,6 +215,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         return
     if arguments.kind is None or arguments.src is None:
         raise UserError("give --kind and --src for text, or --images for images")
+    _check_options(arguments)
     splits = _splits(arguments)
     tokenizer = _tokenizer(arguments, splits["train"])
     manifest = text_building.build(

@@ -26,14 +26,17 @@ source "$(dirname "${BASH_SOURCE[0]}")/_job.sh"
 job_options 'bash scripts/coprocessor.sh [--data DIR] [--target DIR] [--out DIR] [--config VARIANT] [--labels NAME]
     [--main NAME] [--latents N,...] [--kinds NAMES] [--kinds_at N,...] [--steps N] [--rate X] [--soft_rate X] [--batch N]
     [--length N] [--places N] [--ahead N] [--rows N] [--base_steps N] [--shape SIZES] [--jobs N] [--fresh]' "$@"
-[ -z "$data" ] || data=$(realpath "$data")
-[ -z "$target" ] || target=$(realpath "$target")
+[ -z "$target" ] || [ -z "$base_steps$shape" ] ||
+    fail "--base_steps and --shape are for a target that is made here, not for that of --target"
 out=${out:-$ROOT/runs/coprocessors}
 config=${config:-bytes} labels=${labels:-all} main=${main:-full} latents=${latents:-4,8,16,32,64}
 kinds=${kinds:-lora,scratch,last_layer,pause,soft} kinds_at=${kinds_at:-8}
 batch=${batch:-16} length=${length:-128} rows=${rows:-64}
 base_steps=${base_steps:-1200} jobs=${jobs:-1}
 shape=${shape:-width=96 num_layers=3 num_heads=6 num_kv_heads=2 head_dim=16 mlp_width=256}
+every=(full lora scratch last_layer pause soft hold hold_pause hold_soft hold_rms)
+job_names --main "$main" "${every[@]}"
+job_names --kinds "$kinds" "${every[@]}"
 changes=(--config.batch_size="$batch" --config.length="$length" --config.objective.labels="$labels")
 [ -z "$steps" ] || changes+=(--config.steps="$steps")
 [ -z "$rate" ] || changes+=(--config.optimizer.learning_rate="$rate")
@@ -63,7 +66,10 @@ if [ -z "$target" ]; then
 fi
 
 mkdir -p "$out/runs"
-directories=()
+directories=() trainings=()
+failed() {
+    fail "a training failed: its log in $out/runs says why"
+}
 taught() { # NAME LATENTS, in turn, or some side by side
     local workdir=$out/runs/$1_$2 options
     [[ " ${directories[*]-} " != *" $workdir/coprocessor "* ]] || return 0
@@ -83,9 +89,10 @@ taught() { # NAME LATENTS, in turn, or some side by side
         return
     fi
     while [ "$(jobs -rp | wc -l)" -ge "$jobs" ]; do
-        wait -n
+        wait -n || failed
     done
     "$@" >>"$workdir.log" 2>&1 &
+    trainings+=($!)
     echo "training $workdir ($workdir.log)"
 }
 trap 'kill $(jobs -p) 2>/dev/null || true' EXIT
@@ -97,8 +104,8 @@ for number in ${kinds_at//,/ }; do
         taught "$name" "$number"
     done
 done
-while [ -n "$(jobs -rp)" ]; do
-    wait -n
+for training in ${trainings[@]+"${trainings[@]}"}; do
+    wait "$training" || failed
 done
 
 job_finished comparison

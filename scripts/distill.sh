@@ -32,7 +32,6 @@ source "$(dirname "${BASH_SOURCE[0]}")/_job.sh"
 job_options 'bash scripts/distill.sh --target DIR --data DIR [--out DIR] [--student SIZES] [--steps N] [--batch N]
     [--start_steps N] [--seeds N] [--divergences NAMES] [--sources NAMES] [--documents N] [--tokens N] [--reuse N]
     [--questions FILE] [--pack] [--fresh]' "$@"
-target=$(realpath "$target") data=$(realpath "$data")
 out=${out:-$ROOT/runs/distillation}
 prompt=$([ -z "$questions" ] && echo 32 || echo 288)
 [ -n "$questions" ] || student=${student:-width=32 head_dim=8 mlp_width=88 max_position=512}
@@ -40,16 +39,9 @@ steps=${steps:-150} batch=${batch:-8} seeds=${seeds:-3} tokens=${tokens:-224} re
 start_steps=${start_steps:-$((3 * steps))} documents=${documents:-3072}
 divergences=${divergences:-forward_kl,reverse_kl,jsd,tvd}
 sources=${sources:-$([ -z "$questions" ] && echo dataset,teacher,student || echo dataset,student),mixed,served,minillm}
-known() { # OPTION NAMES KNOWN...: ends the job before it begins where one of NAMES is none of KNOWN
-    local option=$1 names=$2 name
-    shift 2
-    for name in ${names//,/ }; do
-        [[ " $* " == *" $name "* ]] || fail "$option: there is no $name, only $*"
-    done
-}
-known --sources "$sources" dataset teacher student mixed served minillm
+job_names --sources "$sources" dataset teacher student mixed served minillm
 [ -z "$questions" ] || [[ ",$sources," != *,teacher,* ]] || fail "--sources: with --questions the data are the teacher's"
-known --divergences "$divergences" forward_kl reverse_kl jsd skewed_kl skewed_reverse_kl tvd tvd++ nla hybrid
+job_names --divergences "$divergences" forward_kl reverse_kl jsd skewed_kl skewed_reverse_kl tvd tvd++ nla hybrid
 job_begin .tandem-distillation start continuations runs acceptance greedy sampled packed results
 
 shape=()

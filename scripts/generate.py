@@ -149,8 +149,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise UserError(f"--prompt is no UTF-8 text: {shown(text)[:60]}")
     if not text:
         raise UserError("the prompt is empty: a text needs at least one token to begin with")
-    if "" in args.stop:
-        raise UserError("--stop must not be empty")
+    if wrong := [text for text in args.stop if half_character(text) is not None]:
+        raise UserError(f"--stop is no UTF-8 text: {shown(wrong[0])[:60]}")
     if not 0 <= args.seed < 2**32:
         raise UserError(f"--seed must be in [0, 2^32), got {args.seed}")
     refuse_times_without(bool(args.augment), args.augment_every, args.augment_lag, "--augment")

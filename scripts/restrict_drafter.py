@@ -71,11 +71,16 @@ def restricted(source: Path, target: Target, known: np.ndarray) -> tuple[Any, An
 def main(argv: Sequence[str] | None = None) -> None:
     """The command: reads, counts, writes."""
     args = _parser().parse_args(argv)
+    if args.out.exists():  # Said before the counting; what writes the directory holds to it again.
+        raise UserError(f"{args.out} already exists")
     target = load_target(args.target)
     size = target.config.vocab_size
     if args.size >= size:
         raise UserError(f"--size must be less than the {size} tokens of the target, got {args.size}")
-    documents = open_split(args.data, args.split)
+    spoken = target.tokenizer
+    documents = open_split(
+        args.data, args.split, tokenizer=spoken, tokenizer_fingerprint=spoken.fingerprint if spoken else None
+    )
     counts = count_labels(documents, size, args.labels)
     known = most_frequent(counts, args.size)
     drafter, params, record = restricted(args.src, target, known)

@@ -14,9 +14,9 @@ source "$(dirname "${BASH_SOURCE[0]}")/_job.sh"
 
 usage='--target DIR --drafter DIR --data DIR [--rounds N] [--steps N] [--out DIR] [--fresh]'
 job_options "bash scripts/staleness.sh $usage" "$@"
-target=$(realpath "$target") drafter=$(realpath "$drafter") data=$(realpath "$data")
 out=${out:-$ROOT/runs/staleness}
 rounds=${rounds:-3}
+[ "$rounds" -le 20 ] || fail "--rounds must be at most 20, got $rounds"
 steps=${steps:-60}
 job_begin .tandem-staleness stale $(seq -f 'target_%g' 20) $(seq -f 'adapted_%g' 20) $(seq -f 'results_%g' 0 20) curves
 

@@ -20,7 +20,7 @@ from models.schema import nearest
 # For `models.processes.start`; of all commands that take configs.
 DISTRIBUTED = flags.DEFINE_string("distributed", None, _TOLD)
 
-_OVERRIDE = re.compile(r"--?(?:no)?config\.([^=]+)(?:=(.*))?", re.DOTALL)
+_OVERRIDE = re.compile(r"--?(?:no)?config\.([^=]*)(?:=(.*))?", re.DOTALL)
 
 
 def load_config(argument: str) -> ConfigDict:

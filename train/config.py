@@ -85,10 +85,12 @@ class OptimizerConfig:
         require(0 < self.learning_rate < math.inf, "optimizer.learning_rate must be positive", self.learning_rate)
         require(self.warmup_steps >= 0, "optimizer.warmup_steps must not be negative", self.warmup_steps)
         require(0 <= self.final_fraction <= 1, "optimizer.final_fraction must lie in 0..1", self.final_fraction)
-        require(self.weight_decay >= 0, "optimizer.weight_decay must not be negative", self.weight_decay)
+        require(
+            0 <= self.weight_decay < math.inf, "optimizer.weight_decay must be 0 or more, and finite", self.weight_decay
+        )
         require(0 <= self.b1 < 1, "optimizer.b1 must lie in 0..1, 1 excluded", self.b1)
         require(0 <= self.b2 < 1, "optimizer.b2 must lie in 0..1, 1 excluded", self.b2)
-        require(self.eps > 0, "optimizer.eps must be positive", self.eps)
+        require(0 < self.eps < math.inf, "optimizer.eps must be positive, and finite", self.eps)
         require(self.clip_norm > 0, "optimizer.clip_norm must be positive", self.clip_norm)
         require(0 <= self.ema < 1, "optimizer.ema must lie in 0..1, 1 excluded", self.ema)
         if self.schedule == "constant" and self.final_fraction != 1:
@@ -191,7 +193,7 @@ class TrainConfig:
     metrics: MetricsConfig = MetricsConfig()
 
     def __post_init__(self):
-        require(self.steps >= 1, "steps must be at least 1", self.steps)
+        require(1 <= self.steps < 2**31, "steps must be at least 1, and less than 2^31", self.steps)
         require(self.accumulate >= 1, "accumulate must be at least 1", self.accumulate)
         require(self.batch_size >= 1, "batch_size must be at least 1", self.batch_size)
         if self.objective.reads == "text":

@@ -124,7 +124,8 @@ def load_drafter(spec: str | Path, target: Target, mesh: Mesh | None = None) -> 
     """
     name, directory = str(spec), Path(spec)
     method, _, argument = name.partition(":")
-    named = DRAFTERS[method].from_name(argument) if method in DRAFTERS else None
+    # A colon with nothing behind it is a number that got lost, and no leave to choose one.
+    named = DRAFTERS[method].from_name(argument) if method in DRAFTERS and name != f"{method}:" else None
     if named is not None:
         return (named if argument else named.opened(named.known_sizes)), None
     whole = name.removesuffix(AUTO)

@@ -32,6 +32,16 @@ def parse_any_policy(text: str) -> TreePolicy:
     raise UserError(f"there is no policy {text!r}; known are {', '.join(PUBLISHED)}, and {', '.join(POLICIES)}")
 
 
+def check_policy(drafter: Drafter, policy: str | None) -> None:
+    """Raises UserError where there is a policy for a drafter without, or none for one with; as `Fitter` takes them."""
+    if drafter.tree_policy is not None and policy == "":
+        raise UserError(
+            f"which policy makes the trees of {drafter.name}? Say @POLICY, {', '.join(PUBLISHED)} for instance"
+        )
+    if policy and drafter.tree_policy is None:
+        raise UserError(f"{drafter.name} has one way to grow its tree, so @{policy} has no meaning for it")
+
+
 class Fitter:
     """Fits one drafter to budgets. Calibrates once, where there is a static topology to choose."""
 
@@ -47,12 +57,7 @@ class Fitter:
         Raises:
           UserError: a policy for a drafter without, or none for one with.
         """
-        if drafter.tree_policy is not None and policy == "":
-            raise UserError(
-                f"which policy makes the trees of {drafter.name}? Say @POLICY, {', '.join(PUBLISHED)} for instance"
-            )
-        if policy and drafter.tree_policy is None:
-            raise UserError(f"{drafter.name} has one way to grow its tree, so @{policy} has no meaning for it")
+        check_policy(drafter, policy)
         self._drafter = drafter.with_policy(parse_any_policy(policy)) if policy else drafter
         self._decode = decode
 

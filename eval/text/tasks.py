@@ -106,11 +106,14 @@ def _choice(record: Mapping[str, Any], where: str) -> Choice:
             f"{where} must have a text 'question' and at least two texts as 'choices', or ctx and endings, or goal, "
             "sol1 and sol2"
         )
-    names = list(map(str, labels)) if isinstance(labels, list) else [chr(ord("A") + i) for i in range(len(choices))]
-    counted = isinstance(answer, int) and not isinstance(answer, bool)
-    named = str(answer) if counted else answer
-    # Labels may be numbers too, from 1 on.
-    right = next((known.index(named) for known in (names, choices) if named in known), answer if counted else -1)
+    given = list(map(str, labels)) if isinstance(labels, list) else []
+    if isinstance(answer, int) and not isinstance(answer, bool):
+        # Labels may be numbers too, from 1 on. Choices that are numbers are never meant: of 0, 4, 2 and 6 the answer 2
+        # is the third, and 1 the second.
+        right = given.index(str(answer)) if str(answer) in given else answer
+    else:
+        letters = given or [chr(ord("A") + i) for i in range(len(choices))]
+        right = next((known.index(answer) for known in (letters, choices) if answer in known), -1)
     if not 0 <= right < len(choices):
         raise UserError(
             f"{where}: the answer must be a number from 0 to {len(choices) - 1}, a label or one of the choices, got "
@@ -129,7 +132,7 @@ def _told(record: Mapping[str, Any]) -> tuple[Any, Any, Any]:
         given = (record[name] for name in ("answer", "answerKey") if record.get(name) is not None)
         return record.get("question"), record.get("choices"), next(given, None)
     label = record.get("label")
-    return question, choices, int(label) if isinstance(label, str) and label.isdecimal() else label
+    return question, choices, int(label) if isinstance(label, str) and re.fullmatch("[0-9]{1,9}", label) else label
 
 
 def _some(items: list, path: str | Path) -> list:

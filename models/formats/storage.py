@@ -44,7 +44,7 @@ def new_directory(directory: str | Path, marker: str, overwrite: bool = False) -
     partial, old = (final.with_name(f".{final.name}.{tag}.{kind}") for kind in ("partial", "old"))
     try:
         partial.mkdir(parents=True)
-    except (PermissionError, NotADirectoryError, FileExistsError) as error:
+    except OSError as error:
         raise UserError(f"cannot write {directory}: {error.strerror}: {error.filename}") from None
     try:
         yield partial

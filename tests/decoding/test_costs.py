@@ -81,3 +81,12 @@ def test_costs_are_measured_once_and_kept(tmp_path: pathlib.Path, monkeypatch: p
     monkeypatch.setattr(costs, "_measure", lambda *_: dataclasses.replace(STEEP, steady=False))
     assert not costs.measured(target, free, None, 1).steady, "a damaged file"
     assert path.read_text() == "{", "what was measured beside other work is not kept"
+
+    def homeless() -> pathlib.Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setattr(costs.Path, "home", homeless)
+    costs._costs.clear()
+    monkeypatch.setattr(costs, "_measure", lambda *_: STEEP)
+    assert costs.measured(target, free, None, 1) == STEEP, "kept by the process alone"

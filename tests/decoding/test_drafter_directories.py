@@ -98,6 +98,8 @@ def test_combinations(saved: pathlib.Path, target: Target) -> None:
         "prompt_lookup+",
         "prompt_lookup+absent",
         "early_exit:",
+        "token_recycling:",
+        "none:",
         "early_exit:two",
         "early_exit",
         "lookahead:2",

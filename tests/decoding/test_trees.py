@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from decoding.tree_search import best_tree
 from decoding.trees import MC_SIM_7B_63, TokenTree, Topology, chain, load_topology
 from models.errors import UserError
 
@@ -148,3 +149,9 @@ def test_load_topology(tmp_path: pathlib.Path) -> None:
         file.write_text(wrong)
         with pytest.raises(UserError, match=r"tree\.json must be a list of paths"):
             load_topology(file)
+
+
+@pytest.mark.parametrize("make", [chain, lambda n: best_tree(np.full((n, 1), 0.5), n)])
+def test_a_mistyped_number_of_candidates_is_refused_before_they_are_made(make) -> None:
+    with pytest.raises(UserError, match=r"a draft tree has at most 4096 candidates, got 10000"):
+        make(10_000)

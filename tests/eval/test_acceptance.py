@@ -155,6 +155,11 @@ def test_study_says_what_is_wrong(target: Target, small: Method) -> None:
             study(target, *arguments)
     with pytest.raises(UserError, match="at least 1, got 0"):
         study(target, [small], prompts, others, budgets=(0,))
+    decoded: list[str] = []
+    beside = Method("b", PromptLookup(), policy="top")
+    with pytest.raises(UserError, match="prompt_lookup has one way"):
+        study(target, [small, beside], prompts, others, budgets=(4,), progress=decoded.append)
+    assert not decoded, "a method that cannot be is refused before those in front of it take their time"
 
 
 @pytest.mark.parametrize(
@@ -164,6 +169,18 @@ def test_study_says_what_is_wrong(target: Target, small: Method) -> None:
 def test_methods_that_cannot_be_read(target: Target, text: str, message: str) -> None:
     with pytest.raises(UserError, match=message):
         parse_method(text, target)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--data", "x", "--chat"], "--chat is for questions: give --prompts, not --data"),
+        (["--data", "x", "--temperatures", "0,-1"], "temperature must be 0, or from 1e-6 to 1e6, got -1"),
+    ],
+)
+def test_options_are_refused_before_anything_is_loaded(options: list[str], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        command.main.__wrapped__([*options, "--target", "absent", "--out", "absent", "--methods", "a=none"])
 
 
 def test_report_shows_every_method_and_what_differed(cells, tmp_path) -> None:

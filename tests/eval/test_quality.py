@@ -84,11 +84,14 @@ def test_choices_come_in_several_shapes(tmp_path: pathlib.Path) -> None:
         {"question": "g", "choices": arc, "answer": None, "answerKey": "2"},
         {"ctx": "h", "ctx_a": "h", "endings": ["w", "x", "y", "z"], "label": "3"},
         {"ctx": "i", "endings": ["w", "x", "y", "z"], "label": 2},
+        {"question": "of numbers", "choices": ["0", "4", "2", "1"], "answer": 1},
+        {"question": "of numbers, as a text", "choices": ["0", "4", "2", "1"], "answer": "1"},
+        {"ctx": "of numbers", "endings": ["3", "1", "0"], "label": "0"},
         {"goal": "j", "sol1": "x", "sol2": "y", "label": 1},
     )
     found = tasks.read_choices(file)
-    assert [one.answer for one in found] == [2, 1, 1, 1, 0, 0, 1, 3, 2, 1]
-    assert found[-1] == tasks.Choice("j", ("x", "y"), 1) and found[-3].question == "h"
+    assert [one.answer for one in found] == [2, 1, 1, 1, 0, 0, 1, 3, 2, 1, 3, 0, 1]
+    assert found[-1] == tasks.Choice("j", ("x", "y"), 1) and found[7].question == "h"
 
 
 @pytest.mark.parametrize(
@@ -102,6 +105,8 @@ def test_choices_come_in_several_shapes(tmp_path: pathlib.Path) -> None:
         (tasks.read_choices, {"question": "a", "choices": ["x", "y"], "answer": 2}, "from 0 to 1.* got 2"),
         (tasks.read_choices, {"question": "a", "choices": ["x", "y"]}, "got None"),
         (tasks.read_choices, {"ctx": "a", "endings": ["x", "y"], "label": ""}, "got ''"),
+        (tasks.read_choices, {"ctx": "a", "endings": ["x", "y"], "label": "1" * 5000}, "must be a number from 0 to 1"),
+        (tasks.read_choices, {"question": "a", "choices": ["1", "7"], "answer": 7}, "from 0 to 1.* got 7"),
         (tasks.read_choices, {"goal": "a", "sol1": "x", "label": 0}, "or goal, sol1 and sol2"),
         (tasks.read_problems, {"question": "a", "answer": "7"}, "ends with '#### N'"),
         (tasks.read_problems, {"question": "a"}, "line 1 must have"),
@@ -307,6 +312,8 @@ def test_what_does_not_fit_is_said_before_anything_is_measured(
     solved = write(tmp_path / "p.jsonl", *({"question": "x?", "answer": "#### 1"} for _ in range(2)))
     asked = ["--text", text, "--rows", ROWS, "--length", LENGTH, "--problems", solved, "--shots", 1]
     assert "say when latents come, and there are none: give --coprocessors too" in refused(*asked, "--augment_lag", 1)
+    assert "--data: not allowed with argument --text" in refused(*asked, "--data", tmp_path)
+    assert f"--ahead must be less than --length, {LENGTH}, got {LENGTH}" in refused(*asked[:6], "--ahead", LENGTH)
     with_latents = [*asked, "--coprocessors", target.path / "coprocessor"]
     told = refused(*with_latents[:6], *with_latents[-2:], "--augment_every", 4)
     assert "latents come again in answers: give --problems too" in told

@@ -113,3 +113,20 @@ def test_results_of_another_command_are_refused(tmp_path, capsys) -> None:
         seeds.main(["--acceptance", str(tmp_path), "--out", str(tmp_path / "out")])
     assert "is no result of eval.acceptance: it has no 'cells'" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_what_cannot_be_put_together_is_one_sentence(tmp_path) -> None:
+    part = results(cell("a#0", 2.0, [6, 3]))
+    with pytest.raises(UserError, match=r"'a#0' is in several of the results: a seed counts once"):
+        seeds.together([part, part])
+    mixed = results(cell("a#0", 2.0, [6, 3]), cell("a#1", 2.0, [6]))
+    with pytest.raises(UserError, match=r"the seeds of 'a' have trees of different depths, \[1, 2\]"):
+        seeds.summary(mixed, [])
+    # What another command wrote has runs, too.
+    for name, content in (("acceptance", part), ("speed", {"config": {}, "runs": [{"label": "x"}]})):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "results.json").write_text(json.dumps(content))
+    places = ["--acceptance", str(tmp_path / "acceptance"), "--speed", str(tmp_path / "speed")]
+    with pytest.raises(UserError, match="are of another version or another command"):
+        seeds.main.__wrapped__([*places, "--out", str(tmp_path / "out")])
+    assert not (tmp_path / "out").exists()

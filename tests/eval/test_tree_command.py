@@ -296,3 +296,18 @@ assert "tensor" in scene.state(*heads).cache[0]["k"].sharding.spec
 """,
         devices=2,
     )
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--write"], "--write puts a tree into a drafter directory, and there is no token_recycling/drafter.json"),
+        (["--speed"], "--speed and --temperature go with --calibrate"),
+        (["--temperature", "1"], "--speed and --temperature go with --calibrate"),
+        (["--tree", "chain:2", "--policy", "dyspec"], "--tree is in place of --policy and --calibrate"),
+    ],
+)
+def test_command_refuses_options_before_the_work(options: list[str], message: str, capsys) -> None:
+    with pytest.raises(SystemExit):
+        command.main(["--target", "absent", "--drafter", "token_recycling", *options])
+    assert f"error: {message}" in capsys.readouterr().err

@@ -31,6 +31,7 @@ def test_values_and_defaults() -> None:
     args = parser().parse_args(["--out", "x", "--grid", "2x3", "--growth", "chain", "--parts", "c, d"])
     assert (args.rows, args.budgets, args.parts, args.grid) == (32, [8, 16], ["c", "d"], (2, 3))
     assert args.policy == "chain" and args.write is False
+    assert parser().parse_args(["--out", "x", "--parts", ""]).parts == []
 
 
 @pytest.mark.parametrize(
@@ -43,6 +44,8 @@ def test_values_and_defaults() -> None:
         (["--budgets", "4,x"], "--budgets must be numbers with commas between them, got '4,x'"),
         (["--grid", "2"], "--grid must be WxH, such as 2x3, got '2'"),
         (["--kind", "chat"], "--kind cannot be 'chat': choose from"),
+        (["--out", ""], "--out must not be empty"),
+        (["--policy", ""], "--policy must not be empty"),
         (["--policy"], "--policy: expected one argument"),
         (["--row_s", "1"], "there is no option --row_s (did you mean '--rows'?)"),
         ([], "give --out"),
@@ -79,6 +82,13 @@ def test_files_are_replaced_only_on_request(tmp_path: pathlib.Path) -> None:
         keep_files([tmp_path / "a" / "b" / "c"], overwrite=True)
     with pytest.raises(UserError, match=r"a already exists: give another name, or --over to replace it$"):
         keep_files([tmp_path / "b", tmp_path / "a"], overwrite=False, option="--over")
+
+
+def test_what_cannot_be_written_is_refused_before_the_work(tmp_path: pathlib.Path, monkeypatch) -> None:
+    # A disk may be read-only for its owner and for root, too.
+    monkeypatch.setattr("models.command_line.os.access", lambda place, mode: place != tmp_path)
+    with pytest.raises(UserError, match=r"c.json: nothing may be written in .*0$"):
+        keep_files([tmp_path / "new" / "c.json"], overwrite=False)
 
 
 def test_every_command_takes_this_parser() -> None:

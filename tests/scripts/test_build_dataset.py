@@ -263,6 +263,8 @@ def test_bad_sources(tokenizer_dir, tmp_path, capsys, kind, content, message):
         (["--train_tokenizer", 10**15], "at most 10,000,000"),
         (["--train_tokenizer", 300, "--separator", ""], "the separator of documents must not be empty"),
         (["--train_tokenizer", 300, "--max_refused", -1], "--max_refused must be at least 0"),
+        (["--train_tokenizer", 300, "--size", 3], "--kind text has no use for --size"),
+        (["--train_tokenizer", 300, "--field", "x"], "--kind text has no use for --field"),
         (["--train_tokenizer", 300, "--max_documents", 0], "max_documents must be at least 1"),
         (["--train_tokenizer", 300, "--chat_template", "nowhere"], "no file nowhere: expected a Jinja"),
         (["--train_tokenizer", 300, "--valid_src", "x", "--valid_documents", 1], "--valid_src gives the valid split"),

@@ -140,7 +140,7 @@ def test_errors(directories, capsys, tmp_path: pathlib.Path) -> None:
     prompt = ("--prompt", PROMPT)
     assert "there is no config.json" in error(capsys, "--target", tmp_path / "nowhere", *prompt)
     assert "neither a drafter directory" in error(capsys, *target, *prompt, "--drafter", tmp_path / "nowhere")
-    assert "the prompt is empty" in error(capsys, *target, "--prompt", "")
+    assert "--prompt must not be empty" in error(capsys, *target, "--prompt", "")
     assert "there is no nowhere.txt in" in error(capsys, *target, "--prompt_file", tmp_path / "nowhere.txt")
     assert "top_p must be" in error(capsys, *target, *prompt, "--top_p", 2)
     assert "--max_new_tokens must be" in error(capsys, *target, *prompt, "--max_new_tokens", 0)

@@ -4,12 +4,14 @@ A stand-in for Python notes every command instead of running it, and leaves behi
 """
 
 import argparse
+import fcntl
 import functools
 import importlib
 import os
 import pathlib
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from typing import NoReturn
@@ -61,8 +63,10 @@ class Job:
         (binaries / "python").chmod(0o755)
         self._environment = {**os.environ, "TANDEM_VENV": str(folder / "venv")}
 
-    def __call__(self, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-        command = ["bash", str(ROOT / "scripts" / "quickstart.sh"), *arguments, "--out", str(self.out)]
+    def __call__(
+        self, *arguments: str, script: str = "quickstart.sh", **environment: str
+    ) -> subprocess.CompletedProcess[str]:
+        command = ["bash", str(ROOT / "scripts" / script), *arguments, "--out", str(self.out)]
         self._notes.write_text("")
         return subprocess.run(command, env={**self._environment, **environment}, capture_output=True, text=True)
 
@@ -147,6 +151,56 @@ def test_options_are_those_of_the_usage() -> None:
     assert told("--out", "a") == "error: --train is missing; usage: x --train FILE [--out DIR] [--fresh]\n"
     assert told("--out") == "error: --out needs a DIR\n"
     assert told("--train", "/") == "error: --train: there is no file /\n"
+
+
+@pytest.mark.parametrize(
+    ("kind", "good", "bad", "message"),
+    [
+        ("DIR", "tests", "nowhere", "--x: there is no directory nowhere"),
+        ("N", "12", "08", "--x must be a whole number from 1 on, got 08"),
+        ("N", "1", "2.5", "--x must be a whole number from 1 on, got 2.5"),
+        ("N,...", "4,8", "4,x", "--x must be whole numbers from 1 on with commas between them, got 4,x"),
+        ("X", "1e-3", "-1e-3", "--x must be a number above 0, got -1e-3"),
+        ("X", ".5", "0.0", "--x must be a number above 0, got 0.0"),
+        (
+            "SIZES",
+            "width=32 head_dim=8",
+            "width 32",
+            "--x must be NAME=VALUE, with spaces between several, got width 32",
+        ),
+        ("NAME", "a", "", "--x needs a NAME"),
+        ("NAME", "b", "--y", "--x needs a NAME"),
+    ],
+)
+def test_values_are_of_the_kind_that_the_usage_names(kind: str, good: str, bad: str, message: str) -> None:
+    def told(value: str) -> str:
+        read = f'source scripts/_job.sh; job_options \'a [--x {kind}] [--y]\' "$@"; echo "$x|$given"'
+        done = subprocess.run(["bash", "-c", read, "x", "--x", value], cwd=ROOT, capture_output=True, text=True)
+        return done.stdout or done.stderr
+
+    whole = str(ROOT / good) if kind == "DIR" else good
+    assert told(good) == f"{whole}|--x={whole}\n"
+    assert told(bad) == f"error: {message}\n"
+
+
+def test_one_directory_is_for_one_call_of_one_job(job: Job, tmp_path: pathlib.Path) -> None:
+    options, more = ["--data", str(tmp_path), "--target", str(tmp_path), "--kinds", "soft"], ["--latents", "4"]
+
+    def ask(*arguments: str) -> str:
+        done = job(*options, *arguments, script="coprocessor.sh")
+        return done.stderr if done.returncode else done.stdout
+
+    assert "must name" in ask("--kinds", ",") and "there is no no, only full" in ask("--kinds", "no")
+    ask(*more)
+    (job.out / "results" / "results.json").touch()
+    assert "is finished" in ask(*more)
+    assert "is of other options, --data=" in ask("--latents", "4,8") and not job.modules
+    assert "Finished" in ask("--latents", "4,8", "--fresh")
+    if shutil.which("flock"):
+        held = os.open(job.out, os.O_RDONLY)
+        fcntl.flock(held, fcntl.LOCK_EX)
+        assert "is being written by another job" in ask("--latents", "4,8")
+        os.close(held)
 
 
 class Understood(BaseException):

@@ -47,8 +47,8 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> tuple[Target, pathlib.Path
     return target, folder
 
 
-def restrict(folder: pathlib.Path, source: pathlib.Path, out: pathlib.Path, size: int = 3) -> None:
-    where = ["--src", str(source), "--target", str(folder / "target"), "--data", str(folder / "data")]
+def restrict(folder: pathlib.Path, source: pathlib.Path, out: pathlib.Path, size: int = 3, data: str = "data") -> None:
+    where = ["--src", str(source), "--target", str(folder / "target"), "--data", str(folder / data)]
     restrict_drafter.main.__wrapped__([*where, "--size", str(size), "--out", str(out)])
 
 
@@ -78,4 +78,11 @@ def test_what_cannot_be_restricted_is_refused(base: tuple[Target, pathlib.Path],
         restrict(folder, tmp_path / "few", tmp_path / "fewer")
     with pytest.raises(UserError, match="--size must be less than the"):
         restrict(folder, folder / "dflash", tmp_path / "all", size=target.config.vocab_size)
+    with pytest.raises(UserError, match="few already exists"):
+        restrict(folder, folder / "dflash", tmp_path / "few", data="nowhere")
+    other = Tokenizer.train(["xyz xyz.\n"] * 3, 262)
+    document = {"name": "0", "tokens": np.array([7, 2], np.int32), "mask": np.array([1, 1], np.uint8)}
+    write_dataset(folder / "other", other, {"train": lambda: iter([document])}, lambda: {"kind": "text"})
+    with pytest.raises(UserError, match="tokenizer"):
+        restrict(folder, folder / "dflash", tmp_path / "fewer", data="other")
     assert not (tmp_path / "fewer").exists() and not (tmp_path / "all").exists()
