@@ -82,7 +82,7 @@ def test_fitter_says_what_it_needs(small: Method) -> None:
     with pytest.raises(UserError, match="prompt_lookup has one way"):
         Fitter(PromptLookup(), "top", lambda drafter: None)
     assert parse_any_policy("slots:depth=7").max_depth == 7 and parse_any_policy("top") is PUBLISHED["top"]
-    with pytest.raises(UserError, match="no policy 'tops'; known are top, confidence,"):
+    with pytest.raises(UserError, match="no policy 'tops'; known are top, eagle-1, confidence,"):
         parse_any_policy("tops")
     with pytest.raises(UserError, match="none cannot be fitted"):
         Fitter(Plain(), "", lambda drafter: None).fit(8)
