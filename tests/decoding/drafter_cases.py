@@ -265,6 +265,7 @@ CASES: dict[str, Callable[[Target, Array], tuple[Drafter, Any]]] = {
 # What these add is shown elsewhere too: the network by another policy or a relative's, the policy by
 # tests/decoding/policies, its rule by test_losslessness.py, what is its own by its file. They run with `-m slow`.
 VARIANTS = (
+    "medusa",
     "hydra",
     "prompt_lookup+hydra++",
     "eagle2",
