@@ -7,15 +7,13 @@ method need not be at every place.
 """
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from eval.report.curves import print_table, write_report
-from eval.report.page import RESULTS, keep_results, write_results
+from eval.report.page import RESULTS, keep_results, read_results, write_results
 from models import command_line
 from models.command_line import add_overwrite, numbers
 from models.errors import UserError, exit_on_user_error
-from models.formats.text_files import read_json
 
 
 def curves(measured: Sequence[Mapping[str, Any]], at: Sequence[float]) -> list[dict[str, Any]]:
@@ -54,11 +52,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     add_overwrite(parser)
     args = parser.parse_args(argv)
     keep_results(args.out, args.overwrite)
-    measured = []
-    for place in args.acceptance:
-        measured.append(read_json(path := Path(place) / RESULTS))
-        if "cells" not in measured[-1]:
-            raise UserError(f"{path} is no result of eval.acceptance: it has no 'cells'")
+    measured = [read_results(place, "cells", "eval.acceptance") for place in args.acceptance]
     results = {"config": vars(args), "axis": args.axis, "curves": curves(measured, args.at)}
     write_results(results, write_report, args.out)
     print_table(results)

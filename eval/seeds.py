@@ -19,11 +19,10 @@ from typing import Any
 from scipy import stats
 
 from eval.report.files import write_json
-from eval.report.page import RESULTS, keep_results, print_columns
+from eval.report.page import RESULTS, keep_results, print_columns, read_results
 from models import command_line
 from models.command_line import add_overwrite
 from models.errors import UserError, exit_on_user_error
-from models.formats.text_files import read_json
 
 
 def summary(acceptance: Mapping[str, Any], speeds: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -162,8 +161,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     add_overwrite(parser)
     args = parser.parse_args(argv)
     keep_results(args.out, args.overwrite)
-    parts = [_results(place, "cells", "eval.acceptance") for place in args.acceptance]
-    speeds = [_results(place, "runs", "eval.main") for place in args.speed]
+    parts = [read_results(place, "cells", "eval.acceptance") for place in args.acceptance]
+    speeds = [read_results(place, "runs", "eval.main") for place in args.speed]
     try:
         acceptance = together(parts)
         entries = summary(acceptance, speeds)
@@ -176,13 +175,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     write_json(of, Path(args.out) / RESULTS)
     print_columns(table(entries))
     print(f"\nwrote {args.out}/{RESULTS}")
-
-
-def _results(directory: str, key: str, command: str) -> dict[str, Any]:
-    found = read_json(path := Path(directory) / RESULTS)
-    if key not in found:
-        raise UserError(f"{path} is no result of {command}: it has no {key!r}")
-    return found
 
 
 if __name__ == "__main__":

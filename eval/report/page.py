@@ -18,6 +18,8 @@ from markupsafe import Markup
 from eval.measure.environment import describe_environment
 from eval.report.files import make_directory, write_json
 from models.command_line import keep_files
+from models.errors import UserError
+from models.formats.text_files import read_json
 
 Results = Mapping[str, Any]
 
@@ -125,6 +127,14 @@ def write_results(
 def setting(temperature: float) -> str:
     """How a temperature is called."""
     return "greedy" if temperature == 0 else f"temperature {temperature:g}"
+
+
+def read_results(directory: str | Path, key: str, command: str) -> dict[str, Any]:
+    """What `command` wrote into `directory`, with at least the entry `key`. Raises UserError where it is not that."""
+    found = read_json(path := Path(directory) / RESULTS)
+    if key not in found:
+        raise UserError(f"{path} is no result of {command}: it has no {key!r}")
+    return found
 
 
 def print_columns(rows: Sequence[Sequence[str]], file: TextIO | None = None, ruled: bool = False) -> None:
