@@ -257,9 +257,9 @@ def _read_latents(
     seen = place.back(when[1])
     points = Points((seen.position - 1)[:, None], seen.slots[:, None])
     read, hidden_BS = _readable(config, network, when, params, network_params, cache, text, request)
-    z_BNH = coprocessor.latents(
-        network, network_params, config, params, read, points, prefix_seen=None if hidden_BS is None else ~hidden_BS
-    )[:, 0]
+    last = jnp.take_along_axis(text.tokens, text.length[:, None] - 1, axis=1)
+    unread = None if hidden_BS is None else ~hidden_BS
+    z_BNH = coprocessor.latents(network, network_params, config, params, read, points, last, prefix_seen=unread)[:, 0]
     positions = network.latent_positions((place.position - 1)[:, None])[:, 0].astype(jnp.int32)
     layout = Layout(positions, place.slots[:, None], network.order(number, network.suffix_attn))
     out = forward(config, params, z_BNH, layout, Sources(cache))

@@ -12,11 +12,11 @@ Who sees whom, around every point by itself: soft tokens and latents see the cac
 all; tokens behind the latents see the cache up to p, all latents, and each other in order. Points of one text share its
 cache and never see one another.
 
-    {'soft': {'embedding' [N, H]},
+    {'soft': {'embedding' [N, H], 'gate' [H]},
      'network': {'layers' (stacked), 'final_norm', 'adapters' (stacked) {'attention': {'q': {'a', 'b'}}},
                  'latent': {'scale' [1]}}}
 
-of which `network` holds what the kind and the flags of `CoprocessorConfig` ask for.
+of which there is what the kind and the flags of `CoprocessorConfig` ask for.
 """
 
 import dataclasses
@@ -55,6 +55,9 @@ class CoprocessorConfig:
       lora_scale: what they add is multiplied by this (alpha over rank).
       z_tap: latents are the network's features after its final norm, or before.
       z_scale: `match_rms` gives every latent the root mean square of the target's input embeddings.
+      z_base: `last_token` makes the last latent, off which the next token is read, what it adds, times a learnt gate
+        that begins at 0, to the input embedding of the token before the latents (ours, not the paper's): the target
+        then says from the first step on nearly what it says behind that token.
       latent_attn: whether soft tokens see each other in order (`causal`) or all (`bidirectional`).
       suffix_attn: the same of latents in the target.
       positions: latents take positions of their own (`advance`), as they do slots, or all stand at p (`hold`), so that
@@ -74,6 +77,7 @@ class CoprocessorConfig:
     lora_scale: float = 1.0
     z_tap: Literal["post_norm", "pre_norm"] = "post_norm"
     z_scale: Literal["none", "match_rms"] = "none"
+    z_base: Literal["none", "last_token"] = "none"
     latent_attn: Literal["causal", "bidirectional"] = "causal"
     suffix_attn: Literal["causal", "bidirectional"] = "causal"
     positions: Literal["advance", "hold"] = "advance"
@@ -146,6 +150,8 @@ def init_params(config: CoprocessorConfig, target_config: TransformerConfig, tar
         soft_key, len(table_VH), (config.num_latents,), replace=config.num_latents > len(table_VH)
     )
     params: Params = {"soft": {"embedding": table_VH[tokens_N]}}
+    if config.z_base == "last_token":
+        params["soft"]["gate"] = jnp.zeros_like(table_VH[0])
     network: Params = {}
     if config.kind in ("full", "scratch"):
         own = target if config.kind == "full" else transformer.init(target_config, network_key, table_VH.dtype)
@@ -170,13 +176,14 @@ def latents(
     target: Params,
     cache: list[Rows] | StackedRows,
     points: Points,
+    last: Int[Array, "B M"],
     *,
     prefix_positions: Int[Array, "#B S"] | None = None,
     prefix_seen: Bool[Array, "#B S"] | None = None,
     attention: str = "dense",
     remat: str = "none",
 ) -> Float[Array, "B M N H"]:
-    """The latents of all points, in one pass.
+    """The latents of all points, in one pass, as the target reads them.
 
     Args:
       config: of the coprocessor.
@@ -184,7 +191,8 @@ def latents(
       target_config: shape of the target.
       target: its parameters.
       cache: keys and values of the text: the target's; with `config.needs_features` what `read_features` made.
-      points: where.
+      points: what is seen.
+      last: the tokens that latents are put behind, which may have come after what is seen.
       prefix_positions: where the tokens in the cache's slots stand; None where slot and position agree.
       prefix_seen: slots that may be seen at all, such as all but those of earlier latents; None is all.
       attention: `dense`, or of many points `blocks` (`models.layout.Layout`).
@@ -193,8 +201,15 @@ def latents(
     batch, count = points.positions.shape
     soft_NH = params["soft"]["embedding"]
     soft_BMNH = jnp.broadcast_to(soft_NH, (batch, count, *soft_NH.shape))
+
+    def upon_base(z_BMNH):
+        if config.z_base == "none":
+            return z_BMNH
+        base_BMH = transformer.embed(target_config, target, last).astype(z_BMNH.dtype)
+        return z_BMNH.at[:, :, -1].set(base_BMH + params["soft"]["gate"] * z_BMNH[:, :, -1])
+
     if config.kind == "pause":
-        return soft_BMNH
+        return upon_base(soft_BMNH)
     layout = _around(
         points,
         config.latent_positions(points.positions),
@@ -208,10 +223,10 @@ def latents(
         target_config, network(config, params, target), rows, layout, Sources(cache), taps=(config.z_tap,), remat=remat
     )
     z = output.taps[config.z_tap].reshape(soft_BMNH.shape)
-    if config.z_scale == "none":
-        return z
-    scale = jax.lax.stop_gradient(params["network"]["latent"]["scale"]).astype(wide(z.dtype))
-    return (z * (scale / _rms(z))).astype(z.dtype)
+    if config.z_scale == "match_rms":
+        scale = jax.lax.stop_gradient(params["network"]["latent"]["scale"]).astype(wide(z.dtype))
+        z = (z * (scale / _rms(z))).astype(z.dtype)
+    return upon_base(z)
 
 
 def augmented(

@@ -5,15 +5,17 @@
 #
 #   bash scripts/coprocessor.sh [--data DIR] [--target DIR] [--out DIR] [--config VARIANT] [--labels NAME] [--main NAME]
 #       [--latents N,...] [--kinds NAMES] [--kinds_at N,...] [--steps N] [--rate X] [--soft_rate X] [--batch N]
-#       [--length N] [--places N] [--ahead N] [--rows N] [--base_steps N] [--shape SIZES] [--jobs N] [--fresh]
+#       [--length N] [--places N] [--ahead N] [--tap NAME] [--rows N] [--base_steps N] [--shape SIZES] [--jobs N] [--fresh]
 #
 # All learn from the same text by the recipe of configs/coprocessor.py:VARIANT (bytes), of which --steps to --ahead
 # change what is given: the kind --main (full) with every number in --latents, those of --kinds with every number in
 # --kinds_at. Kinds are full, lora, scratch, last_layer, pause and soft; hold, hold_pause and hold_soft, whose latents
-# move no position; and hold_rms, hold with latents as large as embeddings. --labels (all, or assistant for chats) are
-# the tokens learnt and measured. Without --data, the text is Python's own standard library in bytes; without --target,
-# a model of SIZES, fields of its shape, learns the data first, and serves. Files are held out whole, by their names,
-# and this target reads none of them either; of another --target that is for you to know.
+# move no position; hold_rms, hold with latents as large as embeddings; and last_token, with _lora, _pause and _soft,
+# whose last latent begins as the token before it, besides. --tap (post_norm, or pre_norm) is where networks are read.
+# --labels (all, or assistant for chats) are the tokens learnt and measured. Without --data, the text is Python's own
+# standard library in bytes; without --target, a model of SIZES, fields of its shape, learns the data first, and serves.
+# Files are held out whole, by their names, and this target reads none of them either; of another --target that is for
+# you to know.
 #
 # 4,000 steps of 16 rows, the default, take about 17 min with 4 latents and 25 min with 8 on one CPU core (measured
 # beside other work), and all of the defaults some six hours on one, an estimate: --latents 4,8 --kinds pause,soft is
@@ -25,7 +27,7 @@ source "$(dirname "${BASH_SOURCE[0]}")/_job.sh"
 
 job_options 'bash scripts/coprocessor.sh [--data DIR] [--target DIR] [--out DIR] [--config VARIANT] [--labels NAME]
     [--main NAME] [--latents N,...] [--kinds NAMES] [--kinds_at N,...] [--steps N] [--rate X] [--soft_rate X] [--batch N]
-    [--length N] [--places N] [--ahead N] [--rows N] [--base_steps N] [--shape SIZES] [--jobs N] [--fresh]' "$@"
+    [--length N] [--places N] [--ahead N] [--tap NAME] [--rows N] [--base_steps N] [--shape SIZES] [--jobs N] [--fresh]' "$@"
 [ -z "$target" ] || [ -z "$base_steps$shape" ] ||
     fail "--base_steps and --shape are for a target that is made here, not for that of --target"
 out=${out:-$ROOT/runs/coprocessors}
@@ -34,7 +36,8 @@ kinds=${kinds:-lora,scratch,last_layer,pause,soft} kinds_at=${kinds_at:-8}
 batch=${batch:-16} length=${length:-128} rows=${rows:-64}
 base_steps=${base_steps:-1200} jobs=${jobs:-1}
 shape=${shape:-width=96 num_layers=3 num_heads=6 num_kv_heads=2 head_dim=16 mlp_width=256}
-every=(full lora scratch last_layer pause soft hold hold_pause hold_soft hold_rms)
+every=(full lora scratch last_layer pause soft hold hold_pause hold_soft hold_rms
+    last_token last_token_lora last_token_pause last_token_soft)
 job_names --main "$main" "${every[@]}"
 job_names --kinds "$kinds" "${every[@]}"
 changes=(--config.batch_size="$batch" --config.length="$length" --config.objective.labels="$labels")
@@ -71,19 +74,24 @@ failed() {
     fail "a training failed: its log in $out/runs says why"
 }
 taught() { # NAME LATENTS, in turn, or some side by side
-    local workdir=$out/runs/$1_$2 options
+    local workdir=$out/runs/$1_$2 options part=--config.objective.coprocessor
     [[ " ${directories[*]-} " != *" $workdir/coprocessor "* ]] || return 0
     directories+=("$workdir/coprocessor")
     case $1 in
-    last_layer) options=(kind=full --config.objective.coprocessor.reads=last_layer) ;;
-    hold) options=(kind=full --config.objective.coprocessor.positions=hold) ;;
-    hold_pause | hold_soft) options=(positions=hold --config.objective.coprocessor.kind="${1#hold_}") ;;
-    hold_rms) options=(positions=hold --config.objective.coprocessor.z_scale=match_rms) ;;
-    *) options=("kind=$1") ;;
+    last_layer) options=($part.kind=full $part.reads=last_layer) ;;
+    hold) options=($part.kind=full $part.positions=hold) ;;
+    hold_pause | hold_soft) options=($part.kind="${1#hold_}" $part.positions=hold) ;;
+    hold_rms) options=($part.kind=full $part.positions=hold $part.z_scale=match_rms) ;;
+    last_token_pause) options=($part.kind=pause $part.positions=hold $part.z_base=last_token) ;;
+    last_token*)
+        options=($part.kind=full $part.positions=hold $part.z_scale=match_rms $part.z_base=last_token)
+        [ "$1" = last_token ] || options[0]=$part.kind="${1#last_token_}"
+        ;;
+    *) options=($part.kind="$1") ;;
     esac
+    [[ -z $tap || $1 == *pause ]] || options+=($part.z_tap="$tap")
     set -- run train.main --config=configs/coprocessor.py:"$config" --config.objective.target="$target" \
-        --config.data.path="$data" "${changes[@]}" --config.objective.coprocessor.num_latents="$2" \
-        --config.objective.coprocessor."${options[@]}" --workdir="$workdir"
+        --config.data.path="$data" "${changes[@]}" $part.num_latents="$2" "${options[@]}" --workdir="$workdir"
     if [ "$jobs" = 1 ]; then
         "$@"
         return

@@ -40,6 +40,7 @@ BOTH_WAYS = {
     "suffix_attn": "bidirectional",
     "z_scale": "match_rms",
     "z_tap": "pre_norm",
+    "z_base": "last_token",
 }
 
 
@@ -67,12 +68,12 @@ def whole(params, inputs, positions, seen):
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def answer(config, params, target_params, read, points, seen):
+def answer(config, params, target_params, read, points, last, seen):
     model, rows = target().config, read.rows
     if config.reads == "last_layer":  # Of the text alone, which no latents stand in yet.
         layout = Layout.causal(1, SIZE)
         rows = coprocessor.read_features(config, params, model, target_params, read.hidden, layout)
-    return coprocessor.latents(config, params, model, target_params, rows, points, prefix_seen=seen)
+    return coprocessor.latents(config, params, model, target_params, rows, points, last, prefix_seen=seen)
 
 
 def dense(prompt: list[int], new: list[int], with_latents: Augment):
@@ -95,7 +96,8 @@ def dense(prompt: list[int], new: list[int], with_latents: Augment):
         if index in points:
             read = size - with_latents.lag
             where = Points(*(jnp.full((1, 1), at, jnp.int32) for at in (position - with_latents.lag, read)))
-            z = answer(config, own, params, forward(), where, jnp.asarray(is_text))
+            last = jnp.full((1, 1), text[index - 1], jnp.int32)
+            z = answer(config, own, params, forward(), where, last, jnp.asarray(is_text))
             at = slice(size, size + config.num_latents)
             inputs[:, at], positions[:, at] = z[:, 0], config.latent_positions(where.positions + with_latents.lag)[:, 0]
             seen[:, at, at] |= config.suffix_attn == "bidirectional"
@@ -124,7 +126,7 @@ def augmented(with_latents: Augment, monkeypatch: pytest.MonkeyPatch, **settings
         (5, 0, BOTH_WAYS),
         (6, 2, {"positions": "hold", "temperature": 3.0}),
         (None, 2, {"reads": "last_layer"}),
-        (None, 3, {"kind": "pause", "positions": "hold"}),
+        (None, 3, {"kind": "pause", "positions": "hold", "z_base": "last_token"}),
     ],
 )
 def test_engine_is_one_long_forward(every, lag, flags, monkeypatch) -> None:
@@ -247,7 +249,7 @@ def test_served_latents_are_those_that_are_trained() -> None:
             if isinstance(frozen["layers"], list):
                 zero = jnp.zeros(1, jnp.int32)
                 rows = commit(init_cache(model, 1, 16, jnp.float64), rows, None, zero)
-            return coprocessor.latents(config, own, model, frozen, rows, points)
+            return coprocessor.latents(config, own, model, frozen, rows, points, text[:, [2, 6]])
 
         found.append(answered(own, frozen))
     np.testing.assert_allclose(*found, rtol=0, atol=1e-12)

@@ -47,6 +47,7 @@ FLAGS = {
         "suffix_attn": "bidirectional",
         "z_scale": "match_rms",
         "z_tap": "pre_norm",
+        "z_base": "last_token",
         "max_lag": 2,
     },
 }
@@ -123,6 +124,10 @@ def one_at_a_time(objective, params, frozen, batch, places):
         z = forward(read, soft, layout, Sources(cache), taps=(config.z_tap,)).taps[config.z_tap]
         if config.z_scale == "match_rms":
             z = z / jnp.sqrt(jnp.mean(z**2, axis=-1, keepdims=True)) * params["network"]["latent"]["scale"]
+        if config.z_base == "last_token":
+            behind = jnp.take_along_axis(texts, lengths[:, None] - 1, axis=1)
+            ends = transformer.embed(model, target, behind) + params["soft"]["gate"] * z[:, -1:]
+            z = jnp.concatenate([z[:, :-1], ends], axis=1)
         layout = Layout(lengths[:, None] - 1 + beyond, lengths[:, None], order(config.suffix_attn))
         out = forward(target, z, layout, Sources(cache))
         cache, found = commit(cache, out.rows, None, lengths), [out.hidden[:, -1]]
@@ -203,7 +208,7 @@ def test_slopes_reach_all_that_is_learnt_and_nothing_of_the_target(x64, setting,
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-8, atol=1e-13), learnt, in_pieces)
 
 
-def test_a_fresh_copy_continues_the_text_and_no_latents_change_nothing(x64, setting, batch):
+def test_fresh_latents_continue_the_text_or_repeat_its_last_token_and_none_change_nothing(x64, setting, batch):
     objective, params, frozen, _, _ = setting("full")
     model = objective.model
     tokens = jnp.asarray([[5, 9, 2]])
@@ -217,17 +222,24 @@ def test_a_fresh_copy_continues_the_text_and_no_latents_change_nothing(x64, sett
         for kind in ("full", "lora", "soft"):
             config = coprocessor.CoprocessorConfig(kind=kind, num_latents=3)
             fresh = {**coprocessor.init_params(config, model, frozen, jax.random.key(0)), "soft": soft}
-            found.append(coprocessor.latents(config, fresh, model, frozen, alone.rows, points))
+            found.append(coprocessor.latents(config, fresh, model, frozen, alone.rows, points, text[:, 4:5]))
+        upon = []
+        for kind in ("lora", "pause"):
+            config = coprocessor.CoprocessorConfig(kind=kind, num_latents=3, z_base="last_token")
+            fresh = coprocessor.init_params(config, model, frozen, jax.random.key(0))
+            upon.append(coprocessor.latents(config, fresh, model, frozen, alone.rows, points, text[:, 4:5])[0, 0])
+        repeated = transformer.embed(model, frozen, text[0, 4])
         none = coprocessor.augmented(config, model, frozen, alone.rows, points, found[0][:, :, :0], text[:, None, 5:9])
         read = transformer.forward(model, frozen, jnp.concatenate([text[:, :5], tokens], axis=1), Layout.causal(1, 8))
 
         # And one that reads features of the text: as if these and the soft tokens were a text of its own.
         config = coprocessor.CoprocessorConfig(num_latents=3, reads="last_layer")
         rows = coprocessor.read_features(config, params, model, frozen, alone.hidden, Layout.causal(1, LENGTH))
-        own = coprocessor.latents(config, params, model, frozen, rows, points)
+        own = coprocessor.latents(config, params, model, frozen, rows, points, text[:, 4:5])
         inputs = jnp.concatenate([alone.hidden[:, :5], params["soft"]["embedding"][None]], axis=1)
         whole = transformer.forward(model, {**frozen, **params["network"]}, inputs, Layout.causal(1, 8))
-        return found, read.hidden[:, 5:], (none[:, 0], alone.hidden[:, 5:9]), (own[:, 0], whole.hidden[:, 5:])
+        pairs = (none[:, 0], alone.hidden[:, 5:9]), (own[:, 0], whole.hidden[:, 5:]), *((z[-1], repeated) for z in upon)
+        return found, read.hidden[:, 5:], *pairs
 
     found, read, *pairs = run(frozen, params, batch["tokens"][1:])
     for ours, theirs in [*((z[0], read) for z in found), *pairs]:

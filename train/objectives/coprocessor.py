@@ -275,7 +275,7 @@ def passes(
         memory = coprocessor.read_features(config, params, model, frozen, output.hidden, text, remat=remat)
     settings: dict[str, Any] = {"prefix_positions": text.positions, "attention": text.attention, "remat": remat}
     read, put = places.points(text.positions, places.lag), places.points(text.positions)
-    z = coprocessor.latents(config, params, model, frozen, memory, read, **settings)
+    z = coprocessor.latents(config, params, model, frozen, memory, read, picked(tokens, places.at), **settings)
     known = places.labels[..., :-1]
     hidden = coprocessor.augmented(config, model, frozen, cache, put, keep_batch(z), known, **settings)
     return Passes(z, keep_batch(hidden[:, :, config.num_latents - 1 :]), output.hidden)
