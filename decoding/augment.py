@@ -21,7 +21,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 
 from decoding import loop
 from decoding.cache import commit
@@ -216,7 +216,8 @@ class Schedule:
         cache, text, place = _read_latents(
             models.config,
             augment.coprocessor.config,
-            (augment.every or 0, augment.lag),
+            augment.every is not None,
+            (np.int32(augment.every or 0), np.int32(augment.lag)),
             models.params,
             augment.coprocessor.params,
             state.cache,
@@ -239,11 +240,12 @@ class Schedule:
         return tree if self._mesh is None else place_rows(self._mesh, tree)
 
 
-@functools.partial(jax.jit, static_argnames=("config", "network", "when"), donate_argnames=("cache",))
+@functools.partial(jax.jit, static_argnames=("config", "network", "again"), donate_argnames=("cache",))
 def _read_latents(
     config: TransformerConfig,
     network: CoprocessorConfig,
-    when: tuple[int, int],
+    again: bool,
+    when: tuple[Int[Array, ""], Int[Array, ""]],
     params: Params,
     network_params: Params,
     cache: Cache,
@@ -252,11 +254,20 @@ def _read_latents(
     request: Request,
     due: Bool[Array, "B"],
 ) -> tuple[Cache, Text, Place]:
-    """Cache, text and place once rows that are `due` have latents behind their text, and a root chosen from them."""
-    number = network.num_latents
-    seen = place.back(when[1])
+    """Cache, text and place once rows that are `due` have latents behind their text, and a root chosen from them.
+
+    `when` is (every, lag); `again` says whether there is an `every`, and so whether there may be earlier latents.
+    """
+    number, (every, lag) = network.num_latents, when
+    seen = place.back(lag)
     points = Points((seen.position - 1)[:, None], seen.slots[:, None])
-    read, hidden_BS = _readable(config, network, when, params, network_params, cache, text, request)
+    read, hidden_BS = cache, None
+    if network.needs_features:
+        read = _features(config, network, params, network_params, text)
+    elif again:
+        # From the first latents on, their slots and those of `every` tokens take turns.
+        behind_BS = jnp.arange(cache[0]["v"].shape[2], dtype=jnp.int32) - (request.prompt_length + lag)[:, None]
+        hidden_BS = (behind_BS >= 0) & (behind_BS % (every + number) < number)
     last = jnp.take_along_axis(text.tokens, text.length[:, None] - 1, axis=1)
     unread = None if hidden_BS is None else ~hidden_BS
     z_BNH = coprocessor.latents(network, network_params, config, params, read, points, last, prefix_seen=unread)[:, 0]
@@ -273,20 +284,10 @@ def _read_latents(
     return keep_rows((cache, text, place.behind_latents(jnp.where(due, number, 0).astype(jnp.int32))))
 
 
-def _readable(config, network, when, params, network_params, cache, text, request):
-    """What the coprocessor reads of the text, and which slots of that hold earlier latents; None where there are none.
-
-    Features of the last layer are in no cache: the target makes them once more.
-    """
-    if network.needs_features:
-        batch, rows = text.tokens.shape
-        layout = Layout.causal(batch, rows, attention="blocks")
-        features = forward(config, params, text.tokens, layout).hidden
-        made = coprocessor.read_features(network, network_params, config, params, features, layout)
-        return made, None
-    every, lag = when
-    if not every:
-        return cache, None
-    # From the first latents on, their slots and those of `every` tokens take turns.
-    behind_BS = jnp.arange(cache[0]["v"].shape[2], dtype=jnp.int32) - (request.prompt_length + lag)[:, None]
-    return cache, (behind_BS >= 0) & (behind_BS % (every + network.num_latents) < network.num_latents)
+def _features(config, network, params, network_params, text: Text):
+    """What a coprocessor that reads features of the last layer makes of the text's, which are in no cache: the target
+    makes them once more."""
+    batch, rows = text.tokens.shape
+    layout = Layout.causal(batch, rows, attention="blocks")
+    features = forward(config, params, text.tokens, layout).hidden
+    return coprocessor.read_features(network, network_params, config, params, features, layout)

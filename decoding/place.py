@@ -44,7 +44,7 @@ class Place:
         """The place `count` tokens of text further on."""
         return dataclasses.replace(self, length=self.length + count, slots=self.slots + count)
 
-    def back(self, count: int) -> "Place":
+    def back(self, count: Int[Array, ""] | int) -> "Place":
         """The place `count` tokens of text before, with nothing but text in between."""
         return dataclasses.replace(self, length=self.length - count, slots=self.slots - count)
 

@@ -21,6 +21,8 @@ Intervals are 95%: Wilson's of shares, bootstrap over rows of text of perplexity
 `report.html`.
 """
 
+import functools
+import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -48,8 +50,9 @@ from eval.text.tasks import (
     read_problems,
     split_shots,
 )
-from models import command_line, processes
+from models import command_line, processes, schema
 from models.command_line import add_distributed, add_mesh, add_overwrite, at_least, listed
+from models.coprocessor import init_params
 from models.errors import UserError, exit_on_user_error
 from models.formats.target import Target, load_target
 from models.sharding import parse_mesh
@@ -220,19 +223,14 @@ def _shift(one: Contender) -> int:
     return one.network.config.shift if one.network else 0
 
 
-def _describe(one: Contender) -> dict[str, Any]:
+def _describe(one: Contender, target: Target) -> dict[str, Any]:
     if one.network is None:
         return {"label": one.label}
-    own = sum(leaf.size for leaf in jax.tree.leaves(one.network.params))
     config = one.network.config
-    return {
-        "label": one.label,
-        "path": one.path,
-        "kind": config.kind,
-        "num_latents": config.num_latents,
-        "positions": config.positions,
-        "parameters": own,
-    }
+    # As they are learnt: beside joined kernels adapters hold zeros as well.
+    learnt = jax.eval_shape(functools.partial(init_params, config, target.config), target.params, jax.random.key(0))
+    count = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(learnt))
+    return {"label": one.label, "path": one.path, **schema.resolved(config), "parameters": count}
 
 
 @exit_on_user_error
@@ -257,7 +255,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         results: dict[str, Any] = {
             "config": {name: value for name, value in vars(args).items() if name not in _NOT_RECORDED},
             "target": describe_target(target),
-            "contenders": [_describe(one) for one in field],
+            "contenders": [_describe(one, target) for one in field],
         }
         measured: dict[str, Callable[[], dict[str, Any]]] = {}
         if args.problems:

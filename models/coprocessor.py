@@ -55,9 +55,8 @@ class CoprocessorConfig:
       lora_scale: what they add is multiplied by this (alpha over rank).
       z_tap: latents are the network's features after its final norm, or before.
       z_scale: `match_rms` gives every latent the root mean square of the target's input embeddings.
-      z_base: `last_token` makes the last latent, off which the next token is read, what it adds, times a learnt gate
-        that begins at 0, to the input embedding of the token before the latents (ours, not the paper's): the target
-        then says from the first step on nearly what it says behind that token.
+      z_base: `last_token` makes the last latent, off which the next token is read, the input embedding of the token
+        before the latents plus a learnt gate, at first 0, times what it would have been (ours, not the paper's).
       latent_attn: whether soft tokens see each other in order (`causal`) or all (`bidirectional`).
       suffix_attn: the same of latents in the target.
       positions: latents take positions of their own (`advance`), as they do slots, or all stand at p (`hold`), so that
@@ -206,7 +205,8 @@ def latents(
         if config.z_base == "none":
             return z_BMNH
         base_BMH = transformer.embed(target_config, target, last).astype(z_BMNH.dtype)
-        return z_BMNH.at[:, :, -1].set(base_BMH + params["soft"]["gate"] * z_BMNH[:, :, -1])
+        end_BM1H = base_BMH[:, :, None] + params["soft"]["gate"] * z_BMNH[:, :, -1:]
+        return jnp.concatenate([z_BMNH[:, :, :-1], end_BM1H], axis=2)
 
     if config.kind == "pause":
         return upon_base(soft_BMNH)

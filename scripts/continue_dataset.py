@@ -16,9 +16,10 @@ batches in a row of which nothing is left end the run. Several temperatures, `--
 `--minutes` ends earlier, with the documents that are finished then. A run that was killed goes on where it was when it
 is asked again.
 
-With `--data`, every document of the result is a window of one of the data set's and the target's continuation, which
-alone is label; windows for `train` and `valid` come from the data set's own splits. Medusa's self-distillation samples
-at temperature 0.3; 0 is for greedy decoding. Train on either with `objective.labels = 'assistant'`.
+With `--data`, a directory or `tfds:NAME`, every document of the result is a window of one of the data set's and the
+target's continuation, which alone is label; windows for `train` and `valid` come from the data set's own splits.
+Medusa's self-distillation samples at temperature 0.3; 0 is for greedy decoding. Train on either with
+`objective.labels = 'assistant'`.
 """
 
 import argparse
@@ -132,8 +133,9 @@ def write_continuations(target: Target, arguments: argparse.Namespace) -> dict[s
         raise UserError("--data takes one --temperature")
     wanted = {"train": arguments.documents, "valid": arguments.valid_documents}
     assert target.tokenizer is not None
+    fingerprint = target.tokenizer.fingerprint
     splits = {
-        name: data.open_split(arguments.data, name, tokenizer_fingerprint=target.tokenizer.fingerprint)
+        name: data.open_split(arguments.data, name, tokenizer=target.tokenizer, tokenizer_fingerprint=fingerprint)
         for name, count in wanted.items()
         if count
     }

@@ -5,17 +5,16 @@
 #
 #   bash scripts/coprocessor.sh [--data DIR] [--target DIR] [--out DIR] [--config VARIANT] [--labels NAME] [--main NAME]
 #       [--latents N,...] [--kinds NAMES] [--kinds_at N,...] [--steps N] [--rate X] [--soft_rate X] [--batch N]
-#       [--length N] [--places N] [--ahead N] [--tap NAME] [--rows N] [--base_steps N] [--shape SIZES] [--jobs N] [--fresh]
+#       [--length N] [--places N] [--ahead N] [--rows N] [--base_steps N] [--shape SIZES] [--jobs N] [--fresh]
 #
 # All learn from the same text by the recipe of configs/coprocessor.py:VARIANT (bytes), of which --steps to --ahead
 # change what is given: the kind --main (full) with every number in --latents, those of --kinds with every number in
 # --kinds_at. Kinds are full, lora, scratch, last_layer, pause and soft; hold, hold_pause and hold_soft, whose latents
 # move no position; hold_rms, hold with latents as large as embeddings; and last_token, with _lora, _pause and _soft,
-# whose last latent begins as the token before it, besides. --tap (post_norm, or pre_norm) is where networks are read.
-# --labels (all, or assistant for chats) are the tokens learnt and measured. Without --data, the text is Python's own
-# standard library in bytes; without --target, a model of SIZES, fields of its shape, learns the data first, and serves.
-# Files are held out whole, by their names, and this target reads none of them either; of another --target that is for
-# you to know.
+# which are those of hold_rms, of _pause those of hold, whose last latent begins as the token before it. --labels (all, or
+# assistant for chats) are the tokens learnt and measured. Without --data, the text is Python's own standard library in
+# bytes; without --target, a model of SIZES, fields of its shape, learns the data first, and serves. Files are held out
+# whole, by their names, and this target reads none of them either; of another --target that is for you to know.
 #
 # 4,000 steps of 16 rows, the default, take about 17 min with 4 latents and 25 min with 8 on one CPU core (measured
 # beside other work), and all of the defaults some six hours on one, an estimate: --latents 4,8 --kinds pause,soft is
@@ -27,7 +26,7 @@ source "$(dirname "${BASH_SOURCE[0]}")/_job.sh"
 
 job_options 'bash scripts/coprocessor.sh [--data DIR] [--target DIR] [--out DIR] [--config VARIANT] [--labels NAME]
     [--main NAME] [--latents N,...] [--kinds NAMES] [--kinds_at N,...] [--steps N] [--rate X] [--soft_rate X] [--batch N]
-    [--length N] [--places N] [--ahead N] [--tap NAME] [--rows N] [--base_steps N] [--shape SIZES] [--jobs N] [--fresh]' "$@"
+    [--length N] [--places N] [--ahead N] [--rows N] [--base_steps N] [--shape SIZES] [--jobs N] [--fresh]' "$@"
 [ -z "$target" ] || [ -z "$base_steps$shape" ] ||
     fail "--base_steps and --shape are for a target that is made here, not for that of --target"
 out=${out:-$ROOT/runs/coprocessors}
@@ -38,6 +37,8 @@ base_steps=${base_steps:-1200} jobs=${jobs:-1}
 shape=${shape:-width=96 num_layers=3 num_heads=6 num_kv_heads=2 head_dim=16 mlp_width=256}
 every=(full lora scratch last_layer pause soft hold hold_pause hold_soft hold_rms
     last_token last_token_lora last_token_pause last_token_soft)
+job_names --config "$config" lora paper bytes smollm2 smoke
+job_names --labels "$labels" all assistant
 job_names --main "$main" "${every[@]}"
 job_names --kinds "$kinds" "${every[@]}"
 changes=(--config.batch_size="$batch" --config.length="$length" --config.objective.labels="$labels")
@@ -89,7 +90,7 @@ taught() { # NAME LATENTS, in turn, or some side by side
         ;;
     *) options=($part.kind="$1") ;;
     esac
-    [[ -z $tap || $1 == *pause ]] || options+=($part.z_tap="$tap")
+    [[ $1 != *pause ]] || options+=($part.z_scale=none $part.z_tap=post_norm) # It has no network to take them of.
     set -- run train.main --config=configs/coprocessor.py:"$config" --config.objective.target="$target" \
         --config.data.path="$data" "${changes[@]}" $part.num_latents="$2" "${options[@]}" --workdir="$workdir"
     if [ "$jobs" = 1 ]; then

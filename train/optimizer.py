@@ -55,12 +55,17 @@ def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransfo
 def apart(rules: Mapping[str, optax.GradientTransformation]) -> optax.GradientTransformation:
     """Every top-level part of the parameters updated by a rule of its own, as if the others were not there."""
 
+    def of(params, name):
+        # Named, because a rule may ask what a parameter is called.
+        return {name: params[name]}
+
     def init(params):
-        return {name: rule.init(params[name]) for name, rule in rules.items()}
+        return {name: rule.init(of(params, name)) for name, rule in rules.items()}
 
     def update(gradient, state, params=None):
-        done = {name: rule.update(gradient[name], state[name], params[name]) for name, rule in rules.items()}
-        return tuple({name: pair[part] for name, pair in done.items()} for part in range(2))
+        done = {name: rule.update(of(gradient, name), state[name], of(params, name)) for name, rule in rules.items()}
+        moved = {name: found[name] for name, (found, _) in done.items()}
+        return moved, {name: kept for name, (_, kept) in done.items()}
 
     return optax.GradientTransformation(init, update)
 
@@ -84,7 +89,7 @@ def kernel_axes(params):
 _NOT_DECAYED = re.compile(
     r"(^|/)(scale|bias|q_bias|v_bias|log_scale|offset)$"  # norms and maps; a VAR's attention and shared adaLN
     r"|(^|/)mask_(hidden|embedding)$"  # what a draft network reads where it knows nothing
-    r"|(^|/)soft/embedding$"  # what a coprocessor reads
+    r"|(^|/)soft/(embedding|gate)$"  # what a coprocessor reads, and how much of its last latent counts
     r"|(^|/)(positions|levels)/"  # a VAR's tables of places; its table of classes does decay
 )
 

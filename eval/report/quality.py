@@ -14,6 +14,7 @@ The results; of the last three at least one is there:
 where `marked` and the like are {correct, share, interval, gain?, gain_interval?}; gains are over the target as it is.
 """
 
+import dataclasses
 import math
 import os
 import pathlib
@@ -24,6 +25,7 @@ from eval.report.charts import Axis, Curve, Level, Point, chart, even_ticks
 from eval.report.files import write_text
 from eval.report.page import Drawing, Results, frame, print_columns, render
 from eval.report.text import NUM_COLORS
+from models.coprocessor import CoprocessorConfig
 
 SHOWN = (1, 2, 4, 8, 16, 32)  # Offsets of the tables.
 
@@ -155,20 +157,30 @@ def _charts(results: Results, colors: Mapping[str, str]) -> list[Drawing]:
 
 
 def _by_latents(results: Results, entry: Mapping[str, Any], name: str, colors: Mapping[str, str]) -> Drawing:
-    """Right answers over the number of latents, a curve of every kind, the target as it is a line across."""
+    """Right answers over the number of latents, a curve of every form, the target as it is a line across."""
     known = {one["label"]: one for one in results["contenders"]}
     kinds: dict[str, list[tuple[Point, str]]] = {}
     for run in entry["runs"][1:]:
         low, high = run[name]["interval"]
         one = known[run["label"]]
         point = Point(one["num_latents"], run[name]["share"], (low, high))
-        kinds.setdefault(one["kind"], []).append((point, colors[run["label"]]))
+        kinds.setdefault(_form(one), []).append((point, colors[run["label"]]))
     curves = [Curve(kind, [point for point, _ in points], points[0][1]) for kind, points in kinds.items()]
     title = f"{pathlib.PurePath(entry['file']).name}: right answers ({name}) by latents"
     ticks = sorted({point.x for curve in curves for point in curve.points})
     base = Level("target as it is", entry["runs"][0][name]["share"])
     x, y = Axis("latents", "{:g}".format, [0, *ticks]), Axis("", "{:.0%}".format)
     return Drawing.of(title, chart(curves, title, x, y, [base]), [(curve.label, curve.color) for curve in curves])
+
+
+def _form(one: Mapping[str, Any]) -> str:
+    """A coprocessor's kind, and what else tells it from the default of that kind, but for its number of latents."""
+    apart = [
+        str(one[field.name])
+        for field in dataclasses.fields(CoprocessorConfig)
+        if field.name not in ("kind", "num_latents") and one[field.name] != field.default
+    ]
+    return ", ".join([one["kind"], *apart])
 
 
 def signed_ticks(low: float, high: float) -> list[float]:

@@ -149,6 +149,8 @@ def coprocessor(args: argparse.Namespace, sizes: Sizes, left: float) -> Iterator
         command = ["train.main", "--config=configs/coprocessor.py:smollm2", f"--config.objective.target={target}"]
         command += [f"--config.data.path={data}", f"--config.steps={steps}", f"--config.batch_size={rows}"]
         command += [f"--config.length={length}", f"--config.objective.coprocessor.kind={kind}"]
+        if kind == "pause":  # It has no network, whose latents these are about.
+            command += [f"--config.objective.coprocessor.{flag}" for flag in ("z_scale=none", "z_tap=post_norm")]
         warmup = max(1, min(50, steps // 10))
         command += [f"--config.{of}.warmup_steps={warmup}" for of in ("optimizer", "objective.soft")]
         command += [f"--config.evaluation.every={max(1, steps // 3)}", f"--workdir={out / kind}"]

@@ -124,7 +124,7 @@ def decodes_alike(name: str, *meshes: str) -> None:
 def latents_go_with_their_rows() -> None:
     """At every fifth token, from a coprocessor whose adapters are split as the target's kernels are."""
     target = apart(random_target(vocab_size=24, scale=6.0, width=256, head_dim=32, num_heads=8, num_kv_heads=4))
-    config = CoprocessorConfig("lora", num_latents=3, rank=2)
+    config = CoprocessorConfig("lora", num_latents=3, rank=2, z_scale="match_rms", z_base="last_token")
     fresh = jax.jit(coprocessor.init_params, static_argnums=(0, 1))(
         config, target.config, target.params, jax.random.key(5)
     )

@@ -107,6 +107,7 @@ def test_windows_differ_and_are_the_same_again(sources, tmp_path):
         (["--prompt_tokens", "5000"], "no document has more than 5000 tokens"),
         (["--rows", "0"], "--rows must be at least 1, got 0"),
         (["--new_tokens", "1000"], "more than the target's context of 512"),
+        (["--data", "tfds:nothing"], "TFDS has no data set 'nothing'"),
         (["--mesh", "tensor"], "mesh 'tensor' is not a list of sizes of data, fsdp, tensor, such as data=2,tensor=4"),
         (["--mesh", "tensor=64"], "mesh data=1, fsdp=1, tensor=64 does not cover the 1 devices present"),
     ],

@@ -74,7 +74,8 @@ def setting(job, batch):
     def make(name):
         config = job("coprocessor", objective={"coprocessor": {"num_latents": 3, **FLAGS[name]}})
         objective = CoprocessorObjective(config.objective, Tokenizer.load(config.objective.target))
-        objective.model = dataclasses.replace(objective.model, windows=(None, 4), attention_softcap=3.0)
+        special = {"windows": (None, 4), "attention_softcap": 3.0, "embed_scale": True}
+        objective.model = dataclasses.replace(objective.model, **special)
         shapes = jax.eval_shape(objective.init, jax.random.key(0), objective.base)
         params, frozen = (drawn(as_float64(tree), 0.3) for tree in (shapes, objective.base))
         lag = jnp.asarray([[1, 2, 0, 2, 1], [0, 1, 2, 0, 1]], jnp.int32) * bool(FLAGS[name].get("max_lag"))
@@ -392,7 +393,7 @@ with sharding.on_mesh(plan.mesh):
 def test_a_run_leaves_the_target_as_it_was_and_two_devices_learn_the_same(
     job, as_code, on_two_devices, tmp_path, monkeypatch
 ):
-    settings = {"soft": {"learning_rate": 0.05}, "places": 6, "coprocessor": {"kind": "lora"}}
+    settings = {"soft": {"learning_rate": 0.05}, "places": 6, "coprocessor": {"kind": "lora", "z_base": "last_token"}}
     config, two = (job("coprocessor", steps=2, objective=settings, mesh={"data": count}) for count in (1, 2))
     seen = []
 

@@ -41,8 +41,8 @@ class PairRows:
             )
         if not self._pairs:
             raise UserError(
-                f"none of {len(pairs)} answers fits: prompts have at most {source_length} tokens "
-                f"(objective.source_length), answers at most {length - 1} (length, less the begin token)"
+                f"none of {len(pairs)} answers fits: prompts have at most {source_length} tokens (source_length), "
+                f"answers at most {length - 1}"
             )
         if self.left_out:
             held = f"{self.left_out} of {len(pairs)} answers are left out"

@@ -54,7 +54,7 @@ class CoprocessorTraining:
       places: M, augmentation points per row.
       ahead: N_A, tokens behind each that are predicted.
       labels: which tokens are learnt: `assistant`, those that the data set marks, or `all`.
-      soft: an optimizer for the soft tokens alone; None is the job's.
+      soft: an optimizer for the soft tokens, and the gate of `z_base`, alone; None is the job's.
     """
 
     reads: ClassVar[str] = "text"
