@@ -191,6 +191,7 @@ def test_one_directory_is_for_one_call_of_one_job(job: Job, tmp_path: pathlib.Pa
         return done.stderr if done.returncode else done.stdout
 
     assert "must name" in ask("--kinds", ",") and "there is no no, only full" in ask("--kinds", "no")
+    assert "there is no no, only all" in ask("--labels", "no") and "there is no no, only lora" in ask("--config", "no")
     ask(*more)
     (job.out / "results" / "results.json").touch()
     assert "is finished" in ask(*more)
@@ -201,6 +202,16 @@ def test_one_directory_is_for_one_call_of_one_job(job: Job, tmp_path: pathlib.Pa
         fcntl.flock(held, fcntl.LOCK_EX)
         assert "is being written by another job" in ask("--latents", "4,8")
         os.close(held)
+
+
+@pytest.mark.parametrize("config", ["bytes", "smollm2"])
+def test_every_kind_of_coprocessor_is_one_that_training_takes(job: Job, tmp_path: pathlib.Path, config, monkeypatch):
+    kinds = "full,lora,scratch,last_layer,pause,soft,hold,hold_pause,hold_soft,hold_rms,last_token_lora"
+    options = ["--data", str(tmp_path), "--target", str(tmp_path), "--config", config, "--main", "last_token"]
+    options += ["--latents", "4", "--kinds", kinds + ",last_token_pause,last_token_soft", "--kinds_at", "4"]
+    done = job(*options, script="coprocessor.sh")
+    assert done.returncode == 0, done.stderr
+    check_commands(done.stdout, 15, monkeypatch)
 
 
 class Understood(BaseException):

@@ -11,7 +11,7 @@ from models.formats.storage import leaves_by_path
 from models.images import var
 from models.images.config import VARConfig
 from train.config import OptimizerConfig
-from train.optimizer import decays, make_optimizer, make_schedule
+from train.optimizer import apart, decays, make_optimizer, make_schedule
 
 
 @pytest.mark.parametrize(
@@ -53,6 +53,15 @@ def test_decay_spares_what_a_var_has_one_number_of_per_channel_or_place(shared):
         *modulation,
     }
     assert {"positions/start", "positions/embedding", "levels/embedding", "layers/attention/log_scale"} < mask.keys()
+
+
+@pytest.mark.parametrize("own", [False, True])
+def test_decay_spares_soft_tokens_and_their_gate_under_a_rule_of_their_own_too(own):
+    params = {"soft": {"embedding": jnp.ones((2, 4)), "gate": jnp.ones(4)}, "network": {"kernel": jnp.ones((4, 4))}}
+    rule = make_optimizer(OptimizerConfig(learning_rate=0.1, weight_decay=0.5), 10)
+    rule = apart({"soft": rule, "network": rule}) if own else rule
+    updates, _ = rule.update(jax.tree.map(jnp.zeros_like, params), rule.init(params), params)
+    assert updates["network"]["kernel"].all() and not any(leaf.any() for leaf in updates["soft"].values())
 
 
 def test_gradients_are_clipped_before_adam_sees_them():
