@@ -5,7 +5,7 @@ r"""Pretrains a small transformer with exits, to draft for several targets of on
     python -m scripts.convert --from model --src runs/nested/target --base LARGE --exits 2,4 --thresholds 0.7 \
         --policy scheduled:depth=5,threshold=0.3 --out runs/nested/large
 
-Every exit learns next tokens under the same weight, as in sorted fine-tuning. Targets teach their exits besides with
+Every exit learns next tokens under the same weight (`:warm`: under its share of the layers). Targets teach exits with
 --config.objective.soft=1.0 --config.objective.teachers="('SMALL','LARGE')", one directory for all or one for each.
 Expected time: about 6 min on two CPU cores. Expected result: a target directory of about 1M parameters, and
 an `alpha` that rises at every exit. `scripts/nested.sh` measures how near an exit comes to a network of its own.

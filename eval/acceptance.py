@@ -250,7 +250,8 @@ def _describe(method: Method, target: Target) -> dict[str, Any]:
         "drafter": method.drafter.name,
         "growth": method.policy or None,
         "path": method.path,
-        "parameters": sum(leaf.size for leaf in leaves),
+        # A draft vocabulary's list of tokens is none.
+        "parameters": sum(leaf.size for leaf in leaves if np.issubdtype(leaf.dtype, np.floating)),
     }
 
 

@@ -135,6 +135,10 @@ def run(config: DecodeConfig) -> dict[str, Any]:
         contenders = _contenders(config, target)
         augment = _augment(config, target)
         prompts = _prompts(config, target, augment, progress)
+        if config.batch > len(prompts):
+            raise UserError(
+                f"batch ({config.batch}) is more than the {len(prompts)} prompts: give more of them, or less"
+            )
         quality = _quality(config, target, contenders)
         measure = functools.partial(
             benchmark,

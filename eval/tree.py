@@ -424,7 +424,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     drafter, params = load_drafter(args.drafter, target)
     if args.policy is not None:
         if drafter.tree_policy is None:
-            raise UserError(f"the drafter {args.drafter!r} has no policy: --policy is for draft models and EAGLE heads")
+            raise UserError(f"the drafter {args.drafter!r} has no policy that --policy could replace")
         policy = parse_policy(args.policy)
         drafter = drafter.with_policy(policy)
         drafter.check(target.config)

@@ -3,13 +3,12 @@
 #   job_options USAGE "$@"     reads the options that USAGE shows, each into the variable of its name: --out DIR, --flag
 #                              (yes), a FILE or another DIR that must exist, N or N,... from 1 on, X above 0, SIZES as
 #                              NAME=VALUE, anything else as it is; those that are not [in brackets] must be given
-#   job_names OPTION NAMES KNOWN...    ends the job where one of NAMES is none of KNOWN
+#   job_names OPTION NAMES KNOWN...    ends the job where one of NAMES is none of KNOWN, or there twice
 #   job_begin MARKER PART...   makes $out ready, a directory that holds this job alone, known by its file MARKER, and that
-#                              works for one call at a time; with $fresh set, removes its PARTs first, so that the job
-#                              starts over
+#                              works for one call at a time, all with the same options; with $fresh set, removes its
+#                              PARTs first, so that the job starts over
 #   run MODULE ARGUMENT...     a command of the job, printed so that it can be copied, changed and run again
-#   job_finished WHAT          ends the job where $out/results/results.json is there already; if they are of other options,
-#                              job_begin says so
+#   job_finished WHAT          ends the job where $out/results/results.json is there already
 #   job_end                    says how long it took
 
 source "$(dirname "${BASH_SOURCE[0]}")/_venv.sh"
@@ -74,11 +73,12 @@ job_option() {  # OPTION KIND VALUE
 }
 
 job_names() {
-    local option=$1 names=${2//,/ } name
+    local option=$1 names=" ${2//,/ } " name
     shift 2
     [[ -n ${names// /} ]] || fail "$option must name at least one of $*"
     for name in $names; do
         [[ " $* " == *" $name "* ]] || fail "$option: there is no $name, only $*"
+        [[ ${names/ $name / } != *" $name "* ]] || fail "$option names $name twice"
     done
 }
 
@@ -104,10 +104,13 @@ job_begin() {
         fail "$out holds other files: choose an empty or new directory with --out"
     fi
     touch "$out/$marker"
-    local made
+    local made part
     made=$(<"$out/$marker")
-    [[ -z $made || $made == "$given" || ! -e $out/results/results.json ]] ||
-        fail "$out/results is of other options, $made: choose another --out, or start over with --fresh"
+    for part in "$@"; do
+        [[ $made != asked* || $made == "asked $given" || ! -e $out/$part ]] ||
+            fail "$out is of other options,${made#asked}: choose another --out, or start over with --fresh"
+    done
+    echo "asked $given" >"$out/$marker"
 }
 
 run() {
@@ -125,10 +128,7 @@ run() {
 }
 
 job_finished() {
-    if [ ! -e "$out/results/results.json" ]; then
-        echo "$given" >"$out/$marker"
-        return
-    fi
+    [ -e "$out/results/results.json" ] || return 0
     printf '\nThe %s in %s is finished; --fresh starts everything over.\n' "$1" "$out/results"
     exit
 }

@@ -148,11 +148,18 @@ DRAFTERS: dict[str, DrafterFormat] = {
     "eagle31": DrafterFormat((), released_eagle.eagle31, Eagle3),
     "p_eagle": DrafterFormat((), released_eagle.p_eagle, PEagle),
     "dflash": DrafterFormat((), released_blocks.dflash, lambda heads: DFlash(heads, Static(chain(heads.depth), "top"))),
-    "jetspec": DrafterFormat((), released_blocks.jetspec, lambda heads: DFlash(heads, Expanding(heads.depth))),
+    "jetspec": DrafterFormat((), released_blocks.jetspec, lambda heads: DFlash(heads, _expanding(heads.depth))),
     "dspark": DrafterFormat((), released_serial.dspark, drawn_chain),
     "domino": DrafterFormat((), released_serial.domino, drawn_chain),
     "falcon": DrafterFormat((), released_falcon.falcon, Falcon),
 }
+
+
+def _expanding(depth: int) -> Expanding:
+    """JetSpec's tree, or as much of it as so few levels make."""
+    made = sum(Expanding.width**level for level in range(1, min(depth, 3) + 1))
+    return Expanding(depth, total=min(Expanding.total, 1 + made))
+
 
 # Formats of drafters that a tree policy grows trees for.
 WITH_POLICY = ("model", "eagle", "eagle3", "eagle31", "p_eagle", "dflash", "jetspec", "dspark", "domino", "falcon")

@@ -9,7 +9,8 @@
 # A small model first learns the data set's text (--start_steps, three times --steps), and every other begins from it:
 # undistilled, it goes on as it was; the others learn for as many steps by what --divergences names from the text that
 # --sources name: those of configs/distill.py and `minillm`. Of `teacher` there are --documents, with the text itself
-# learnt, too (sequence-level distillation); what `student`, `mixed`, `served` and `minillm` write serves --reuse steps.
+# learnt, too (sequence-level distillation); what `student`, `served` and `minillm` write serves --reuse steps, so that
+# they see fewer different texts.
 #
 # Equal are steps, rows per step, optimizer (Muon, cosine) and rate. A row has at most --tokens labels: so many behind a
 # prompt of 32, or a document's row without one. Texts that end sooner have fewer, `served` learns where drafts were
@@ -112,8 +113,10 @@ for source in ${sources//,/ }; do
     *)
         # Only a rejected draft's place is learnt from a served text, by whatever divergence: one row is enough.
         for divergence in $([ "$source" = served ] && echo forward_kl || echo "${divergences//,/ }"); do
+            # Of the data set's text, the other half of `mixed`, every step reads a batch of its own.
             alone "$divergence/$source" configs/distill.py:warm --config.objective.source="$source" \
-                --config.objective.divergence.name="$divergence"
+                --config.objective.divergence.name="$divergence" \
+                --config.objective.reuse="$([ "$source" = mixed ] && echo 1 || echo "$reuse")"
         done
         ;;
     esac

@@ -14,6 +14,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
+from eval.report.files import make_directory, write_text
 from models import command_line
 from models.command_line import add_overwrite, at_least, keep_files
 from models.errors import UserError, exit_on_user_error
@@ -62,12 +63,10 @@ def main(argv: Sequence[str] | None = None) -> None:
             break
     if not lines:
         raise UserError(f"{args.src} holds no story of two sentences and at most {args.most_characters} characters")
-    try:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.write_text("\n".join(lines) + "\n", encoding="utf-8")
-        template.write_text(TEMPLATE, encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"cannot write {args.out}: {error.strerror}: {error.filename}") from None
+    make_directory(args.out.parent)
+    # The chats last: where they are, all is.
+    write_text(TEMPLATE, template)
+    write_text("\n".join(lines) + "\n", args.out)
     print(f"{args.out}: {len(lines):,} chats; {template}")
 
 

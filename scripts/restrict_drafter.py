@@ -59,6 +59,8 @@ def restricted(source: Path, target: Target, known: np.ndarray) -> tuple[Any, An
             if name not in wanted:
                 raise UserError(f"{source}: tensor {name} is unknown to its drafter.json")
             host = np.asarray(read_scaled(files, name, source, (*FLOATS, "I32")), wanted[name].dtype)
+            if host.shape not in (wanted[name].shape, (*wanted[name].shape[:-1], target.config.vocab_size)):
+                raise UserError(f"{source}: tensor {name} is {list(host.shape)}, which is not of this target's shape")
             made[name] = host if host.shape == wanted[name].shape else host[..., known]
     if "vocab.kernel" not in made:
         made["vocab.kernel"] = np.asarray(vocab_kernel(target.params))[:, known]

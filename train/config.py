@@ -168,7 +168,8 @@ class TrainConfig:
       objective: the dataclass of the objective (`train/objectives`), chosen by its field `name`.
       steps: optimizer steps of the run.
       batch_size: rows per step over all devices.
-      accumulate: parts that a step's batch is taken in, one after the other; the result is that of the whole.
+      accumulate: parts that a step's batch is taken in, one after the other; the result is that of the whole, but for
+        what compares the rows of a batch (advantages of `tvd++`, `hybrid_of` a batch), which are then those of a part.
       length: tokens per row of text; None for images.
       seed: of initialisation, noise and the order of the data.
       precision: of products: `float32`, or `bfloat16`, over parameters and optimizer state that are float32 either way;

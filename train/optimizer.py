@@ -89,6 +89,7 @@ def kernel_axes(params):
 _NOT_DECAYED = re.compile(
     r"(^|/)(scale|bias|q_bias|v_bias|log_scale|offset)$"  # norms and maps; a VAR's attention and shared adaLN
     r"|(^|/)mask_(hidden|embedding)$"  # what a draft network reads where it knows nothing
+    r"|_conv/base$"  # DFlash2's taps, which begin as the identity
     r"|(^|/)soft/(embedding|gate)$"  # what a coprocessor reads, and how much of its last latent counts
     r"|(^|/)(positions|levels)/"  # a VAR's tables of places; its table of classes does decay
 )

@@ -35,14 +35,17 @@ def admit(reached: Float[Array, "B D"], speed: Float[Array, "S"]) -> Int[Array, 
 
     Args:
       reached: a.
-      speed: steps per second of forwards over 1, 2, .. S rows; larger ones are as fast as the last.
+      speed: steps per second of forwards over 1, 2, .. S rows; beyond, every row takes as long as the last one did.
     """
     batch = reached.shape[0]
     # Slots by falling a, `[D * B]`; of equal ones the earlier slot comes first, so that none overtakes its elder.
     order = jnp.argsort(-reached.T.ravel(), stable=True)
     tokens = batch + jnp.arange(reached.size + 1)
     gained = jnp.concatenate([jnp.zeros(1, reached.dtype), jnp.cumsum(reached.T.ravel()[order])])
-    theta = (batch + gained) * speed[jnp.minimum(tokens, len(speed)) - 1]
+    seconds = 1 / speed
+    slope = jnp.maximum(seconds[-1] - seconds[-2], 0) if len(speed) > 1 else 0.0
+    known = jnp.minimum(tokens, len(speed))
+    theta = (batch + gained) / (seconds[known - 1] + slope * (tokens - known))
     count = jnp.sum(jnp.cumprod((theta[1:] > theta[:-1]).astype(jnp.int32)))
     rank = jnp.zeros(order.shape, jnp.int32).at[order].set(jnp.arange(len(order), dtype=jnp.int32))
     return jnp.sum((rank < count).reshape(reached.T.shape), axis=0, dtype=jnp.int32)

@@ -274,6 +274,12 @@ def _family(raw: Mapping[str, Any], where: str) -> str:
     return family
 
 
+_ROPE_KEYS = {"rope_theta", "rope_type", "type", "partial_rotary_factor", "factor", "low_freq_factor"} | {
+    "high_freq_factor",
+    "original_max_position_embeddings",
+}
+
+
 def _rope(raw: Mapping[str, Any], keys: _Keys, where: str) -> tuple[float, RopeScaling | None]:
     name = "rope_parameters" if raw.get("rope_parameters") is not None else "rope_scaling"
     rope = raw.get(name) or {}
@@ -283,6 +289,8 @@ def _rope(raw: Mapping[str, Any], keys: _Keys, where: str) -> tuple[float, RopeS
     theta = parts.number("rope_theta")
     if rope.get("partial_rotary_factor", 1) not in (None, 1):
         raise UserError(f"{where}: {name}.partial_rotary_factor = {rope['partial_rotary_factor']} is not supported")
+    if unknown := [key for key, value in rope.items() if key not in _ROPE_KEYS and value is not None]:
+        raise UserError(f"{where}: {name}.{unknown[0]} = {json.dumps(rope[unknown[0]])} is not supported")
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind == "default":
         return theta, None

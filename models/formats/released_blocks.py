@@ -31,6 +31,11 @@ _BLOCK_KEYS = (
     "conv_kernel_size",
     "conv_group_size",
 )
+# What a config says of parts, by a tensor that these have.
+_WITH_TENSORS = {
+    "selector_rank": "candidate_selector.predecessor_codebook",
+    "conv_kernel_size": "layers.0.attention_conv.base_kernel",
+}
 _CAUSAL = ("dflash_config.causal_head", "dflash_config.causal", "is_causal")
 
 
@@ -79,7 +84,7 @@ def block_heads(release: Release, base: Target, shifted: bool = False) -> DFlash
     if len(set(map(json.dumps, sizes))) != 1:
         raise UserError(f"{where}: block_size must be said once, or the same twice, got {json.dumps(sizes)}")
     layers = inner.get("target_layer_ids")
-    if not isinstance(layers, list) or not layers or any(type(k) is not int for k in layers):
+    if not isinstance(layers, list) or not layers or any(type(k) is not int or k < 0 for k in layers):
         raise UserError(f"{where}: dflash_config.target_layer_ids must list layers, got {json.dumps(layers)}")
     if said.get("num_target_layers", base.config.num_layers) != base.config.num_layers:
         raise UserError(
@@ -87,6 +92,9 @@ def block_heads(release: Release, base: Target, shifted: bool = False) -> DFlash
             f"{base.config.num_layers} layers"
         )
     selector = None
+    for key, tensor in _WITH_TENSORS.items():
+        if inner.get(key) and tensor not in release:
+            raise UserError(f"{where}: dflash_config.{key} = {json.dumps(inner[key])}, but there is no tensor {tensor}")
     if "candidate_selector.predecessor_codebook" in release:
         selector = Selector(_integer(inner, "selector_rank", where), _integer(inner, "selector_top_k", where))
     heads = DFlashHeads(

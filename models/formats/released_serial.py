@@ -63,7 +63,7 @@ def dspark(release: Release, base: Target) -> Converted:
         confidence = "both" if _flag(said, "confidence_head_with_markov", where) else "hidden"
     release.config = {
         **{key: value for key, value in said.items() if key not in _OF_BLOCK},
-        "dflash_config": {key: said[key] for key in _OF_BLOCK if key in said},
+        "dflash_config": {**(said.get("dflash_config") or {}), **{key: said[key] for key in _OF_BLOCK if key in said}},
     }
     serial = SerialHead(kind, rank, confidence=cast(Any, confidence))
     prefix = "logit_head." if any(name.startswith("logit_head.") for name in release.names) else ""

@@ -314,6 +314,8 @@ class DFlashHeads(vocabulary.DraftVocabulary):
             Blocks(self.block, causal=self.causal),
             prefix_positions=prefix_positions,
             since=None if since is None else of_rows(since),
+            # Blocks of one text never see one another: no scores between them.
+            attention="blocks" if count > 1 else "dense",
         )
 
     def run(

@@ -191,6 +191,7 @@ def test_one_directory_is_for_one_call_of_one_job(job: Job, tmp_path: pathlib.Pa
         return done.stderr if done.returncode else done.stdout
 
     assert "must name" in ask("--kinds", ",") and "there is no no, only full" in ask("--kinds", "no")
+    assert "names soft twice" in ask("--kinds", "soft,hold_soft,soft")
     assert "there is no no, only all" in ask("--labels", "no") and "there is no no, only lora" in ask("--config", "no")
     ask(*more)
     (job.out / "results" / "results.json").touch()
@@ -202,6 +203,27 @@ def test_one_directory_is_for_one_call_of_one_job(job: Job, tmp_path: pathlib.Pa
         fcntl.flock(held, fcntl.LOCK_EX)
         assert "is being written by another job" in ask("--latents", "4,8")
         os.close(held)
+
+
+@pytest.mark.parametrize(
+    ("script", "files", "options"),
+    [
+        ("distill.sh", "target data", ["--seeds", "2", "--pack"]),
+        ("distill.sh", "target data questions", ["--seeds", "1"]),
+        ("nested.sh", "checkpoint tokenizer train valid", []),
+        ("staleness.sh", "target drafter data", []),
+        ("encoder_decoder.sh", "stories", ["--distill"]),
+        ("stories.sh", "checkpoint tokenizer train valid", []),
+    ],
+)
+def test_longer_jobs_are_of_commands_that_can_be_typed(job: Job, tmp_path, script, files, options, monkeypatch) -> None:
+    for name in files.split():
+        (tmp_path / name).mkdir() if name in ("target", "data", "drafter") else (tmp_path / name).touch()
+        options = [*options, f"--{name}", str(tmp_path / name)]
+    done = job(*options, script=script)
+    assert done.returncode == 0, done.stderr
+    check_commands(done.stdout, len(job.modules), monkeypatch)
+    assert len(job.modules) > 4
 
 
 @pytest.mark.parametrize("config", ["bytes", "smollm2"])

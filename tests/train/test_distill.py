@@ -240,7 +240,10 @@ def test_the_loop_keeps_first_drafts_as_often_as_distributions_overlap(target_di
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "objective"),
-    [("distill", {"source": "mixed", "new_tokens": 12, "reuse": 2, "labels": "all"}), ("minillm", {"labels": "all"})],
+    [
+        ("distill", {"source": "mixed", "otherwise": "teacher", "new_tokens": 12, "reuse": 2, "labels": "all"}),
+        ("minillm", {"labels": "all"}),
+    ],
 )
 def test_a_killed_run_writes_the_same_text_again(job, die_at, tmp_path, name, objective) -> None:
     config = job(name, objective=objective, steps=6)
@@ -338,6 +341,7 @@ def test_what_cannot_be_done_is_refused(job) -> None:
         ({"on_policy": 0.2}, "objective.on_policy is for objective.source 'mixed': leave it at 0.5, got 0.2"),
         ({"source": "student", "otherwise": "teacher"}, "objective.otherwise is for objective.source 'mixed'"),
         ({"reuse": 2}, "objective.reuse is for text that is written, not for objective.source 'dataset'"),
+        ({"source": "mixed", "reuse": 2}, "objective.reuse must be 1 for objective.source 'mixed' with the data set's"),
         ({"new_tokens": 12}, "objective.new_tokens is for text that is written"),
         ({"sampling": 0.0}, "objective.sampling is for text that is written"),
         ({"source": "student", "sampling": math.inf}, "objective.sampling must be 0 or more, and finite, got inf"),

@@ -51,6 +51,8 @@ class DFlashConfig(BlockConfig):
         super().__post_init__()
         schema.require(self.candidates >= 0, "objective.candidates must not be negative", self.candidates)
         schema.require(self.selecting >= 0, "objective.selecting must not be negative", self.selecting)
+        if not self.candidates:
+            schema.require_defaults(self, "rank", "selecting", why="is for a selector (objective.candidates)")
 
     def untrained(self, model: TransformerConfig) -> DFlash:
         """The drafter without parameters."""

@@ -17,6 +17,7 @@ label (`shift.py`, distance 1), and with means over labels
 """
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -39,7 +40,7 @@ from models.formats.hf import load_config
 from models.formats.target import Target, check_same_tokens, load_target
 from models.formats.text_files import read_json
 from models.formats.tokenizer import Tokenizer
-from models.sharding import mesh_sizes, parse_mesh
+from models.sharding import make_mesh, mesh_sizes
 from train.objectives import vocabulary
 from train.objectives.divergences import Divergence, Rows, Student, divergence_measures, divergence_sums
 from train.objectives.drafting import OnFrozenTarget, check_drafting
@@ -119,6 +120,9 @@ class DistillConfig:
                 "is for text of the teacher (objective.source 'teacher', or 'mixed' with objective.otherwise 'teacher')"
             )
             schema.require_defaults(self, "speculate", why=why)
+        if (self.source, self.otherwise) == ("mixed", "dataset"):
+            why = "must be 1 for objective.source 'mixed' with the data set's text, of which every step reads its own"
+            schema.require_defaults(self, "reuse", why=why)
         if not self.hard + self.soft:
             raise UserError("objective.hard and objective.soft are both 0: there is nothing to learn")
         schema.require(0 <= self.on_policy <= 1, "objective.on_policy must lie in 0..1", self.on_policy)
@@ -231,13 +235,13 @@ class DraftModelObjective(OnFrozenTarget):
         """The teacher's own, where it has one. Raises UserError where that is of fewer devices."""
         if self._config.teacher_mesh is None:
             return mesh
-        own = parse_mesh(self._config.teacher_mesh)
-        if own.size != mesh.size:
+        sizes = {"data": 1} | mesh_sizes(self._config.teacher_mesh)
+        if -1 not in sizes.values() and (count := math.prod(sizes.values())) != mesh.size:
             raise UserError(
-                f"objective.teacher_mesh ({self._config.teacher_mesh}) is of {own.size} devices, and the student's of "
+                f"objective.teacher_mesh ({self._config.teacher_mesh}) is of {count} devices, and the student's of "
                 f"{mesh.size}: both must be split over the same"
             )
-        return own
+        return make_mesh(**sizes, devices=mesh.devices.ravel().tolist())
 
     def load_base(self, mesh):
         """On the teacher's mesh."""

@@ -69,6 +69,9 @@ class Divergence:
         schema.require(0 <= self.beta <= 1, "divergence.beta must lie in 0..1", self.beta)
         schema.require(0 <= self.skew < 1, "divergence.skew must lie in 0..1, 1 excluded", self.skew)
         schema.require(0 < self.temperature < math.inf, "divergence.temperature must be positive", self.temperature)
+        for field, names in (("beta", ("jsd",)), ("skew", ("skewed_kl", "skewed_reverse_kl"))):
+            if self.name not in names:
+                schema.require_defaults(self, field, why=f"is for {' and '.join(names)}", where="divergence")
 
     @property
     def drawn(self) -> bool:
@@ -78,7 +81,11 @@ class Divergence:
     @property
     def floored(self) -> bool:
         """Whether a token that the teacher cannot draw costs what the floor under its probability says."""
-        return self.name in ("reverse_kl", "skewed_reverse_kl")
+        return (
+            self.name == "reverse_kl"
+            or (self.name == "jsd" and self.beta == 1)
+            or (self.name == "skewed_reverse_kl" and self.skew == 0)
+        )
 
     def log_probabilities(self, logits: Float[Array, "*B V"]) -> Float[Array, "*B V"]:
         """At the temperature, float32 or wider."""

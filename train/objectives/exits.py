@@ -171,6 +171,16 @@ class Exits(LM):
             ]
         self.base = shapes or None
 
+    def check(self, length: int | None) -> None:
+        """Also refuses rows that are longer than a teacher reads."""
+        super().check(length)
+        for path, teacher in self.teachers.items():
+            if length is not None and length > teacher.max_position:
+                longest = teacher.max_position
+                raise UserError(
+                    f"config.length ({length}) exceeds the longest sequence of the teacher {path} ({longest})"
+                )
+
     @property
     def inputs(self) -> Mapping[str, str | None]:
         """What it starts from, and the teachers."""

@@ -98,6 +98,8 @@ class FalconConfig:
             f"objective.divergence {self.divergence} needs an objective.temperature of 1",
             self.temperature,
         )
+        if not self.soft:
+            schema.require_defaults(self, "temperature", "divergence", why="is for the soft term (objective.soft)")
         schema.require(self.depth >= self.block, "objective.depth must be at least objective.block", self.depth)
         self.heads  # noqa: B018 - which refuses sizes that no network has
 

@@ -129,6 +129,8 @@ class SeveralObjective(Objective):
                 self.members[name] = kind(section, tokenizer)
                 if self.members[name].refresh_every:
                     raise UserError("it learns from text that it writes as it goes on, and all learn from one text")
+                if getattr(section, "teacher_mesh", None) is not None:
+                    raise UserError("objective.teacher_mesh splits a target that all have: it is for a job of its own")
         self._first = next(iter(self.members.values()))
         self.model = self._first.model
         self._writer = Writer(self.model, tokenizer)
@@ -182,8 +184,15 @@ class SeveralObjective(Objective):
 
     @property
     def inputs(self) -> Mapping[str, str | None]:
-        """The target."""
-        return self._first.inputs
+        """The target, and what members name besides."""
+        target = {"objective.target": self._first.inputs["objective.target"]}
+        own = {
+            key.replace("objective.", f"objective.members.{name}.", 1): path
+            for name, one in self.members.items()
+            for key, path in one.inputs.items()
+            if key not in target
+        }
+        return {**target, **own}
 
     def load_base(self, mesh: Mesh) -> Params:
         """The target, once, and what members keep beside it."""

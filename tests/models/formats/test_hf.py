@@ -162,6 +162,7 @@ def test_end_of_text_is_where_transformers_puts_it(tmp_path: Path, config, gener
         ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "yarn"),
         ({"rope_scaling": {"type": "dynamic", "factor": 4.0}}, "dynamic"),
         ({"rope_scaling": {"type": "linear"}}, "factor"),
+        ({"rope_scaling": {"type": "default", "mrope_section": [2, 3, 3]}}, "rope_scaling.mrope_section"),
         ({"rope_parameters": {"full_attention": {"rope_theta": 1.0}}}, "rope_parameters"),
         ({"rope_parameters": {"rope_theta": 1.0, "partial_rotary_factor": 0.5}}, "partial_rotary_factor"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
