@@ -89,7 +89,7 @@ def _entry(name: str, temperature: float, cells, paths, rates) -> dict[str, Any]
         "acceptance_length": statistics.fmean(lengths),
         "acceptance_length_interval": _interval(lengths, cells[0]["acceptance_length_interval"]),
         "acceptance_lengths": lengths,
-        "identical": None if any(cell["identical"] is None for cell in cells) else all(c["identical"] for c in cells),
+        "identical": None if None in (same := [cell["identical"] for cell in cells]) else all(same),
         "speedup": statistics.fmean(speedups) if speedups else None,
         "speedup_interval": _interval(speedups, timed[0]["speedup_interval"]) if timed else None,
         "speedups": speedups,

@@ -14,6 +14,7 @@ def cell(method, length, accepted, temperature=0.0, budget=2):
         "temperature": temperature,
         "budget": budget,
         "steps": 10,
+        "identical": None if temperature else method != "a#1",
         "acceptance_length": length,
         "acceptance_length_interval": [length - 0.1, length + 0.1],
         "accepted_by_depth": accepted,
@@ -44,6 +45,7 @@ def test_seeds_of_a_method_are_put_together(tmp_path, capsys) -> None:
     places = [str(tmp_path / name) for name in ("acceptance", "more", "speed", "out")]
     seeds.main(["--acceptance", *places[:2], "--speed", places[2], "--out", places[3]])
     first, second = json.loads((tmp_path / "out" / "results.json").read_text())["entries"]
+    assert (first["identical"], second["identical"]) == (False, True)
     assert first["method"] == "a" and first["seeds"] == 2 and first["alpha"] == [14 / 20, 6 / 14]
     assert first["acceptance_length"] == pytest.approx(2.2) and first["speedup"] == 1.5
     assert first["speedup_interval"] == [1.2, 1.7]

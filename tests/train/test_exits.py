@@ -195,6 +195,14 @@ def test_a_target_teaches_its_own_first_layers_which_then_draft_for_it(data_set,
     assert again == drafter and jax.tree.all(jax.tree.map(np.array_equal, same, params))
 
 
+def test_rows_that_a_teacher_cannot_read_are_refused(target_directory, tokenizer):
+    shape = {**DEEP, "max_position": 4096}
+    objective = Exits(ExitsConfig("exits", shape, exits=(1,), soft=1.0, teachers=(str(target_directory),)), tokenizer)
+    objective.check(2048)
+    with pytest.raises(UserError, match=r"\(4096\) exceeds the longest sequence of the teacher .* \(2048\)"):
+        objective.check(4096)
+
+
 def test_a_teacher_of_other_tokens_is_refused(target_directory, tokenizer, tmp_path):
     config = ExitsConfig("exits", DEEP, exits=(1,), soft=1.0, teachers=(str(tmp_path / "other"),))
     shutil.copytree(target_directory, tmp_path / "other")

@@ -1,5 +1,7 @@
 """Schedules at the steps that matter, and what weight decay touches."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,6 +10,7 @@ import pytest
 from models import transformer
 from models.config import TransformerConfig
 from models.formats.storage import leaves_by_path
+from models.heads.dflash import DFlashHeads
 from models.images import var
 from models.images.config import VARConfig
 from train.config import OptimizerConfig
@@ -62,6 +65,16 @@ def test_decay_spares_soft_tokens_and_their_gate_under_a_rule_of_their_own_too(o
     rule = apart({"soft": rule, "network": rule}) if own else rule
     updates, _ = rule.update(jax.tree.map(jnp.zeros_like, params), rule.init(params), params)
     assert updates["network"]["kernel"].all() and not any(leaf.any() for leaf in updates["soft"].values())
+
+
+def test_decay_spares_the_taps_of_dflash2():
+    heads = DFlashHeads((1, 2, 3), 5, num_layers=2, block=4, convolution=True)
+    sizes = dict(width=16, num_layers=4, num_heads=2, num_kv_heads=1, head_dim=8, mlp_width=8, max_position=8)
+    target = TransformerConfig(vocab_size=16, tied_embeddings=True, **sizes)
+    shapes = jax.eval_shape(functools.partial(heads.init, target), transformer.param_shapes(target), jax.random.key(0))
+    mask = leaves_by_path(decays(shapes))
+    taps = {path for path in mask if path.endswith("_conv/base")}
+    assert taps and not any(mask[path] for path in taps)
 
 
 def test_gradients_are_clipped_before_adam_sees_them():

@@ -254,6 +254,9 @@ def test_members_may_learn_from_what_the_target_writes(job, target_directory):
     with pytest.raises(UserError, match="writes as it goes on"):
         distilled = {"name": "distill", "model": STUDENT, "source": "student"}
         trainer.make_plan(job("several", objective={"members": {"own": {"objective": distilled}}}), corpus.facts)
+    with pytest.raises(UserError, match="teacher_mesh splits a target that all have"):
+        split = {"name": "distill", "model": STUDENT, "teacher_mesh": "tensor=1"}
+        trainer.make_plan(job("several", objective={"members": {"own": {"objective": split}}}), corpus.facts)
 
 
 def test_draft_models_may_be_members(job, several):
@@ -264,6 +267,7 @@ def test_draft_models_may_be_members(job, several):
     )
     corpus = open_corpus(config)
     plan = trainer.make_plan(config, corpus.facts)
+    assert set(plan.objective.inputs) == {"objective.target", *(f"objective.members.{name}.init_from" for name in "ab")}
     batch = {name: jnp.asarray(values) for name, values in next(corpus.batches(4, 0)).items()}
     (sums, weights), told = jax.eval_shape(
         plan.objective.loss, plan.state["params"], plan.base, batch, jax.random.key(0), 0.0

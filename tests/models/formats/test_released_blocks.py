@@ -165,6 +165,11 @@ def test_whether_blocks_are_causal_has_three_names_and_a_default(base: Target) -
         (said({"block_size": 4}), "block_size must be said once, or the same twice, got [8, 4]"),
         (said(block_size=None), "block_size must be said once, or the same twice, got []"),
         (said({"target_layer_ids": None}), "target_layer_ids must list layers, got null"),
+        (said({"target_layer_ids": [-1, 3]}), "target_layer_ids must list layers, got [-1, 3]"),
+        (
+            said({"selector_rank": 4}),
+            "selector_rank = 4, but there is no tensor candidate_selector.",
+        ),
         (said({"target_layer_ids": [1, 3, 6]}), "reads what enters layer 7, but the target has layers 0 to 6"),
         (said({"mask_token_id": None}), "mask_token_id must be an integer of at least 0, got null"),
         (said({"mask_token_id": 40}), "fills blocks with token 40"),
