@@ -134,9 +134,8 @@ def steps(name: str) -> tuple[list[Step], Request]:
 
 @functools.cache
 def latents() -> Augment:
-    """A coprocessor of three latents at every eleventh token, two tokens late, which take slots and no positions."""
-    form: Any = {"positions": "hold", "z_scale": "match_rms", "z_base": "last_token"}
-    config = CoprocessorConfig("lora", num_latents=3, rank=2, **form)
+    """A coprocessor of three latents at every eleventh token, two tokens late."""
+    config = CoprocessorConfig("lora", num_latents=3, rank=2, z_scale="match_rms", z_base="last_token")
     with jax.enable_x64(True):
         init = jax.jit(coprocessor.init_params, static_argnums=(0, 1))
         params = noisy(init(config, target().config, target().params, jax.random.key(5)), 0.5)

@@ -1,6 +1,7 @@
 """Decoding with an augmented cache is what the target says of one long sequence, text and latents in their order.
 
-That drafters are lossless on top of it is the battery's to show (test_battery.py).
+That drafters are lossless on top of it is the battery's to show (test_battery.py), and here where latents hold
+positions, which the battery's target, with windows, cannot have.
 """
 
 import dataclasses
@@ -17,9 +18,14 @@ from decoding import sizing
 from decoding.augment import Augment, step_runs
 from decoding.cache import SLOTS, commit, init_cache
 from decoding.coprocessors import Coprocessor
+from decoding.drafters.early_exit import EarlyExit
+from decoding.drafters.lookahead import Lookahead
 from decoding.drafters.plain import Plain
+from decoding.drafters.prompt_lookup import PromptLookup
 from decoding.generate import Generation, generate
+from decoding.policies import Static
 from decoding.sampling import Sampling, batch_sampling, draw
+from decoding.trees import chain
 from models import coprocessor, transformer
 from models.coprocessor import CoprocessorConfig, Points
 from models.errors import UserError
@@ -222,6 +228,19 @@ def test_what_does_not_fit_is_one_sentence() -> None:
     ):
         with pytest.raises(UserError, match=message):
             generate(model, [[1] * 7], augment=latents, **{"max_new_tokens": 14, **more})
+
+
+@pytest.mark.parametrize(
+    "drafter",
+    [EarlyExit(1, Static(chain(3), "top")), Lookahead(window=3, ngram=4, guesses=2), PromptLookup()],
+    ids=repr,
+)
+def test_latents_that_hold_positions_leave_drafts_lossless(drafter) -> None:
+    """A drafter in the target's own place, one with riders, and one of the text alone."""
+    settings = dict(augment=augment(5, 1, positions="hold", z_base="last_token"), max_new_tokens=NEW, capacity=SIZE)
+    plain = generate(target(), PROMPTS, **settings)
+    drafted = generate(target(), PROMPTS, drafter=drafter, **settings)
+    assert drafted.tokens == plain.tokens and any(stats.accepted_by_depth.any() for stats in drafted.stats)
 
 
 def test_a_plain_decode_after_an_augmented_one_is_the_one_before_to_the_bit(monkeypatch) -> None:
