@@ -81,7 +81,8 @@ class Contender:
 
 @dataclasses.dataclass
 class Measured:
-    """What one contender did: per repeat and prompt seconds, per prompt its text; `chosen` has its usual size."""
+    """What one contender did: per repeat and prompt seconds, per prompt its text; `chosen` has its usual size. Texts
+    that are not decoded `alone` share a time, which says nothing of the choice of questions."""
 
     contender: Contender
     generations: list[Generation]
@@ -89,6 +90,7 @@ class Measured:
     prefill_seconds: list[list[float]]
     parts: dict[str, Timing] = dataclasses.field(default_factory=dict)
     chosen: Contender | None = None
+    alone: bool = True
 
     @property
     def drafter(self) -> Drafter:
@@ -204,7 +206,7 @@ def benchmark(
     kinds = _kinds(target, groups, longest, capacities)
     _compile(target, field, kinds, lambda contender, number: decode(contender, number, few), progress)
     scene = _scene(target, prompts, max_new_tokens, deepest, batch)
-    measured, timed = [Measured(contender, [], [], []) for contender in field], None
+    measured, timed = [Measured(contender, [], [], [], alone=batch == 1) for contender in field], None
     for repeat in range(repeats):
         _take_turns(measured, groups, repeat, decode, progress)
         if repeat == 0 and parts and groups:
@@ -217,8 +219,7 @@ def benchmark(
         one.gather()
     if not measured[0].stats.steps:
         raise UserError("plain decoding ends every text with its first token, so there is no speed to measure")
-    exact = sampling.temperature == 0 and augment is None
-    runs = [_run(target, one, measured[0], prompts, exact, batch == 1) for one in measured]
+    runs = [_run(target, one, measured[0], prompts, sampling.temperature == 0 and augment is None) for one in measured]
     return [
         run | ({"shown": one.generations[:shown]} if shown else {}) for run, one in zip(runs, measured, strict=True)
     ]
@@ -322,11 +323,8 @@ class _Parts:
             one.parts = {name: summary(samples) for name, samples in seconds.items()}
 
 
-def _run(
-    target: Target, one: Measured, baseline: Measured, prompts: Sequence[Prompt], greedy: bool, alone: bool
-) -> dict[str, Any]:
-    """An entry of `runs`. Where texts are not decoded `alone`, speed-ups have no interval over questions, which share
-    one time."""
+def _run(target: Target, one: Measured, baseline: Measured, prompts: Sequence[Prompt], greedy: bool) -> dict[str, Any]:
+    """An entry of `runs`."""
     stats = one.stats
     rates, base_rates = _question_rates(one, prompts), _question_rates(baseline, prompts)
     tokens_per_second = _headline(rates)
@@ -339,7 +337,7 @@ def _run(
         "tokens_per_second": tokens_per_second,
         "tokens_per_second_repeats": [statistics.fmean(repeat) for repeat in rates],
         "speedup": speedup,
-        "speedup_interval": _speedup_interval(rates, base_rates) if alone else [],
+        "speedup_interval": _speedup_interval(rates, base_rates) if one.alone else [],
         "acceptance_length": stats.acceptance_length,
         "acceptance_length_per_turn": _per_turn([generation.stats[0] for generation in one.generations]),
         "acceptance_length_interval": _acceptance_interval(one, prompts),

@@ -127,8 +127,7 @@ def one_at_a_time(objective, params, frozen, batch, places):
             z = z / jnp.sqrt(jnp.mean(z**2, axis=-1, keepdims=True)) * params["network"]["latent"]["scale"]
         if config.z_base == "last_token":
             behind = jnp.take_along_axis(texts, lengths[:, None] - 1, axis=1)
-            ends = transformer.embed(model, target, behind) + params["soft"]["gate"] * z[:, -1:]
-            z = jnp.concatenate([z[:, :-1], ends], axis=1)
+            z = z.at[:, -1:].set(transformer.embed(model, target, behind) + params["soft"]["gate"] * z[:, -1:])
         layout = Layout(lengths[:, None] - 1 + beyond, lengths[:, None], order(config.suffix_attn))
         out = forward(target, z, layout, Sources(cache))
         cache, found = commit(cache, out.rows, None, lengths), [out.hidden[:, -1]]
@@ -224,12 +223,9 @@ def test_fresh_latents_continue_the_text_or_repeat_its_last_token_and_none_chang
             config = coprocessor.CoprocessorConfig(kind=kind, num_latents=3)
             fresh = {**coprocessor.init_params(config, model, frozen, jax.random.key(0)), "soft": soft}
             found.append(coprocessor.latents(config, fresh, model, frozen, alone.rows, points, text[:, 4:5]))
-        upon = []
-        for kind in ("lora", "pause"):
-            config = coprocessor.CoprocessorConfig(kind=kind, num_latents=3, z_base="last_token")
-            fresh = coprocessor.init_params(config, model, frozen, jax.random.key(0))
-            upon.append(coprocessor.latents(config, fresh, model, frozen, alone.rows, points, text[:, 4:5])[0, 0])
-        repeated = transformer.embed(model, frozen, text[0, 4])
+        config = dataclasses.replace(config, z_base="last_token")
+        fresh = coprocessor.init_params(config, model, frozen, jax.random.key(0))
+        based = coprocessor.latents(config, fresh, model, frozen, alone.rows, points, text[:, 4:5])[0, 0, -1]
         none = coprocessor.augmented(config, model, frozen, alone.rows, points, found[0][:, :, :0], text[:, None, 5:9])
         read = transformer.forward(model, frozen, jnp.concatenate([text[:, :5], tokens], axis=1), Layout.causal(1, 8))
 
@@ -239,8 +235,8 @@ def test_fresh_latents_continue_the_text_or_repeat_its_last_token_and_none_chang
         own = coprocessor.latents(config, params, model, frozen, rows, points, text[:, 4:5])
         inputs = jnp.concatenate([alone.hidden[:, :5], params["soft"]["embedding"][None]], axis=1)
         whole = transformer.forward(model, {**frozen, **params["network"]}, inputs, Layout.causal(1, 8))
-        pairs = (none[:, 0], alone.hidden[:, 5:9]), (own[:, 0], whole.hidden[:, 5:]), *((z[-1], repeated) for z in upon)
-        return found, read.hidden[:, 5:], *pairs
+        pairs = (none[:, 0], alone.hidden[:, 5:9]), (own[:, 0], whole.hidden[:, 5:])
+        return found, read.hidden[:, 5:], *pairs, (based, transformer.embed(model, frozen, text[0, 4]))
 
     found, read, *pairs = run(frozen, params, batch["tokens"][1:])
     for ours, theirs in [*((z[0], read) for z in found), *pairs]:
@@ -250,8 +246,7 @@ def test_fresh_latents_continue_the_text_or_repeat_its_last_token_and_none_chang
 def test_what_is_learnt_begins_as_it_says(x64, setting) -> None:
     """Soft tokens as embeddings of tokens, latents as large as embeddings are, adapters that add nothing, and a network
     from scratch as none that is there."""
-    _, _, frozen, _, _ = setting("full")
-    model = dataclasses.replace(setting("full")[0].model, embed_scale=True)
+    model, frozen = setting("full")[0].model, setting("full")[2]
     kinds = {kind: CoprocessorConfig(kind, num_latents=3, z_scale="match_rms") for kind in ("full", "scratch", "lora")}
 
     @jax.jit
