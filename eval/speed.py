@@ -21,7 +21,8 @@ Prints and saves, with the terms of `eval/text/benchmark.py`:
                          whose candidates cost nothing and are accepted at a rate of 0.8, in chains of so many rows
                          (`eval/measure/replay.py`)
     growth               list of {batch, context, drafters: name -> {step_ms, compile_seconds}}: the fused loop's step
-                         as batch and context grow, and its compilation, or None where it was compiled before
+                         as batch and context grow, and its compilation, or None where it was compiled before; on an
+                         accelerator the loops of one scene are compiled side by side
     huggingface          {ms_per_token, static: {ms_per_token}} of transformers' `generate` on the same shape, prompt
                          length and kind of device, with its dynamic and its static cache, where torch and transformers
                          are installed for that device, else null
@@ -55,7 +56,7 @@ from eval.measure.lineup import DRAFTERS
 from eval.measure.parts import Scene, Step, network_ms, rows_forward, step_parts
 from eval.measure.progress import Progress
 from eval.measure.replay import Replay, efficiency
-from eval.measure.timing import Timed, Timing, measure
+from eval.measure.timing import Part, Prepared, Timed, Timing, measure, prepare_together
 from eval.peers import text as peer
 from eval.report.files import make_directory, write_json
 from eval.report.speed import describe
@@ -197,6 +198,7 @@ def run(
     maker = _Maker(config, params, progress)
     scale = scale or Scale()
     parts = _parts(maker, sections, drafters, bandwidth_bytes, scale)
+    _prepare([part for part in parts.values() if isinstance(part, Part | Replay)], progress)
     timings = measure(parts, rounds, progress)
     replays = {"replay": _replay_entries(parts, timings, scale.nodes)} if "replay" in sections else {}
     growth = {"growth": _growth(maker, drafters, rounds, scale.scenes, progress)} if "growth" in sections else {}
@@ -211,6 +213,13 @@ def run(
         **growth,
         "environment": describe_environment(),
     }
+
+
+def _prepare(parts: Sequence[Prepared], progress: Callable[[str], None]) -> None:
+    """On an accelerator, whose programs take long to compile; a processor's would share what they are timed on."""
+    if jax.default_backend() != "cpu":
+        progress(f"compiling {len(parts)} programs side by side")
+        prepare_together(parts)
 
 
 def _dtype() -> Any:
@@ -309,6 +318,7 @@ def _growth(maker: _Maker, drafters: Sequence[str], rounds: int, scenes, progres
         names = ("none", *_followed(drafters))
         scene = maker.scene(_followed(drafters), context, batch)
         steps = {name: Step(scene, *maker(name), steps=STEPS_PER_GROWTH_SAMPLE) for name in names}
+        _prepare(list(steps.values()), progress)
         timings = measure(dict(steps), rounds, progress)
         entries = {
             name: {**_ms("step_ms", timings[name]), "compile_seconds": _compile_seconds(step, timings[name])}

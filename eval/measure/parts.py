@@ -253,6 +253,10 @@ class Step:
         self.first_seconds: float | None = None
         self._sampled = False
 
+    def prepare(self) -> None:
+        """Compiles the loop, by a first sample."""
+        self.sample()
+
     def sample(self) -> float:
         """Seconds per step."""
         state = jax.block_until_ready(_at(self._state, self._lengths))

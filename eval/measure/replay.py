@@ -60,6 +60,10 @@ class Replay:
         self._lengths, self._knows = scene.lengths, False
         self.acceptance_length = 1.0
 
+    def prepare(self) -> None:
+        """Compiles the loop, by a decode that accepts nothing."""
+        self._run()
+
     def sample(self) -> float:
         """Seconds per token."""
         if not self._knows:

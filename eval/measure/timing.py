@@ -5,10 +5,12 @@ several parts are taken in turn, so that a machine that slows down slows all of 
 come before the first sample.
 """
 
+import concurrent.futures
 import dataclasses
+import os
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Protocol
 
 import jax
@@ -79,6 +81,10 @@ class Part:
         carry = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
         return cls(lambda fixed, varying, _: function(fixed, varying), fixed, varying, carry)
 
+    def prepare(self) -> None:
+        """Compiles the loop, by running it once."""
+        self._run(1)
+
     def sample(self) -> float:
         """Seconds per run."""
         if self._times is None:
@@ -121,6 +127,20 @@ def _touched(leaf: Array, nothing: Bool[Array, ""]) -> Array:
     if leaf.dtype == bool:
         return leaf.at[first].set(leaf[first] | nothing)
     return leaf.at[first].add(nothing.astype(leaf.dtype))
+
+
+class Prepared(Protocol):
+    """Something that can be compiled before it is timed."""
+
+    def prepare(self) -> None:
+        """Compiles."""
+
+
+def prepare_together(parts: Iterable[Prepared]) -> None:
+    """Compiles parts side by side: one after the other, the programs of an accelerator take minutes."""
+    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+        for done in [pool.submit(part.prepare) for part in parts]:
+            done.result()
 
 
 def measure(

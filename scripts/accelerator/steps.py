@@ -6,12 +6,13 @@
 Writes `compile_seconds`, `step_ms`, `tokens_per_second`, `scratch_gib` and `argument_gib` of the compiled step, and
 `mfu`: model FLOPs over time and over the rate of a large product in bfloat16 (on a CPU in float32), measured in the
 same run. Model FLOPs are 6 per trainable and 2 per frozen parameter and token, those of embedding tables and attention
-apart, and what is computed again counts once. Of a draft that is unrolled every step counts, because each goes forward
-and backward through all that is trained, but for the fusion of the target's features, with numbers of its own;
-`mfu_once` counts it as one step. With `--memory` the step is compiled and not run, from shapes alone, in bfloat16, for
-this machine's devices (`XLA_FLAGS=--xla_force_host_platform_device_count=16` simulates some on a CPU), and what it
-takes of each device is written. What a step computes again instead of keeping it (`remat`) is a matter of what fits,
-and so of the job.
+apart, and what is computed again counts once; `mfu_palm` counts attention too, as MFU was defined (PaLM, appendix B):
+12 L N D T per token where the model is trained and 4 L N D T where it is frozen, drafters' own apart. Of a draft that
+is unrolled every step counts, because each goes forward and backward through all that is trained, but for the fusion of
+the target's features, with numbers of its own; `mfu_once` counts it as one step. With `--memory` the step is compiled
+and not run, from shapes alone, in bfloat16, for this machine's devices
+(`XLA_FLAGS=--xla_force_host_platform_device_count=16` simulates some on a CPU), and what it takes of each device is
+written. What a step computes again instead of keeping it (`remat`) is a matter of what fits, and so of the job.
 """
 
 import dataclasses
@@ -144,6 +145,13 @@ def model_flop(plan: trainer.Plan, tokens: int, unrolled: int = 1) -> float:
     return tokens * (6 * trainable + 2 * frozen)
 
 
+def attention_flop(plan: trainer.Plan, tokens: int, length: int) -> float:
+    """Of one step on rows of `length` tokens: products of queries with all keys, and of these scores with values."""
+    shape = plan.objective.model
+    forward = 4 * shape.num_layers * shape.num_heads * shape.head_dim * length
+    return tokens * forward * (3 if plan.frozen is None else 1)
+
+
 @dataclasses.dataclass
 class Running:
     """A job's compiled step and what it takes.
@@ -201,6 +209,8 @@ def measure(job: Job, shape: TransformerConfig, batch_size: int, length: int, ro
     memory = running.step.memory_analysis()
     peak = _peak(rounds)
     tokens, unrolled = batch_size * length, (job.objective or {}).get("steps", 1)
+    possible = taken.median / 1e3 * peak
+    of_parameters = model_flop(running.plan, tokens, unrolled)
     return {
         "loss": float(metrics["loss"]),
         "compile_seconds": running.compile_seconds,
@@ -208,8 +218,9 @@ def measure(job: Job, shape: TransformerConfig, batch_size: int, length: int, ro
         "step_ms_min": taken.minimum,
         "tokens_per_second": 1e3 * tokens / taken.median,
         "peak_tflop_per_s": peak / 1e12,
-        "mfu": model_flop(running.plan, tokens, unrolled) / (taken.median / 1e3) / peak,
-        **({"mfu_once": model_flop(running.plan, tokens) / (taken.median / 1e3) / peak} if unrolled > 1 else {}),
+        "mfu": of_parameters / possible,
+        "mfu_palm": (of_parameters + attention_flop(running.plan, tokens, length)) / possible,
+        **({"mfu_once": model_flop(running.plan, tokens) / possible} if unrolled > 1 else {}),
         "scratch_gib": memory.temp_size_in_bytes / GIB,
         "argument_gib": memory.argument_size_in_bytes / GIB,
     }
