@@ -57,6 +57,7 @@ from eval.measure.parts import Scene, Step, network_ms, rows_forward, step_parts
 from eval.measure.progress import Progress
 from eval.measure.replay import Replay, efficiency
 from eval.measure.timing import Part, Prepared, Timed, Timing, measure, prepare_together
+from eval.measure.weights import random_weights
 from eval.peers import text as peer
 from eval.report.files import make_directory, write_json
 from eval.report.speed import describe
@@ -194,7 +195,8 @@ def run(
     dtype = _dtype()
     progress(f"making the {shape} shape")
     # Joined, as `load_target` hands them to the loop.
-    params = in_huge_pages(jax.jit(lambda key: for_decoding(init(config, key, dtype)))(jax.random.key(0)))
+    shapes = jax.eval_shape(lambda key: for_decoding(init(config, key, dtype)), jax.random.key(0))
+    params = in_huge_pages(random_weights(shapes, jax.random.key(0)))
     maker = _Maker(config, params, progress)
     scale = scale or Scale()
     parts = _parts(maker, sections, drafters, bandwidth_bytes, scale)

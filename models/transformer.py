@@ -41,6 +41,8 @@ from models.linear import (
 )
 from models.sharding import keep_batch, split_vocabulary
 
+FEW_LAYERS = 16
+
 Params = dict
 Cache = list[Rows]
 
@@ -317,6 +319,12 @@ def forward(
     return Output(logits_BTV, hidden_BTH, {tap: taken[tap] for tap in taps}, rows)
 
 
+def _at_a_turn(layers: int) -> int:
+    """How many layers one turn of the loop over stacked ones runs: on a GPU all of a few, so that what is kept for
+    gradients is not copied into stacks and out of them, a seventh of a step of 12 layers. More take long to compile."""
+    return layers if jax.default_backend() == "gpu" and layers <= FEW_LAYERS else 1
+
+
 def _scan_layers(config, stacked, x_BTH, angles, layout, sources, inner, remat):
     """The residual stream behind the last layer, the streams entering the layers `inner` by name, and all rows.
 
@@ -345,6 +353,7 @@ def _scan_layers(config, stacked, x_BTH, angles, layout, sources, inner, remat):
         kept = jax.checkpoint_policies.dots_with_no_batch_dims_saveable if remat == "products" else None
         body = jax.checkpoint(body, policy=kept, prevent_cse=False)
     taken = jnp.zeros((len(wanted) + 1, *x_BTH.shape), x_BTH.dtype) if wanted else None
-    (x_BTH, taken), rows = jax.lax.scan(body, (x_BTH, taken), (stacked, windows, sources, places))
+    of_layers = (stacked, windows, sources, places)
+    (x_BTH, taken), rows = jax.lax.scan(body, (x_BTH, taken), of_layers, unroll=_at_a_turn(config.num_layers))
     entering = {} if taken is None else {f"layer:{k}": taken[i] for i, k in enumerate(wanted)}
     return x_BTH, entering, rows

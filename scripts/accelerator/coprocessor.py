@@ -37,11 +37,11 @@ _SHAPES = {"small": _SMALL, **SHAPES}
 
 def measure(args: Any) -> dict[str, dict[str, float]]:
     """Per kind, the language model first, what the module's docstring says."""
-    jobs = {ORDINARY: Job(args.shape, str(args.length), None)}
+    jobs = {ORDINARY: Job(args.shape, args.batch_size, args.length, None)}
     for kind in args.kinds:
         section = {"kind": kind, "num_latents": args.latents}
         objective = {"name": "coprocessor", "coprocessor": section, "places": args.places, "ahead": args.ahead}
-        jobs[kind] = Job(args.shape, str(args.length), objective)
+        jobs[kind] = Job(args.shape, args.batch_size, args.length, objective)
     runs = {
         name: Running.of(job, _SHAPES[args.shape], args.batch_size, args.length, remat=args.remat)
         for name, job in jobs.items()

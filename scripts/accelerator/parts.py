@@ -41,9 +41,9 @@ class Sizes:
     scenes: Sequence[str] = ("1x1024,1x4096", "1x32768", "16x1024", "64x1024")
     images: Sequence[tuple[str, str]] = (("16,8", "8"), ("30,16", "8"))
     new_tokens: int = 128
-    samples: int = 2048
+    samples: int = 1024
     drafters: Sequence[str] = tuple(DRAFTERS)
-    steps: Sequence[tuple[str, str, str]] = tuple((name, "8", job.length) for name, job in JOBS.items())
+    steps: Sequence[tuple[str, str, str]] = tuple((name, str(job.rows), str(job.length)) for name, job in JOBS.items())
     coprocessor: Sequence[str] = ("--shape", "110m", "--batch_size", "8", "--length", "1024")
     taught: tuple[int, int, int] = (600, 8, 512)
 
@@ -83,8 +83,12 @@ def correctness(args: argparse.Namespace, sizes: Sizes, left: float) -> Iterator
         Part(f"greedy_{dtype}", [*common, *texts, "--dtype", dtype, "--out", str(args.out / f"greedy_{dtype}.json")])
         for dtype in ("float64", "bfloat16")
     ]
-    counts = ["--samples", str(sizes.samples), "--batches", "1,16", "--out", str(args.out / "chi_square.json")]
-    yield [*parts, Part("chi_square", [*common, *counts])], 120
+    counts = ["--samples", str(sizes.samples), "--batches", "1,16"]
+    for number, names in _groups(sizes.drafters):
+        name = f"chi_square_{number}"
+        command = ["scripts.accelerator.correctness", "--drafters", names, *counts]
+        parts.append(Part(name, [*command, "--out", str(args.out / f"{name}.json")]))
+    yield parts, 180
 
 
 def plain(args: argparse.Namespace, sizes: Sizes, left: float) -> Iterator[Group]:
@@ -95,10 +99,14 @@ def plain(args: argparse.Namespace, sizes: Sizes, left: float) -> Iterator[Group
 
 def drafters(args: argparse.Namespace, sizes: Sizes, left: float) -> Iterator[Group]:
     """A few in a process."""
-    for first in range(0, len(sizes.drafters), _AT_ONCE):
-        names = sizes.drafters[first : first + _AT_ONCE]
-        label = f"drafters_{first // _AT_ONCE + 1}"
-        yield [speed(args, sizes, label, "drafters", "--drafters", ",".join(names))], 100
+    for number, names in _groups(sizes.drafters):
+        yield [speed(args, sizes, f"drafters_{number}", "drafters", "--drafters", names)], 100
+
+
+def _groups(drafters: Sequence[str]) -> Iterator[tuple[int, str]]:
+    """Numbers from 1, and a few names each, as commands take them."""
+    for first in range(0, len(drafters), _AT_ONCE):
+        yield first // _AT_ONCE + 1, ",".join(drafters[first : first + _AT_ONCE])
 
 
 def replay(args: argparse.Namespace, sizes: Sizes, left: float) -> Iterator[Group]:

@@ -1,6 +1,6 @@
 """How fast a training step is: the trainer's own step on random tokens and random weights, with nothing read.
 
-    python -m scripts.accelerator.steps --job NAME [--batch_size 8] [--length 2048] [--remat HOW] --out FILE.json
+    python -m scripts.accelerator.steps --job NAME [--batch_size N] [--length N] [--remat HOW] --out FILE.json
     python -m scripts.accelerator.steps --job NAME --memory [--largest] [--mesh fsdp=8,tensor=2] --out FILE.json
 
 Writes `compile_seconds`, `step_ms`, `tokens_per_second`, `scratch_gib` and `argument_gib` of the compiled step, and
@@ -30,6 +30,7 @@ import numpy as np
 from eval.images.speed import peak_flop, peak_part
 from eval.measure.environment import describe_environment
 from eval.measure.timing import Part, summary
+from eval.measure.weights import random_weights
 from eval.report.files import write_json
 from eval.speed import SHAPES
 from models import command_line
@@ -62,24 +63,25 @@ class Job(NamedTuple):
 
     Attributes:
       shape: of the target, or of the model itself.
-      length: tokens of a row.
+      rows, length: of a step, and their tokens.
       objective: its section but for the target, where one is frozen; None is a language model.
       remat: what is computed again: nothing, where all that is kept fits 80 GB beside the rest.
     """
 
     shape: str
-    length: str
+    rows: int
+    length: int
     objective: dict[str, Any] | None
     remat: str = "none"
 
 
 _HEADS = {"name": "draft_heads", "labels": "all", "loop_prompts": 0}
 JOBS = {
-    "hydra": Job("llama3-8b", "2048", {**_HEADS, "drafter": "hydra", "heads": {"num_heads": 4}}),
-    "eagle3": Job("llama3-8b", "2048", {"name": "eagle3", "labels": "all", "steps": 7, "loop_prompts": 0}, "layers"),
-    "lm-110m": Job("110m", "1024", None),
-    "lm-1b": Job("llama3-1b", "1024", None),
-    "medusa": Job("llama3-8b", "2048", {**_HEADS, "drafter": "medusa", "heads": {"num_heads": 4}}),
+    "hydra": Job("llama3-8b", 8, 2048, {**_HEADS, "drafter": "hydra", "heads": {"num_heads": 4}}),
+    "eagle3": Job("llama3-8b", 8, 2048, {"name": "eagle3", "labels": "all", "steps": 7, "loop_prompts": 0}, "layers"),
+    "lm-110m": Job("110m", 32, 1024, None),
+    "lm-1b": Job("llama3-1b", 8, 1024, None),
+    "medusa": Job("llama3-8b", 8, 2048, {**_HEADS, "drafter": "medusa", "heads": {"num_heads": 4}}),
 }
 
 
@@ -111,25 +113,6 @@ def plan_of(
         **settings,
     }
     return trainer.make_plan(parse(raw, OBJECTIVES), facts)
-
-
-def random_base(plan: trainer.Plan) -> Any:
-    """What the job would load, with random numbers, where it belongs."""
-    leaves, structure = jax.tree.flatten(plan.base)
-    places = jax.tree.unflatten(structure, [leaf.sharding for leaf in leaves])
-
-    def draw(key):
-        keys = jax.random.split(key, len(leaves))
-        return jax.tree.unflatten(structure, [_drawn(*pair) for pair in zip(keys, leaves, strict=True)])
-
-    return jax.jit(draw, out_shardings=places)(jax.random.key(0))
-
-
-def _drawn(key, leaf):
-    """Weights; a table of tokens, such as a draft vocabulary, is the first ones."""
-    if jnp.issubdtype(leaf.dtype, jnp.integer):
-        return jnp.arange(leaf.size, dtype=leaf.dtype).reshape(leaf.shape)
-    return 0.02 * jax.random.normal(key, leaf.shape, leaf.dtype)
 
 
 def model_flop(plan: trainer.Plan, tokens: int, unrolled: int = 1) -> float:
@@ -176,7 +159,7 @@ class Running:
         with tempfile.TemporaryDirectory() as folder:
             plan = plan_of(job, shape, batch_size, length, Path(folder), **settings)
             if plan.base is not None:
-                base = random_base(plan)
+                base = random_weights(plan.base, jax.random.key(0))
                 plan.objective.load_base = lambda mesh: base  # type: ignore[method-assign]
             state, frozen = trainer.first_state(plan, None)
         rng = np.random.default_rng(0)
@@ -252,8 +235,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     """The command; see the module's docstring."""
     parser = command_line.parser("scripts.accelerator.steps", __doc__)
     parser.add_argument("--job", required=True, choices=list(JOBS), help="what is trained")
-    parser.add_argument("--batch_size", type=at_least(1), default=8, help="rows of a step")
-    parser.add_argument("--length", type=at_least(2), default=2048, help="tokens of a row")
+    parser.add_argument("--batch_size", type=at_least(1), help="rows of a step (by the job)")
+    parser.add_argument("--length", type=at_least(2), help="tokens of a row (by the job)")
     parser.add_argument("--memory", action="store_true", help="compile the step and tell its memory; run nothing")
     parser.add_argument("--largest", action="store_true", help="heads of a target of the Llama-3-70B shape")
     parser.add_argument("--mesh", default="data=1", help="with --memory: its axes, such as fsdp=8,tensor=2")
@@ -263,19 +246,21 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, required=True, help="JSON file to write")
     args = parser.parse_args(argv)
     job = JOBS[args.job]
-    job = job._replace(remat=args.remat or job.remat)
+    job = job._replace(
+        remat=args.remat or job.remat, rows=args.batch_size or job.rows, length=args.length or job.length
+    )
     name = "tiny" if args.tiny else job.shape
     shape = SHAPES[name]
     if args.tiny:
         shape = dataclasses.replace(shape, vocab_size=512)  # Bytes do not fit into its own.
-    asked = {"job": args.job, "shape": name, "batch_size": args.batch_size, "length": args.length, "remat": job.remat}
+    asked = {"job": args.job, "shape": name, "batch_size": job.rows, "length": job.length, "remat": job.remat}
     if args.memory:
         if args.largest:
             shape, asked["shape"] = LARGEST, "llama3-70b"
-        found = sizes_of(job, shape, args.batch_size, args.length, dict(parse_mesh(args.mesh).shape))
+        found = sizes_of(job, shape, job.rows, job.length, dict(parse_mesh(args.mesh).shape))
         asked["mesh"] = args.mesh
     else:
-        found = measure(job, shape, args.batch_size, args.length, args.rounds)
+        found = measure(job, shape, job.rows, job.length, args.rounds)
     write_json({"environment": describe_environment(), **asked, **found}, args.out)
     print(", ".join(f"{key} {value:.4g}" for key, value in found.items() if isinstance(value, float)))
 

@@ -1,6 +1,7 @@
 """The forward: layouts of parameters, slices, taps, packing, caches, windows, RoPE, dtypes, and what XLA drops."""
 
 import dataclasses
+import functools
 import math
 import re
 
@@ -72,6 +73,23 @@ def test_stacked_is_the_list(config: TransformerConfig) -> None:
     close(stacked.logits, whole.logits)
     close(stacked.taps, whole.taps)
     close(transformer.unstack_layers(transformer.stack_layers(params)), params, atol=0)
+
+
+def test_a_turn_of_the_loop_may_run_all_layers(monkeypatch: pytest.MonkeyPatch) -> None:
+    stacked = transformer.stack_layers(lively(LLAMA))
+
+    def slope(of_layers: int):
+        monkeypatch.setattr(transformer, "_at_a_turn", lambda layers: of_layers)
+        run = functools.partial(transformer.forward, LLAMA, inputs=TOKENS, layout=Layout.causal(2, 9))
+        total = jax.jit(jax.value_and_grad(lambda params: jnp.sum(run(params).logits ** 2)))
+        assert ("while" in total.lower(stacked).as_text()) == (of_layers == 1)
+        return total(stacked)
+
+    close(slope(1), slope(LLAMA.num_layers))
+    monkeypatch.undo()
+    assert transformer._at_a_turn(2) == 1, "a processor gains nothing"
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    assert [transformer._at_a_turn(layers) for layers in (2, 80)] == [2, 1]
 
 
 @each_family

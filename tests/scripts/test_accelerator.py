@@ -194,7 +194,8 @@ def test_every_part_has_its_processes_and_the_last_what_time_is_left(tmp_path: P
         assert "--minutes 1.42" in " ".join(parts[-1].command) and parts[-1].packages
         timed = {part.name for part in parts if not part.quick}
         taught = {f"coprocessor_{name}" for name in ("chats", "lora", "soft", "pause")}
-        assert timed == {*names} - {"greedy_float64", "greedy_bfloat16", "chi_square", "smollm2", *taught}
+        untimed = {"greedy_float64", "greedy_bfloat16", "smollm2", *taught}
+        assert timed == {name for name in names if name not in untimed and not name.startswith("chi_square")}
     assert "training_hydra" in names and "growth_1" in names
 
 
