@@ -8,6 +8,7 @@ with which a drafter catches up after it (`decoding/drafters/idle.py`).
 
 import dataclasses
 import functools
+import time
 from typing import Any
 
 import jax
@@ -45,10 +46,12 @@ class Paced:
         """The state after the next segment, of at most so many steps, of a request that may end earlier than before."""
         self._request = request
         width, most = (None, steps) if self._over else self._pace.next()
+        started = time.perf_counter()
         state = self._run(state, width, int(min(steps, most)))
-        counted = [Stats.of(state.counters, row) for row in range(len(self.stats))]
+        counted = [Stats.of(state.counters, row) for row in range(len(self.stats))]  # Which waits for the steps.
+        seconds = time.perf_counter() - started
         self.stats = [before + new for before, new in zip(self.stats, counted, strict=True)]
-        self._pace.count(width, counted)
+        self._pace.count(width, counted, seconds)
         return state
 
     def _run(self, state: loop.DecodeState, width: Width | None, steps: int) -> loop.DecodeState:

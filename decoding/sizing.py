@@ -7,10 +7,12 @@ a while, and for how many steps:
 
 * drafts accepted so far, by depth, say how long each width's steps are expected to be, and the one with the most
   tokens per second is taken; what was counted fades, so that a change in the text is followed;
-* what drafting has cost beyond what it brought is kept in an account, in plain steps by the measured costs. Every step
-  pays a little into it, and nothing is drafted that it could not bear if all of it were rejected. So drafting cannot
-  lose more than that little, whatever is expected of it; and where plain decoding seems better, the account fills
-  until drafts are tried again.
+* what drafting has cost beyond what it brought is kept in an account, in plain steps. Every step pays a little into it,
+  and nothing is drafted that it could not bear if all of it were rejected. So drafting cannot lose more than that
+  little, whatever is expected of it; and where plain decoding seems better, the account fills until drafts are tried
+  again;
+* costs that were measured once, of steps in a row, are what is believed at first. The clock then says what segments
+  took, those who change from one width to another included, and is believed the more it has seen of both.
 
 A `Pace` outlives its request: the next one of the same kind begins with what is known by then.
 """
@@ -37,6 +39,10 @@ SEGMENT = 32  # Most steps until the next look.
 TRIAL = 4  # Steps of one text in a trial, or of as many texts at once.
 SHARE = 0.005  # Of a plain step, that every step pays into the account.
 START, MOST = 2.0, 6.0  # Plain steps in the account, to begin with and at most.
+BELIEVED = 4.0  # Steps by which the clock has seen enough to be believed as much as what was measured before.
+SEEN = 256  # Steps of which it remembers how long they took.
+LOOK = 4  # Plain steps that it sees to begin with, where drafts do not promise `MUCH` anyway.
+MUCH = 1.5
 
 _paces: dict[tuple, "Pace"] = {}
 
@@ -113,6 +119,33 @@ class Running:
         return length
 
 
+class Clock:
+    """How long steps of every width took, and plain ones, which are those of None."""
+
+    def __init__(self) -> None:
+        self._seen: dict[Width | None, tuple[float, float]] = {}
+
+    def add(self, width: Width | None, seconds: float, steps: int) -> None:
+        """What a segment took."""
+        before, known = self._seen.get(width, (0.0, 0.0))
+        kept = min(1.0, SEEN / (known + steps))
+        self._seen[width] = (before + seconds) * kept, (known + steps) * kept
+
+    def has_seen(self, width: Width | None) -> bool:
+        """Any step of it."""
+        return width in self._seen
+
+    def ratio(self, width: Width) -> float:
+        """Seconds of its step over those of a plain one: as measured before, as far as too little was seen."""
+        seconds, steps = self._seen.get(width, (0.0, 0.0))
+        plain_seconds, plain_steps = self._seen.get(None, (0.0, 0.0))
+        believed = min(steps, plain_steps)
+        if believed == 0 or plain_seconds == 0:
+            return width.ratio
+        seen = seconds / steps / (plain_seconds / plain_steps)
+        return (BELIEVED * width.ratio + believed * seen) / (BELIEVED + believed)
+
+
 class Pace:
     """Says what comes next, and is told what came of it."""
 
@@ -121,6 +154,7 @@ class Pace:
         self.widths = tuple(widths)
         self.account = START
         self._running = Running(max(width.drafter.max_depth for width in widths))
+        self._clock = Clock()
         self._least = max(1, TRIAL // batch)
         self._most = max([MOST, *(self._least * (width.ratio - 1) for width in widths)])
         self._present: Width | None = None
@@ -133,26 +167,30 @@ class Pace:
 
     def next(self) -> tuple[Width | None, int]:
         """The width of the next segment, None for no drafts, and its most steps."""
-        expected = {width: self._running.length(width) / width.ratio for width in self.widths}
+        expected = {width: self._running.length(width) / self._clock.ratio(width) for width in self.widths}
         best = max(self.widths, key=expected.__getitem__)
         if self._present is not None and expected[best] <= MARGIN * expected[self._present]:
             best = self._present
         pays = expected[best] > (1.0 if best is self._present else MARGIN)
-        loss = best.ratio - 1
+        if pays and expected[best] < MUCH and not self._clock.has_seen(None):
+            return None, LOOK
+        loss = self._clock.ratio(best) - 1
         bearable = int(min(SEGMENT, self.account / loss)) if loss > 0 else SEGMENT
         if bearable >= self._least and (pays or self._may_try):
             return best, bearable if pays else self._least
         missing = max(0.0, self._least * loss - self.account) / SHARE
         return None, int(min(SEGMENT, np.ceil(missing))) or SEGMENT
 
-    def count(self, width: Width | None, texts: Sequence[Stats]) -> None:
-        """What came of a segment, text by text."""
+    def count(self, width: Width | None, texts: Sequence[Stats], seconds: float) -> None:
+        """What came of a segment, text by text, and how long it took."""
         both, steps = sum(texts[1:], texts[0]), max(text.steps for text in texts)
         self._running.fade(steps)
+        if steps:
+            self._clock.add(width, seconds, steps)
         gained = 0.0
         if width is not None:
             self._running.add(width, both.accepted_by_depth, both.steps)
-            gained = steps * (both.acceptance_length - width.ratio)
+            gained = steps * (both.acceptance_length - self._clock.ratio(width))
         self._present, self._may_try = width, width is None or gained > 0
         self.account = min(self._most, self.account + gained + SHARE * steps)
 

@@ -51,7 +51,8 @@ class Script(Pace):
         (size, steps), self._turns = self._turns[0], [*self._turns[1:], self._turns[0]]
         return self._of.get(size), steps
 
-    def count(self, width: Width | None, texts: list[Stats]) -> None:
+    def count(self, width: Width | None, texts: list[Stats], seconds: float) -> None:
+        assert seconds > 0
         size = width.drafter.max_nodes - 1 if width else 0
         self.counted[size] = self.counted.get(size, 0) + sum(text.steps for text in texts)
 
@@ -145,6 +146,9 @@ def test_costs_and_acceptance_choose_the_width_in_mid_text(target: Target, monke
     text = np.array([*PROMPTS[0], *plain], np.int32)
     measured = Costs(((1, 1.0), (4, 1.2), (8, 1.3), (16, 1.6)))
     monkeypatch.setattr(costs, "measured", lambda *_: measured)
+    # As if steps really took so long.
+    monkeypatch.setattr(sizing.Clock, "ratio", lambda clock, width: width.ratio)
+    monkeypatch.setattr(sizing.Clock, "has_seen", lambda clock, width: True)
     free = Oracle(depth=8, known=len(text)).opened(((2, 1.7), (8, 2.1)))
 
     def decode(told: np.ndarray, rate: float) -> list[int]:
