@@ -17,6 +17,10 @@ The default differs from the paper in its optimizer, Muon, and in unrolling 5 st
 12,000 warm-up steps, falling in a line to 0 at 800,000 steps, gradients cut at a norm of 0.5, rows of 2,048
 tokens, 2 at a time; as published that is of each device, so multiply `batch_size` by their number.
 
+`configs/eagle3.py:eagle31` has EAGLE-3.1's norms, of every feature that is read and of the output that is fed back.
+They learn faster: after 551 steps of 8 x 512 tokens of SmolLM2's chats its first guess is right in 57% of held-out
+places and its fifth in 51%, without them 51% and 40% (docs/results.md).
+
 `configs/eagle3.py:quickstart` is the short job of `scripts/quickstart.sh` on SmolLM2-135M: about 4 min on two CPU
 cores, enough to see drafts accepted; the drafter that the package carries learnt from 60 times as many tokens. Its few
 chats are passed over several times, so it is meant to be run with `--config.data.features=DIR`.
@@ -31,7 +35,7 @@ from configs import check_variant
 
 
 def get_config(variant: str = "") -> ConfigDict:
-    check_variant(variant, "paper", "quickstart", "smoke")
+    check_variant(variant, "paper", "eagle31", "quickstart", "smoke")
     config = ConfigDict()
     config.objective = ConfigDict(
         {
@@ -61,6 +65,8 @@ def get_config(variant: str = "") -> ConfigDict:
         config.steps, config.batch_size, config.length = 800_000, 2, 2048
         config.evaluation.update(every=20_000, batches=64)
         config.checkpoint.every = 1000
+    if variant == "eagle31":
+        config.objective.update(fc_norm=True, norm_before_residual=True, norm_output=True)
     if variant == "quickstart":
         config.objective.update(steps=3, vocabulary=4096, loop_prompts=0)
         config.steps, config.batch_size = 180, 2

@@ -36,7 +36,6 @@ _MUON = {"optimizer.learning_rate": 4e-3}
 _BLOCKS = {"optimizer.learning_rate": 3e-3, "objective.anchors": 128, "objective.taps": 3}
 # As in the published comparison (docs/results.md), which was made before there were draft vocabularies.
 _WHOLE = {**_BLOCKS, "objective.taps": 5}
-_EAGLE_31 = {"objective.fc_norm": True, "objective.norm_before_residual": True, "objective.norm_output": True}
 _SPARK = {"objective.rank": 128, "objective.candidates": 64}
 # The paper's 2 x 2 is with and without glancing, with the tree of several passes and with a chain.
 _FALCON = {"tree": "top", "chain": "chain"}
@@ -54,7 +53,7 @@ _SLOTS_TIMED = "slots:depth=7,total=17"
 
 HEADS: dict[str, Head] = {
     "eagle3": Head("eagle3.py", _MUON, {"": "confidence", "chain": "chain"}, _EAGLE_TIMED, vocabulary=True),
-    "eagle31": Head("eagle3.py", {**_MUON, **_EAGLE_31}, {"": "confidence"}, _EAGLE_TIMED, vocabulary=True),
+    "eagle31": Head("eagle3.py:eagle31", _MUON, {"": "confidence", "chain": "chain"}, _EAGLE_TIMED, vocabulary=True),
     "eagle3_adamw": Head(
         "eagle3.py",
         {"optimizer.name": "adamw", "optimizer.learning_rate": 1e-3, "optimizer.weight_decay": 0.01},
