@@ -137,7 +137,7 @@ def test_a_slot_is_as_sure_as_its_own_output_and_predecessor_say() -> None:
 # Twice as slow for 3,000 rows more than for one.
 SPEED = tuple(1 / (3000 + n) for n in range(8000))
 SCHEDULED = Scheduled(DEPTH, threshold=0.4, speed=SPEED, temperatures=(2.0,) * DEPTH)
-SETTINGS = [Sampling(temperature=1.5), Sampling(temperature=2.0, top_p=0.7)]
+SETTINGS = [Sampling(temperature=1.0), Sampling(temperature=2.0, top_p=0.7)]
 
 
 @pytest.mark.parametrize(
