@@ -34,6 +34,12 @@ def documents(*texts: tuple[list[int], list[int]]) -> Documents:
     return Documents(np.array([len(text[0]) for text in texts]), made.__getitem__)
 
 
+def test_one_process_says_what_is_left_out(capsys: pytest.CaptureFixture[str], monkeypatch) -> None:
+    monkeypatch.setattr(jax, "process_index", lambda: 1)
+    PairRows(documents(([5, 6, 7], [0, 0, 1]), ([1] * 9, [0] * 8 + [1])), 6, 4)
+    assert not capsys.readouterr().err
+
+
 def test_every_answer_is_a_row_with_all_before_it_as_its_prompt(capsys: pytest.CaptureFixture[str]) -> None:
     chat = ([5, 6, 7, 8, 9, 10, 11], [0, 0, 1, 1, 0, 1, 0])
     rows = PairRows(documents(chat, ([1, 2], [1, 1]), ([3] * 9, [0] * 8 + [1])), 6, 4)

@@ -83,8 +83,12 @@ def found(tokenizer):
         shapes = [transformer.param_shapes(one, jnp.float64) for one in (model, *teachers)]
         params, *lists = (drawn(shape, 0.3, seed) for seed, shape in enumerate(shapes))
         frozen = [transformer.stack_layers(one) for one in lists]
-        result = jax.tree.map(np.asarray, jax.jit(program)(params, frozen, batch))
-    return {**result, "batch": batch}
+        run = jax.jit(program)
+        result = jax.tree.map(np.asarray, run(params, frozen, batch))
+        filler = (batch["tokens"] + 1) % model.vocab_size
+        other = {**batch, "tokens": np.where(batch["segments"] > 0, batch["tokens"], filler).astype(np.int32)}
+        padded = jax.tree.map(np.asarray, run(params, frozen, other))
+    return {**result, "batch": batch, "padded": padded}
 
 
 def expected(found, e, teacher=None):
@@ -116,6 +120,14 @@ def test_the_joint_loss_is_the_sum_of_those_of_networks_cut_off_at_the_exits(fou
     for of in (found[name] for name in ("labels", "last", "teachers")):
         for apart, together in zip(jax.tree.leaves(of["slopes"][0]), jax.tree.leaves(of["joint"]), strict=True):
             np.testing.assert_allclose(apart.sum(axis=0), together, rtol=1e-9, atol=1e-14)
+
+
+def test_what_pads_a_row_takes_no_part(found):
+    for name in ("labels", "last", "teachers"):
+        for kind in ("terms", "weights", "joint"):
+            same = zip(*(jax.tree.leaves(of[name][kind]) for of in (found, found["padded"])), strict=True)
+            for ours, theirs in same:
+                np.testing.assert_allclose(ours, theirs, rtol=1e-12, atol=1e-15)
 
 
 def test_no_teacher_feels_what_it_teaches(found):

@@ -116,7 +116,12 @@ def test_the_first_step_stands_at_a_ratio_of_student_over_mixture(draft_setting)
     jax.tree.map(np.testing.assert_array_equal, made, again)
     shapes = {name: (values.shape[1:], values.dtype) for name, values in made.items()}
     assert objective.refreshed(batch["tokens"].shape[1]) == shapes
-    (sums, weights), _ = jax.jit(objective.loss)(params, frozen, {**batch, **made}, jax.random.key(0), 0.0)
+    loss = jax.jit(objective.loss)
+    (sums, weights), _ = loss(params, frozen, {**batch, **made}, jax.random.key(0), 0.0)
+    assert (made["written/segments"] == 0).any()
+    other = np.where(made["written/segments"] > 0, made["written/tokens"], 3).astype(np.int32)
+    padded = loss(params, frozen, {**batch, **made, "written/tokens": other}, jax.random.key(0), 0.0)[0]
+    np.testing.assert_array_equal(padded, (sums, weights), err_msg="what pads a row takes part")
     told = {name.removeprefix("written/"): values for name, values in made.items()}
     assert weights[0] == told["mask"].sum() > 20
     # What is told of a token stands one place before it: from whole texts of both models.

@@ -8,6 +8,7 @@ import sys
 
 import numpy as np
 
+from models import processes
 from models.errors import UserError
 from train.data.texts import Documents
 
@@ -44,7 +45,7 @@ class PairRows:
                 f"none of {len(pairs)} answers fits: prompts have at most {source_length} tokens (source_length), "
                 f"answers at most {length - 1}"
             )
-        if self.left_out:
+        if self.left_out and processes.is_first():
             held = f"{self.left_out} of {len(pairs)} answers are left out"
             print(f"{held}: they, or their prompts, are longer than a row", file=sys.stderr, flush=True)
 
