@@ -244,7 +244,8 @@ class _Maker:
             def fresh(key):
                 return drafter.for_decoding(drafter.init_params(self.config, self.params, key))
 
-            self._made[name] = drafter, in_huge_pages(jax.jit(fresh)(jax.random.key(1)))
+            key = jax.random.key(1)
+            self._made[name] = drafter, in_huge_pages(random_weights(jax.eval_shape(fresh, key), key))
         return self._made[name]
 
     def scene(self, names: Sequence[str], context: int = PROMPT_LENGTH, batch: int = 1) -> Scene:

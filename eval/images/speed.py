@@ -26,12 +26,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import UInt8
+from jaxtyping import Array, UInt8
 
 from decoding.images.generate import Stage, Tokenizer, code_stages, decode_pixels
 from decoding.images.scales import Drawing, Sketch
 from eval.images.programs import compile_stages
 from eval.measure.timing import Part, Timed, Timing, measure
+from eval.measure.weights import random_weights
 from eval.peers import images as peer
 from models.errors import UserError
 from models.images import var, vqvae
@@ -173,7 +174,7 @@ def run_images(
     progress("making the models")
     vae = _vae(tokenizer, dtype)
     models = {
-        depth: (config, var.init(config, jax.random.key(depth), dtype))
+        depth: (config, _random(lambda key, config=config: var.init(config, key, dtype), depth))
         for depth in depths
         for config in [var_shape(depth, tokenizer)]
     }
@@ -215,9 +216,14 @@ def _peak_side() -> int:
 
 def _vae(config: VQVAEConfig, dtype: Any) -> Tokenizer:
     """The decoder in `dtype`; the quantiser, which never runs below float32, is not narrowed."""
-    params = vqvae.init(config, jax.random.key(0))
+    params = _random(lambda key: vqvae.init(config, key), 0)
     narrow = {name: jax.tree.map(lambda leaf: leaf.astype(dtype), params[name]) for name in ("decoder", "post_quant")}
     return Tokenizer(config, {**params, **narrow})
+
+
+def _random(init: Callable[[Array], Params], seed: int) -> Params:
+    """Numbers in the place of those that `init` would draw."""
+    return random_weights(jax.eval_shape(init, jax.random.key(seed)), jax.random.key(seed))
 
 
 def _codes(tokenizer: Tokenizer) -> Params:
