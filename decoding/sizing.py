@@ -19,6 +19,7 @@ A `Pace` outlives its request: the next one of the same kind begins with what is
 
 import dataclasses
 import functools
+import statistics
 from collections.abc import Hashable, Sequence
 from typing import Any
 
@@ -40,8 +41,9 @@ TRIAL = 4  # Steps of one text in a trial, or of as many texts at once.
 SHARE = 0.005  # Of a plain step, that every step pays into the account.
 START, MOST = 2.0, 6.0  # Plain steps in the account, to begin with and at most.
 BELIEVED = 4.0  # Steps by which the clock has seen enough to be believed as much as what was measured before.
-SEEN = 256  # Steps of which it remembers how long they took.
-LOOK = 4  # Plain steps that it sees to begin with, where drafts do not promise `MUCH` anyway.
+SEGMENTS = 9  # Of which the clock remembers how long they took: the one in the middle counts, so that no pause does.
+FORGOTTEN = 256  # Other steps after which what was seen of a width is worth half.
+LOOK = 8  # Plain steps that the clock wants to see now and then, where drafts do not promise `MUCH` anyway.
 MUCH = 1.5
 
 _paces: dict[tuple, "Pace"] = {}
@@ -123,27 +125,26 @@ class Clock:
     """How long steps of every width took, and plain ones, which are those of None."""
 
     def __init__(self) -> None:
-        self._seen: dict[Width | None, tuple[float, float]] = {}
+        self._seen: dict[Width | None, list[tuple[float, int]]] = {}
+        self._others: dict[Width | None, int] = {}
 
     def add(self, width: Width | None, seconds: float, steps: int) -> None:
         """What a segment took."""
-        before, known = self._seen.get(width, (0.0, 0.0))
-        kept = min(1.0, SEEN / (known + steps))
-        self._seen[width] = (before + seconds) * kept, (known + steps) * kept
+        self._others = {one: since + steps for one, since in self._others.items()} | {width: 0}
+        self._seen[width] = [*self._seen.get(width, []), (seconds / steps, steps)][-SEGMENTS:]
 
-    def has_seen(self, width: Width | None) -> bool:
-        """Any step of it."""
-        return width in self._seen
+    def steps(self, width: Width | None) -> float:
+        """How many it has seen; what is long ago counts for little."""
+        seen = sum(steps for _, steps in self._seen.get(width, []))
+        return seen * 0.5 ** (self._others.get(width, 0) / FORGOTTEN)
 
     def ratio(self, width: Width) -> float:
         """Seconds of its step over those of a plain one: as measured before, as far as too little was seen."""
-        seconds, steps = self._seen.get(width, (0.0, 0.0))
-        plain_seconds, plain_steps = self._seen.get(None, (0.0, 0.0))
-        believed = min(steps, plain_steps)
-        if believed == 0 or plain_seconds == 0:
+        believed = min(self.steps(width), self.steps(None))
+        if not believed:
             return width.ratio
-        seen = seconds / steps / (plain_seconds / plain_steps)
-        return (BELIEVED * width.ratio + believed * seen) / (BELIEVED + believed)
+        ours, plain = (statistics.median_low([took for took, _ in self._seen[one]]) for one in (width, None))
+        return (BELIEVED * width.ratio + believed * ours / plain) / (BELIEVED + believed)
 
 
 class Pace:
@@ -156,7 +157,6 @@ class Pace:
         self._running = Running(max(width.drafter.max_depth for width in widths))
         self._clock = Clock()
         self._least = max(1, TRIAL // batch)
-        self._most = max([MOST, *(self._least * (width.ratio - 1) for width in widths)])
         self._present: Width | None = None
         self._may_try = True
 
@@ -172,7 +172,7 @@ class Pace:
         if self._present is not None and expected[best] <= MARGIN * expected[self._present]:
             best = self._present
         pays = expected[best] > (1.0 if best is self._present else MARGIN)
-        if pays and expected[best] < MUCH and not self._clock.has_seen(None):
+        if pays and expected[best] < MUCH and self._clock.steps(None) < LOOK / 2:
             return None, LOOK
         loss = self._clock.ratio(best) - 1
         bearable = int(min(SEGMENT, self.account / loss)) if loss > 0 else SEGMENT
@@ -192,7 +192,8 @@ class Pace:
             self._running.add(width, both.accepted_by_depth, both.steps)
             gained = steps * (both.acceptance_length - self._clock.ratio(width))
         self._present, self._may_try = width, width is None or gained > 0
-        self.account = min(self._most, self.account + gained + SHARE * steps)
+        most = max([MOST, *(self._least * (self._clock.ratio(width) - 1) for width in self.widths)])
+        self.account = float(np.clip(self.account + gained + SHARE * steps, -MOST, most))
 
 
 def pace(

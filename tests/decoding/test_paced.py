@@ -148,7 +148,7 @@ def test_costs_and_acceptance_choose_the_width_in_mid_text(target: Target, monke
     monkeypatch.setattr(costs, "measured", lambda *_: measured)
     # As if steps really took so long.
     monkeypatch.setattr(sizing.Clock, "ratio", lambda clock, width: width.ratio)
-    monkeypatch.setattr(sizing.Clock, "has_seen", lambda clock, width: True)
+    monkeypatch.setattr(sizing.Clock, "steps", lambda clock, width: sizing.LOOK)
     free = Oracle(depth=8, known=len(text)).opened(((2, 1.7), (8, 2.1)))
 
     def decode(told: np.ndarray, rate: float) -> list[int]:

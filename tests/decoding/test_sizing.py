@@ -1,7 +1,7 @@
 """How many candidates an open drafter has: which sizes are kept in hand, and what a pace makes of costs and counts."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import pytest
@@ -82,21 +82,24 @@ def test_counts_by_depth_say_how_long_steps_of_every_width_will_be() -> None:
 
 
 def played(
-    pace: Pace, batch: int, rates: Sequence[float], tokens: int, dearer: float = 1.0
+    pace: Pace, batch: int, rates: Sequence[float], tokens: int, dearer: float = 1.0, pauses: Mapping[int, float] = {}
 ) -> tuple[float, list[dict[int, int]]]:
     """Speed-up by the clock, and steps by candidates, of texts whose drafts are accepted at one rate after another.
 
-    Steps with drafts take `dearer` times as long as was measured.
+    Steps with drafts take `dearer` times as long as was measured. `pauses` are what other work adds to a segment, by
+    its number, which is nobody's fault and counts for nothing here.
     """
     rng = np.random.default_rng(0)
-    seconds, made, sizes = 0.0, 0.0, [dict[int, int]() for _ in rates]
+    number, seconds, made, sizes = 0, 0.0, 0.0, [dict[int, int]() for _ in rates]
     while made < tokens * len(rates):
         width, steps = pace.next()
         depth, part = (width.drafter.max_depth if width else 0), int(made // tokens)
         hit = np.cumprod(rng.random((steps, batch, depth)) < rates[part], axis=2)
         committed, by_depth = steps + hit.sum(axis=(0, 2)), hit.sum(axis=0)
         took = steps * (dearer * width.ratio if width else 1.0)
-        pace.count(width, [Stats(steps, int(n), a, NOWHERE) for n, a in zip(committed, by_depth, strict=True)], took)
+        texts = [Stats(steps, int(n), a, NOWHERE) for n, a in zip(committed, by_depth, strict=True)]
+        pace.count(width, texts, took + pauses.get(number, 0.0))
+        number += 1
         made += committed.mean()
         seconds += took
         sizes[part][depth] = sizes[part].get(depth, 0) + steps
@@ -134,14 +137,30 @@ def test_the_clock_corrects_costs_that_were_measured_wrong() -> None:
     for ratio, dearer, least in ((1.5, 1.5, 0.98), (1.4, 1.6, 0.98), (1.85, 0.6, 1.3)):
         speedup, _ = played(Pace([Width(Oracle(2), 1.8, ratio)], 1), 1, [rate], 2000, dearer)
         assert speedup > least, (ratio, dearer, speedup)
+
+
+@pytest.mark.parametrize("batch", [1, 4])
+def test_pauses_do_not_decide(batch: int) -> None:
+    """Of the first plain steps, of the first drafts, and of later ones, where drafts pay and where they do not."""
+    worth, worthless = Width(Oracle(2), 1.99, 1.27), Width(Oracle(2), 1.8, 1.5)
+    for pauses in ({0: 4.0}, {0: 640.0}, {1: 16.0}, {1: 640.0}, {2: 16.0}, {5: 640.0}, {0: 8.0, 1: 8.0}):
+        won, _ = played(Pace([worth], batch), batch, [worth.conditional], 6000, pauses=pauses)
+        lost, _ = played(Pace([worthless], batch), batch, [0.3], 6000, pauses=pauses)
+        assert won > 1.35 and lost > 0.98, (pauses, won, lost)
+
+
+def test_the_clock_believes_what_it_has_seen_of_both_and_forgets() -> None:
     seen, width = Clock(), Width(Oracle(2), 1.8, 1.5)
     seen.add(width, 30.0, 10)
     assert seen.ratio(width) == 1.5, "nothing to compare with"
     seen.add(None, 4.0, 4)
-    assert seen.ratio(width) == pytest.approx((1.5 + 3.0) / 2)
-    seen.add(None, 10.0**4, 10**4)
-    seen.add(width, 2 * 10.0**4, 10**4)
-    assert seen.ratio(width) == pytest.approx(2.0, abs=0.05), "old segments are forgotten"
+    assert seen.ratio(width) == pytest.approx((1.5 + 3.0) / 2, abs=0.01)
+    for _ in range(sizing.SEGMENTS):
+        seen.add(width, 64.0, 32)
+        seen.add(None, 32.0, 32)
+    assert seen.ratio(width) == pytest.approx(2.0, abs=0.02), "old segments are gone"
+    seen.add(None, 1e4, 10**4)
+    assert seen.ratio(width) == pytest.approx(1.5, abs=0.01), "what was long ago is worth nothing"
 
 
 def test_plain_steps_are_seen_first_where_little_is_promised() -> None:
@@ -152,10 +171,9 @@ def test_plain_steps_are_seen_first_where_little_is_promised() -> None:
 @pytest.mark.parametrize(("length", "stays"), [(1.53, True), (1.56, False)])
 def test_another_tree_must_promise_clearly_more(length: float, stays: bool) -> None:
     """Than the present one, by 3%, where all is accepted as expected."""
-    present, other = Width(Oracle(2), 1.5, 1.0), Width(Oracle(8), length, 1.0)
+    present, other = Width(Oracle(2), 1.5, 0.9), Width(Oracle(8), length, 0.9)
     pace, steps = Pace([present, other], 1), 10**6
     assert pace.next()[0] is other
-    pace.count(None, [Stats(1, 1, np.zeros(0, int), NOWHERE)], 1.0)
     accepted = np.round(steps * present.conditional ** np.arange(1, 3)).astype(int)
     pace.count(present, [Stats(steps, steps + int(accepted.sum()), accepted, NOWHERE)], 1.0 * steps)
     assert pace.next() == (present if stays else other, sizing.SEGMENT)
