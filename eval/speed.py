@@ -21,8 +21,8 @@ Prints and saves, with the terms of `eval/text/benchmark.py`:
                          whose candidates cost nothing and are accepted at a rate of 0.8, in chains of so many rows
                          (`eval/measure/replay.py`)
     growth               list of {batch, context, drafters: name -> {step_ms, compile_seconds}}: the fused loop's step
-                         as batch and context grow, and its compilation, or None where it was compiled before; on an
-                         accelerator the loops of one scene are compiled side by side
+                         as batch and context grow, and its compilation, or None where it was compiled before. On an
+                         accelerator the loops of a scene compile side by side, and it is the time of their slowest
     huggingface          {ms_per_token, static: {ms_per_token}} of transformers' `generate` on the same shape, prompt
                          length and kind of device, with its dynamic and its static cache, where torch and transformers
                          are installed for that device, else null
@@ -165,6 +165,7 @@ def run(
     bandwidth_bytes: int = GIB,
     scale: Scale | None = None,
     progress: Callable[[str], None] = lambda line: None,
+    keep: Callable[[dict[str, Any]], None] = lambda results: None,
 ) -> dict[str, Any]:
     """Measures.
 
@@ -176,6 +177,7 @@ def run(
       bandwidth_bytes: size of what the bandwidth is read from.
       scale: how many rows, nodes, texts and tokens the sections go through; None is the default.
       progress: told what is being done.
+      keep: given the results so far, whenever there are more; scenes of `growth` come one by one.
 
     Returns:
       The keys that the module's docstring lists, for the sections asked for.
@@ -200,21 +202,23 @@ def run(
     maker = _Maker(config, params, progress)
     scale = scale or Scale()
     parts = _parts(maker, sections, drafters, bandwidth_bytes, scale)
-    _prepare([part for part in parts.values() if isinstance(part, Part | Replay)], progress)
+    _prepare([part for part in parts.values() if isinstance(part, Part | Replay | Step)], progress)
     timings = measure(parts, rounds, progress)
-    replays = {"replay": _replay_entries(parts, timings, scale.nodes)} if "replay" in sections else {}
-    growth = {"growth": _growth(maker, drafters, rounds, scale.scenes, progress)} if "growth" in sections else {}
-    return {
-        "shape": {
-            "name": shape,
-            "parameters": sum(leaf.size for leaf in jax.tree.leaves(params)),
-            "dtype": dtype.__name__,
-        },
+    size = sum(leaf.size for leaf in jax.tree.leaves(params))
+    results = {
+        "shape": {"name": shape, "parameters": size, "dtype": dtype.__name__},
         **_summarise(maker, sections, drafters, bandwidth_bytes, timings),
-        **replays,
-        **growth,
         "environment": describe_environment(),
     }
+    if "replay" in sections:
+        results["replay"] = _replay_entries(parts, timings, scale.nodes)
+    keep(results)
+    for batch, context in scale.scenes if "growth" in sections else ():
+        progress(f"batch {batch}, context {context}")
+        scene = _growth(maker, drafters, rounds, batch, context, progress)
+        results.setdefault("growth", []).append(scene)
+        keep(results)
+    return results
 
 
 def _prepare(parts: Sequence[Prepared], progress: Callable[[str], None]) -> None:
@@ -313,22 +317,25 @@ def _followed(drafters: Sequence[str]) -> tuple[str, ...]:
     return tuple(name for name in FOLLOWED if name in drafters)
 
 
-def _growth(maker: _Maker, drafters: Sequence[str], rounds: int, scenes, progress: Callable[[str], None]) -> list[dict]:
-    """Scene by scene, because their caches would not fit into memory together; within one, interleaved as ever."""
-    found = []
-    for batch, context in scenes:
-        progress(f"batch {batch}, context {context}")
-        names = ("none", *_followed(drafters))
-        scene = maker.scene(_followed(drafters), context, batch)
-        steps = {name: Step(scene, *maker(name), steps=STEPS_PER_GROWTH_SAMPLE) for name in names}
-        _prepare(list(steps.values()), progress)
-        timings = measure(dict(steps), rounds, progress)
-        entries = {
-            name: {**_ms("step_ms", timings[name]), "compile_seconds": _compile_seconds(step, timings[name])}
-            for name, step in steps.items()
-        }
-        found.append({"batch": batch, "context": context, "drafters": entries})
-    return found
+def _growth(
+    maker: _Maker,
+    drafters: Sequence[str],
+    rounds: int,
+    batch: int,
+    context: int,
+    progress: Callable[[str], None],
+) -> dict[str, Any]:
+    """One scene, because the caches of all would not fit into memory together; interleaved as ever."""
+    names = ("none", *_followed(drafters))
+    scene = maker.scene(_followed(drafters), context, batch)
+    steps = {name: Step(scene, *maker(name), steps=STEPS_PER_GROWTH_SAMPLE) for name in names}
+    _prepare(list(steps.values()), progress)
+    timings = measure(dict(steps), rounds, progress)
+    entries = {
+        name: {**_ms("step_ms", timings[name]), "compile_seconds": _compile_seconds(step, timings[name])}
+        for name, step in steps.items()
+    }
+    return {"batch": batch, "context": context, "drafters": entries}
 
 
 def _summarise(maker: _Maker, sections, drafters, bandwidth_bytes, timings: dict[str, Timing]) -> dict[str, Any]:
@@ -464,7 +471,15 @@ def main(argv: Sequence[str] | None = None) -> None:
             results["environment"] = describe_environment()
         else:
             scale = Scale(args.rows, args.nodes, args.scenes)
-            results = run(args.shape, args.sections, args.drafters, args.rounds, scale=scale, progress=progress)
+
+            def keep(results: dict[str, Any]) -> None:
+                if args.out is not None:
+                    make_directory(args.out.parent)
+                    write_json(results, args.out)
+
+            results = run(
+                args.shape, args.sections, args.drafters, args.rounds, scale=scale, progress=progress, keep=keep
+            )
     print("\n".join(describe_images(results["images"])) if args.sections == [IMAGES] else describe(results))
     if args.out is not None:
         make_directory(args.out.parent)

@@ -354,6 +354,8 @@ def _scan_layers(config, stacked, x_BTH, angles, layout, sources, inner, remat):
         body = jax.checkpoint(body, policy=kept, prevent_cse=False)
     taken = jnp.zeros((len(wanted) + 1, *x_BTH.shape), x_BTH.dtype) if wanted else None
     of_layers = (stacked, windows, sources, places)
-    (x_BTH, taken), rows = jax.lax.scan(body, (x_BTH, taken), of_layers, unroll=_at_a_turn(config.num_layers))
+    # What a loop computes again would, without one, be found to be there already, and kept.
+    turn = _at_a_turn(config.num_layers) if remat == "none" else 1
+    (x_BTH, taken), rows = jax.lax.scan(body, (x_BTH, taken), of_layers, unroll=turn)
     entering = {} if taken is None else {f"layer:{k}": taken[i] for i, k in enumerate(wanted)}
     return x_BTH, entering, rows

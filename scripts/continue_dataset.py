@@ -32,6 +32,7 @@ from pathlib import Path
 from typing import Any
 
 from decoding.drafters.registry import load_drafter
+from decoding.sampling import Sampling
 from models import command_line, processes
 from models.command_line import add_distributed, add_mesh, at_least, numbers
 from models.errors import UserError, exit_on_user_error
@@ -55,11 +56,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     """The command: decodes, writes, and prints where the data set lies."""
     arguments = _parser().parse_args(argv)
     form = "chat" if arguments.data is None else "data"
+    if arguments.prompts is not None and arguments.prompt_temperature is not None:
+        raise UserError("--prompts has no use for --prompt_temperature: the target writes none")
     for name, default in {**_CHAT_ONLY, **_DEFAULTS[form]}.items():
         if form == "data" and name in _CHAT_ONLY and getattr(arguments, name) is not None:
             raise UserError(f"--data has no use for --{name}")
         if getattr(arguments, name) is None:
             setattr(arguments, name, default)
+    for temperature in (*arguments.temperature, *([arguments.prompt_temperature] if form == "chat" else [])):
+        Sampling(temperature)  # Refuses what no text can be drawn at, before anything is written.
     if form == "chat" and not 0 <= arguments.max_repetition <= 1:
         raise UserError(f"--max_repetition must lie in 0..1, got {arguments.max_repetition}")
     if arguments.minutes is not None and not arguments.minutes > 0:

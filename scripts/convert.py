@@ -91,7 +91,9 @@ def from_llama2c(source: Path, tokenizer: Path) -> Checkpoint:
 
 def from_gguf(source: Path, tokenizer: None) -> Checkpoint:
     """GGUF files, which hold their tokenizer."""
-    return Checkpoint(*read_gguf(source))
+    config, params, spoken = read_gguf(source)
+    check_vocabulary(config, spoken, source)
+    return Checkpoint(config, params, spoken)
 
 
 def from_mu(source: Path, tokenizer: Path) -> Checkpoint:

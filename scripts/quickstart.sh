@@ -20,7 +20,7 @@ if [ "${1:-}" = images ]; then
 fi
 job_options 'bash scripts/quickstart.sh [--offline] [--wheel FILE] [--out DIR] [--fresh]' "$@"
 out=${out:-$ROOT/runs/quickstart}
-[ -n "$offline" ] && parts="" || parts="target chats features trained_here results"
+[ -n "$offline" ] && parts="" || parts="target chats .chats.rounds.jsonl features .features.partial trained_here results"
 job_begin .tandem-quickstart-smollm2 $parts
 
 instead() {

@@ -24,7 +24,7 @@ from models.errors import UserError
 from models.images import quantiser, var
 from models.images.config import VARConfig, VQVAEConfig, scale_starts
 from models.sharding import keep_rows, row_wise
-from models.transformer import Params
+from models.transformer import FEW_LAYERS, Params, stack_layers
 
 
 @dataclasses.dataclass(frozen=True)
@@ -179,8 +179,10 @@ def run(
         # With and without the class side by side, so that both lie on the devices of their row.
         labels = jnp.stack([labels, jnp.full_like(labels, config.num_classes)], axis=1).reshape(-1)
     c = var.class_features(params, labels)
+    in_a_loop = loops(config.depth)
+    params = stack_layers(params) if in_a_loop else params
     modulated = var.modulations(config, params, c)
-    cache: var.Cache | None = var.init_cache(config, len(labels), starts[last], c.dtype)
+    cache: var.Cache | None = var.init_cache(config, len(labels), starts[last], c.dtype, stacked=in_a_loop)
     f_hat, features, prefix, indices = sketch.f_hat, sketch.prefix, [sketch.prefix], list(sketch.indices)
     for k in range(first, last):
         begin = 0 if k == first else k
@@ -200,6 +202,12 @@ def run(
             features = following
             prefix.append(following)
     return keep_rows(Sketch(f_hat, jnp.concatenate(prefix, axis=1), indices))
+
+
+def loops(depth: int) -> bool:
+    """Whether a model's layers run in a loop, for which they are put together first. Every scale is a pass through all
+    of them, so that a deep model's program is of hundreds of layers, which take a GPU's compiler minutes."""
+    return jax.default_backend() == "gpu" and depth > FEW_LAYERS
 
 
 def draw_codes(

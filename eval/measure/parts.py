@@ -14,7 +14,7 @@ candidates are accepted only through the verdict, which looks at one more node f
 import dataclasses
 import functools
 import time
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -241,8 +241,8 @@ class Step:
     """The fused loop, some steps at a time from the same place in the text.
 
     Attributes:
-      first_seconds: the first sample, compilation included, with the cache of compiled programs off; None where the
-        loop had been compiled for this bucket before.
+      first_seconds: the first sample, compilation included, or reading, where a cache of compiled programs is kept and
+        holds the loop; None where it had been compiled for this bucket before.
     """
 
     def __init__(self, scene: Scene, drafter: Drafter, drafter_params: Any, steps: int = STEPS_PER_SAMPLE):
@@ -261,13 +261,10 @@ class Step:
         """Seconds per step."""
         state = jax.block_until_ready(_at(self._state, self._lengths))
         known = loop.run._cache_size()  # type: ignore[attr-defined]
-        cached = cast(Any, jax.config).jax_enable_compilation_cache
-        jax.config.update("jax_enable_compilation_cache", cached and self._sampled)
         started = time.perf_counter()
         with on_mesh(self._mesh):
             self._state = jax.block_until_ready(loop.run(self._models, state, self._request, np.int32(self._steps)))
         seconds = time.perf_counter() - started
-        jax.config.update("jax_enable_compilation_cache", cached)
         if not self._sampled and loop.run._cache_size() > known:  # type: ignore[attr-defined]
             self.first_seconds = seconds
         self._sampled = True

@@ -7,9 +7,10 @@
 
 A call runs one scale or several. Within it a row sees every key of its own scale and of smaller ones, which is the mask
 of training, the prefix pass of a refiner, and for a single scale no mask at all. Keys and values of scales that ran
-before are in the cache; without one the scales begin at 0. Layers are a list (decoding, unrolled) or stacked
-(training, scanned). The class reaches every block as a scale, a shift and a gate for each of its halves (adaLN); these
-are the same at every scale, so decoding computes them once (`modulations`).
+before are in the cache; without one the scales begin at 0. Layers are a list (decoding, unrolled) or stacked (training,
+and deep models on a GPU; scanned), and the cache is as they are. The class reaches every block as a scale, a shift and
+a gate for each of its halves (adaLN); these are the same at every scale, so decoding computes them once
+(`modulations`).
 
 Matrix products run in the dtype of the kernels; the residual stream, norms, softmax and logits in float32 or wider.
 """
@@ -29,7 +30,8 @@ from models.images.config import VARConfig, scale_starts
 from models.linear import wide_einsum
 from models.transformer import Params
 
-Cache = list[dict[str, Float[Array, "B N L D"]]]
+# Of every layer, or of stacked ones with a leading axis.
+Cache = list[dict[str, Float[Array, "B N L D"]]] | dict[str, Float[Array, "d B N L D"]]
 Modulation = Float[Array, "B 6 C"]
 
 _EPSILON = 1e-6
@@ -100,9 +102,11 @@ def _param_shapes(config: VARConfig, dtype: Any) -> Params:
     return jax.eval_shape(functools.partial(init, config, dtype=dtype), jax.random.key(0))
 
 
-def init_cache(config: VARConfig, batch: int, length: int, dtype=jnp.float32) -> Cache:
+def init_cache(config: VARConfig, batch: int, length: int, dtype=jnp.float32, stacked: bool = False) -> Cache:
     """An empty cache of `length` tokens."""
     shape = (batch, config.num_heads, length, config.head_dim)
+    if stacked:
+        return {name: jnp.zeros((config.depth, *shape), dtype) for name in ("k", "v")}
     return [{"k": jnp.zeros(shape, dtype), "v": jnp.zeros(shape, dtype)} for _ in range(config.depth)]
 
 
@@ -135,8 +139,13 @@ def inputs(
     return (x_BRC + place_RC).astype(wide(x_BRC.dtype))
 
 
-def modulations(config: VARConfig, params: Params, c_BC: Float[Array, "B C"]) -> list[Modulation]:
-    """Gates, scales and shifts of every block, (gate, gate, scale, scale, shift, shift) for attention and MLP."""
+def modulations(
+    config: VARConfig, params: Params, c_BC: Float[Array, "B C"]
+) -> list[Modulation] | Float[Array, "d B 6 C"]:
+    """Gates, scales and shifts of every block, (gate, gate, scale, scale, shift, shift) for attention and MLP; a list,
+    or stacked, as layers are."""
+    if not isinstance(params["layers"], list):
+        return jax.lax.map(lambda layer: _modulation(config, params, layer, c_BC), params["layers"])
     return [_modulation(config, params, layer, c_BC) for layer in params["layers"]]
 
 
@@ -148,14 +157,14 @@ def forward(
     first: int,
     last: int,
     cache: Cache | None = None,
-    modulated: Sequence[Modulation] | None = None,
+    modulated: Sequence[Modulation] | Float[Array, "d B 6 C"] | None = None,
     keep: Float[Array, "d 2 B"] | None = None,
 ) -> tuple[Float[Array, "B R C"], Cache | None]:
     """Runs the rows of scales `first` to `last - 1` through all blocks.
 
     Args:
       config: shape of the network.
-      params: its parameters; layers as a list, or stacked if there is no cache.
+      params: its parameters.
       c_BC: features of the class.
       x_BRC: what `inputs` made.
       first: first scale.
@@ -173,7 +182,8 @@ def forward(
         level_S = np.repeat(np.arange(last), np.diff(starts[: last + 1]))
         seen_RS = level_S[starts[first] :, None] >= level_S
     if not isinstance(params["layers"], list):
-        return _scan(config, params, c_BC, x_BRC, seen_RS, keep), None
+        rows = (starts[first], starts[last], seen_RS)
+        return _scan(config, params, c_BC, x_BRC, rows, cache, modulated, keep)
     for i, layer in enumerate(params["layers"]):
         modulation = _modulation(config, params, layer, c_BC) if modulated is None else modulated[i]
         block = functools.partial(_block, config, layer, modulation, start=starts[first], end=starts[last])
@@ -181,6 +191,7 @@ def forward(
             x_BRC, seen_RS=seen_RS, cache=None if cache is None else cache[i], keep=None if keep is None else keep[i]
         )
         if cache is not None:
+            assert isinstance(cache, list)
             cache = [*cache[:i], kept, *cache[i + 1 :]]
     return x_BRC, cache
 
@@ -223,15 +234,19 @@ def teacher_forced(
     return logits(config, params, hidden_BRC[:, starts[first] :], c_BC)
 
 
-def _scan(config, params, c_BC, x_BRC, seen_RS, keep):
-    end = x_BRC.shape[1]
+def _scan(config, params, c_BC, x_BRC, rows, cache, modulated, keep):
+    """Through stacked layers; the cache is carried, so that it is written in place."""
 
-    def body(x_BRC, layer_and_keep):
-        layer, kept = layer_and_keep
-        modulation = _modulation(config, params, layer, c_BC)
-        return _block(config, layer, modulation, x_BRC, 0, end, seen_RS, None, kept)[0], None
+    def body(carry, of_layer):
+        x_BRC, cache = carry
+        layer, modulation, kept, i = of_layer
+        if modulation is None:
+            modulation = _modulation(config, params, layer, c_BC)
+        own = None if cache is None else (cache, i)
+        return _block(config, layer, modulation, x_BRC, *rows, own, kept), None
 
-    return jax.lax.scan(body, x_BRC, (params["layers"], keep))[0]
+    of_layers = (params["layers"], modulated, keep, jnp.arange(config.depth, dtype=jnp.int32))
+    return jax.lax.scan(body, (x_BRC, cache), of_layers)[0]
 
 
 def _modulation(config, params, layer, c_BC) -> Modulation:
@@ -270,17 +285,39 @@ def _attend(config, params, x_BRC, start, end, seen_RS, cache):
     fresh = {"k": _unit(k_BNRD).astype(qkv.dtype), "v": v_BNRD + per_head(params["v_bias"])}
     if cache is not None:
         # Written before it is read, so that the update is in place.
-        cache = {
-            name: jax.lax.dynamic_update_slice_in_dim(cache[name], new.astype(cache[name].dtype), start, axis=2)
-            for name, new in fresh.items()
-        }
-        fresh = {name: whole[:, :, :end].astype(qkv.dtype) for name, whole in cache.items()}
+        cache, fresh = _remembered(cache, fresh, start, end)
+        fresh = {name: rows.astype(qkv.dtype) for name, rows in fresh.items()}
     scores = wide_einsum("BNRD,BNSD->BNRS", q_BNRD, fresh["k"])
     if seen_RS is not None:
         scores = jnp.where(seen_RS, scores, -jnp.inf)
     weights = jax.nn.softmax(scores, axis=-1).astype(qkv.dtype)
     mixed_BRC = jnp.einsum("BNRS,BNSD->BNRD", weights, fresh["v"]).swapaxes(1, 2).reshape(x_BRC.shape)
     return _dense(params["out"], mixed_BRC), cache
+
+
+def _remembered(cache, fresh, start, end) -> tuple[Any, Any]:
+    """A layer's cache, or all layers' and its number, with fresh rows in it; and what the layer has up to `end`."""
+    if isinstance(cache, dict):
+        cache = {
+            name: jax.lax.dynamic_update_slice_in_dim(cache[name], new.astype(cache[name].dtype), start, axis=2)
+            for name, new in fresh.items()
+        }
+        return cache, {name: whole[:, :, :end] for name, whole in cache.items()}
+    stacked, layer = cache
+
+    def place(row):
+        return [jnp.asarray(i, jnp.int32) for i in (layer, 0, 0, row, 0)]
+
+    stacked = {
+        name: jax.lax.dynamic_update_slice(stacked[name], new[None].astype(stacked[name].dtype), place(start))
+        for name, new in fresh.items()
+    }
+
+    def read(whole):
+        _, batch, heads, _, size = whole.shape
+        return jax.lax.dynamic_slice(whole, place(0), (1, batch, heads, end, size))[0]
+
+    return stacked, {name: read(whole) for name, whole in stacked.items()}
 
 
 def _dense(params: Params, x: Float[Array, "*B I"]) -> Float[Array, "*B O"]:

@@ -5,13 +5,16 @@
 
     correctness  every drafter's text beside plain decoding's in float64 and bfloat16; chi-square at batch 1 and 16
     plain        bandwidth, rows, plain decoding, Hugging Face's generate with a dynamic and a static cache
-    drafters     a step of every drafter and its parts
     replay       loop efficiency for 1 to 128 rows, by an oracle
     growth       steps as contexts grow to 32k and batches to 64
     training     training steps on random tokens, their model-FLOP utilisation and memory
-    images       VAR-d30 and CoDe: seconds of compilation and images/s, beside PyTorch's
+    images       VAR of 30 and of 16 layers, and of 16 and of 8: seconds of compilation and images/s, beside PyTorch's
+    drafters     a step of every drafter and its parts
     coprocessor  what its training step costs; LoRA, soft embeddings and pause tokens for a chat model
     smollm2      heads for a chat model (`python -m scripts.accelerator.smollm2`); rehearsed where there is no --target
+
+All of it takes longer than the default of 8 minutes: what there is time for is done, and `--parts` names the rest for
+another time.
 
 `OUT/parts.json` says what became of every part, `OUT/*.json` hold results and `OUT/*.log` what was said; `OUT/back`, or
 `--back`, holds all of it in one archive, made anew after every part. A part that fails, lacks a package or runs out of

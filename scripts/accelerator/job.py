@@ -85,8 +85,7 @@ class Job:
                 [sys.executable, "-m", *part.command],
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                env=self._environment
-                | ({"XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} {QUICK}"} if part.quick else {}),
+                env=self._environment | self._of(part, len(parts)),
                 start_new_session=True,
             )
             running.append((part, process, time.monotonic()))
@@ -95,6 +94,14 @@ class Job:
         finally:  # Whoever ends this process ends them too.
             for _, process, _ in running:
                 self._stop(process)
+
+    def _of(self, part: Part, together: int) -> dict[str, str]:
+        """Of its environment what is not everybody's."""
+        flags = f"{os.environ.get('XLA_FLAGS', '')} {QUICK}"
+        # Three quarters of the memory, JAX's most, are too little for the largest that is alone on the device.
+        return ({"XLA_FLAGS": flags} if part.quick else {}) | (
+            {} if together > 1 else {"XLA_CLIENT_MEM_FRACTION": ".95"}
+        )
 
     def _watch(self, running: list[tuple[Part, subprocess.Popen, float]], end: float) -> None:
         """Until each has ended by itself, by its limit or by its wish."""

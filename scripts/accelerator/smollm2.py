@@ -151,6 +151,7 @@ def decode(args: argparse.Namespace, target: Path) -> list[Part]:
     common = ["eval.main", "--config=configs/eval/decode.py", f"--config.target={target}", "--config.chat=true"]
     common += [f"--config.drafters={','.join(['none', *found])}", f"--config.prompts={args.questions}"]
     common += [f"--config.num_prompts={args.decode_prompts}", f"--config.max_new_tokens={args.new_tokens}"]
+    common += ["--config.parts=false"]  # Each would be a program more.
     parts = []
     for label, temperature in (("decode", "0.0"), ("decode_sampled", "0.7")):
         own = [f"--config.sampling.temperature={temperature}", f"--config.out={args.out / label}"]
@@ -161,8 +162,8 @@ def decode(args: argparse.Namespace, target: Path) -> list[Part]:
 def decode_sized(args: argparse.Namespace, target: Path) -> list[Part]:
     """The benchmark of drafters whose number of candidates is chosen by what they cost here, batch by batch."""
     command = ["eval.main", "--config=configs/eval/decode.py", f"--config.target={target}", "--config.chat=true"]
-    command += ["--config.drafters=none,smollm2,token_recycling", f"--config.prompts={args.questions}"]
-    command += [f"--config.max_new_tokens={args.new_tokens}", "--config.repeats=2"]
+    command += [f"--config.drafters=none,{args.sized}", f"--config.prompts={args.questions}"]
+    command += [f"--config.max_new_tokens={args.new_tokens}", "--config.repeats=2", "--config.parts=false"]
     parts = []
     for batch in (1, 4, 16):
         label, prompts = f"sized_{batch}", max(batch, args.decode_prompts)
@@ -399,6 +400,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--vocabulary", type=at_least(1), default=8192, help="draft vocabulary of heads that have one")
     parser.add_argument("--num_prompts", type=at_least(1), default=48, help="questions measured for acceptance")
     parser.add_argument("--decode_prompts", type=at_least(1), default=12, help="questions timed")
+    parser.add_argument(
+        "--sized", default="smollm2,token_recycling", help="drafters sized by cost; smollm2 fits SmolLM2-135M alone"
+    )
     parser.add_argument("--new_tokens", type=at_least(1), default=128, help="tokens of each answer measured")
     parser.add_argument("--budgets", default="8,16,32", help="candidates besides the root, greedily")
     parser.add_argument("--sampled_budgets", default="8,16,32", help="the same at a temperature of 0.7; empty is none")

@@ -44,6 +44,7 @@ from train import trainer
 from train.config import parse
 from train.dry_run import compiled_sizes
 from train.objectives import OBJECTIVES
+from train.objectives.target_features import LOGITS
 
 GIB = 2**30
 # Of the published shapes one that no single device holds.
@@ -117,11 +118,16 @@ def plan_of(
 
 def model_flop(plan: trainer.Plan, tokens: int, unrolled: int = 1) -> float:
     """Of one step, whose draft is unrolled so many times."""
-    table = plan.objective.model.vocab_size * plan.objective.model.width
-    frozen = 0 if plan.frozen is None else trainer.count(plan.frozen) - table
-    trainable = trainer.count(plan.state["params"])
-    if plan.frozen is None and not plan.objective.model.tied_embeddings:
-        trainable -= table
+    shape = plan.objective.model
+    table = shape.vocab_size * shape.width
+    # Looking up rows costs nothing; scores do, where they are read.
+    unread = table * (0 if shape.tied_embeddings else 1)
+    trainable, frozen = trainer.count(plan.state["params"]), 0
+    if plan.frozen is None:
+        trainable -= unread
+    else:
+        frozen = trainer.count(plan.frozen) - table - unread
+        frozen += table if LOGITS in plan.objective.target_taps else 0
     if unrolled > 1:
         once = trainer.count(plan.state["params"]["fc"])
         trainable = once + unrolled * (trainable - once)

@@ -86,6 +86,9 @@ def test_a_turn_of_the_loop_may_run_all_layers(monkeypatch: pytest.MonkeyPatch) 
         return total(stacked)
 
     close(slope(1), slope(LLAMA.num_layers))
+    again = functools.partial(transformer.forward, LLAMA, inputs=TOKENS, layout=Layout.causal(2, 9), remat="layers")
+    lowered = jax.jit(jax.grad(lambda params: jnp.sum(again(params).logits ** 2))).lower(stacked)
+    assert "while" in lowered.as_text(), "in one turn nothing would be computed again"
     monkeypatch.undo()
     assert transformer._at_a_turn(2) == 1, "a processor gains nothing"
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")

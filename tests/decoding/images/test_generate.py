@@ -93,6 +93,26 @@ def test_a_model_that_refines_its_own_draft_is_var(draft_scales: int, drawing: D
     assert same(made.indices, alone.indices) and np.array_equal(made.pixels, alone.pixels)
 
 
+def test_layers_in_a_loop_make_the_same_images(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By themselves, and of two models, the second of which begins with a pass through several scales."""
+    fields = [var_stages(LARGE, WARM), code_stages(model(LARGE), model(SMALL), 2, WARM, GREEDY)]
+
+    def made():
+        scales.run.clear_cache()
+        return [generate_images(tokenizer(), stages, LABELS) for stages in fields]
+
+    unrolled = made()
+    monkeypatch.setattr(scales, "loops", lambda depth: True)
+    for ours, theirs in zip(made(), unrolled, strict=True):
+        assert same(ours.indices, theirs.indices)
+        np.testing.assert_allclose(ours.f_hat, theirs.f_hat, atol=1e-10)
+    scales.run.clear_cache()
+    monkeypatch.undo()
+    assert not scales.loops(30), "on a processor they are unrolled"
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    assert scales.loops(30) and not scales.loops(16)
+
+
 def test_phases_have_settings_of_their_own() -> None:
     warm = code_stages(model(LARGE), model(LARGE), 2, GREEDY, WARM)
     made = generate_images(tokenizer(), warm, LABELS)
