@@ -1,7 +1,9 @@
 """The stopwatch times the work that it is given: nothing is moved out of the timed loop, nothing is dropped."""
 
 import dataclasses
+import os
 import re
+import threading
 import types
 
 import jax
@@ -13,7 +15,7 @@ from decoding.drafters.hydra import Hydra
 from decoding.drafters.medusa import Medusa
 from eval.measure import timing as timing_module
 from eval.measure.parts import STEPS_PER_SAMPLE, Scene, Step, network_ms, rows_forward, step_parts
-from eval.measure.timing import MOST_TIMES, SAMPLE_SECONDS, Part, Timing, measure, summary
+from eval.measure.timing import MOST_TIMES, SAMPLE_SECONDS, Part, Timing, measure, prepare_together, summary
 from eval.speed import SHAPES
 from models import transformer
 from models.heads.hydra import HydraHeads
@@ -142,3 +144,24 @@ def test_networks_are_what_drafting_takes_beside_the_choice() -> None:
 def test_summary() -> None:
     timing = summary([0.003, 0.001, 0.002, 0.010])
     assert timing.median == pytest.approx(2.5) and timing.minimum == pytest.approx(1.0)
+
+
+def test_parts_compile_side_by_side_and_a_fault_in_one_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "cpu_count", lambda: 3)
+    inside = threading.Barrier(3, timeout=60)
+
+    class Waiting:
+        def prepare(self) -> None:
+            inside.wait()
+
+    prepare_together([Waiting() for _ in range(3)])
+    part = Part.of(lambda fixed, varying: varying + fixed, jnp.ones(3), jnp.zeros(3))
+    prepare_together([part])
+    assert part._loop._cache_size() == 1 and part._times is None, "nothing was timed"
+
+    class Broken:
+        def prepare(self) -> None:
+            raise ValueError("does not fit")
+
+    with pytest.raises(ValueError, match="does not fit"):
+        prepare_together([part, Broken()])
