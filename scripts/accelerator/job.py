@@ -97,11 +97,11 @@ class Job:
 
     def _of(self, part: Part, together: int) -> dict[str, str]:
         """Of its environment what is not everybody's."""
-        flags = f"{os.environ.get('XLA_FLAGS', '')} {QUICK}"
-        # Three quarters of the memory, JAX's most, are too little for the largest that is alone on the device.
-        return ({"XLA_FLAGS": flags} if part.quick else {}) | (
-            {} if together > 1 else {"XLA_CLIENT_MEM_FRACTION": ".95"}
-        )
+        own = {"XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} {QUICK}"} if part.quick else {}
+        if together == 1 and not {"XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION"} & {*os.environ}:
+            # Three quarters of the memory, JAX's most, are too little for the largest.
+            own["XLA_CLIENT_MEM_FRACTION"] = ".95"
+        return own
 
     def _watch(self, running: list[tuple[Part, subprocess.Popen, float]], end: float) -> None:
         """Until each has ended by itself, by its limit or by its wish."""

@@ -22,6 +22,7 @@ from models.transformer import param_shapes
 from tests.noise import drawn
 
 MEBIBYTE = 2**20
+KEPT: list[int] = []  # Scenes of growth that had been measured, whenever results were kept.
 
 
 @pytest.fixture(scope="module")
@@ -46,6 +47,7 @@ def results() -> dict:
             rounds=1,
             bandwidth_bytes=MEBIBYTE,
             scale=speed.Scale((1, 8), (1, 3), ((2, 40),)),
+            keep=lambda found: KEPT.append(len(found.get("growth", []))),
         )
 
 
@@ -70,6 +72,7 @@ def test_keys(results: dict) -> None:
     # Two candidates, each right four times in five: 1 + 0.8 + 0.64.
     assert wide["nodes"] == 3 and 1.8 < wide["acceptance_length"] < 3 and wide["loop_efficiency"] > 0
     assert [(row["batch"], row["context"]) for row in results["growth"]] == [(2, 40)]
+    assert KEPT == [0, 1], "what is known is kept before a scene that may not fit"
     for row in results["growth"]:
         assert set(row["drafters"]) == {"none", "token_recycling"}
         assert all(entry["step_ms"] > 0 and entry["compile_seconds"] >= 0 for entry in row["drafters"].values())
