@@ -41,7 +41,7 @@ from models.linear import (
 )
 from models.sharding import keep_batch, split_vocabulary
 
-FEW_LAYERS = 16
+FEW_LAYERS = 16  # As many as a GPU runs without a loop over them.
 
 Params = dict
 Cache = list[Rows]
