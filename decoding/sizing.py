@@ -81,9 +81,10 @@ class Width:
 def widths(drafter: Drafter, measured: Costs, batch: int = 1) -> tuple[Width, ...]:
     """The sizes of an open drafter that pay if acceptance is as expected, or far above or below it; perhaps none.
 
-    What many texts at once accept on average is closer to what is expected than what one of them does.
+    What many texts at once accept on average is closer to what is expected than what one of them does, and a width that
+    never pays costs its trials, and looking on between them, for all.
     """
-    hope = 1 + (HOPE - 1) / batch**0.5
+    hope = 1 + (HOPE - 1) / batch
     fitted = ((drafter.with_budget(size), length) for size, length in drafter.open_sizes)
     every = [Width(one, length, measured.ratio(costs.rows_of(one))) for one, length in fitted if one is not None]
     found: list[Width] = []
