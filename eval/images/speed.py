@@ -19,6 +19,7 @@ Everybody draws by VAR's settings; what is drawn decides nothing about time. Sec
 On a GPU, XLA_PYTHON_CLIENT_PREALLOCATE=false leaves PyTorch its part of the memory.
 """
 
+import functools
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -174,7 +175,7 @@ def run_images(
     progress("making the models")
     vae = _vae(tokenizer, dtype)
     models = {
-        depth: (config, _random(lambda key, config=config: var.init(config, key, dtype), depth))
+        depth: (config, _random(functools.partial(var.init, config, dtype=dtype), depth))
         for depth in depths
         for config in [var_shape(depth, tokenizer)]
     }

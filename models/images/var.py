@@ -184,6 +184,7 @@ def forward(
     if not isinstance(params["layers"], list):
         rows = (starts[first], starts[last], seen_RS)
         return _scan(config, params, c_BC, x_BRC, rows, cache, modulated, keep)
+    assert not isinstance(cache, dict)
     for i, layer in enumerate(params["layers"]):
         modulation = _modulation(config, params, layer, c_BC) if modulated is None else modulated[i]
         block = functools.partial(_block, config, layer, modulation, start=starts[first], end=starts[last])
@@ -191,7 +192,6 @@ def forward(
             x_BRC, seen_RS=seen_RS, cache=None if cache is None else cache[i], keep=None if keep is None else keep[i]
         )
         if cache is not None:
-            assert isinstance(cache, list)
             cache = [*cache[:i], kept, *cache[i + 1 :]]
     return x_BRC, cache
 
@@ -236,6 +236,7 @@ def teacher_forced(
 
 def _scan(config, params, c_BC, x_BRC, rows, cache, modulated, keep):
     """Through stacked layers; the cache is carried, so that it is written in place."""
+    start, end, seen_RS = rows
 
     def body(carry, of_layer):
         x_BRC, cache = carry
@@ -243,7 +244,7 @@ def _scan(config, params, c_BC, x_BRC, rows, cache, modulated, keep):
         if modulation is None:
             modulation = _modulation(config, params, layer, c_BC)
         own = None if cache is None else (cache, i)
-        return _block(config, layer, modulation, x_BRC, *rows, own, kept), None
+        return _block(config, layer, modulation, x_BRC, start, end, seen_RS, own, kept), None
 
     of_layers = (params["layers"], modulated, keep, jnp.arange(config.depth, dtype=jnp.int32))
     return jax.lax.scan(body, (x_BRC, cache), of_layers)[0]
