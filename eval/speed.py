@@ -463,27 +463,26 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.out is not None:
         _check_out(args.out)
         keep_files([args.out], args.overwrite)
+
+    def keep(results: dict[str, Any]) -> None:
+        if args.out is not None:
+            make_directory(args.out.parent)
+            write_json(results, args.out)
+
     with Progress() as progress:
         if args.sections == [IMAGES]:
             shapes = {"depths": args.image_depths, "draft_scales": args.draft_scales}
             shapes |= {"batch": args.image_batch, "dtype": _dtype()}
             results = {"images": run_images(args.rounds, **shapes, progress=progress)}
             results["environment"] = describe_environment()
+            keep(results)
         else:
             scale = Scale(args.rows, args.nodes, args.scenes)
-
-            def keep(results: dict[str, Any]) -> None:
-                if args.out is not None:
-                    make_directory(args.out.parent)
-                    write_json(results, args.out)
-
             results = run(
                 args.shape, args.sections, args.drafters, args.rounds, scale=scale, progress=progress, keep=keep
             )
     print("\n".join(describe_images(results["images"])) if args.sections == [IMAGES] else describe(results))
     if args.out is not None:
-        make_directory(args.out.parent)
-        write_json(results, args.out)
         print(f"wrote {args.out}")
 
 
