@@ -44,6 +44,7 @@ class TargetView:
       text: its tokens, in the first `length` places, then the root; what follows is padding.
       sampling: sampling parameters, for drafters that sample.
       memory: the prompt of an encoder-decoder, whose `text` begins behind it.
+      done: which texts have ended; None is none.
     """
 
     config: TransformerConfig = struct.field(pytree_node=False)
@@ -53,6 +54,7 @@ class TargetView:
     text: Int[Array, "B C"]
     sampling: SamplingParameters
     memory: Memory | None = None
+    done: Bool[Array, "B"] | None = None
 
     @property
     def length(self) -> Int[Array, "B"]:

@@ -81,8 +81,9 @@ class Models:
 
     def view(self, state: DecodeState, request: Request) -> TargetView:
         """The target as the drafter may see it."""
-        tokens, memory = state.text.tokens, request.memory
-        return TargetView(self.config, self.params, state.cache, state.place, tokens, request.sampling, memory)
+        text, memory = state.text, request.memory
+        of_target = (self.config, self.params, state.cache, state.place)
+        return TargetView(*of_target, text.tokens, request.sampling, memory, text.done)
 
 
 def init_state(config, drafter: Drafter, batch: int, capacity: int, dtype, prompts=None, mesh=None) -> DecodeState:

@@ -86,6 +86,8 @@ class Network(dflash.Network):
         sure = None
         if serial.confidence != "none":
             sure = jax.nn.sigmoid(serial.confidence_logit(params, hidden, before))
+            if self.target.done is not None:
+                sure = jnp.where(self.target.done[:, None], 0, sure)
         kept = jax.lax.dynamic_update_slice_in_dim(told.state, state.astype(told.state.dtype), at, axis=1)
         return Scores(logits, tokens=offered, confidence=sure), dataclasses.replace(told, state=kept)
 

@@ -3,7 +3,8 @@
 c[r, k] is the probability that slot k of row r survives verification given that the slots before it did, and
 a[r, k] = c[r, 0] .. c[r, k] that it is reached and survives. A target forward over more rows takes longer, so a slot is
 worth verifying while it raises the tokens per second that are expected of the whole batch: with R rows and T tokens
-verified, theta = (R + sum of a over the admitted) * speed(T), speed being the steps per second of such forwards.
+verified, theta = (R + sum of a over the admitted) * speed(T), speed being the steps per second of such forwards. A row
+whose text has ended is run and brings no token: its confidence is 0, and R leaves it out.
 
 Verification stays lossless only if the decision on slot k looks at nothing that token k or a later one had a say in. c
 is a function of the tokens before its slot, so these do:
@@ -34,7 +35,7 @@ def admit(reached: Float[Array, "B D"], speed: Float[Array, "S"]) -> Int[Array, 
     """Slots of every row that are verified: greedily, until one does not pay.
 
     Args:
-      reached: a.
+      reached: a; 0 in the first slot of a row whose text has ended.
       speed: steps per second of forwards over 1, 2, .. S rows; beyond, every row takes as long as the last one did.
     """
     batch = reached.shape[0]
@@ -45,7 +46,8 @@ def admit(reached: Float[Array, "B D"], speed: Float[Array, "S"]) -> Int[Array, 
     seconds = 1 / speed
     slope = jnp.maximum(seconds[-1] - seconds[-2], 0) if len(speed) > 1 else 0.0
     known = jnp.minimum(tokens, len(speed))
-    theta = (batch + gained) / (seconds[known - 1] + slope * (tokens - known))
+    going = jnp.sum(reached[:, 0] > 0)
+    theta = (going + gained) / (seconds[known - 1] + slope * (tokens - known))
     count = jnp.sum(jnp.cumprod((theta[1:] > theta[:-1]).astype(jnp.int32)))
     rank = jnp.zeros(order.shape, jnp.int32).at[order].set(jnp.arange(len(order), dtype=jnp.int32))
     return jnp.sum((rank < count).reshape(reached.T.shape), axis=0, dtype=jnp.int32)

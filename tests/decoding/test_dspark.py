@@ -75,9 +75,12 @@ def grown() -> dict[str, tuple[Any, np.ndarray, np.ndarray, Any]]:
     def one(name, params, root, keys):
         drafter = CASES[name]
         network = drafter.network(params, view(), state_of(drafter))
-        made, sure = drafter.policy.grow(network, root, keys, view().sampling), None
+        made, sure, ended = drafter.policy.grow(network, root, keys, view().sampling), None, None
         if isinstance(drafter.policy, Scheduled):
             made, sure = drafter.policy.uncut(network, root, keys, view().sampling)
+            one_ended = dataclasses.replace(view(), done=jnp.array([False, True]))
+            network = drafter.network(params, one_ended, state_of(drafter))
+            ended = drafter.policy.uncut(network, root, keys, view().sampling)[1]
         tree = made.tree
         whole = {
             field.name: jnp.broadcast_to(x, (2, *x.shape[1:]))
@@ -92,7 +95,7 @@ def grown() -> dict[str, tuple[Any, np.ndarray, np.ndarray, Any]]:
         own = params["serial"]
         latent = drafter.serial.latents(own, hidden_BNDH, drafter.serial.embed(own, target().params, path_BND))
         logits = transformer.head(target().config, target().params, hidden_BDH)
-        read = None if sure is None else (sure, hidden_BDH, own["confidence"], own["embed"]["embedding"])
+        read = None if sure is None else (sure, ended, hidden_BDH, own["confidence"], own["embed"]["embedding"])
         return whole, logits, latent @ own["vocab"]["kernel"], read
 
     with jax.enable_x64(True):
@@ -127,11 +130,12 @@ def test_every_branch_is_conditioned_on_its_path(name: str) -> None:
 
 
 def test_a_slot_is_as_sure_as_its_own_output_and_predecessor_say() -> None:
-    tree, *_, (sure, hidden, weights, table) = grown()["scheduled"]
+    tree, *_, (sure, ended, hidden, weights, table) = grown()["scheduled"]
     before = table[tree["tokens"][:, :DEPTH]]  # Of a chain: the root, and all drafts but the last.
     logit = np.concatenate([hidden, before], axis=2) @ weights["kernel"][:, 0] + weights["bias"]
     np.testing.assert_allclose(sure, 1 / (1 + np.exp(-logit)), atol=1e-12)
     assert np.ptp(sure, axis=1).min() > 0.05
+    np.testing.assert_array_equal(ended, sure * [[1], [0]])  # A text that has ended vouches for nothing.
 
 
 # Twice as slow for 3,000 rows more than for one.
