@@ -378,7 +378,8 @@ def loop(
     for step in range(start + 1, config.steps + 1):
         with report.timed("data"):
             read = next(batches)
-            if plan.objective.refresh_every and (step - 1) % plan.objective.refresh_every == 0:
+            # No checkpoint holds what was made: a run that ended between two refreshes goes on with text of its own.
+            if (every := plan.objective.refresh_every) and ((step - 1) % every == 0 or not made):
                 made = plan.objective.refresh(state["params"], frozen, read, refresh_key(state))
             batch = to_devices(plan, {**read, **made})
         if update is None:

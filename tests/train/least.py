@@ -66,7 +66,7 @@ class Least(Objective):
 
     def export(self, directory: pathlib.Path, trainable, frozen):
         """Writes the numbers."""
-        directory.mkdir()
+        directory.mkdir(exist_ok=True)
         np.save(directory / "numbers.npy", trainable["numbers"])
 
 

@@ -106,6 +106,12 @@ def test_what_an_objective_makes_between_steps_serves_as_many_as_it_says_and_is_
     assert lines(tmp_path / "whole") == lines(tmp_path / "broken")
     tokens = [line["tokens"] for line in lines(tmp_path / "whole") if "tokens" in line]
     assert tokens[::2] == tokens[1::2] and len(set(tokens)) == 3
+    # A run that ended between two refreshes and is given more steps makes its text anew; none is on record.
+    ended = functools.partial(least_config, data_set, optimizer={"final_fraction": 1.0}, checkpoint={"every": 2})
+    trainer.train(ended(steps=3), tmp_path / "longer")
+    trainer.train(ended(steps=5), tmp_path / "longer")
+    tokens = [line["tokens"] for line in lines(tmp_path / "longer") if "tokens" in line]
+    assert len(set(tokens)) == 4 and tokens[0] == tokens[1] and min(tokens) > 500
     with pytest.raises(UserError, match="must be a multiple of the 2 steps"):
         trainer.train(least_config(data_set, checkpoint={"every": 3}), tmp_path / "odd")
 
