@@ -21,9 +21,9 @@ tokens, 2 at a time; as published that is of each device, so multiply `batch_siz
 They learn faster: after 551 steps of 8 x 512 tokens of SmolLM2's chats its first guess is right in 57% of held-out
 places and its fifth in 51%, without them 51% and 40% (docs/results.md).
 
-`configs/eagle3.py:quickstart` is the short job of `scripts/quickstart.sh` on SmolLM2-135M: about 4 min on two CPU
-cores, enough to see drafts accepted; the drafter that the package carries learnt from 60 times as many tokens. Its few
-chats are passed over several times, so it is meant to be run with `--config.data.features=DIR`.
+`configs/eagle3.py:quickstart`, with these norms, is the short job of `scripts/quickstart.sh` on SmolLM2-135M: about 4
+min on two CPU cores, enough to see drafts accepted; the drafter that the package carries learnt from 60 times as many
+tokens. Its few chats are passed over several times, so it is meant to be run with `--config.data.features=DIR`.
 
 `configs/eagle3.py:smoke` takes 20 short steps, within 1 min on two CPU cores for targets of up to 10M parameters;
 expect falling losses and equal `loop` and `replay` shares.
@@ -65,7 +65,7 @@ def get_config(variant: str = "") -> ConfigDict:
         config.steps, config.batch_size, config.length = 800_000, 2, 2048
         config.evaluation.update(every=20_000, batches=64)
         config.checkpoint.every = 1000
-    if variant == "eagle31":
+    if variant in ("eagle31", "quickstart"):
         config.objective.update(fc_norm=True, norm_before_residual=True, norm_output=True)
     if variant == "quickstart":
         config.objective.update(steps=3, vocabulary=4096, loop_prompts=0)

@@ -6,7 +6,8 @@
 Greedy texts of a small random target must be equal token for token in float64. In bfloat16 they may part where the
 target's two best scores are closer than its rounding, which is then told; behind that place they are not compared.
 Sampled strings of a vocabulary of 24 tokens are compared with their exact distribution by chi-square
-(`eval/losslessness.py`). The file is written anew after each drafter; the exit status is 1 where something is wrong.
+(`eval/losslessness.py`); a drafter none of whose drafts was ever accepted is right for another's reasons, and `judged`
+says so. The file is written anew after each drafter; the exit status is 1 where something is wrong.
 """
 
 import sys
@@ -50,7 +51,8 @@ def greedy(target: Target, drafter: Drafter, params: Any, plain: Sequence[Sequen
             partings.append(parting)
     exact = target.params["embed"]["embedding"].dtype == jnp.float64
     right = not partings if exact else all(one["margin"] <= ROUNDING * one["largest"] for one in partings)
-    return {"acceptance_length": stats.acceptance_length, "partings": partings, "ok": right}
+    accepted = stats.acceptance_length
+    return {"acceptance_length": accepted, "partings": partings, "judged": accepted > 1, "ok": right}
 
 
 def _parting(
@@ -84,7 +86,8 @@ def through(names: Sequence[str], target: Target, look: Callable[[Drafter, Any],
         drafter = DRAFTERS[name](target.config)
         params = drafter.for_decoding(drafter.init_params(target.config, target.params, jax.random.key(1)))
         found[name] = look(drafter, params)
-        print(f"{name}: {'ok' if found[name]['ok'] else 'WRONG'} {found[name]}", flush=True)
+        verdict = "WRONG" if not found[name]["ok"] else "ok" if found[name]["judged"] else "ok, no draft accepted"
+        print(f"{name}: {verdict} {found[name]}", flush=True)
         write_json({"environment": describe_environment(), "drafters": found}, out)
     return all(entry["ok"] for entry in found.values())
 
@@ -109,7 +112,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 
         def look(drafter: Drafter, params: Any) -> dict[str, Any]:
             found = {str(batch): counted(target, drafter, params, args.samples, batch) for batch in args.batches}
-            return {"batches": found, "ok": all(entry["ok"] for entry in found.values())}
+            judged = any(entry["acceptance_length"] > 1 for entry in found.values())
+            return {"batches": found, "judged": judged, "ok": all(entry["ok"] for entry in found.values())}
 
     else:
         jax.config.update("jax_enable_x64", args.dtype == "float64")

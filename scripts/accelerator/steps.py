@@ -49,6 +49,27 @@ from train.objectives.target_features import LOGITS
 GIB = 2**30
 # Of the published shapes one that no single device holds.
 LARGEST = dataclasses.replace(SHAPES["llama3-8b"], width=8192, num_layers=80, num_heads=64, mlp_width=28_672)
+# And one of 256,000 tokens, whose scores are what a draft model's training has to fit.
+GEMMA = TransformerConfig(
+    vocab_size=256_000,
+    width=2304,
+    num_layers=26,
+    num_heads=8,
+    num_kv_heads=4,
+    head_dim=256,
+    mlp_width=9216,
+    max_position=8192,
+    windows=(4096, None) * 13,
+    norm_eps=1e-6,
+    tied_embeddings=True,
+    embed_scale=True,
+    attention_softcap=50.0,
+    logit_softcap=30.0,
+    post_norms=True,
+    zero_centred_norm=True,
+    activation="gelu_tanh",
+    family="gemma2",
+)
 
 
 class Facts(NamedTuple):
@@ -63,7 +84,7 @@ class Job(NamedTuple):
     """What is trained.
 
     Attributes:
-      shape: of the target, or of the model itself.
+      shape: of the target, or of the model itself, by its name in `eval.speed` or here.
       rows, length: of a step, and their tokens.
       objective: its section but for the target, where one is frozen; None is a language model.
       remat: what is computed again: nothing, where all that is kept fits 80 GB beside the rest.
@@ -77,12 +98,15 @@ class Job(NamedTuple):
 
 
 _HEADS = {"name": "draft_heads", "labels": "all", "loop_prompts": 0}
+_STUDENT = {"width": 512, "num_layers": 4, "num_heads": 8, "num_kv_heads": 4, "head_dim": 64, "mlp_width": 1408}
+_DISTILLED = {"name": "distill", "labels": "all", "loop_prompts": 0, "model": {**_STUDENT, "tied_embeddings": True}}
 JOBS = {
     "hydra": Job("llama3-8b", 8, 2048, {**_HEADS, "drafter": "hydra", "heads": {"num_heads": 4}}),
     "eagle3": Job("llama3-8b", 8, 2048, {"name": "eagle3", "labels": "all", "steps": 7, "loop_prompts": 0}, "layers"),
     "lm-110m": Job("110m", 32, 1024, None),
     "lm-1b": Job("llama3-1b", 8, 1024, None),
     "medusa": Job("llama3-8b", 8, 2048, {**_HEADS, "drafter": "medusa", "heads": {"num_heads": 4}}),
+    "distill": Job("gemma2-2b", 8, 2048, _DISTILLED, "layers"),
 }
 
 
@@ -256,7 +280,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         remat=args.remat or job.remat, rows=args.batch_size or job.rows, length=args.length or job.length
     )
     name = "tiny" if args.tiny else job.shape
-    shape = SHAPES[name]
+    shape = GEMMA if name == "gemma2-2b" else SHAPES[name]
     if args.tiny:
         shape = dataclasses.replace(shape, vocab_size=512)  # Bytes do not fit into its own.
     asked = {"job": args.job, "shape": name, "batch_size": job.rows, "length": job.length, "remat": job.remat}

@@ -134,6 +134,13 @@ def dspark(target: Target, key: Array) -> tuple[Drafter, Any]:
     return drafter, {**params, "draft_vocab": known}
 
 
+def dspark_lattice(target: Target, key: Array) -> tuple[Drafter, Any]:
+    """The same with the tree of its most probable paths, all from one pass."""
+    drafter, params = dspark(target, key)
+    assert isinstance(drafter, DSpark)
+    return dataclasses.replace(drafter, policy=Confidence(top_k=3, depth=3, total=8)), params
+
+
 def domino(target: Target, key: Array) -> tuple[Drafter, Any]:
     """A block whose slots are told the whole path by a GRU, the first of them not."""
     heads = DFlashHeads((0, 1), target.config.vocab_size - 1, num_layers=1, block=4)
@@ -251,6 +258,7 @@ CASES: dict[str, Callable[[Target, Array], tuple[Drafter, Any]]] = {
     "eagle3": eagle3,
     "eagle3 static": eagle3_static,
     "dspark": dspark,
+    "dspark lattice": dspark_lattice,
     "domino": domino,
     "eagle3.1": eagle31,
     "p_eagle": p_eagle,
@@ -278,6 +286,7 @@ VARIANTS = (
     "eagle",
     "p_eagle",
     "domino",
+    "dspark lattice",
     "dflash slots",
     "dflash2",
     "jetspec",

@@ -244,7 +244,7 @@ def test_texts_are_judged_by_what_their_dtype_can_promise(monkeypatch: pytest.Mo
     monkeypatch.setattr(correctness, "generate", lambda target, prompts, **_: made if len(prompts) > 1 else alone)
     alone = types.SimpleNamespace(tokens=[[1, 2, 3]])
     found = correctness.greedy(target, None, None, texts)
-    assert found["ok"] and not found["partings"]
+    assert found["ok"] and not found["partings"] and not found["judged"], "no draft was accepted"
     alone.tokens = [[1, 5, 3]]
     found = correctness.greedy(target, None, None, texts)
     (parting,) = found["partings"]
