@@ -89,6 +89,12 @@ def results(x, y, masked, text, uniform) -> dict[str, Any]:
                 divergence, [Student(x, Partial(lambda x: x))], lambda x: x, rows, soft=0.7, hard=0.0
             )[0]
         )(x[None] * temperature / 8)
+    agreed = Rows(jnp.ones((1, R), bool), x[None], rows.labels, rows.uniform)
+    found["drawn slope of itself"] = jax.grad(
+        lambda x: divergence_sums(
+            Divergence("tvd++"), [Student(x, Partial(lambda x: x))], lambda x: x, agreed, soft=0.7, hard=0.0
+        )[0]
+    )(x[None])
     return found
 
 
@@ -174,12 +180,20 @@ def expected_values() -> dict[str, np.ndarray]:
 
 def expected_slopes() -> dict[str, np.ndarray]:
     reverse = np.sum(Q * (LOG_Q - LOG_P), axis=-1, keepdims=True)
-    sign = np.sign(Q - P)
-    variation = Q * (sign - np.sum(Q * sign, axis=-1, keepdims=True)) / 2
     alpha = np.minimum(P, Q).sum(axis=-1, keepdims=True)
+
+    def of_scores(in_q):
+        """The slope in the logits of what has the slope `in_q` in q."""
+        return Q * (in_q - np.sum(Q * in_q, axis=-1, keepdims=True))
+
+    variation = of_scores(np.sign(Q - P)) / 2
+    near_q, near_p = 0.1 * P + 0.9 * Q, 0.1 * Q + 0.9 * P
     return {
         "forward_kl": Q - P,
         "reverse_kl": Q * (LOG_Q - LOG_P - reverse),
+        "jsd": of_scores(np.log(Q / ((P + Q) / 2))) / 2,
+        "skewed_kl": of_scores(-0.9 * P / near_q),
+        "skewed_reverse_kl": of_scores(np.log(Q / near_p) - 0.1 * Q / near_p),
         "tvd": variation,
         "nla": variation / alpha,
         "hybrid": np.exp(-3 * alpha) * (Q - P) + (1 - np.exp(-3 * alpha)) * variation,
@@ -193,6 +207,7 @@ def test_values_are_those_of_the_definitions(found) -> None:
 
 
 def test_slopes_are_the_closed_forms(found) -> None:
+    assert set(expected_slopes()) == set(NAMES)
     for name, slope in expected_slopes().items():
         np.testing.assert_allclose(found[name][1], slope, atol=1e-12, err_msg=name)
 
@@ -201,6 +216,7 @@ def test_of_a_teacher_that_agrees_nothing_is_learnt(found) -> None:
     for name, (value, slope) in found["itself"].items():
         np.testing.assert_allclose(value, 0, atol=1e-12, err_msg=name)
         np.testing.assert_allclose(slope, 0, atol=1e-12, err_msg=name)
+    np.testing.assert_array_equal(found["drawn slope of itself"], 0)
     np.testing.assert_array_equal(found["teacher's slope"], 0)
 
 

@@ -6,6 +6,7 @@ same place, over V tokens. With alpha = sum_v min(p, q), the chance that verific
     forward_kl           sum p log(p / q)                          its gradient in the student's logits: q - p
     reverse_kl           sum q log(q / p)                          q (log(q / p) - reverse_kl)
     jsd                  b KL(p || m) + (1 - b) KL(q || m),  m = b p + (1 - b) q
+                                                                   (1 - b) q (log(q / m) - KL(q || m))
     skewed_kl            KL(p || s p + (1 - s) q)                  DistiLLM (Ko et al. 2024)
     skewed_reverse_kl    KL(q || s q + (1 - s) p)
     tvd                  sum |p - q| / 2 = 1 - alpha               q (s - sum q s) / 2,  s = sign(q - p)
