@@ -13,9 +13,9 @@ Definitions (`decoding/stats.py` has those of acceptance):
   the tree's rows) + t(the drafter's networks)).
 
 Decodes run with batch 1 unless more is asked for; texts that are decoded together share the seconds in equal parts.
-The number of candidates of an open drafter changes while it decodes (`decoding/sizing.py`); what is reported as its
-tree, and timed as the parts of its step, is the size that most of the first repeat's steps had, and shares of a step
-are left out where a tenth of the steps had another. Plain decoding always takes part and comes first in the results.
+The number of candidates of an open drafter changes while it decodes (`decoding/sizing.py`) and from repeat to repeat:
+acceptance is the first's; its tree, as reported and timed, is the size that most of that repeat's steps had, and shares
+of a step are left out where a tenth had another. Plain decoding always takes part and comes first in the results.
 Several processes share the prompts, each on devices of its own; the parts of a step are those that the process itself
 timed.
 
