@@ -41,8 +41,7 @@ PROMPTS = [[1, 2, 3], [4, 5, 6, 7, 8, 9, 10], [11]]
 NEW = [22, 17, 30]
 SEEDS = [3, 1, 4]
 SIZE = 64  # Rows of the long sequence, and slots of the cache.
-BOTH_WAYS = {
-    "latent_attn": "bidirectional",
+FLAGS = {
     "suffix_attn": "bidirectional",
     "z_scale": "match_rms",
     "z_tap": "pre_norm",
@@ -129,7 +128,7 @@ def augmented(with_latents: Augment, monkeypatch: pytest.MonkeyPatch, **settings
     ("every", "lag", "flags"),
     [
         (None, 0, {}),
-        (5, 0, BOTH_WAYS),
+        (5, 0, FLAGS),
         (6, 2, {"positions": "hold", "temperature": 3.0}),
         (None, 2, {"reads": "last_layer"}),
         (None, 3, {"kind": "pause", "positions": "hold", "z_base": "last_token"}),
@@ -163,7 +162,7 @@ def test_engine_is_one_long_forward(every, lag, flags, monkeypatch) -> None:
 
 def test_streams_and_stops_are_those_of_the_text() -> None:
     """Of a text whose second run of tokens is cut by a stop, and a third by the limit; rows end at different points."""
-    arguments = dict(augment=augment(5, 0, **BOTH_WAYS), capacity=SIZE)
+    arguments = dict(augment=augment(5, 0, **FLAGS), capacity=SIZE)
     alone = generate(target(), PROMPTS, max_new_tokens=NEW, capacity=SIZE)
     whole = generate(target(), PROMPTS, max_new_tokens=NEW, **arguments)
     again = generate(target(), PROMPTS, max_new_tokens=NEW, capacity=SIZE)
@@ -245,7 +244,7 @@ def test_latents_that_hold_positions_leave_drafts_lossless(drafter) -> None:
 
 def test_a_plain_decode_after_an_augmented_one_is_the_one_before_to_the_bit(monkeypatch) -> None:
     kept = []
-    for with_latents in (None, augment(5, 0, **BOTH_WAYS), None):
+    for with_latents in (None, augment(5, 0, **FLAGS), None):
         made, state = augmented(with_latents, monkeypatch)
         kept.append((made.tokens, [leaf.tobytes() for leaf in map(np.asarray, jax.tree.leaves(state.cache))]))
     before, between, after = kept
@@ -255,7 +254,7 @@ def test_a_plain_decode_after_an_augmented_one_is_the_one_before_to_the_bit(monk
 def test_served_latents_are_those_that_are_trained() -> None:
     """Layers stacked and nothing joined, over the rows of a forward; a list of joined ones, over a cache."""
     model, served, text = target().config, target().params, jnp.asarray([PROMPTS[1]])
-    config = CoprocessorConfig("lora", num_latents=3, rank=2, **BOTH_WAYS)
+    config = CoprocessorConfig("lora", num_latents=3, rank=2, **FLAGS)
     stacked, found = jax.jit(coprocessor._stacked, static_argnums=0)(model, served), []
     init = jax.jit(coprocessor.init_params, static_argnums=(0, 1))
     params = noisy(init(config, model, served, jax.random.key(5)), 0.5)

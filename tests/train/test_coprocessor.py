@@ -44,7 +44,6 @@ FLAGS = {
         "lora_scale": 2.0,
         "positions": "hold",
         "latent_attn": "bidirectional",
-        "suffix_attn": "bidirectional",
         "z_scale": "match_rms",
         "z_tap": "pre_norm",
         "z_base": "last_token",
