@@ -7,21 +7,23 @@ from decoding.drafter import Drafter
 from decoding.drafters.dflash import DFlash
 from decoding.drafters.draft_model import DraftModel
 from decoding.drafters.dspark import DSpark
-from decoding.drafters.eagle import Eagle
+from decoding.drafters.eagle import Eagle, Eagle3
 from decoding.drafters.early_exit import EarlyExit
 from decoding.drafters.falcon import Falcon
 from decoding.drafters.hydra import Hydra
 from decoding.drafters.lookahead import Lookahead
 from decoding.drafters.medusa import Medusa
+from decoding.drafters.p_eagle import PEagle
 from decoding.drafters.prompt_lookup import PromptLookup
 from decoding.drafters.token_recycling import TokenRecycling
 from decoding.policies import Confidence, Slots, Static, StochasticBeam
 from decoding.trees import chain
 from models.config import TransformerConfig
 from models.heads.dflash import DFlashHeads, dflash_layers
-from models.heads.eagle import EagleHeads
+from models.heads.eagle import Eagle3Heads, EagleHeads, eagle3_layers
 from models.heads.hydra import HydraHeads
 from models.heads.medusa import MedusaHeads
+from models.heads.p_eagle import PEagleHeads
 
 
 def draft_shape(target: TransformerConfig) -> TransformerConfig:
@@ -38,6 +40,7 @@ DRAFTERS: dict[str, Callable[[TransformerConfig], Drafter]] = {
     "medusa": lambda target: Medusa(MedusaHeads()),
     "hydra": lambda target: Hydra(HydraHeads()),
     "hydra++": lambda target: Hydra(HydraHeads(num_layers=4, prefix=True)),
+    "eagle3": lambda target: Eagle3(Eagle3Heads(*_features(target)), Confidence()),
     "eagle2": lambda target: Eagle(EagleHeads(), Confidence()),
     "token_recycling": lambda target: TokenRecycling(),
     "prompt_lookup": lambda target: PromptLookup(),
@@ -53,7 +56,13 @@ DRAFTERS: dict[str, Callable[[TransformerConfig], Drafter]] = {
     "dspark-lattice": lambda target: DSpark(
         _block(target, 7, shifted=True), Confidence(top_k=4, depth=7, total=60), candidates=16
     ),
+    "p_eagle": lambda target: PEagle(PEagleHeads(*_features(target))),
 }
+
+
+def _features(target: TransformerConfig) -> tuple[int, int, int, int]:
+    """The three layers that EAGLE-3 reads, and the size of its vocabulary."""
+    return *eagle3_layers(target.num_layers), min(32_000, target.vocab_size)
 
 
 def _block(target: TransformerConfig, size: int, shifted: bool = False, vocabulary: int = 0) -> DFlashHeads:

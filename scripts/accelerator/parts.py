@@ -10,11 +10,10 @@ from collections.abc import Callable, Iterator, Sequence
 
 from eval.measure.lineup import DRAFTERS
 from scripts.accelerator.job import Part
-from scripts.accelerator.smollm2 import rehearsal
 from scripts.accelerator.steps import JOBS
 
 Group = tuple[list[Part], float]  # Side by side, and their seconds.
-_BESIDES = ("grain", "array_record", "tensorflow_datasets", "ml_collections")
+BESIDES = ("grain", "array_record", "tensorflow_datasets", "ml_collections")
 _DTYPES = ("float64", "bfloat16")
 _AT_ONCE = 3  # Drafters in one process: as many sets of heads as fit beside the target.
 
@@ -142,13 +141,14 @@ def coprocessor(args: argparse.Namespace, sizes: Sizes, left: float) -> Iterator
     yield [Part("coprocessor_cost", [*cost, "--out", str(args.out / "coprocessor_cost.json")], quick=False)], 100
     out = args.out / "coprocessor"
     if args.target is None:
-        shape = "tiny" if sizes.shape == "tiny" else "smollm2"
-        target, data = rehearsal(argparse.Namespace(out=out, shape=shape))
+        target, data = out / "target", out / "data"
+        make = ["--shape", "tiny" if sizes.shape == "tiny" else "smollm2", "--out", str(out)]
+        yield [Part("coprocessor_stand_in", ["scripts.accelerator.stand_in", *make], packages=BESIDES)], 60
     else:
         target, data = args.target, out / "chats"
         write = ["scripts.continue_dataset", "--target", str(target), "--out", str(data), "--documents", "1000000"]
         write += ["--valid_documents", "128", "--minutes", "1.5", "--rows", "512", "--temperature", "0,0.7"]
-        yield [Part("coprocessor_chats", write, packages=_BESIDES)], 190
+        yield [Part("coprocessor_chats", write, packages=BESIDES)], 190
     steps, rows, length = sizes.taught
     parts = []
     for kind in ("lora", "soft", "pause"):
@@ -160,7 +160,7 @@ def coprocessor(args: argparse.Namespace, sizes: Sizes, left: float) -> Iterator
         warmup = max(1, min(50, steps // 10))
         command += [f"--config.{of}.warmup_steps={warmup}" for of in ("optimizer", "objective.soft")]
         command += [f"--config.evaluation.every={max(1, steps // 3)}", f"--workdir={out / kind}"]
-        parts.append(Part(f"coprocessor_{kind}", command, data / "manifest.json", packages=_BESIDES))
+        parts.append(Part(f"coprocessor_{kind}", command, data / "manifest.json", packages=BESIDES))
     yield parts, 240
     made = [
         str(out / name / "coprocessor") for name in ("lora", "soft", "pause") if (out / name / "coprocessor").exists()
@@ -168,7 +168,7 @@ def coprocessor(args: argparse.Namespace, sizes: Sizes, left: float) -> Iterator
     if made:
         command = ["eval.quality", "--target", str(target), "--coprocessors", ",".join(made), "--data", str(data)]
         command += ["--labels", "assistant", "--length", str(length), "--rows", str(8 * rows)]
-        yield [Part("coprocessor_quality", [*command, "--out", str(out / "quality")], packages=_BESIDES)], 60
+        yield [Part("coprocessor_quality", [*command, "--out", str(out / "quality")], packages=BESIDES)], 60
 
 
 def smollm2(args: argparse.Namespace, sizes: Sizes, left: float) -> Iterator[Group]:
@@ -179,7 +179,7 @@ def smollm2(args: argparse.Namespace, sizes: Sizes, left: float) -> Iterator[Gro
     command += ["--questions", str(args.questions)] if args.questions is not None else []
     if sizes.shape == "tiny":
         command += ["--shape", "tiny", "--batch_size", "2", "--length", "32", "--vocabulary", "64", "--steps", "40"]
-    yield [Part("smollm2", command, packages=_BESIDES)], left
+    yield [Part("smollm2", command, packages=BESIDES)], left
 
 
 # In order of worth: what has been measured least comes before what takes long.

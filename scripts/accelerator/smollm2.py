@@ -24,9 +24,8 @@ import json
 import os
 import shutil
 import tarfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import jax
 import ml_dtypes
@@ -35,17 +34,12 @@ from safetensors.numpy import save_file
 
 from models import command_line
 from models.command_line import at_least, listed
-from models.config import TransformerConfig
 from models.errors import UserError, exit_on_user_error
-from models.formats.hf import load_config, save_target
-from models.formats.storage import leaves_by_path
-from models.formats.tokenizer import Tokenizer
-from models.transformer import param_shapes
 from scripts.accelerator.chat_heads import HEADS, check_heads, methods
 from scripts.accelerator.job import Job, Part, end_when_told
+from scripts.accelerator.stand_in import rehearsal, stand_in
 from scripts.pack_drafter import packed
-from train.data.text_building import write_dataset
-from train.data.texts import Document, open_split
+from train.data.texts import open_split
 
 WARM_UP = 0.04  # Share of the steps.
 TIMED_STEPS = 30  # Enough to tell how long a step takes.
@@ -172,50 +166,6 @@ def decode_sized(args: argparse.Namespace, target: Path) -> list[Part]:
     return parts
 
 
-def stand_in(directory: Path, shape: str) -> Path:
-    """A target of random weights that ends a text once in about 50 tokens and has a chat template."""
-    sizes: dict[str, dict[str, Any]] = {
-        "smollm2": dict(vocab_size=49_152, width=576, num_layers=30, num_heads=9, num_kv_heads=3, mlp_width=1536),
-        "tiny": dict(vocab_size=258, width=192, num_layers=6, num_heads=3, num_kv_heads=1, mlp_width=64),
-    }
-    size = sizes[shape]
-    ends = tuple(range(1, size["vocab_size"], 50))
-    config = TransformerConfig(
-        head_dim=64, max_position=8192, rope_theta=1e5, tied_embeddings=True, bos_id=0, eos_ids=ends, **size
-    )
-    rng, shapes = np.random.default_rng(0), param_shapes(config)
-    leaves = [
-        np.ones(leaf.shape, np.float32)
-        if path.endswith("scale")
-        else 0.02 * rng.standard_normal(leaf.shape, np.float32)
-        for path, leaf in leaves_by_path(shapes).items()
-    ]
-    tokenizer = Tokenizer.train(["a rehearsal"], 258).with_chat_template(
-        "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}</>{% endfor %}"
-        "{% if add_generation_prompt %}<assistant>{% endif %}"
-    )
-    save_target(directory, config, jax.tree.unflatten(jax.tree.structure(shapes), leaves), tokenizer)
-    return directory
-
-
-def rehearsal(args: argparse.Namespace) -> tuple[Path, Path]:
-    """A stand-in for the target, and a data set of random tokens."""
-    target, data = stand_in(args.out / "rehearsal" / "target", args.shape), args.out / "rehearsal" / "data"
-    tokenizer, size = Tokenizer.load(target), load_config(target).vocab_size
-    counts = {"train": 600, "valid": 300}
-
-    def documents(split: str) -> Iterator[Document]:
-        rng = np.random.default_rng(counts[split])
-        for index in range(counts[split]):
-            tokens = rng.integers(3, size, 300).astype(np.int32)
-            yield {"name": str(index), "tokens": tokens, "mask": np.array([0] * 50 + [1] * 250, np.uint8)}
-
-    totals = {name: {"documents": n, "tokens": 300 * n, "labels": 250 * n} for name, n in counts.items()}
-    about = {"kind": "random", "source": "rehearsal", "chat_template": None, "splits": totals}
-    write_dataset(data, tokenizer, {name: functools.partial(documents, name) for name in counts}, lambda: about)
-    return target, data
-
-
 def others_rehearsed(args: argparse.Namespace) -> list[Part]:
     """What else the job consists of, as small as it can be, to see that it works."""
     target, out = str(stand_in(args.out / "rehearsal" / "tiny", "tiny")), args.out / "rehearsal"
@@ -322,7 +272,7 @@ def everything(args: argparse.Namespace, job: Job) -> None:
     known = note_timings(args)
     missing = [name for name in args.heads if name not in known]
     # Compiling takes processors, decoding the device.
-    early = training(args, *rehearsal(args), {}, missing) if missing else []
+    early = training(args, *rehearsal(args.out / "rehearsal", args.shape), {}, missing) if missing else []
     first = [] if args.chats else [Part("greedy", greedy), Part("chats", write)]
     job.run([*first, *early], 60 * args.chat_minutes + 100)
     if not (chats / "manifest.json").exists():
@@ -365,7 +315,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     # The parts have the environment as it was; this process must not take the device's memory from them.
     jax.config.update("jax_platforms", "cpu")
     if args.rehearse:
-        job.run([*training(args, *rehearsal(args), {}, args.heads), *others_rehearsed(args)], job.left)
+        target, data = rehearsal(args.out / "rehearsal", args.shape)
+        job.run([*training(args, target, data, {}, args.heads), *others_rehearsed(args)], job.left)
         note_timings(args)
     else:
         everything(args, job)

@@ -85,7 +85,7 @@ def test_published_drafters_have_their_published_trees() -> None:
         **{"medusa": 64, "hydra": 64, "hydra++": 64, "eagle2": 60, "token_recycling": 81, "prompt_lookup": 11},
         **{"lookahead": 29, "draft_model": 5, "rsd-s": 17, "early_exit": 5},
         **{"falcon": 166, "dflash": 16, "dflash-vocabulary": 16, "dflash-tree": 60},
-        **{"dspark": 8, "dspark-lattice": 60},
+        **{"dspark": 8, "dspark-lattice": 60, "eagle3": 60, "p_eagle": 8},
     }
 
 

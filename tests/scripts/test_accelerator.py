@@ -4,6 +4,8 @@ import argparse
 import contextlib
 import importlib.util
 import json
+import subprocess
+import sys
 import tarfile
 import types
 from collections.abc import Iterator
@@ -25,7 +27,8 @@ from scripts.accelerator import correctness, steps, unpack
 from scripts.accelerator import smollm2 as accelerator
 from scripts.accelerator.chat_heads import HEADS
 from scripts.accelerator.job import QUICK, Job, Part
-from scripts.accelerator.parts import PARTS, Sizes
+from scripts.accelerator.parts import BESIDES, PARTS, Sizes
+from tests.conftest import ROOT
 from tests.scripts.test_quickstart import check_command
 from train.objectives import pieces
 
@@ -294,3 +297,29 @@ def test_a_step_of_heads_takes_less_than_one_copy_of_all_scores(name: str, monke
     if name == "medusa":  # Where nothing is cut there are several copies.
         monkeypatch.undo()
         assert temporaries() > 2 * scores
+
+
+WITHOUT = """
+import importlib, sys
+
+class Missing:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in {missing!r}:
+            raise ModuleNotFoundError(f"No module named {{name!r}}")
+
+sys.meta_path.insert(0, Missing())
+for name in {modules!r}:
+    importlib.import_module(name)
+"""
+
+
+def test_what_needs_no_data_starts_where_nothing_that_reads_them_is_installed(tmp_path: Path) -> None:
+    """Such as on a machine that is lent for minutes and cannot fetch anything."""
+    missing = {*BESIDES, "dm_tree", "tree", "tensorflow"}
+    args = everything._parser().parse_args(["--out", str(tmp_path)])
+    args.cache = args.back = tmp_path
+    groups = [group for make in PARTS.values() for group, _ in make(args, Sizes.of("tiny", True, 1), 60.0)]
+    alone = sorted({part.command[0] for group in groups for part in group if not part.packages})
+    assert {"eval.speed", "scripts.accelerator.correctness", "scripts.accelerator.steps"} < set(alone)
+    program = WITHOUT.format(missing=missing, modules=["scripts.accelerator.__main__", *alone])
+    subprocess.run([sys.executable, "-c", program], check=True, cwd=ROOT)
