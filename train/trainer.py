@@ -374,8 +374,7 @@ def loop(
     every line up to the step it restores and drops the lines beyond.
     """
     config = plan.config
-    update = None
-    made: dict[str, Any] = {}
+    update, made = None, dict[str, Any]()
     for step in range(start + 1, config.steps + 1):
         with report.timed("data"):
             read = next(batches)

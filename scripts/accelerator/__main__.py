@@ -3,7 +3,8 @@
     python -m scripts.accelerator --out DIR [--minutes 8] [--parts NAME,...] [--shape llama3-8b|DIR] [--tiny]
         [--target DIR] [--questions FILE.jsonl] [--cache DIR] [--back DIR]
 
-    correctness  every drafter's text beside plain decoding's in float64 and bfloat16; chi-square at batch 1 and 16
+    correctness  attention's kernel with its slopes beside the dense path; every drafter's text beside plain decoding's
+                 in float64 and bfloat16; chi-square at batch 1 and 16
     plain        bandwidth, rows, plain decoding, Hugging Face's generate with a dynamic and a static cache
     replay       loop efficiency for 1 to 128 rows, by an oracle
     growth       steps as contexts grow to 32k and batches to 64

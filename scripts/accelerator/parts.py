@@ -76,7 +76,10 @@ def speed(args: argparse.Namespace, sizes: Sizes, name: str, sections: str, *opt
 
 
 def correctness(args: argparse.Namespace, sizes: Sizes, left: float) -> Iterator[Group]:
-    """Texts and distributions, side by side: nothing is timed."""
+    """Attention's kernel, texts and distributions, side by side: nothing is timed."""
+    length = "24" if sizes.shape == "tiny" else "512"
+    kernels = ["scripts.accelerator.kernels", "--length", length, "--out", str(args.out / "kernels.json")]
+    yield [Part("kernels", kernels)], 40
     checks = {f"greedy_{dtype}": ["--dtype", dtype, "--new_tokens", str(sizes.new_tokens)] for dtype in _DTYPES}
     checks["chi_square"] = ["--samples", str(sizes.samples), "--batches", "1,16"]
     for kind, options in checks.items():

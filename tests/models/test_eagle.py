@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from models import transformer
+from models import attention, transformer
 from models.attention import Sources
 from models.config import TransformerConfig
 from models.errors import UserError
@@ -266,6 +266,25 @@ def test_unrolled_equals_drafting_step_by_step_with_a_cache(heads, target: dict)
             f, fresh = run(heads, CONFIG, params, f, embeddings[k][:, p : p + 1], place, sources)
             np.testing.assert_allclose(f[:, 0], expected[k][:, p], atol=1e-10)
             scratch["k"][:, :, :, k], scratch["v"][:, :, k] = fresh["k"][:, :, :, 0], fresh["v"][:, :, 0]
+
+
+def test_unrolled_in_blocks_it_has_the_values_and_slopes_of_one_block(target: dict, monkeypatch) -> None:
+    heads = KINDS["eagle3"]
+    params = network(heads, target)
+    _, layout, feature, ahead = text_and_features(heads, target, params)
+    embeddings = [ahead(1 + k) for k in range(3)]
+
+    def total(params, feature):
+        outputs = unroll(heads, CONFIG, params, feature, embeddings, layout)
+        return sum(jnp.sum(jnp.sin(out)) for out in outputs), outputs
+
+    def slopes(block):
+        monkeypatch.setattr(attention, "BLOCK", block)
+        return jax.value_and_grad(total, (0, 1), has_aux=True)(params, feature)
+
+    whole, cut = jax.jit(lambda: (slopes(2**27), slopes(2 * 4 * ROWS * 3)))()
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-12), cut, whole)
+    assert any(np.any(a != b) for a, b in zip(*map(jax.tree.leaves, (cut, whole)), strict=True)), "nothing was cut"
 
 
 def test_no_step_makes_a_mask_over_all_steps(target: dict) -> None:

@@ -23,7 +23,7 @@ from models.config import TransformerConfig
 from models.formats.scaled import read_scaled, whole_tensors
 from models.formats.storage import FLOATS, open_tensors
 from scripts.accelerator import __main__ as everything
-from scripts.accelerator import correctness, steps, unpack
+from scripts.accelerator import correctness, kernels, steps, unpack
 from scripts.accelerator import smollm2 as accelerator
 from scripts.accelerator.chat_heads import HEADS
 from scripts.accelerator.job import QUICK, Job, Part
@@ -200,7 +200,7 @@ def test_every_part_has_its_processes_and_the_last_what_time_is_left(tmp_path: P
         assert "--minutes 1.42" in " ".join(parts[-1].command) and parts[-1].packages
         timed = {part.name for part in parts if not part.quick}
         taught = {f"coprocessor_{name}" for name in ("chats", "lora", "soft", "pause")}
-        untimed = {"smollm2", *taught}
+        untimed = {"smollm2", "kernels", *taught}
         checks = ("chi_square_", "greedy_")
         assert timed == {name for name in names if name not in untimed and not name.startswith(checks)}
     assert "training_hydra" in names and "growth_1" in names
@@ -323,3 +323,18 @@ def test_what_needs_no_data_starts_where_nothing_that_reads_them_is_installed(tm
     assert {"eval.speed", "scripts.accelerator.correctness", "scripts.accelerator.steps"} < set(alone)
     program = WITHOUT.format(missing=missing, modules=["scripts.accelerator.__main__", *alone])
     subprocess.run([sys.executable, "-c", program], check=True, cwd=ROOT)
+
+
+def test_a_kernel_that_is_wrong_for_some_heads_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    right = kernels.attend
+
+    def attend(q, rows, sources, layout, *, scale):
+        worse = 1.05 if layout.attention == "fused" and q.shape[-1] == 128 else 1.0
+        return right(q, rows, sources, layout, scale=scale) * worse
+
+    monkeypatch.setattr(kernels, "attend", attend)
+    with pytest.raises(SystemExit, match="1"):
+        kernels.main(["--length", "12", "--out", str(tmp_path / "kernels.json")])
+    found = json.loads((tmp_path / "kernels.json").read_text())
+    assert found["wrong"] == ["whole 128", "packed 128"]
+    assert all(0 < off < 0.01 for path in found["off"]["packed 64"].values() for off in path.values())

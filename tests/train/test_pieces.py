@@ -170,7 +170,12 @@ BATCH = ("tokens", "segments", "mask")
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize(
     ("name", "objective"),
-    [("lm", {"labels": "assistant"}), pytest.param("eagle3", {"vocabulary": 100}, marks=pytest.mark.slow)],
+    [
+        ("lm", {"labels": "assistant"}),
+        pytest.param("eagle3", {"vocabulary": 100}, marks=pytest.mark.slow),
+        pytest.param("eagle", {"noise": 0.0}, marks=pytest.mark.slow),
+        pytest.param("draft_heads", {"soft": 1.0}, marks=pytest.mark.slow),
+    ],
 )
 def test_parts_and_recomputation_change_no_gradient(name, objective, job):
     ways = ({}, {"accumulate": 4, "remat": "layers"}, {"accumulate": 2, "remat": "products"})
