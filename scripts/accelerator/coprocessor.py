@@ -30,7 +30,14 @@ from scripts.accelerator.steps import GIB, Job, Running
 ORDINARY = "language model"
 KINDS = ("full", "scratch", "lora", "soft", "pause")
 _SMALL = dataclasses.replace(
-    SHAPES["110m"], vocab_size=1024, width=256, num_layers=8, num_heads=4, num_kv_heads=2, mlp_width=704
+    SHAPES["110m"],
+    vocab_size=1024,
+    width=256,
+    num_layers=8,
+    num_heads=4,
+    num_kv_heads=2,
+    mlp_width=704,
+    max_position=4096,
 )
 _SHAPES = {"small": _SMALL, **SHAPES}
 
