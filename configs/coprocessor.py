@@ -11,7 +11,8 @@ Expected result: a coprocessor directory, runs/coprocessor/coprocessor. The loss
 own, and `valid/change_1` to `valid/change_16`, by how many percent perplexity is above the target's at every offset,
 fall. Measured here, `:bytes` with rates that end at a tenth, on held-out files: 5.3, 1.5, 1.3 and 0.8% at offsets 1 to
 4; with `positions=hold` and `z_scale=match_rms` of `objective.coprocessor`, which learns much faster, -0.6, -0.3, 0.0
-and -0.1% (docs/results.md). `scripts/coprocessor.sh` compares kinds and numbers of latents.
+and -0.1% (docs/results.md), and on the offline quickstart's target in 400 steps, with `z_base=last_token` too, -1.1,
+-0.8, -1.6 and -1.6%, where pause tokens reach as much. `scripts/coprocessor.sh` compares kinds and numbers of latents.
 Gemma-2 2B as published, 100,000 steps of 2M tokens, has -1.5% at offset 1 and -1.2% at offset 8 with 8 latents, -3.9%
 and -2.6% with 64.
 
