@@ -277,7 +277,9 @@ def test_bare_names_are_timed_alone_and_together(tmp_path: Path, monkeypatch: py
         check_command(["python", "-m", *part.command], monkeypatch)
 
 
-@pytest.mark.parametrize("name", ["hydra", "eagle3", pytest.param("medusa", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "name", ["hydra", *(pytest.param(name, marks=pytest.mark.slow) for name in ("eagle3", "medusa"))]
+)
 def test_a_step_of_heads_takes_less_than_one_copy_of_all_scores(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """In small what docs/results.md says of the Llama-3-8B shape: nothing grows with tokens times vocabulary."""
     rows, length, vocab_size = 64, 32, 4096
@@ -325,6 +327,7 @@ def test_what_needs_no_data_starts_where_nothing_that_reads_them_is_installed(tm
     subprocess.run([sys.executable, "-c", program], check=True, cwd=ROOT)
 
 
+@pytest.mark.slow
 def test_a_kernel_that_is_wrong_for_some_heads_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     right = kernels.attend
 
