@@ -50,7 +50,7 @@ GIB = 2**30
 # Of the published shapes one that no single device holds.
 LARGEST = dataclasses.replace(SHAPES["llama3-8b"], width=8192, num_layers=80, num_heads=64, mlp_width=28_672)
 # And one of 256,000 tokens, whose scores are what a draft model's training has to fit.
-GEMMA = TransformerConfig(
+_GEMMA = TransformerConfig(
     vocab_size=256_000,
     width=2304,
     num_layers=26,
@@ -70,6 +70,7 @@ GEMMA = TransformerConfig(
     activation="gelu_tanh",
     family="gemma2",
 )
+_SHAPES = {**SHAPES, "gemma2-2b": _GEMMA}
 
 
 class Facts(NamedTuple):
@@ -280,7 +281,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         remat=args.remat or job.remat, rows=args.batch_size or job.rows, length=args.length or job.length
     )
     name = "tiny" if args.tiny else job.shape
-    shape = GEMMA if name == "gemma2-2b" else SHAPES[name]
+    shape = _SHAPES[name]
     if args.tiny:
         shape = dataclasses.replace(shape, vocab_size=512)  # Bytes do not fit into its own.
     asked = {"job": args.job, "shape": name, "batch_size": job.rows, "length": job.length, "remat": job.remat}

@@ -316,7 +316,7 @@ for name in {modules!r}:
 
 
 def test_what_needs_no_data_starts_where_nothing_that_reads_them_is_installed(tmp_path: Path) -> None:
-    """Such as on a machine that is lent for minutes and cannot fetch anything."""
+    """Such as on a machine that cannot fetch anything."""
     missing = {*BESIDES, "dm_tree", "tree", "tensorflow"}
     args = everything._parser().parse_args(["--out", str(tmp_path)])
     args.cache = args.back = tmp_path
