@@ -19,6 +19,7 @@ from decoding.drafters.registry import load_drafter, split_names
 from decoding.generate import generate
 from decoding.sampling import Sampling
 from decoding.verify import Typical
+from eval.measure import turns
 from eval.measure.progress import Progress
 from eval.report.page import keep_results, write_results
 from eval.report.text import print_augmented, print_categories, print_table, write_report
@@ -247,6 +248,7 @@ def eval_command(argv: list[str]) -> None:
     source = flags.FLAGS["config"].config_filename  # type: ignore[attr-defined]
     config = schema.parse(DecodeConfig, _CONFIG.value.to_dict(), place=source)
     processes.start(DISTRIBUTED.value)
+    turns.join()
     run(config)
 
 

@@ -16,16 +16,17 @@ Prints and saves, with the terms of `eval/text/benchmark.py`:
                          forward on the tree (`forward_ms`) and the verdict (`verdict_ms`); `network_ms` is `draft_ms`
                          without the choice of candidates (timed alone); `step_over_forwards` is step_ms over the sum
                          of forward_ms and network_ms; `overhead_share` is what verdict, commit and update take of a
-                         step, and `sampled` holds these and the step at temperature 1 with top-p 0.9
+                         step, and `sampled` holds these and the step at temperature 1 with top-p 0.9 (not with
+                         `--greedy`, which halves the programs)
     replay               list of {nodes, ms_per_token, forward_ms, acceptance_length, speedup, loop_efficiency}: decodes
                          whose candidates cost nothing and are accepted at a rate of 0.8, in chains of so many rows
                          (`eval/measure/replay.py`)
     growth               list of {batch, context, drafters: name -> {step_ms, compile_seconds}}: the fused loop's step
                          as batch and context grow, and its compilation, or None where it was compiled before. On an
                          accelerator the loops of a scene compile side by side, and it is the time of their slowest
-    huggingface          {ms_per_token, static: {ms_per_token}} of transformers' `generate` on the same shape, prompt
-                         length and kind of device, with its dynamic and its static cache, where torch and transformers
-                         are installed for that device, else null
+    huggingface          {ms_per_token} of transformers' `generate` on the same shape, prompt length and kind of device,
+                         with its dynamic cache, and huggingface_static with its static one, for which it compiles on a
+                         GPU; null where torch and transformers are not installed for that device
     images               on request and alone: see `eval/images/speed.py`
     shape, environment   what was measured, and on what
 
@@ -35,7 +36,6 @@ cancel.
 """
 
 import dataclasses
-import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -50,6 +50,7 @@ from decoding.generate import bucket
 from decoding.sampling import Sampling
 from eval.images.speed import describe as describe_images
 from eval.images.speed import run_images
+from eval.measure import turns
 from eval.measure.bandwidth import bandwidth_block, block_side, bytes_per_token, matrix_vector, reduction
 from eval.measure.environment import describe_environment
 from eval.measure.lineup import DRAFTERS
@@ -118,7 +119,8 @@ SHAPES = {
 }
 
 
-SECTIONS = ("bandwidth", "rows", "plain", "drafters", "replay", "growth", "huggingface")
+PEERS = {"huggingface": False, "huggingface_static": True}  # Whether with a static cache.
+SECTIONS = ("bandwidth", "rows", "plain", "drafters", "replay", "growth", *PEERS)
 IMAGES = "images"  # Only asked for alone: it shares no model with the others.
 SAMPLED = Sampling(temperature=1.0, top_p=0.9)
 # Batch and context of the growth section, and the drafters that it follows, all in memory at once: the caches of 16
@@ -143,11 +145,13 @@ class Scale:
       rows: of the target's forward.
       nodes: of the oracle's chains, 1 first.
       scenes: batch and context of the growth section.
+      greedy: leaves out drafters' steps at temperature 1.
     """
 
     rows: Sequence[int] = ROWS
     nodes: Sequence[int] = ORACLE_NODES
     scenes: Sequence[tuple[int, int]] = SCENES
+    greedy: bool = False
 
     def __post_init__(self):
         for name, given in (("rows", self.rows), ("nodes", self.nodes), ("scenes", sum(self.scenes, ()))):
@@ -272,16 +276,18 @@ def _parts(maker: _Maker, sections, drafters, bandwidth_bytes, scale: Scale) -> 
         parts["plain"] = Step(scene, Plain(), None)
     for name in drafters if "drafters" in wanted else ():
         parts |= {f"{name} {part}": timed for part, timed in step_parts(scene, *maker(name)).items()}
+        if scale.greedy:
+            continue
         warm = step_parts(dataclasses.replace(scene, sampling=SAMPLED), *maker(name))
         parts |= {
             f"{name} sampled {part}": warm[part] for part in ("verdict", "commit", "update", "step") if part in warm
         }
     if "replay" in wanted:
         parts |= _replays(maker, scale.nodes)
-    if "huggingface" in wanted and peer.is_installed():
-        prompt = maker.scene(()).tokens(PROMPT_LENGTH)[0].tolist()
-        parts["huggingface"] = own = peer.HuggingFace(maker.config, prompt, PEER_TOKENS, _dtype().__name__)
-        parts["huggingface static"] = peer.HuggingFace(maker.config, prompt, PEER_TOKENS, like=own)
+    for name, static in PEERS.items() if peer.is_installed() else ():
+        if name in wanted:
+            prompt = maker.scene(()).tokens(PROMPT_LENGTH)[0].tolist()
+            parts[name] = peer.HuggingFace(maker.config, prompt, PEER_TOKENS, _dtype().__name__, static)
     return parts
 
 
@@ -361,12 +367,9 @@ def _summarise(maker: _Maker, sections, drafters, bandwidth_bytes, timings: dict
         }
     if "drafters" in sections:
         results["drafters"] = {name: _drafter(name, maker(name)[0].max_nodes, timings) for name in drafters}
-    if "huggingface" in sections:
-        found = timings.get("huggingface")
-        results["huggingface"] = None
-        if found:
-            static = {"static": _ms("ms_per_token", timings["huggingface static"])}
-            results["huggingface"] = {**_ms("ms_per_token", found), **static}
+    for name in PEERS:
+        if name in sections:
+            results[name] = _ms("ms_per_token", timings[name]) if name in timings else None
     return results
 
 
@@ -401,11 +404,13 @@ def _drafter(name: str, nodes: int, timings: dict[str, Timing]) -> dict[str, Any
         "step_over_forwards": median["step"] / forwards,
         "draft_share": median["draft"] / median["step"],
         "loop_efficiency": efficiency,
-        "sampled": {
-            **{f"{key}_ms": median[f"sampled {key}"] for key in ("verdict", "commit", "update", "step")},
-            "overhead_share": _overhead(median, "sampled "),
-        },
+        **({"sampled": _sampled(median)} if "sampled step" in median else {}),
     }
+
+
+def _sampled(median: dict[str, float]) -> dict[str, float]:
+    steps = {f"{key}_ms": median[f"sampled {key}"] for key in ("verdict", "commit", "update", "step")}
+    return {**steps, "overhead_share": _overhead(median, "sampled ")}
 
 
 def _overhead(median: dict[str, float], mode: str) -> float:
@@ -415,17 +420,6 @@ def _overhead(median: dict[str, float], mode: str) -> float:
 
 def _ms(key: str, timing: Timing) -> dict[str, float]:
     return {key: timing.median, f"{key}_min": timing.minimum}
-
-
-def _check_out(out: Path) -> None:
-    """Refuses before the measurements what could not be written after them."""
-    if out.is_dir():
-        raise UserError(f"cannot write {out}: it is a directory, expected a JSON file")
-    nearest = next(folder for folder in out.absolute().parents if folder.exists())
-    if not nearest.is_dir():
-        raise UserError(f"cannot write {out}: {nearest} is not a directory")
-    if not os.access(nearest, os.W_OK | os.X_OK):
-        raise UserError(f"cannot write {out}: {nearest} is not writable")
 
 
 def _scenes(text: str) -> list[tuple[int, int]]:
@@ -454,15 +448,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--rows", type=numbers(int), default=Scale.rows, help="of the target's forward")
     parser.add_argument("--nodes", type=numbers(int), default=Scale.nodes, help="of the oracle's chains, 1 first")
     parser.add_argument("--scenes", type=_scenes, default=Scale.scenes, help="BATCHxCONTEXT,... of the section growth")
+    parser.add_argument("--greedy", action="store_true", help="leave out drafters' steps at temperature 1")
     parser.add_argument("--rounds", type=at_least(1), default=9, help="samples of each timing")
     parser.add_argument("--out", type=Path, help="JSON file to write")
     add_overwrite(parser)
     add_distributed(parser)
     args = parser.parse_args(argv)
     processes.start(args.distributed)
-    if args.out is not None:
-        _check_out(args.out)
-        keep_files([args.out], args.overwrite)
+    turns.join()
+    if args.out is not None and args.out.is_dir():
+        raise UserError(f"cannot write {args.out}: it is a directory, expected a JSON file")
+    keep_files([args.out], args.overwrite)
 
     def keep(results: dict[str, Any]) -> None:
         if args.out is not None:
@@ -477,7 +473,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             results["environment"] = describe_environment()
             keep(results)
         else:
-            scale = Scale(args.rows, args.nodes, args.scenes)
+            scale = Scale(args.rows, args.nodes, args.scenes, args.greedy)
             results = run(
                 args.shape, args.sections, args.drafters, args.rounds, scale=scale, progress=progress, keep=keep
             )

@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool
 
+from eval.measure import turns
 from models.sharding import mesh_of, on_mesh
 
 SAMPLE_SECONDS = 0.03  # A sample repeats a short part until it lasts about this long.
@@ -160,10 +161,12 @@ def measure(
         progress(f"compiling {name}")
         part.sample()
     seconds: dict[str, list[float]] = {name: [] for name in parts}
-    for turn in range(rounds):
-        progress(f"round {turn + 1} of {rounds}")
-        for name, part in parts.items():
-            seconds[name].append(part.sample())
+    progress("waiting for the device")
+    with turns.alone():
+        for turn in range(rounds):
+            progress(f"round {turn + 1} of {rounds}")
+            for name, part in parts.items():
+                seconds[name].append(part.sample())
     return {name: summary(samples) for name, samples in seconds.items()}
 
 

@@ -1,7 +1,7 @@
 """Hugging Face transformers on the same shape, for comparison: the only place besides tests that imports torch.
 
-Its `generate` runs as it does by default: dynamic cache, sdpa attention, greedy; on the kind of device that JAX runs
-on and in its dtype, on a CPU with the threads that JAX may use.
+Its `generate` runs as it does by default: dynamic cache unless a static one is asked for, sdpa attention, greedy; on
+the kind of device that JAX runs on and in its dtype, on a CPU with the threads that JAX may use.
 """
 
 import importlib.util
@@ -31,7 +31,7 @@ class HuggingFace:
         prompt: Sequence[int],
         new_tokens: int,
         dtype: str = "float32",
-        like: "HuggingFace | None" = None,
+        static: bool = False,
     ):
         """Builds the model.
 
@@ -40,7 +40,7 @@ class HuggingFace:
           prompt: token ids to continue.
           new_tokens: tokens per sample.
           dtype: of its parameters.
-          like: takes that one's model, and generates with a static cache.
+          static: generates with a static cache, for which it compiles on a GPU.
         """
         import torch
         import transformers
@@ -51,16 +51,15 @@ class HuggingFace:
         settings = {key: value for key, value in settings.items() if key not in ("architectures", "eos_token_id")}
         hf_config = transformers.AutoConfig.for_model(settings.pop("model_type"), **settings)
         hf_config.eos_token_id = None
-        self._torch, self._cache = torch, {} if like is None else {"cache_implementation": "static"}
-        where = torch.device(device() or "cpu")
-        if like is None:
-            options = {"attn_implementation": "sdpa", "dtype": getattr(torch, dtype)}
-            with where:  # Made where it runs: a processor takes minutes to draw as many numbers.
-                self._model = transformers.AutoModelForCausalLM.from_config(hf_config, **options).eval()
-            self._model.generation_config.eos_token_id = None
-            self._model.generation_config.pad_token_id = 0
-        else:
-            self._model = like._model
+        self._torch, self._cache = torch, {"cache_implementation": "static"} if static else {}
+        where, options = (
+            torch.device(device() or "cpu"),
+            {"attn_implementation": "sdpa", "dtype": getattr(torch, dtype)},
+        )
+        with where:  # Made where it runs: a processor takes minutes to draw as many numbers.
+            self._model = transformers.AutoModelForCausalLM.from_config(hf_config, **options).eval()
+        self._model.generation_config.eos_token_id = None
+        self._model.generation_config.pad_token_id = 0
         self._prompt = torch.tensor(np.asarray(prompt)[None], device=where)
         self._new_tokens = new_tokens
 

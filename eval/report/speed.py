@@ -14,24 +14,24 @@ def describe(results: dict[str, Any]) -> str:
         plain = results["plain"]
         share = plain["bandwidth_share"]
         lines.append(f"plain decoding     {plain['ms_per_token']:.2f} ms/token, {share:.0%} of the bandwidth")
-    if results.get("huggingface"):
-        static = results["huggingface"]["static"]["ms_per_token"]
-        text = f"transformers       {results['huggingface']['ms_per_token']:.2f} ms/token, static cache {static:.2f}"
-        if "plain" in results:
-            ratio = results["huggingface"]["ms_per_token"] / results["plain"]["ms_per_token"]
-            text += f"; plain decoding here is {ratio:.2f}x as fast"
-        lines.append(text)
-    elif "huggingface" in results:
-        lines.append("transformers       not installed")
+    for name, cache in (("huggingface", "dynamic"), ("huggingface_static", "static")):
+        if results.get(name):
+            text = f"transformers       {results[name]['ms_per_token']:.2f} ms/token, {cache} cache"
+            if "plain" in results:
+                ratio = results[name]["ms_per_token"] / results["plain"]["ms_per_token"]
+                text += f"; plain decoding here is {ratio:.2f}x as fast"
+            lines.append(text)
+        elif name in results:
+            lines.append("transformers       not installed")
     if "rows" in results:
         lines.append("forward, ms        " + "  ".join(f"{row['rows']}: {row['ms']:.2f}" for row in results["rows"]))
     for name, entry in results.get("drafters", {}).items():
         pieces = " + ".join(f"{part} {entry[f'{part}_ms']:.2f}" for part in ("draft", "verify", "commit", "update"))
         lines.append(f"{name:<18} step {entry['step_ms']:.2f} ms ({pieces} alone), {entry['tree_nodes']} rows")
-        lines.append(
-            f"{'':<18} judge + commit + learn {entry['overhead_share']:.1%} of a step, "
-            f"{entry['sampled']['overhead_share']:.1%} at temperature 1 with top-p 0.9"
-        )
+        text = f"{'':<18} judge + commit + learn {entry['overhead_share']:.1%} of a step"
+        if "sampled" in entry:
+            text += f", {entry['sampled']['overhead_share']:.1%} at temperature 1 with top-p 0.9"
+        lines.append(text)
         lines.append(
             f"{'':<18} {entry['step_over_forwards']:.2f}x its forwards (target {entry['forward_ms']:.2f} + network "
             f"{entry['network_ms']:.2f} ms), loop efficiency {entry['loop_efficiency']:.0%}"

@@ -15,12 +15,10 @@ Definitions (`decoding/stats.py` has those of acceptance):
 Decodes run with batch 1 unless more is asked for; texts that are decoded together share the seconds in equal parts.
 The number of candidates of an open drafter changes while it decodes (`decoding/sizing.py`) and from repeat to repeat:
 acceptance is the first's; its tree, as reported and timed, is the size that most of that repeat's steps had, and shares
-of a step are left out where a tenth had another. Plain decoding always takes part and comes first in the results.
-Several processes share the prompts, each on devices of its own; the parts of a step are those that the process itself
-timed.
-
-What takes longest on an accelerator is compilation. So prompts share caches of few sizes, which all contenders have
-alike, and there the contenders compile side by side, but for open ones, which measure while they do.
+of a step are left out where a tenth had another. Plain decoding always takes part. Several processes share the prompts,
+each on devices of its own; the parts of a step are those that the process itself timed. What takes longest on an
+accelerator is compilation. So prompts share caches of few sizes, which all contenders have alike, and there the
+contenders compile side by side, but for open ones, which measure while they do.
 """
 
 import collections
@@ -42,6 +40,7 @@ from decoding.sampling import Sampling
 from decoding.stats import Stats
 from decoding.trees import Topology
 from decoding.verify import Typical
+from eval.measure import turns
 from eval.measure.parts import Scene, network_ms, step_parts
 from eval.measure.timing import Timed, Timing, summary
 from eval.text.prompts import Prompt
@@ -274,6 +273,7 @@ def _scene(target: Target, prompts: Sequence[Prompt], new_tokens: int, deepest: 
     return Scene(target.config, target.params, length, room, batch, read=read)
 
 
+@turns.alone()
 def _take_turns(measured: Sequence[Measured], groups: Sequence[Sequence[int]], repeat: int, decode, progress) -> None:
     """Everybody decodes every group of prompts once."""
     for one in measured:

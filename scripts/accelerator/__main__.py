@@ -1,7 +1,7 @@
 """What scripts/accelerator.sh runs: everything that wants an accelerator, in order of worth, results as they come.
 
     python -m scripts.accelerator --out DIR [--minutes 8] [--parts NAME,...] [--shape llama3-8b|DIR] [--tiny]
-        [--target DIR] [--questions FILE.jsonl] [--cache DIR] [--back DIR]
+        [--together 3] [--target DIR] [--questions FILE.jsonl] [--cache DIR] [--back DIR]
 
     correctness  attention's kernel with its slopes beside the dense path; every drafter's text beside plain decoding's
                  in float64 and bfloat16; chi-square at batch 1 and 16
@@ -23,6 +23,7 @@ time stops no other. `--tiny` goes through the same with shapes that a CPU has d
 """
 
 import argparse
+import itertools
 import os
 import tarfile
 from collections.abc import Sequence
@@ -34,7 +35,7 @@ from models import command_line
 from models.command_line import at_least, listed
 from models.errors import UserError, exit_on_user_error
 from scripts.accelerator.job import Job, end_when_told
-from scripts.accelerator.parts import PARTS, Sizes
+from scripts.accelerator.parts import PARTS, TIMED, Sizes
 
 _PATIENCE = 10  # Limits are for accelerators.
 KEPT = (".json", ".jsonl", ".html", ".log")
@@ -69,11 +70,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     # The parts have the environment as it was; this process must not take the device's memory from them.
     jax.config.update("jax_platforms", "cpu")
     end_when_told()
-    job, sizes = Job(args.out, args.minutes, args.cache), Sizes.of(args.shape, args.tiny, args.rounds)
-    for name in args.parts:
-        for parts, seconds in PARTS[name](args, sizes, job.left):
-            job.run(parts, seconds * (_PATIENCE if args.tiny else 1))
-            pack(args.out, args.back)
+    job = Job(args.out, args.minutes, args.cache, lambda: pack(args.out, args.back))
+    sizes = Sizes.of(args.shape, args.tiny, args.rounds)
+    for timed, names in itertools.groupby(args.parts, TIMED.__contains__):
+        if timed:
+            groups = [group for name in names for group in PARTS[name](args, sizes, job.left)]
+            job.run([part for parts, _ in groups for part in parts], job.left, args.together)
+        else:
+            for name in names:
+                for parts, seconds in PARTS[name](args, sizes, job.left):
+                    job.run(parts, seconds * (_PATIENCE if args.tiny else 1))
     wrong = [name for name, part in job.parts.items() if not part["state"].startswith("ok")]
     print(f"finished; {len(job.parts)} parts, not ok: {', '.join(wrong) or 'none'}")
 
@@ -86,6 +92,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--shape", default="llama3-8b", help="as of eval.speed, of what is timed")
     parser.add_argument("--tiny", action="store_true", help="tiny shapes, to see that all of it works")
     parser.add_argument("--rounds", type=at_least(1), default=5, help="samples of each timing")
+    parser.add_argument("--together", type=at_least(1), default=3, help="timed parts that compile side by side")
     parser.add_argument("--target", type=Path, help="of the part smollm2: a target directory with a chat template")
     parser.add_argument("--questions", type=Path, help="of the part smollm2: held-out questions")
     parser.add_argument("--cache", type=Path, help="directory of compiled programs (OUT/cache)")

@@ -19,6 +19,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from eval.measure import turns
 from eval.measure.environment import describe_environment
 from eval.report.files import write_json
 from eval.speed import SHAPES
@@ -55,11 +56,12 @@ def measure(args: Any) -> dict[str, dict[str, float]]:
     }
     clock = time.process_time if jax.default_backend() == "cpu" else time.perf_counter
     seconds: dict[str, list[float]] = {name: [] for name in runs}
-    for _ in range(args.rounds + 1):
-        for name, running in runs.items():
-            began = clock()
-            running.run()
-            seconds[name].append(clock() - began)
+    with turns.alone():
+        for _ in range(args.rounds + 1):
+            for name, running in runs.items():
+                began = clock()
+                running.run()
+                seconds[name].append(clock() - began)
     found = {}
     for name, running in runs.items():
         config: Any = running.plan.config.objective
@@ -93,6 +95,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     for kind in args.kinds:
         if kind not in KINDS:
             raise UserError(f"there is no kind {kind!r}, only {', '.join(KINDS)}")
+    turns.join()
     found = measure(args)
     config = {name: value for name, value in vars(args).items() if name != "out"}
     write_json({"environment": describe_environment(), "config": config, "steps": found}, args.out)

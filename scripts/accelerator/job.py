@@ -2,12 +2,13 @@
 comes.
 
 The process that watches never touches the device; parts share it, so that one compiles while others compute, without
-reserving its memory.
+reserving its memory. Those that time wait for each other (`eval/measure/turns.py`).
 """
 
 import dataclasses
 import importlib.util
 import json
+import math
 import os
 import signal
 import subprocess
@@ -16,6 +17,8 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
+
+from eval.measure import turns
 
 # Of programs that run once, compilation takes longer than what tuning and generated matrix products would save.
 QUICK = "--xla_gpu_enable_triton_gemm=false --xla_gpu_autotune_level=0"
@@ -32,6 +35,7 @@ class Part:
       done: asked now and then; true ends the process early, as a success.
       quick: compiled with little tuning; not for what is timed.
       packages: modules that are not ours, without which it is skipped.
+      seconds: its own limit, waiting for others included.
     """
 
     name: str
@@ -40,6 +44,7 @@ class Part:
     done: Callable[[], bool] = lambda: False
     quick: bool = True
     packages: tuple[str, ...] = ()
+    seconds: float = math.inf
 
     @property
     def lacks(self) -> str | None:
@@ -53,8 +58,9 @@ class Part:
 class Job:
     """The parts so far, and the time that is left."""
 
-    def __init__(self, out: Path, minutes: float, cache: Path):
-        self.out, self._end = out, time.monotonic() + 60 * minutes
+    def __init__(self, out: Path, minutes: float, cache: Path, ended: Callable[[], None] = lambda: None):
+        """Of `minutes`, with results in `out` and compiled programs in `cache`; `ended` is called behind every part."""
+        self.out, self._end, self._ended = out, time.monotonic() + 60 * minutes, ended
         self.parts: dict[str, Any] = {}
         self._environment = {
             **os.environ,
@@ -62,6 +68,7 @@ class Job:
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.3",
             "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
             "PYTHONUNBUFFERED": "1",
+            turns.VARIABLE: str((out / ".turns").absolute()),
         }
         self._began = time.monotonic()
 
@@ -70,30 +77,36 @@ class Job:
         """Seconds."""
         return self._end - time.monotonic()
 
-    def run(self, parts: Sequence[Part], seconds: float) -> None:
-        """Runs parts side by side until all are done or the time is over."""
-        end = time.monotonic() + min(seconds, self.left)
+    def run(self, parts: Sequence[Part], seconds: float, at_once: int | None = None) -> None:
+        """Runs parts side by side, no more than so many, until all are done or the time is over."""
+        end, waiting = time.monotonic() + min(seconds, self.left), list(parts)
         running: list[tuple[Part, subprocess.Popen, float]] = []
-        for part in parts:
-            if (lacks := part.lacks) is not None or self.left <= 0:
-                self._note(part.name, "skipped", 0.0, lacks or "no time was left for it")
-                continue
-            log = (self.out / f"{part.name}.log").open("w", encoding="utf-8")
-            log.write("python -m " + " ".join(part.command) + "\n")
-            log.flush()
-            process = subprocess.Popen(
-                [sys.executable, "-m", *part.command],
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                env=self._environment | self._of(part, len(parts)),
-                start_new_session=True,
-            )
-            running.append((part, process, time.monotonic()))
+        at_once = at_once or len(parts)
         try:
-            self._watch(running, end)
+            while waiting or running:
+                while waiting and len(running) < at_once:
+                    part = waiting.pop(0)
+                    if (lacks := part.lacks) is not None or time.monotonic() >= end:
+                        self._note(part.name, "skipped", 0.0, lacks or "no time was left for it")
+                    else:
+                        running.append((part, self._start(part, min(at_once, len(parts))), time.monotonic()))
+                time.sleep(0.2)
+                self._watch(running, end)
         finally:  # Whoever ends this process ends them too.
             for _, process, _ in running:
                 self._stop(process)
+
+    def _start(self, part: Part, together: int) -> subprocess.Popen:
+        with (self.out / f"{part.name}.log").open("w", encoding="utf-8") as log:
+            log.write("python -m " + " ".join(part.command) + "\n")
+            log.flush()
+            return subprocess.Popen(
+                [sys.executable, "-m", *part.command],
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                env=self._environment | self._of(part, together),
+                start_new_session=True,
+            )
 
     def _of(self, part: Part, together: int) -> dict[str, str]:
         """Of its environment what is not everybody's."""
@@ -104,23 +117,21 @@ class Job:
         return own
 
     def _watch(self, running: list[tuple[Part, subprocess.Popen, float]], end: float) -> None:
-        """Until each has ended by itself, by its limit or by its wish."""
-        while running:
-            time.sleep(0.2)
-            for entry in list(running):
-                part, process, began = entry
-                took = time.monotonic() - began
-                if process.poll() is not None:
-                    state = "ok" if process.returncode == 0 else f"failed ({process.returncode})"
-                elif part.done():
-                    state = "ok, ended early"
-                elif time.monotonic() > end:
-                    state = "out of time"
-                else:
-                    continue
-                self._stop(process)
-                self._note(part.name, state, took, _last_line(self.out / f"{part.name}.log"))
-                running.remove(entry)
+        """Takes out those that have ended by themselves, by a limit or by their wish."""
+        for entry in list(running):
+            part, process, began = entry
+            took = time.monotonic() - began
+            if process.poll() is not None:
+                state = "ok" if process.returncode == 0 else f"failed ({process.returncode})"
+            elif part.done():
+                state = "ok, ended early"
+            elif time.monotonic() > end or took > part.seconds:
+                state = "out of time"
+            else:
+                continue
+            self._stop(process)
+            self._note(part.name, state, took, _last_line(self.out / f"{part.name}.log"))
+            running.remove(entry)
 
     def _stop(self, process: subprocess.Popen) -> None:
         for how in (signal.SIGTERM, signal.SIGKILL):
@@ -136,6 +147,7 @@ class Job:
         self.parts[name] = {"state": state, "seconds": round(seconds, 1), "ended_at": round(at, 1), "last_line": last}
         (self.out / "parts.json").write_text(json.dumps(self.parts, indent=1) + "\n")
         print(f"[{at:5.0f} s] {name}: {state} after {seconds:.0f} s: {last[:200]}", flush=True)
+        self._ended()
 
 
 def _last_line(path: Path) -> str:

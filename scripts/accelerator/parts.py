@@ -1,14 +1,16 @@
 """What is run on an accelerator: for every part its processes, in turn or side by side, and how long they may take.
 
-Limits are for an H100 or H200. Processes that measure time have the device alone; each measures little, so that one
-that fails or is ended takes nothing else with it.
+Limits are for an H100 or H200. Processes that measure time compile side by side and have the device alone while they
+time (`eval/measure/turns.py`); each measures little, so that one that fails or is ended takes nothing else with it.
 """
 
 import argparse
 import dataclasses
+import math
 from collections.abc import Callable, Iterator, Sequence
 
 from eval.measure.lineup import DRAFTERS
+from eval.speed import PEERS
 from scripts.accelerator.job import Part
 from scripts.accelerator.steps import JOBS
 
@@ -32,6 +34,7 @@ class Sizes:
       steps: jobs of `steps.py`, with their options.
       coprocessor: sizes of the step whose cost is measured, as `coprocessor.py` takes them.
       taught: steps, rows and tokens per row of coprocessors' training.
+      limit: seconds of a process that times, its wait for others included.
     """
 
     shape: str
@@ -46,6 +49,7 @@ class Sizes:
     steps: Sequence[tuple[str, str, str]] = tuple((name, str(job.rows), str(job.length)) for name, job in JOBS.items())
     coprocessor: Sequence[str] = ("--shape", "110m", "--batch_size", "8", "--length", "1024")
     taught: tuple[int, int, int] = (600, 8, 512)
+    limit: float = 240
 
     @classmethod
     def of(cls, shape: str, tiny: bool, rounds: int) -> "Sizes":
@@ -65,6 +69,7 @@ class Sizes:
             steps=tuple((name, "2", "32") for name in JOBS),
             coprocessor=("--batch_size", "1", "--length", "64", "--kinds", "pause"),
             taught=(2, 2, 64),
+            limit=math.inf,
         )
 
 
@@ -72,7 +77,7 @@ def speed(args: argparse.Namespace, sizes: Sizes, name: str, sections: str, *opt
     """A process of `eval.speed`."""
     command = ["eval.speed", "--sections", sections, "--rounds", str(sizes.rounds), *options]
     command += [] if sections == "images" else ["--shape", sizes.shape]
-    return Part(name, [*command, "--out", str(args.out / f"{name}.json")], quick=False)
+    return Part(name, [*command, "--out", str(args.out / f"{name}.json")], quick=False, seconds=sizes.limit)
 
 
 def correctness(args: argparse.Namespace, sizes: Sizes, left: float) -> Iterator[Group]:
@@ -93,14 +98,14 @@ def correctness(args: argparse.Namespace, sizes: Sizes, left: float) -> Iterator
 
 def plain(args: argparse.Namespace, sizes: Sizes, left: float) -> Iterator[Group]:
     """Plain decoding; the peer apart, because what it needs may not be there."""
-    yield [speed(args, sizes, "plain", "bandwidth,rows,plain", "--rows", sizes.rows)], 100
-    yield [speed(args, sizes, "huggingface", "plain,huggingface")], 120
+    yield [speed(args, sizes, "plain", "bandwidth,rows,plain", "--rows", sizes.rows)], math.inf
+    yield [speed(args, sizes, name, f"plain,{name}") for name in PEERS], math.inf
 
 
 def drafters(args: argparse.Namespace, sizes: Sizes, left: float) -> Iterator[Group]:
     """A few in a process."""
     for number, names in _groups(sizes.drafters):
-        yield [speed(args, sizes, f"drafters_{number}", "drafters", "--drafters", names)], 100
+        yield [speed(args, sizes, f"drafters_{number}", "drafters", "--greedy", "--drafters", names)], math.inf
 
 
 def _groups(drafters: Sequence[str]) -> Iterator[tuple[int, str]]:
@@ -111,14 +116,14 @@ def _groups(drafters: Sequence[str]) -> Iterator[tuple[int, str]]:
 
 def replay(args: argparse.Namespace, sizes: Sizes, left: float) -> Iterator[Group]:
     """Loop efficiency."""
-    yield [speed(args, sizes, "replay", "replay", "--nodes", sizes.nodes)], 120
+    yield [speed(args, sizes, "replay", "replay", "--nodes", sizes.nodes)], math.inf
 
 
 def growth(args: argparse.Namespace, sizes: Sizes, left: float) -> Iterator[Group]:
     """Scene by scene: the largest may not fit."""
     for number, scenes in enumerate(sizes.scenes, 1):
         options = ("--scenes", scenes, "--drafters", ",".join(sizes.drafters))
-        yield [speed(args, sizes, f"growth_{number}", "growth", *options)], 80
+        yield [speed(args, sizes, f"growth_{number}", "growth", *options)], math.inf
 
 
 def training(args: argparse.Namespace, sizes: Sizes, left: float) -> Iterator[Group]:
@@ -126,15 +131,15 @@ def training(args: argparse.Namespace, sizes: Sizes, left: float) -> Iterator[Gr
     for name, batch, length in sizes.steps:
         command = ["scripts.accelerator.steps", "--job", name, "--batch_size", batch, "--length", length]
         command += ["--tiny"] if sizes.shape == "tiny" else []
-        out = str(args.out / f"training_{name}.json")
-        yield [Part(f"training_{name}", [*command, "--rounds", str(sizes.rounds), "--out", out], quick=False)], 100
+        command += ["--rounds", str(sizes.rounds), "--out", str(args.out / f"training_{name}.json")]
+        yield [Part(f"training_{name}", command, quick=False, seconds=sizes.limit)], math.inf
 
 
 def images(args: argparse.Namespace, sizes: Sizes, left: float) -> Iterator[Group]:
     """Published shapes, each alone: what the deepest takes to compile is what is asked."""
     for depths, batch in sizes.images:
         options = ("--image_depths", depths, "--image_batch", batch, "--draft_scales", "none")
-        yield [speed(args, sizes, f"images_{depths.partition(',')[0]}", "images", *options)], 180
+        yield [speed(args, sizes, f"images_{depths.partition(',')[0]}", "images", *options)], math.inf
 
 
 def coprocessor(args: argparse.Namespace, sizes: Sizes, left: float) -> Iterator[Group]:
@@ -185,6 +190,8 @@ def smollm2(args: argparse.Namespace, sizes: Sizes, left: float) -> Iterator[Gro
     yield [Part("smollm2", command, packages=BESIDES)], left
 
 
+# Neighbours of these share a queue.
+TIMED = ("plain", "replay", "growth", "training", "images", "drafters")
 # In order of worth: what has been measured least comes before what takes long.
 PARTS: dict[str, Callable[[argparse.Namespace, Sizes, float], Iterator[Group]]] = {
     "correctness": correctness,

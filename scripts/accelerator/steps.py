@@ -28,6 +28,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from eval.images.speed import peak_flop, peak_part
+from eval.measure import turns
 from eval.measure.environment import describe_environment
 from eval.measure.timing import Part, summary
 from eval.measure.weights import random_weights
@@ -214,14 +215,14 @@ class Running:
 def measure(job: Job, shape: TransformerConfig, batch_size: int, length: int, rounds: int) -> dict[str, Any]:
     """Compiles the step, runs it, and says how fast that was."""
     running = Running.of(job, shape, batch_size, length)
-    seconds = []
-    for _ in range(rounds + 1):
-        began = time.perf_counter()
-        metrics = running.run()
-        seconds.append(time.perf_counter() - began)
+    memory, seconds = running.step.memory_analysis(), []
+    with turns.alone():
+        for _ in range(rounds + 1):
+            began = time.perf_counter()
+            metrics = running.run()
+            seconds.append(time.perf_counter() - began)
+        peak = _peak(rounds)
     taken = summary(seconds[1:])
-    memory = running.step.memory_analysis()
-    peak = _peak(rounds)
     tokens, unrolled = batch_size * length, (job.objective or {}).get("steps", 1)
     possible = taken.median / 1e3 * peak
     of_parameters = model_flop(running.plan, tokens, unrolled)
@@ -291,6 +292,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         found = sizes_of(job, shape, job.rows, job.length, dict(parse_mesh(args.mesh).shape))
         asked["mesh"] = args.mesh
     else:
+        turns.join()
         found = measure(job, shape, job.rows, job.length, args.rounds)
     write_json({"environment": describe_environment(), **asked, **found}, args.out)
     print(", ".join(f"{key} {value:.4g}" for key, value in found.items() if isinstance(value, float)))

@@ -18,6 +18,7 @@ from eval.measure import bandwidth
 from eval.measure.lineup import DRAFTERS, draft_shape
 from eval.measure.timing import Timing
 from eval.peers import text as peer
+from models import command_line
 from models.transformer import param_shapes
 from tests.noise import drawn
 
@@ -175,10 +176,10 @@ def test_out_is_checked_before_anything_is_measured(
         with pytest.raises(SystemExit) as stopped:
             speed.main(["--shape", "tiny", "--out", str(out)])
         assert stopped.value.code == 2 and complaint in capsys.readouterr().err
-    monkeypatch.setattr(speed.os, "access", lambda path, mode: path != tmp_path)
+    monkeypatch.setattr(command_line.os, "access", lambda path, mode: path != tmp_path)
     with pytest.raises(SystemExit):
         speed.main(["--shape", "tiny", "--out", str(tmp_path / "a" / "x.json")])
-    assert f"{tmp_path} is not writable" in capsys.readouterr().err and not (tmp_path / "a").exists()
+    assert f"nothing may be written in {tmp_path}" in capsys.readouterr().err and not (tmp_path / "a").exists()
 
 
 def test_missing_peer_is_said_and_null(monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path, capsys) -> None:
@@ -220,5 +221,5 @@ def test_peer_decodes_the_same_shape() -> None:
     ours = sum(leaf.size for leaf in jax.tree.leaves(param_shapes(config)))
     assert sum(weight.numel() for weight in other._model.parameters()) == ours
     assert other._model.config._attn_implementation == "sdpa"
-    static = speed.peer.HuggingFace(config, [1, 2, 3], new_tokens=3, like=other)
+    static = peer.HuggingFace(config, [1, 2, 3], new_tokens=3, static=True)
     assert isinstance(other.sample(), float) and isinstance(static.sample(), float)

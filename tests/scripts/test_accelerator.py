@@ -70,6 +70,22 @@ def test_parts_end_by_themselves_by_their_limit_or_when_they_are_asked_to(sleepe
     assert told["bad"]["last_line"] == "working" and (sleepers / "good.log").read_text().startswith("python -m good")
 
 
+def test_no_more_parts_run_side_by_side_than_are_asked_for(sleepers: Path) -> None:
+    (sleepers / "counted.py").write_text(
+        "import os, pathlib, time\n"
+        "place = pathlib.Path(os.environ['PYTHONPATH']) / 'now'\n"
+        "place.mkdir(exist_ok=True)\n"
+        "mine = place / str(os.getpid())\n"
+        "mine.touch()\ntime.sleep(0.5)\nprint(len(list(place.iterdir())))\nmine.unlink()\n"
+    )
+    ended: list[None] = []
+    job = Job(sleepers, 1.0, sleepers / "cache", lambda: ended.append(None))
+    job.run([Part(str(number), ["counted"]) for number in range(4)], 30.0, at_once=2)
+    assert max(int(part["last_line"]) for part in job.parts.values()) == 2 and len(ended) == len(job.parts) == 4
+    job.run([Part("limited", ["endless"], seconds=0.5), Part("next", ["good"])], 30.0, at_once=1)
+    assert job.parts["limited"]["state"] == "out of time" and job.parts["next"]["state"] == "ok"
+
+
 def arguments(out: Path, *more: str) -> argparse.Namespace:
     args = accelerator._parser().parse_args(["--out", str(out), "--target", "target", *more])
     args.cache, args.back = out / "cache", out / "back"
