@@ -161,6 +161,8 @@ def measure(
         progress(f"compiling {name}")
         part.sample()
     seconds: dict[str, list[float]] = {name: [] for name in parts}
+    if not parts:
+        return {}
     progress("waiting for the device")
     with turns.alone():
         for turn in range(rounds):

@@ -45,6 +45,13 @@ def test_what_is_timed_is_alone(line: Path) -> None:
         fcntl.flock(other, fcntl.LOCK_SH | fcntl.LOCK_NB)
 
 
+def test_nobody_waits_for_nothing(line: Path) -> None:
+    turns.join()
+    with line.open("a") as other:
+        fcntl.flock(other, fcntl.LOCK_SH)
+        assert measure({}, 1) == {}
+
+
 def test_without_others_nothing_waits(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(turns.VARIABLE, raising=False)
     turns.join.cache_clear()

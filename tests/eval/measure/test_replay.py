@@ -1,0 +1,41 @@
+"""What is replayed is what the loop writes while it replays, also where accepting rounds otherwise."""
+
+import dataclasses
+import types
+
+import numpy as np
+
+from eval.measure.replay import Replay
+
+
+@dataclasses.dataclass(frozen=True)
+class Told:
+    """In the place of the models."""
+
+    drafter_params: np.ndarray
+
+
+class Parting(Replay):
+    """Writes what it is told for `steady` tokens more than the time before, and then something else."""
+
+    def __init__(self, steady: int, size: int):
+        self._steady, self._rng, self.runs = steady, np.random.default_rng(0), 0
+        self._params_of, self._rate, self._knows, self.settled = lambda text, rate: np.asarray(text), 0.8, False, False
+        self._models, self._state = Told(np.zeros(size, int)), None
+
+    def _run(self) -> float:
+        told, self.runs = self._models.drafter_params, self.runs + 1
+        written = told.copy()
+        rest = written[self._steady * self.runs :]
+        rest[:] = self._rng.integers(1, 1000, rest.shape)
+        self.settled = np.array_equal(written, told)
+        self._state = types.SimpleNamespace(text=types.SimpleNamespace(tokens=written[None]))
+        return 1.0
+
+
+def test_the_loop_is_told_its_own_text_until_it_writes_it_again() -> None:
+    replay = Parting(steady=7, size=40)
+    assert replay.sample() == 1.0 and replay.settled
+    assert replay.runs == 7, "five parted, the sixth did not, and the last is the sample"
+    replay.sample()
+    assert replay.runs == 8
