@@ -4,10 +4,12 @@ import argparse
 import contextlib
 import importlib.util
 import json
+import os
 import subprocess
 import sys
 import tarfile
 import types
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -341,6 +343,31 @@ def test_what_needs_no_data_starts_where_nothing_that_reads_them_is_installed(tm
     assert {"eval.speed", "scripts.accelerator.correctness", "scripts.accelerator.steps"} < set(alone)
     program = WITHOUT.format(missing=missing, modules=["scripts.accelerator.__main__", *alone])
     subprocess.run([sys.executable, "-c", program], check=True, cwd=ROOT)
+
+
+def test_a_folder_of_wheels_is_installed_for_the_job_alone(tmp_path: Path) -> None:
+    (tmp_path / "wheels").mkdir()
+    about = "Metadata-Version: 2.1\nName: brought\nVersion: 1.0\n"
+    tag = "Wheel-Version: 1.0\nGenerator: test\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
+    inside = {
+        "brought.py": "",
+        "sitecustomize.py": "print('brought along')\n",
+        "brought-1.0.dist-info/METADATA": about,
+        "brought-1.0.dist-info/WHEEL": tag,
+    }
+    with zipfile.ZipFile(tmp_path / "wheels" / "brought-1.0-py3-none-any.whl", "w") as wheel:
+        for name, text in inside.items():
+            wheel.writestr(name, text)
+        wheel.writestr("brought-1.0.dist-info/RECORD", "".join(f"{name},,\n" for name in inside))
+    command = ["bash", str(ROOT / "scripts" / "accelerator.sh"), "--wheels", str(tmp_path / "wheels")]
+    command += ["--out", str(tmp_path / "out"), "--parts", "nothing"]
+    environ = {**os.environ, "TANDEM_PYTHON": sys.executable}
+    done = subprocess.run(command, env=environ, capture_output=True, text=True)
+    assert done.returncode == 2 and "there is no part 'nothing'" in done.stderr and "brought along" in done.stdout
+    assert importlib.util.find_spec("brought") is None
+    command[3] = str(tmp_path / "nowhere")
+    done = subprocess.run(command, env=environ, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr == f"error: --wheels needs a folder, and {tmp_path}/nowhere is none\n"
 
 
 @pytest.mark.slow

@@ -1,6 +1,7 @@
 """Two processes on one machine train, export and evaluate what one process does."""
 
 import concurrent.futures
+import dataclasses
 import json
 import pathlib
 import socket
@@ -47,18 +48,22 @@ jax.distributed.shutdown()
 """
 
 
+@pytest.mark.parametrize("mesh", [{}, pytest.param({"data": 1, "fsdp": 2}, marks=pytest.mark.slow)], ids=str)
 def test_two_processes_do_what_one_does(
     as_code: Callable[[TrainConfig], str],
     data_set: pathlib.Path,
     tmp_path: pathlib.Path,
+    mesh: dict[str, int],
 ) -> None:
+    """With the rows of a batch shared out, or with the parameters too."""
     model = {**SHAPE, "num_layers": 1}
     config = tiny_job(data_set, {"name": "lm", "model": model}, steps=3, checkpoint={"every": 3})
+    shared = dataclasses.replace(config, mesh=dataclasses.replace(config.mesh, **mesh))
     evaluation: dict[str, Any] = {**EVALUATION, "data": str(data_set)}
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{free.getsockname()[1]}"
-    told = {"address": address, "config": as_code(config), "workdir": str(tmp_path / "two"), "evaluation": evaluation}
+    told = {"address": address, "config": as_code(shared), "workdir": str(tmp_path / "two"), "evaluation": evaluation}
     with (
         Interpreter(1) as first,
         Interpreter(1) as second,
