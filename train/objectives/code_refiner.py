@@ -14,7 +14,6 @@ from collections.abc import Sequence
 from typing import Any, ClassVar, Literal
 
 import jax
-import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from models import sharding
@@ -23,6 +22,7 @@ from models.images import var
 from models.images.config import VARConfig, scale_starts
 from models.schema import require
 from models.transformer import stack_layers
+from train.objectives.divergences import forward_kl, log_probabilities
 from train.objectives.next_scale import (
     NextScale,
     NextScaleConfig,
@@ -120,5 +120,4 @@ def divergence(
     teacher: Float[Array, "B R V"], student: Float[Array, "B R V"], temperature: float
 ) -> Float[Array, "B R"]:
     """KL(softmax(teacher / T) || softmax(student / T)), in nats."""
-    log_p, log_q = (jax.nn.log_softmax(scores / temperature, axis=-1) for scores in (teacher, student))
-    return jnp.sum(jnp.exp(log_p) * (log_p - log_q), axis=-1)
+    return forward_kl(*(log_probabilities(scores, temperature) for scores in (student, teacher)))
