@@ -18,8 +18,9 @@ from typing import Any
 
 from scipy import stats
 
-from eval.report.files import write_json
-from eval.report.page import RESULTS, keep_results, print_columns, read_results
+from eval.report.files import make_directory, write_json
+from eval.report.page import REPORT, RESULTS, keep_results, print_columns, read_results
+from eval.report.seeds import write_report
 from models import command_line
 from models.command_line import add_overwrite
 from models.errors import UserError, exit_on_user_error
@@ -158,7 +159,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = command_line.parser("eval.seeds", __doc__)
     parser.add_argument("--acceptance", nargs="+", required=True, help="directories that eval.acceptance wrote")
     parser.add_argument("--speed", nargs="*", default=[], help="directories that eval.main wrote")
-    parser.add_argument("--out", required=True, help="directory for results.json")
+    parser.add_argument("--out", required=True, help="directory for results.json and report.html")
     add_overwrite(parser)
     args = parser.parse_args(argv)
     keep_results(args.out, args.overwrite)
@@ -171,11 +172,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise UserError(
             f"an entry {error} is missing: these results are of another version or another command"
         ) from None
-    Path(args.out).mkdir(parents=True, exist_ok=True)
+    out = make_directory(args.out)
     of = {"environment": acceptance["environment"], "target": acceptance["target"], "entries": entries}
-    write_json(of, Path(args.out) / RESULTS)
+    write_json(of, out / RESULTS)
+    write_report(of, table(entries), out / REPORT)
     print_columns(table(entries))
-    print(f"\nwrote {args.out}/{RESULTS}")
+    print(f"\nwrote {out / RESULTS} and {out / REPORT}")
 
 
 if __name__ == "__main__":

@@ -18,9 +18,9 @@ Prints and saves, with the terms of `eval/text/benchmark.py`:
                          of forward_ms and network_ms; `overhead_share` is what verdict, commit and update take of a
                          step, and `sampled` holds these and the step at temperature 1 with top-p 0.9 (not with
                          `--greedy`, which halves the programs)
-    replay               list of {nodes, ms_per_token, forward_ms, acceptance_length, speedup, loop_efficiency, settled}:
-                         decodes whose candidates cost nothing and are accepted at a rate of 0.8, in chains of so many
-                         rows; settled, if to the end of the text (`eval/measure/replay.py`)
+    replay               list of {nodes, ms_per_token, forward_ms, acceptance_length, speedup, loop_efficiency,
+                         settled}: decodes whose candidates cost nothing and are accepted at a rate of 0.8, in chains of
+                         so many rows; settled, if to the end of the text (`eval/measure/replay.py`)
     growth               list of {batch, context, drafters: name -> {step_ms, compile_seconds}}: the fused loop's step
                          as batch and context grow, and its compilation, or None where it was compiled before. On an
                          accelerator the loops of a scene compile side by side, and it is the time of their slowest

@@ -56,7 +56,9 @@ def test_seeds_of_a_method_are_put_together(tmp_path, capsys) -> None:
     assert second["alpha_intervals"] == [[0.1, 0.2], None]
     assert second["alpha"] == [0.0, None] and second["speedup"] is None
     assert second["acceptance_length_interval"] == pytest.approx([1.0, 1.2])
-    assert "1.50 (1.20-1.70)" in capsys.readouterr().out
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert "1.50 (1.20-1.70)" in page and "1.50 (1.20-1.70)" in capsys.readouterr().out
+    assert page.count("<svg") == 2 and "a accepts 2.20, greedy" in page, "nothing was timed at another temperature"
 
 
 def test_temperatures_are_apart_and_every_seed_that_was_timed_counts() -> None:
