@@ -131,6 +131,7 @@ def run(config: DecodeConfig) -> dict[str, Any]:
     """
     keep_results(config.out, config.overwrite, "--config.overwrite")
     with Progress() as progress:
+        turns.join()
         progress(f"loading {config.target}")
         target = load_target(str(config.target), mesh=parse_mesh(config.mesh) if config.mesh else None)
         contenders = _contenders(config, target)
@@ -248,7 +249,6 @@ def eval_command(argv: list[str]) -> None:
     source = flags.FLAGS["config"].config_filename  # type: ignore[attr-defined]
     config = schema.parse(DecodeConfig, _CONFIG.value.to_dict(), place=source)
     processes.start(DISTRIBUTED.value)
-    turns.join()
     run(config)
 
 

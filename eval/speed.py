@@ -456,10 +456,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     add_distributed(parser)
     args = parser.parse_args(argv)
     processes.start(args.distributed)
-    turns.join()
     if args.out is not None and args.out.is_dir():
         raise UserError(f"cannot write {args.out}: it is a directory, expected a JSON file")
     keep_files([args.out], args.overwrite)
+    turns.join()
 
     def keep(results: dict[str, Any]) -> None:
         if args.out is not None:

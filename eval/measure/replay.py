@@ -61,39 +61,34 @@ class Replay:
         limit = scene.lengths + new_tokens
         self._request = dataclasses.replace(scene.request(), limit=limit)
         self._models = scene.models(drafter, params_of(self._state.text.tokens[0], 0.0))
-        self._lengths, self._knows = scene.lengths, False
-        self.acceptance_length, self.settled = 1.0, True
+        self._lengths = scene.lengths
+        self.acceptance_length, self.settled = 1.0, False
 
     def prepare(self) -> None:
-        """Compiles the loop, by a decode that accepts nothing."""
+        """Compiles the loop, and tells it its own text until it writes it again: at first one that accepts nothing."""
         self._run()
+        for _ in range(TRIES):
+            known = np.array(self._state.text.tokens[0])
+            self._models = dataclasses.replace(
+                self._models, drafter_params=self._params_of(jnp.asarray(known), self._rate)
+            )
+            self._run()
+            self.settled = np.array_equal(self._state.text.tokens[0], known)
+            if self.settled:
+                break
 
     def sample(self) -> float:
         """Seconds per token."""
-        if not self._knows:
-            self._run()
-            self._settle()
-            self._knows = True
         return self._run()
-
-    def _settle(self) -> None:
-        """Tells the loop its own text until it writes it again."""
-        for _ in range(TRIES):
-            known = jnp.array(self._state.text.tokens[0])
-            self._models = dataclasses.replace(self._models, drafter_params=self._params_of(known, self._rate))
-            self._run()
-            if self.settled:
-                return
 
     def _run(self) -> float:
         text = dataclasses.replace(self._state.text, length=jnp.array(self._lengths), done=jnp.zeros(1, bool))
         counters = Counters.zeros(1, self._drafter.max_depth, self._drafter.max_nodes)
         start = dataclasses.replace(self._state, text=text, slots=jnp.array(self._lengths), counters=counters)
-        start, told = jax.block_until_ready((start, jnp.array(text.tokens[0])))
+        start = jax.block_until_ready(start)
         started = time.perf_counter()
         self._state = jax.block_until_ready(loop.run(self._models, start, self._request, ALL_STEPS))
         seconds = time.perf_counter() - started
-        self.settled = bool((self._state.text.tokens[0] == told).all())
         committed, steps = int(self._state.counters.committed[0]), int(self._state.counters.steps[0])
         self.acceptance_length = committed / steps
         return seconds / committed

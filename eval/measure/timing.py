@@ -33,7 +33,7 @@ class Timing:
 
 
 class Timed(Protocol):
-    """Something that `measure` can time."""
+    """Something that `measure` can time; what has a `prepare`, too, does there all that is not to be timed."""
 
     def sample(self) -> float:
         """Runs once or more and returns seconds per run; the first call may be slow and is thrown away."""
@@ -159,12 +159,14 @@ def measure(
     """
     for name, part in parts.items():
         progress(f"compiling {name}")
-        part.sample()
+        getattr(part, "prepare", part.sample)()
     seconds: dict[str, list[float]] = {name: [] for name in parts}
     if not parts:
         return {}
     progress("waiting for the device")
     with turns.alone():
+        for part in parts.values():
+            part.sample()
         for turn in range(rounds):
             progress(f"round {turn + 1} of {rounds}")
             for name, part in parts.items():

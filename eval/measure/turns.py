@@ -1,9 +1,11 @@
 """Whose turn it is on a device: processes make ready side by side, and time one at a time.
 
-An accelerator's programs take minutes to compile and moments to time. Where `TANDEM_TURNS` names a file, processes that
-time hold a shared lock of it from `join` on, and the only one while they time (`alone`): that begins when nobody is
-making ready any more, and nobody goes on until it is over. A process that ends, however, gives its lock back.
-Without the variable nothing waits.
+An accelerator's programs take minutes to compile and moments to time. Where `TANDEM_TURNS` names a file, a process
+that times holds a shared lock of it from `join` on, while it makes ready, and the only one while it times (`alone`):
+that begins when nobody is making ready any more, and nobody goes on until it is over. A second lock is the gate by
+which the first come in, so that who is ready is not overtaken by those who begin. A process that ends, however, gives
+its locks back. Without the variable nothing waits; neither do processes of one job that talk to each other, of which
+one would wait for what another holds.
 """
 
 import contextlib
@@ -11,29 +13,54 @@ import fcntl
 import functools
 import os
 from collections.abc import Iterator
-from typing import IO
+from typing import IO, NamedTuple
+
+from models import processes
+from models.errors import UserError
 
 VARIABLE = "TANDEM_TURNS"
 
 
+class _Locks(NamedTuple):
+    """Open files."""
+
+    turn: IO[str]
+    gate: IO[str]
+
+    def enter(self, kind: int) -> None:
+        """Through the gate, which is shut behind everybody who waits for the turn."""
+        fcntl.flock(self.turn, fcntl.LOCK_UN)
+        fcntl.flock(self.gate, fcntl.LOCK_EX)
+        fcntl.flock(self.turn, kind)
+        fcntl.flock(self.gate, fcntl.LOCK_UN)
+
+
 @functools.cache
-def join() -> IO[str] | None:
-    """Takes part, first of all waiting until nobody times."""
-    if not (path := os.environ.get(VARIABLE)):
+def join() -> _Locks | None:
+    """Takes part, first of all waiting until nobody times.
+
+    Raises:
+      UserError: the file of `TANDEM_TURNS` cannot be written.
+    """
+    path = os.environ.get(VARIABLE)
+    if not path or processes.count() > 1:
         return None
-    file = open(path, "a", encoding="utf-8")  # noqa: SIM115 - the lock lasts as long as the process.
-    fcntl.flock(file, fcntl.LOCK_SH)
-    return file
+    try:
+        locks = _Locks(*(open(name, "a", encoding="utf-8") for name in (path, f"{path}.gate")))  # noqa: SIM115
+    except OSError as error:
+        raise UserError(f"cannot write {path}, which {VARIABLE} names: {error.strerror}") from None
+    locks.enter(fcntl.LOCK_SH)
+    return locks
 
 
 @contextlib.contextmanager
 def alone() -> Iterator[None]:
     """Nobody else uses the device within."""
-    if (file := join()) is None:
+    if (locks := join()) is None:
         yield
         return
-    fcntl.flock(file, fcntl.LOCK_EX)
+    locks.enter(fcntl.LOCK_EX)
     try:
         yield
     finally:
-        fcntl.flock(file, fcntl.LOCK_SH)
+        locks.enter(fcntl.LOCK_SH)

@@ -12,13 +12,12 @@ Definitions (`decoding/stats.py` has those of acceptance):
 * **loop efficiency** is the speed-up over the ideal one, acceptance length x t(plain forward) / (t(target forward on
   the tree's rows) + t(the drafter's networks)).
 
-Decodes run with batch 1 unless more is asked for; texts that are decoded together share the seconds in equal parts.
-The number of candidates of an open drafter changes while it decodes (`decoding/sizing.py`) and from repeat to repeat:
-acceptance is the first's; its tree, as reported and timed, is the size that most of that repeat's steps had, and shares
-of a step are left out where a tenth had another. Plain decoding always takes part. Several processes share the prompts,
-each on devices of its own; the parts of a step are those that the process itself timed. What takes longest on an
-accelerator is compilation. So prompts share caches of few sizes, which all contenders have alike, and there the
-contenders compile side by side, but for open ones, which measure while they do.
+Texts that are decoded together share the seconds in equal parts. The number of candidates of an open drafter changes
+while it decodes (`decoding/sizing.py`) and from repeat to repeat: acceptance is the first's; its tree, as reported and
+timed, is the size that most of that repeat's steps had, and shares of a step are left out where a tenth had another.
+Plain decoding always takes part. Several processes share the prompts, each on devices of its own; the parts of a step
+are those that the process itself timed. What takes longest on an accelerator is compilation. So prompts share caches of
+few sizes, and there contenders compile side by side, but for open ones, which measure while they do.
 """
 
 import collections
@@ -310,6 +309,7 @@ class _Parts:
                 progress(f"compiling {contender.drafter.name}, {name} alone")
                 part.sample()
 
+    @turns.alone()
     def sample(self) -> None:
         """A few more samples of every part, in turn."""
         for _ in range(SAMPLES_OF_PARTS):

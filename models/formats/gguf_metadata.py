@@ -70,6 +70,6 @@ class Metadata:
         value = self.metadata.get(key, default)
         if value is None:
             self.refuse(f"the key {key} is missing")
-        if type(value) is not kind:
+        if type(value) is not kind and (kind, type(value)) != (float, int):
             self.refuse(f"{key} must be {noun}, got {str(value)[:60]}")
         return value

@@ -7,10 +7,10 @@
                  in float64 and bfloat16; chi-square at batch 1 and 16
     plain        bandwidth, rows, plain decoding, Hugging Face's generate with a dynamic and a static cache
     replay       loop efficiency for 1 to 128 rows, by an oracle
+    drafters     a step of every drafter and its parts
     growth       steps as contexts grow to 32k and batches to 64
     training     training steps on random tokens, their model-FLOP utilisation and memory
     images       VAR of 30 and of 16 layers, and of 16 and of 8: seconds of compilation and images/s, beside PyTorch's
-    drafters     a step of every drafter and its parts
     coprocessor  what its training step costs; LoRA, soft embeddings and pause tokens for a chat model
     smollm2      heads for a chat model (`python -m scripts.accelerator.smollm2`); rehearsed where there is no --target
 
@@ -35,7 +35,7 @@ from models import command_line
 from models.command_line import at_least, listed
 from models.errors import UserError, exit_on_user_error
 from scripts.accelerator.job import Job, end_when_told
-from scripts.accelerator.parts import PARTS, TIMED, Sizes
+from scripts.accelerator.parts import PARTS, QUEUED, Sizes
 
 _PATIENCE = 10  # Limits are for accelerators.
 KEPT = (".json", ".jsonl", ".html", ".log")
@@ -72,8 +72,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     end_when_told()
     job = Job(args.out, args.minutes, args.cache, lambda: pack(args.out, args.back))
     sizes = Sizes.of(args.shape, args.tiny, args.rounds)
-    for timed, names in itertools.groupby(args.parts, TIMED.__contains__):
-        if timed:
+    for queued, names in itertools.groupby(args.parts, QUEUED.__contains__):
+        if queued:
             groups = [group for name in names for group in PARTS[name](args, sizes, job.left)]
             job.run([part for parts, _ in groups for part in parts], job.left, args.together)
         else:

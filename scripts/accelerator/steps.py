@@ -215,13 +215,13 @@ class Running:
 def measure(job: Job, shape: TransformerConfig, batch_size: int, length: int, rounds: int) -> dict[str, Any]:
     """Compiles the step, runs it, and says how fast that was."""
     running = Running.of(job, shape, batch_size, length)
-    memory, seconds = running.step.memory_analysis(), []
+    memory, seconds, product = running.step.memory_analysis(), [], _product()
     with turns.alone():
         for _ in range(rounds + 1):
             began = time.perf_counter()
             metrics = running.run()
             seconds.append(time.perf_counter() - began)
-        peak = _peak(rounds)
+        peak = peak_flop() / min(product.sample() for _ in range(rounds + 1))
     taken = summary(seconds[1:])
     tokens, unrolled = batch_size * length, (job.objective or {}).get("steps", 1)
     possible = taken.median / 1e3 * peak
@@ -255,11 +255,11 @@ def sizes_of(job: Job, shape: TransformerConfig, batch_size: int, length: int, m
     }
 
 
-def _peak(rounds: int) -> float:
-    """Floating-point operations a second of large products."""
-    part: Part = peak_part(jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16)
-    part.sample()
-    return peak_flop() / min(part.sample() for _ in range(rounds))
+def _product() -> Part:
+    """Large products, compiled."""
+    part = peak_part(jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16)
+    part.prepare()
+    return part
 
 
 @exit_on_user_error

@@ -4,7 +4,9 @@ import dataclasses
 import types
 
 import numpy as np
+import pytest
 
+from eval.measure import replay as replay_module
 from eval.measure.replay import Replay
 
 
@@ -20,7 +22,7 @@ class Parting(Replay):
 
     def __init__(self, steady: int, size: int):
         self._steady, self._rng, self.runs = steady, np.random.default_rng(0), 0
-        self._params_of, self._rate, self._knows, self.settled = lambda text, rate: np.asarray(text), 0.8, False, False
+        self._params_of, self._rate, self.settled = lambda text, rate: np.asarray(text), 0.8, False
         self._models, self._state = Told(np.zeros(size, int)), None
 
     def _run(self) -> float:
@@ -28,14 +30,21 @@ class Parting(Replay):
         written = told.copy()
         rest = written[self._steady * self.runs :]
         rest[:] = self._rng.integers(1, 1000, rest.shape)
-        self.settled = np.array_equal(written, told)
         self._state = types.SimpleNamespace(text=types.SimpleNamespace(tokens=written[None]))
         return 1.0
 
 
 def test_the_loop_is_told_its_own_text_until_it_writes_it_again() -> None:
     replay = Parting(steady=7, size=40)
-    assert replay.sample() == 1.0 and replay.settled
-    assert replay.runs == 7, "five parted, the sixth did not, and the last is the sample"
+    replay.prepare()
+    assert replay.settled and replay.runs == 6, "five parted, and the sixth did not"
+    assert replay.sample() == 1.0 and replay.runs == 7 and replay.settled
+
+
+def test_a_text_that_parts_to_the_end_is_not_settled(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(replay_module, "TRIES", 3)
+    replay = Parting(steady=7, size=40)
+    replay.prepare()
+    assert not replay.settled and replay.runs == 4
     replay.sample()
-    assert replay.runs == 8
+    assert not replay.settled
