@@ -1,6 +1,7 @@
 """GGUF import against transformers' own: logits, dequantised blocks, token ids of a multilingual text."""
 
 import logging
+import os
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,7 @@ import jax
 import numpy as np
 import pytest
 
+from decoding.generate import generate
 from models.config import TransformerConfig
 from models.formats.storage import leaves_by_path
 from models.formats.target import Target
@@ -153,3 +155,23 @@ def test_sentence_piece_ids(tmp_path: Path) -> None:
     theirs = their_ids(told, tmp_path / "m.gguf")
     assert ours.encode(MULTILINGUAL, bos=False) == theirs
     assert ours.decode(theirs) == MULTILINGUAL
+
+
+@pytest.mark.skipif("TANDEM_GGUF" not in os.environ, reason="TANDEM_GGUF names no file of SmolLM2-135M-Instruct")
+def test_smollm2_as_it_comes() -> None:
+    """The real file: ids, logits, and what it says of France."""
+    path = Path(os.environ["TANDEM_GGUF"])
+    config, params, tokenizer = read_gguf(path)
+    target = Target(config, params, tokenizer=tokenizer)
+    theirs = transformers.AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+    ids = tokenizer.encode(MULTILINGUAL, bos=False)
+    assert ids == theirs(MULTILINGUAL, add_special_tokens=False).input_ids
+    tokens = np.asarray([ids[:96]], np.int32)
+    logits = reference_logits(reference(path), tokens)
+    apart = float(np.abs(np.asarray(target.apply(tokens).logits) - logits).max())
+    print(f"{tokens.size} tokens, logits up to {np.abs(logits).max():.1f}, at most {apart:.1e} apart")
+    assert apart < 1e-4
+    prompt = tokenizer.encode("The capital of France is")
+    text = generate(target, [prompt], max_new_tokens=24).texts[0]
+    print(text)
+    assert text.startswith(" Paris") and "capital" in text
