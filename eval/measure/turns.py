@@ -3,7 +3,7 @@
 An accelerator's programs take minutes to compile and moments to time. Where `TANDEM_TURNS` names a file, a process
 that times holds a shared lock of it from `join` on, while it makes ready, and the only one while it times (`alone`):
 that begins when nobody is making ready any more, and nobody goes on until it is over. A second lock is the gate by
-which the first come in, so that who is ready is not overtaken by those who begin. A process that ends, however, gives
+which all come in, so that who is ready is not overtaken by those who begin. A process that ends, in whatever way, gives
 its locks back. Without the variable nothing waits; neither do processes of one job that talk to each other, of which
 one would wait for what another holds.
 """

@@ -52,10 +52,8 @@ class HuggingFace:
         hf_config = transformers.AutoConfig.for_model(settings.pop("model_type"), **settings)
         hf_config.eos_token_id = None
         self._torch, self._cache = torch, {"cache_implementation": "static"} if static else {}
-        where, options = (
-            torch.device(device() or "cpu"),
-            {"attn_implementation": "sdpa", "dtype": getattr(torch, dtype)},
-        )
+        where = torch.device(device() or "cpu")
+        options = {"attn_implementation": "sdpa", "dtype": getattr(torch, dtype)}
         with where:  # Made where it runs: a processor takes minutes to draw as many numbers.
             self._model = transformers.AutoModelForCausalLM.from_config(hf_config, **options).eval()
         self._model.generation_config.eos_token_id = None
