@@ -66,6 +66,8 @@ class Replay:
 
     def prepare(self) -> None:
         """Compiles the loop, and tells it its own text until it writes it again: at first one that accepts nothing."""
+        if self.settled:
+            return
         self._run()
         for _ in range(TRIES):
             known = np.array(self._state.text.tokens[0])

@@ -38,6 +38,8 @@ def test_the_loop_is_told_its_own_text_until_it_writes_it_again() -> None:
     replay = Parting(steady=7, size=40)
     replay.prepare()
     assert replay.settled and replay.runs == 6, "five parted, and the sixth did not"
+    replay.prepare()
+    assert replay.runs == 6, "nothing is left to prepare"
     assert replay.sample() == 1.0 and replay.runs == 7 and replay.settled
 
 
