@@ -15,6 +15,7 @@ from models.errors import UserError
 PANEL_WIDTH = 460
 _LEFT, _RIGHT, _TOP, _BOTTOM = 50, 18, 14, 44
 _NAMES = 124  # Beside the right end of lines that are named there.
+_LABEL = 25  # Most letters beside a bar.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,7 +91,7 @@ def percent(share: float) -> str:
 
 def bar_chart(bars: Sequence[Bar], title: str, reference: float) -> str:
     """Horizontal bars from zero with their values at the end and a dashed line at `reference`."""
-    row, top, left, right = 34, 14, 20 + 7.6 * max(len(_short(bar.label)) for bar in bars), 56
+    row, top, left, right = 34, 14, 20 + 7.6 * max(len(_short(bar.label, _LABEL)) for bar in bars), 56
     plot = PANEL_WIDTH - left - right
     longest = max([reference, *(max(bar.value, *(bar.spread or (0.0,))) for bar in bars)])
     height = top + row * len(bars) + 22
@@ -103,7 +104,7 @@ def bar_chart(bars: Sequence[Bar], title: str, reference: float) -> str:
         y = top + index * row
         middle = y + row / 2
         low, high = bar.spread or (bar.value, bar.value)
-        marks.append(_text(left - 10, middle, _short(bar.label), "end", "label", title=bar.label))
+        marks.append(_text(left - 10, middle, _short(bar.label, _LABEL), "end", "label", title=bar.label))
         outline = _rounded_bar(left, y + 7, x(bar.value) - left, row - 14)
         hover = html.escape(f"{bar.label}: {bar.text}")
         marks.append(f'<path class="fill" style="--c:{bar.color}" d="{outline}"><title>{hover}</title></path>')
