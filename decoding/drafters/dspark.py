@@ -20,6 +20,7 @@ from jaxtyping import Array, Float, Int
 
 from decoding.drafters import dflash
 from decoding.drafters.dflash import DFlash
+from decoding.policies.admission import of_going
 from decoding.policies.policy import Scores
 from decoding.sampling import best_logits, best_tokens
 from models.errors import UserError
@@ -85,9 +86,7 @@ class Network(dflash.Network):
             offered = jnp.broadcast_to(offered, logits.shape)
         sure = None
         if serial.confidence != "none":
-            sure = jax.nn.sigmoid(serial.confidence_logit(params, hidden, before))
-            if self.target.done is not None:
-                sure = jnp.where(self.target.done[:, None], 0, sure)
+            sure = of_going(jax.nn.sigmoid(serial.confidence_logit(params, hidden, before)), self.target.done)
         kept = jax.lax.dynamic_update_slice_in_dim(told.state, state.astype(told.state.dtype), at, axis=1)
         return Scores(logits, tokens=offered, confidence=sure), dataclasses.replace(told, state=kept)
 

@@ -27,6 +27,7 @@ from jaxtyping import Array, Bool, Float
 
 from decoding.drafters.draft_model import DraftModel, ModelNetwork
 from decoding.policies import Scores
+from decoding.policies.admission import of_going
 from decoding.policies.scratch import Scratch
 from models import transformer
 from models.attention import Sources
@@ -95,7 +96,8 @@ class Nested(DraftModel):
     def network(self, params, target, state):
         """The draft model in the middle of the text."""
         place = self.place_of_network(params, target, state)
-        return NestedNetwork(**place, layers=self.layers[0], deeper=self.layers[1:], thresholds=self.thresholds)
+        exits = dict(layers=self.layers[0], deeper=self.layers[1:], thresholds=self.thresholds)
+        return NestedNetwork(**place, **exits, done=target.done)
 
 
 @struct.dataclass
@@ -129,10 +131,12 @@ class NestedNetwork(ModelNetwork):
     Attributes:
       deeper: the exits behind the first.
       thresholds: of each exit but the last.
+      done: which texts have ended; None is none.
     """
 
     deeper: tuple[int, ...] = struct.field(pytree_node=False, default=())
     thresholds: tuple[float, ...] = struct.field(pytree_node=False, default=())
+    done: Bool[Array, "B"] | None = None
 
     def begin(self, root, slots):
         """See `DraftNetwork`."""
@@ -179,7 +183,8 @@ class NestedNetwork(ModelNetwork):
             return jax.lax.cond(jnp.any(unsure), deeper, lambda: logits)
 
         logits_BMV = taken(0, scratch.stream[:, ran], logits_BMV, jnp.ones(logits_BMV.shape[:2], bool))
-        return Scores(logits_BMV, tokens=self.vocabulary, confidence=largest_probability(logits_BMV))
+        sure_BM = of_going(largest_probability(logits_BMV), self.done)
+        return Scores(logits_BMV, tokens=self.vocabulary, confidence=sure_BM)
 
 
 def largest_probability(logits: Float[Array, "B M V"]) -> Float[Array, "B M"]:

@@ -18,7 +18,12 @@ may pay for slot k. Nor does the probability of a drawn token itself, unless tok
 """
 
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
+
+
+def of_going(confidence: Float[Array, "B M"], done: Bool[Array, "B"] | None) -> Float[Array, "B M"]:
+    """c, 0 in rows whose text has ended; `done` None is none."""
+    return confidence if done is None else jnp.where(done[:, None], 0, confidence)
 
 
 def reach(confidence: Float[Array, "B D"]) -> Float[Array, "B D"]:

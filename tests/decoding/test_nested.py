@@ -34,7 +34,8 @@ LENGTH = 9
 @pytest.mark.parametrize(("exits", "limits"), [((1, 2, 3), (0.55, 0.65)), ((2,), ())], ids=["where sure", "one"])
 def test_the_tree_carries_what_the_network_cut_off_at_the_exit_says(exits, limits) -> None:
     """Of every path the first exit whose largest probability reaches its limit, whatever other rows take and whatever
-    limits later exits have; and what a network is sure of is that exit's largest probability."""
+    limits later exits have; and what a network is sure of is that exit's largest probability, or nothing where the text
+    has ended."""
     target = random_target(vocab_size=12)
     drafter = Nested(MODEL, Static(TREE, "without"), exits, limits)
     params = drawn(param_shapes(MODEL, jnp.float64), 0.6)
@@ -45,9 +46,8 @@ def test_the_tree_carries_what_the_network_cut_off_at_the_exit_says(exits, limit
     @jax.jit
     def draft(text, length):
         cache = transformer.forward(MODEL, params, text, Layout.causal(*text.shape), layers=(0, exits[-1])).rows
-        view = TargetView(
-            target.config, target.params, [], Place.of_text(length), text, batch_sampling([Sampling(1.0)] * 6)
-        )
+        sampling, ended = batch_sampling([Sampling(1.0)] * 6), jnp.arange(6) == 5
+        view = TargetView(target.config, target.params, [], Place.of_text(length), text, sampling, done=ended)
         root = jnp.take_along_axis(text, length[:, None], axis=1)[:, 0]
         keys = jax.vmap(jax.random.key)(jnp.arange(6))
         own, state = drafter.for_decoding(params), {"cache": cache, "memory": None}
@@ -71,7 +71,7 @@ def test_the_tree_carries_what_the_network_cut_off_at_the_exit_says(exits, limit
     found = [proposals[b, row[0, node]] for b in range(6) for node in inner]
     np.testing.assert_allclose(found, said[taken, np.arange(len(paths))], rtol=0, atol=1e-12)
     roots = said[taken, np.arange(len(paths))][:: len(inner)]
-    np.testing.assert_allclose(scores.confidence[:, 0], roots.max(axis=-1), rtol=0, atol=1e-12)
+    np.testing.assert_allclose(scores.confidence[:, 0], [*roots.max(axis=-1)[:5], 0.0], rtol=0, atol=1e-12)
 
 
 def test_layers_behind_the_last_exit_are_stored_and_never_run() -> None:
