@@ -33,10 +33,11 @@ from decoding.sampling import Sampling
 from decoding.spread import generate_together
 from decoding.stats import Stats
 from decoding.trees import SAMPLED_RULES
+from eval.measure.intervals import ratio_interval
 from eval.measure.progress import Progress
 from eval.report.acceptance import print_table, write_report
 from eval.report.page import keep_results, write_results
-from eval.text.benchmark import ratio_interval
+from eval.text.benchmark import distinct_share
 from eval.text.budget import Fitter, check_policy, parse_any_policy
 from eval.text.prompts import Prompt, document_prompts, encode_questions, read_questions
 from eval.text.results import describe_target
@@ -211,6 +212,7 @@ def _cell(
         "conditional_acceptance": [None if np.isnan(share) else float(share) for share in conditional],
         "conditional_acceptance_intervals": _by_depth(made.stats),
         "texts": len(made.tokens),
+        "distinct_token_share": distinct_share(made.tokens),
         # A sampled rule has draws of its own, so equal texts are neither promised nor expected.
         "identical": None if sampled else different == 0,
         "differing_texts": different,

@@ -33,6 +33,7 @@ import numpy as np
 from decoding.augment import Augment, refuse_times_without
 from decoding.coprocessors import Coprocessor, load_coprocessor
 from decoding.generate import check_context
+from eval.measure.intervals import mean_interval
 from eval.measure.progress import Progress
 from eval.report.page import keep_results, write_results
 from eval.report.quality import print_tables, write_report
@@ -99,8 +100,7 @@ def wilson(right: Sequence[bool]) -> dict[str, Any]:
 def against(right: Sequence[bool], base: Sequence[bool]) -> dict[str, Any]:
     """How much larger a share is than the base's on the same questions, with its 95% bootstrap interval."""
     gain = np.asarray(right, float) - np.asarray(base, float)
-    means = gain[np.random.default_rng(0).integers(0, len(gain), (1000, len(gain)))].mean(axis=1)
-    return {"gain": float(gain.mean()), "gain_interval": np.quantile(means, [0.025, 0.975]).tolist()}
+    return {"gain": float(gain.mean()), "gain_interval": mean_interval(gain)}
 
 
 # What is asked for is checked first, all of it, and measured then: each of these checks its part and returns the

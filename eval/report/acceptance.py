@@ -13,6 +13,7 @@ The results (written by `eval/acceptance.py`):
       conditional_acceptance    the share of those that accepted the depth above, or None where none did
       conditional_acceptance_intervals   of each, 95%, over texts, or None
       texts, differing_texts    decoded, and those unlike plain decoding's
+      distinct_token_share      distinct over all tokens of a text, mean over texts: low where text repeats
       identical                 no text differs; None where equal texts are not promised (sampled rules)
       tree                      rank paths, where the topology is static
 """
@@ -21,6 +22,7 @@ import collections
 import dataclasses
 import os
 import pathlib
+import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any, TextIO
 
@@ -56,6 +58,11 @@ class Row:
         found = [self.cells.get((temperature, budget)) for budget in budgets]
         return Curve.over(self.label, [cell["acceptance_length"] if cell else None for cell in found], self.color)
 
+    def distinct(self, temperature: float) -> str:
+        """How many of a text's tokens are distinct, over budgets, or nothing where it did not run."""
+        shares = [cell["distinct_token_share"] for (at, _), cell in self.cells.items() if at == temperature]
+        return percent(statistics.fmean(shares)) if shares else ""
+
     def identical(self, temperature: float) -> str:
         """`yes`, `no`, `in distribution`, or nothing where it did not run."""
         said = [cell["identical"] for (at, _), cell in self.cells.items() if at == temperature]
@@ -78,6 +85,7 @@ def print_table(results: Results, file: TextIO | None = None) -> None:
             cells = [row.cells.get((temperature, budget)) for row in rows]
             head = f"T={temperature:g} n={budget}"
             texts.append([head, *(f"{cell['acceptance_length']:.2f}" if cell else "-" for cell in cells)])
+        texts.append(["distinct", *(row.distinct(temperature) or "-" for row in rows)])
         texts.append(["identical", *(row.identical(temperature) or "-" for row in rows)])
     print_columns(list(zip(*texts, strict=True)), file)
 
@@ -149,7 +157,8 @@ def _table_row(row: Row, rows: Sequence[Row], temperatures: Sequence[float], bud
             hover = f"{spread}depth {cell['depth']}, {cell['committed']} tokens in {cell['steps']} forwards"
             best = _best(rows, temperature, budget) is row
             cells.append({"text": f"{cell['acceptance_length']:.2f}", "hover": hover, "best": best})
-        groups.append({"cells": cells, "identical": row.identical(temperature)})
+        said = {"distinct": row.distinct(temperature), "identical": row.identical(temperature)}
+        groups.append({"cells": cells, **said})
     return {"label": row.label, "color": row.color, "groups": groups}
 
 

@@ -15,6 +15,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from decoding.coprocessors import Coprocessor
+from eval.measure.intervals import choices
 from models.coprocessor import CoprocessorConfig
 from models.errors import UserError
 from models.formats.target import Target
@@ -27,8 +28,6 @@ from train.objectives.target_features import layout_of
 
 if TYPE_CHECKING:
     from train.data.texts import Batch
-
-RESAMPLES = 1000
 
 
 @functools.partial(jax.jit, static_argnames=("config", "network", "ahead"))
@@ -109,7 +108,7 @@ class ByOffset:
 
     def change(self, base: "ByOffset") -> tuple[np.ndarray, np.ndarray]:
         """Perplexity over the base's, less 1 `[A]`, and its 95% bootstrap interval over the choice of rows `[A, 2]`."""
-        picks = np.random.default_rng(0).integers(0, len(self.nll), (RESAMPLES, len(self.nll)))
+        picks = choices(len(self.nll))
         difference = self.nll - base.nll
 
         def ratio(nll, count):

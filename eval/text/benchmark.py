@@ -40,18 +40,19 @@ from decoding.stats import Stats
 from decoding.trees import Topology
 from decoding.verify import Typical
 from eval.measure import turns
+from eval.measure.intervals import choices, interval, ratio_interval
 from eval.measure.parts import Scene, network_ms, step_parts
 from eval.measure.timing import Timed, Timing, summary
 from eval.text.prompts import Prompt
 from models import processes
 from models.errors import UserError
 from models.formats.target import Target
+from models.formats.tokenizer import TokenIds
 from models.sharding import mesh_of
 
 WARM_UP_TOKENS = 4
 COMPILERS = 8  # Most contenders that compile side by side.
 SAMPLES_OF_PARTS = 3  # Of a part alone, per repeat.
-RESAMPLES = 1000
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -345,9 +346,7 @@ def _run(target: Target, one: Measured, baseline: Measured, prompts: Sequence[Pr
         "first_difference": difference,
         "lossy": one.contender.typical is not None,
         "new_tokens": sum(len(generation.tokens[0]) for generation in one.generations),
-        "distinct_token_share": statistics.fmean(
-            len(set(generation.tokens[0])) / len(generation.tokens[0]) for generation in one.generations
-        ),
+        "distinct_token_share": distinct_share([generation.tokens[0] for generation in one.generations]),
         "steps": stats.steps,
         "candidates": one.candidates,
         "steps_by_candidates": {str(size): steps for size, steps in sorted(stats.sizes.items())},
@@ -381,6 +380,11 @@ def _question_rates(one: Measured, prompts: Sequence[Prompt], category: str | No
     return rates
 
 
+def distinct_share(texts: Iterable[TokenIds]) -> float:
+    """Distinct tokens of a text over all of it, mean over the texts that are not empty: low where text repeats."""
+    return statistics.fmean(len(set(text)) / len(text) for text in texts if text)
+
+
 def _headline(rates: Sequence[Sequence[float]]) -> float:
     return statistics.median(statistics.fmean(repeat) for repeat in rates)
 
@@ -389,10 +393,10 @@ def _speedup_interval(rates: Sequence[Sequence[float]], base: Sequence[Sequence[
     """95% bootstrap interval of the speed-up, as `_headline` has it, over the choice of questions."""
     if len(rates[0]) != len(base[0]):  # Lossy acceptance may end other texts at once.
         return []
-    picks = _picks(len(rates[0]))
+    picks = choices(len(rates[0]))
     # By repeat, of every choice the mean over its questions; the median over repeats is that of the whole headline.
     mine, theirs = (np.median([np.asarray(one)[picks].mean(axis=1) for one in of], axis=0) for of in (rates, base))
-    return _middle(mine / theirs)
+    return interval(mine / theirs)
 
 
 def _acceptance_interval(one: Measured, prompts: Sequence[Prompt]) -> list[float]:
@@ -402,21 +406,6 @@ def _acceptance_interval(one: Measured, prompts: Sequence[Prompt]) -> list[float
         counts[prompt.question] += (generation.stats[0].committed, generation.stats[0].steps)
     committed, steps = np.stack([count for count in counts.values() if count[1]]).T
     return ratio_interval(committed, steps)
-
-
-def ratio_interval(numerator: np.ndarray, denominator: np.ndarray) -> list[float]:
-    """95% bootstrap interval of sum(numerator) / sum(denominator) over the choice of entries."""
-    picks = _picks(len(numerator))
-    return _middle(numerator[picks].sum(axis=1) / denominator[picks].sum(axis=1))
-
-
-def _picks(count: int) -> np.ndarray:
-    """Choices of as many entries as there are, with replacement: [RESAMPLES, count]."""
-    return np.random.default_rng(0).integers(0, count, (RESAMPLES, count))
-
-
-def _middle(values: np.ndarray) -> list[float]:
-    return np.quantile(values, [0.025, 0.975]).tolist()
 
 
 def _first_difference(

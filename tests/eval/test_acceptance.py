@@ -24,6 +24,7 @@ from decoding.trees import Topology, chain
 from eval import acceptance as command
 from eval.acceptance import Method, parse_method, study
 from eval.report.acceptance import print_table, write_report
+from eval.report.charts import percent
 from eval.text.budget import Fitter, parse_any_policy
 from eval.text.prompts import Prompt
 from models import transformer
@@ -108,9 +109,11 @@ def test_cells_hold_what_the_loop_counted(target: Target, cells) -> None:
         by_depth = [cell["steps"], *cell["accepted_by_depth"]]
         given = [below / above if above else None for above, below in itertools.pairwise(by_depth)]
         assert cell["conditional_acceptance"] == pytest.approx(given)
+    prompts = [prompt.tokens for prompt in prompts_of(target)]
+    plain = generate(target, prompts, max_new_tokens=24).tokens
+    assert table[0]["distinct_token_share"] == pytest.approx(np.mean([len(set(text)) / len(text) for text in plain]))
     tree = Topology(tuple(map(tuple, table[0]["tree"])))
     again = dataclasses.replace(methods[0].drafter, policy=Static(tree, "top"))
-    prompts = [prompt.tokens for prompt in prompts_of(target)]
     made = generate(target, prompts, drafter=again, drafter_params=methods[0].params, max_new_tokens=24)
     assert sum(stats.steps for stats in made.stats) == table[0]["steps"]
     assert table[1]["tree"] is None and table[1]["depth"] == 4, "a beam has no tree of its own"
@@ -204,7 +207,8 @@ def test_report_shows_every_method_and_what_differed(cells, tmp_path) -> None:
     print_table(results, out)
     head, first, *_ = out.getvalue().splitlines()
     assert "T=0 n=4" in head and "T=1 n=4" in head
-    assert first.split() == ["small", f"{table[0]['acceptance_length']:.2f}", "no", "-", "-"]
+    length, distinct = table[0]["acceptance_length"], table[0]["distinct_token_share"]
+    assert first.split() == ["small", f"{length:.2f}", percent(distinct), "no", "-", "-", "-"]
 
 
 def test_command_writes_results_and_report(
