@@ -8,7 +8,8 @@ runs/medusa/drafter; first-choice accuracy falls steeply with depth, because hea
 
 The default learns from the target: cross-entropy with its distribution (soft labels) alone, under AdamW.
 `configs/medusa.py:paper` has the published loss and optimizer instead: cross-entropy with the text, AdamW at
-1e-3 with 10 % warm-up, a cosine to 0 and no weight decay; its batch, length and steps stay those of this file.
+1e-3 with 10 % warm-up, a cosine to 0 and no weight decay; its batch, length and steps stay those of this file. There
+`--config.objective.d_pace=True` weighs a head by what it adds to a draft's expected length (D-PACE), as in blocks.
 
 `configs/medusa.py:quickstart` is the short job of `scripts/quickstart.sh --offline`: about 80 s under Muon, enough to
 see drafts accepted, too few for the heads' best. `configs/medusa.py:smoke` takes 20 short steps, within 1 min on two

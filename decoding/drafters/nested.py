@@ -96,8 +96,8 @@ class Nested(DraftModel):
     def network(self, params, target, state):
         """The draft model in the middle of the text."""
         place = self.place_of_network(params, target, state)
-        exits = dict(layers=self.layers[0], deeper=self.layers[1:], thresholds=self.thresholds)
-        return NestedNetwork(**place, **exits, done=target.done)
+        first, *deeper = self.layers
+        return NestedNetwork(**place, layers=first, deeper=tuple(deeper), thresholds=self.thresholds, done=target.done)
 
 
 @struct.dataclass

@@ -47,7 +47,6 @@ from eval.text.prompts import Prompt
 from models import processes
 from models.errors import UserError
 from models.formats.target import Target
-from models.formats.tokenizer import TokenIds
 from models.sharding import mesh_of
 
 WARM_UP_TOKENS = 4
@@ -380,7 +379,7 @@ def _question_rates(one: Measured, prompts: Sequence[Prompt], category: str | No
     return rates
 
 
-def distinct_share(texts: Iterable[TokenIds]) -> float:
+def distinct_share(texts: Iterable[Sequence[int]]) -> float:
     """Distinct tokens of a text over all of it, mean over the texts that are not empty: low where text repeats."""
     return statistics.fmean(len(set(text)) / len(text) for text in texts if text)
 

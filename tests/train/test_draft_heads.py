@@ -20,9 +20,11 @@ from train import trainer
 from train.checkpoint import restore
 from train.data.corpus import open_corpus
 from train.data.texts import Documents
+from train.objectives import pieces
+from train.objectives.block_losses import d_pace
 from train.objectives.draft_heads import DraftHeads
 from train.objectives.drafting import prompts_of
-from train.objectives.shift import ahead, labels_at
+from train.objectives.shift import ahead, labels_at, log_likelihood
 
 
 @pytest.fixture
@@ -74,6 +76,38 @@ def test_each_loss_equals_its_definition_row_by_row(drafter, term, setting):
         assert count > 5 and float(weights[i]) == count
         assert float(sums[i]) == pytest.approx(2.0 * 0.5**i * float(total), rel=1e-4)
         assert float(metrics[f"loss_{i + 1}"][0]) == pytest.approx(2.0 * float(total), rel=1e-4)
+
+
+def test_d_pace_weighs_guesses_by_what_the_length_of_the_draft_gains(setting, monkeypatch):
+    """Value and gradients, whole and in pieces, are those of the cross-entropy by position times weights that are
+    constant."""
+    objective, heads, frozen, batch = setting(objective={"hard": 2.0, "d_pace": True})
+
+    def by_position(heads):
+        target = objective.read_target(frozen, batch)
+        guesses = objective.teacher_forced(target, heads, frozen, batch, None)
+        likely = [log_likelihood(guess.read(guess.hidden), guess.labels.tokens) for guess in guesses]
+        counted = [guess.labels.counted for guess in guesses]
+        weight = d_pace(jnp.stack(likely, -1), jnp.stack(counted, -1))
+        sums = [jnp.sum(-2.0 * weight[..., i] * likely[i] * counted[i]) for i in range(2)]
+        return jnp.stack(sums), jnp.stack([jnp.sum(one) for one in counted])
+
+    def sums_of(heads):
+        (sums, weights), _ = objective.loss(heads, frozen, batch, jax.random.key(0), 0.0)
+        return sums, weights
+
+    def both(function):
+        return jax.jit(lambda heads: (function(heads), jax.grad(lambda heads: jnp.sum(function(heads)[0]))(heads)))
+
+    expected = both(by_position)(heads)
+    tree_equal(both(sums_of)(heads), expected, 1e-5)
+    monkeypatch.setattr(pieces, "SCORES", 2 * objective.model.vocab_size * 5)
+    tree_equal(both(sums_of)(heads), expected, 1e-5)
+
+
+def tree_equal(found, expected, rtol):
+    for mine, theirs in zip(*map(jax.tree.leaves, (found, expected)), strict=True):
+        np.testing.assert_allclose(mine, theirs, rtol=rtol, atol=rtol * np.max(np.abs(theirs)))
 
 
 class Oracle:
@@ -275,6 +309,8 @@ def test_probes_begin_where_answers_do():
         ({"hard": 0.0}, "are all 0: there is nothing to learn"),
         ({"soft": -1.0}, "objective.soft must not be negative"),
         ({"head_decay": 0.0}, "objective.head_decay must lie in 0..1"),
+        ({"d_pace": True, "soft": 1.0}, "objective.d_pace weighs objective.hard alone, got ['soft']"),
+        ({"d_pace": True, "head_decay": 0.8}, "objective.d_pace takes the place of objective.head_decay, got 0.8"),
         ({"heads": {"num_head": 2}}, "unknown key objective.heads.num_head (did you mean 'num_heads'?)"),
         ({"heads": {"num_heads": 0}}, "heads.num_heads must be from 1 to 64, got 0"),
         ({"drafter": "medusa", "heads": {"dropout": 0.1}}, "unknown key objective.heads.dropout"),

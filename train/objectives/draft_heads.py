@@ -38,6 +38,8 @@ class DraftHeadsConfig:
       feature: weight of the smooth L1 distance to the target's feature.
       divergence: what `soft` weighs: the `cross_entropy`, or one of `divergences.py` with its default numbers.
       head_decay: rho; 1 weighs all heads alike, Medusa's later recipe has 0.8.
+      d_pace: D-PACE's weights in its place, for `hard` alone: how much a draft's expected length gains by each head
+        (arXiv 2605.18810).
       labels: which tokens are learnt: `assistant`, those that the data set marks, or `all`.
       noise: alpha of the uniform noise on embeddings and, but for Hydra++, features, alpha / sqrt(length * H)
         (NEFTune, Jain et al. 2023); 0 is none.
@@ -57,6 +59,7 @@ class DraftHeadsConfig:
     feature: float = 0.0
     divergence: Compared = "cross_entropy"
     head_decay: float = 1.0
+    d_pace: bool = False
     labels: Literal["assistant", "all"] = "assistant"
     noise: float = 0.0
     loop_prompts: int = 4
@@ -70,12 +73,19 @@ class DraftHeadsConfig:
         if not self.hard + self.soft + self.feature:
             raise UserError("objective.hard, objective.soft and objective.feature are all 0: there is nothing to learn")
         schema.require(0 < self.head_decay <= 1, "objective.head_decay must lie in 0..1, 0 excluded", self.head_decay)
+        if self.d_pace:
+            others = [name for name in ("soft", "feature") if getattr(self, name)]
+            schema.require(not others and self.hard > 0, "objective.d_pace weighs objective.hard alone", others)
+            schema.require(
+                self.head_decay == 1, "objective.d_pace takes the place of objective.head_decay", self.head_decay
+            )
         self.untrained()
 
     @property
     def weights(self) -> Weights:
         """Of the loss's terms."""
-        return Weights(self.hard, self.soft, self.feature, self.head_decay, divergence=divergence_of(self.divergence))
+        divergence = divergence_of(self.divergence)
+        return Weights(self.hard, self.soft, self.feature, self.head_decay, divergence=divergence, d_pace=self.d_pace)
 
     @property
     def base(self) -> str:

@@ -23,6 +23,7 @@ from jaxtyping import Array, Bool, Float, Int
 from decoding.sampling import argmax, top_k
 from models.heads import vocabulary
 from models.sharding import keep_batch
+from train.objectives.block_losses import d_pace
 from train.objectives.divergences import Divergence
 from train.objectives.pieces import mapped, pieces_of, separable_sums, summed
 from train.objectives.shift import ahead, behind, log_likelihood
@@ -37,8 +38,9 @@ def divergence_of(name: Compared) -> Divergence | None:
 
 
 class Weights(NamedTuple):
-    """Weights of the loss's terms; rho, by which guess i counts rho^i; and the guess's temperature in the soft term,
-    or another divergence in its place, none of those that draw."""
+    """Weights of the loss's terms; rho, by which guess i counts rho^i; the guess's temperature in the soft term, or
+    another divergence in its place, none of those that draw; and whether guesses of one position count as D-PACE has
+    it, a hard term alone."""
 
     hard: float
     soft: float
@@ -46,13 +48,15 @@ class Weights(NamedTuple):
     decay: float
     temperature: float = 1.0
     divergence: Divergence | None = None
+    d_pace: bool = False
 
 
 class Labels(NamedTuple):
-    """The tokens that guesses answer for, and whether they count."""
+    """The tokens that guesses answer for, whether they count, and how much; None is all alike."""
 
     tokens: Int[Array, "B S"]
     counted: Bool[Array, "B S"]
+    weight: Float[Array, "B S"] | None = None
 
 
 class Guess(NamedTuple):
@@ -124,6 +128,8 @@ def losses(
       devices: that share the work.
     """
     found: dict[int, tuple[Array, Array]] = {}
+    if weights.d_pace:
+        guesses = paced(guesses, devices)
     for depths, reads, hiddens, rows in _groups(guesses, teacher, weights):
 
         def score(k, read, hidden, rows, taught):
@@ -134,6 +140,23 @@ def losses(
         found.update((i, (sums[k], jnp.sum(rows.learnt[k]).astype(sums.dtype))) for k, i in enumerate(depths))
     totals, counts = zip(*(found[i] for i in range(len(guesses))), strict=True)
     return jnp.stack(totals), jnp.stack(counts)
+
+
+def paced(guesses: Sequence[Guess], devices: int = 1) -> list[Guess]:
+    """The guesses, made from the same positions, with D-PACE's weights for their labels."""
+    likely = []
+    for guess in jax.lax.stop_gradient(list(guesses)):
+
+        def of_label(piece, read=guess.read):
+            hidden, tokens = piece
+            return log_likelihood(_read(read, hidden), tokens)
+
+        likely.append(
+            mapped(of_label, (guess.hidden, guess.labels.tokens), pieces_of([(guess.read, guess.hidden)], devices))
+        )
+    counted_BSD = jnp.stack([guess.labels.counted for guess in guesses], axis=-1)
+    weight_BSD = d_pace(jnp.stack(likely, axis=-1), counted_BSD)
+    return [guess._replace(labels=guess.labels._replace(weight=weight_BSD[..., i])) for i, guess in enumerate(guesses)]
 
 
 def measures(
@@ -172,6 +195,7 @@ class _Rows(NamedTuple):
     outputs: list[Int[Array, "B S"]]
     counted: list[Bool[Array, "B S"]]
     learnt: list[Bool[Array, "B S"]]
+    weight: list[Float[Array, "B S"] | None]
     scored: Any
     feature: Float[Array, "B S H"] | None
     choice: Int[Array, "B S"] | None
@@ -199,7 +223,8 @@ def _groups(guesses: Sequence[Guess], teacher: Teacher | None, weights: Weights)
         learns = [x if learnt is None else x & learnt for x in counted]
         if known is not None and weights.hard:
             learns = [x & (output >= 0) for x, output in zip(learns, outputs, strict=True)]
-        rows = _Rows(tokens, outputs, counted, learns, scored, feature, choice)
+        weight = [jax.tree.map(functools.partial(lined_up, i), guesses[i].labels.weight) for i in depths]
+        rows = _Rows(tokens, outputs, counted, learns, weight, scored, feature, choice)
         yield depths, [guesses[i].read for i in depths], [lined_up(i, guesses[i].hidden) for i in depths], rows
 
 
@@ -234,6 +259,8 @@ def _loss(weights: Weights, logits, hidden, k: int, rows: _Rows, taught) -> Floa
         loss_BS += weights.soft * (jax.nn.logsumexp(tempered, axis=-1) - expected_BS)
     if weights.feature:
         loss_BS += weights.feature * jnp.mean(optax.huber_loss(hidden, rows.feature), axis=-1)
+    if (weight_BS := rows.weight[k]) is not None:
+        loss_BS *= weight_BS
     return jnp.sum(loss_BS * rows.learnt[k])
 
 
