@@ -300,11 +300,13 @@ def _replays(maker: _Maker, counts: Sequence[int]) -> dict[str, Timed]:
         return {"text": text[:known], "rate": jnp.float32(rate)}
 
     parts: dict[str, Timed] = {}
+    first = None
     for nodes in counts:
         drafter = Oracle(nodes - 1, known) if nodes > 1 else Plain()
         params_of = told if nodes > 1 else lambda text, rate: None
-        parts[f"replay {nodes}"] = Replay(scene, drafter, params_of, ORACLE_TOKENS, ORACLE_RATE)
-        parts[f"replay rows {nodes}"] = rows_forward(scene, nodes)
+        replay = Replay(scene, drafter, params_of, ORACLE_TOKENS, ORACLE_RATE, after=first)
+        first = first or replay
+        parts |= {f"replay {nodes}": replay, f"replay rows {nodes}": rows_forward(scene, nodes)}
     return parts
 
 

@@ -8,10 +8,12 @@ choosing, verifying, committing and moving on, with candidates that are really a
 The known text is what the very loop writes when it is told that text. In bfloat16 scores hang on the number of rows and
 on which of them a token had, so that a text that another program wrote, or this one while it accepted nothing, parts
 from it somewhere, and behind that place nothing would be accepted any more. So what the loop wrote is told it again
-until it writes the same: up to the place where they parted it did already.
+until it writes the same: up to the place where they parted it did already. The first to tell is the text of a loop of
+few rows, because decoding it with many, none accepted, takes long.
 """
 
 import dataclasses
+import threading
 import time
 from collections.abc import Callable
 from typing import Any
@@ -46,6 +48,7 @@ class Replay:
         params_of: Callable[[Int[Array, "known"], float], Any],
         new_tokens: int,
         rate: float,
+        after: "Replay | None" = None,
     ):
         """A decode of `new_tokens` tokens on `scene`, of batch 1 and with room for them.
 
@@ -55,7 +58,9 @@ class Replay:
           params_of: its parameters, for a known text and the rate at which it is told.
           new_tokens: how many are decoded.
           rate: of acceptance, of a candidate behind accepted ones.
+          after: another decode of the scene, whose text is told first; None decodes one that accepts nothing.
         """
+        self._after, self._preparing = after, threading.Lock()
         self._drafter, self._params_of, self._rate = drafter, params_of, rate
         self._state = scene.state(drafter)
         limit = scene.lengths + new_tokens
@@ -64,20 +69,31 @@ class Replay:
         self._lengths = scene.lengths
         self.acceptance_length, self.settled = 1.0, False
 
+    @property
+    def text(self) -> np.ndarray:
+        """The tokens of the last decode, behind those of the prompt."""
+        return np.array(self._state.text.tokens[0])
+
     def prepare(self) -> None:
-        """Compiles the loop, and tells it its own text until it writes it again: at first one that accepts nothing."""
-        if self.settled:
-            return
-        self._run()
-        for _ in range(TRIES):
-            known = np.array(self._state.text.tokens[0])
-            self._models = dataclasses.replace(
-                self._models, drafter_params=self._params_of(jnp.asarray(known), self._rate)
-            )
-            self._run()
-            self.settled = np.array_equal(self._state.text.tokens[0], known)
+        """Compiles the loop, and tells it its own text until it writes it again."""
+        with self._preparing:  # Several may come after one, each in a thread of its own.
             if self.settled:
-                break
+                return
+            if self._after is None:
+                self._run()
+                known = self.text
+            else:
+                self._after.prepare()
+                known = self._after.text
+            for _ in range(TRIES):
+                self._models = dataclasses.replace(
+                    self._models, drafter_params=self._params_of(jnp.asarray(known), self._rate)
+                )
+                self._run()
+                written, known = known, self.text
+                self.settled = np.array_equal(written, known)
+                if self.settled:
+                    break
 
     def sample(self) -> float:
         """Seconds per token."""
