@@ -21,6 +21,7 @@ Intervals are 95%: Wilson's of shares, bootstrap over rows of text of perplexity
 `report.html`.
 """
 
+import dataclasses
 import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -36,7 +37,7 @@ from decoding.generate import check_context
 from eval.measure.intervals import mean_interval
 from eval.measure.progress import Progress
 from eval.report.page import keep_results, write_results
-from eval.report.quality import print_tables, write_report
+from eval.report.quality import form, print_tables, write_report
 from eval.text.behind import by_offset
 from eval.text.metrics import rows_of_text
 from eval.text.results import describe_target
@@ -75,17 +76,26 @@ def contenders(target: Target, directories: Sequence[str]) -> list[Contender]:
     """The target as it is, then with each coprocessor.
 
     Raises:
-      UserError: no such directory, or a coprocessor of another target.
+      UserError: no such directory, one that is named twice, or a coprocessor of another target.
     """
     loaded = [load_coprocessor(directory, target) for directory in directories]
     for network in loaded:
         network.config.check_target(target.config)
-    labels = [f"{network.config.kind} {network.config.num_latents}" for network in loaded]
-    made = [Contender(BASE)]
-    for label, network, path in zip(labels, loaded, directories, strict=True):
-        place = "/".join(part for part in Path(path).parts[-2:] if part != "coprocessor")
-        made.append(Contender(f"{label} ({place})" if labels.count(label) > 1 else label, network, path))
-    return made
+    labels = []
+    for network in loaded:
+        kind, *apart = form(dataclasses.asdict(network.config)).split(", ")
+        labels.append(", ".join([f"{kind} {network.config.num_latents}", *apart]))
+    places = [[part for part in Path(path).parts if part != "coprocessor"] for path in directories]
+    told, parts = labels, 0
+    while len(set(told)) < len(told) and parts < max(map(len, places)):
+        parts += 1
+        told = [
+            f"{label} ({'/'.join(place[-parts:])})" if labels.count(label) > 1 else label
+            for label, place in zip(labels, places, strict=True)
+        ]
+    if twice := [path for label, path in zip(told, directories, strict=True) if told.count(label) > 1]:
+        raise UserError(f"--coprocessors names {twice[0]} twice")
+    return [Contender(BASE), *map(Contender, told, loaded, directories)]
 
 
 def wilson(right: Sequence[bool]) -> dict[str, Any]:

@@ -124,7 +124,7 @@ run() {
         esac
     done
     printf '\n'
-    "$VENV/bin/python" -m "$@"
+    ${instead:-} "$VENV/bin/python" -m "$@"
 }
 
 job_finished() {

@@ -27,6 +27,7 @@ source "$(dirname "${BASH_SOURCE[0]}")/_job.sh"
 job_options 'bash scripts/coprocessor.sh [--data DIR] [--target DIR] [--out DIR] [--config VARIANT] [--labels NAME]
     [--main NAME] [--latents N,...] [--kinds NAMES] [--kinds_at N,...] [--steps N] [--rate X] [--soft_rate X] [--batch N]
     [--length N] [--places N] [--ahead N] [--rows N] [--base_steps N] [--shape SIZES] [--jobs N] [--fresh]' "$@"
+[ "${length:-128}" -gt 32 ] || fail "--length must be more than the 32 offsets that are compared, got $length"
 [ -z "$target" ] || [ -z "$base_steps$shape" ] ||
     fail "--base_steps and --shape are for a target that is made here, not for that of --target"
 out=${out:-$ROOT/runs/coprocessors}
@@ -100,7 +101,7 @@ taught() { # NAME LATENTS, in turn, or some side by side
     while [ "$(jobs -rp | wc -l)" -ge "$jobs" ]; do
         wait -n || failed
     done
-    "$@" >>"$workdir.log" 2>&1 &
+    (instead=exec && "$@") >>"$workdir.log" 2>&1 & # In the shell's place, so that the trap stops the training itself.
     trainings+=($!)
     echo "training $workdir ($workdir.log)"
 }

@@ -148,7 +148,7 @@ def _charts(results: Results, colors: Mapping[str, str]) -> list[Drawing]:
         ticks = signed_ticks(min(ends, default=0), max(ends, default=0))
         y = Axis("", ("{:+.0%}" if ticks[-1] - ticks[0] > 0.1 else "{:+.1%}").format, ticks, "{:+.2%}".format)
         x = Axis("offset", "{:g}".format, [at for at in SHOWN if at <= found["offsets"][-1]])
-        drawings.append(Drawing.of(title, chart(curves, title, x, y)))
+        drawings.append(Drawing.of(title, chart(curves, title, x, y, named=True)))
     asked = [(results["problems"], "last")] if results.get("problems") else []
     for entry, name in [*asked, *((one, "normalised") for one in results.get("choices") or [])]:
         if len(entry["runs"]) > 1:
@@ -164,7 +164,7 @@ def _by_latents(results: Results, entry: Mapping[str, Any], name: str, colors: M
         low, high = run[name]["interval"]
         one = known[run["label"]]
         point = Point(one["num_latents"], run[name]["share"], (low, high))
-        kinds.setdefault(_form(one), []).append((point, colors[run["label"]]))
+        kinds.setdefault(form(one), []).append((point, colors[run["label"]]))
     curves = [Curve(kind, [point for point, _ in points], points[0][1]) for kind, points in kinds.items()]
     title = f"{pathlib.PurePath(entry['file']).name}: right answers ({name}) by latents"
     ticks = sorted({point.x for curve in curves for point in curve.points})
@@ -173,12 +173,12 @@ def _by_latents(results: Results, entry: Mapping[str, Any], name: str, colors: M
     return Drawing.of(title, chart(curves, title, x, y, [base]), [(curve.label, curve.color) for curve in curves])
 
 
-def _form(one: Mapping[str, Any]) -> str:
+def form(one: Mapping[str, Any]) -> str:
     """A coprocessor's kind, and what else tells it from the default of that kind, but for its number of latents."""
     apart = [
-        str(one[field.name])
+        value if isinstance(value, str) else f"{field.name}={value}"
         for field in dataclasses.fields(CoprocessorConfig)
-        if field.name not in ("kind", "num_latents") and one[field.name] != field.default
+        if field.name not in ("kind", "num_latents") and (value := one.get(field.name, field.default)) != field.default
     ]
     return ", ".join([one["kind"], *apart])
 

@@ -143,11 +143,13 @@ def latents() -> Augment:
 
 
 @functools.cache
-def augmented_run(name: str, sampled: bool = False) -> Generation:
-    """On a cache with latents."""
-    settings = dict(sampling=SAMPLINGS, seeds=[3, 1, 4, 1]) if sampled else {}
+def augmented_run(name: str, sampled: bool = False, backwards: bool = False) -> Generation:
+    """On a cache with latents; `backwards` has the last prompt first."""
+    way = -1 if backwards else 1
+    settings = dict(sampling=SAMPLINGS[::way], seeds=[3, 1, 4, 1][::way]) if sampled else {}
     with jax.enable_x64(True):
-        return decode(name, max_new_tokens=[60, 45, 64, 39], augment=latents(), **settings)
+        new_tokens = [60, 45, 64, 39][::way]
+        return decode(name, PROMPTS[::way], max_new_tokens=new_tokens, augment=latents(), **settings)
 
 
 @functools.cache

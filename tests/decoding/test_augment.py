@@ -129,7 +129,7 @@ def augmented(with_latents: Augment, monkeypatch: pytest.MonkeyPatch, **settings
     [
         (None, 0, {}),
         (5, 0, FLAGS),
-        (6, 2, {"positions": "hold", "temperature": 3.0}),
+        (6, 2, {"positions": "hold", "latent_attn": "bidirectional", "temperature": 3.0}),
         (None, 2, {"reads": "last_layer"}),
         (None, 3, {"kind": "pause", "positions": "hold", "z_base": "last_token"}),
     ],
@@ -158,6 +158,17 @@ def test_engine_is_one_long_forward(every, lag, flags, monkeypatch) -> None:
         alone = dict(max_new_tokens=NEW[row], capacity=SIZE, sampling=warm, seeds=[SEEDS[row]])
         changed += new != generate(target(), [prompt], **alone).tokens[0]
     assert changed, "latents that change nothing prove nothing"
+
+
+def test_a_text_that_ends_before_its_latents_is_plain_decoding_s() -> None:
+    """Beside others that have them, at positions of their own or not."""
+    plain = generate(target(), PROMPTS, max_new_tokens=NEW, capacity=SIZE)
+    for flags in ({"reads": "last_layer"}, {"kind": "pause", "positions": "hold", "z_base": "last_token"}):
+        made = generate(
+            target(), PROMPTS, max_new_tokens=[2, *NEW[1:]], capacity=SIZE, augment=augment(None, 2, **flags)
+        )
+        assert made.augmentations == [0, 1, 1]
+        assert made.tokens[0] == plain.tokens[0][:2] and made.tokens[1:] != plain.tokens[1:]
 
 
 def test_streams_and_stops_are_those_of_the_text() -> None:

@@ -343,16 +343,16 @@ def test_the_command_measures_what_is_asked_for(
     quality.main(list(map(str, arguments)))
     told = capsys.readouterr().out
     results = json.loads((out / "results.json").read_text())
-    assert [one["label"] for one in results["contenders"]] == ["target", "lora 2"]
+    assert [one["label"] for one in results["contenders"]] == ["target", "lora 2, rank=2"]
     base, changed = results["perplexity"]["runs"]
     assert len(base["perplexity"]) == len(changed["change"]) == AHEAD and "change" not in base
     ratio = np.array(changed["perplexity"]) / np.array(base["perplexity"]) - 1
     np.testing.assert_allclose(changed["change"], ratio, rtol=1e-6)
     assert results["problems"]["questions"] == 3 and results["problems"]["runs"][1]["augmentation_ms"] > 0
     (one,) = results["choices"]
-    assert one["chance"] == 0.5 and {run["label"] for run in one["runs"]} == {"target", "lora 2"}
+    assert one["chance"] == 0.5 and {run["label"] for run in one["runs"]} == {"target", "lora 2, rank=2"}
     page = (out / "report.html").read_text()
-    assert "lora 2" in page and "<svg" in page and "lora 2" in told
+    assert "lora 2, rank=2" in page and "<svg" in page and "lora 2, rank=2" in told
     with pytest.raises(SystemExit):
         quality.main(["--target", str(target.path), "--out", str(tmp_path / "no")])
     assert "what to measure? Give --data or --text, --problems, or --choices" in capsys.readouterr().err

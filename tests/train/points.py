@@ -20,7 +20,9 @@ AT = [[1, 3, 5, 12, 19], [0, 3, 6, 8, 13]]
 
 FLAGS = {
     "full": {"kind": "full"},
-    "last_layer": {"kind": "full", "reads": "last_layer"},
+    "pause": {"kind": "pause"},
+    "soft": {"kind": "soft", "positions": "hold"},
+    "last_layer": {"kind": "full", "reads": "last_layer", "suffix_attn": "bidirectional"},
     "lora": {
         "kind": "lora",
         "rank": 2,

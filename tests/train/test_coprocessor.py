@@ -129,6 +129,19 @@ def test_slopes_reach_all_that_is_learnt_and_nothing_of_the_target(x64, setting,
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-8, atol=1e-13), learnt, in_pieces)
 
 
+@pytest.mark.parametrize("name", ["pause", "soft", "last_layer"])
+def test_slopes_reach_all_that_a_baseline_learns(name, x64, setting):
+    objective, params, frozen, batch, places = setting(name)
+
+    def loss(params, frozen):
+        return objective.loss_at(places, params, frozen, batch)[0]
+
+    slopes, of_target = jax.jit(jax.grad(loss, (0, 1)), compiler_options=trainer.unoptimised())(params, frozen)
+    assert set(slopes) == ({"soft", "network"} if name == "last_layer" else {"soft"})
+    assert all(np.any(leaf, axis=tuple(range(1, leaf.ndim))).all() for leaf in jax.tree.leaves(slopes))
+    assert all(not np.any(leaf) for leaf in jax.tree.leaves(of_target))
+
+
 def test_fresh_latents_continue_the_text_or_repeat_its_last_token_and_none_change_nothing(x64, setting, batch):
     objective, params, frozen, _, _ = setting("full")
     model = objective.model
