@@ -11,9 +11,10 @@ Encoder has it (Elfeki et al. 2025): 0.9 of the divergence from it, on answers t
     python -m train.main --config=configs/encoder_decoder.py:distill --config.objective.target=TARGET \
         --workdir=runs/encoder_decoder
 
-begins from random parameters; the published recipe begins from a trained student
-(`--config.objective.model=None --config.objective.init_from=DIR`) and has its own optimizer (`:paper`: AdamW at 1e-4,
-weight decay 0.01, batches of 128, prompts of 1,024 tokens and answers of 256).
+begins from random parameters. The published recipe, `:paper`, begins from a trained student
+(`--config.objective.init_from=DIR`; the published one has 20 layers of encoder and 10 of decoder, of width 1,024) and
+has its own optimizer: AdamW at 1e-4, weight decay 0.01, batches of 128, prompts of 1,024 tokens and answers of 256. The
+paper's dropout of 0.1 is left out.
 
 `runs/encoder_decoder/target` is a target directory: whatever decodes takes it, and prompts go to its encoder. The
 published split is two layers of encoder for one of decoder, with a narrow attention and an MLP without a gate.
@@ -24,7 +25,7 @@ result: a perplexity on held-out answers that falls with every evaluation; of `:
 a falling loss.
 """
 
-from ml_collections import ConfigDict
+from ml_collections import ConfigDict, config_dict
 
 from configs import check_variant
 
@@ -64,9 +65,10 @@ def get_config(variant: str = "") -> ConfigDict:
     config.checkpoint = ConfigDict({"every": 250})
 
     if variant in ("distill", "paper"):
-        config.objective.update(soft=0.9, hard=0.1, source="student")
+        config.objective.update(target=config_dict.placeholder(str), soft=0.9, hard=0.1, source="student")
     if variant == "paper":
-        config.objective.source_length = 1024
+        del config.objective.model
+        config.objective.update(source_length=1024, init_from=config_dict.placeholder(str))
         config.batch_size, config.length = 128, 257
         config.optimizer = ConfigDict({"learning_rate": 1e-4, "warmup_steps": 50, "weight_decay": 0.01})
     if variant == "smoke":

@@ -196,6 +196,10 @@ class Falcon(NetworkDrafter):
     def outputs(self, config):
         return self.heads.outputs(config)
 
+    @property
+    def blind(self) -> int:
+        return self.heads.block
+
     def check(self, config):
         self.heads.check(config)
         super().check(config)

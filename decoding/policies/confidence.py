@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from decoding.policies.by_value import Candidates, grow_by_value
 from decoding.policies.policy import TreePolicy
 from decoding.sampling import best_logits
+from decoding.trees import refuse_huge
 from models.errors import UserError
 from models.sharding import gather_rows
 
@@ -38,6 +39,8 @@ class Confidence(TreePolicy):
             raise UserError(
                 f"a tree by confidence needs top_k and depth of at least 1, got {self.top_k} and {self.depth}"
             )
+        refuse_huge(self.total - 1)
+        refuse_huge(self.depth)
         made = self.top_k + (self.depth - 1) * self.top_k**2
         if not 2 <= self.total <= 1 + made:
             raise UserError(

@@ -22,7 +22,7 @@ from decoding.policies.policy import (
     own_slot,
 )
 from decoding.sampling import best_logits, top_k
-from decoding.trees import TokenTree
+from decoding.trees import TokenTree, refuse_huge
 from models.errors import UserError
 
 
@@ -42,6 +42,7 @@ class StochasticBeam(TreePolicy):
     def __post_init__(self):
         if self.width < 1 or self.depth < 1:
             raise UserError(f"a stochastic beam needs width and depth of at least 1, got {self.width} and {self.depth}")
+        refuse_huge(self.width * self.depth)
 
     @property
     def max_nodes(self) -> int:

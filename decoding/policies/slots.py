@@ -23,7 +23,7 @@ from jaxtyping import Array, Float, Int
 from decoding.policies.by_value import best_of
 from decoding.policies.policy import DraftNetwork, Grown, TreePolicy
 from decoding.sampling import argmax, best_logits, top_k
-from decoding.trees import TokenTree
+from decoding.trees import TokenTree, refuse_huge
 from models.errors import UserError
 from models.sharding import gather_rows
 
@@ -50,7 +50,7 @@ def ranked_slots(network: DraftNetwork, root: Int[Array, "B"], depth: int, count
     logp, tokens = [], []
     scores, scratch = network.begin(root, depth)
     for level in range(1, depth + 1):
-        if scores.row is None or scores.logits.shape[1] != 1:
+        if scores.logits.shape[1] != 1 or (level > 1 and scores.row is None):
             raise UserError(_OF_PATHS)
         logits = gather_rows(scores.logits)
         best, outputs = best_logits(logits, min(count, logits.shape[-1]))
@@ -79,8 +79,12 @@ class _OfSlots(TreePolicy):
     def _check_total(self, width: int, least: int = 2) -> None:
         if self.depth < 1 or width < 1:
             raise UserError(f"a tree of slots needs a depth and a width of at least 1, got {self.depth} and {width}")
-        # Wider or deeper trees than this are refused anyway.
-        made = sum(min(width**level, 10**6) for level in range(1, self.depth + 1))
+        refuse_huge(self.total - 1)
+        refuse_huge(self.depth)
+        made, level = 0, 0
+        while level < self.depth and made < self.total:
+            level += 1
+            made += width**level
         if not least <= self.total <= 1 + made:
             raise UserError(
                 f"a tree of slots of depth {self.depth} and width {width} makes {made} candidates: total must lie in "

@@ -61,9 +61,16 @@ def dspark(release: Release, base: Target) -> Converted:
     confidence = "none"
     if _flag(said, "enable_confidence_head", where):
         confidence = "both" if _flag(said, "confidence_head_with_markov", where) else "hidden"
+    inner = said.get("dflash_config") or {}
+    if not isinstance(inner, Mapping):
+        raise UserError(f"{where}: dflash_config must be a section, got {json.dumps(inner)}")
+    told = {key: said[key] for key in _OF_BLOCK if key in said}
+    if twice := [key for key, value in told.items() if inner.get(key, value) != value]:
+        both = f"{json.dumps(told[twice[0]])}, and in dflash_config {json.dumps(inner[twice[0]])}"
+        raise UserError(f"{where} says twice what {twice[0]} is: {both}")
     release.config = {
         **{key: value for key, value in said.items() if key not in _OF_BLOCK},
-        "dflash_config": {**(said.get("dflash_config") or {}), **{key: said[key] for key in _OF_BLOCK if key in said}},
+        "dflash_config": {**inner, **told},
     }
     serial = SerialHead(kind, rank, confidence=cast(Any, confidence))
     prefix = "logit_head." if any(name.startswith("logit_head.") for name in release.names) else ""

@@ -72,6 +72,8 @@ class PEagleHeads(Eagle3Heads):
         super().check(config)
         if self.num_layers < 1:
             raise UserError(f"P-EAGLE needs at least one layer, got {self.num_layers}")
+        if self.norm_output:
+            raise UserError("norm_output is of EAGLE-3: P-EAGLE feeds nothing back that could be normed")
 
     def init(self, config: TransformerConfig, target: Params, key: Array) -> Params:
         """A fresh network in the target's dtype: `Eagle3Heads.init`, and masks drawn as what they stand for varies."""
@@ -129,8 +131,7 @@ class PEagleHeads(Eagle3Heads):
         """
         own = self.layer_config(config)
         angles = rope_angles(own, layout.positions)
-        first = dataclasses.replace(self, norm_output=False)
-        run = functools.partial(Eagle3Heads.run, first, config)
+        run = functools.partial(Eagle3Heads.run, self, config)
 
         def ordinary(params, y_BTH, _, layout, sources):
             x = call(RMSNorm(own.norm_eps, own.zero_centred_norm), params["attention_norm"], y_BTH)
@@ -144,7 +145,7 @@ class PEagleHeads(Eagle3Heads):
             layer = jax.checkpoint(layer) if remat else layer
             hidden, fresh = layer(of_layer, hidden, embedding, layout, sources.layer(k))
             rows.append(fresh)
-        return self._normed(config, params["norm"], hidden) if self.norm_output else hidden, rows
+        return hidden, rows
 
     def roll_out(
         self,

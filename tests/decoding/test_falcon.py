@@ -9,8 +9,9 @@ import pytest
 
 from decoding.drafter import TargetView, TrueRows
 from decoding.drafters.falcon import Falcon
+from decoding.generate import generate
 from decoding.place import Place
-from decoding.policies import Confidence, Static, TreePolicy
+from decoding.policies import Confidence, Slots, Static, TreePolicy
 from decoding.sampling import Sampling, batch_sampling
 from decoding.trees import FALCON_75, FALCON_165, Topology, load_topology
 from eval.losslessness import check_losslessness
@@ -171,6 +172,20 @@ def test_uneven_commits_leave_what_reading_all_at_once_does() -> None:
     whole = ingest(empty, jnp.zeros(3, jnp.int32), jnp.asarray(lengths, jnp.int32), tokens[:, :20], feature[:, :20])
     for kept, once in zip(jax.tree.leaves(state), jax.tree.leaves(whole), strict=True):
         np.testing.assert_allclose(kept, once, rtol=0, atol=1e-10)
+
+
+def test_slots_of_a_first_pass_make_a_best_tree() -> None:
+    """They do not hang on the path; those of the next pass do."""
+    target = random_target(vocab_size=6, scale=6.0)
+    drafter = Falcon(FalconHeads(block=2), Slots(2, 9))
+    drafter.check(target.config)
+    with pytest.raises(UserError, match="only those of 2 slots do not depend on the path"):
+        drafter.with_policy(Slots(3, 9)).check(target.config)
+    params = drawn(jax.eval_shape(lambda: drafter.init_params(target.config, target.params, jax.random.key(1))), 0.3)
+    prompts = [[1, 2], [3, 4, 5]]
+    made = generate(target, prompts, drafter=drafter, drafter_params=params, max_new_tokens=40)
+    assert made.tokens == generate(target, prompts, max_new_tokens=40).tokens
+    assert all(stats.accepted_by_depth.all() for stats in made.stats)
 
 
 @pytest.mark.parametrize("k", [2, pytest.param(3, marks=pytest.mark.slow)])

@@ -1,5 +1,6 @@
 """Every way a config can be wrong, and the one sentence it gets."""
 
+import ast
 import dataclasses
 import pathlib
 import subprocess
@@ -39,15 +40,24 @@ def lm(**changes) -> dict:
     return config
 
 
+def variants_of(path: pathlib.Path) -> list[str]:
+    """As `check_variant` is told them."""
+    calls = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call)]
+    (call,) = [call for call in calls if isinstance(call.func, ast.Name) and call.func.id == "check_variant"]
+    return [argument.value for argument in call.args[1:] if isinstance(argument, ast.Constant)]
+
+
 def test_every_config_file_and_variant_parses():
     for path in (ROOT / "configs").glob("*.py"):
         if path.name == "__init__.py":
             continue
-        for variant in ("", ":smoke"):
+        for variant in ("", *(f":{name}" for name in variants_of(path))):
             config = load_config(f"{path}{variant}")
-            for key in ("init_from", "target", "tokenizer", "teacher"):
-                if key in config.objective and config.objective[key] is None:
-                    config.objective[key] = "runs/lm/target"
+            sections = [config.objective, *(one.objective for one in config.objective.get("members", {}).values())]
+            for section in sections:
+                for key in ("init_from", "target", "tokenizer", "teacher"):
+                    if key in section and section[key] is None:
+                        section[key] = "runs/lm/target"
             parsed = parse(config, OBJECTIVES, path.name)
             assert isinstance(parsed, TrainConfig)
             fill_in(config, OBJECTIVES)
@@ -69,6 +79,26 @@ def test_the_published_recipes(name, rate, warmup_steps, final_fraction, weight_
     assert (config.objective.hard, config.objective.soft, rule.name, rule.schedule) == (1.0, 0.0, "adamw", "cosine")
     assert (rule.learning_rate, rule.warmup_steps) == (rate, warmup_steps)
     assert (rule.final_fraction, rule.weight_decay) == (final_fraction, weight_decay)
+
+
+@pytest.mark.parametrize(
+    ("name", "rate", "b2", "final_fraction", "decay"),
+    [
+        ("dflash", 6e-4, 0.999, 0.0, None),
+        ("dspark", 6e-4, 0.999, 0.0, None),
+        ("domino", 6e-4, 0.999, 0.0, 1.0),
+        ("jetspec", 3e-4, 0.95, 0.1, None),
+    ],
+)
+def test_the_published_recipes_of_blocks(name, rate, b2, final_fraction, decay):
+    raw = load_config(f"{ROOT}/configs/{name}.py:paper")
+    raw.objective.target = "runs/lm/target"
+    config = parse(raw, OBJECTIVES)
+    rule, shape = config.optimizer, config.objective
+    assert (rule.name, rule.schedule, rule.weight_decay, rule.clip_norm) == ("adamw", "cosine", 0.0, 1.0)
+    assert (rule.learning_rate, rule.b2, rule.final_fraction) == (rate, b2, final_fraction)
+    assert rule.warmup_steps == 0.04 * config.steps and shape.num_layers == 5
+    assert decay is None or shape.decay == decay
 
 
 def test_values_arrive():

@@ -153,12 +153,12 @@ def test_one_weight_for_a_batch_is_that_of_its_mean_acceptance(draft_setting):
     weights, logits, loss = jax.device_get(run(frozen, hidden, slots))
     p, q = (np.exp(log_softmax(np.asarray(x, np.float64))) for x in (slots.scored, logits))
     alpha = np.minimum(p, q).sum(axis=-1)
-    weight = np.exp(-3 * alpha[np.asarray(slots.counted)].mean())
+    weight = np.exp(-alpha[np.asarray(slots.counted)].mean())
     np.testing.assert_allclose(weights, weight, rtol=1e-5)
     np.testing.assert_allclose(
         loss, weight * np.sum(p * np.log(p / q), axis=-1) + (1 - weight) * (1 - alpha), rtol=1e-4
     )
-    assert abs(weight - np.exp(-3 * alpha.mean())) > 1e-4
+    assert abs(weight - np.exp(-alpha.mean())) > 1e-4
 
 
 def test_nothing_of_the_selectors_loss_reaches_the_network(draft_setting):
@@ -190,7 +190,7 @@ def test_hybrid_weight_of_a_batch_is_that_of_its_mean_acceptance(draft_setting):
         p, q = np.exp(log_softmax(target))[counted], np.exp(log_softmax(logits))[counted]
         alphas.extend(np.minimum(p, q).sum(axis=-1))
         kls.extend(np.sum(p * np.log(p / q), axis=-1))
-    alphas, weight = np.array(alphas), np.exp(-3 * np.mean(alphas))
+    alphas, weight = np.array(alphas), np.exp(-np.mean(alphas))
     assert found == pytest.approx(np.sum(weight * np.array(kls) + (1 - weight) * (1 - alphas)), rel=1e-4)
 
 

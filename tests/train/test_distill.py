@@ -279,6 +279,10 @@ def test_a_student_may_begin_as_a_target_or_a_draft_model_of_the_same_tokenizer(
     again, _, base, _ = setting(model=None, init_from=str(tmp_path / "drafter"))
     assert again.drafter == first.drafter
     jax.tree.map(np.testing.assert_array_equal, again.init(KEY, base), params)
+    path = tmp_path / "drafter" / "drafter.json"
+    path.write_text(json.dumps({name: x for name, x in json.loads(path.read_text()).items() if name != "base"}))
+    with pytest.raises(UserError, match=r"drafter\.json must say whose drafter it is"):
+        setting(model=None, init_from=str(tmp_path / "drafter"))
     other = tmp_path / "other"
     other.mkdir()
     for file in target_directory.iterdir():

@@ -198,6 +198,10 @@ def test_the_students_answers_are_judged_and_the_data_sets_learnt(setting, targe
     (sums, weights), _ = jax.jit(objective.loss)(params, frozen, {**batch, **made}, KEY, 0.0)
     np.testing.assert_allclose(sums, [0.9 * divergence, -0.1 * likelihood], rtol=1e-4)
     assert weights.tolist() == [sum(len(answer) for *_, answer in pairs) for pairs in (own, gold)]
+    # A step that learns from it again reads other rows, whose prompts it is no answer to.
+    later = {name: np.asarray(values)[::-1] for name, values in batch.items()}
+    again, _ = jax.jit(objective.loss)(params, frozen, {**later, **made}, KEY, 0.0)
+    np.testing.assert_array_equal(again[0], sums)
 
 
 @pytest.mark.parametrize(

@@ -43,7 +43,7 @@ def found(tokenizer):
     """Of labels alone, of the last exit as teacher, and of a teacher each: terms and slopes; of the networks that are
     cut off and of the teachers: what they say. One program, in float64."""
     config = ExitsConfig("exits", DEEP, exits=(1,), weights=(0.5, 2.0), soft=0.7, divergence=JSD)
-    alone = Exits(dataclasses.replace(config, soft=0.0, weights=()), tokenizer)
+    alone = Exits(dataclasses.replace(config, soft=0.0, weights=(), divergence=Divergence()), tokenizer)
     self_taught = Exits(config, tokenizer)
     model = alone.model
     teachers = [TransformerConfig(**{**SHAPE, "num_layers": 1, "vocab_size": model.vocab_size + k}) for k in (0, 3)]
@@ -170,6 +170,7 @@ def test_evaluation_tells_what_the_last_exit_would_keep(found):
         ({"exits": (1,), "teachers": ("a",)}, "objective.teachers have nothing to teach"),
         ({"exits": (1,), "hard": 0.0, "soft": 1.0}, "the last exit learns nothing"),
         ({"exits": (1,), "layers": 2}, "objective.layers cuts objective.init_from"),
+        ({"exits": (1,), "divergence": Divergence("tvd")}, "objective.divergence has no use while objective.soft is 0"),
     ],
 )
 def test_what_makes_no_sense_is_refused(tokenizer, section, complaint):

@@ -1,5 +1,7 @@
 """MiniLLM: rewards to advantages, the policy gradient by its definition, and what a student and its teacher write."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -14,7 +16,8 @@ from models.formats.target import Target, load_target
 from tests.noise import noisy
 from tests.train.test_distill import both
 from train.objectives.divergences import Student
-from train.objectives.minillm import MiniLLMConfig, _Written, advantages, policy_sums
+from train.objectives.minillm import MiniLLMConfig, MiniLLMObjective, _Written, advantages, policy_sums
+from train.objectives.shift import labels_at
 
 V = 7
 CONFIG = MiniLLMConfig("minillm", "somewhere", model={}, single=0.3, clip=0.2)
@@ -140,3 +143,16 @@ def test_the_first_step_stands_at_a_ratio_of_student_over_mixture(draft_setting)
     assert np.ptp(expected) > 1 and np.ptp(told["weight"][counted]) > 0.02
     expected = -np.sum(told["advantage"] * told["weight"])
     np.testing.assert_allclose(sums[0], expected, atol=1e-3)
+    # The same parameters, by which rewards are cut, and the data set's text is learnt too.
+    cut = MiniLLMObjective(dataclasses.replace(objective._config, pretrain=3.0, reward_clip=0.1), objective._tokenizer)
+    made = cut.refresh(params, frozen, host, jax.random.key(0))
+    expected = advantages(np.clip((taught - old) / 0.5, -0.1, 0.1), counted, objective._config.discount)
+    np.testing.assert_allclose(made["written/advantage"], expected, atol=1e-2)
+    assert np.mean(np.abs((taught - old)[counted] / 0.5) > 0.1) > 0.5
+    (sums, weights), _ = jax.jit(cut.loss)(params, frozen, {**batch, **made}, jax.random.key(0), 0.0)
+    labels, known = map(np.asarray, labels_at({**host, "mask": host["segments"] > 0}, 1))
+    log_q, log_p = both(objective, params, frozen, host["tokens"])
+    kl = np.sum(np.exp(log_p) * (log_p - log_q), axis=-1)
+    likely = np.take_along_axis(log_q, labels[..., None], axis=-1)[..., 0]
+    assert weights[1] == known.sum()
+    assert float(sums[1]) == pytest.approx(1.5 * np.sum((kl - likely) * known), rel=1e-4)

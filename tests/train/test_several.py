@@ -259,17 +259,20 @@ def test_members_may_learn_from_what_the_target_writes(job, target_directory):
         trainer.make_plan(job("several", objective={"members": {"own": {"objective": split}}}), corpus.facts)
 
 
-def test_draft_models_may_be_members(job, several):
-    """Their losses have one term each, and heads' one by depth."""
+def test_draft_models_may_be_members(job, several, target_directory):
+    """Their losses have one term each, and heads' one by depth; what one begins as is not kept."""
     own = {"name": "distill", "model": STUDENT, "loop_prompts": 0}
+    warm = {"name": "distill", "init_from": str(target_directory), "loop_prompts": 0}
     config = several(
-        {"a": own, "b": {**own, "divergence": {"name": "tvd"}}, "medusa": {**MEDUSA, "heads": {"num_heads": 2}}}
+        {"a": warm, "b": {**own, "divergence": {"name": "tvd"}}, "medusa": {**MEDUSA, "heads": {"num_heads": 2}}}
     )
     corpus = open_corpus(config)
     plan = trainer.make_plan(config, corpus.facts)
     assert set(plan.objective.inputs) == {"objective.target", *(f"objective.members.{name}.init_from" for name in "ab")}
+    assert set(plan.base["beside"]["a"]) == {"student"}
+    assert plan.frozen == {"target": plan.base["target"], "beside": {"a": {}, "b": {}, "medusa": {}}}
     batch = {name: jnp.asarray(values) for name, values in next(corpus.batches(4, 0)).items()}
     (sums, weights), told = jax.eval_shape(
-        plan.objective.loss, plan.state["params"], plan.base, batch, jax.random.key(0), 0.0
+        plan.objective.loss, plan.state["params"], plan.frozen, batch, jax.random.key(0), 0.0
     )
     assert sums.shape == weights.shape == (4,) and {"a/loss", "b/loss", "medusa/loss"} <= told.keys()

@@ -12,7 +12,8 @@ With alpha = sum_v min(p, q), the chance that verification keeps a token drawn f
     l1          sum_v |q - p| = 2 TV        (a weight of 0.9 here is one of 1.8 where TV is weighed)
     forward_kl  sum_v p log(p / q)
     nla         -log max(alpha, 1e-5)       (LK losses; its gradient is TV's over alpha; for one-hot p it is hard)
-    hybrid      w KL(p || q) + (1 - w) TV,  w = exp(-3 alpha) of each slot, or one of the whole batch
+    hybrid      w KL(p || q) + (1 - w) TV,  w = exp(-3 alpha) of each slot, or exp(-alpha), alpha the mean of the
+                batch (as SpecForge has it)
 """
 
 import dataclasses

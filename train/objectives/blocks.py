@@ -283,7 +283,7 @@ class BlockObjective(WithDraftVocabulary):
         alpha = summed(accepted, jax.lax.stop_gradient((hidden, slots)), pieces) / jnp.maximum(
             jnp.sum(slots.weighed), 1
         )
-        return divergences.hybrid_weight(alpha)
+        return divergences.hybrid_weight(alpha, decay=1.0)
 
 
 def drawn_anchors(

@@ -175,6 +175,14 @@ def _record_of(directory: str) -> dict | None:
     return read_json(path) if path.is_file() else None
 
 
+def _tokenizer_of(record: dict, directory: str) -> str:
+    """Fingerprint of the tokenizer of a drafter's base. Raises UserError where its record has none."""
+    base = record.get("base")
+    if not isinstance(base, dict) or not isinstance(base.get("tokenizer"), str):
+        raise UserError(f"{directory}/drafter.json must say whose drafter it is: it has no base with a tokenizer")
+    return base["tokenizer"]
+
+
 def _draft_model(directory: str, record: dict) -> DraftModel:
     drafter = build(record, f"{directory}/drafter.json")
     # One with exits is a draft model too, but what learns here is all of its layers, and none of its exits.
@@ -197,8 +205,8 @@ class DraftModelObjective(OnFrozenTarget):
         self._teacher = Writer(self.model, self._tokenizer)
         self._student = Writer(self.drafter.model, self._tokenizer)
         if config.init_from is not None:
-            record = _record_of(config.init_from)
-            own = Tokenizer.load(config.init_from).fingerprint if record is None else record["base"]["tokenizer"]
+            start, record = config.init_from, _record_of(config.init_from)
+            own = Tokenizer.load(start).fingerprint if record is None else _tokenizer_of(record, start)
             what, target = f"objective.init_from {config.init_from}", f"objective.target {config.base}"
             check_same_tokens(what, own, target, tokenizer.fingerprint)
 

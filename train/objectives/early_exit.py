@@ -16,7 +16,7 @@ from models import transformer
 from models.config import TransformerConfig
 from models.errors import UserError
 from models.heads import early_exit
-from models.schema import require
+from models.schema import require, require_weights
 from train.objectives.drafting import DraftObjective
 from train.objectives.guess import Guess, Weights
 from train.objectives.shift import ahead
@@ -51,7 +51,8 @@ class EarlyExitConfig:
     def __post_init__(self):
         if self.target is None:
             raise UserError("objective.target must be the directory of the target whose exit it is")
-        for name in ("hard", "soft", "loop_prompts", "loop_tokens"):
+        require_weights(self, "hard", "soft")
+        for name in ("loop_prompts", "loop_tokens"):
             require(getattr(self, name) >= 0, f"objective.{name} must not be negative", getattr(self, name))
         if not self.hard + self.soft:
             raise UserError("objective.hard and objective.soft are both 0: there is nothing to learn")

@@ -185,7 +185,7 @@ class EncoderDecoder(LM):
         return self._config.reuse if self._config.source == "student" else 0
 
     def refresh(self, trainable, frozen, batch, key):
-        """Answers that the student draws to the batch's prompts."""
+        """The batch, with answers that the student draws to its prompts."""
         length, rows = batch["tokens"].shape[1], zip(batch["source"], batch["source_length"], strict=True)
         made = generate(
             self._writer.of(trainable, self.compute),
@@ -198,7 +198,7 @@ class EncoderDecoder(LM):
         written, segments = np.zeros_like(batch["tokens"]), np.zeros_like(batch["segments"])
         for row, new in enumerate(made.tokens):
             written[row, 1 : 1 + len(new)], segments[row, : 1 + len(new)] = new, 1
-        return {_WRITTEN: written, _BESIDE: segments}
+        return {**batch, _WRITTEN: written, _BESIDE: segments}
 
     def refreshed(self, length):
         """What the student wrote, where it writes."""

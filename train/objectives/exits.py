@@ -92,6 +92,8 @@ class ExitsConfig(LMConfig):
             )
         if self.teachers and not self.soft:
             raise UserError("objective.teachers have nothing to teach while objective.soft is 0")
+        if not self.soft and self.divergence != Divergence():
+            raise UserError("objective.divergence has no use while objective.soft is 0")
         if self.init_from is None and (self.layers is not None or _START in self.teachers):
             what = "layers cuts" if self.layers is not None else "teachers name"
             raise UserError(f"objective.{what} objective.init_from, which is not given")
@@ -151,6 +153,8 @@ class Exits(LM):
         self.exits = (*config.exits, self.model.num_layers)
         self.teachers = {path: load_config(path) for path in config.taught_by}
         for path, teacher in self.teachers.items():
+            if teacher.encoder_layers:
+                raise UserError(f"the teacher {path} is an encoder-decoder, expected a decoder")
             check_vocabulary(teacher, tokenizer, path)
             own = Tokenizer.load(path).fingerprint
             check_same_tokens(f"the teacher {path}", own, "the data set", tokenizer.fingerprint)

@@ -201,6 +201,14 @@ class SeveralObjective(Objective):
             one.fingerprint = self._first.fingerprint
         return {"target": target, "beside": {name: one.beside_target(mesh) for name, one in self.members.items()}}
 
+    def frozen_part(self, base: Params) -> Params:
+        """The target, and what members keep beside it while they learn."""
+        beside = {}
+        for name, one in self.members.items():
+            kept = one.frozen_part(_base_of(base, name)) or {}
+            beside[name] = {key: part for key, part in base["beside"][name].items() if key in kept}
+        return {"target": base["target"], "beside": beside}
+
     def init(self, key: Array, base: Params) -> Params:
         """Every member's, from the same key."""
         return {name: one.init(key, _base_of(base, name)) for name, one in self.members.items()}

@@ -6,13 +6,17 @@ from typing import Any
 import numpy as np
 import pytest
 
+from decoding.drafters.registry import load_drafter
+from decoding.policies import Confidence
 from models.config import RopeScaling
 from models.errors import UserError
+from models.formats.hf import save_target
 from models.formats.release import read_release
 from models.formats.released_falcon import falcon
 from models.formats.storage import leaves_by_path
-from models.formats.target import Target
+from models.formats.target import Target, load_target
 from models.heads.falcon import FalconHeads
+from scripts.convert import main
 from tests.models.formats import released_cases as cases
 from tests.models.formats.released_cases import EAGLE_CONFIG, H, Tensors, write
 
@@ -61,6 +65,16 @@ def test_every_tensor_has_its_place(base: Target, tmp_path: Path, name: str) -> 
         expected = tensors[place].T if path.endswith("kernel") else tensors[place]
         np.testing.assert_array_equal(leaves[path], expected)
     assert len(leaves) == 4 + 8 + 9 and "layers/0/attention_norm/scale" not in leaves
+
+
+def test_by_command(base: Target, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    save_target(tmp_path / "base", base.config, base.params)
+    source = write(tmp_path / "falcon" / "model.safetensors", released(base), config()).parent
+    arguments = ["--from", "falcon", "--src", source, "--base", tmp_path / "base", "--out", tmp_path / "out"]
+    main([*map(str, arguments), "--policy", "confidence:top_k=3,depth=4,total=9"])
+    assert "falcon for" in capsys.readouterr().out
+    drafter, params = load_drafter(tmp_path / "out", load_target(tmp_path / "base"))
+    assert drafter.heads.block == 2 and drafter.policy == Confidence(3, 4, 9) and set(params) >= {"lstm", "layers"}
 
 
 def test_scaled_angles_begin_from_the_usual_base(base: Target, tmp_path: Path) -> None:

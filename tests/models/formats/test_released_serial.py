@@ -137,6 +137,8 @@ def test_both_by_command(base: Target, tmp_path: Path, capsys: pytest.CaptureFix
         ({"enable_confidence_head": False}, "tensor confidence_head.proj.bias is unknown to DSpark"),
         ({"markov_rank": R + 1}, "confidence_head.proj.weight has shape [1, 21]"),
         ({"mask_token_id": None}, "mask_token_id must be an integer"),
+        ({"dflash_config": 3}, "dflash_config must be a section, got 3"),
+        ({"mask_token_id": 1, "dflash_config": {"mask_token_id": 2}}, "says twice what mask_token_id is: 1, and in"),
         ({"rope_scaling": {"rope_type": "spiral", "factor": 2.0}}, "spiral"),
     ],
 )
