@@ -99,6 +99,7 @@ alone() { # NAME CONFIG OPTION...: one run per seed
     done
     row "$name" "$name"
 }
+job_finished comparison
 for source in ${sources//,/ }; do
     case $source in
     dataset) together dataset undistilled "$data" "$labels" "$whole" ;;
@@ -122,7 +123,6 @@ for source in ${sources//,/ }; do
     esac
 done
 
-job_finished comparison
 if [ ! -e "$out/acceptance/results.json" ]; then
     run eval.acceptance --target "$target" "${asked[@]}" --budgets 4 --out "$out/acceptance" --methods "${methods[@]}"
 fi

@@ -32,6 +32,7 @@ from eval.measure.timing import Part, Timed, Timing
 from models.config import TransformerConfig
 from models.encoder_decoder import Memory, beside
 from models.layout import Layout
+from models.linear import MOST_ROWS, whole, whole_table
 from models.sharding import mesh_of, on_mesh, place_rows
 from models.transformer import Params, forward
 
@@ -129,6 +130,19 @@ def _at(state: loop.DecodeState, length: Int[Array, "B"]) -> loop.DecodeState:
     return dataclasses.replace(state, text=text, slots=jnp.array(length))
 
 
+def _once_a_call(params: Params, rows: int) -> Params:
+    """A target's parameters as the loop has them for forwards on so many rows: a kernel that these read whole
+    (`models/linear.py`) is put together once a call, which a part that runs once a sample would pay for every time."""
+    if rows <= MOST_ROWS:
+        return params
+
+    def whole_one(path, leaf):
+        name = path[-1].key if isinstance(path[-1], jax.tree_util.DictKey) else ""
+        return {"kernel": whole, "embedding": whole_table}.get(name, lambda leaf: leaf)(leaf)
+
+    return jax.tree.map_with_path(whole_one, params)
+
+
 def rows_forward(scene: Scene, rows: int) -> Part:
     """The target's forward on `rows` new rows in causal order, logits included."""
     cache = init_cache(scene.config, scene.batch, scene.capacity, scene.dtype, mesh=scene.mesh)
@@ -138,7 +152,8 @@ def rows_forward(scene: Scene, rows: int) -> Part:
         params, cache, length, memory = fixed
         return forward(scene.config, params, tokens, *beside(memory, Layout.extend(length, rows), cache)).logits
 
-    return Part.of(run, (scene.params, cache, length, scene.memory), scene.tokens(rows))
+    params = _once_a_call(scene.params, rows * scene.batch)
+    return Part.of(run, (params, cache, length, scene.memory), scene.tokens(rows))
 
 
 def draft_part(scene: Scene, drafter: Drafter, drafter_params: Any) -> Part:
@@ -210,7 +225,8 @@ def step_parts(scene: Scene, drafter: Drafter, drafter_params: Any) -> dict[str,
         return loop.learn(models, dataclasses.replace(before, drafter=drafter_state), after, request, step).drafter
 
     # Outputs of zeros depend on nothing, which saves the compilation of another forward.
-    reading = models, state
+    whole_models = dataclasses.replace(models, params=_once_a_call(models.params, drafter.max_nodes * scene.batch))
+    reading = whole_models, state
     shallow = dataclasses.replace(without, cache=[])
     small = dataclasses.replace(models, params={}, drafter_params=None), shallow
     with on_mesh(scene.mesh):
