@@ -132,6 +132,7 @@ def attend(
     if prefix is not None and split:
         assert cap is None and window is None, "attention over a split prefix has neither windows nor caps"
         assert layout.horizon.shape[1] == 1 and layout.since is None, "nor a horizon for every row"
+        assert layout.prefix_seen is None, "nor slots that are not seen"
         over_BKRD, residual_BKR1 = _library_attention(q_BTND, prefix, layout, scale)
         weight = jax.nn.sigmoid(residual_BKR1 - (top.reshape(B, K, -1, 1) + jnp.log(total)))
         mixed_BKRD = mixed_BKRD + weight * (over_BKRD - mixed_BKRD)
