@@ -100,7 +100,14 @@ alone() { # NAME CONFIG OPTION...: one run per seed
     row "$name" "$name"
 }
 job_finished comparison
+acceptances=()
+measured() { # SOURCE FIRST: the rows from number FIRST on, which an interruption does not take with those before
+    acceptances+=("$out/acceptance/$1")
+    [ -e "$out/acceptance/$1/results.json" ] || run eval.acceptance --target "$target" "${asked[@]}" --budgets 4 \
+        --out "$out/acceptance/$1" --methods "${methods[@]:$2}"
+}
 for source in ${sources//,/ }; do
+    before=${#methods[@]}
     case $source in
     dataset) together dataset undistilled "$data" "$labels" "$whole" ;;
     teacher)
@@ -121,11 +128,8 @@ for source in ${sources//,/ }; do
         done
         ;;
     esac
+    measured "$source" "$before"
 done
-
-if [ ! -e "$out/acceptance/results.json" ]; then
-    run eval.acceptance --target "$target" "${asked[@]}" --budgets 4 --out "$out/acceptance" --methods "${methods[@]}"
-fi
 for temperature in 0 1; do
     place=$out/$([ $temperature = 0 ] && echo greedy || echo sampled)
     if [ ! -e "$place/results.json" ]; then
@@ -146,5 +150,5 @@ for record in $(cd "$out" && find start runs -name run.json); do
     record=${record%/run.json}
     cp "$out/$record/run.json" "$out/results/runs/$(tr / - <<<"${record#runs/}").json"
 done
-run eval.seeds --acceptance "$out/acceptance" --speed "$out/greedy" "$out/sampled" --out "$out/results"
+run eval.seeds --acceptance "${acceptances[@]}" --speed "$out/greedy" "$out/sampled" --out "$out/results"
 job_end
