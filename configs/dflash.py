@@ -15,9 +15,10 @@ slot k weighing exp(-k/7), 512 blocks per row of 3,072 tokens, AdamW at 6e-4 (be
 of the steps for warm-up, a cosine to 0, gradients cut at 1. `configs/dflash.py:dflash2` adds DFlash2's convolution and
 its choice among 16 candidates to the default.
 
-Expected time: for SmolLM2-135M 551 steps of 8 x 512 tokens took 94 s (134 s for `:dflash2`) on one NVIDIA H200, seven
-other heads learning beside it (docs/results.md). `configs/dflash.py:smoke` takes 20 short steps, within 1 min on two
-CPU cores for targets of up to 10M parameters; expect falling losses and equal `loop` and `replay` shares.
+Expected time: for SmolLM2-135M 551 steps of 8 x 512 tokens, with a draft vocabulary of 8,192 and 128 blocks per row,
+took 94 s (135 s for `:dflash2`) on one NVIDIA H200, seven other heads learning beside it (docs/results.md).
+`configs/dflash.py:smoke` takes 20 short steps, within 1 min on two CPU cores for targets of up to 10M parameters;
+expect falling losses and equal `loop` and `replay` shares.
 """
 
 from ml_collections import ConfigDict, config_dict

@@ -11,9 +11,10 @@ The default differs from the paper in its size (3 layers of the target's width, 
 optimizer, Muon. `configs/jetspec.py:paper` has the published numbers: 5 layers, blocks of 16, 512 blocks per row of
 3,072 tokens, AdamW at 3e-4 (beta 0.9, 0.95) falling to a tenth, 4% of the steps for warm-up, gradients cut at 1.
 
-Expected time: for SmolLM2-135M 551 steps of 8 x 512 tokens took 101 s on one NVIDIA H200, seven other heads learning
-beside it (docs/results.md). `configs/jetspec.py:smoke` takes 20 short steps, within 1 min on two CPU cores for targets
-of up to 10M parameters; expect falling losses and equal `loop` and `replay` shares.
+Expected time: for SmolLM2-135M 551 steps of 8 x 512 tokens, with a draft vocabulary of 8,192 and 128 blocks per row,
+took 101 s on one NVIDIA H200, seven other heads learning beside it (docs/results.md). `configs/jetspec.py:smoke` takes
+20 short steps, within 1 min on two CPU cores for targets of up to 10M parameters; expect falling losses and equal
+`loop` and `replay` shares.
 """
 
 from ml_collections import ConfigDict, config_dict

@@ -115,9 +115,9 @@ class TokenTree:
 
 
 def refuse_huge(candidates: int) -> None:
-    """Raises UserError for more candidates than a tree may have: asked before they are made."""
+    """Raises UserError for more candidates, or levels, than a tree may have: asked before they are made."""
     if candidates > MOST_CANDIDATES:
-        raise UserError(f"a draft tree has at most {MOST_CANDIDATES} candidates, got {candidates}")
+        raise UserError(f"a draft tree has at most {MOST_CANDIDATES} candidates and as many levels, got {candidates}")
 
 
 @dataclasses.dataclass(frozen=True)

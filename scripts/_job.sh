@@ -7,7 +7,8 @@
 #   job_begin MARKER PART...   makes $out ready, a directory that holds this job alone, known by its file MARKER, and that
 #                              works for one call at a time, all with the same options; with $fresh set, removes its
 #                              PARTs first, so that the job starts over
-#   run MODULE ARGUMENT...     a command of the job, printed so that it can be copied, changed and run again
+#   run MODULE ARGUMENT...     a command of the job, printed so that it can be copied, changed and run again; where
+#                              $instead is exec, in the place of this shell
 #   job_finished WHAT          ends the job where $out/results/results.json is there already
 #   job_end                    says how long it took
 
@@ -113,6 +114,7 @@ job_begin() {
     echo "asked $given" >"$out/$marker"
 }
 
+instead=""
 run() {
     local argument
     printf '\n$ python -m'

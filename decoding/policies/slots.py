@@ -23,7 +23,7 @@ from jaxtyping import Array, Float, Int
 from decoding.policies.by_value import best_of
 from decoding.policies.policy import DraftNetwork, Grown, TreePolicy
 from decoding.sampling import argmax, best_logits, top_k
-from decoding.trees import TokenTree, refuse_huge
+from decoding.trees import MOST_CANDIDATES, TokenTree, refuse_huge
 from models.errors import UserError
 from models.sharding import gather_rows
 
@@ -79,10 +79,9 @@ class _OfSlots(TreePolicy):
     def _check_total(self, width: int, least: int = 2) -> None:
         if self.depth < 1 or width < 1:
             raise UserError(f"a tree of slots needs a depth and a width of at least 1, got {self.depth} and {width}")
-        refuse_huge(self.total - 1)
-        refuse_huge(self.depth)
+        refuse_huge(max(self.total - 1, self.depth))
         made, level = 0, 0
-        while level < self.depth and made < self.total:
+        while level < self.depth and made < MOST_CANDIDATES:  # More are refused anyway.
             level += 1
             made += width**level
         if not least <= self.total <= 1 + made:

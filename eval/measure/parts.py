@@ -85,6 +85,19 @@ class Scene:
         """Committed tokens of every row."""
         return self.placed(jnp.full(self.batch, self.length, jnp.int32))
 
+    def params_for(self, rows: int) -> Params:
+        """The target's as the loop has them for forwards on so many rows a text: a kernel that these read whole
+        (`models/linear.py`) is put together once a call, for which a part that runs once a sample would pay always."""
+        return self.params if rows * self.batch <= MOST_ROWS else self._whole_params
+
+    @functools.cached_property
+    def _whole_params(self) -> Params:
+        def put_together(path, leaf):
+            name = path[-1].key if isinstance(path[-1], jax.tree_util.DictKey) else ""
+            return {"kernel": whole, "embedding": whole_table}.get(name, lambda leaf: leaf)(leaf)
+
+        return jax.tree.map_with_path(put_together, self.params)
+
     def request(self, max_depth: int = 0) -> Request:
         """A request that no stop sequence and no limit ends within a sample."""
         request = Request(
@@ -130,19 +143,6 @@ def _at(state: loop.DecodeState, length: Int[Array, "B"]) -> loop.DecodeState:
     return dataclasses.replace(state, text=text, slots=jnp.array(length))
 
 
-def _once_a_call(params: Params, rows: int) -> Params:
-    """A target's parameters as the loop has them for forwards on so many rows: a kernel that these read whole
-    (`models/linear.py`) is put together once a call, which a part that runs once a sample would pay for every time."""
-    if rows <= MOST_ROWS:
-        return params
-
-    def whole_one(path, leaf):
-        name = path[-1].key if isinstance(path[-1], jax.tree_util.DictKey) else ""
-        return {"kernel": whole, "embedding": whole_table}.get(name, lambda leaf: leaf)(leaf)
-
-    return jax.tree.map_with_path(whole_one, params)
-
-
 def rows_forward(scene: Scene, rows: int) -> Part:
     """The target's forward on `rows` new rows in causal order, logits included."""
     cache = init_cache(scene.config, scene.batch, scene.capacity, scene.dtype, mesh=scene.mesh)
@@ -152,8 +152,7 @@ def rows_forward(scene: Scene, rows: int) -> Part:
         params, cache, length, memory = fixed
         return forward(scene.config, params, tokens, *beside(memory, Layout.extend(length, rows), cache)).logits
 
-    params = _once_a_call(scene.params, rows * scene.batch)
-    return Part.of(run, (params, cache, length, scene.memory), scene.tokens(rows))
+    return Part.of(run, (scene.params_for(rows), cache, length, scene.memory), scene.tokens(rows))
 
 
 def draft_part(scene: Scene, drafter: Drafter, drafter_params: Any) -> Part:
@@ -225,8 +224,8 @@ def step_parts(scene: Scene, drafter: Drafter, drafter_params: Any) -> dict[str,
         return loop.learn(models, dataclasses.replace(before, drafter=drafter_state), after, request, step).drafter
 
     # Outputs of zeros depend on nothing, which saves the compilation of another forward.
-    whole_models = dataclasses.replace(models, params=_once_a_call(models.params, drafter.max_nodes * scene.batch))
-    reading = whole_models, state
+    in_loop = dataclasses.replace(models, params=scene.params_for(drafter.max_nodes + drafter.num_riders))
+    reading = in_loop, state
     shallow = dataclasses.replace(without, cache=[])
     small = dataclasses.replace(models, params={}, drafter_params=None), shallow
     with on_mesh(scene.mesh):

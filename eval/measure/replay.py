@@ -39,6 +39,7 @@ class Replay:
     Attributes:
       acceptance_length: of the last sample.
       settled: whether the text is the one that was told, to its end.
+      text: prompt and text as they were last written to prepare; None before.
     """
 
     def __init__(
@@ -61,6 +62,7 @@ class Replay:
           after: another decode of the scene, whose text is told first; None decodes one that accepts nothing.
         """
         self._after, self._preparing = after, threading.Lock()
+        self.text: np.ndarray | None = None
         self._drafter, self._params_of, self._rate = drafter, params_of, rate
         self._state = scene.state(drafter)
         limit = scene.lengths + new_tokens
@@ -69,31 +71,31 @@ class Replay:
         self._lengths = scene.lengths
         self.acceptance_length, self.settled = 1.0, False
 
-    @property
-    def text(self) -> np.ndarray:
-        """The tokens of the last decode, behind those of the prompt."""
-        return np.array(self._state.text.tokens[0])
-
     def prepare(self) -> None:
         """Compiles the loop, and tells it its own text until it writes it again."""
         with self._preparing:  # Several may come after one, each in a thread of its own.
-            if self.settled:
+            if self.text is not None:
                 return
             if self._after is None:
-                self._run()
-                known = self.text
+                known = self._written()
             else:
                 self._after.prepare()
+                assert self._after.text is not None
                 known = self._after.text
             for _ in range(TRIES):
                 self._models = dataclasses.replace(
                     self._models, drafter_params=self._params_of(jnp.asarray(known), self._rate)
                 )
-                self._run()
-                written, known = known, self.text
-                self.settled = np.array_equal(written, known)
+                told, known = known, self._written()
+                self.settled = np.array_equal(told, known)
                 if self.settled:
                     break
+            self.text = known
+
+    def _written(self) -> np.ndarray:
+        """Prompt and text of a decode."""
+        self._run()
+        return np.array(self._state.text.tokens[0])
 
     def sample(self) -> float:
         """Seconds per token."""

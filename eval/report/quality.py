@@ -148,7 +148,7 @@ def _charts(results: Results, colors: Mapping[str, str]) -> list[Drawing]:
         ticks = signed_ticks(min(ends, default=0), max(ends, default=0))
         y = Axis("", ("{:+.0%}" if ticks[-1] - ticks[0] > 0.1 else "{:+.1%}").format, ticks, "{:+.2%}".format)
         x = Axis("offset", "{:g}".format, [at for at in SHOWN if at <= found["offsets"][-1]])
-        drawings.append(Drawing.of(title, chart(curves, title, x, y, named=True)))
+        drawings.append(Drawing.of(title, chart(curves, title, x, y)))
     asked = [(results["problems"], "last")] if results.get("problems") else []
     for entry, name in [*asked, *((one, "normalised") for one in results.get("choices") or [])]:
         if len(entry["runs"]) > 1:
@@ -176,7 +176,7 @@ def _by_latents(results: Results, entry: Mapping[str, Any], name: str, colors: M
 def form(one: Mapping[str, Any]) -> str:
     """A coprocessor's kind, and what else tells it from the default of that kind, but for its number of latents."""
     apart = [
-        value if isinstance(value, str) else f"{field.name}={value}"
+        f"{field.name}={value}" if field.name.endswith("_attn") or not isinstance(value, str) else value
         for field in dataclasses.fields(CoprocessorConfig)
         if field.name not in ("kind", "num_latents") and (value := one.get(field.name, field.default)) != field.default
     ]

@@ -57,7 +57,7 @@ class Rollouts(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class PEagleHeads(Eagle3Heads):
-    """The network of P-EAGLE, with EAGLE-3's vocabulary and EAGLE-3.1's norms.
+    """The network of P-EAGLE, with EAGLE-3's vocabulary and EAGLE-3.1's norms but `norm_output`.
 
     Attributes:
       num_layers: of the network.

@@ -153,5 +153,5 @@ def test_load_topology(tmp_path: pathlib.Path) -> None:
 
 @pytest.mark.parametrize("make", [chain, lambda n: best_tree(np.full((n, 1), 0.5), n)])
 def test_a_mistyped_number_of_candidates_is_refused_before_they_are_made(make) -> None:
-    with pytest.raises(UserError, match=r"a draft tree has at most 4096 candidates, got 10000"):
+    with pytest.raises(UserError, match=r"a draft tree has at most 4096 candidates and as many levels, got 10000"):
         make(10_000)

@@ -64,7 +64,7 @@ class EncoderDecoderConfig(LMConfig):
       source: whose answers the divergence is of, `dataset` or `student`.
       sampling: temperature at which the student draws.
       top_k: tokens that it draws from; 0 is all.
-      reuse: steps that learn from what was drawn once.
+      reuse: steps that learn from what was drawn once, and from the data set's answers to the same prompts.
     """
 
     name: Literal["encoder_decoder"]  # type: ignore[assignment]

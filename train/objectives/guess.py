@@ -143,7 +143,8 @@ def losses(
 
 
 def paced(guesses: Sequence[Guess], devices: int = 1) -> list[Guess]:
-    """The guesses, made from the same positions, with D-PACE's weights for their labels."""
+    """The guesses, all of every position and of all tokens, with D-PACE's weights for their labels."""
+    assert all(guess.at is None for guess in guesses), "a block of guesses is made from one place"
     likely = []
     for guess in jax.lax.stop_gradient(list(guesses)):
 

@@ -142,8 +142,8 @@ def test_records_and_budgets() -> None:
     for wrong, words in (
         ("slots:depth=0", "depth and a width of at least 1, got 0"),
         ("slots:total=1", "total must lie in 2"),
-        ("slots:total=5000000", "a draft tree has at most 4096 candidates, got 4999999"),
-        ("accum_logp:depth=100000,total=64", "a draft tree has at most 4096 candidates, got 100000"),
+        ("slots:total=5000000", "a draft tree has at most 4096 candidates and as many levels, got 4999999"),
+        ("accum_logp:depth=100000,total=64", "a draft tree has at most 4096 candidates and as many levels, got 100000"),
         ("accum_logp:depth=2,total=8,width=2", "makes 6 candidates: total must lie in 2..7, got 8"),
     ):
         with pytest.raises(UserError, match=words):

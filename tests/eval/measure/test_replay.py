@@ -24,7 +24,7 @@ class Parting(Replay):
     def __init__(self, steady: int, size: int, after: Replay | None = None):
         self._steady, self._rng, self.runs = steady, np.random.default_rng(0), 0
         self._params_of, self._rate, self.settled = lambda text, rate: np.asarray(text), 0.8, False
-        self._after, self._preparing = after, threading.Lock()
+        self._after, self._preparing, self.text = after, threading.Lock(), None
         self._models, self._state = Told(np.zeros(size, int)), None
 
     def _run(self) -> float:
