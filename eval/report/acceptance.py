@@ -13,7 +13,7 @@ The results (written by `eval/acceptance.py`):
       conditional_acceptance    the share of those that accepted the depth above, or None where none did
       conditional_acceptance_intervals   of each, 95%, over texts, or None
       texts, differing_texts    decoded, and those unlike plain decoding's
-      distinct_token_share      distinct over all tokens of a text, mean over texts: low where text repeats
+      distinct_token_share?     distinct over all tokens of a text, mean over texts: low where text repeats
       identical                 no text differs; None where equal texts are not promised (sampled rules)
       tree                      rank paths, where the topology is static
 """
@@ -60,8 +60,9 @@ class Row:
 
     def distinct(self, temperature: float) -> str:
         """How many of a text's tokens are distinct, over budgets, or nothing where it did not run."""
-        shares = [cell["distinct_token_share"] for (at, _), cell in self.cells.items() if at == temperature]
-        return percent(statistics.fmean(shares)) if shares else ""
+        shares = [cell.get("distinct_token_share") for (at, _), cell in self.cells.items() if at == temperature]
+        known = [share for share in shares if share is not None]
+        return percent(statistics.fmean(known)) if known else ""
 
     def identical(self, temperature: float) -> str:
         """`yes`, `no`, `in distribution`, or nothing where it did not run."""
