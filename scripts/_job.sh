@@ -126,7 +126,7 @@ run() {
         esac
     done
     printf '\n'
-    ${instead:-} "$VENV/bin/python" -m "$@"
+    $instead "$VENV/bin/python" -m "$@"
 }
 
 job_finished() {

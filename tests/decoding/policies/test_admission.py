@@ -193,11 +193,12 @@ def test_a_chain_is_as_long_as_what_its_temperatures_leave_of_its_confidences_ad
 
 
 def test_an_anticipating_budget_biases_as_published() -> None:
-    """Target (.7, .3), drafter (.5, .5), and a second slot that only token 0 promises: token 0 comes at .85."""
-    verified = found()["published"][1] > 0
+    """Target (.7, .3), drafter (.5, .5), and a second slot that only token 0 promises: token 0 comes at .85, and by the
+    rule that is served at .7."""
     kept = np.array([1.0, 0.6])  # Of token 0 and 1; what is rejected becomes token 0.
-    outcome = np.where(verified, [1.0, 1 - kept[1]], 0.7)
-    assert 0.5 * outcome.sum() == pytest.approx(0.85)
+    for lengths, share in zip(found()["published"], (0.7, 0.85), strict=True):
+        outcome = np.where(lengths > 0, [1.0, 1 - kept[1]], 0.7)
+        assert 0.5 * outcome.sum() == pytest.approx(share)
 
 
 def test_temperatures_make_products_mean_what_they_say() -> None:
