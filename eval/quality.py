@@ -8,7 +8,8 @@ What is asked for is measured, of the target as it is first and then with each c
 
 - `--data` or `--text`: perplexity by offset, 1 to `--ahead` tokens behind points spread evenly over rows of text. At
   every point latents stand and true tokens follow; what is reported is the change against the target as it is, on the
-  same tokens, of chats with `--labels assistant` on those of the answers.
+  same tokens, of chats with `--labels assistant` on those of the answers; and of each coprocessor against those before
+  it, so that what a further latent does has an interval of its own.
 - `--problems`: GSM8K's form, questions whose answers end with `#### N`. Answers are written greedily behind solved
   examples; right is the number behind `####` (*marked*), or, where an answer has no such mark, the last one (*last*).
 - `--choices`: multiple choice. The likeliest choice is taken, by the sum of its tokens' log-likelihoods (*plain*) and
@@ -38,7 +39,7 @@ from eval.measure.intervals import mean_interval
 from eval.measure.progress import Progress
 from eval.report.page import keep_results, write_results
 from eval.report.quality import form, print_tables, write_report
-from eval.text.behind import by_offset
+from eval.text.behind import ByOffset, by_offset
 from eval.text.metrics import rows_of_text
 from eval.text.results import describe_target
 from eval.text.tasks import (
@@ -129,20 +130,26 @@ def perplexity(args, target: Target, field: Sequence[Contender], progress) -> Ca
     batches = rows_of_text(target, args.data, args.split, args.text, args.length, args.rows)
 
     def measure() -> dict[str, Any]:
-        made, base = [], None
+        made: list[dict[str, Any]] = []
+        before: list[tuple[str, ByOffset]] = []
         for one in field:
             progress(f"perplexity, {one.label}")
             found = by_offset(target, one.network, batches, args.points, args.ahead, args.labels, args.augment_lag)
-            base = base or found
-            change, interval = found.change(base)
-            run = {"label": one.label, "perplexity": _plain(found.perplexity)}
-            if one.network is not None:
-                run |= {"change": _plain(change), "change_interval": _plain(interval)}
+            run: dict[str, Any] = {"label": one.label, "perplexity": _plain(found.perplexity)}
+            if before:
+                base, *others = [{"label": label} | _change(found, than) for label, than in before]
+                run |= {key: base[key] for key in ("change", "change_interval")} | {"over": others}
+            before.append((one.label, found))
             made.append(run)
-        assert base is not None
-        return {"offsets": list(range(1, args.ahead + 1)), "tokens": base.count.sum(axis=0).tolist(), "runs": made}
+        tokens = before[0][1].count.sum(axis=0).tolist()
+        return {"offsets": list(range(1, args.ahead + 1)), "tokens": tokens, "runs": made}
 
     return measure
+
+
+def _change(found: ByOffset, than: ByOffset) -> dict[str, list]:
+    change, interval = found.change(than)
+    return {"change": _plain(change), "change_interval": _plain(interval)}
 
 
 def _plain(values: np.ndarray) -> list:

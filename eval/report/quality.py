@@ -6,7 +6,8 @@ The results; of the last three at least one is there:
     config, target              plain dicts
     contenders  list of {label, path?, kind?, num_latents?, positions?, parameters?}, the target as it is first
     perplexity? {offsets, tokens (per offset), runs: list of {label, perplexity (per offset, or None), change? (less 1,
-                over the target's), change_interval?}}
+                over the target's), change_interval?, over? (list of {label, change, change_interval}: over that of the
+                coprocessors before it)}}
     problems?   {file, questions, shots, runs: list of {label, marked, last, augmentation_ms?}, samples: list of
                 {question, number, answers: list of [label, text]}}
     choices?    list of {file, questions, shots, chance, runs: list of {label, plain, normalised}}
@@ -50,6 +51,14 @@ def _tables(results: Results) -> list[dict[str, Any]]:
         rows = [[run["label"], *(_perplexity(run, place) for place in shown)] for run in found["runs"]]
         heads = ["perplexity at offset", *(str(found["offsets"][place]) for place in shown)]
         tables.append({"title": "Perplexity behind latents", "heads": heads, "rows": rows})
+        pairs = [
+            [run["label"], than["label"], *(_change(than, place) for place in shown)]
+            for run in found["runs"]
+            for than in run.get("over") or []
+        ]
+        if pairs:
+            heads = ["perplexity with", "over that with", *heads[1:]]
+            tables.append({"title": "Latents against each other", "heads": heads, "rows": pairs})
     entries = [("problems", ("marked", "last"))] if results.get("problems") else []
     groups = [(results[name], names) for name, names in entries]
     groups += [(entry, ("plain", "normalised")) for entry in results.get("choices") or []]
@@ -69,6 +78,13 @@ def _perplexity(run: Mapping[str, Any], place: int) -> str:
     if value is None:
         return "-"
     return f"{value:.2f}" + (f" {100 * run['change'][place]:+.1f}%" if run.get("change") else "")
+
+
+def _change(than: Mapping[str, Any], place: int) -> str:
+    if than["change"][place] is None:
+        return "-"
+    low, high = than["change_interval"][place]
+    return f"{100 * than['change'][place]:+.1f}% ({100 * low:+.1f} to {100 * high:+.1f})"
 
 
 def _share(counted: Mapping[str, Any]) -> str:

@@ -3,6 +3,8 @@
 import json
 import pathlib
 import warnings
+from types import SimpleNamespace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +14,7 @@ import pytest
 from decoding.coprocessors import Coprocessor, save_coprocessor
 from decoding.generate import Generation
 from eval import quality
+from eval.report import quality as report
 from eval.report.quality import signed_ticks
 from eval.text import behind, tasks
 from models import coprocessor
@@ -149,6 +152,29 @@ def test_interval_of_a_change_is_over_rows_with_their_own_tokens() -> None:
         change, interval = mine.change(theirs)
         whole = np.exp(np.sum(mine.nll - theirs.nll) / np.sum(mine.count)) - 1
         np.testing.assert_allclose([*change, *interval[0]], [whole, -0.5, 1.0])
+
+
+def test_latents_are_held_against_each_other_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On the same tokens, so that a small gain that every row has is told from none."""
+    count = np.full((5, 2), 3)
+    base = np.linspace(3.0, 30.0, 10).reshape(5, 2)
+    factors = {"target": 1.0, "soft 4": 0.9, "soft 8": 0.88}
+    found = iter(behind.ByOffset(base + count * np.log(factor), count) for factor in factors.values())
+    monkeypatch.setattr(quality, "by_offset", lambda *_: next(found))
+    monkeypatch.setattr(quality, "rows_of_text", lambda *_: [])
+    monkeypatch.setattr(quality, "_shift", lambda _: 0)
+    field: Any = [quality.Contender(name, None if name == "target" else (None, None)) for name in factors]
+    asked = "--target x --out x --text x --ahead 2"
+    model: Any = SimpleNamespace(config=SimpleNamespace(max_position=512))
+    made = quality.perplexity(quality._parser().parse_args(asked.split()), model, field, lambda _: None)()
+    first, *runs = made["runs"]
+    assert set(first) == {"label", "perplexity"} and made["tokens"] == [15, 15]
+    np.testing.assert_allclose([run["change"] for run in runs], [[-0.1] * 2, [-0.12] * 2])
+    assert runs[0]["over"] == [] and [than["label"] for than in runs[1]["over"]] == ["soft 4"]
+    np.testing.assert_allclose(runs[1]["over"][0]["change_interval"], 0.88 / 0.9 - 1)
+    titles = [table["title"] for table in report._tables({"perplexity": made})]
+    assert titles == ["Perplexity behind latents", "Latents against each other"]
+    assert report._tables({"perplexity": made})[1]["rows"] == [["soft 8", "soft 4", *["-2.2% (-2.2 to -2.2)"] * 2]]
 
 
 def test_points_are_spread_from_the_first_token_to_the_last_but_one(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -25,7 +25,7 @@ from models.config import TransformerConfig
 from models.formats.scaled import read_scaled, whole_tensors
 from models.formats.storage import FLOATS, open_tensors
 from scripts.accelerator import __main__ as everything
-from scripts.accelerator import correctness, kernels, steps, unpack
+from scripts.accelerator import coprocessor, correctness, kernels, steps, unpack
 from scripts.accelerator import smollm2 as accelerator
 from scripts.accelerator.chat_heads import HEADS
 from scripts.accelerator.job import QUICK, Job, Part
@@ -317,6 +317,24 @@ def test_a_step_of_heads_takes_less_than_one_copy_of_all_scores(name: str, monke
     if name == "medusa":  # Where nothing is cut there are several copies.
         monkeypatch.undo()
         assert temporaries() > 2 * scores
+
+
+def test_a_coprocessors_step_is_told_beside_an_ordinary_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tiny = {"vocab_size": 264, "width": 16, "num_layers": 1, "num_heads": 2, "num_kv_heads": 1, "mlp_width": 32}
+    shapes = {"small": TransformerConfig(head_dim=8, max_position=64, **tiny)}
+    monkeypatch.setattr(coprocessor, "_SHAPES", shapes)
+    command = "--kinds pause --latents 2 --places 3 --ahead 4 --batch_size 2 --length 32 --rounds 2 --out"
+    coprocessor.main([*command.split(), str(tmp_path / "steps.json")])
+    told = json.loads((tmp_path / "steps.json").read_text())["steps"]
+    ordinary, pause = told["language model"], told["pause"]
+    # Forward: 32 tokens of the text, and behind 3 places 2 latents and 4 tokens but the last, forward and backward.
+    assert ordinary["tokens"] == 3 * 32 and pause["tokens"] == 32 + 2 * 3 * (2 + 3)
+    for name, of in {"step": "seconds", "scratch": "scratch_gib", "counted": "tokens"}.items():
+        assert ordinary[of] > 0 and ordinary[name] == 1.0
+        assert pause[name] == pytest.approx(pause[of] / ordinary[of]) and pause[name] > 0
+    with pytest.raises(SystemExit):
+        coprocessor.main(["--kinds", "latent", "--out", str(tmp_path / "none.json")])
+    assert not (tmp_path / "none.json").exists()
 
 
 WITHOUT = """
