@@ -11,7 +11,8 @@ must be equal; at a temperature those of the rules `match` and `point` must be e
 sampled rules promise the distribution alone (`eval/losslessness.py` tests that one).
 
 Prompts are the beginnings of a data set's documents, or the first turns of a file of questions
-(`eval/text/prompts.py`), of which every other one calibrates.
+(`eval/text/prompts.py`), of which every other one calibrates. A document that begins as one of those measured does,
+with the same licence perhaps, does not calibrate.
 
 A method is LABEL=SPEC[@POLICY]: SPEC is a drafter directory or the name of a drafter without parameters, and POLICY
 says how its tree grows where there is more than one way: by a name of `decoding/policies/published.py`, or written out,
@@ -169,6 +170,12 @@ def study(
     return cells
 
 
+def apart(calibration: Sequence[Prompt], prompts: Sequence[Prompt]) -> list[Prompt]:
+    """The calibration prompts that are not measured."""
+    measured = {prompt.tokens for prompt in prompts}
+    return [prompt for prompt in calibration if prompt.tokens not in measured]
+
+
 def _check_study(methods, prompts, calibration, budgets) -> None:
     if not prompts or not calibration:
         raise UserError("there is no prompt to decode, or none to choose trees by")
@@ -179,7 +186,7 @@ def _check_study(methods, prompts, calibration, budgets) -> None:
         raise UserError(f"a budget counts the candidates besides the root and must be at least 1, got {min(budgets)}")
     for method in methods:  # Whether a drafter and its policy go together, before those in front of it are decoded.
         check_policy(method.drafter, method.policy)
-    if {prompt.tokens for prompt in prompts} & {prompt.tokens for prompt in calibration}:
+    if len(apart(calibration, prompts)) < len(calibration):
         raise UserError("a prompt is among those to measure and among those to choose trees by: they must be disjoint")
 
 
@@ -294,6 +301,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             document_prompts(args.data, split, target, args.num_prompts, args.prompt_tokens)
             for split in (args.split, args.calibration_split)
         )
+        calibration = apart(calibration, prompts)
     with Progress() as progress:
         cells = study(
             target,

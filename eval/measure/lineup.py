@@ -35,7 +35,8 @@ def draft_shape(target: TransformerConfig) -> TransformerConfig:
     )
 
 
-# As published, but for `dflash-vocabulary`, which scores fewer tokens; each for a target of the given shape.
+# As published, but for `dflash-vocabulary`, which scores fewer tokens, and `dflash-shallow`, which has besides as many
+# layers for the target's as the published five have for the 36 of theirs; each for a target of the given shape.
 DRAFTERS: dict[str, Callable[[TransformerConfig], Drafter]] = {
     "medusa": lambda target: Medusa(MedusaHeads()),
     "hydra": lambda target: Hydra(HydraHeads()),
@@ -51,6 +52,9 @@ DRAFTERS: dict[str, Callable[[TransformerConfig], Drafter]] = {
     "falcon": lambda target: Falcon(),
     "dflash": lambda target: DFlash(_block(target, 16), Static(chain(15), "top")),
     "dflash-vocabulary": lambda target: DFlash(_block(target, 16, vocabulary=8192), Static(chain(15), "top")),
+    "dflash-shallow": lambda target: DFlash(
+        _block(target, 16, vocabulary=8192, layers=max(1, round(target.num_layers * 5 / 36))), Static(chain(15), "top")
+    ),
     "dflash-tree": lambda target: DFlash(_block(target, 16), Slots(depth=15, total=60)),
     "dspark": lambda target: DSpark(_block(target, 7, shifted=True), Static(chain(7)), candidates=16),
     "dspark-lattice": lambda target: DSpark(
@@ -65,7 +69,9 @@ def _features(target: TransformerConfig) -> tuple[int, int, int, int]:
     return *eagle3_layers(target.num_layers), min(32_000, target.vocab_size)
 
 
-def _block(target: TransformerConfig, size: int, shifted: bool = False, vocabulary: int = 0) -> DFlashHeads:
-    """Five layers that read five of the target's, and at most as many tokens as it has."""
-    layers, few = dflash_layers(target.num_layers, 5), min(vocabulary, target.vocab_size)
-    return DFlashHeads(layers, target.vocab_size - 1, num_layers=5, block=size, shifted=shifted, vocab_size=few)
+def _block(
+    target: TransformerConfig, size: int, shifted: bool = False, vocabulary: int = 0, layers: int = 5
+) -> DFlashHeads:
+    """Layers that read as many of the target's, and at most as many tokens as it has."""
+    read, few = dflash_layers(target.num_layers, layers), min(vocabulary, target.vocab_size)
+    return DFlashHeads(read, target.vocab_size - 1, num_layers=layers, block=size, shifted=shifted, vocab_size=few)

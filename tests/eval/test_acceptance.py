@@ -165,6 +165,16 @@ def test_study_says_what_is_wrong(target: Target, small: Method) -> None:
     assert not decoded, "a method that cannot be is refused before those in front of it take their time"
 
 
+def test_a_document_that_begins_as_a_measured_one_does_not_calibrate(target: Target, small: Method) -> None:
+    prompts, others = prompts_of(target), prompts_of(target, ("x", "y"))
+    calibration = command.apart([others[0], dataclasses.replace(prompts[1], question="elsewhere"), others[1]], prompts)
+    assert calibration == others
+    (cell,) = study(target, [small], prompts, calibration, new_tokens=2, budgets=(2,), temperatures=(0.0,))
+    assert cell["identical"]
+    with pytest.raises(UserError, match="none to choose trees by"):
+        study(target, [small], prompts, command.apart(prompts, prompts))
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [("hydra", "LABEL=DRAFTER"), ("=none", "LABEL=DRAFTER"), ("a=none@up", "policy 'up'"), ("a=nowhere", "nowhere")],

@@ -85,9 +85,16 @@ def test_published_drafters_have_their_published_trees() -> None:
     assert nodes == {
         **{"medusa": 64, "hydra": 64, "hydra++": 64, "eagle2": 60, "token_recycling": 81, "prompt_lookup": 11},
         **{"lookahead": 29, "draft_model": 5, "rsd-s": 17, "early_exit": 5},
-        **{"falcon": 166, "dflash": 16, "dflash-vocabulary": 16, "dflash-tree": 60},
+        **{"falcon": 166, "dflash": 16, "dflash-vocabulary": 16, "dflash-shallow": 16, "dflash-tree": 60},
         **{"dspark": 8, "dspark-lattice": 60, "eagle3": 60, "p_eagle": 8},
     }
+
+
+def test_a_shallow_network_has_its_target_s_layers_by_the_published_share() -> None:
+    deep = dataclasses.replace(speed.SHAPES["tiny"], num_layers=36)
+    for target, layers in ((deep, 5), (speed.SHAPES["110m"], 2), (speed.SHAPES["tiny"], 1)):
+        heads = DRAFTERS["dflash-shallow"](target).heads
+        assert (heads.num_layers, len(heads.target_layers)) == (layers, layers)
 
 
 def test_text_names_every_drafter(results: dict) -> None:
