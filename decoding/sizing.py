@@ -14,15 +14,18 @@ a while, and for how many steps:
 * costs that were measured once, of steps in a row, are what is believed at first. The clock then says what segments
   took, those who change from one width to another included, and is believed the more it has seen of both.
 
-A `Pace` outlives its request: the next one of the same kind begins with what is known by then.
+A `Pace` outlives its request: the next one of the same kind, with the same parameters, begins with what is known by
+then.
 """
 
 import dataclasses
 import functools
 import statistics
+import weakref
 from collections.abc import Hashable, Sequence
 from typing import Any
 
+import jax
 import numpy as np
 from jaxtyping import Int
 
@@ -210,10 +213,14 @@ def pace(
       greedy: all of them; what is counted of greedy and of sampled texts is kept apart.
       latents: what stands in the cache beside the text (`Augment.kind`), which other texts come of.
     """
-    key = (costs.key_of(target, drafter, batch), drafter, greedy, latents)
+    # Costs are the same for two trainings of one network. What they accept is not.
+    learnt = next(iter(jax.tree.leaves(params)), None)
+    key = (costs.key_of(target, drafter, batch), drafter, id(learnt), greedy, latents)
     if key not in _paces:
         found = widths(drafter, costs.measured(target, drafter, params, batch), batch)
         if not found:
             return None
         _paces[key] = Pace(found, batch)
+        if learnt is not None:  # Its id may be another's once it is gone.
+            weakref.finalize(learnt, _paces.pop, key, None)
     return _paces[key]

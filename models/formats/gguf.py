@@ -22,7 +22,7 @@ import numpy as np
 from models.config import RopeScaling, TransformerConfig
 from models.errors import UserError
 from models.formats.gguf_metadata import Metadata
-from models.formats.gguf_tokenizer import read_gguf_tokenizer
+from models.formats.gguf_tokenizer import CONTROL, PREFIX, read_gguf_tokenizer
 from models.formats.llama2c import halves
 from models.formats.storage import leaves_by_path
 from models.formats.text_files import refuse_pointer
@@ -31,6 +31,7 @@ from models.layers import rope_frequencies
 from models.transformer import Params, param_shapes
 
 ARCHITECTURES = ("llama", "qwen2", "qwen3", "gemma2")
+TURN_ENDS = ("<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<end_of_turn>")
 TYPES = ("F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q4_K", "Q5_K", "Q6_K")
 
 _TENSORS = {
@@ -182,7 +183,7 @@ def _config(file: _File) -> TransformerConfig:
     if embedding is None:
         file.refuse("tensor token_embd.weight is missing")
     vocab_size = int(embedding.shape[-1])
-    ends = (file.token_id("eos", vocab_size), file.token_id("eot", vocab_size))
+    ends = [*(file.token_id(name, vocab_size) for name in ("eos", "eot", "eom")), *_turn_ends(file)]
     try:
         return TransformerConfig(
             **{
@@ -211,6 +212,15 @@ def _config(file: _File) -> TransformerConfig:
         raise
     except ValueError as error:
         file.refuse(str(error))
+
+
+def _turn_ends(file: _File) -> list[int]:
+    """Control tokens that end a turn by their name: many files of chat models, Gemma-2's too, give no id of it."""
+    pieces = file.list_of(str, f"{PREFIX}tokens", [])
+    kinds = file.list_of(int, f"{PREFIX}token_type", [])
+    return [
+        i for i, (piece, kind) in enumerate(zip(pieces, kinds, strict=False)) if piece in TURN_ENDS and kind == CONTROL
+    ]
 
 
 def _rope_scaling(file: _File, head_dim: int, theta: float) -> RopeScaling | None:

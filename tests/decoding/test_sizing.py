@@ -1,8 +1,10 @@
 """How many candidates an open drafter has: which sizes are kept in hand, and what a pace makes of costs and counts."""
 
 import dataclasses
+import gc
 from collections.abc import Mapping, Sequence
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -197,6 +199,13 @@ def test_a_pace_outlives_its_request(target: Target, monkeypatch: pytest.MonkeyP
     assert first is pace(target, FREE, None, 1, True)
     assert first is not pace(target, FREE, None, 1, False) and first is not pace(target, FREE, None, 2, True)
     assert first is not pace(target, FREE, None, 1, True, "latents") is pace(target, FREE, None, 1, True, "latents")
+    one, other = {"scale": jnp.ones(2)}, {"scale": jnp.ones(2)}
+    learnt = pace(target, FREE, one, 1, True)
+    assert learnt is pace(target, FREE, one, 1, True) and learnt is not pace(target, FREE, other, 1, True)
+    before = len(sizing._paces)
+    del one
+    gc.collect()
+    assert len(sizing._paces) == before - 1, "what counts of a drafter that is gone is kept for nobody"
     monkeypatch.setattr(costs, "measured", lambda *_: HOPELESS)
     assert pace(target, FREE, None, 3, True) is None
 

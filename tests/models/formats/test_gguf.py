@@ -93,6 +93,22 @@ def test_what_older_files_leave_out(tmp_path: Path) -> None:
     assert read_gguf(write_gguf(tmp_path / "m.gguf", "gemma2", keys, gguf_tensors(config, params)))[0] == config
 
 
+@pytest.mark.parametrize(
+    ("name", "kind", "ends"), [("<end_of_turn>", 3, (2, 3)), ("<|eot_id|>", 1, (2,)), ("<x>", 3, (2,))]
+)
+def test_a_turn_ends_where_a_control_token_says_so(tmp_path: Path, name: str, kind: int, ends: tuple[int, ...]) -> None:
+    """Converters write only the token that ends a text, which Gemma's chat models do not write behind an answer."""
+    config = TransformerConfig(40, 16, 1, 4, 2, 4, 6, tied_embeddings=True, family="qwen2", qkv_bias=True)
+    params = jax.tree.map(lambda leaf: np.zeros(leaf.shape, np.float32), param_shapes(config))
+    told = gpt2_tokenizer(40)
+    told["tokens"][3], told["token_type"][3] = name, kind
+    assert read_gguf(write_model(tmp_path / "m.gguf", config, params, tokenizer=told))[0].eos_ids == ends
+    more = {**told, "eom_token_id": 4}
+    assert read_gguf(write_model(tmp_path / "n.gguf", config, params, tokenizer=more))[0].eos_ids == tuple(
+        sorted({*ends, 4}, key=[2, 4, 3].index)
+    )
+
+
 WIDE = TransformerConfig(40, 256, 1, 2, 1, 128, 256, tied_embeddings=True, family="qwen3", qk_norm=True)
 # Largest error of a value, in parts of the largest of its block.
 COARSE = {"Q8_0": 1 / 200, "Q5_0": 1 / 15, "Q5_1": 1 / 15, "Q4_0": 1 / 7, "Q4_1": 1 / 7, "F16": 1e-3, "BF16": 1e-2}
