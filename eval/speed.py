@@ -161,6 +161,19 @@ class Scale:
             raise UserError(f"--nodes must begin with 1, plain decoding, got {self.nodes[0]}")
 
 
+def check_shape(shape: str) -> TransformerConfig:
+    """The shape of a name in `SHAPES`, or of a target directory. Raises UserError for any other, and where it has an
+    encoder."""
+    if shape in SHAPES:
+        return SHAPES[shape]
+    if not (Path(shape) / "config.json").is_file():
+        raise UserError(f"there is no shape {shape!r}, only {', '.join(SHAPES)} or a target directory")
+    config = load_config(shape)
+    if config.encoder_layers:
+        raise UserError(f"{shape} is an encoder-decoder, and what is timed here are decoders' steps behind a text")
+    return config
+
+
 def run(
     shape: str = "110m",
     sections: Sequence[str] = SECTIONS,
@@ -189,15 +202,13 @@ def run(
     Raises:
       UserError: an unknown shape, section or drafter.
     """
-    if shape not in SHAPES and not (Path(shape) / "config.json").is_file():
-        raise UserError(f"there is no shape {shape!r}, only {', '.join(SHAPES)} or a target directory")
+    config = check_shape(shape)
     for kind, names, known in (("section", sections, SECTIONS), ("drafter", drafters, tuple(DRAFTERS))):
         for name in names:
             if name not in known:
                 raise UserError(f"there is no {kind} {name!r}, only {', '.join(known)}")
     if rounds < 1:
         raise UserError(f"rounds must be at least 1, got {rounds}")
-    config = SHAPES[shape] if shape in SHAPES else load_config(shape)
     dtype = _dtype()
     progress(f"making the {shape} shape")
     # Joined, as `load_target` hands them to the loop.

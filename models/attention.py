@@ -92,7 +92,8 @@ def attend(
         if fits and (window is None or isinstance(window, int)):
             mixed_BTND = splash.attend_on_tpu(q_BTND, rows["k"], rows["v"], layout, scale, cap, window)
             return mixed_BTND.reshape(*q_BTND.shape[:2], -1)
-        if layout.attention == "fused" and not on_tpu and cap is None and window is None:
+        plain = cap is None and window is None
+        if layout.attention == "fused" and not on_tpu and plain and _library_has_kernel(q_BTND, layout):
             return _library_kernel(q_BTND, rows, layout, scale)
         return attend_in_blocks(q_BTND, rows, layout, scale=scale, cap=cap, window=window)[0].astype(q_BTND.dtype)
     prefix, scratch, memory = sources.prefix, sources.scratch, sources.memory
@@ -155,7 +156,8 @@ def attend_in_blocks(
 ) -> tuple[Float[Array, "B T N*D"], Float[Array, "B T N"]]:
     """Causal attention over the rows alone, of a block of queries after the other, and the log-sum-exp of its scores.
 
-    Both are `wide`. Scores are computed again for their gradients, so that only those of one block ever exist.
+    Both are `wide`. Of several blocks scores are computed again for their gradients, so that only those of one ever
+    exist; all of a text that is a block alone are kept.
     """
     B, T, N, D = q_BTND.shape
     K = rows["v"].shape[1]
@@ -262,6 +264,17 @@ def _by_turns(function: Any, q_BKTGD: Float[Array, "B K T G D"], layout: Layout,
 
     found = jax.lax.map(jax.checkpoint(turn), (cut(q_BKTGD, 2), jax.tree.map(lambda x: cut(x, 1), per_row)))
     return jax.tree.map(lambda x: jnp.moveaxis(x, 0, 2).reshape(B, K, -1, G, x.shape[-1])[:, :, :T], found)
+
+
+def _library_has_kernel(q_BTND: Float[Array, "B T N D"], layout: Layout) -> bool:
+    """Whether cuDNN takes such rows and heads; devices that have none of it run the library's plain implementation."""
+    if jax.default_backend() != "gpu":
+        return True
+    rows, head_dim = q_BTND.shape[1], q_BTND.shape[3]
+    masked = not isinstance(layout.order, Causal) or layout.segments is not None
+    narrow = jnp.finfo(q_BTND.dtype).bits == 16 and head_dim % 8 == 0 and head_dim <= 128
+    # Gradients of a mask, which it takes for a bias, exist for even rows alone.
+    return narrow and not (masked and rows % 2) and "cuda" in jax.devices()[0].client.platform_version
 
 
 def _library_kernel(q_BTND: Float[Array, "B T N D"], rows: Rows, layout: Layout, scale: float):

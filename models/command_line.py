@@ -119,6 +119,17 @@ def at_least(least: int) -> Callable[[str], int]:
     return convert
 
 
+def positive(text: str) -> float:
+    """The type of numbers above zero that have an end."""
+    try:
+        number = float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"must be a number, got {text!r}") from None
+    if not 0 < number < float("inf"):
+        raise argparse.ArgumentTypeError(f"must be above 0, got {text}")
+    return number
+
+
 def numbers(kind: Callable[[str], Any]) -> Callable[[str], list[Any]]:
     """The type of numbers, `int` or `float`, with commas between them."""
 

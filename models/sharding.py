@@ -58,6 +58,17 @@ def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices=None) -> M
     return jax.make_mesh(tuple(sizes), AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
 
 
+def refuse_split_rows(devices: np.ndarray) -> None:
+    """Raises UserError where a batch row of a mesh's devices `[data, fsdp, tensor]` lies on several processes, each of
+    which would read another one for it."""
+    for of_row in devices.reshape(-1, devices.shape[-1]):
+        if (owners := {device.process_index for device in of_row}) and len(owners) > 1:
+            raise UserError(
+                f"mesh.tensor ({devices.shape[-1]}) spreads a row of the batch over {len(owners)} processes, and each "
+                "reads rows of its own: it must divide the number of a process's devices"
+            )
+
+
 def parse_mesh(text: str) -> Mesh:
     """A mesh from `data=2,tensor=4`: over as many of this process's devices as the axes multiply to; -1 takes what is
     left.
@@ -206,6 +217,24 @@ def gather_rows(x: jax.Array) -> jax.Array:
         return x
     rows = ROWS[0] if x.shape[0] % mesh.shape[ROWS[0]] == 0 else None
     return jax.lax.with_sharding_constraint(x, PartitionSpec(rows))
+
+
+def head_wise(function: Callable[..., jax.Array], by_head: Sequence[jax.Array], by_row: jax.Array) -> jax.Array:
+    """In a jitted training step: `function(*by_head, by_row)`, run by every device on its own rows and heads.
+
+    Args:
+      function: takes and returns arrays `[B, K, ...]` of independent rows and heads, and what rows have once.
+      by_head: `[B, K, ...]`, rows split over `data` and `fsdp` and heads over `tensor`, where these divide them.
+      by_row: `[B, ...]`.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or AxisType.Manual in mesh.axis_types:
+        return function(*by_head, by_row)
+    rows, heads = by_head[0].shape[:2]
+    whole = rows % (mesh.shape["data"] * mesh.shape["fsdp"])
+    place = PartitionSpec(None if whole else BATCH, None if heads % mesh.shape["tensor"] else "tensor")
+    specs = (*[place] * len(by_head), PartitionSpec(place[0]))
+    return jax.shard_map(function, in_specs=specs, out_specs=place, check_vma=False)(*by_head, by_row)
 
 
 def row_wise(function: Callable[..., T], *arrays: Any) -> T:

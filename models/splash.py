@@ -11,7 +11,7 @@ from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_ma
 from jaxtyping import Array, Float
 
 from models.layout import Causal, Layout
-from models.sharding import row_wise
+from models.sharding import head_wise
 
 LANES = 128
 
@@ -61,5 +61,5 @@ def attend_on_tpu(
         return jax.vmap(of_row)(q_BKGTD, k_BKTD, v_BKTD, segments_BT)
 
     q_BKGTD = (q_BTND * scale).reshape(B, T, K, N // K, D).transpose(0, 2, 3, 1, 4)
-    mixed_BKGTD = row_wise(of_rows, q_BKGTD, k_BKDT.swapaxes(2, 3), v_BKTD, segments_BT)
+    mixed_BKGTD = head_wise(of_rows, (q_BKGTD, k_BKDT.swapaxes(2, 3), v_BKTD), segments_BT)
     return mixed_BKGTD.transpose(0, 3, 1, 2, 4).reshape(B, T, N, D)

@@ -3,7 +3,7 @@
 # it, plain decoding beside Hugging Face's, steps of all drafters, an oracle, long contexts and large batches, training
 # steps, images, and heads trained for a chat model; each part with a limit of its own, results written as they come.
 #
-#   bash scripts/accelerator.sh --out DIR [--minutes 8] [--parts NAME,...] [--target DIR] [--wheels DIR] [--tiny]
+#   bash scripts/accelerator.sh [--out DIR] [--minutes 8] [--parts NAME,...] [--target DIR] [--wheels DIR] [--tiny]
 #   bash scripts/accelerator.sh smollm2 --rehearse --out DIR [--minutes 2]
 #
 # It runs where nothing can be fetched: $TANDEM_PYTHON (python3) is taken as it is, packages that it lacks come from a
@@ -12,6 +12,7 @@
 # random weights and compiles and times the training steps, so that a second call in the same place (and with the same
 # --cache) spends its time on training. Options: `python -m scripts.accelerator --help`, and `... .smollm2 --help`.
 set -euo pipefail
+here=$PWD
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 python=${TANDEM_PYTHON:-python3}
@@ -22,6 +23,19 @@ if [ "${1-}" = smollm2 ]; then
     shift
 fi
 while [ $# -gt 0 ]; do
+    case $1 in
+    --*=*)
+        set -- "${1%%=*}" "${1#*=}" "${@:2}"
+        continue
+        ;;
+    esac
+    # Paths are meant from where the command was given.
+    case $1 in
+    --out | --wheels | --target | --questions | --cache | --back)
+        [[ -z ${2-} || $2 = /* ]] || set -- "$1" "$here/$2" "${@:3}"
+        ;;
+    --shape) [[ ! -d $here/${2-} || ${2-} = /* ]] || set -- "$1" "$here/$2" "${@:3}" ;;
+    esac
     case $1 in
     --wheels)
         [ -d "${2-}" ] || { echo "error: --wheels needs a folder, and ${2:-nothing} is none" >&2 && exit 2; }

@@ -13,6 +13,7 @@ import jax
 import numpy as np
 
 from models.errors import UserError
+from models.sharding import mesh_of, on_mesh
 from train.config import TrainConfig
 from train.data.corpus import Corpus, TextCorpus
 from train.data.features import FeatureRows, Manifest, read_manifest, write_features
@@ -115,7 +116,9 @@ def with_features(
         run = jax.jit(lambda frozen, batch: rounded(objective.read_target(frozen, batch), manifest.arrays))
         began = told = time.monotonic()
         for number, batch in enumerate(in_order(_RowsFrom(rows, first), size), start=1):
-            yield jax.device_get(run(frozen, place(batch)))
+            with on_mesh(mesh_of(frozen)):
+                found = run(frozen, place(batch))
+            yield jax.device_get(found)
             if (now := time.monotonic()) - told > _SECONDS:
                 rate, told = number * size * corpus.length / (now - began), now
                 done = min(first + number * size, len(rows))

@@ -159,6 +159,7 @@ def forward(
     cache: Cache | None = None,
     modulated: Sequence[Modulation] | Float[Array, "d B 6 C"] | None = None,
     keep: Float[Array, "d 2 B"] | None = None,
+    remat: bool = False,
 ) -> tuple[Float[Array, "B R C"], Cache | None]:
     """Runs the rows of scales `first` to `last - 1` through all blocks.
 
@@ -172,6 +173,7 @@ def forward(
       cache: keys and values of scales 0 to `first - 1`, with room for these; None if `first` is 0.
       modulated: what `modulations` returned, where it is known already.
       keep: factor on what each half of each block adds, per batch row: stochastic depth.
+      remat: of stacked layers, keep what enters a block alone, and compute the rest again for gradients.
 
     Returns:
       The residual stream after the last block, and the cache with these scales in it.
@@ -183,7 +185,7 @@ def forward(
         seen_RS = level_S[starts[first] :, None] >= level_S
     if not isinstance(params["layers"], list):
         rows = (starts[first], starts[last], seen_RS)
-        return _scan(config, params, c_BC, x_BRC, rows, cache, modulated, keep)
+        return _scan(config, params, c_BC, x_BRC, rows, cache, modulated, keep, remat)
     assert not isinstance(cache, dict)
     for i, layer in enumerate(params["layers"]):
         modulation = _modulation(config, params, layer, c_BC) if modulated is None else modulated[i]
@@ -215,6 +217,7 @@ def teacher_forced(
     first: int,
     last: int,
     keep: Float[Array, "d 2 B"] | None = None,
+    remat: bool = False,
 ) -> Float[Array, "B R V"]:
     """Scores of all codes of scales `first` to `last - 1`, given the true scales before each.
 
@@ -226,15 +229,16 @@ def teacher_forced(
       first: first scale that is scored; the smaller ones are read all the same.
       last: one past the last.
       keep: see `forward`.
+      remat: see `forward`.
     """
     starts = scale_starts(config.scales)
     c_BC = class_features(params, labels)
     x_BRC = inputs(config, params, c_BC, features[:, : starts[last] - 1], 0, last)
-    hidden_BRC, _ = forward(config, params, c_BC, x_BRC, 0, last, keep=keep)
+    hidden_BRC, _ = forward(config, params, c_BC, x_BRC, 0, last, keep=keep, remat=remat)
     return logits(config, params, hidden_BRC[:, starts[first] :], c_BC)
 
 
-def _scan(config, params, c_BC, x_BRC, rows, cache, modulated, keep):
+def _scan(config, params, c_BC, x_BRC, rows, cache, modulated, keep, remat):
     """Through stacked layers; the cache is carried, so that it is written in place."""
     start, end, seen_RS = rows
 
@@ -246,6 +250,8 @@ def _scan(config, params, c_BC, x_BRC, rows, cache, modulated, keep):
         own = None if cache is None else (cache, i)
         return _block(config, layer, modulation, x_BRC, start, end, seen_RS, own, kept), None
 
+    if remat:
+        body = jax.checkpoint(body, prevent_cse=False)
     of_layers = (params["layers"], modulated, keep, jnp.arange(config.depth, dtype=jnp.int32))
     return jax.lax.scan(body, (x_BRC, cache), of_layers)[0]
 

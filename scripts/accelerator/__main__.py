@@ -1,13 +1,14 @@
 """What scripts/accelerator.sh runs: everything that wants an accelerator, in order of worth, results as they come.
 
-    python -m scripts.accelerator --out DIR [--minutes 8] [--parts NAME,...] [--shape llama3-8b|DIR] [--tiny]
+    python -m scripts.accelerator [--out DIR] [--minutes 8] [--parts NAME,...] [--shape llama3-8b|DIR] [--tiny]
         [--together 3] [--target DIR] [--questions FILE.jsonl] [--cache DIR] [--back DIR]
 
     correctness  attention's kernel with its slopes beside the dense path; every drafter's text beside plain decoding's
                  in float64 and bfloat16; chi-square at batch 1 and 16
-    plain        bandwidth, rows, plain decoding, Hugging Face's generate with a dynamic and a static cache
+    plain        bandwidth, rows, plain decoding
     replay       loop efficiency for 1 to 128 rows, by an oracle
     drafters     a step of every drafter and its parts
+    peers        Hugging Face's generate with a dynamic and a static cache, each in turns with plain decoding
     growth       steps as contexts grow to 32k and batches to 64
     training     training steps on random tokens, their model-FLOP utilisation and memory
     images       VAR of 30 and of 16 layers, and of 16 and of 8: seconds of compilation and images/s, beside PyTorch's
@@ -23,6 +24,7 @@ time stops no other. `--tiny` goes through the same with shapes that a CPU has d
 """
 
 import argparse
+import datetime
 import itertools
 import os
 import tarfile
@@ -31,8 +33,9 @@ from pathlib import Path
 
 import jax
 
+from eval.speed import check_shape
 from models import command_line
-from models.command_line import at_least, listed
+from models.command_line import at_least, listed, positive
 from models.errors import UserError, exit_on_user_error
 from scripts.accelerator.job import Job, end_when_told
 from scripts.accelerator.parts import PARTS, QUEUED, Sizes
@@ -63,6 +66,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     for path in (args.target, args.questions):
         if path is not None and not path.exists():
             raise UserError(f"there is no {path}")
+    check_shape(args.shape)
+    args.out = args.out or Path("runs") / f"accelerator-{datetime.datetime.now():%Y%m%d-%H%M%S}"
     args.out.mkdir(parents=True, exist_ok=True)
     if any(args.out.iterdir()):
         raise UserError(f"{args.out} is not empty: choose a new directory")
@@ -81,13 +86,13 @@ def main(argv: Sequence[str] | None = None) -> None:
                 for parts, seconds in PARTS[name](args, sizes, job.left):
                     job.run(parts, seconds * (_PATIENCE if args.tiny else 1))
     wrong = [name for name, part in job.parts.items() if not part["state"].startswith("ok")]
-    print(f"finished; {len(job.parts)} parts, not ok: {', '.join(wrong) or 'none'}")
+    print(f"finished; {args.out} has {len(job.parts)} parts, not ok: {', '.join(wrong) or 'none'}")
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = command_line.parser("scripts.accelerator", __doc__)
-    parser.add_argument("--out", required=True, type=Path, help="a new or empty directory for everything")
-    parser.add_argument("--minutes", type=float, default=8.0, help="after which all ends")
+    parser.add_argument("--out", type=Path, help="a new or empty directory for everything (runs/accelerator-DATE)")
+    parser.add_argument("--minutes", type=positive, default=8.0, help="after which all ends")
     parser.add_argument("--parts", type=listed, default=",".join(PARTS), help="comma-separated, in this order")
     parser.add_argument("--shape", default="llama3-8b", help="as of eval.speed, of what is timed")
     parser.add_argument("--tiny", action="store_true", help="tiny shapes, to see that all of it works")

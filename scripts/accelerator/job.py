@@ -7,7 +7,6 @@ reserving its memory. Those that time wait for each other (`eval/measure/turns.p
 
 import dataclasses
 import importlib.util
-import json
 import math
 import os
 import signal
@@ -19,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from eval.measure import turns
+from eval.report.files import write_json
 
 # Of programs that run once, compilation takes longer than what tuning and generated matrix products would save.
 QUICK = "--xla_gpu_enable_triton_gemm=false --xla_gpu_autotune_level=0"
@@ -145,7 +145,7 @@ class Job:
     def _note(self, name: str, state: str, seconds: float, last: str) -> None:
         at = time.monotonic() - self._began
         self.parts[name] = {"state": state, "seconds": round(seconds, 1), "ended_at": round(at, 1), "last_line": last}
-        (self.out / "parts.json").write_text(json.dumps(self.parts, indent=1) + "\n")
+        write_json(self.parts, self.out / "parts.json")
         print(f"[{at:5.0f} s] {name}: {state} after {seconds:.0f} s: {last[:200]}", flush=True)
         self._ended()
 

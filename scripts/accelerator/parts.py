@@ -97,9 +97,14 @@ def correctness(args: argparse.Namespace, sizes: Sizes, left: float) -> Iterator
 
 
 def plain(args: argparse.Namespace, sizes: Sizes, left: float) -> Iterator[Group]:
-    """Plain decoding; the peer apart, because what it needs may not be there."""
+    """Plain decoding."""
     yield [speed(args, sizes, "plain", "bandwidth,rows,plain", "--rows", sizes.rows)], math.inf
-    yield [speed(args, sizes, name, f"plain,{name}") for name in PEERS], math.inf
+
+
+def peers(args: argparse.Namespace, sizes: Sizes, left: float) -> Iterator[Group]:
+    """The peer beside plain decoding, one kind of cache after the other: two libraries each hold the target."""
+    for name in PEERS:
+        yield [speed(args, sizes, name, f"plain,{name}")], math.inf
 
 
 def drafters(args: argparse.Namespace, sizes: Sizes, left: float) -> Iterator[Group]:
@@ -199,6 +204,7 @@ PARTS: dict[str, Callable[[argparse.Namespace, Sizes, float], Iterator[Group]]] 
     "plain": plain,
     "replay": replay,
     "drafters": drafters,
+    "peers": peers,
     "growth": growth,
     "training": training,
     "images": images,

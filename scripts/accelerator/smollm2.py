@@ -33,7 +33,7 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from models import command_line
-from models.command_line import at_least, listed
+from models.command_line import at_least, listed, positive
 from models.errors import UserError, exit_on_user_error
 from scripts.accelerator.chat_heads import HEADS, check_heads, methods
 from scripts.accelerator.job import Job, Part, end_when_told
@@ -328,7 +328,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = command_line.parser("scripts.accelerator.smollm2", __doc__)
     parser.add_argument("--target", type=Path, help="target directory, with a chat template")
     parser.add_argument("--out", required=True, type=Path, help="a new or empty directory for everything")
-    parser.add_argument("--minutes", type=float, default=8.0, help="after which all ends")
+    parser.add_argument("--minutes", type=positive, default=8.0, help="after which all ends")
     parser.add_argument("--questions", type=Path, help="file of held-out questions, for acceptance and wall-clock")
     parser.add_argument("--cache", type=Path, help="directory of compiled programs (OUT/cache)")
     parser.add_argument("--back", type=Path, help="directory for what is worth carrying away (OUT/back)")
@@ -338,7 +338,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--shape", choices=["smollm2", "tiny"], default="smollm2", help="of a rehearsal's target")
     parser.add_argument("--heads", type=listed, default="eagle3,hydra_pp,medusa", help=f"some of {', '.join(HEADS)}")
     parser.add_argument("--chats", type=Path, help="a data set of chats of the target, where they are written already")
-    parser.add_argument("--chat_minutes", type=float, default=1.5, help="of writing chats")
+    parser.add_argument("--chat_minutes", type=positive, default=1.5, help="of writing chats")
     parser.add_argument("--chat_tokens", type=at_least(1), default=640, help="most tokens of an answer")
     parser.add_argument("--valid_documents", type=at_least(1), default=256, help="chats held out")
     parser.add_argument("--rows", type=at_least(1), default=512, help="chats written together")

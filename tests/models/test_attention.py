@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import itertools
 import re
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -132,6 +133,28 @@ def test_split_decoding_writes_the_same_text() -> None:
             generate(target, prompts, max_new_tokens=40, stop=[], attention=kind, **more) for kind in ("dense", "split")
         )
         assert split.tokens == dense.tokens and len(set(dense.tokens[0])) > 5
+
+
+@pytest.mark.parametrize(("rows", "head_dim", "masked"), [(9, 8, True), (8, 12, False), (8, 136, False), (9, 8, False)])
+def test_what_the_library_s_kernel_does_not_take_is_done_in_blocks(
+    monkeypatch: pytest.MonkeyPatch, rows: int, head_dim: int, masked: bool
+) -> None:
+    """On a GPU: odd rows with a mask, and heads that are no multiple of eight or too large."""
+    gpu = SimpleNamespace(client=SimpleNamespace(platform_version="cuda 13"))
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(jax, "devices", lambda: [gpu])
+    segments = jnp.ones((2, rows), jnp.int32) if masked else None
+    layout = Layout.causal(2, rows, segments, "fused")
+    q = jnp.ones((2, rows, 2, head_dim), jnp.bfloat16)
+    taken = models.attention._library_has_kernel(q, layout)
+    assert taken == ((rows, head_dim, masked) == (9, 8, False))
+    assert not models.attention._library_has_kernel(q.astype(jnp.float32), layout)
+    gpu.client.platform_version = "rocm 7"
+    assert not models.attention._library_has_kernel(q, layout)
+    if not taken:
+        kv = {"k": jnp.ones((2, 1, head_dim, rows), jnp.bfloat16), "v": jnp.ones((2, 1, rows, head_dim), jnp.bfloat16)}
+        mixed = jax.eval_shape(lambda: attend(q, kv, Sources(), layout, scale=1.0))
+        assert mixed.shape == (2, rows, 2 * head_dim)
 
 
 def test_what_split_attention_cannot_do_is_refused() -> None:

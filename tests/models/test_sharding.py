@@ -1,7 +1,10 @@
 """Meshes and the rules from path to place."""
 
+from types import SimpleNamespace
+
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from jax.sharding import AxisType, PartitionSpec
 
@@ -19,6 +22,7 @@ from models.sharding import (
     param_specs,
     parse_mesh,
     place_params,
+    refuse_split_rows,
     row_wise,
 )
 
@@ -81,6 +85,46 @@ def test_eagle_follows_the_same_rules() -> None:
         # Whole features go in, and whole features come out.
         assert found["fc/kernel"] == P()
     assert found["vocab/kernel"] == P("fsdp", "tensor") and found["draft_vocab"] == P()
+
+
+def test_a_row_of_the_batch_is_read_by_one_process() -> None:
+    def devices(owners: list[list[list[int]]]) -> np.ndarray:
+        return np.vectorize(lambda owner: SimpleNamespace(process_index=owner))(np.array(owners))
+
+    refuse_split_rows(devices([[[0, 0], [0, 0]], [[1, 1], [1, 1]]]))
+    refuse_split_rows(devices([[[0], [1]]]))
+    with pytest.raises(UserError, match=r"mesh\.tensor \(2\) spreads a row of the batch over 2 processes"):
+        refuse_split_rows(devices([[[0, 1], [0, 1]]]))
+
+
+def test_heads_and_rows_stay_where_they_are(run_on_devices) -> None:
+    """What a training step does head by head, as attention's kernel on a TPU does, is split over all axes."""
+    run_on_devices(
+        """
+import jax, numpy as np
+from jax.sharding import NamedSharding, PartitionSpec as P
+from models.sharding import BATCH, head_wise, make_mesh
+
+mesh = make_mesh(data=2, fsdp=2, tensor=2)
+place, by_row = NamedSharding(mesh, P(BATCH, "tensor")), NamedSharding(mesh, P(BATCH))
+heads, rows = np.arange(4 * 2 * 3.0).reshape(4, 2, 3), np.arange(4.0)
+given = jax.device_put(heads, place), jax.device_put(rows, by_row)
+
+def halves(heads, rows):  # The devices' own shares.
+    assert heads.shape == (1, 1, 3) and rows.shape == (1,)
+    return heads * rows[:, None, None]
+
+with jax.set_mesh(mesh):
+    program = jax.jit(lambda heads, rows: head_wise(halves, (heads,), rows)).lower(*given).compile()
+    made = program(*given)
+assert "all-gather" not in program.as_text() and made.sharding.is_equivalent_to(place, 3)
+np.testing.assert_array_equal(made, heads * rows[:, None, None])
+with jax.set_mesh(mesh):  # Three heads are not split over two devices, nor six rows over four.
+    odd = jax.jit(lambda heads, rows: head_wise(lambda h, r: h * r[:, None, None], (heads,), rows))
+    np.testing.assert_array_equal(odd(np.ones((6, 3, 1)), np.ones(6)), np.ones((6, 3, 1)))
+""",
+        devices=8,
+    )
 
 
 def test_mesh_axes() -> None:

@@ -238,6 +238,9 @@ def test_what_is_lacking_is_said_and_time_that_is_over_too(tmp_path: Path, capsy
     [
         (["--parts", "plain,speed"], "there is no part 'speed', only correctness, plain"),
         (["--target", "nowhere"], "there is no nowhere"),
+        (["--shape", "llama9"], "there is no shape 'llama9', only"),
+        (["--minutes", "nan"], "--minutes must be above 0, got nan"),
+        (["--minutes", "soon"], "--minutes must be a number, got 'soon'"),
         ([], "is not empty"),
     ],
 )
@@ -306,7 +309,7 @@ def test_a_step_of_heads_takes_less_than_one_copy_of_all_scores(name: str, monke
     )
     job = steps.JOBS[name]
     fewer = {"steps": 2} if name == "eagle3" else {"heads": {"num_heads": 2}}
-    job = job._replace(objective={**job.objective, **fewer}, remat="layers")
+    job = job._replace(objective={**job.objective, **fewer})
 
     def temporaries() -> float:
         return steps.sizes_of(job, shape, rows, length, {"data": 1})["temporaries_gb"] * 1e9
@@ -383,8 +386,8 @@ def test_a_folder_of_wheels_is_installed_for_the_job_alone(tmp_path: Path) -> No
     done = subprocess.run(command, env=environ, capture_output=True, text=True)
     assert done.returncode == 2 and "there is no part 'nothing'" in done.stderr and "brought along" in done.stdout
     assert importlib.util.find_spec("brought") is None
-    command[3] = str(tmp_path / "nowhere")
-    done = subprocess.run(command, env=environ, capture_output=True, text=True)
+    command[2:] = ["--wheels=nowhere"]
+    done = subprocess.run(command, env=environ, capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 2 and done.stderr == f"error: --wheels needs a folder, and {tmp_path}/nowhere is none\n"
 
 

@@ -9,6 +9,7 @@ import pytest
 from jax.flatten_util import ravel_pytree
 from jax.tree_util import Partial
 
+from models.errors import UserError
 from tests.train.conftest import SHAPE
 from train import trainer
 from train.data.corpus import open_corpus
@@ -142,7 +143,8 @@ def test_losses_and_their_slopes_are_those_of_the_whole_text(monkeypatch):
     ],
 )
 def test_no_step_holds_the_scores_of_a_whole_text(name, objective, job, monkeypatch):
-    config = job(name, objective=objective, precision="bfloat16", remat="layers")
+    remat = "none" if name == "draft_heads" else "layers"
+    config = job(name, objective=objective, precision="bfloat16", remat=remat)
     plan = trainer.make_plan(config, open_corpus(config).facts)
     monkeypatch.setattr(pieces, "SCORES", config.batch_size * plan.objective.model.vocab_size * 5)
     batch = {key: jax.ShapeDtypeStruct((config.batch_size, config.length), np.int32) for key in BATCH}
@@ -167,6 +169,12 @@ def test_no_step_holds_the_scores_of_a_whole_text(name, objective, job, monkeypa
 BATCH = ("tokens", "segments", "mask")
 
 
+def test_what_keeps_everything_says_so(job):
+    config = job("draft_heads", remat="layers")
+    with pytest.raises(UserError, match="remat must be none, got layers: the objective DraftHeads"):
+        trainer.make_plan(config, open_corpus(config).facts)
+
+
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize(
     ("name", "objective"),
@@ -178,7 +186,12 @@ BATCH = ("tokens", "segments", "mask")
     ],
 )
 def test_parts_and_recomputation_change_no_gradient(name, objective, job):
-    ways = ({}, {"accumulate": 4, "remat": "layers"}, {"accumulate": 2, "remat": "products"})
+    again = name != "draft_heads"
+    ways = (
+        {},
+        {"accumulate": 4, "remat": "layers" if again else "none"},
+        {"accumulate": 2, "remat": "products" if again else "none"},
+    )
     configs = [job(name, objective=objective, **way) for way in ways]
     corpus = open_corpus(configs[0])
     plans = [trainer.make_plan(config, corpus.facts) for config in configs]

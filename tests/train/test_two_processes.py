@@ -28,10 +28,15 @@ CODE = """
 import pathlib
 import jax
 from eval import main
-from models import processes
+from models import processes, sharding
 from models.errors import UserError
 from train import trainer
 processes.start("{address},2,{index}")
+try:
+    sharding.refuse_split_rows(sharding.make_mesh(data=1, tensor=2).devices)
+    raise AssertionError("a row was split over the two")
+except UserError as error:
+    assert "spreads a row of the batch over 2 processes" in str(error)
 {config}
 workdir = pathlib.Path({workdir!r})
 trainer.train(config, workdir)

@@ -212,6 +212,23 @@ def test_the_smoke_job_of_a_drafter_runs(image_set, image_models, tmp_path):
     assert files.read_config(tmp_path / "var", VARConfig) == VAR
 
 
+def test_recomputation_changes_no_gradient(image_job):
+    configs = [image_job("var", remat=remat) for remat in ("none", "layers")]
+    corpus = open_corpus(configs[0])
+    plans = [trainer.make_plan(config, corpus.facts) for config in configs]
+    frozen = plans[0].objective.load_base(plans[0].mesh)
+    params = jax.tree.map(lambda leaf: np.full(leaf.shape, 0.02, np.float32), plans[0].state["params"])
+    batch = next(corpus.batches(4, 0))
+
+    def slopes(plan):
+        return lambda *given: trainer.gradient_of(plan, *given, jax.random.key(0), jnp.zeros(()))[::2]
+
+    programs = [str(jax.make_jaxpr(slopes(plan))(params, frozen, batch)) for plan in plans]
+    assert ["remat" in program for program in programs] == [False, True]
+    kept, again = (jax.jit(slopes(plan))(params, frozen, batch) for plan in plans)
+    jax.tree.map(lambda *pair: np.testing.assert_allclose(*pair, rtol=1e-4, atol=1e-7), kept, again)
+
+
 @pytest.mark.parametrize("name", ["var", "vqvae", pytest.param("code_refiner", marks=pytest.mark.slow)])
 def test_what_is_trained_multiplies_narrowly_where_precision_says_so(name, image_job):
     config = image_job(name, precision="bfloat16")

@@ -110,9 +110,10 @@ class CodeRefiner(NextScale):
         """Scores by student and teacher, codes and weights; at scales N and above."""
         first, last = self._config.first_scale, self.model.num_scales
         lesson = self.lesson(frozen, batch, key)
-        given = lesson.labels, lesson.features, first, last
-        student = var.teacher_forced(self.model, self.compute.cast(trainable), *given, keep)
-        teacher = var.teacher_forced(self.teacher, self.compute.cast(frozen["teacher"]), *given)
+        student = self.student(trainable, lesson, first, last, keep)
+        teacher = var.teacher_forced(
+            self.teacher, self.compute.cast(frozen["teacher"]), lesson.labels, lesson.features, first, last
+        )
         return student, teacher, lesson.codes[:, scale_starts(self.model.scales)[first] :], lesson.weights
 
 

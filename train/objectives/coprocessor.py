@@ -132,6 +132,7 @@ class CoprocessorObjective(BesideFrozenTarget):
 
     Config: ClassVar[type] = CoprocessorTraining
     product: ClassVar[str] = "coprocessor"
+    recomputes = True
 
     def __init__(self, config: CoprocessorTraining, tokenizer: Tokenizer):
         """`tokenizer` is the target's, and the data's. Raises UserError for a missing or broken target."""

@@ -198,6 +198,7 @@ class DraftModelObjective(OnFrozenTarget):
     """
 
     drafter: DraftModel
+    recomputes = True
 
     def __init__(self, config: Any, tokenizer: Tokenizer):
         """As `OnFrozenTarget`. Raises UserError, too, where student and teacher read different tokens."""

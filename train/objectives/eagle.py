@@ -147,6 +147,7 @@ class EagleObjective(DraftObjective):
     """The `eagle` objective."""
 
     Config: ClassVar[type] = EagleConfig
+    recomputes = True
 
     def __init__(self, config, tokenizer):
         """As `DraftObjective`."""

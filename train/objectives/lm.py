@@ -80,6 +80,7 @@ class LM(Objective):
 
     Config: ClassVar[type] = LMConfig
     product: ClassVar[str] = "target"
+    recomputes = True
     encodes: ClassVar[bool] = False
 
     def __init__(self, config: LMConfig, tokenizer: Tokenizer):

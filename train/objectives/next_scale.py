@@ -103,6 +103,7 @@ class NextScale(Objective):
     product's config file."""
 
     base: Params
+    recomputes = True
 
     def __init__(self, config: Any, classes: Sequence[str]):
         """`classes` are the data's. Raises UserError for a broken directory, or one of another tokenizer or data."""
@@ -169,6 +170,11 @@ class NextScale(Objective):
             withheld_B |= jax.random.bernoulli(key, self._config.class_dropout, labels_B.shape)
         labels_B = jnp.where(withheld_B, none, labels_B)
         return Lesson(labels_B, features, jnp.concatenate(codes, axis=1), present(batch))
+
+    def student(self, trainable: Params, lesson: Lesson, first: int, last: int, keep=None) -> Float[Array, "B R V"]:
+        """Scores of scales `first` to `last - 1` by what is trained; `keep` as of `models.images.var.forward`."""
+        params, remat = self.compute.cast(trainable), self.compute.remat != "none"
+        return var.teacher_forced(self.model, params, lesson.labels, lesson.features, first, last, keep, remat)
 
     def keep(self, key: Array, batch_size: int) -> Float[Array, "d 2 B"] | None:
         """Factors of stochastic depth, whose mean is 1 (Huang et al. 2016); None where nothing is ever skipped."""

@@ -89,6 +89,8 @@ class Objective(abc.ABC):
       optimizers: top-level keys of the trainables that are updated each for itself, by an optimizer of its own or, for
         None, by one like the job's; empty where one updates all.
       refresh_every: steps that learn from what one call of `refresh` made; 0 never calls it.
+      recomputes: whether it follows `compute.remat`. Heads of a few layers on a frozen target, which keeps nothing for
+        gradients, do not.
       asks_of_config: names that a `Config` must have besides `name`, `reads` and what goes with that.
     """
 
@@ -101,6 +103,7 @@ class Objective(abc.ABC):
     divergences: tuple[Any, ...] = ()
     optimizers: Mapping[str, OptimizerConfig | None] = MappingProxyType({})
     refresh_every: int = 0
+    recomputes: bool = False
     asks_of_config: ClassVar[tuple[str, ...]] = ()
 
     @abc.abstractmethod
@@ -141,7 +144,15 @@ class Objective(abc.ABC):
             raise UserError(f"the objective {type(self).__name__} is incomplete: its __init__ does not set model")
 
     def prepare(self, compute: Compute) -> None:
-        """Says how to compute, once, before anything else is asked."""
+        """Says how to compute, once, before anything else is asked.
+
+        Raises:
+          UserError: to compute again what this objective always keeps.
+        """
+        if compute.remat != "none" and not self.recomputes:
+            raise UserError(
+                f"remat must be none, got {compute.remat}: the objective {type(self).__name__} computes nothing again"
+            )
         self.compute = compute
 
     @property

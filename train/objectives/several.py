@@ -143,11 +143,17 @@ class SeveralObjective(Objective):
         """Those of all members."""
         return tuple(divergence for one in self.members.values() for divergence in one.divergences)
 
+    @property
+    def recomputes(self) -> bool:  # type: ignore[override]
+        """As every member says for itself."""
+        return True
+
     def prepare(self, compute: Compute) -> None:
         """As every member does."""
         super().prepare(compute)
-        for one in self.members.values():
-            one.prepare(compute)
+        for name, one in self.members.items():
+            with _told_of(name):
+                one.prepare(compute)
         target = {key: self._first.base[key] for key in transformer.param_shapes(self.model)}
         of_members = {name: one.base.items() for name, one in self.members.items()}
         beside = {name: {key: leaf for key, leaf in of if key not in target} for name, of in of_members.items()}

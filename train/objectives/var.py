@@ -12,7 +12,6 @@ from typing import Any, ClassVar, Literal
 import jax
 from jaxtyping import Array
 
-from models.images import var
 from models.images.config import scale_starts
 from models.schema import require
 from train.objectives.next_scale import Lesson, NextScale, NextScaleConfig, cross_entropy, measures, summed
@@ -63,18 +62,14 @@ class VARObjective(NextScale):
         class_key, depth_key = jax.random.split(key)
         lesson = self.lesson(frozen, batch, class_key)
         keep = self.keep(depth_key, len(lesson.labels))
-        logits = var.teacher_forced(
-            self.model, self.compute.cast(trainable), lesson.labels, lesson.features, 0, self.last, keep
-        )
+        logits = self.student(trainable, lesson, 0, self.last, keep)
         losses = cross_entropy(logits, self._codes(lesson), self._config.label_smoothing)
         return summed(losses, lesson.weights), {}
 
     def evaluate(self, trainable: Params, frozen: Params, batch: Batch) -> Sums:
         """Cross-entropy and accuracy, told the class: of all codes that are learnt, and of the last scale's."""
         lesson = self.lesson(frozen, batch, None)
-        logits = var.teacher_forced(
-            self.model, self.compute.cast(trainable), lesson.labels, lesson.features, 0, self.last
-        )
+        logits = self.student(trainable, lesson, 0, self.last)
         return measures(logits, self._codes(lesson), lesson.weights, self.model.scales[self.last - 1] ** 2)
 
     def _codes(self, lesson: Lesson):
