@@ -13,9 +13,11 @@ from models.errors import UserError
 from tests.train.conftest import SHAPE
 from train import trainer
 from train.data.corpus import open_corpus
+from train.data.features import Array
 from train.objectives import guess, pieces
 from train.objectives.divergences import Divergence
 from train.objectives.guess import Guess, Labels, Teacher, Weights, losses, measures
+from train.objectives.target_features import _SCORES, _TOKENS, TargetFeatures, rounded
 
 B, S, H, V, W = 2, 7, 4, 11, 5
 
@@ -239,3 +241,18 @@ def test_narrow_products_change_little(name, job):
     (loss, slope), (near, close) = jax.jit(both)(params, frozen, batch)
     assert near != loss and float(near) == pytest.approx(float(loss), rel=1e-2) and close.dtype == jnp.float32
     assert slope @ close > 0.99 * jnp.linalg.norm(slope) * jnp.linalg.norm(close)
+
+
+def test_the_most_probable_tokens_of_a_text_are_found_in_pieces(monkeypatch):
+    rng = np.random.default_rng(0)
+    hidden, kernel = drawn(rng, B, S, H), drawn(rng, H, V)
+    target = TargetFeatures({"post_norm": hidden}, hidden, lambda rows: rows @ kernel)
+    arrays = {name: Array(dtype, (S, 3)) for name, dtype in ((_TOKENS, "int32"), (_SCORES, "float32"))}
+    whole = rounded(target, arrays)
+    chances = np.asarray(jax.nn.log_softmax(hidden @ kernel, axis=-1))
+    np.testing.assert_array_equal(whole[_TOKENS], np.argsort(-chances, axis=-1)[..., :3])
+    np.testing.assert_allclose(whole[_SCORES], -np.sort(-chances, axis=-1)[..., :3], atol=1e-6)
+    monkeypatch.setattr(pieces, "SCORES", B * V * 2)
+    for name, cut in rounded(target, arrays).items():
+        assert cut.dtype == whole[name].dtype
+        np.testing.assert_allclose(cut, whole[name], atol=1e-6)

@@ -22,6 +22,7 @@ from models.heads.medusa import vocab_kernel
 from models.layout import Layout
 from train.data import features
 from train.objectives.objective import Batch, Params
+from train.objectives.pieces import mapped, pieces_of
 
 LOGITS = "logits"  # Among the names of taps: the target's distribution.
 _KEPT = "target/"  # Begins the names of what a batch carries of the target.
@@ -118,6 +119,12 @@ def rounded(target: TargetFeatures, arrays: Mapping[str, features.Array]) -> dic
     """The arrays to keep, in the dtypes that they are kept in."""
     found = {f"{_KEPT}{name}": feature for name, feature in target.taps.items()}
     if _TOKENS in arrays:
-        chances = jax.nn.log_softmax(target.logits, axis=-1)
-        found[_SCORES], found[_TOKENS] = jax.lax.top_k(chances, arrays[_TOKENS].shape[-1])
+        count = arrays[_TOKENS].shape[-1]
+
+        def best(scored):  # Of a piece: scores of whole texts would be the largest array by far.
+            scores, tokens = jax.lax.top_k(jax.nn.log_softmax(target.read(scored), axis=-1), count)
+            return jnp.concatenate([scores, tokens.astype(scores.dtype)], axis=-1)
+
+        both = mapped(best, target.scored, pieces_of([(target.read, target.scored)]))
+        found[_SCORES], found[_TOKENS] = jnp.split(both, 2, axis=-1)
     return {name: found[name].astype(array.dtype) for name, array in arrays.items()}
