@@ -119,6 +119,20 @@ def whole_per_row(value: Any, batch: int, name: str) -> list[int]:
     return [int(row) for row in rows]
 
 
+def seed_per_row(value: Any, batch: int) -> list[int]:
+    """One seed per row, or those that count up from a first one.
+
+    Raises:
+      UserError: another count, or a seed that is no whole number in [0, 2^32).
+    """
+    value = value.tolist() if isinstance(value, np.ndarray | np.generic | jax.Array) else value
+    counted = isinstance(value, numbers.Integral) and not isinstance(value, bool)
+    seeds = whole_per_row([value + row for row in range(batch)] if counted else value, batch, "seeds")
+    if min(seeds) < 0 or max(seeds) >= 2**32:
+        raise UserError(f"seeds must be in [0, 2^32), got {min(seeds) if min(seeds) < 0 else max(seeds)}")
+    return seeds
+
+
 def checked_sampling(value: Any, batch: int) -> list[Sampling]:
     """Settings per row. Raises UserError for another count, or something that is no `Sampling`."""
     rows = per_row(value, batch, "sampling")
@@ -138,9 +152,11 @@ def per_row(value: Any, batch: int, name: str) -> list:
 
 
 def at_least_one(value: Any, name: str, unit: str = "") -> int:
-    """A whole number above 0. Raises UserError for anything else."""
-    if not _is_whole(value) or value < 1:
-        raise UserError(f"{name} must be at least 1{unit}, got {value if _is_whole(value) else _described(value)}")
+    """A whole number above 0 that fits 32 bits. Raises UserError for anything else."""
+    if not _is_whole(value):
+        raise UserError(f"{name} must be a whole number of at least 1{unit}, got {_described(value)}")
+    if not 1 <= value < 2**31:
+        raise UserError(f"{name} must be at least 1{unit}, and less than 2^31, got {value}")
     return int(value)
 
 
@@ -151,6 +167,10 @@ def check_kinds(target: Any, mesh: Any, typical: Any, on_tokens: Any, augment: A
     for name, value, kind in (("mesh", mesh, Mesh), ("typical", typical, Typical), ("augment", augment, Augment)):
         if value is not None and not isinstance(value, kind):
             raise UserError(f"{name} must be a {kind.__name__} or None, got {_described(value)}")
+    if typical is not None:
+        for name, value in (("epsilon", typical.epsilon), ("delta", typical.delta)):
+            if not isinstance(value, int | float | np.floating) or not 0 <= value < np.inf:
+                raise UserError(f"typical.{name} must be a number that is not negative, got {_described(value)}")
     if on_tokens is not None and not callable(on_tokens):
         raise UserError(f"on_tokens must be a function of (row, tokens, writers), got {_described(on_tokens)}")
 

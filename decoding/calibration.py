@@ -112,7 +112,9 @@ class _Recorder(Around):
         return self.inner.uncut(params, target, state["inner"], root, keys)
 
     def ingest(self, params, target, state, rows):
-        state = super().ingest(params, target, state, rows)
+        # What its draft kept is not here any more: it reads its own text as another's.
+        read = rows if rows.drafted is None else dataclasses.replace(rows, source="other", nodes=None, drafted=None)
+        state = super().ingest(params, target, state, read)
         if rows.drafted is None:
             return state
         # A finished row has no rows of text.

@@ -5,7 +5,6 @@ chunks, and runs the loop to its end or m steps at a time.
 """
 
 import dataclasses
-import numbers
 import time
 import warnings
 from collections.abc import Callable, Sequence
@@ -25,6 +24,7 @@ from decoding.arguments import (
     checked_sampling,
     checked_stops,
     drafter_and_params,
+    seed_per_row,
     whole_per_row,
 )
 from decoding.augment import NEVER, Augment, Schedule, step_runs
@@ -34,6 +34,7 @@ from decoding.paced import Paced
 from decoding.request import Request
 from decoding.sampling import Sampling, batch_sampling
 from decoding.stats import Stats
+from decoding.verify import Typical
 from models.config import TransformerConfig
 from models.errors import UserError
 from models.formats.continuation import Continuation, split_stops, text_behind
@@ -99,11 +100,19 @@ def slots_needed(
     return max(prompt_length + max_new_tokens + latents + max_depth + 1, sum(chunk_sizes(prompt_length, batch)))
 
 
+def catching_up(drafter: Drafter) -> int:
+    """Slots beside those that a request takes with which an open drafter goes on where nothing was drafted for a while:
+    it then reads all of that at once. Without them it drafts no more at the end of a text."""
+    return sizing.SEGMENT if drafter.open_sizes and drafter.ingests else 0
+
+
 def check_context(
     config: TransformerConfig, prompts: Sequence[Sequence[int]], limits: Sequence[int], augment: Augment | None
 ) -> None:
-    """Raises UserError for the first prompt that with its new tokens and their latents exceeds the target's context, or
-    where every text ends before latents come."""
+    """Raises UserError for the first prompt that with its new tokens and their latents exceeds the target's context,
+    where no token is asked for, or where every text ends before latents come."""
+    if min(limits) < 1:
+        raise UserError(f"max_new_tokens must be at least 1, got {min(limits)}")
     if augment is not None:
         augment.refuse_unreached(max(limits))
     for row, (prompt, limit) in enumerate(zip(prompts, limits, strict=True)):
@@ -172,17 +181,19 @@ def generate(
     drafter, drafter_params = drafter_and_params(drafter, drafter_params, target, mesh)
     read, prompts = behind_encoder(target, checked_prompts(prompts, target))
     batch = len(prompts)
-    opened = bool(drafter.open_sizes) and mesh is None and memory is None and read is None
-    pace = _pace(target, drafter, drafter_params, checked_sampling(sampling, batch), augment) if opened else None
-    drafter, drafter_params = _widest(drafter_params, pace) if opened else (drafter, drafter_params)
     limits = whole_per_row(max_new_tokens, batch, "max_new_tokens")
-    needed, padded = _check_lengths(config, prompts, limits, drafter, augment)
-    capacity = _capacity(capacity, max(needed, padded), drafter, config.max_position, augment)
+    check_context(config, prompts, limits, augment)
     stop, stop_texts = _stops(target, stop, stop_texts)
     _check_mesh(mesh, target, drafter_params, batch, augment)
     request = _make_request(config, prompts, limits, seeds, sampling, stop, attention, typical, mesh)
     reader = _Reader(target, prompts, stop_texts, on_tokens, stream_every)
     drafter.rule(request.sampling.greedy)  # Refuses what cannot be verified, before anything is computed.
+    more = catching_up(drafter)
+    opened = bool(drafter.open_sizes) and mesh is None and memory is None and read is None
+    pace = _pace(target, drafter, drafter_params, checked_sampling(sampling, batch), augment) if opened else None
+    drafter, drafter_params = _widest(drafter_params, pace) if opened else (drafter, drafter_params)
+    needed, padded = _lengths(prompts, limits, drafter, augment)
+    capacity = _capacity(capacity, needed, padded, more, drafter, config.max_position, augment)
     started = time.perf_counter()
     models = loop.Models(config, drafter, target.params, drafter.for_decoding(drafter_params, mesh))
     with on_mesh(mesh):
@@ -321,15 +332,13 @@ def _make_request(config, prompts, limits, seeds, sampling, stop, attention, typ
         raise UserError(f"attention must be 'dense' or 'split', got {attention!r}")
     if attention == "split" and (any(config.windows) or config.attention_softcap is not None):
         raise UserError("attention 'split' cannot serve a target with sliding windows or an attention soft cap")
-    counted = isinstance(seeds, numbers.Integral) and not isinstance(seeds, bool)
-    seeds = whole_per_row([seeds + row for row in range(batch)] if counted else seeds, batch, "seeds")
-    if min(seeds) < 0 or max(seeds) >= 2**32:
-        raise UserError(f"seeds must be in [0, 2^32), got {min(seeds) if min(seeds) < 0 else max(seeds)}")
+    if typical is not None:
+        typical = Typical(*(jnp.full(batch, bound, jnp.float32) for bound in (typical.epsilon, typical.delta)))
     request = Request(
         prompt_length=jax.device_put(lengths),
         limit=jax.device_put(lengths + np.array(limits, np.int32)),
         stops=_pack_stops(stop, batch),
-        keys=jax.vmap(jax.random.key)(jax.device_put(np.array(seeds, np.uint32))),
+        keys=jax.vmap(jax.random.key)(jax.device_put(np.array(seed_per_row(seeds, batch), np.uint32))),
         sampling=batch_sampling(checked_sampling(sampling, batch)),
         attention=attention,
         typical=typical,
@@ -337,29 +346,27 @@ def _make_request(config, prompts, limits, seeds, sampling, stop, attention, typ
     return request if mesh is None else place_rows(mesh, request)
 
 
-def _check_lengths(config, prompts, limits, drafter, augment) -> tuple[int, int]:
+def _lengths(prompts, limits, drafter, augment) -> tuple[int, int]:
     """Cache slots that decoding needs, and those that the padded prompt chunks need."""
-    if min(limits) < 1:
-        raise UserError(f"max_new_tokens must be at least 1, got {min(limits)}")
-    check_context(config, prompts, limits, augment)
     depth, batch = drafter.max_depth, len(prompts)
     sizes = {(len(prompt), limit) for prompt, limit in zip(prompts, limits, strict=True)}
     needed = max(slots_needed(length, limit, depth, augment, batch) for length, limit in sizes)
     return needed, sum(chunk_sizes(max(map(len, prompts)), batch))
 
 
-def _capacity(asked: Any, needed: int, drafter: Drafter, context: int, augment: Augment | None) -> int:
+def _capacity(
+    asked: Any, needed: int, padded: int, more: int, drafter: Drafter, context: int, augment: Augment | None
+) -> int:
     if asked is None:
-        return bucket(needed)
+        return bucket(max(needed + more, padded))
     asked = at_least_one(asked, "capacity")
-    if asked < needed:
-        raise UserError(
-            f"a cache of {asked} slots is too small: the request needs {needed} (longest prompt, new tokens and "
-            f"{drafter.max_depth + 1} rows of draft)"
-        )
+    if asked < max(needed, padded):
+        of = f"longest prompt, new tokens and {drafter.max_depth + 1} rows of draft"
+        of = of if needed > padded else "longest prompt, in whole chunks"
+        raise UserError(f"a cache of {asked} slots is too small: the request needs {max(needed, padded)} ({of})")
     # A text as long as the context has more latents than this request, which may be the first few tokens of another.
     latents = augment.slots(context) if augment else 0
-    most = max(bucket(needed), 2 * bucket(slots_needed(context, 0, drafter.max_depth) + latents))
+    most = max(bucket(max(needed, padded)), 2 * bucket(slots_needed(context, 0, drafter.max_depth) + latents))
     if asked > most:
         taken = "text, its latents and its draft" if augment else "text and its draft"
         raise UserError(

@@ -278,7 +278,7 @@ def judge(
     arguments = (request.sampling, request.keys, state.text.length, models.drafter.max_depth)
     if request.typical is not None:
         return verify.verify_typical(tree, logits, request.typical, *arguments)
-    return verify.verify(tree, logits, *arguments)
+    return verify.verify(tree, logits, *arguments, live=~state.text.done)
 
 
 @jax.named_scope("commit")

@@ -31,4 +31,4 @@ class Request:
     sampling: SamplingParameters
     memory: Memory | None = None
     attention: str = struct.field(pytree_node=False, default="dense")
-    typical: Typical | None = struct.field(pytree_node=False, default=None)
+    typical: Typical | None = None

@@ -214,13 +214,13 @@ def pace(
       latents: what stands in the cache beside the text (`Augment.kind`), which other texts come of.
     """
     # Costs are the same for two trainings of one network. What they accept is not.
-    learnt = next(iter(jax.tree.leaves(params)), None)
-    key = (costs.key_of(target, drafter, batch), drafter, id(learnt), greedy, latents)
+    learnt = jax.tree.leaves(params)
+    key = (costs.key_of(target, drafter, batch), drafter, tuple(map(id, learnt)), greedy, latents)
     if key not in _paces:
         found = widths(drafter, costs.measured(target, drafter, params, batch), batch)
         if not found:
             return None
         _paces[key] = Pace(found, batch)
-        if learnt is not None:  # Its id may be another's once it is gone.
-            weakref.finalize(learnt, _paces.pop, key, None)
+        if learnt:  # Their ids may be others' once they are gone.
+            weakref.finalize(max(learnt, key=lambda leaf: leaf.size), _paces.pop, key, None)
     return _paces[key]

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from decoding.arguments import per_row, seed_per_row
 from decoding.generate import Generation, generate
 from decoding.images.generate import Generated, Stage, Tokenizer, generate_images
 from models import processes
@@ -30,11 +31,12 @@ def generate_together(target: Target, prompts: Sequence[Any], *, seeds: Any = 0,
     if processes.count() == 1:
         return generate(target, prompts, seeds=seeds, **options)
     mine = processes.share(range(len(prompts)))
-    own_seeds = [seeds + row if np.ndim(seeds) == 0 else int(seeds[row]) for row in mine]
-    own = {name: [options[name][row] for row in mine] for name in _PER_ROW if isinstance(options.get(name), list)}
+    own = {name: per_row(options[name], len(prompts), name) for name in _PER_ROW if name in options}
+    own |= {"seeds": seed_per_row(seeds, len(prompts))}
     made = None
     if mine:
-        made = generate(target, [prompts[row] for row in mine], seeds=own_seeds, **options | own)
+        own = {name: [values[row] for row in mine] for name, values in own.items()}
+        made = generate(target, [prompts[row] for row in mine], **options | own)
         made = dataclasses.replace(made, memory=None)
     parts = [part for part in processes.gathered(made) if part is not None]
     return Generation(
@@ -45,6 +47,8 @@ def generate_together(target: Target, prompts: Sequence[Any], *, seeds: Any = 0,
         decode_seconds=max(part.decode_seconds for part in parts),
         memory=None,
         texts=processes.whole([part.texts for part in parts]),
+        augmentations=processes.whole([part.augmentations for part in parts]),
+        augment_seconds=max(part.augment_seconds for part in parts),
     )
 
 

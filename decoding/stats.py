@@ -91,7 +91,8 @@ class Stats:
     def cut(self, runs: Sequence[Sequence[int]]) -> "Stats":
         """Of a text that was ended before its last steps: the counts of the steps that made what is left.
 
-        Counts of single nodes stay: no text tells which branch of a tree it came from.
+        Counts of single nodes stay: no text tells which branch of a tree it came from. Nor does one tell how large the
+        tree of a step was: of several sizes the shares stay.
 
         Args:
           runs: who wrote each token that is left, in runs of steps between tokens that no step chose, as the first.
@@ -100,8 +101,11 @@ class Stats:
         depths = np.arange(1, len(self.accepted_by_depth) + 1)
         # Every step but one that was cut short ends with a token of the target.
         steps = int(np.sum(by == 0)) + sum(bool(len(run) and run[-1]) for run in runs)
+        usual = max(self.sizes, key=self.sizes.__getitem__, default=0)
+        sizes = {size: round(of * steps / self.steps) for size, of in self.sizes.items() if size != usual}
+        sizes = {usual: steps - sum(sizes.values()), **sizes} if self.sizes else {}
         return dataclasses.replace(
-            self, steps=steps, committed=len(by), accepted_by_depth=np.sum(by[:, None] == depths, axis=0)
+            self, steps=steps, committed=len(by), accepted_by_depth=np.sum(by[:, None] == depths, axis=0), sizes=sizes
         )
 
     @classmethod

@@ -15,7 +15,6 @@ happens at a node depends on how its children were proposed, which the tree says
 `typical` acceptance (Medusa, section 3.3) is here too. It is lossy: the text no longer follows the target distribution.
 """
 
-import dataclasses
 import functools
 
 import jax
@@ -28,12 +27,15 @@ from decoding.trees import SAMPLED_RULES, TokenTree
 from models.sharding import row_wise
 
 
-@dataclasses.dataclass(frozen=True)
+@struct.dataclass
 class Typical:
-    """Lossy typical acceptance: a candidate is kept when p(x) > min(epsilon, delta * exp(-entropy)) (Medusa, 3.3)."""
+    """Lossy typical acceptance: a candidate is kept when p(x) > min(epsilon, delta * exp(-entropy)) (Medusa, 3.3).
 
-    epsilon: float = 0.09
-    delta: float = 0.3
+    Numbers, or in a request one of each for every row.
+    """
+
+    epsilon: float | Float[Array, "B"] = 0.09
+    delta: float | Float[Array, "B"] = 0.3
 
 
 @struct.dataclass
@@ -58,6 +60,7 @@ def verify(
     keys: Array,
     length: Int[Array, "B"],
     max_depth: int,
+    live: Bool[Array, "B"] | None = None,
 ) -> Verdict:
     """Lossless verification under the tree's rule: output follows the target distribution.
 
@@ -68,6 +71,7 @@ def verify(
       keys: request keys.
       length: index of the root in the text.
       max_depth: of the deepest candidate.
+      live: rows whose text goes on; of others nothing is judged. None is all.
     """
     batch = tree.tokens.shape[0]
     children = jnp.broadcast_to(tree.children, (batch, *tree.children.shape[1:]))
@@ -105,7 +109,7 @@ def verify(
 
     # A loop over depth, which ends where no row goes on: one program for a level, and no work for those not reached.
     root, nothing = jnp.zeros(batch, jnp.int32), jnp.zeros((batch, max_depth + 1), jnp.int32)
-    walk = _Walk(jnp.int32(0), root, jnp.ones(batch, bool), root, nothing, nothing)
+    walk = _Walk(jnp.int32(0), root, jnp.ones(batch, bool) if live is None else live, root, nothing, nothing)
     if max_depth:
         walk = jax.lax.while_loop(lambda walk: (walk.depth <= max_depth) & jnp.any(walk.alive), descend, walk)
     else:
@@ -192,7 +196,8 @@ def verify_typical(
     parent = jnp.broadcast_to(jnp.maximum(tree.parent, 0), (batch, nodes))
     logp_parent = jnp.take_along_axis(logp_BNV, parent[:, :, None], axis=1)
     logp_BN = jnp.take_along_axis(logp_parent, tree.tokens[:, :, None], axis=2)[:, :, 0]
-    bound_BN = jnp.minimum(rule.epsilon, rule.delta * jnp.exp(-jnp.take_along_axis(entropy_BN, parent, axis=1)))
+    epsilon_B1, delta_B1 = (jnp.reshape(x, (-1, 1)) for x in (rule.epsilon, rule.delta))
+    bound_BN = jnp.minimum(epsilon_B1, delta_B1 * jnp.exp(-jnp.take_along_axis(entropy_BN, parent, axis=1)))
     is_root = tree.depth == 0
     kept = (tree.valid & (jnp.exp(logp_BN) > bound_BN)) | is_root
     ok = jnp.all(kept[:, None, :] | ~tree.ancestors, axis=2)

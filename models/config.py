@@ -126,6 +126,8 @@ class TransformerConfig:
             raise ValueError(
                 f"model.windows must have one entry per layer ({self.num_layers}), got {len(self.windows)}"
             )
+        if any(window is not None and window < 1 for window in self.windows):
+            raise ValueError(f"model.windows must hold numbers of at least 1, or None, got {list(self.windows)}")
         if self.activation not in ("silu", "gelu_tanh"):
             raise ValueError(f"model.activation must be 'silu' or 'gelu_tanh', got {self.activation!r}")
         if self.family not in FAMILIES:

@@ -18,7 +18,7 @@ from typing import Any, TextIO
 from decoding.augment import Augment, first_pause, refuse_times_without
 from decoding.drafter import Drafter
 from decoding.drafters.registry import load_drafter, split_names
-from decoding.generate import Generation, bucket, check_context, generate, slots_needed
+from decoding.generate import Generation, bucket, catching_up, check_context, generate, slots_needed
 from decoding.sampling import Sampling
 from decoding.verify import Typical
 from models import command_line, processes
@@ -131,7 +131,7 @@ def stream(
         "seeds": seed,
         "stop_texts": stop,
         "typical": Typical() if typical else None,
-        "capacity": bucket(slots_needed(before, max_new_tokens, proposer.max_depth, augment)),
+        "capacity": bucket(slots_needed(before, max_new_tokens, proposer.max_depth, augment) + catching_up(proposer)),
         "augment": augment,
     }
     # The stream would wait in its middle for the compiler, and the rate would tell how long that took.

@@ -85,8 +85,8 @@ class DraftModel(NetworkDrafter):
         start = Place.of_text(rows.start.length)
         if self.begins and rows.source == "prompt":
             return state  # It is one token long, and the last one is read with the first draft.
-        if rows.source == "target":
-            # The last token of its own trees is still unread.
+        if rows.source == "target" or (self.begins and rows.source == "other"):
+            # The last token of its own trees is still unread, and so may be an encoder-decoder's first.
             unread = jnp.take_along_axis(target.text, start.length[:, None] - 1, axis=1)
             start, tokens = start.back(1), jnp.concatenate([unread, tokens], axis=1)
         length = start.length

@@ -106,6 +106,7 @@ class FirstOf(Drafter):
         tree = part.draft(own, target, s, root, keys)[0]
         for part, own, s in asked[1:]:
             empty = ~jnp.any(jnp.broadcast_to(tree.valid, tree.tokens.shape)[:, 1:], axis=1)
+            empty = empty if target.done is None else empty & ~target.done
             tree = joined(tree, _draft_if(jnp.any(empty), part, own, target, s, root, keys), empty, rule)
         return tree, None
 

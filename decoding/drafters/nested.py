@@ -182,7 +182,9 @@ class NestedNetwork(ModelNetwork):
 
             return jax.lax.cond(jnp.any(unsure), deeper, lambda: logits)
 
-        logits_BMV = taken(0, scratch.stream[:, ran], logits_BMV, jnp.ones(logits_BMV.shape[:2], bool))
+        going_BM = jnp.ones(logits_BMV.shape[:2], bool)
+        going_BM = going_BM if self.done is None else going_BM & ~self.done[:, None]
+        logits_BMV = taken(0, scratch.stream[:, ran], logits_BMV, going_BM)
         sure_BM = of_going(largest_probability(logits_BMV), self.done)
         return Scores(logits_BMV, tokens=self.vocabulary, confidence=sure_BM)
 

@@ -116,7 +116,9 @@ class Static(TreePolicy):
         if rule == "swor":
             return best_tokens(logq_BPW + gumbel_for(keys, sampling, depth, logq_BPW.shape[1:], logq_BPW.dtype), count)
         noise_BPKW = gumbel_for(keys, sampling, depth, (*logq_BPW.shape[1:2], count, logq_BPW.shape[2]), logq_BPW.dtype)
-        return argmax(logq_BPW[:, :, None] + noise_BPKW)
+        drawn_BPK = argmax(logq_BPW[:, :, None] + noise_BPKW)
+        # Of greedy rows the noise is none, and as many equal candidates would be a waste: they take the best.
+        return jnp.where(sampling.temperature[:, None, None] > 0, drawn_BPK, best_tokens(logq_BPW, count))
 
     @property
     def ranked_tree(self):

@@ -34,7 +34,7 @@ import numpy as np
 from decoding.augment import Augment, first_pause
 from decoding.drafter import Drafter
 from decoding.drafters.registry import load_drafter
-from decoding.generate import Generation, bucket, cache_sizes, chunk_sizes, generate, slots_needed
+from decoding.generate import Generation, bucket, cache_sizes, catching_up, chunk_sizes, generate, slots_needed
 from decoding.sampling import Sampling
 from decoding.stats import Stats
 from decoding.trees import Topology
@@ -183,8 +183,11 @@ def benchmark(
     groups = [mine[first : first + batch] for first in range(0, len(mine), batch)]
     longest = [max(len(prompts[index].tokens) for index in group) for group in groups]
     before = [max(len(target.opening(prompts[index].tokens)) for index in group) for group in groups]
+    # The same for all, so with room for what an open drafter reads behind a stretch without drafts.
+    more = max(catching_up(one.drafter) for one in field)
     needed = zip(before, map(len, groups), strict=True)
-    capacities = cache_sizes([slots_needed(length, max_new_tokens, deepest, augment, rows) for length, rows in needed])
+    takes = [slots_needed(length, max_new_tokens, deepest, augment, rows) + more for length, rows in needed]
+    capacities = cache_sizes(takes)
 
     def decode(contender: Contender, number: int, limit: int = max_new_tokens) -> Generation:
         return generate(

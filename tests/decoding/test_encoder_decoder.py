@@ -11,6 +11,7 @@ import pytest
 from decoding import loop
 from decoding.drafter import Drafter, TargetView
 from decoding.drafters.draft_model import DraftModel
+from decoding.drafters.first_of import FirstOf
 from decoding.drafters.prompt_lookup import PromptLookup
 from decoding.generate import Generation, generate
 from decoding.place import Place
@@ -52,6 +53,7 @@ CAPACITY = 128
 # Greedy rows and sampled ones decode with one program.
 SAMPLINGS = [Sampling(), Sampling(temperature=6.0, top_p=0.9), Sampling()]
 LIMITS = [100, 90, 80]
+ALONE = dict(max_new_tokens=60, sampling=Sampling(), seeds=5)
 
 
 @functools.cache
@@ -76,8 +78,8 @@ def case(name: str) -> tuple[Drafter | None, dict | None]:
 
 def decode(name: str, prompts=PROMPTS, **settings) -> Generation:
     drafter, own = case(name)
-    usual = dict(max_new_tokens=LIMITS, capacity=CAPACITY, sampling=SAMPLINGS, seeds=[5, 6, 7], drafter_params=own)
-    return generate(target(), prompts, drafter=drafter, **(usual | settings))
+    usual = dict(max_new_tokens=LIMITS, capacity=CAPACITY, sampling=SAMPLINGS, seeds=[5, 6, 7])
+    return generate(target(), prompts, **(usual | {"drafter": drafter, "drafter_params": own} | settings))
 
 
 @functools.cache
@@ -119,6 +121,13 @@ def test_drafters_are_lossless(name: str) -> None:
     assert full.tokens == plain.tokens
     with pytest.raises(UserError, match=f"cache of {CAPACITY - 1} slots is too small"):
         decode(name, max_new_tokens=room, capacity=CAPACITY - 1)
+
+
+def test_a_draft_model_reads_what_it_begins_with_in_a_combination_too() -> None:
+    """The target drafts for itself, so that all is accepted if it has read all."""
+    pair = FirstOf((PromptLookup(depth=3, ngram=100, shortest=100), DraftModel(SHAPE, Static(chain(3), "top"))))
+    both = decode("none", PROMPTS[:1], drafter=pair, drafter_params=[None, params()], **ALONE)
+    assert both.tokens[0] == run("none").tokens[0][:60] and np.all(both.stats[0].conditional_acceptance == 1)
 
 
 def test_sampled_drafts_follow_the_targets_distribution() -> None:

@@ -13,6 +13,7 @@ import pytest
 
 from decoding import loop
 from decoding.drafter import Drafter, Riders, TargetView, TrueRows
+from decoding.drafters import first_of
 from decoding.drafters.draft_model import DraftModel
 from decoding.drafters.first_of import FirstOf, joined
 from decoding.drafters.lookahead import Lookahead
@@ -155,6 +156,17 @@ def test_the_second_is_skipped_when_no_row_needs_it() -> None:
     drafter, seen = FirstOf((Told(2), Told(3))), view(2)
     lowered = jax.jit(lambda *told: draft(drafter, seen, *told)).lower(both(), ROOTS).as_text()
     assert lowered.count("stablehlo.case") == 1
+
+
+def test_the_second_is_not_asked_for_rows_that_have_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[jax.Array] = []
+    draft_if = first_of._draft_if
+    monkeypatch.setattr(first_of, "_draft_if", lambda needed, *rest: asked.append(needed) or draft_if(needed, *rest))
+    drafter, guesses = FirstOf((Told(2), Told(2))), both()
+    for done in ([False, True], [True, False], None):
+        seen = dataclasses.replace(view(2), done=None if done is None else jnp.array(done))
+        drafter.draft(guesses, seen, [(), ()], jnp.asarray(ROOTS), None)
+    assert [bool(needed) for needed in asked] == [False, True, True], "only the second row has no candidates"
 
 
 def test_riders_of_both_reach_their_drafters() -> None:

@@ -7,13 +7,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from decoding import costs, loop, spread
 from decoding import generate as module
-from decoding import loop
 from decoding.drafters.first_of import FirstOf
 from decoding.drafters.medusa import Medusa
 from decoding.drafters.token_recycling import TokenRecycling
 from decoding.generate import bucket, cache_sizes, generate, slots_needed
 from decoding.sampling import Sampling
+from decoding.spread import generate_together
 from decoding.trees import MC_SIM_7B_63
 from decoding.verify import Typical
 from models.errors import UserError
@@ -187,8 +188,11 @@ def test_one_new_token_takes_no_step(target: Target, drafter: dict) -> None:
         (dict(seeds="x"), "seeds must be a whole number"),
         (dict(sampling={"temperature": 1}), "sampling must be a Sampling, or one per prompt, got"),
         (dict(sampling=None), "sampling must be a Sampling"),
-        (dict(capacity=64.5), "capacity must be at least 1, got 64.5"),
-        (dict(stream_every=1.5), "stream_every must be at least 1 step, got 1.5"),
+        (dict(capacity=64.5), "capacity must be a whole number of at least 1, got 64.5"),
+        (dict(stream_every=1.5), "stream_every must be a whole number of at least 1 step, got 1.5"),
+        (dict(stream_every=2**40), r"stream_every must be at least 1 step, and less than 2\^31, got 1099511627776"),
+        (dict(typical=Typical(-1.0, 0.3)), "typical.epsilon must be a number that is not negative, got -1.0"),
+        (dict(typical=Typical(0.1, float("nan"))), "typical.delta must be a number that is not negative, got nan"),
         (
             dict(drafter="lookahead"),
             "drafter must be a drafter, or a pair as load_drafter.* returns, got the text",
@@ -198,9 +202,12 @@ def test_one_new_token_takes_no_step(target: Target, drafter: dict) -> None:
         (dict(mesh="tensor=2"), "mesh must be a Mesh or None, got the text 'tensor=2'"),
         (dict(on_tokens="x"), "on_tokens must be a function"),
         (dict(capacity=10**9), "a cache of 1000000000 slots is too large: with a context of 2048 no text"),
-        (dict(stream_every=0), "stream_every must be at least 1 step, got 0"),
+        (dict(stream_every=0), "stream_every must be at least 1 step, .*, got 0"),
         (dict(capacity=50), "a cache of 50 slots is too small: the request needs 57"),
-        (dict(max_new_tokens=1, capacity=39), "a cache of 39 slots is too small: the request needs 40"),
+        (
+            dict(max_new_tokens=1, capacity=39),
+            r"a cache of 39 slots is too small: the request needs 40 \(longest prompt, in whole chunks\)",
+        ),
         (dict(drafter=Medusa(MedusaHeads(2))), "draft tree is 4 deep, but the drafter has 2 heads"),
         (dict(drafter=Medusa(MedusaHeads(4)), narrow=True), "asks for 10 candidates, but the vocabulary has 4 tokens"),
     ],
@@ -239,8 +246,28 @@ def test_memory_goes_only_where_it_was_kept(target: Target, drafter: dict) -> No
 def test_one_seed_counts_up_whatever_integer_it_is(target: Target) -> None:
     warm = dict(max_new_tokens=12, sampling=Sampling(temperature=4.0))
     counted = generate(target, [[1]] * 3, seeds=np.int64(5), **warm)
-    assert counted.tokens == generate(target, [[1]] * 3, seeds=[5, 6, 7], **warm).tokens
+    for seeds in ([5, 6, 7], np.array(5), jnp.int32(5)):
+        assert counted.tokens == generate(target, [[1]] * 3, seeds=seeds, **warm).tokens
     assert counted.tokens[0] != counted.tokens[1]
+
+
+def test_nothing_is_measured_for_a_request_that_is_refused(target: Target, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(costs, "measured")
+    free = TokenRecycling().opened(((8, 1.2),))
+    for change in (dict(max_new_tokens=3000), dict(seeds=-1), dict(stop="x"), dict(stream_every=0)):
+        with pytest.raises(UserError):
+            generate(target, PROMPTS, drafter=free, **change)
+
+
+def test_processes_share_rows_with_all_that_belongs_to_them(target: Target, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As if another had the second of every two prompts, and had sent the same texts."""
+    monkeypatch.setattr(spread.processes, "count", lambda: 2)
+    monkeypatch.setattr(spread.processes, "share", lambda items: list(items)[::2])
+    monkeypatch.setattr(spread.processes, "gathered", lambda made: [made, dataclasses.replace(made, augmentations=[7])])
+    options = dict(sampling=(Sampling(), Sampling(4.0), Sampling(4.0)), seeds=np.int64(3))
+    made = generate_together(target, PROMPTS, max_new_tokens=np.array([5, 6, 7]), **options)
+    own = generate(target, PROMPTS[::2], max_new_tokens=[5, 7], sampling=[Sampling(), Sampling(4.0)], seeds=[3, 5])
+    assert made.tokens[::2] == own.tokens and made.augmentations == [0, 7, 0]
 
 
 def test_a_drafter_without_its_parameters_is_refused(target: Target) -> None:

@@ -7,16 +7,18 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from decoding.calibration import recorded_drafts
 from decoding.drafter import TargetView
 from decoding.drafters.nested import Nested
 from decoding.drafters.registry import build
 from decoding.place import Place
-from decoding.policies import Static
+from decoding.policies import Scheduled, Static
 from decoding.sampling import Sampling, batch_sampling
 from decoding.trees import from_child_counts
 from models import transformer
 from models.config import TransformerConfig
 from models.errors import UserError
+from models.formats.target import Target
 from models.layout import Layout
 from models.transformer import param_shapes
 from tests.decoding.drafter_cases import random_target
@@ -34,8 +36,8 @@ LENGTH = 9
 @pytest.mark.parametrize(("exits", "limits"), [((1, 2, 3), (0.55, 0.65)), ((2,), ())], ids=["where sure", "one"])
 def test_the_tree_carries_what_the_network_cut_off_at_the_exit_says(exits, limits) -> None:
     """Of every path the first exit whose largest probability reaches its limit, whatever other rows take and whatever
-    limits later exits have; and what a network is sure of is that exit's largest probability, or nothing where the text
-    has ended."""
+    limits later exits have, and the first where the text has ended; and what a network is sure of is that exit's largest
+    probability, or nothing where the text has ended."""
     target = random_target(vocab_size=12)
     drafter = Nested(MODEL, Static(TREE, "without"), exits, limits)
     params = drawn(param_shapes(MODEL, jnp.float64), 0.6)
@@ -67,6 +69,7 @@ def test_the_tree_carries_what_the_network_cut_off_at_the_exit_says(exits, limit
     said = np.asarray(jnp.stack(said))
     sure = np.max(said, axis=-1) >= np.array([*limits, 0.0])[:, None]
     taken = np.argmax(sure, axis=0)
+    taken[-len(inner) :] = 0
     assert set(taken) == {*range(len(exits))}
     found = [proposals[b, row[0, node]] for b in range(6) for node in inner]
     np.testing.assert_allclose(found, said[taken, np.arange(len(paths))], rtol=0, atol=1e-12)
@@ -81,6 +84,15 @@ def test_layers_behind_the_last_exit_are_stored_and_never_run() -> None:
     assert drafter.running.windows == (5, None)
     shapes = jax.eval_shape(lambda: drafter.init_params(MODEL, {"embed": params["embed"]}, jax.random.key(0)))
     assert len(shapes["layers"]) == 4
+
+
+def test_its_chains_may_be_recorded() -> None:
+    """As `eval.tree --calibrate` does: what the recorder keeps of a draft is not what the drafter itself would."""
+    shape = dataclasses.replace(MODEL, num_layers=1, windows=())
+    target = Target(shape, drawn(param_shapes(shape), 0.3))
+    drafter = Nested(shape, exits=(1,), policy=Scheduled(2, 0.2))
+    confidence, survived = recorded_drafts(target, drafter, target.params, [[1, 2, 3]], 6)
+    assert confidence.shape == survived.shape and confidence.shape[1] == 2 and np.all(survived == 1), "its own target"
 
 
 @pytest.mark.parametrize(

@@ -66,7 +66,7 @@ def told(target: Target, monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple
         script = Script(drafter, turns)
         monkeypatch.setattr(sizing, "pace", lambda *_: script)
         free = drafter.opened(((LARGE, 2.0),))
-        made = generate(target, prompts, drafter=free, drafter_params=params, capacity=112, **settings)
+        made = generate(target, prompts, drafter=free, drafter_params=params, **({"capacity": 112} | settings))
         return made, script
 
     return decode
@@ -138,6 +138,12 @@ def test_without_room_to_catch_up_the_rest_is_plain(told) -> None:
     crowded = PROMPTS[1] * 12
     made, script = told("hydra++", [(LARGE, 4), (0, 1)], [crowded], max_new_tokens=20, sampling=SAMPLINGS[1])
     assert script.counted[LARGE] == 4 and script.counted[0] == made.stats[0].steps - 4 > 0
+
+
+def test_a_short_request_has_room_to_catch_up(target: Target, told) -> None:
+    prompt = [1 + i % 3 for i in range(30)]
+    made, _ = told("hydra++", [(0, 8), (LARGE, 8)], [prompt], max_new_tokens=20, capacity=None, stop=[])
+    assert made.stats[0].sizes[LARGE] == 8, "behind the eight steps without a draft"
 
 
 def test_costs_and_acceptance_choose_the_width_in_mid_text(target: Target, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -199,7 +199,8 @@ def test_a_pace_outlives_its_request(target: Target, monkeypatch: pytest.MonkeyP
     assert first is pace(target, FREE, None, 1, True)
     assert first is not pace(target, FREE, None, 1, False) and first is not pace(target, FREE, None, 2, True)
     assert first is not pace(target, FREE, None, 1, True, "latents") is pace(target, FREE, None, 1, True, "latents")
-    one, other = {"scale": jnp.ones(2)}, {"scale": jnp.ones(2)}
+    shared = jnp.arange(3)  # As draft vocabularies often are.
+    one, other = {"draft_vocab": shared, "w": jnp.ones(9)}, {"draft_vocab": shared, "w": jnp.ones(9)}
     learnt = pace(target, FREE, one, 1, True)
     assert learnt is pace(target, FREE, one, 1, True) and learnt is not pace(target, FREE, other, 1, True)
     before = len(sizing._paces)

@@ -38,6 +38,13 @@ def test_sums_are_those_of_all_rows() -> None:
     assert total.accepted_by_node.tolist() == added.accepted_by_node.tolist() == [0, 3, 1, 1]
 
 
+def test_a_text_that_is_cut_keeps_the_shares_of_its_sizes() -> None:
+    runs = [[1, 0], [0]]
+    one, several = (Stats(8, 12, np.array([4]), np.zeros(2, int), sizes) for sizes in ({3: 8}, {3: 6, 0: 2}))
+    assert one.cut(runs).sizes == {3: 2} and sum(several.cut(runs).sizes.values()) == several.cut(runs).steps == 2
+    assert several.cut([[0]] * 4).sizes == {3: 3, 0: 1}
+
+
 def test_nothing_decoded() -> None:
     nothing = Stats.of(Counters.zeros(1, 2, 3))
     assert nothing.acceptance_length == 1.0 and np.isnan(nothing.conditional_acceptance).all()

@@ -109,6 +109,16 @@ def test_padding_token_is_not_lucky() -> None:
     assert not np.any(verdict.drafts) and not np.any(verdict.tokens[:, 0])
 
 
+def test_of_ended_rows_nothing_is_judged() -> None:
+    tokens, logits, arguments = problem(5, 0.0)
+    tree, live = TREE.fill(jnp.array(tokens), "match"), np.arange(BATCH) % 3 == 0
+    every, some = run(tree, jnp.array(logits), **arguments), run(tree, jnp.array(logits), live=live, **arguments)
+    for all_of, found in zip(vars(every).values(), vars(some).values(), strict=True):
+        np.testing.assert_array_equal(np.asarray(found)[live], np.asarray(all_of)[live])
+        assert not np.any(np.asarray(found)[~live])
+    assert np.any(np.asarray(every.drafts)[~live])
+
+
 def typical_walk(tokens, logits, temperature, rule) -> tuple[int, float, list[int]]:
     """Drafts, log-likelihood and node of the best acceptable path, by looking at every root path."""
     scaled = logits / temperature

@@ -170,6 +170,17 @@ def test_tree_is_sound(name: str, sampling) -> None:
     assert slots.max() < policy.slots
 
 
+def test_greedy_rows_among_sampled_ones_take_the_best_once_each() -> None:
+    """Drawn with replacement, where nothing is drawn, all children of a node would be one token."""
+    mixed = batch_sampling([Sampling(), Sampling(temperature=1.0), Sampling()])
+    (tree, _), (ranked, _) = grow(POLICIES["lopsided with"], mixed), grow(POLICIES["lopsided with"], GREEDY)
+    assert tree.rule == "iid" and ranked.rule == "point"
+    np.testing.assert_array_equal(tree.tokens[[0, 2]], ranked.tokens[[0, 2]])
+    for node, children in enumerate(tree.children[0]):
+        held = tree.tokens[0, children[children >= 0]]
+        assert len(set(held.tolist())) == len(held), node
+
+
 @pytest.mark.parametrize("name", [n for n in POLICIES if n not in ("lopsided top", "confidence")])
 def test_proposals_are_the_networks_own_distributions(name: str) -> None:
     tree, _ = grow(POLICIES[name])
