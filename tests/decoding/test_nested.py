@@ -36,7 +36,7 @@ LENGTH = 9
 @pytest.mark.parametrize(("exits", "limits"), [((1, 2, 3), (0.55, 0.65)), ((2,), ())], ids=["where sure", "one"])
 def test_the_tree_carries_what_the_network_cut_off_at_the_exit_says(exits, limits) -> None:
     """Of every path the first exit whose largest probability reaches its limit, whatever other rows take and whatever
-    limits later exits have, and the first where the text has ended; and what a network is sure of is that exit's largest
+    limits later exits have, and the first where the text has ended; what a network is sure of is that exit's largest
     probability, or nothing where the text has ended."""
     target = random_target(vocab_size=12)
     drafter = Nested(MODEL, Static(TREE, "without"), exits, limits)
