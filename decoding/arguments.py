@@ -160,7 +160,7 @@ def at_least_one(value: Any, name: str, unit: str = "") -> int:
     return int(value)
 
 
-def check_kinds(target: Any, mesh: Any, typical: Any, on_tokens: Any, augment: Any) -> None:
+def check_kinds(target: Any, mesh: Any, typical: Any, on_tokens: Any, augment: Any, memory: Any) -> None:
     """Raises UserError where there is no target, or one of the others is neither None nor of its kind."""
     if not isinstance(target, Target):
         raise UserError(f"target must be a Target, as load_target returns it, got a {type(target).__name__}")
@@ -171,6 +171,8 @@ def check_kinds(target: Any, mesh: Any, typical: Any, on_tokens: Any, augment: A
         for name, value in (("epsilon", typical.epsilon), ("delta", typical.delta)):
             if not isinstance(value, int | float | np.floating) or not 0 <= value < np.inf:
                 raise UserError(f"typical.{name} must be a number that is not negative, got {_described(value)}")
+    if not all(isinstance(leaf, np.ndarray | jax.Array) for leaf in jax.tree.leaves(memory)):
+        raise UserError(f"memory must be Generation.memory of an earlier request, got {_described(memory)}")
     if on_tokens is not None and not callable(on_tokens):
         raise UserError(f"on_tokens must be a function of (row, tokens, writers), got {_described(on_tokens)}")
 

@@ -176,7 +176,7 @@ def generate(
       UserError: an argument of another kind, an empty prompt, a token outside the vocabulary, a request that fits no
         context or cache, parameters of another drafter or off the mesh; or scores of the target that are not finite.
     """
-    check_kinds(target, mesh, typical, on_tokens, augment)
+    check_kinds(target, mesh, typical, on_tokens, augment, memory)
     config, mesh = target.config, mesh_of(target.params) if mesh is None else mesh
     drafter, drafter_params = drafter_and_params(drafter, drafter_params, target, mesh)
     read, prompts = behind_encoder(target, checked_prompts(prompts, target))
@@ -275,6 +275,7 @@ def _stops(target: Target, stop, stop_texts) -> tuple[list[list[int]], list[str]
     stops = [[eos] for eos in target.config.eos_ids] if stop is None else checked_stops(stop)
     # What the loop draws where the target has no token to offer.
     stops.append([target.config.vocab_size])
+    stop_texts = stop_texts.tolist() if isinstance(stop_texts, np.ndarray) else stop_texts
     if not stop_texts:
         return stops, []
     if target.tokenizer is None:

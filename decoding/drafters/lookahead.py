@@ -20,7 +20,7 @@ from jaxtyping import Array, Bool, Int
 from decoding.cache import behind
 from decoding.drafter import Drafter, Riders
 from decoding.sampling import argmax
-from decoding.trees import TokenTree
+from decoding.trees import TokenTree, refuse_huge
 from models.errors import UserError
 from models.sharding import fitted
 
@@ -53,7 +53,15 @@ class Lookahead(Drafter):
     def from_name(cls, argument):
         if not argument:
             return cls()
-        return cls().with_budget(int(argument)) if argument.isdecimal() else None
+        if not argument.isdecimal():
+            return None
+        made = cls().with_budget(int(argument))
+        if made is None:
+            depth = cls().max_depth
+            raise UserError(
+                f"{cls.name} offers guesses of {depth} tokens: CANDIDATES must be a multiple, got {argument}"
+            )
+        return made
 
     @property
     def max_nodes(self) -> int:
@@ -72,6 +80,7 @@ class Lookahead(Drafter):
         for field, least in (("window", 1), ("ngram", 2), ("guesses", 1)):
             if getattr(self, field) < least:
                 raise UserError(f"{self.name} needs {field} of at least {least}, got {getattr(self, field)}")
+        refuse_huge(max(self.max_nodes - 1, self.num_riders))
 
     def init(self, config, batch, capacity, dtype, mesh=None):
         shapes = {

@@ -39,7 +39,7 @@ class Confidence(TreePolicy):
             raise UserError(
                 f"a tree by confidence needs top_k and depth of at least 1, got {self.top_k} and {self.depth}"
             )
-        refuse_huge(max(self.total - 1, self.depth))
+        refuse_huge(max(self.total - 1, self.depth, self.top_k))
         made = self.top_k + (self.depth - 1) * self.top_k**2
         if not 2 <= self.total <= 1 + made:
             raise UserError(

@@ -45,7 +45,7 @@ class DySpec(TreePolicy):
         for name in ("budget", "depth", "width", "branch"):
             if getattr(self, name) < 1:
                 raise UserError(f"DySpec needs {name} of at least 1, got {getattr(self, name)}")
-        refuse_huge(max(self.budget, self.depth))
+        refuse_huge(max(self.budget, self.depth, self.width, self.branch))
         if not 0 <= self.threshold < 1:
             raise UserError(f"DySpec's threshold must lie in [0, 1), got {self.threshold}")
 

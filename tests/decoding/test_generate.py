@@ -10,7 +10,9 @@ import pytest
 from decoding import costs, loop, spread
 from decoding import generate as module
 from decoding.drafters.first_of import FirstOf
+from decoding.drafters.lookahead import Lookahead
 from decoding.drafters.medusa import Medusa
+from decoding.drafters.prompt_lookup import PromptLookup
 from decoding.drafters.token_recycling import TokenRecycling
 from decoding.generate import bucket, cache_sizes, generate, slots_needed
 from decoding.sampling import Sampling
@@ -198,6 +200,10 @@ def test_one_new_token_takes_no_step(target: Target, drafter: dict) -> None:
             "drafter must be a drafter, or a pair as load_drafter.* returns, got the text",
         ),
         (dict(drafter=(TokenRecycling(), None), drafter_params={}), "drafter is a pair with its parameters"),
+        (dict(memory="abc"), "memory must be Generation.memory of an earlier request, got the text 'abc'"),
+        (dict(stop_texts=np.array(["a", "b"])), "stop_texts need a tokenizer"),
+        (dict(drafter=PromptLookup(ngram=10**9)), "at most 4096 candidates and as many levels, got 1000000000"),
+        (dict(drafter=Lookahead(guesses=10**9)), "at most 4096 candidates"),
         (dict(typical=True), "typical must be a Typical or None, got True"),
         (dict(mesh="tensor=2"), "mesh must be a Mesh or None, got the text 'tensor=2'"),
         (dict(on_tokens="x"), "on_tokens must be a function"),
