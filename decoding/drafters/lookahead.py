@@ -58,9 +58,7 @@ class Lookahead(Drafter):
         made = cls().with_budget(int(argument))
         if made is None:
             depth = cls().max_depth
-            raise UserError(
-                f"{cls.name} offers guesses of {depth} tokens: CANDIDATES must be a multiple, got {argument}"
-            )
+            raise UserError(f"{cls.name}:CANDIDATES must be a multiple of {depth}, a guess's tokens, got {argument}")
         return made
 
     @property

