@@ -188,20 +188,19 @@ def generate(
     request = _make_request(config, prompts, limits, seeds, sampling, stop, attention, typical, mesh)
     reader = _Reader(target, prompts, stop_texts, on_tokens, stream_every)
     drafter.rule(request.sampling.greedy)  # Refuses what cannot be verified, before anything is computed.
-    more = catching_up(drafter)
-    opened = bool(drafter.open_sizes) and mesh is None and memory is None and read is None
-    pace = _pace(target, drafter, drafter_params, checked_sampling(sampling, batch), augment) if opened else None
-    drafter, drafter_params = _widest(drafter_params, pace) if opened else (drafter, drafter_params)
-    needed, padded = _lengths(prompts, limits, drafter, augment)
-    capacity = _capacity(capacity, needed, padded, more, drafter, config.max_position, augment)
+    more, pace = catching_up(drafter), None
+    if opened := bool(drafter.open_sizes) and mesh is None and memory is None and read is None:
+        pace = _pace(target, drafter, drafter_params, checked_sampling(sampling, batch), augment)
+        drafter, drafter_params = (pace.widest.drafter, drafter_params) if pace else (Plain(), None)
+    capacity, padded = _capacity(capacity, prompts, limits, more, drafter, config.max_position, augment)
     started = time.perf_counter()
     models = loop.Models(config, drafter, target.params, drafter.for_decoding(drafter_params, mesh))
     with on_mesh(mesh):
         request = _encoded(models, request, read, mesh)
         schedule = Schedule(models, request, augment, stop, mesh)
         state = _prefill(models, request, _padded(prompts, padded), capacity, mesh, memory, schedule)
-        paced = None if pace is None else Paced(models, request, pace)
-        state = paced.compiled(state) if paced else state
+        if paced := Paced(models, request, pace) if pace else None:
+            state = paced.compiled(state)
         prefilled = time.perf_counter()
         state = _run(paced.segment if paced else _steps(models), state, reader, mesh, schedule)
     seconds = prefilled - started, time.perf_counter() - prefilled
@@ -210,13 +209,9 @@ def generate(
 
 
 def _pace(target, drafter: Drafter, params, settings: list[Sampling], augment: Augment | None) -> sizing.Pace | None:
+    """Of whose sizes the widest has the state that serves all; None where none pays."""
     greedy = all(one.temperature == 0 for one in settings)
     return sizing.pace(target, drafter, params, len(settings), greedy, augment and augment.kind)
-
-
-def _widest(params, pace: sizing.Pace | None) -> tuple[Drafter, Any]:
-    """The size whose state serves all, and its parameters; plain decoding where no size pays."""
-    return (pace.widest.drafter, params) if pace else (Plain(), None)
 
 
 def _padded(prompts: list[list[int]], length: int) -> np.ndarray:
@@ -347,19 +342,15 @@ def _make_request(config, prompts, limits, seeds, sampling, stop, attention, typ
     return request if mesh is None else place_rows(mesh, request)
 
 
-def _lengths(prompts, limits, drafter, augment) -> tuple[int, int]:
-    """Cache slots that decoding needs, and those that the padded prompt chunks need."""
-    depth, batch = drafter.max_depth, len(prompts)
-    sizes = {(len(prompt), limit) for prompt, limit in zip(prompts, limits, strict=True)}
-    needed = max(slots_needed(length, limit, depth, augment, batch) for length, limit in sizes)
-    return needed, sum(chunk_sizes(max(map(len, prompts)), batch))
-
-
 def _capacity(
-    asked: Any, needed: int, padded: int, more: int, drafter: Drafter, context: int, augment: Augment | None
-) -> int:
+    asked: Any, prompts, limits, more: int, drafter: Drafter, context: int, augment: Augment | None
+) -> tuple[int, int]:
+    """Cache slots, as asked or else as many as a bucket has; and those of the prompts in padded chunks."""
+    padded = sum(chunk_sizes(max(map(len, prompts)), len(prompts)))
+    sizes = {(len(prompt), limit) for prompt, limit in zip(prompts, limits, strict=True)}
+    needed = max(slots_needed(*size, drafter.max_depth, augment, len(prompts)) for size in sizes)
     if asked is None:
-        return bucket(max(needed + more, padded))
+        return bucket(max(needed + more, padded)), padded
     asked = at_least_one(asked, "capacity")
     if asked < max(needed, padded):
         of = f"longest prompt, new tokens and {drafter.max_depth + 1} rows of draft"
@@ -373,7 +364,7 @@ def _capacity(
         raise UserError(
             f"a cache of {asked} slots is too large: with a context of {context} no {taken} take over {most}"
         )
-    return asked
+    return asked, padded
 
 
 def chunk_sizes(length: int, batch: int = 1) -> list[int]:

@@ -92,8 +92,7 @@ def attend(
         if fits and (window is None or isinstance(window, int)):
             mixed_BTND = splash.attend_on_tpu(q_BTND, rows["k"], rows["v"], layout, scale, cap, window)
             return mixed_BTND.reshape(*q_BTND.shape[:2], -1)
-        plain = cap is None and window is None
-        if layout.attention == "fused" and not on_tpu and plain and _library_has_kernel(q_BTND, layout):
+        if layout.attention == "fused" and not on_tpu and _library_does(q_BTND, layout, cap, window):
             return _library_kernel(q_BTND, rows, layout, scale)
         return attend_in_blocks(q_BTND, rows, layout, scale=scale, cap=cap, window=window)[0].astype(q_BTND.dtype)
     prefix, scratch, memory = sources.prefix, sources.scratch, sources.memory
@@ -266,8 +265,10 @@ def _by_turns(function: Any, q_BKTGD: Float[Array, "B K T G D"], layout: Layout,
     return jax.tree.map(lambda x: jnp.moveaxis(x, 0, 2).reshape(B, K, -1, G, x.shape[-1])[:, :, :T], found)
 
 
-def _library_has_kernel(q_BTND: Float[Array, "B T N D"], layout: Layout) -> bool:
+def _library_does(q_BTND: Float[Array, "B T N D"], layout: Layout, cap: float | None, window: Any) -> bool:
     """Whether cuDNN takes such rows and heads; devices that have none of it run the library's plain implementation."""
+    if cap is not None or window is not None:
+        return False
     if jax.default_backend() != "gpu":
         return True
     rows, head_dim = q_BTND.shape[1], q_BTND.shape[3]

@@ -110,7 +110,6 @@ def make_plan(config: TrainConfig, facts: Any) -> Plan:
         its rows are longer than the model's longest sequence, or the objective refuses.
     """
     mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
-    sharding.refuse_split_rows(mesh.devices)
     parts = math.prod(mesh.shape[axis] for axis in sharding.BATCH)
     if config.batch_size % parts:
         raise UserError(f"batch_size ({config.batch_size}) must be a multiple of the mesh's data x fsdp size ({parts})")

@@ -183,11 +183,8 @@ def benchmark(
     groups = [mine[first : first + batch] for first in range(0, len(mine), batch)]
     longest = [max(len(prompts[index].tokens) for index in group) for group in groups]
     before = [max(len(target.opening(prompts[index].tokens)) for index in group) for group in groups]
-    # The same for all, so with room for what an open drafter reads behind a stretch without drafts.
-    more = max(catching_up(one.drafter) for one in field)
-    needed = zip(before, map(len, groups), strict=True)
-    takes = [slots_needed(length, max_new_tokens, deepest, augment, rows) + more for length, rows in needed]
-    capacities = cache_sizes(takes)
+    needed, more = zip(before, map(len, groups), strict=True), max(catching_up(one.drafter) for one in field)
+    capacities = cache_sizes([slots_needed(n, max_new_tokens, deepest, augment, rows) + more for n, rows in needed])
 
     def decode(contender: Contender, number: int, limit: int = max_new_tokens) -> Generation:
         return generate(

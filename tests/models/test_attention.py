@@ -146,11 +146,11 @@ def test_what_the_library_s_kernel_does_not_take_is_done_in_blocks(
     segments = jnp.ones((2, rows), jnp.int32) if masked else None
     layout = Layout.causal(2, rows, segments, "fused")
     q = jnp.ones((2, rows, 2, head_dim), jnp.bfloat16)
-    taken = models.attention._library_has_kernel(q, layout)
+    taken = models.attention._library_does(q, layout, None, None)
     assert taken == ((rows, head_dim, masked) == (9, 8, False))
-    assert not models.attention._library_has_kernel(q.astype(jnp.float32), layout)
+    assert not models.attention._library_does(q.astype(jnp.float32), layout, None, None)
     gpu.client.platform_version = "rocm 7"
-    assert not models.attention._library_has_kernel(q, layout)
+    assert not models.attention._library_does(q, layout, None, None)
     if not taken:
         kv = {"k": jnp.ones((2, 1, head_dim, rows), jnp.bfloat16), "v": jnp.ones((2, 1, rows, head_dim), jnp.bfloat16)}
         mixed = jax.eval_shape(lambda: attend(q, kv, Sources(), layout, scale=1.0))

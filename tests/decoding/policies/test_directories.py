@@ -1,4 +1,4 @@
-"""Draft models as directories: made from a smaller target, given another policy, decoded with."""
+"""Draft models as directories: made from a smaller target, given another policy, decoded with; policies as written."""
 
 import dataclasses
 import json
@@ -10,11 +10,12 @@ import pytest
 
 from decoding.drafters.registry import load_drafter, write_tree
 from decoding.generate import generate
-from decoding.policies import DySpec, Static
+from decoding.policies import Confidence, DySpec, Static, StochasticBeam, TreePolicy, parse_policy, read_policy
 from decoding.trees import chain
 from eval.tree import main as tree_main
 from models import load_target, transformer
 from models.config import TransformerConfig
+from models.errors import UserError
 from models.formats.hf import save_target
 from models.formats.tokenizer import Tokenizer
 from scripts.convert import main as convert_main
@@ -96,3 +97,42 @@ def test_models_that_do_not_fit(
     error = capsys.readouterr().err
     assert complaint in error and error.count("\n") == 1
     assert not (tmp_path / "draft").exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "policy"),
+    [
+        ("static:tree=chain:3,draws=top", Static(chain(3), "top")),
+        ("static", Static()),
+        ("stochastic_beam:width=6,depth=2", StochasticBeam(6, 2)),
+        ("dyspec:budget=8,threshold=0.25", DySpec(budget=8, threshold=0.25)),
+        ("confidence:top_k=4,depth=3,total=20", Confidence(4, 3, 20)),
+    ],
+)
+def test_policies_on_a_command_line_and_in_json(text: str, policy: TreePolicy) -> None:
+    assert parse_policy(text) == policy
+    assert read_policy(policy.to_record(), "policy", "here") == policy
+
+
+@pytest.mark.parametrize(
+    ("text", "complaint"),
+    [
+        (
+            "oak",
+            "kind must be one of static, stochastic_beam, dyspec, confidence, scheduled, slots, accum_logp, got 'oak'",
+        ),
+        ("dyspec:budgt=3", "unknown key policy.budgt .did you mean 'budget'"),
+        ("dyspec:budget=3.5", "policy.budget must be int, got float 3.5"),
+        ("static:draws=some", "draws must be one of 'top', 'without', 'with', got 'some'"),
+        ("static:tree", "expected name=value, got 'tree'"),
+        ("confidence:total=1", "total must lie in 2"),
+        ("confidence:top_k=3000,total=9000000", "at most 4096 candidates and as many levels, got 8999999"),
+        ("dyspec:budget=9000000", "a draft tree has at most 4096 candidates and as many levels, got 9000000"),
+        ("dyspec:width=5000", "a draft tree has at most 4096 candidates and as many levels, got 5000"),
+        ("dyspec:threshold=1", r"threshold must lie in \[0, 1\), got 1"),
+        ("stochastic_beam:width=0", "width and depth of at least 1, got 0 and 4"),
+    ],
+)
+def test_policies_that_do_not_fit(text: str, complaint: str) -> None:
+    with pytest.raises(UserError, match=complaint):
+        parse_policy(text)

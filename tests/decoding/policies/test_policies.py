@@ -13,13 +13,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from decoding.policies import Confidence, DySpec, Scores, Static, StochasticBeam, TreePolicy, parse_policy, read_policy
+from decoding.policies import Confidence, DySpec, Scores, Static, StochasticBeam, TreePolicy
 from decoding.policies.policy import Grown, gumbel_for
 from decoding.policies.rsd import condition_maximum
 from decoding.sampling import Sampling, batch_sampling
 from decoding.tree_search import constant_branching
 from decoding.trees import chain
-from models.errors import UserError
 from tests.decoding.drafter_cases import LOPSIDED
 
 VOCAB, DEPTH = 5, 4
@@ -468,42 +467,3 @@ def test_rows_of_temperature_0_rank_even_among_sampled_ones() -> None:
         assert tree.rule in ("iid", "swor")
         first = tree.tokens[[0, 2]][:, 1]
         assert first.tolist() == ranked.tokens[[0, 2]][:, 1].tolist()
-
-
-@pytest.mark.parametrize(
-    ("text", "policy"),
-    [
-        ("static:tree=chain:3,draws=top", Static(chain(3), "top")),
-        ("static", Static()),
-        ("stochastic_beam:width=6,depth=2", StochasticBeam(6, 2)),
-        ("dyspec:budget=8,threshold=0.25", DySpec(budget=8, threshold=0.25)),
-        ("confidence:top_k=4,depth=3,total=20", Confidence(4, 3, 20)),
-    ],
-)
-def test_policies_on_a_command_line_and_in_json(text: str, policy: TreePolicy) -> None:
-    assert parse_policy(text) == policy
-    assert read_policy(policy.to_record(), "policy", "here") == policy
-
-
-@pytest.mark.parametrize(
-    ("text", "complaint"),
-    [
-        (
-            "oak",
-            "kind must be one of static, stochastic_beam, dyspec, confidence, scheduled, slots, accum_logp, got 'oak'",
-        ),
-        ("dyspec:budgt=3", "unknown key policy.budgt .did you mean 'budget'"),
-        ("dyspec:budget=3.5", "policy.budget must be int, got float 3.5"),
-        ("static:draws=some", "draws must be one of 'top', 'without', 'with', got 'some'"),
-        ("static:tree", "expected name=value, got 'tree'"),
-        ("confidence:total=1", "total must lie in 2"),
-        ("confidence:top_k=3000,total=9000000", "at most 4096 candidates and as many levels, got 8999999"),
-        ("dyspec:budget=9000000", "a draft tree has at most 4096 candidates and as many levels, got 9000000"),
-        ("dyspec:width=5000", "a draft tree has at most 4096 candidates and as many levels, got 5000"),
-        ("dyspec:threshold=1", r"threshold must lie in \[0, 1\), got 1"),
-        ("stochastic_beam:width=0", "width and depth of at least 1, got 0 and 4"),
-    ],
-)
-def test_policies_that_do_not_fit(text: str, complaint: str) -> None:
-    with pytest.raises(UserError, match=complaint):
-        parse_policy(text)
