@@ -180,8 +180,7 @@ def generate(
     config, mesh = target.config, mesh_of(target.params) if mesh is None else mesh
     drafter, drafter_params = drafter_and_params(drafter, drafter_params, target, mesh)
     read, prompts = behind_encoder(target, checked_prompts(prompts, target))
-    batch = len(prompts)
-    limits = whole_per_row(max_new_tokens, batch, "max_new_tokens")
+    limits = whole_per_row(max_new_tokens, batch := len(prompts), "max_new_tokens")
     check_context(config, prompts, limits, augment)
     stop, stop_texts = _stops(target, stop, stop_texts)
     _check_mesh(mesh, target, drafter_params, batch, augment)
