@@ -89,9 +89,9 @@ def from_llama2c(source: Path, tokenizer: Path) -> Checkpoint:
     return Checkpoint(config, params, read_llama2c_tokenizer(tokenizer, config.vocab_size))
 
 
-def from_gguf(source: Path, tokenizer: None) -> Checkpoint:
-    """GGUF files, which hold their tokenizer."""
-    config, params, spoken = read_gguf(source)
+def from_gguf(source: Path, tokenizer: None, dtype: str | None = None) -> Checkpoint:
+    """GGUF files, which hold their tokenizer; expanded to `dtype`."""
+    config, params, spoken = read_gguf(source, dtype)
     check_vocabulary(config, spoken, source)
     return Checkpoint(config, params, spoken)
 
@@ -176,7 +176,8 @@ IMAGES: dict[str, Callable[[Path, Sequence[int] | None], Converted]] = {
 
 def convert_target(args: argparse.Namespace) -> str:
     """Writes a target directory; returns what was made, for a person."""
-    config, params, tokenizer, provenance = TARGETS[args.format](args.src, args.tokenizer)
+    more = {} if args.dtype is None else {"dtype": args.dtype}
+    config, params, tokenizer, provenance = TARGETS[args.format](args.src, args.tokenizer, **more)
     save_target(args.out, config, params, tokenizer, overwrite=args.overwrite, provenance=provenance)
     layers = f"{config.encoder_layers} and {config.num_layers}" if config.encoder_layers else f"{config.num_layers}"
     return f"{config.family}, {layers} layers, width {config.width}, vocabulary {config.vocab_size}"
@@ -319,6 +320,7 @@ def check_options(args: argparse.Namespace) -> None:
     for option, value, known in (
         ("--base", args.base, drafter),
         ("--tokenizer", args.tokenizer, args.format in SPEECHLESS),
+        ("--dtype", args.dtype, args.format == "gguf"),
         ("--layers", args.layers, args.format in ("eagle3", "eagle31", "p_eagle")),
         ("--norm_output", args.norm_output, args.format == "eagle31"),
         ("--policy", args.policy, args.format in WITH_POLICY),
@@ -343,6 +345,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--from", dest="format", required=True, choices=formats, help="format of the source")
     parser.add_argument("--src", type=Path, required=True, help="checkpoint, or file or directory of released weights")
     parser.add_argument("--tokenizer", type=Path, help="tokenizer file of llama2c, or directory of mu")
+    parser.add_argument(
+        "--dtype",
+        choices=("float32", "bfloat16"),
+        help="what a gguf's quantised numbers are expanded to (float32, at four bytes each; bfloat16 rounds)",
+    )
     parser.add_argument("--base", type=Path, help="directory of the target that a released drafter was trained on")
     parser.add_argument(
         "--layers",

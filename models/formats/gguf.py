@@ -89,15 +89,16 @@ class _File(Metadata):
         return f"{self.architecture}.{name}"
 
 
-def read_gguf(path: str | Path) -> tuple[TransformerConfig, Params, Tokenizer]:
+def read_gguf(path: str | Path, dtype: str | None = None) -> tuple[TransformerConfig, Params, Tokenizer]:
     """Reads a GGUF file.
 
     Args:
       path: the file.
+      dtype: of the parameters, by NumPy's name; None is the file's own.
 
     Returns:
-      The config, the parameters with layers as a list, and the tokenizer with its chat template. Parameters have the
-      dtype of the file's matrices if that is float16 or bfloat16 throughout, else float32: quantised ones are expanded.
+      The config, the parameters with layers as a list, and the tokenizer with its chat template. A file's own dtype is
+      that of its matrices if they are float16 or bfloat16 throughout, else float32: quantised ones are expanded.
 
     Raises:
       UserError: the file is missing, truncated or corrupt; or its architecture, a tensor's type, the tokenizer or a
@@ -105,7 +106,7 @@ def read_gguf(path: str | Path) -> tuple[TransformerConfig, Params, Tokenizer]:
     """
     file = _open(Path(path))
     config = _config(file)
-    params = _params(file, config)
+    params = _params(file, config, _dtype(file) if dtype is None else np.dtype(dtype))
     return config, params, read_gguf_tokenizer(file.metadata, file.path)
 
 
@@ -266,14 +267,13 @@ def _names(config: TransformerConfig) -> dict[str, str]:
     return names
 
 
-def _params(file: _File, config: TransformerConfig) -> Params:
+def _params(file: _File, config: TransformerConfig, dtype: np.dtype) -> Params:
     names = _names(config)
     wanted, present = set(names.values()), set(file.tensors) - {_ROPE_DIVISORS}
     for problem, wrong in (("is missing", wanted - present), ("is not part of this architecture", present - wanted)):
         if wrong:
             more = f" (and {len(wrong) - 1} more)" if len(wrong) > 1 else ""
             file.refuse(f"tensor {min(wrong)} {problem}{more}")
-    dtype = _dtype(file)
     # llama.cpp rotates neighbouring channels in this architecture alone.
     heads = {"q": config.num_heads, "k": config.num_kv_heads} if file.architecture == "llama" else {}
     leaves = []

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import tokenizers
@@ -53,6 +54,9 @@ def test_every_architecture(case: str, tmp_path: Path) -> None:
     assert config == wanted
     jax.tree.map(np.testing.assert_array_equal, read, params)
     assert tokenizer.vocab_size == config.vocab_size and tokenizer.eos_ids == config.eos_ids
+    if case == "llama":
+        narrow = read_gguf(tmp_path / "m.gguf", "bfloat16")[1]
+        jax.tree.map(lambda a, b: np.testing.assert_array_equal(a, b.astype(jnp.bfloat16)), narrow, params)
 
 
 def test_the_rotation_of_llama_31(tmp_path: Path) -> None:
