@@ -87,12 +87,11 @@ def attend(
             assert sources.scratch is None and sources.memory is None, "attention of blocks has a prefix alone"
             return attend_by_block(q_BTND, rows, sources.prefix, layout, scale=scale, cap=cap, window=window)
         assert sources == ALONE, "attention over whole texts has no other sources"
-        on_tpu = jax.default_backend() == "tpu"
-        fits = layout.attention == "fused" and on_tpu and splash.fits(q_BTND, layout)
-        if fits and (window is None or isinstance(window, int)):
+        kernel = kernel_for(q_BTND, layout, cap, window)
+        if kernel == "splash" and not isinstance(window, jax.Array):
             mixed_BTND = splash.attend_on_tpu(q_BTND, rows["k"], rows["v"], layout, scale, cap, window)
             return mixed_BTND.reshape(*q_BTND.shape[:2], -1)
-        if layout.attention == "fused" and not on_tpu and _library_does(q_BTND, layout, cap, window):
+        if kernel == "library":
             return _library_kernel(q_BTND, rows, layout, scale)
         return attend_in_blocks(q_BTND, rows, layout, scale=scale, cap=cap, window=window)[0].astype(q_BTND.dtype)
     prefix, scratch, memory = sources.prefix, sources.scratch, sources.memory
@@ -265,17 +264,28 @@ def _by_turns(function: Any, q_BKTGD: Float[Array, "B K T G D"], layout: Layout,
     return jax.tree.map(lambda x: jnp.moveaxis(x, 0, 2).reshape(B, K, -1, G, x.shape[-1])[:, :, :T], found)
 
 
-def _library_does(q_BTND: Float[Array, "B T N D"], layout: Layout, cap: float | None, window: Any) -> bool:
-    """Whether cuDNN takes such rows and heads; devices that have none of it run the library's plain implementation."""
+def kernel_for(
+    q_BTND: Float[Array, "B T N D"], layout: Layout, cap: float | None, window: int | Int[Array, ""] | None
+) -> Literal["splash", "library", "blocks"]:
+    """What attends over whole texts: the kernel of the device if it takes such rows and heads, else blocks of rows.
+
+    The library's is cuDNN's on a GPU; on a CPU it has a plain implementation, which takes all.
+    """
+    backend, (_, rows, _, head_dim) = jax.default_backend(), q_BTND.shape
+    if layout.attention != "fused":
+        return "blocks"
+    if backend == "tpu":
+        known = window is None or isinstance(window, int)
+        return "splash" if known and splash.fits(q_BTND, layout) else "blocks"
     if cap is not None or window is not None:
-        return False
-    if jax.default_backend() != "gpu":
-        return True
-    rows, head_dim = q_BTND.shape[1], q_BTND.shape[3]
+        return "blocks"
+    if backend == "cpu":
+        return "library"
     masked = not isinstance(layout.order, Causal) or layout.segments is not None
     narrow = jnp.finfo(q_BTND.dtype).bits == 16 and head_dim % 8 == 0 and head_dim <= 128
     # Gradients of a mask, which it takes for a bias, exist for even rows alone.
-    return narrow and not (masked and rows % 2) and "cuda" in jax.devices()[0].client.platform_version
+    taken = narrow and not (masked and rows % 2) and "cuda" in jax.devices()[0].client.platform_version
+    return "library" if taken else "blocks"
 
 
 def _library_kernel(q_BTND: Float[Array, "B T N D"], rows: Rows, layout: Layout, scale: float):

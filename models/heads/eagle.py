@@ -408,7 +408,8 @@ def _attend_own_index(
     residual_BKTG1 = residual_BTN.reshape(B, T, K, -1, 1).transpose(0, 2, 1, 3, 4)
     own = [*between, rows]
     # A product and a sum: as an einsum these would be B K T matrix products of a handful of numbers.
-    each = [jnp.sum((q_BKTGD * step["k"].swapaxes(2, 3)[:, :, :, None]).astype(dtype), axis=-1) for step in own]
+    wide_BKTGD = q_BKTGD.astype(dtype)
+    each = [jnp.sum(wide_BKTGD * step["k"].swapaxes(2, 3)[:, :, :, None].astype(dtype), axis=-1) for step in own]
     own_BKTGI = softcap(jnp.stack(each, axis=-1), cap)
     # What `first` adds to the normaliser is its log-sum-exp.
     weight = jax.nn.softmax(jnp.concatenate([residual_BKTG1, own_BKTGI], axis=-1), axis=-1)

@@ -146,12 +146,13 @@ def test_what_the_library_s_kernel_does_not_take_is_done_in_blocks(
     segments = jnp.ones((2, rows), jnp.int32) if masked else None
     layout = Layout.causal(2, rows, segments, "fused")
     q = jnp.ones((2, rows, 2, head_dim), jnp.bfloat16)
-    taken = models.attention._library_does(q, layout, None, None)
-    assert taken == ((rows, head_dim, masked) == (9, 8, False))
-    assert not models.attention._library_does(q.astype(jnp.float32), layout, None, None)
-    gpu.client.platform_version = "rocm 7"
-    assert not models.attention._library_does(q, layout, None, None)
-    if not taken:
+    kernel = functools.partial(models.attention.kernel_for, layout=layout, cap=None, window=None)
+    assert kernel(q) == ("library" if (rows, head_dim, masked) == (9, 8, False) else "blocks")
+    assert kernel(q.astype(jnp.float32)) == kernel(q, cap=5.0) == kernel(q, window=4) == "blocks"
+    if kernel(q) == "library":
+        gpu.client.platform_version = "rocm 7"
+        assert kernel(q) == "blocks"
+    else:
         kv = {"k": jnp.ones((2, 1, head_dim, rows), jnp.bfloat16), "v": jnp.ones((2, 1, rows, head_dim), jnp.bfloat16)}
         mixed = jax.eval_shape(lambda: attend(q, kv, Sources(), layout, scale=1.0))
         assert mixed.shape == (2, rows, 2 * head_dim)

@@ -404,4 +404,6 @@ def test_a_kernel_that_is_wrong_for_some_heads_is_named(tmp_path: Path, monkeypa
         kernels.main(["--length", "12", "--out", str(tmp_path / "kernels.json")])
     found = json.loads((tmp_path / "kernels.json").read_text())
     assert found["wrong"] == ["whole 128", "packed 128"]
-    assert all(0 < off < kernels.ROUNDING for path in found["off"]["packed 64"].values() for off in path.values())
+    packed = found["off"]["packed 64"]
+    assert packed["kernel"] == "library"
+    assert all(0 < off < kernels.ROUNDING for path in ("fused", "dense") for off in packed[path].values())
