@@ -322,6 +322,23 @@ def test_a_step_of_heads_takes_less_than_one_copy_of_all_scores(name: str, monke
         assert temporaries() > 2 * scores
 
 
+def test_devices_that_share_parameters_share_rows_too(run_on_devices) -> None:
+    """In small what docs/results.md says of a 70B target on 16 devices: none of them computes the whole batch."""
+    step = """
+from models.config import TransformerConfig
+from scripts.accelerator import steps
+sizes = dict(vocab_size=512, width=64, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=16, mlp_width=224)
+job = steps.JOBS["medusa"]
+job = job._replace(objective={**job.objective, "heads": {"num_heads": 2}})
+print("took", steps.sizes_of(job, TransformerConfig(**sizes), 64, 64, MESH)["temporaries_gb"])
+"""
+    alone, shared = (
+        float(run_on_devices(step.replace("MESH", str(mesh)), devices=count).split("took")[-1])
+        for count, mesh in ((1, {"data": 1}), (4, {"data": 1, "fsdp": 4}))
+    )
+    assert shared < 0.4 * alone
+
+
 def test_a_coprocessors_step_is_told_beside_an_ordinary_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tiny = {"vocab_size": 264, "width": 16, "num_layers": 1, "num_heads": 2, "num_kv_heads": 1, "mlp_width": 32}
     shapes = {"small": TransformerConfig(head_dim=8, max_position=64, **tiny)}
