@@ -68,8 +68,8 @@ class Augment:
         counts = {"lag": (self.lag, 0)} | ({} if self.every is None else {"every": (self.every, 1)})
         for name, (value, least) in counts.items():
             whole = isinstance(value, int | np.integer) and not isinstance(value, bool)
-            if not whole or value < least:
-                raise UserError(f"augment needs {name} of at least {least}, got {value!r}")
+            if not whole or not least <= value < 2**31:
+                raise UserError(f"augment needs {name} of at least {least}, and less than 2^31, got {value!r}")
         if self.every is not None and self.lag >= self.every:
             raise UserError(
                 f"augment needs a lag below the {self.every} tokens between two points, got {self.lag}: latents would "

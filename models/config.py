@@ -6,6 +6,7 @@ this record and back.
 """
 
 import dataclasses
+import math
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "mu")
 
@@ -31,6 +32,11 @@ class RopeScaling:
     def __post_init__(self):
         if self.kind not in ("linear", "llama3"):
             raise ValueError(f"rope scaling must be 'linear' or 'llama3', got {self.kind!r}")
+        if not 0 < self.factor < math.inf:
+            raise ValueError(f"the factor of rope scaling must be above 0, got {self.factor}")
+        if self.kind == "llama3" and not 0 < self.low_freq_factor < self.high_freq_factor:
+            low, high = self.low_freq_factor, self.high_freq_factor
+            raise ValueError(f"rope scaling needs 0 < low_freq_factor < high_freq_factor, got {low} and {high}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,6 +126,8 @@ class TransformerConfig:
             raise ValueError(
                 f"model.num_heads ({self.num_heads}) must be a multiple of model.num_kv_heads ({self.num_kv_heads})"
             )
+        if not 0 < self.rope_theta < math.inf:
+            raise ValueError(f"model.rope_theta must be above 0, got {self.rope_theta}")
         if self.head_dim % 2:
             raise ValueError(f"model.head_dim must be even for RoPE, got {self.head_dim}")
         if self.windows and len(self.windows) != self.num_layers:

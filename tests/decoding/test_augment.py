@@ -208,8 +208,9 @@ def test_a_text_is_counted_in_runs_between_points() -> None:
 def test_what_does_not_fit_is_one_sentence() -> None:
     plain = augment()
     for arguments, message in (
-        (dict(every=0), "augment needs every of at least 1, got 0"),
-        (dict(lag=-1), "augment needs lag of at least 0, got -1"),
+        (dict(every=0), "augment needs every of at least 1, and less than 2.31, got 0"),
+        (dict(every=2**40), "augment needs every of at least 1, and less than 2.31, got 1099511627776"),
+        (dict(lag=-1), "augment needs lag of at least 0, and less than 2.31, got -1"),
         (dict(every=3, lag=3), "lag below the 3 tokens between two points"),
     ):
         with pytest.raises(UserError, match=message):

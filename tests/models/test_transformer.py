@@ -266,6 +266,10 @@ def test_rope_scaling() -> None:
     ratio = np.array(plain) / scaled
     kept, divided = np.isclose(ratio, 1, rtol=1e-4), np.isclose(ratio, 8, rtol=1e-4)
     assert (kept.sum(), divided.sum()) == (29, 29) and kept[:29].all() and divided[35:].all()
+    with pytest.raises(ValueError, match="the factor of rope scaling must be above 0, got 0"):
+        RopeScaling("linear", 0.0)
+    with pytest.raises(ValueError, match=r"needs 0 < low_freq_factor < high_freq_factor, got 4\.0 and 4\.0"):
+        RopeScaling("llama3", 8.0, low_freq_factor=4.0)
     with pytest.raises(ValueError, match="rope scaling must be 'linear' or 'llama3', got 'yarn'"):
         RopeScaling("yarn", 2.0)
 

@@ -154,6 +154,7 @@ def test_values_arrive():
         ({"objective.model.vocab_size": 9}, ["objective.model.vocab_size comes from the data set's tokenizer"]),
         ({"objective.model.head_dim": 31}, ["model.head_dim must be even"]),
         ({"objective.model.windows": (0, 4)}, ["model.windows must hold numbers of at least 1, or None, got [0, 4]"]),
+        ({"objective.model.rope_theta": 0.0}, ["model.rope_theta must be above 0, got 0.0"]),
         ({"objective.model.num_heads": "two"}, ["objective.model.num_heads must be int, got str 'two'"]),
     ],
 )
