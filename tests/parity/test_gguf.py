@@ -176,3 +176,9 @@ def test_smollm2_as_it_comes() -> None:
     ours = generate(target, [prompt], max_new_tokens=24)
     told = model.generate(torch.tensor([prompt]), max_new_tokens=24, do_sample=False)[0, len(prompt) :].tolist()
     assert ours.tokens[0] == told and ours.texts[0].startswith(" Paris."), ours.texts[0]
+    with jax.enable_x64(True):
+        wide = Target(config, jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), params))
+        exact = np.asarray(wide.apply(tokens).logits)
+    apart = float(np.abs(exact - reference_logits(model.double(), tokens)).max())
+    print(f"in float64 at most {apart:.1e} apart")
+    assert apart < 1e-4
