@@ -169,7 +169,8 @@ def check_kinds(target: Any, mesh: Any, typical: Any, on_tokens: Any, augment: A
             raise UserError(f"{name} must be a {kind.__name__} or None, got {_described(value)}")
     if typical is not None:
         for name, value in (("epsilon", typical.epsilon), ("delta", typical.delta)):
-            if not isinstance(value, int | float | np.floating) or not 0 <= value < np.inf:
+            value = value.item() if isinstance(value, np.generic | jax.Array) and value.ndim == 0 else value
+            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < np.inf:
                 raise UserError(f"typical.{name} must be a number that is not negative, got {_described(value)}")
     if not all(isinstance(leaf, np.ndarray | jax.Array) for leaf in jax.tree.leaves(memory)):
         raise UserError(f"memory must be Generation.memory of an earlier request, got {_described(memory)}")

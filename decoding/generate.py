@@ -180,12 +180,12 @@ def generate(
     config, mesh = target.config, mesh_of(target.params) if mesh is None else mesh
     drafter, drafter_params = drafter_and_params(drafter, drafter_params, target, mesh)
     read, prompts = behind_encoder(target, checked_prompts(prompts, target))
-    limits = whole_per_row(max_new_tokens, batch := len(prompts), "max_new_tokens")
-    check_context(config, prompts, limits, augment)
+    batch, limits = len(prompts), _limits(config, prompts, max_new_tokens, augment)
     stop, stop_texts = _stops(target, stop, stop_texts)
     _check_mesh(mesh, target, drafter_params, batch, augment)
     request = _make_request(config, prompts, limits, seeds, sampling, stop, attention, typical, mesh)
     reader = _Reader(target, prompts, stop_texts, on_tokens, stream_every)
+    _capacity(capacity, prompts, limits, 0, Plain(), config.max_position, augment)
     drafter.rule(request.sampling.greedy)  # Refuses what cannot be verified, before anything is computed.
     more, pace = catching_up(drafter), None
     if opened := bool(drafter.open_sizes) and mesh is None and memory is None and read is None:
@@ -205,6 +205,13 @@ def generate(
     seconds = prefilled - started, time.perf_counter() - prefilled
     memory = None if opened else drafter.memory(state.drafter)  # An open one's fits one of its sizes only.
     return _finished(target, prompts, state, paced, memory, seconds, reader.ended, stop_texts, schedule)
+
+
+def _limits(config: TransformerConfig, prompts, asked: Any, augment: Augment | None) -> list[int]:
+    """New tokens of each text at most, for which the context has room."""
+    limits = whole_per_row(asked, len(prompts), "max_new_tokens")
+    check_context(config, prompts, limits, augment)
+    return limits
 
 
 def _pace(target, drafter: Drafter, params, settings: list[Sampling], augment: Augment | None) -> sizing.Pace | None:

@@ -221,6 +221,6 @@ def pace(
         if not found:
             return None
         _paces[key] = Pace(found, batch)
-        if learnt:  # Their ids may be others' once they are gone.
-            weakref.finalize(max(learnt, key=lambda leaf: leaf.size), _paces.pop, key, None)
+        for leaf in learnt:  # Its id may be another's once it is gone.
+            weakref.finalize(leaf, _paces.pop, key, None)
     return _paces[key]

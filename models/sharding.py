@@ -43,7 +43,7 @@ def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices=None) -> M
     """A mesh over `devices` (default: all); one axis may be -1 and takes what is left.
 
     Raises:
-      UserError: the axes do not multiply to the number of devices, or split a row of the batch over processes.
+      UserError: the axes do not multiply to the number of devices.
     """
     devices = jax.devices() if devices is None else devices
     sizes = [data, fsdp, tensor]
@@ -55,20 +55,37 @@ def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices=None) -> M
     if int(np.prod(sizes)) != len(devices):
         shape = ", ".join(f"{axis}={size}" for axis, size in zip(AXES, (data, fsdp, tensor), strict=True))
         raise UserError(f"mesh {shape} does not cover the {len(devices)} devices present")
-    mesh = jax.make_mesh(tuple(sizes), AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
-    refuse_split_rows(mesh.devices)
+    types = (AxisType.Auto,) * 3
+    try:
+        mesh = jax.make_mesh(tuple(sizes), AXES, axis_types=types, devices=devices)
+    except NotImplementedError:  # Of a network of chips on which these axes cannot be laid.
+        mesh = None
+    if mesh is None or owners_of_a_row(mesh.devices) > 1:
+        # `tensor` may have been laid across processes, though it would fit into each.
+        mesh = Mesh(by_process(devices).reshape(sizes), AXES, axis_types=types)
     return mesh
 
 
-def refuse_split_rows(devices: np.ndarray) -> None:
-    """Raises UserError where a batch row of a mesh's devices `[data, fsdp, tensor]` lies on several processes, each of
-    which would read another one for it."""
-    for of_row in devices.reshape(-1, devices.shape[-1]):
-        if (owners := {device.process_index for device in of_row}) and len(owners) > 1:
-            raise UserError(
-                f"mesh.tensor ({devices.shape[-1]}) spreads a row of the batch over {len(owners)} processes, and each "
-                "reads rows of its own: it must divide the number of a process's devices"
-            )
+def by_process(devices: Sequence[Any]) -> np.ndarray:
+    """Devices, those of a process side by side."""
+    return np.array(sorted(devices, key=lambda device: (device.process_index, device.id)))
+
+
+def with_whole_rows(mesh: Mesh) -> Mesh:
+    """The mesh. Raises UserError where a batch row lies on several processes: each would read another one for it."""
+    if (owners := owners_of_a_row(mesh.devices)) > 1:
+        size = mesh.devices.shape[-1]
+        raise UserError(
+            f"mesh.tensor ({size}) spreads a row of the batch over {owners} processes, and each reads rows of its own: "
+            "it must divide the number of a process's devices"
+        )
+    return mesh
+
+
+def owners_of_a_row(devices: np.ndarray) -> int:
+    """On how many processes a batch row of a mesh's devices `[data, fsdp, tensor]` lies at most."""
+    rows = devices.reshape(-1, devices.shape[-1])
+    return max(len({device.process_index for device in of_row}) for of_row in rows)
 
 
 def parse_mesh(text: str) -> Mesh:

@@ -31,10 +31,12 @@ while [ $# -gt 0 ]; do
     esac
     # Paths are meant from where the command was given.
     case $1 in
-    --out | --wheels | --target | --questions | --cache | --back)
+    --out | --wheels | --target | --questions | --chats | --cache | --back)
         [[ -z ${2-} || $2 = /* ]] || set -- "$1" "$here/$2" "${@:3}"
         ;;
-    --shape) [[ ! -d $here/${2-} || ${2-} = /* ]] || set -- "$1" "$here/$2" "${@:3}" ;;
+    --shape)  # A name, or a directory.
+        [[ -z ${2-} || $2 = /* || ! -f $here/$2/config.json ]] || set -- "$1" "$here/$2" "${@:3}"
+        ;;
     esac
     case $1 in
     --wheels)

@@ -1,6 +1,6 @@
 """Lets a target write text of its own to train draft heads on: conversations of its own, or continuations of documents.
 
-    python -m scripts.continue_dataset --target DIR --out DIR [--prompts FILE.jsonl] [--documents 512]
+    python -m scripts.continue_dataset --target DIR --out DIR [--prompts FILE.jsonl] [--documents N]
         [--valid_documents 32] [--prompt_tokens 64] [--new_tokens 512] [--prompt_temperature 1] [--temperature 0.7]
         [--max_repetition 0.3] [--keep_unended] [--minutes M] [--rows 32] [--seed 0] [--drafter DIR_OR_NAME]
         [--mesh tensor=4] [--overwrite]
@@ -10,7 +10,8 @@
 
 A head is of use where it guesses what the target will say, not what the author of a text said. The first form needs no
 data: a target with a chat template completes an empty user's turn, answers what it wrote, and the answer is marked as
-label; `--prompts` gives it questions instead, one per line, as `{"prompt": ...}` or `{"messages": [...]}`. Prompts that
+label; `--prompts` gives it questions instead, one per line, as `{"prompt": ...}` or `{"messages": [...]}`, all of
+which are asked, where otherwise 512 documents are made. Prompts that
 it does not end are left out, those that say what an earlier one says, and answers that do not end or that loop; 16
 batches in a row of which nothing is left end the run. Several temperatures, `--temperature 0,0.7`, take turns.
 `--minutes` ends earlier, with the documents that are finished then. A run that was killed goes on where it was when it
@@ -102,6 +103,11 @@ def write_chats(target: Target, arguments: argparse.Namespace) -> dict[str, dict
     held_out = arguments.valid_documents
     if arguments.documents is None:  # Every prompt that is given is meant to be asked.
         arguments.documents = _DOCUMENTS if prompts is None else max(len(prompts) - held_out, 1)
+    if prompts is not None and len(prompts) <= held_out:
+        raise UserError(
+            f"{arguments.prompts} has {len(prompts)} prompts, and {held_out} answers are held out: give a smaller "
+            "--valid_documents"
+        )
     drafter, params = load_drafter(arguments.drafter, target)
     rounds = arguments.out.absolute().with_name(f".{arguments.out.absolute().name}.rounds.jsonl")
     rounds.parent.mkdir(parents=True, exist_ok=True)

@@ -348,7 +348,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--dtype",
         choices=("float32", "bfloat16"),
-        help="what a gguf's quantised numbers are expanded to (float32, at four bytes each; bfloat16 rounds)",
+        help="of a gguf's numbers (as it has them, quantised ones expanded to float32; bfloat16 takes half and rounds)",
     )
     parser.add_argument("--base", type=Path, help="directory of the target that a released drafter was trained on")
     parser.add_argument(

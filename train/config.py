@@ -175,8 +175,8 @@ class TrainConfig:
       precision: of products: `float32`, or `bfloat16`, over parameters and optimizer state that are float32 either way;
         `auto` is float32 on a CPU and bfloat16 on accelerators.
       remat: what is computed again for gradients instead of being kept: `none`; all but the results of products with
-        parameters (`products`, of drafts the same as `layers`); all inside a layer, or a step of a draft (`layers`).
-        Heads on a frozen target that are no such layers (Medusa, Hydra, blocks) keep little, and refuse it.
+        parameters (`products`, of drafts and VAR the same as `layers`); all inside a layer, or a step of a draft
+        (`layers`). Heads on a frozen target that are no such layers (Medusa, Hydra, blocks) keep little, and refuse it.
     """
 
     objective: Any

@@ -113,7 +113,8 @@ def with_features(
     rows, size, manifest = corpus.rows, config.batch_size, kept.manifest
 
     def make(first: int) -> Iterator[dict[str, np.ndarray]]:
-        run = jax.jit(lambda frozen, batch: rounded(objective.read_target(frozen, batch), manifest.arrays))
+        devices = objective.compute.devices
+        run = jax.jit(lambda frozen, batch: rounded(objective.read_target(frozen, batch), manifest.arrays, devices))
         began = told = time.monotonic()
         for number, batch in enumerate(in_order(_RowsFrom(rows, first), size), start=1):
             with on_mesh(mesh_of(frozen)):

@@ -109,7 +109,7 @@ def make_plan(config: TrainConfig, facts: Any) -> Plan:
       UserError: the mesh does not cover the devices or splits a row over processes, the batch does not divide over it,
         its rows are longer than the model's longest sequence, or the objective refuses.
     """
-    mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
+    mesh = sharding.with_whole_rows(sharding.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor))
     parts = math.prod(mesh.shape[axis] for axis in sharding.BATCH)
     if config.batch_size % parts:
         raise UserError(f"batch_size ({config.batch_size}) must be a multiple of the mesh's data x fsdp size ({parts})")

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Int
 
 from decoding.drafter import Drafter
-from decoding.trees import chain, refuse_huge
+from decoding.trees import MOST_CANDIDATES, chain, refuse_huge
 from models.errors import UserError
 
 
@@ -62,7 +62,9 @@ class PromptLookup(Drafter):
         for field in ("depth", "shortest"):
             if getattr(self, field) < 1:
                 raise UserError(f"{self.name} needs {field} of at least 1, got {getattr(self, field)}")
-        refuse_huge(max(self.depth, self.ngram))
+        refuse_huge(self.depth)
+        if self.ngram > MOST_CANDIDATES:
+            raise UserError(f"{self.name} needs ngram of at most {MOST_CANDIDATES}, got {self.ngram}")
         if self.ngram < self.shortest:
             raise UserError(f"{self.name} needs ngram of at least shortest ({self.shortest}), got {self.ngram}")
 

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from decoding.policies.by_value import Candidates, grow_by_value
 from decoding.policies.policy import TreePolicy
 from decoding.sampling import best_logits
-from decoding.trees import refuse_huge
+from decoding.trees import MOST_CANDIDATES, refuse_huge
 from models.errors import UserError
 from models.sharding import gather_rows
 
@@ -39,7 +39,9 @@ class Confidence(TreePolicy):
             raise UserError(
                 f"a tree by confidence needs top_k and depth of at least 1, got {self.top_k} and {self.depth}"
             )
-        refuse_huge(max(self.total - 1, self.depth, self.top_k))
+        refuse_huge(max(self.total - 1, self.depth))
+        if self.top_k > MOST_CANDIDATES:
+            raise UserError(f"a tree by confidence needs top_k of at most {MOST_CANDIDATES}, got {self.top_k}")
         made = self.top_k + (self.depth - 1) * self.top_k**2
         if not 2 <= self.total <= 1 + made:
             raise UserError(

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from decoding.policies.by_value import Candidates, grow_by_value
 from decoding.policies.policy import TreePolicy, draft_log_probabilities, gumbel_for
 from decoding.sampling import best_tokens
-from decoding.trees import refuse_huge
+from decoding.trees import MOST_CANDIDATES, refuse_huge
 from models.errors import UserError
 
 
@@ -45,7 +45,10 @@ class DySpec(TreePolicy):
         for name in ("budget", "depth", "width", "branch"):
             if getattr(self, name) < 1:
                 raise UserError(f"DySpec needs {name} of at least 1, got {getattr(self, name)}")
-        refuse_huge(max(self.budget, self.depth, self.width, self.branch))
+        refuse_huge(max(self.budget, self.depth))
+        for name in ("width", "branch"):
+            if getattr(self, name) > MOST_CANDIDATES:
+                raise UserError(f"DySpec needs {name} of at most {MOST_CANDIDATES}, got {getattr(self, name)}")
         if not 0 <= self.threshold < 1:
             raise UserError(f"DySpec's threshold must lie in [0, 1), got {self.threshold}")
 

@@ -35,8 +35,8 @@ def draft_shape(target: TransformerConfig) -> TransformerConfig:
     )
 
 
-# As published, but for `dflash-vocabulary`, which scores fewer tokens, and `dflash-shallow`, which has besides as many
-# layers for the target's as the published five have for the 36 of theirs; each for a target of the given shape.
+# As published, each for a target of the given shape, but for `dflash-vocabulary`, which scores fewer tokens, and
+# `dflash-shallow`, which has fewer layers, too, in the published proportion of 5 to a target's 36.
 DRAFTERS: dict[str, Callable[[TransformerConfig], Drafter]] = {
     "medusa": lambda target: Medusa(MedusaHeads()),
     "hydra": lambda target: Hydra(HydraHeads()),

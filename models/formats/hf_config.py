@@ -310,6 +310,8 @@ def _windows(family: str, keys: _Keys, where: str) -> tuple[int | None, ...]:
         window = None
     else:
         window = keys.integer("sliding_window", optional=True)
+    if window is not None and window < 1:
+        raise UserError(f"{where}: sliding_window must be at least 1, or null, got {window}")
     if family == "gemma2":
         sliding = [k % 2 == 0 for k in layers]
     elif family in ("qwen2", "qwen3") and window is not None:

@@ -293,10 +293,10 @@ def test_a_cache_as_large_as_a_whole_text_s_serves_its_first_tokens() -> None:
     config = dataclasses.replace(target().config, max_position=512)
     needed = module.slots_needed(7, 500, 0, every)
     with pytest.raises(UserError, match="no text and its draft take over 1280"):
-        module._capacity(needed, 64, Plain(), 512, None)
-    assert module._capacity(needed, module.slots_needed(7, 2, 0, every), Plain(), 512, every) == needed
+        module._capacity(needed, [[1] * 7], [57], 0, Plain(), 512, None)
+    assert module._capacity(needed, [[1] * 7], [2], 0, Plain(), 512, every)[0] == needed
     with pytest.raises(UserError, match="no text, its latents and its draft take over"):
-        module._capacity(8 * needed, 64, Plain(), 512, every)
+        module._capacity(8 * needed, [[1] * 7], [2], 0, Plain(), 512, every)
     for with_latents, new, message in (
         (every, 5000, "5000 new ones were asked for, more than the target's context of 512"),
         (augment(4), 500, "500 new ones were asked for beside 375 latents, more than"),

@@ -202,7 +202,7 @@ def test_one_new_token_takes_no_step(target: Target, drafter: dict) -> None:
         (dict(drafter=(TokenRecycling(), None), drafter_params={}), "drafter is a pair with its parameters"),
         (dict(memory="abc"), "memory must be Generation.memory of an earlier request, got the text 'abc'"),
         (dict(stop_texts=np.array(["a", "b"])), "stop_texts need a tokenizer"),
-        (dict(drafter=PromptLookup(ngram=10**9)), "at most 4096 candidates and as many levels, got 1000000000"),
+        (dict(drafter=PromptLookup(ngram=10**9)), "prompt_lookup needs ngram of at most 4096, got 1000000000"),
         (dict(drafter=Lookahead(guesses=10**9)), "at most 4096 candidates"),
         (dict(typical=True), "typical must be a Typical or None, got True"),
         (dict(mesh="tensor=2"), "mesh must be a Mesh or None, got the text 'tensor=2'"),
@@ -260,7 +260,8 @@ def test_one_seed_counts_up_whatever_integer_it_is(target: Target) -> None:
 def test_nothing_is_measured_for_a_request_that_is_refused(target: Target, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delattr(costs, "measured")
     free = TokenRecycling().opened(((8, 1.2),))
-    for change in (dict(max_new_tokens=3000), dict(seeds=-1), dict(stop="x"), dict(stream_every=0)):
+    sizes = (dict(capacity=3), dict(capacity=64.5), dict(capacity=10**9), dict(max_new_tokens=3000))
+    for change in (*sizes, dict(seeds=-1), dict(stop="x"), dict(stream_every=0)):
         with pytest.raises(UserError):
             generate(target, PROMPTS, drafter=free, **change)
 

@@ -200,7 +200,7 @@ def test_a_pace_outlives_its_request(target: Target, monkeypatch: pytest.MonkeyP
     assert first is not pace(target, FREE, None, 1, False) and first is not pace(target, FREE, None, 2, True)
     assert first is not pace(target, FREE, None, 1, True, "latents") is pace(target, FREE, None, 1, True, "latents")
     shared = jnp.arange(3)  # As draft vocabularies often are.
-    one, other = {"draft_vocab": shared, "w": jnp.ones(9)}, {"draft_vocab": shared, "w": jnp.ones(9)}
+    one, other = ({"draft_vocab": shared, "w": jnp.ones(2), "x": jnp.ones(3)} for _ in range(2))
     learnt = pace(target, FREE, one, 1, True)
     assert learnt is pace(target, FREE, one, 1, True) and learnt is not pace(target, FREE, other, 1, True)
     before = len(sizing._paces)

@@ -1,6 +1,8 @@
 """Meshes and the rules from path to place."""
 
+import inspect
 from types import SimpleNamespace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,14 +18,16 @@ from models.heads.eagle import Eagle3Heads, EagleHeads
 from models.heads.hydra import HydraHeads
 from models.sharding import (
     AXES,
+    by_process,
     make_mesh,
     mesh_of,
+    owners_of_a_row,
     param_shardings,
     param_specs,
     parse_mesh,
     place_params,
-    refuse_split_rows,
     row_wise,
+    with_whole_rows,
 )
 
 CONFIG = TransformerConfig(
@@ -87,14 +91,21 @@ def test_eagle_follows_the_same_rules() -> None:
     assert found["vocab/kernel"] == P("fsdp", "tensor") and found["draft_vocab"] == P()
 
 
-def test_a_row_of_the_batch_is_read_by_one_process() -> None:
-    def devices(owners: list[list[list[int]]]) -> np.ndarray:
-        return np.vectorize(lambda owner: SimpleNamespace(process_index=owner))(np.array(owners))
+def test_a_row_of_the_batch_lies_in_one_process_where_it_can(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However the library lays axes over a network of chips, if it can at all."""
+    chips = [SimpleNamespace(id=i, process_index=i % 2) for i in range(4)]
+    assert owners_of_a_row(np.array(chips).reshape(2, 1, 2)) == 2
+    assert owners_of_a_row(by_process(chips).reshape(2, 1, 2)) == 1
+    across: Any = SimpleNamespace(devices=by_process(chips).reshape(1, 1, 4))
+    with pytest.raises(UserError, match=r"mesh\.tensor \(4\) spreads a row of the batch over 2 processes"):
+        inspect.unwrap(with_whole_rows)(across)
 
-    refuse_split_rows(devices([[[0, 0], [0, 0]], [[1, 1], [1, 1]]]))
-    refuse_split_rows(devices([[[0], [1]]]))
-    with pytest.raises(UserError, match=r"mesh\.tensor \(2\) spreads a row of the batch over 2 processes"):
-        refuse_split_rows(devices([[[0, 1], [0, 1]]]))
+    def none(*_, **__):
+        raise NotImplementedError("Failed to find assignment")
+
+    usual = make_mesh(devices=jax.devices()[:1])
+    monkeypatch.setattr(jax, "make_mesh", none)
+    assert with_whole_rows(make_mesh(devices=jax.devices()[:1])) == usual
 
 
 def test_heads_and_rows_stay_where_they_are(run_on_devices) -> None:

@@ -73,7 +73,7 @@ def test_a_killed_run_ends_bitwise_as_one_that_was_not(ema, job, tmp_path, die_a
 
 def test_draft_heads_resume_bitwise_with_noise_and_dropout_in_parts_and_in_bfloat16(job, tmp_path, die_at):
     heads = {"num_heads": 2, "num_layers": 2, "prefix": True, "dropout": 0.3}
-    cheap = {"accumulate": 2, "remat": "layers", "precision": "bfloat16"}
+    cheap = {"accumulate": 2, "precision": "bfloat16"}
     config = job("draft_heads", objective={"heads": heads, "noise": 5.0, "soft": 1.0}, **cheap)
     trainer.train(config, tmp_path / "whole")
     with die_at(5):

@@ -33,7 +33,7 @@ from models.errors import UserError
 from train import trainer
 processes.start("{address},2,{index}")
 try:
-    sharding.make_mesh(data=1, tensor=2)
+    sharding.with_whole_rows(sharding.make_mesh(data=1, tensor=2))
     raise AssertionError("a row was split over the two")
 except UserError as error:
     assert "spreads a row of the batch over 2 processes" in str(error)

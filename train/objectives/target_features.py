@@ -115,8 +115,8 @@ def arrays_to_keep(model: TransformerConfig, taps: Iterable[str], length: int, t
     return arrays
 
 
-def rounded(target: TargetFeatures, arrays: Mapping[str, features.Array]) -> dict[str, Array]:
-    """The arrays to keep, in the dtypes that they are kept in."""
+def rounded(target: TargetFeatures, arrays: Mapping[str, features.Array], devices: int = 1) -> dict[str, Array]:
+    """The arrays to keep, in the dtypes that they are kept in, of texts on so many devices."""
     found = {f"{_KEPT}{name}": feature for name, feature in target.taps.items()}
     if _TOKENS in arrays:
         count = arrays[_TOKENS].shape[-1]
@@ -125,6 +125,6 @@ def rounded(target: TargetFeatures, arrays: Mapping[str, features.Array]) -> dic
             scores, tokens = jax.lax.top_k(jax.nn.log_softmax(target.read(scored), axis=-1), count)
             return jnp.concatenate([scores, tokens.astype(scores.dtype)], axis=-1)
 
-        both = mapped(best, target.scored, pieces_of([(target.read, target.scored)]))
+        both = mapped(best, target.scored, pieces_of([(target.read, target.scored)], devices))
         found[_SCORES], found[_TOKENS] = jnp.split(both, 2, axis=-1)
     return {name: found[name].astype(array.dtype) for name, array in arrays.items()}

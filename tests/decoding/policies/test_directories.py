@@ -128,7 +128,7 @@ def test_policies_on_a_command_line_and_in_json(text: str, policy: TreePolicy) -
         ("confidence:total=1", "total must lie in 2"),
         ("confidence:top_k=3000,total=9000000", "at most 4096 candidates and as many levels, got 8999999"),
         ("dyspec:budget=9000000", "a draft tree has at most 4096 candidates and as many levels, got 9000000"),
-        ("dyspec:width=5000", "a draft tree has at most 4096 candidates and as many levels, got 5000"),
+        ("dyspec:width=5000", "DySpec needs width of at most 4096, got 5000"),
         ("dyspec:threshold=1", r"threshold must lie in \[0, 1\), got 1"),
         ("stochastic_beam:width=0", "width and depth of at least 1, got 0 and 4"),
     ],
