@@ -383,6 +383,24 @@ def test_what_needs_no_data_starts_where_nothing_that_reads_them_is_installed(tm
     subprocess.run([sys.executable, "-c", program], check=True, cwd=ROOT)
 
 
+def test_paths_are_meant_from_where_the_command_is_given(tmp_path: Path) -> None:
+    (tmp_path / "tiny").mkdir()
+    (tmp_path / "shape").mkdir()
+    (tmp_path / "shape" / "config.json").touch()
+    (tmp_path / "python").write_text('#!/usr/bin/env bash\n[ "$1" = -c ] || echo "$@"\n')
+    (tmp_path / "python").chmod(0o755)
+    command = ["bash", str(ROOT / "scripts" / "accelerator.sh")]
+    for given, told in (
+        (["--out", "a", "--questions=b", "--cache", "/c"], f"--out {tmp_path}/a --questions {tmp_path}/b --cache /c"),
+        (["smollm2", "--chats", "d", "--shape", "tiny"], f"--chats {tmp_path}/d --shape tiny"),
+        (["--shape", "shape", "--tiny", "--out"], f"--shape {tmp_path}/shape --tiny --out"),
+    ):
+        environ = {**os.environ, "TANDEM_PYTHON": str(tmp_path / "python")}
+        done = subprocess.run([*command, *given], env=environ, capture_output=True, text=True, cwd=tmp_path)
+        module = "scripts.accelerator.smollm2" if "smollm2" in given else "scripts.accelerator"
+        assert done.stdout == f"-m {module} {told}\n" and not done.stderr
+
+
 def test_a_folder_of_wheels_is_installed_for_the_job_alone(tmp_path: Path) -> None:
     (tmp_path / "wheels").mkdir()
     about = "Metadata-Version: 2.1\nName: brought\nVersion: 1.0\n"
