@@ -6,8 +6,7 @@
 #
 # FILE holds TinyStories, parted by lines <|endoftext|>. Both learn in 4 passes: the decoder from 2,674 stories, the
 # encoder-decoder from the 2,404 of them that fit its rows. With --distill the encoder-decoder also learns from the
-# decoder, which takes as long again. All of it took 80 min on one CPU core, beside
-# other work.
+# decoder, which takes as long again: 80 min in all, on one CPU core beside other work.
 # Every line that starts with $ is a command of its own. Asking again reuses what is finished and continues what was
 # interrupted; --fresh starts over. See scripts/_venv.sh for TANDEM_VENV.
 set -euo pipefail
