@@ -347,9 +347,9 @@ def test_typical_acceptance_is_caught() -> None:
         assert result.test.samples == SAMPLES and result.test.p_value < 1e-12, result
 
 
-def redraws_after_rejection(tree, logits, sampling, keys, length, max_depth):
+def redraws_after_rejection(tree, logits, sampling, keys, length, max_depth, live):
     """A published mistake: when every child is rejected, the next token is drawn afresh, as if none had been tried."""
-    verdict = verify(tree, logits, sampling, keys, length, max_depth)
+    verdict = verify(tree, logits, sampling, keys, length, max_depth, live)
     last = jnp.take_along_axis(verdict.path, verdict.drafts[:, None], axis=1)
     visited = jnp.take_along_axis(logits, last[:, :, None], axis=1)[:, 0]
     again = draw(visited, sampling, keys, length + 1000 + verdict.drafts)
