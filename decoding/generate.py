@@ -185,8 +185,8 @@ def generate(
     _check_mesh(mesh, target, drafter_params, batch, augment)
     request = _make_request(config, prompts, limits, seeds, sampling, stop, attention, typical, mesh)
     reader = _Reader(target, prompts, stop_texts, on_tokens, stream_every)
-    _capacity(capacity, prompts, limits, 0, Plain(), config.max_position, augment)
-    drafter.rule(request.sampling.greedy)  # Refuses what cannot be verified, before anything is computed.
+    drafter.rule(request.sampling.greedy)  # Refuses what cannot be verified, before anything is computed,
+    _capacity(capacity, prompts, limits, 0, Plain(), config.max_position, augment)  # and a cache of no use.
     more, pace = catching_up(drafter), None
     if opened := bool(drafter.open_sizes) and mesh is None and memory is None and read is None:
         pace = _pace(target, drafter, drafter_params, checked_sampling(sampling, batch), augment)

@@ -101,13 +101,13 @@ def write_chats(target: Target, arguments: argparse.Namespace) -> dict[str, dict
     if arguments.prompts is not None:
         prompts = [document.messages for document in read_prompts(arguments.prompts)]
     held_out = arguments.valid_documents
-    if arguments.documents is None:  # Every prompt that is given is meant to be asked.
-        arguments.documents = _DOCUMENTS if prompts is None else max(len(prompts) - held_out, 1)
     if prompts is not None and len(prompts) <= held_out:
         raise UserError(
             f"{arguments.prompts} has {len(prompts)} prompts, and {held_out} answers are held out: give a smaller "
             "--valid_documents"
         )
+    if arguments.documents is None:  # Every prompt that is given is meant to be asked.
+        arguments.documents = _DOCUMENTS if prompts is None else len(prompts) - held_out
     drafter, params = load_drafter(arguments.drafter, target)
     rounds = arguments.out.absolute().with_name(f".{arguments.out.absolute().name}.rounds.jsonl")
     rounds.parent.mkdir(parents=True, exist_ok=True)
